@@ -1,0 +1,69 @@
+"""Multimodal models that can be edited, one file per family."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from odedit import discovery
+from odedit.backbones.base import Backbone, Prefix, Processor
+from odedit.edits import EDIT, RELIABILITY, SUPERVISION_SLOTS, EditBatch, EditRequest, Probe
+from odedit.prompts import Template
+
+__all__ = ["Backbone", "Prefix", "Processor", "encode_requests", "load_backbone", "load_processor", "names"]
+
+
+def names() -> tuple[str, ...]:
+    """Families there are, by file name."""
+    return discovery.names(sys.modules[__name__])
+
+
+def load_backbone(family: str, checkpoint: str, *, dtype: str = "float32", device: str = "cpu") -> Backbone:
+    """Loads a frozen model of `family` from a directory or hub id.
+
+    Args:
+        family: A name from `names()`, or a dotted module that defines `BACKBONE`.
+        checkpoint: Directory in the Hugging Face layout, hub id, or `embedded` for the small model that ships.
+        dtype: `float32`, `bfloat16` or `float16`; losses are computed in float32 whatever it is.
+        device: A torch device such as `cpu` or `cuda:0`.
+
+    Raises:
+        InputError: Unknown family, checkpoint missing or of another class.
+    """
+    backbone: Backbone = _find(family).load(checkpoint, dtype=dtype, device=device)
+    return backbone
+
+
+def load_processor(family: str, checkpoint: str) -> Processor:
+    """The part of a backbone that needs no weights."""
+    processor: Processor = _find(family).load_processor(checkpoint)
+    return processor
+
+
+def _find(family: str):  # type: ignore[no-untyped-def]
+    return discovery.find(sys.modules[__name__], "backbone", family, "BACKBONE")
+
+
+def encode_requests(
+    backbone: Backbone, requests: Sequence[EditRequest], template: Template
+) -> tuple[EditBatch, EditBatch]:
+    """Encodes what supervises the edits and what judges them; each distinct picture runs the image tower once.
+
+    Returns:
+        The supervision batch (slots `SUPERVISION_SLOTS`) and the evaluation batch (slots `rel` and every probe name
+        that occurs, sorted).
+    """
+    features = backbone.image_features([picture for request in requests for picture in request.pictures()])
+    edit_ids = [request.edit_id for request in requests]
+    supervision = [
+        [request.edit if slot == EDIT else request.supervision.get(slot) for slot in SUPERVISION_SLOTS]
+        for request in requests
+    ]
+    metrics = [RELIABILITY, *sorted({name for request in requests for name in request.probes})]
+    evaluation: list[list[Probe | None]] = [
+        [request.edit if name == RELIABILITY else request.probes.get(name) for name in metrics] for request in requests
+    ]
+    return (
+        backbone.encode(edit_ids, SUPERVISION_SLOTS, supervision, features, template),
+        backbone.encode(edit_ids, metrics, evaluation, features, template),
+    )

@@ -1,0 +1,113 @@
+"""The contract of a base editor: which parameters it trains, and how the model computes with them.
+
+An editor is one file that defines `EDITOR`, a class built from its frozen `Config`. It keeps no state: what it learns is
+in `EditParams`, what a forward shows is in the `Trace`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from odedit.backbones.base import Backbone
+from odedit.edits import EditBatch, EditParams
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """The base editor's own optimiser, applied per edit.
+
+    Attributes:
+        kind: `sgd`, `adam` (weight decay as in L2) or `adamw` (decoupled).
+        learning_rate: Step size.
+        weight_decay: On the trained tensors, which are differences to the model's weights.
+        clip_norm: Largest gradient norm of one edit over all its tensors; None for no clipping.
+    """
+
+    kind: str
+    learning_rate: float
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+
+
+@dataclass
+class Trace:
+    """What the forwards inside one `applied` block showed; read by `own_risk` and `finished`.
+
+    Attributes:
+        values: Named tensors, axis 0 the edit.
+    """
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Editor(Protocol):
+    """A way to write an edit into a model.
+
+    Attributes:
+        Config: Frozen dataclass, every field with a default and its source.
+        sites: Edited sites, the lowest first: the frozen prefix ends there.
+        optimizer: What the inner loop steps with.
+        max_steps: Published number of steps, the default bound of the inner loop.
+    """
+
+    Config: ClassVar[type]
+    config: Any
+    sites: Sequence[str]
+    optimizer: OptimizerSettings
+    max_steps: int
+
+    def init(self, backbone: Backbone, batch: EditBatch) -> EditParams:
+        """phi_0 of E edits: float32, applying it changes no logit."""
+        ...
+
+    def applied(
+        self, backbone: Backbone, params: EditParams, batch: EditBatch
+    ) -> AbstractContextManager[Trace]:
+        """Inside, forwards over the E x K sequences of `batch` see phi_e; undone on any exit, bit for bit.
+
+        `params` as `init` made them: the edited path is always taken, so that gradients flow. As `finished` made them:
+        the path that inference takes (WISE routes).
+        """
+        ...
+
+    def together(
+        self, backbone: Backbone, params: EditParams, batch: EditBatch
+    ) -> AbstractContextManager[Trace]:
+        """As `applied` with finished params, but every sequence of `batch` sees all E edits at once."""
+        ...
+
+    def own_risk(self, params: EditParams, trace: Trace, batch: EditBatch) -> Tensor:
+        """`(E,)`: the method's own terms beside the likelihood (WISE margins, T-Patcher l_a + l_m); zeros for none."""
+        ...
+
+    def constrain(self, params: EditParams) -> EditParams:
+        """After each step: projection onto what the method allows (WISE: the clamp)."""
+        ...
+
+    def converged(self, loss_E: Tensor, previous_E: Tensor, token_right_E: Tensor) -> Tensor:
+        """`(E,)` bool: the published stop rule, from this loss, the last one, and whether all target tokens are right."""
+        ...
+
+    def finished(self, params: EditParams, trace: Trace, batch: EditBatch) -> EditParams:
+        """What is saved: phi_e and whatever inference needs beside it (WISE: the routing threshold)."""
+        ...
+
+
+@runtime_checkable
+class Mergeable(Protocol):
+    """An editor whose finished edits can be written into plain weights."""
+
+    def merged(self, params: EditParams) -> dict[str, Tensor]:
+        """Weight differences `{site: (out, in)}` that stand for all E edits; no cost at inference."""
+        ...
+
+
+def check_range(name: str, value: float, allowed: str, ok: Callable[[float], bool]) -> None:
+    """Raises ValueError with the setting, what was got and what is allowed."""
+    if not ok(value):
+        raise ValueError(f"{name}: got {value}, expected {allowed}.")

@@ -1,0 +1,187 @@
+"""What is edited: pictures, probes, requests, and the batch that the model sees.
+
+Shape legend, used as a suffix of tensor names everywhere:
+
+    E  edits in a batch            K  sequences of one edit (`EditBatch.slots`)
+    S  positions of a sequence     T  target tokens of a sequence
+    D  hidden size                 V  vocabulary
+    L  query tokens of an image    Q  kernel bandwidths        P  sketch size
+
+One edit owns a fixed number K of sequences, the absent ones masked, so that a hook can view a
+module's input as `(E, K, S, D)` and compute with one set of edited parameters per edit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+EditParams = dict[str, Tensor]
+"""phi_e. Axis 0 of every tensor is the edit; this is what safetensors stores."""
+
+EDIT = "edit"
+SUPERVISION_SLOTS = (
+    EDIT,
+    "text_rephrase",
+    "image_rephrase",
+    "text_locality",
+    "image_locality",
+    "near_locality",
+)
+"""The sequences an optimisation step sees: IN, twice SE, three times OUT (arXiv 2601.19700, eq. 2-6).
+
+`near_locality` asks the edit's own question about another picture: the negative that shares the
+most with the edit.
+"""
+
+RELIABILITY = "rel"
+GENERALITY_PROBES = ("t_gen", "m_gen")
+LOCALITY_PROBES = ("t_loc", "m_loc")
+_PROBE_NAME = re.compile(r"rel|[a-z]+_(gen|loc)(_[a-z]+)?")
+_EDIT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image, read and checked.
+
+    Attributes:
+        key: Hash of the file's content; equal pictures are encoded once.
+        pixels: `uint8 (height, width, 3)` RGB as read, or `float32 (3, height, width)` as a
+            backbone's image processor left it.
+    """
+
+    key: str
+    pixels: np.ndarray
+
+    @property
+    def is_processed(self) -> bool:
+        return bool(self.pixels.dtype == np.float32)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One prompt, with or without a picture, and the answer whose tokens are read.
+
+    Attributes:
+        prompt: The bare question, or the beginning of a caption; `prompts.Template` dresses it.
+        target: The bare answer; the model sees `" " + target`.
+        picture: None for a text-only prompt.
+        is_caption: Whether `prompt` is to be continued as it stands rather than asked as a question.
+    """
+
+    prompt: str
+    target: str
+    picture: Picture | None = None
+    is_caption: bool = False
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One fact to change, what may supervise the change, and what judges it.
+
+    Attributes:
+        edit_id: Names the edit's row and file: letters, digits, `.`, `_` and `-`.
+        edit: The prompt and its new answer (IN).
+        supervision: Slot name (`SUPERVISION_SLOTS` but the first) to probe. Targets of locality slots
+            only say which positions are compared.
+        probes: Metric name to probe, what the scores are computed on: `t_gen`, `m_gen`, `t_loc`,
+            `m_loc`, and any further `<name>_gen[_<detail>]` or `<name>_loc[_<detail>]`.
+            The edit itself is scored as `rel`.
+        task: `vqa` or `caption`, what kind of record it came from.
+        meta: Strings carried into the result row as they are (source file, record number, ...).
+    """
+
+    edit_id: str
+    edit: Probe
+    supervision: Mapping[str, Probe] = field(default_factory=lambda: MappingProxyType({}))
+    probes: Mapping[str, Probe] = field(default_factory=lambda: MappingProxyType({}))
+    task: str = "vqa"
+    meta: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        if not _EDIT_ID.fullmatch(self.edit_id):
+            raise ValueError(
+                f"edit_id: got {self.edit_id!r}, expected 1 to 128 letters, digits, '.', '_' or '-', "
+                "the first a letter or digit (it names the edit's file)."
+            )
+        for name in self.supervision:
+            if name not in SUPERVISION_SLOTS[1:]:
+                raise ValueError(
+                    f"{self.edit_id}: unknown supervision slot {name!r}; allowed: {', '.join(SUPERVISION_SLOTS[1:])}."
+                )
+        for name in self.probes:
+            check_probe_name(name)
+
+    def pictures(self) -> list[Picture]:
+        """Every picture of the request, in a fixed order, repeats included."""
+        probes = [self.edit, *self.supervision.values(), *self.probes.values()]
+        return [probe.picture for probe in probes if probe.picture is not None]
+
+
+def check_probe_name(name: str) -> None:
+    """Raises ValueError unless `name` says whether the probe measures generality or locality."""
+    if not _PROBE_NAME.fullmatch(name):
+        raise ValueError(
+            f"unknown probe {name!r}: expected <name>_gen or <name>_loc, optionally with _<detail>, e.g. m_loc_near."
+        )
+
+
+def is_locality(name: str) -> bool:
+    """Whether a slot or a probe must stay as it was."""
+    return name.endswith("_locality") or "_loc" in name
+
+
+@dataclass(frozen=True)
+class EditBatch:
+    """E edits x K sequences, right-padded; what `Backbone.encode` returns.
+
+    Attributes:
+        edit_ids: E names.
+        slots: K names; `SUPERVISION_SLOTS` for optimisation, metric names for evaluation.
+        tokens_EKS: Token ids; positions of image features hold the image token.
+        present_EK: False where an edit has no such sequence (its tokens are padding).
+        real_EKS: True at every position that is not padding.
+        prompt_EKS: True at positions before the target, image positions included.
+        predict_EKT: The positions *whose next token* is the t-th target token.
+        target_EKT: The target's token ids.
+        target_mask_EKT: False beyond a target's end and everywhere in an absent sequence.
+        features_NLD: Image features of the batch's distinct pictures, `(pictures, query tokens, hidden)`.
+        picture_EK: Row of `features_NLD`, or -1 for a sequence without picture.
+        image_EKS: True at positions that take image features.
+    """
+
+    edit_ids: tuple[str, ...]
+    slots: tuple[str, ...]
+    tokens_EKS: Tensor
+    present_EK: Tensor
+    real_EKS: Tensor
+    prompt_EKS: Tensor
+    predict_EKT: Tensor
+    target_EKT: Tensor
+    target_mask_EKT: Tensor
+    features_NLD: Tensor
+    picture_EK: Tensor
+    image_EKS: Tensor
+
+    @property
+    def num_edits(self) -> int:
+        return len(self.edit_ids)
+
+    def select(self, slots: Sequence[str]) -> EditBatch:
+        """The same edits with only the named slots, in that order."""
+        index = torch.tensor([self.slots.index(slot) for slot in slots], device=self.tokens_EKS.device)
+        columns = {
+            name: getattr(self, name).index_select(1, index)
+            for name in (
+                "tokens_EKS", "present_EK", "real_EKS", "prompt_EKS", "predict_EKT", "target_EKT",
+                "target_mask_EKT", "picture_EK", "image_EKS",
+            )
+        }  # fmt: skip
+        return replace(self, slots=tuple(slots), **columns)

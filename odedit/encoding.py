@@ -1,0 +1,85 @@
+"""From token lists to the padded tensors of an `EditBatch`; shared by all backbones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from odedit.edits import EditBatch
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One tokenised probe: image positions come first, the target last."""
+
+    tokens: list[int]
+    first_target: int
+    num_image: int
+    picture: str | None
+
+
+def assemble(
+    edit_ids: Sequence[str],
+    slots: Sequence[str],
+    cells: Sequence[Sequence[TokenSequence | None]],
+    features: Mapping[str, Tensor],
+    pad_token: int,
+    hidden_size: int,
+    device: torch.device,
+) -> EditBatch:
+    """Right-pads an E x K grid of sequences (None: absent) and marks where prompts, images and targets are."""
+    shape = (len(cells), len(slots))
+    present = [cell for row in cells for cell in row if cell is not None]
+    length = max((len(cell.tokens) for cell in present), default=1)
+    num_targets = max((len(cell.tokens) - cell.first_target for cell in present), default=1)
+
+    tokens = torch.full((*shape, length), pad_token, dtype=torch.long)
+    real, prompt, image = (torch.zeros(*shape, length, dtype=torch.bool) for _ in range(3))
+    predict, target = (torch.zeros(*shape, num_targets, dtype=torch.long) for _ in range(2))
+    target_mask = torch.zeros(*shape, num_targets, dtype=torch.bool)
+    is_present = torch.zeros(shape, dtype=torch.bool)
+    picture = torch.full(shape, -1, dtype=torch.long)
+    row_of = {key: index for index, key in enumerate(features)}
+
+    for e, row in enumerate(cells):
+        for k, cell in enumerate(row):
+            if cell is None:
+                continue
+            count, first = len(cell.tokens), cell.first_target
+            ids = torch.tensor(cell.tokens)
+            is_present[e, k] = True
+            tokens[e, k, :count] = ids
+            real[e, k, :count] = True
+            prompt[e, k, :first] = True
+            image[e, k, : cell.num_image] = True
+            # The position before a token predicts it.
+            predict[e, k, : count - first] = torch.arange(first - 1, count - 1)
+            target[e, k, : count - first] = ids[first:]
+            target_mask[e, k, : count - first] = True
+            if cell.picture is not None:
+                picture[e, k] = row_of[cell.picture]
+
+    stacked = torch.stack(list(features.values())) if features else torch.zeros(0, 1, hidden_size, device=device)
+    return EditBatch(
+        edit_ids=tuple(edit_ids),
+        slots=tuple(slots),
+        tokens_EKS=tokens.to(device),
+        present_EK=is_present.to(device),
+        real_EKS=real.to(device),
+        prompt_EKS=prompt.to(device),
+        predict_EKT=predict.to(device),
+        target_EKT=target.to(device),
+        target_mask_EKT=target_mask.to(device),
+        features_NLD=stacked,
+        picture_EK=picture.to(device),
+        image_EKS=image.to(device),
+    )
+
+
+def gather_positions(hidden_EKSD: Tensor, positions_EKT: Tensor) -> Tensor:
+    """Hidden states at chosen positions, `(E, K, T, D)`."""
+    index = positions_EKT.unsqueeze(-1).expand(-1, -1, -1, hidden_EKSD.shape[-1])
+    return hidden_EKSD.gather(2, index)

@@ -1,0 +1,22 @@
+"""The one exception that means: the user's input is wrong, and the message says how to mend it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The message is the whole explanation; commands exit with code 2."""
+
+
+def unknown_name(kind: str, got: str, available: Iterable[str]) -> InputError:
+    """An `InputError` for a misspelt name, with the nearest right one.
+
+    >>> print(unknown_name("editor", "wize", ["ftl", "wise"]))
+    Unknown editor 'wize'. Did you mean 'wise'? Available: ftl, wise.
+    """
+    names = sorted(available)
+    near = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return InputError(f"Unknown {kind} {got!r}.{hint} Available: {', '.join(names)}.")

@@ -1,0 +1,66 @@
+"""The one rule for prompts: how a question is dressed, what the target is, where the target begins.
+
+Every probe of a run, before and after the edit, goes through the same `Template`; its name is stored with the results.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from odedit.edits import Probe
+from odedit.errors import unknown_name
+
+
+@dataclass(frozen=True)
+class Template:
+    """Text around a question and around the beginning of a caption; `{prompt}` is replaced.
+
+    >>> TEMPLATES["mmedit"].render(Probe("What sport is this?", "tennis"))
+    ('Question: What sport is this? Short answer:', ' tennis')
+    """
+
+    name: str
+    question: str
+    caption: str
+
+    def render(self, probe: Probe) -> tuple[str, str]:
+        """Returns the dressed prompt and the target, which starts with the one space that separates them."""
+        pattern = self.caption if probe.is_caption else self.question
+        return pattern.replace("{prompt}", probe.prompt.strip()), " " + probe.target.strip()
+
+
+TEMPLATES = {
+    template.name: template
+    for template in (
+        # The question form that BLIP-2 and the MMEdit benchmark (arXiv 2310.08475) use.
+        Template("mmedit", "Question: {prompt} Short answer:", "{prompt}"),
+        Template("raw", "{prompt}", "{prompt}"),
+    )
+}
+
+
+def find_template(name: str) -> Template:
+    """Returns the preset of that name. Raises InputError for an unknown one."""
+    if name not in TEMPLATES:
+        raise unknown_name("prompt template", name, TEMPLATES)
+    return TEMPLATES[name]
+
+
+def tokenize(tokenizer: Any, template: Template, probe: Probe) -> tuple[list[int], int]:
+    """Token ids of prompt and target together, and the index of the target's first token.
+
+    Tokenised in one go, the boundary found from character offsets: two separate calls give other tokens where a merge
+    crosses the boundary, and then the model is asked for tokens that it never sees in running text.
+
+    Raises:
+        ValueError: The target has no token.
+    """
+    prompt, target = template.render(probe)
+    encoded = tokenizer(prompt + target, return_offsets_mapping=True, add_special_tokens=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    # A special token has the empty span (0, 0) and belongs to the prompt.
+    first = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), None)
+    if first is None or not probe.target.strip():
+        raise ValueError(f"target {probe.target!r} of the prompt {probe.prompt!r} has no token.")
+    return list(ids), first
