@@ -40,6 +40,9 @@ SUPERVISION_SLOTS = (
 most with the edit.
 """
 
+REPHRASE_SLOTS = SUPERVISION_SLOTS[1:3]
+LOCALITY_SLOTS = SUPERVISION_SLOTS[3:]
+
 RELIABILITY = "rel"
 GENERALITY_PROBES = ("t_gen", "m_gen")
 LOCALITY_PROBES = ("t_loc", "m_loc")

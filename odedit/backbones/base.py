@@ -43,7 +43,8 @@ class Backbone(Protocol):
     """A frozen multimodal model that edits can be applied to.
 
     Between `encode` and `suffix` nothing depends on an edit: `encode` runs the image tower once per distinct picture,
-    `prefix` the language model below the lowest edited site once per batch, and an optimisation step runs `suffix` only.
+    `prefix` the language model below the lowest edited site once per batch, and an optimisation step runs `suffix`
+    only.
     """
 
     family: str

@@ -1,6 +1,7 @@
 """BLIP-2 with an OPT text model (arXiv 2301.12597), any size, as `transformers` ships it.
 
-Input: `[query tokens of the image | </s> | text]`; a text-only prompt has no image part. `Blip2Processor` builds the same.
+Input: `[query tokens of the image | </s> | text]`; a text-only prompt has no image part. `Blip2Processor` builds the
+same.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ class Blip2Processor:
 
         pixels = self._images(Image.fromarray(picture.pixels), return_tensors="np")["pixel_values"][0]
         return Picture(picture.key, np.ascontiguousarray(pixels, dtype=np.float32))
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        self.tokenizer.save_pretrained(directory)
+        self._images.save_pretrained(directory)
 
 
 class Blip2:

@@ -1,7 +1,7 @@
 """The contract of a base editor: which parameters it trains, and how the model computes with them.
 
-An editor is one file that defines `EDITOR`, a class built from its frozen `Config`. It keeps no state: what it learns is
-in `EditParams`, what a forward shows is in the `Trace`.
+An editor is one file that defines `EDITOR`, a class built from its frozen `Config`. It keeps no state: what it learns
+is in `EditParams`, what a forward shows is in the `Trace`.
 """
 
 from __future__ import annotations
@@ -53,11 +53,13 @@ class Editor(Protocol):
         sites: Edited sites, the lowest first: the frozen prefix ends there.
         optimizer: What the inner loop steps with.
         max_steps: Published number of steps, the default bound of the inner loop.
+        own_slots: Sequences that `own_risk` reads; others need not run under the native objective.
     """
 
     Config: ClassVar[type]
     config: Any
     sites: Sequence[str]
+    own_slots: Sequence[str]
     optimizer: OptimizerSettings
     max_steps: int
 
@@ -65,9 +67,7 @@ class Editor(Protocol):
         """phi_0 of E edits: float32, applying it changes no logit."""
         ...
 
-    def applied(
-        self, backbone: Backbone, params: EditParams, batch: EditBatch
-    ) -> AbstractContextManager[Trace]:
+    def applied(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> AbstractContextManager[Trace]:
         """Inside, forwards over the E x K sequences of `batch` see phi_e; undone on any exit, bit for bit.
 
         `params` as `init` made them: the edited path is always taken, so that gradients flow. As `finished` made them:
@@ -75,9 +75,7 @@ class Editor(Protocol):
         """
         ...
 
-    def together(
-        self, backbone: Backbone, params: EditParams, batch: EditBatch
-    ) -> AbstractContextManager[Trace]:
+    def together(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> AbstractContextManager[Trace]:
         """As `applied` with finished params, but every sequence of `batch` sees all E edits at once."""
         ...
 
@@ -90,7 +88,7 @@ class Editor(Protocol):
         ...
 
     def converged(self, loss_E: Tensor, previous_E: Tensor, token_right_E: Tensor) -> Tensor:
-        """`(E,)` bool: the published stop rule, from this loss, the last one, and whether all target tokens are right."""
+        """`(E,)` bool: the published stop rule, from this loss, the last, and whether all target tokens are right."""
         ...
 
     def finished(self, params: EditParams, trace: Trace, batch: EditBatch) -> EditParams:

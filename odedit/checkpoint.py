@@ -1,0 +1,137 @@
+"""Edits as files: saved as safetensors with what is needed to apply them again, and merged into plain checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from odedit import editors
+from odedit.backbones.base import Backbone
+from odedit.editors.base import Editor, Mergeable, Trace
+from odedit.edits import EditBatch, EditParams
+from odedit.errors import InputError
+from odedit.metrics import stack_params
+
+FORMAT = "odedit-edit-1"
+
+
+@dataclass(frozen=True)
+class EditInfo:
+    """What an edit file says about itself.
+
+    Attributes:
+        edit_id: The request's name.
+        editor, editor_config: What wrote it, and what applies it.
+        family, checkpoint, fingerprint: The backbone whose weights it changes.
+        template: Prompt template it was trained and scored with.
+        prompt, target: The edit in words.
+        metrics: Its scores.
+    """
+
+    edit_id: str
+    editor: str
+    editor_config: dict[str, Any]
+    family: str
+    checkpoint: str
+    fingerprint: str
+    template: str
+    prompt: str = ""
+    target: str = ""
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def save_edit(path: Path, params: EditParams, info: EditInfo) -> None:
+    """Writes one edit; a reader sees the whole file or none."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in params.items()}
+    metadata = {"format": FORMAT, "info": json.dumps(asdict(info), sort_keys=True)}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file(tensors, temporary, metadata=metadata)
+    os.replace(temporary, path)
+
+
+def load_edit(path: Path | str, device: str = "cpu") -> tuple[EditParams, EditInfo]:
+    """Reads an edit file.
+
+    Raises:
+        InputError: Missing, damaged, or not an edit.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"edit {str(path)!r}: no such file.")
+    try:
+        with safe_open(path, framework="pt", device=device) as stream:
+            metadata = stream.metadata() or {}
+            params: dict[str, Tensor] = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"edit {str(path)!r} cannot be read as safetensors: {error}.") from error
+    if metadata.get("format") != FORMAT:
+        raise InputError(f"edit {str(path)!r}: format is {metadata.get('format')!r}, expected {FORMAT!r}.")
+    return params, EditInfo(**json.loads(metadata["info"]))
+
+
+def load_edits(
+    paths: Sequence[Path | str], backbone: Backbone, device: str = "cpu"
+) -> tuple[Editor, EditParams, list[EditInfo]]:
+    """Reads edits that are to be applied together.
+
+    Raises:
+        InputError: None given, made by different editors or settings, or for other weights than the backbone's.
+    """
+    if not paths:
+        raise InputError("no edit given: name at least one .safetensors file.")
+    loaded = [load_edit(path, device) for path in paths]
+    first = loaded[0][1]
+    for path, (_, info) in zip(paths, loaded, strict=True):
+        if (info.editor, info.editor_config) != (first.editor, first.editor_config):
+            raise InputError(
+                f"edit {str(path)!r} was made by {info.editor!r} with other settings than {str(paths[0])!r} "
+                f"({first.editor!r}); edits applied together must share editor and settings."
+            )
+        if info.fingerprint != backbone.fingerprint:
+            raise InputError(
+                f"edit {str(path)!r} belongs to {info.checkpoint!r} (fingerprint {info.fingerprint}), "
+                f"the loaded model is {backbone.checkpoint!r} ({backbone.fingerprint})."
+            )
+    editor = editors.load(first.editor, first.editor_config)
+    return editor, stack_params([params for params, _ in loaded]), [info for _, info in loaded]
+
+
+@contextmanager
+def applied_together(backbone: Backbone, editor: Editor, params: EditParams, batch: EditBatch) -> Iterator[Trace]:
+    """Inside, every sequence of `batch` sees all the edits; the model itself is never changed."""
+    with editor.together(backbone, params, batch) as trace:
+        yield trace
+
+
+def export(backbone: Any, editor: Editor, params: EditParams, directory: Path) -> None:
+    """Writes a plain Hugging Face checkpoint with the edits merged into its weights.
+
+    Args:
+        backbone: One whose `model` and `processor` can be saved (all that ship can).
+
+    Raises:
+        InputError: The editor's edits are not plain weights (WISE routes at inference).
+    """
+    if not isinstance(editor, Mergeable):
+        raise InputError(
+            f"edits of {type(editor).__name__} cannot be merged into plain weights: it decides per prompt. "
+            "Keep the edit files and use `odedit apply`."
+        )
+    sites = {site: backbone.site(site) for site in editor.merged(params)}
+    kept = {site: module.weight.data for site, module in sites.items()}
+    try:
+        for site, delta in editor.merged(params).items():
+            sites[site].weight.data = kept[site] + delta.to(kept[site])
+        backbone.model.save_pretrained(directory)
+        backbone.processor.save_pretrained(directory)
+    finally:
+        for site, module in sites.items():
+            module.weight.data = kept[site]

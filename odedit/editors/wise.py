@@ -1,0 +1,186 @@
+"""WISE: a side memory beside one feed-forward matrix, and a router that decides which of the two answers.
+
+References:
+    WISE: Rethinking the Knowledge Memory for Lifelong Model Editing of Large Language Models (2024, arXiv 2405.14768),
+    eq. 2 (routing activation), 3 (margin loss), 4 (masked gradient).
+
+Differs from the paper: the activation distance is averaged over the positions of the prompt, not of prompt and answer,
+so that routing is the same whether the answer is in the input (teacher forcing) or not (generation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from odedit.backbones.base import Backbone
+from odedit.editors.base import OptimizerSettings, Trace, check_range
+from odedit.edits import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_locality
+from odedit.hooks import rewritten
+
+SIDE = "side"
+THRESHOLD = "threshold"
+_DISTANCE = "distance_EK"
+
+
+@dataclass(frozen=True)
+class WiseConfig:
+    """Settings of WISE; the defaults are those published for BLIP2-OPT.
+
+    Attributes:
+        site: The matrix that gets a side copy.
+        learning_rate: Of plain SGD.
+        weight_decay: On the difference between side copy and matrix.
+        max_steps: Bound of the inner loop.
+        clamp: Largest absolute difference of an entry of the side copy.
+        mask_ratio: Share of entries that may change, a fixed random mask (eq. 4).
+        mask_seed: Of that mask.
+        margin_out: alpha: the distance of an unrelated prompt is pushed below it (eq. 3).
+        margin_in: beta: the distance of the edit is pushed above it.
+        margin_gap: gamma: the edit's distance exceeds an unrelated prompt's by it.
+        routing_ratio: A prompt whose distance exceeds this share of the edit's own goes to the side memory.
+        stop_change, stop_loss: Stops when the loss changes by no more than the first and is no larger than the second.
+    """
+
+    site: str = "layers.23.ffn.in"
+    learning_rate: float = 1.0
+    weight_decay: float = 1e-5
+    max_steps: int = 10
+    clamp: float = 1.0
+    mask_ratio: float = 0.2
+    mask_seed: int = 0
+    margin_out: float = 5.0
+    margin_in: float = 20.0
+    margin_gap: float = 10.0
+    routing_ratio: float = 0.4
+    stop_change: float = 1e-4
+    stop_loss: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_range("learning_rate", self.learning_rate, "> 0", lambda v: v > 0)
+        check_range("max_steps", self.max_steps, ">= 1", lambda v: v >= 1)
+        check_range("clamp", self.clamp, "> 0", lambda v: v > 0)
+        check_range("mask_ratio", self.mask_ratio, "0 < mask_ratio <= 1", lambda v: 0 < v <= 1)
+        check_range("routing_ratio", self.routing_ratio, "0 < routing_ratio <= 1", lambda v: 0 < v <= 1)
+
+
+class Wise:
+    """One side memory per edit; `side` holds `W' - W`, `threshold` the distance above which it answers."""
+
+    Config: ClassVar[type] = WiseConfig
+
+    def __init__(self, config: WiseConfig) -> None:
+        self.config = config
+        self.sites = (config.site,)
+        self.own_slots = (EDIT, *LOCALITY_SLOTS)
+        self.max_steps = config.max_steps
+        self.optimizer = OptimizerSettings("sgd", config.learning_rate, config.weight_decay)
+
+    def init(self, backbone: Backbone, batch: EditBatch) -> EditParams:
+        shape = backbone.site(self.config.site).weight.shape
+        return {SIDE: torch.zeros(batch.num_edits, *shape, device=batch.tokens_EKS.device)}
+
+    @contextmanager
+    def applied(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> Iterator[Trace]:
+        trace = Trace()
+        activation = backbone.activation(self.config.site)
+        num_edits, num_slots = batch.present_EK.shape
+
+        def rewrite(x: Tensor, y: Tensor) -> Tensor:
+            side_EOI = self._masked(params[SIDE])
+            x_ENI = x.reshape(num_edits, -1, x.shape[-1])
+            change = torch.bmm(x_ENI, side_EOI.to(x.dtype).transpose(1, 2)).reshape(
+                num_edits, num_slots, -1, y.shape[-1]
+            )
+            main = y.reshape(change.shape)
+            distance_EK = _activation_distance(activation, main, main + change, batch.prompt_EKS)
+            trace.values[_DISTANCE] = distance_EK
+            if THRESHOLD in params:
+                to_side = distance_EK >= params[THRESHOLD].unsqueeze(1)
+                change = change * to_side[:, :, None, None]
+            return (main + change).reshape(y.shape)
+
+        with rewritten({backbone.site(self.config.site): rewrite}):
+            yield trace
+
+    @contextmanager
+    def together(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> Iterator[Trace]:
+        """WISE-Retrieve: the memory with the largest distance above its own threshold answers, else the matrix."""
+        trace = Trace()
+        activation = backbone.activation(self.config.site)
+        num_memories = params[SIDE].shape[0]
+
+        def rewrite(x: Tensor, y: Tensor) -> Tensor:
+            x_EKSI = x.reshape(*batch.present_EK.shape, -1, x.shape[-1])
+            main = y.reshape(*x_EKSI.shape[:-1], y.shape[-1])
+            best_EK = torch.full(batch.present_EK.shape, -torch.inf, device=y.device)
+            chosen = torch.zeros_like(main)
+            for memory in range(num_memories):
+                side_OI = self._masked(params[SIDE][memory])
+                change = x_EKSI @ side_OI.to(x.dtype).T
+                distance_EK = _activation_distance(activation, main, main + change, batch.prompt_EKS)
+                wins = (distance_EK >= params[THRESHOLD][memory]) & (distance_EK > best_EK)
+                best_EK = torch.where(wins, distance_EK, best_EK)
+                chosen = torch.where(wins[:, :, None, None], change, chosen)
+            trace.values[_DISTANCE] = best_EK
+            return (main + chosen).reshape(y.shape)
+
+        with rewritten({backbone.site(self.config.site): rewrite}):
+            yield trace
+
+    def own_risk(self, params: EditParams, trace: Trace, batch: EditBatch) -> Tensor:
+        """Eq. 3, averaged over the unrelated prompts that the edit has."""
+        distance_EK = trace.values[_DISTANCE]
+        inside_E = distance_EK[:, batch.slots.index(EDIT)]
+        outside = torch.tensor([is_locality(slot) for slot in batch.slots], device=distance_EK.device)
+        valid_EK = batch.present_EK & outside
+        gap = (distance_EK - inside_E.unsqueeze(1) + self.config.margin_gap).relu()
+        far = (distance_EK - self.config.margin_out).relu()
+        count_E = valid_EK.sum(dim=1).clamp(min=1)
+        push_out_E = torch.where(valid_EK, gap + far, 0.0).sum(dim=1) / count_E
+        return push_out_E + (self.config.margin_in - inside_E).relu()
+
+    def constrain(self, params: EditParams) -> EditParams:
+        return {SIDE: params[SIDE].clamp(-self.config.clamp, self.config.clamp)}
+
+    def converged(self, loss_E: Tensor, previous_E: Tensor, token_right_E: Tensor) -> Tensor:
+        settled = (loss_E - previous_E).abs() <= self.config.stop_change
+        return settled & (loss_E <= self.config.stop_loss)
+
+    def finished(self, params: EditParams, trace: Trace, batch: EditBatch) -> EditParams:
+        inside_E = trace.values[_DISTANCE][:, batch.slots.index(EDIT)]
+        # An edit that never moved has distance 0 everywhere; the tiniest positive threshold keeps it off the side path.
+        threshold = (self.config.routing_ratio * inside_E).clamp(min=torch.finfo(torch.float32).tiny)
+        return {SIDE: self._masked(params[SIDE]), THRESHOLD: threshold}
+
+    def _masked(self, side: Tensor) -> Tensor:
+        if self.config.mask_ratio == 1:
+            return side
+        return side * _mask(tuple(side.shape[-2:]), self.config.mask_ratio, self.config.mask_seed, str(side.device))
+
+
+def _activation_distance(
+    activation: Callable[[Tensor], Tensor], main: Tensor, side: Tensor, prompt_EKS: Tensor
+) -> Tensor:
+    """Eq. 2: mean over prompt positions of |sigma(W'x) - sigma(Wx)|_2, `(E, K)`."""
+    squared_EKS = (activation(side).float() - activation(main).float()).square().sum(dim=-1)
+    # The root's gradient is infinite at 0, where every edit starts.
+    norm_EKS = (squared_EKS + 1e-12).sqrt() - 1e-6
+    weight = prompt_EKS.to(norm_EKS.dtype)
+    return (norm_EKS * weight).sum(dim=-1) / weight.sum(dim=-1).clamp(min=1)
+
+
+@lru_cache(maxsize=4)
+def _mask(shape: tuple[int, ...], ratio: float, seed: int, device: str) -> Tensor:
+    """The fixed Bernoulli mask, drawn on the CPU so that every device sees the same one."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(shape, generator=generator) < ratio).float().to(device)
+
+
+EDITOR = Wise

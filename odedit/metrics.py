@@ -1,0 +1,289 @@
+"""What an edit did, before against after: rel, t_gen, m_gen, t_loc, m_loc, and how sure the figures are.
+
+Token figures are teacher-forced shares of target tokens; `_exact` asks for the whole target; `_generated` compares
+with greedy generation, which sees neither the answer's content nor its errors corrected (teacher forcing flatters,
+arXiv 2502.11177).
+
+Locality compares the edited model with the unedited one, which is always run without any edit. `answer` reads only the
+positions that predict the answer; `mmedit` reads every position, as the MMEdit benchmark does (arXiv 2310.08475),
+where prompt positions that an edit hardly reaches dilute the figure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from odedit.backbones.base import Backbone
+from odedit.editors.base import Editor
+from odedit.edits import RELIABILITY, EditBatch, EditParams, is_locality
+from odedit.encoding import gather_positions
+
+MAIN = ("rel", "t_gen", "m_gen", "t_loc", "m_loc")
+TOP_K = 10
+Row = dict[str, float | str | None]
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured beside the teacher-forced token figures.
+
+    Attributes:
+        generate: Greedy generation for every probe, before and after.
+        mmedit: The published locality over all positions, beside the stricter one over answer positions.
+    """
+
+    generate: bool = True
+    mmedit: bool = True
+
+
+@dataclass(frozen=True)
+class _Readout:
+    """One model's answers to every probe of a batch.
+
+    Attributes:
+        top_EKTR: The first `TOP_K` choices at the positions that predict the target.
+        top_EKSR: The same at every position; None unless asked for.
+        greedy_EKT: Greedily generated tokens, as many as the target has; None unless asked for.
+    """
+
+    top_EKTR: Tensor
+    top_EKSR: Tensor | None
+    greedy_EKT: Tensor | None
+
+
+def stack_params(params: Sequence[EditParams]) -> EditParams:
+    """Parameters of several finished edits, axis 0 the edit."""
+    return {name: torch.cat([one[name] for one in params]) for name in params[0]}
+
+
+@torch.no_grad()
+def evaluate(
+    backbone: Backbone,
+    editor: Editor,
+    params: EditParams,
+    batch: EditBatch,
+    config: EvaluationConfig = EvaluationConfig(),
+) -> list[Row]:
+    """Scores E finished edits on the probes of an evaluation batch, before and after.
+
+    Args:
+        params: As `Editor.finished` made them, stacked over the edits of `batch`.
+
+    Returns:
+        One row per edit: `rel`, `<probe>` and, for each, `_exact`, `_generated` and `_before` variants; for locality
+        `_whole`, `_generated` and `_mmedit` (where all of an answer must agree: `_whole`). `t_loc` and `m_loc` average
+        the record's own probe and its near one where there is one; `_far` and `_near` then tell them apart.
+    """
+
+    def run(read: EditBatch) -> Tensor:
+        return backbone.suffix(backbone.prefix(read, editor.sites[0]))
+
+    def run_edited(read: EditBatch) -> Tensor:
+        prefix = backbone.prefix(read, editor.sites[0])
+        with editor.applied(backbone, params, read):
+            return backbone.suffix(prefix)
+
+    before = _read(backbone, batch, run, config)
+    after = _read(backbone, batch, run_edited, config)
+    rows: list[Row] = []
+    for e in range(batch.num_edits):
+        row: Row = {}
+        for k, name in enumerate(batch.slots):
+            if not bool(batch.present_EK[e, k]):
+                continue
+            score = _locality_columns if is_locality(name) else _answer_columns
+            row |= score(name, batch, before, after, e, k)
+        _average_near_and_far(row)
+        if before.greedy_EKT is not None and after.greedy_EKT is not None:
+            k = batch.slots.index(RELIABILITY)
+            for column, readout in (("answer_before", before), ("answer_after", after)):
+                assert readout.greedy_EKT is not None
+                tokens = readout.greedy_EKT[e, k][batch.target_mask_EKT[e, k]].tolist()
+                row[column] = backbone.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        rows.append(row)
+    return rows
+
+
+def _read(
+    backbone: Backbone, batch: EditBatch, run: Callable[[EditBatch], Tensor], config: EvaluationConfig
+) -> _Readout:
+    hidden_EKSD = run(batch)
+    top_EKTR = _top(backbone, gather_positions(hidden_EKSD, batch.predict_EKT))
+    top_EKSR = _top(backbone, hidden_EKSD) if config.mmedit else None
+    greedy_EKT = greedy(backbone, batch, run, top_EKTR[..., 0]) if config.generate else None
+    return _Readout(top_EKTR, top_EKSR, greedy_EKT)
+
+
+def _top(backbone: Backbone, hidden: Tensor) -> Tensor:
+    """First choices `(..., TOP_K)`, edit by edit: logits of all positions at once would not fit a large vocabulary."""
+    return torch.stack([backbone.head(one).topk(TOP_K, dim=-1).indices for one in hidden])
+
+
+def greedy(
+    backbone: Backbone, batch: EditBatch, run: Callable[[EditBatch], Tensor], first_choice_EKT: Tensor
+) -> Tensor:
+    """Greedily generated tokens for every probe, as many as its target has, `(E, K, T)`.
+
+    By fixed-point iteration: feed a draft, replace it by the model's first choices, repeat. A token is final as soon
+    as all before it are, so T rounds give exactly the tokens of one-by-one decoding, and mostly two or three do.
+
+    Args:
+        run: From a batch to final hidden states; called with the draft in the target's place.
+        first_choice_EKT: The model's choices given the target, which is the first draft.
+    """
+    draft_EKT, choice_EKT = batch.target_EKT, first_choice_EKT
+    for _ in range(batch.target_EKT.shape[-1]):
+        changed = (choice_EKT != draft_EKT) & batch.target_mask_EKT
+        # The last token is never fed back, so a change there alone needs no further round.
+        fed_back = changed & batch.target_mask_EKT.roll(-1, dims=-1)
+        fed_back[..., -1] = False
+        draft_EKT = torch.where(changed, choice_EKT, draft_EKT)
+        if not bool(fed_back.any()):
+            break
+        tokens_EKS = batch.tokens_EKS.scatter(
+            2, _target_positions(batch), torch.where(batch.target_mask_EKT, draft_EKT, _current(batch))
+        )
+        hidden_EKSD = run(replace(batch, tokens_EKS=tokens_EKS))
+        choice_EKT = backbone.head(gather_positions(hidden_EKSD, batch.predict_EKT)).argmax(dim=-1)
+    return draft_EKT
+
+
+def _target_positions(batch: EditBatch) -> Tensor:
+    """Where each target token stands; unused entries point at a position that is written back unchanged."""
+    return torch.where(batch.target_mask_EKT, batch.predict_EKT + 1, 0)
+
+
+def _current(batch: EditBatch) -> Tensor:
+    return batch.tokens_EKS.gather(2, _target_positions(batch))
+
+
+def _answer_columns(name: str, batch: EditBatch, before: _Readout, after: _Readout, e: int, k: int) -> Row:
+    mask_T = batch.target_mask_EKT[e, k]
+    target_T = batch.target_EKT[e, k][mask_T]
+    row: Row = {}
+    for suffix, readout in (("", after), ("_before", before)):
+        right_T = readout.top_EKTR[e, k, :, 0][mask_T] == target_T
+        row[name + suffix] = _share(right_T)
+        row[f"{name}_exact{suffix}"] = float(right_T.all())
+        if readout.greedy_EKT is not None:
+            row[f"{name}_generated{suffix}"] = _share(readout.greedy_EKT[e, k][mask_T] == target_T)
+    return row
+
+
+def _locality_columns(name: str, batch: EditBatch, before: _Readout, after: _Readout, e: int, k: int) -> Row:
+    mask_T = batch.target_mask_EKT[e, k]
+    same_TR = before.top_EKTR[e, k][mask_T] == after.top_EKTR[e, k][mask_T]
+    row: Row = {
+        name: _share(same_TR[:, 0]),
+        f"{name}_whole": float(same_TR[:, 0].all()),
+        f"{name}_top10": _share(same_TR),
+    }
+    if before.top_EKSR is not None and after.top_EKSR is not None:
+        real_S = batch.real_EKS[e, k]
+        same_SR = before.top_EKSR[e, k][real_S] == after.top_EKSR[e, k][real_S]
+        # Published: the first choice for text probes, ten choices rank by rank for probes with a picture.
+        row[f"{name}_mmedit"] = _share(same_SR if name.startswith("m_") else same_SR[:, 0])
+    if before.greedy_EKT is not None and after.greedy_EKT is not None:
+        row[f"{name}_generated"] = _share(before.greedy_EKT[e, k][mask_T] == after.greedy_EKT[e, k][mask_T])
+    return row
+
+
+def _average_near_and_far(row: Row) -> None:
+    """Where a record has a near locality probe, its own probe is the far one and the metric is their mean."""
+    for metric in ("t_loc", "m_loc"):
+        if f"{metric}_near" not in row or metric not in row:
+            continue
+        for variant in ("", "_whole", "_top10", "_mmedit", "_generated"):
+            far, near = row.get(metric + variant), row.get(f"{metric}_near{variant}")
+            if isinstance(far, float) and isinstance(near, float):
+                row[f"{metric}_far{variant}"] = far
+                row[metric + variant] = (far + near) / 2
+
+
+def _share(right: Tensor) -> float:
+    return float(right.float().mean())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over n records with its 95% confidence interval (Student's t)."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Mean of b - a over the n records that both have, its 95% interval, and the paired t-test's p."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    n: int
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and interval; the interval is the mean itself for one value, or when all are equal.
+
+    >>> estimate([1.0, 1.0]).low
+    1.0
+    """
+    from scipy import stats
+
+    n = len(values)
+    if n == 0:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    mean = math.fsum(values) / n
+    if n == 1:
+        return Estimate(mean, mean, mean, 1)
+    error = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    half = float(stats.t.ppf(0.975, n - 1)) * error
+    return Estimate(mean, mean - half, mean + half, n)
+
+
+def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Estimate]:
+    """An `Estimate` of every numeric column over the rows that have it."""
+    columns: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+                columns.setdefault(name, []).append(float(value))
+    return {name: estimate(values) for name, values in columns.items()}
+
+
+def paired(a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[str, Any]]) -> dict[str, PairedDifference]:
+    """b - a for every metric of `MAIN`, over the edits that both runs have, by edit id."""
+    from scipy import stats
+
+    result = {}
+    for metric in MAIN:
+        pairs = [
+            (float(a[key][metric]), float(b[key][metric]))
+            for key in sorted(a.keys() & b.keys())
+            if _is_number(a[key].get(metric)) and _is_number(b[key].get(metric))
+        ]
+        differences = [after - before for before, after in pairs]
+        if not differences:
+            continue
+        summary = estimate(differences)
+        # Without any spread the t statistic is 0/0: no difference, or the same one everywhere.
+        spread = max(differences) - min(differences) if len(differences) > 1 else 0.0
+        if spread == 0.0:
+            p = 1.0 if summary.mean == 0 else math.nan
+        else:
+            p = float(stats.ttest_rel([y for _, y in pairs], [x for x, _ in pairs]).pvalue)
+        result[metric] = PairedDifference(summary.mean, summary.low, summary.high, p, summary.n)
+    return result
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -1,0 +1,288 @@
+"""The objective as named terms of every edit; nothing moves here.
+
+`native` is the base editor's own loss: the likelihood of the edit and the method's own terms. `odedit` is the
+tripartite risk of arXiv 2601.19700 (eq. 2-6) with the invariance penalty (eq. 9-11); its multiplier belongs to
+`primal_dual`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from odedit import mmd, risks
+from odedit.backbones import encode_requests
+from odedit.backbones.base import Backbone
+from odedit.editors.base import Editor, Trace
+from odedit.edits import EDIT, LOCALITY_SLOTS, REPHRASE_SLOTS, EditBatch, EditParams, EditRequest
+from odedit.encoding import gather_positions
+from odedit.irm_tv import MultiplierConfig, tv_penalty
+from odedit.prompts import Template
+from odedit.risks import Risk
+
+Name = Literal["native", "odedit"]
+Kernel = Literal["rbf", "linear", "contrastive"]
+CALIBRATION_STATES = 256
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What an edit is trained with. The paper states no value for most of these; the defaults are ours.
+
+    Attributes:
+        name: `native` (the base editor's loss) or `odedit`.
+        reliability_weight, locality_weight, generality_weight: Of R_rel, R_loc, R_gen; 0 drops a term.
+        own_weight: Of the editor's own terms; None: 1 under `native`, 0 under `odedit`, which replaces them.
+        locality_direction: `edited_first`, KL(edited || base) as in the paper's eq. 3, or `base_first`.
+        kernel: Of R_gen: `rbf` (MMD, eq. 4-6), `linear` (MMD), or `contrastive` (the paper's Table 4).
+        rephrases: `single` compares the edit with each rephrase by itself and averages; `multiple` pools them (MMD-m).
+        bandwidths: sigma_q^2 as multiples of sigma_0^2.
+        sigma2_0: The base bandwidth; None: measured on unedited states by `calibrate`.
+        positions: Hidden states compared by R_gen: those that predict the `target`, or all of the prompt's `text`.
+        environments: `regions` (one risk for each of IN, SE, OUT) or `prompts` (one NLL per prompt variant, and OUT).
+        penalty: `adaptive` (lambda is learned), `fixed:<value>`, or `none`.
+        warmup, ramp: Shares of the steps without penalty, and until it has full weight.
+        dual_rate: gamma_2, the IRM-TV learning rate; the paper's sweet spot is 1e-3 to 5e-3.
+        dual_schedule: `adaptive` divides it by |g| (k + 1)^1.0001 as the IRM-TV code does; or `constant`.
+        multiplier: The network lambda(delta, phi_e).
+    """
+
+    name: Name = "odedit"
+    reliability_weight: float = 1.0
+    locality_weight: float = 1.0
+    generality_weight: float = 1.0
+    own_weight: float | None = None
+    locality_direction: risks.Direction = "edited_first"
+    kernel: Kernel = "rbf"
+    rephrases: Literal["single", "multiple"] = "single"
+    bandwidths: tuple[float, ...] = mmd.BANDWIDTH_MULTIPLIERS
+    sigma2_0: float | None = None
+    positions: Literal["target", "text"] = "target"
+    environments: Literal["regions", "prompts"] = "regions"
+    penalty: str = "adaptive"
+    warmup: float = 0.25
+    ramp: float = 0.10
+    dual_rate: float = 1e-3
+    dual_schedule: Literal["adaptive", "constant"] = "adaptive"
+    multiplier: MultiplierConfig = field(default_factory=MultiplierConfig)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bandwidths", tuple(self.bandwidths))
+        for name in ("reliability_weight", "locality_weight", "generality_weight", "warmup", "ramp"):
+            _require(name, getattr(self, name), getattr(self, name) >= 0, "a number >= 0")
+        _require("name", self.name, self.name in get_args(Name), f"one of {', '.join(get_args(Name))}")
+        _require("kernel", self.kernel, self.kernel in get_args(Kernel), f"one of {', '.join(get_args(Kernel))}")
+        _require("dual_rate", self.dual_rate, self.dual_rate > 0, "a number > 0")
+        _require("warmup + ramp", self.warmup + self.ramp, self.warmup + self.ramp <= 1, "at most 1")
+        _require("bandwidths", self.bandwidths, all(b > 0 for b in self.bandwidths), "numbers > 0")
+        _require("bandwidths", self.bandwidths, len(self.bandwidths) > 0, "at least one number")
+        _require("sigma2_0", self.sigma2_0, self.sigma2_0 is None or self.sigma2_0 > 0, "a number > 0 or null")
+        self.fixed_multiplier()
+
+    def fixed_multiplier(self) -> float | None:
+        """The value of a fixed lambda, 0 for no penalty, None if lambda is learned."""
+        if self.name == "native" or self.penalty == "none":
+            return 0.0
+        if self.penalty == "adaptive":
+            return None
+        kind, _, value = self.penalty.partition(":")
+        try:
+            number = float(value) if kind == "fixed" else -1.0
+        except ValueError:
+            number = -1.0
+        _require("penalty", self.penalty, 0 <= number < float("inf"), "'adaptive', 'none' or 'fixed:<number >= 0>'")
+        return number
+
+    @property
+    def effective_own_weight(self) -> float:
+        if self.own_weight is not None:
+            return self.own_weight
+        return 1.0 if self.name == "native" else 0.0
+
+    @property
+    def needs_bandwidth(self) -> bool:
+        """Whether sigma_0^2 must be known before the first step."""
+        return self.name == "odedit" and self.kernel == "rbf"
+
+
+def _require(name: str, got: object, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}: got {got!r}, expected {allowed}.")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Everything the objective says about E edits at one phi_e; every tensor is `(E,)`.
+
+    Attributes:
+        risks: `rel`, `loc`, `gen`, `own`, unweighted.
+        total: Their weighted sum: G without the penalty.
+        scale_gradients: One per environment, by name.
+        penalty: `( sum |g| )^2` over the environments.
+        worst_nll: Largest NLL among the edit's target tokens.
+        all_right: Whether every target token of the edit is the model's first choice.
+    """
+
+    risks: dict[str, Tensor]
+    total: Tensor
+    scale_gradients: dict[str, Tensor]
+    penalty: Tensor
+    worst_nll: Tensor
+    all_right: Tensor
+
+
+class Objective:
+    """Computes `Terms`; holds settings and the bandwidths, no state."""
+
+    def __init__(self, config: ObjectiveConfig, sigma2_0: float | None = None) -> None:
+        """Raises ValueError if the kernel needs a bandwidth and neither the settings nor the caller give one."""
+        self.config = config
+        base = config.sigma2_0 if config.sigma2_0 is not None else sigma2_0
+        if config.needs_bandwidth and base is None:
+            raise ValueError("objective.sigma2_0 is not set: measure it with odedit.objective.calibrate(...).")
+        self._sigma2_Q = mmd.bandwidths(base, config.bandwidths) if config.needs_bandwidth and base else None
+
+    def slots(self, editor: Editor, batch: EditBatch) -> tuple[str, ...]:
+        """The sequences that this objective reads; the others need not run."""
+        if self.config.name == "odedit":
+            return batch.slots
+        wanted = {EDIT, *(editor.own_slots if self.config.effective_own_weight else ())}
+        return tuple(slot for slot in batch.slots if slot in wanted)
+
+    def __call__(
+        self,
+        backbone: Backbone,
+        editor: Editor,
+        params: EditParams,
+        trace: Trace,
+        batch: EditBatch,
+        hidden_EKSD: Tensor,
+        base_EKTD: Tensor,
+    ) -> Terms:
+        """The terms at the states of a forward under `editor.applied`.
+
+        Args:
+            hidden_EKSD: Final hidden states of the edited model.
+            base_EKTD: Those of the unedited model at `batch.predict_EKT`; a constant.
+        """
+        config = self.config
+        states_EKTD = gather_positions(hidden_EKSD, batch.predict_EKT)
+        zero_E = torch.zeros(batch.num_edits, device=hidden_EKSD.device)
+        edit = batch.slots.index(EDIT)
+        logits_ETV = backbone.head(states_EKTD[:, edit])
+        target_ET, mask_ET = batch.target_EKT[:, edit], batch.target_mask_EKT[:, edit]
+
+        reliability = risks.reliability(logits_ETV, target_ET, mask_ET)
+        locality = generality = Risk(zero_E, zero_E)
+        scale_gradients: dict[str, Tensor] = {}
+        if config.name == "odedit":
+            locality = self._locality(backbone, batch, states_EKTD, base_EKTD)
+            generality = self._generality(batch, hidden_EKSD, states_EKTD)
+            scale_gradients = {"rel": reliability.scale_gradient, "loc": locality.scale_gradient}
+            if config.environments == "regions":
+                scale_gradients["gen"] = generality.scale_gradient
+            else:
+                scale_gradients |= self._prompt_environments(backbone, batch, states_EKTD)
+        own_E = editor.own_risk(params, trace, batch) if config.effective_own_weight else zero_E
+        total_E = (
+            config.reliability_weight * reliability.value
+            + config.locality_weight * locality.value
+            + config.generality_weight * generality.value
+            + config.effective_own_weight * own_E
+        )
+        nll_ET = risks.target_nll(logits_ETV.detach(), target_ET)
+        return Terms(
+            risks={"rel": reliability.value, "loc": locality.value, "gen": generality.value, "own": own_E},
+            total=total_E,
+            scale_gradients=scale_gradients,
+            penalty=tv_penalty(list(scale_gradients.values())) if scale_gradients else zero_E,
+            worst_nll=nll_ET.masked_fill(~mask_ET, -torch.inf).amax(dim=-1),
+            all_right=((logits_ETV.argmax(dim=-1) == target_ET) | ~mask_ET).all(dim=-1),
+        )
+
+    def _locality(self, backbone: Backbone, batch: EditBatch, states_EKTD: Tensor, base_EKTD: Tensor) -> Risk:
+        """R_loc: KL at the answer positions, averaged over the locality prompts that the edit has."""
+        index = [batch.slots.index(slot) for slot in LOCALITY_SLOTS if slot in batch.slots]
+        with torch.no_grad():
+            base_logits = backbone.head(base_EKTD[:, index])
+        risk_EK = risks.locality(
+            backbone.head(states_EKTD[:, index]),
+            base_logits,
+            batch.target_mask_EKT[:, index],
+            self.config.locality_direction,
+        )
+        return _mean_over_slots(risk_EK, batch.present_EK[:, index])
+
+    def _generality(self, batch: EditBatch, hidden_EKSD: Tensor, states_EKTD: Tensor) -> Risk:
+        """R_gen: edit against rephrases, in the states that `positions` names."""
+        if self.config.positions == "target":
+            states, mask = states_EKTD, batch.target_mask_EKT
+        else:
+            states, mask = hidden_EKSD, batch.prompt_EKS & ~batch.image_EKS
+        edit = batch.slots.index(EDIT)
+        others = [batch.slots.index(slot) for slot in REPHRASE_SLOTS if slot in batch.slots]
+        x, x_mask = states[:, edit], mask[:, edit]
+        if self.config.rephrases == "multiple":
+            pooled, pooled_mask = states[:, others].flatten(1, 2), mask[:, others].flatten(1, 2)
+            return self._distance(batch, states, mask, x, x_mask, pooled, pooled_mask)
+        each = [self._distance(batch, states, mask, x, x_mask, states[:, k], mask[:, k]) for k in others]
+        stacked = Risk(torch.stack([r.value for r in each], 1), torch.stack([r.scale_gradient for r in each], 1))
+        return _mean_over_slots(stacked, batch.present_EK[:, others])
+
+    def _distance(
+        self, batch: EditBatch, states: Tensor, mask: Tensor, x: Tensor, x_mask: Tensor, y: Tensor, y_mask: Tensor
+    ) -> Risk:
+        if self.config.kernel == "rbf":
+            assert self._sigma2_Q is not None
+            return mmd.mmd2_rbf(x, y, x_mask, y_mask, self._sigma2_Q)
+        if self.config.kernel == "linear":
+            return mmd.mmd2_linear(x, y, x_mask, y_mask)
+        negatives = [batch.slots.index(slot) for slot in LOCALITY_SLOTS if slot in batch.slots]
+        return mmd.contrastive(x, y, states[:, negatives], x_mask, y_mask, mask[:, negatives])
+
+    def _prompt_environments(self, backbone: Backbone, batch: EditBatch, states_EKTD: Tensor) -> dict[str, Tensor]:
+        """One NLL per rephrase, as an environment beside the edit's own."""
+        gradients = {}
+        for slot in REPHRASE_SLOTS:
+            k = batch.slots.index(slot)
+            risk = risks.reliability(
+                backbone.head(states_EKTD[:, k]), batch.target_EKT[:, k], batch.target_mask_EKT[:, k]
+            )
+            gradients[slot] = risk.scale_gradient
+        return gradients
+
+
+def _mean_over_slots(risk_EK: Risk, present_EK: Tensor) -> Risk:
+    return Risk(risks.masked_mean(risk_EK.value, present_EK), risks.masked_mean(risk_EK.scale_gradient, present_EK))
+
+
+@torch.no_grad()
+def calibrate(
+    backbone: Backbone, requests: Sequence[EditRequest], template: Template, positions: str = "target"
+) -> float:
+    """sigma_0^2: the mean squared distance between unedited states of edits and rephrases.
+
+    Measured once on other records than the edited ones and kept: a bandwidth taken from the pair that is compared makes
+    the loss constant when answers have one token.
+
+    Args:
+        requests: Enough for `CALIBRATION_STATES` states; further states are dropped.
+
+    Raises:
+        ValueError: Fewer than two states, or all states are the same.
+    """
+    supervision, _ = encode_requests(backbone, requests, template)
+    batch = supervision.select((EDIT, *REPHRASE_SLOTS))
+    hidden = backbone.suffix(backbone.prefix(batch, f"layers.{backbone.num_layers - 1}.ffn.in"))
+    if positions == "target":
+        states = gather_positions(hidden, batch.predict_EKT)[batch.target_mask_EKT]
+    else:
+        states = hidden[batch.prompt_EKS & ~batch.image_EKS]
+    distance = float(mmd.mean_squared_distance(states[:CALIBRATION_STATES].float()))
+    if not distance > 0:
+        raise ValueError("sigma_0^2 cannot be measured: all states of the calibration records are the same.")
+    return distance

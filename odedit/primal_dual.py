@@ -1,0 +1,187 @@
+"""The only place where phi_e and delta move: descent on phi_e, ascent on delta (arXiv 2601.19700, eq. 11-13).
+
+Every edit of a batch has its own moments, step count, clipping and multiplier network, so it moves as if it were alone.
+
+The dual step belongs after the primal one, at the updated phi_e. It is taken at the start of the next call instead,
+with the penalty that the next forward computes anyway: the same sequence of values without a second forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from odedit.editors.base import Editor, OptimizerSettings
+from odedit.edits import EditParams
+from odedit.irm_tv import CountSketch, MultiplierNetwork, features, flat_input, penalty_schedule
+from odedit.objective import ObjectiveConfig, Terms
+
+_BETAS = (0.9, 0.999)
+_EPSILON = 1e-8
+_DUAL_DECAY = 1.0001
+
+
+@dataclass(frozen=True)
+class State:
+    """What the optimiser remembers of E edits.
+
+    Attributes:
+        steps_E: Primal steps taken.
+        moments: First and second moments by tensor name; empty for SGD.
+        delta: Weights of the multiplier networks; empty unless lambda is learned.
+        dual_steps_E: Dual steps taken.
+        dual_is_due: Whether the last primal step had a penalty, so that a dual step follows.
+    """
+
+    steps_E: Tensor
+    moments: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    delta: EditParams = field(default_factory=dict)
+    dual_steps_E: Tensor | None = None
+    dual_is_due: bool = False
+
+
+class PrimalDual:
+    """Steps of E edits; pure: takes and returns parameters and state."""
+
+    def __init__(self, editor: Editor, config: ObjectiveConfig, max_steps: int, seed: int = 0) -> None:
+        self._editor = editor
+        self._config = config
+        self._max_steps = max_steps
+        self._seed = seed
+        self._fixed = config.fixed_multiplier()
+
+    def init(self, params: EditParams) -> State:
+        first = next(iter(params.values()))
+        steps = torch.zeros(first.shape[0], dtype=torch.long, device=first.device)
+        moments = {}
+        if self._editor.optimizer.kind != "sgd":
+            moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in params.items()}
+        return State(steps_E=steps, moments=moments, dual_steps_E=steps.clone())
+
+    def step(
+        self, params: EditParams, origin: EditParams, state: State, terms: Terms, active_E: Tensor, step: int
+    ) -> tuple[EditParams, State, dict[str, Tensor]]:
+        """One dual step if one is due, then one primal step, of the active edits only.
+
+        Args:
+            params: phi_e, the leaves that `terms` was computed from.
+            origin: phi_0.
+            active_E: Edits that still move; the others keep parameters, moments and networks bit for bit.
+            step: 0-based.
+
+        Returns:
+            New parameters (leaves), new state, and `lambda` and `objective` of every edit.
+        """
+        schedule = penalty_schedule(step, self._max_steps, self._config.warmup, self._config.ramp)
+        context = self._context(params, origin, terms) if self._fixed is None else None
+        if context is not None and not state.delta:
+            state = replace(state, delta=self._init_delta(context))
+        if context is not None and state.dual_is_due:
+            state = self._dual_step(state, context.detach(), terms.penalty.detach(), active_E)
+
+        if context is None:
+            multiplier_E = torch.full_like(terms.total, self._fixed or 0.0)
+        else:
+            multiplier_E = MultiplierNetwork.apply(self._config.multiplier, state.delta, context)
+        objective_E = terms.total
+        if schedule > 0 and (context is not None or self._fixed):
+            objective_E = objective_E + schedule * multiplier_E * terms.penalty
+        names = list(params)
+        gradients = torch.autograd.grad(objective_E.sum(), [params[name] for name in names], allow_unused=True)
+        gradient_of = {
+            name: torch.zeros_like(params[name]) if gradient is None else gradient
+            for name, gradient in zip(names, gradients, strict=True)
+        }
+        moved, moments = _primal_step(self._editor.optimizer, params, gradient_of, state)
+        moved = self._editor.constrain(moved)
+        params = {name: _where(active_E, moved[name], params[name].detach()).requires_grad_() for name in names}
+        moments = {
+            name: (_where(active_E, first, state.moments[name][0]), _where(active_E, second, state.moments[name][1]))
+            for name, (first, second) in moments.items()
+        }
+        state = replace(
+            state,
+            steps_E=state.steps_E + active_E.long(),
+            moments=moments,
+            dual_is_due=context is not None and schedule > 0,
+        )
+        return params, state, {"lambda": multiplier_E.detach() * schedule, "objective": objective_E.detach()}
+
+    def _context(self, params: EditParams, origin: EditParams, terms: Terms) -> Tensor:
+        """What lambda reads: phi_e, as sketch or flat, the risks, and |g| of every environment."""
+        config = self._config.multiplier
+        if config.input == "flat":
+            phi_EP = flat_input(params)
+        else:
+            sizes = tuple((name, value[0].numel()) for name, value in sorted(params.items()))
+            phi_EP = _sketch(sizes, config.sketch_dim, self._seed)({n: params[n] - origin[n] for n in params})
+        return features(
+            phi_EP, torch.stack(list(terms.risks.values()), 1), torch.stack(list(terms.scale_gradients.values()), 1)
+        )
+
+    def _init_delta(self, context_EI: Tensor) -> EditParams:
+        num_edits, width = context_EI.shape
+        return MultiplierNetwork.init(self._config.multiplier, width, num_edits, self._seed, context_EI.device)
+
+    def _dual_step(self, state: State, context_EI: Tensor, penalty_E: Tensor, active_E: Tensor) -> State:
+        """`delta <- delta + gamma_2 * grad_delta G`, by default with the adaptive rate of the IRM-TV code."""
+        assert state.dual_steps_E is not None
+        names = list(state.delta)
+        multiplier_E = MultiplierNetwork.apply(self._config.multiplier, state.delta, context_EI)
+        # A fresh gradient each time; the public IRM-TV code lets them pile up over the steps.
+        gradients = torch.autograd.grad((multiplier_E * penalty_E).sum(), [state.delta[name] for name in names])
+        rate_E = torch.full_like(penalty_E, self._config.dual_rate)
+        if self._config.dual_schedule == "adaptive":
+            norm_E = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
+            decay_E = (state.dual_steps_E + 1).to(penalty_E) ** _DUAL_DECAY
+            rate_E = torch.where(norm_E > 0, rate_E / (norm_E.clamp_min(1e-30) * decay_E), 0.0)
+        delta = {
+            name: _where(active_E, state.delta[name] + _broadcast(rate_E, gradient) * gradient, state.delta[name])
+            .detach()
+            .requires_grad_()
+            for name, gradient in zip(names, gradients, strict=True)
+        }
+        return replace(state, delta=delta, dual_steps_E=state.dual_steps_E + active_E.long())
+
+
+def _primal_step(
+    settings: OptimizerSettings, params: EditParams, gradients: EditParams, state: State
+) -> tuple[EditParams, dict[str, tuple[Tensor, Tensor]]]:
+    """One step of SGD, Adam or AdamW per edit, on tensors whose axis 0 is the edit."""
+    with torch.no_grad():
+        if settings.clip_norm is not None:
+            norm_E = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0).sqrt()
+            scale_E = (settings.clip_norm / norm_E.clamp_min(1e-12)).clamp_max(1.0)
+            gradients = {name: g * _broadcast(scale_E, g) for name, g in gradients.items()}
+        decay, rate = settings.weight_decay, settings.learning_rate
+        if settings.kind == "sgd":
+            return {name: p - rate * (gradients[name] + decay * p) for name, p in params.items()}, {}
+        moved, moments = {}, {}
+        count_E = (state.steps_E + 1).to(torch.float32)
+        correction1_E, correction2_E = 1 - _BETAS[0] ** count_E, 1 - _BETAS[1] ** count_E
+        for name, p in params.items():
+            gradient = gradients[name] + decay * p if settings.kind == "adam" else gradients[name]
+            first = _BETAS[0] * state.moments[name][0] + (1 - _BETAS[0]) * gradient
+            second = _BETAS[1] * state.moments[name][1] + (1 - _BETAS[1]) * gradient.square()
+            root = (second / _broadcast(correction2_E, p)).sqrt() + _EPSILON
+            kept = p * (1 - rate * decay) if settings.kind == "adamw" else p
+            moved[name] = kept - rate * (first / _broadcast(correction1_E, p)) / root
+            moments[name] = (first, second)
+        return moved, moments
+
+
+def _broadcast(values_E: Tensor, like: Tensor) -> Tensor:
+    return values_E.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def _where(active_E: Tensor, moved: Tensor, kept: Tensor) -> Tensor:
+    return torch.where(_broadcast(active_E, moved), moved.detach(), kept.detach())
+
+
+@lru_cache(maxsize=8)
+def _sketch(sizes: tuple[tuple[str, int], ...], dim: int, seed: int) -> CountSketch:
+    """Drawing the hash of a large matrix takes as long as a step; it is the same for every batch."""
+    return CountSketch(dict(sizes), dim, seed)
