@@ -1,0 +1,153 @@
+"""Risks and their scale gradients against autograd through an explicit w, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from odedit.risks import Risk, entropy, locality, masked_mean, reliability, target_nll
+
+DIRECTIONS = ("edited_first", "base_first")
+E, D, V = 3, 5, 11
+
+
+def problem(tokens: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """Hidden states, a bias-free head, base logits, targets, and a mask of uneven lengths."""
+    generator = torch.Generator().manual_seed(tokens)
+    lengths = torch.tensor([tokens, max(1, tokens - 2), 1])
+    return {
+        "hidden_ETD": torch.randn(E, tokens, D, generator=generator, dtype=torch.float64).to(dtype),
+        "head_DV": torch.randn(D, V, generator=generator, dtype=torch.float64).to(dtype),
+        "base_ETV": 3 * torch.randn(E, tokens, V, generator=generator, dtype=torch.float64).to(dtype),
+        "target_ET": torch.randint(V, (E, tokens), generator=generator),
+        "mask_ET": torch.arange(tokens) < lengths[:, None],
+    }
+
+
+def risk_of(name: str, logits_ETV: Tensor, data: dict[str, Tensor]) -> Risk:
+    if name == "reliability":
+        return reliability(logits_ETV, data["target_ET"], data["mask_ET"])
+    return locality(logits_ETV, data["base_ETV"], data["mask_ET"], direction=name)  # type: ignore[arg-type]
+
+
+RISKS = ("reliability", *DIRECTIONS)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("name", RISKS)
+def test_scale_gradient_is_the_derivative_with_respect_to_w(name: str, tokens: int) -> None:
+    data = problem(tokens)
+    w_E = torch.ones(E, dtype=torch.float64, requires_grad=True)
+    logits_ETV = (w_E[:, None, None] * data["hidden_ETD"]) @ data["head_DV"]
+    risk = risk_of(name, logits_ETV, data)
+    (expected_E,) = torch.autograd.grad(risk.value.sum(), w_E, create_graph=True)
+    torch.testing.assert_close(risk.scale_gradient, expected_E, rtol=0, atol=1e-10)
+    assert expected_E.abs().min() > 1e-4
+
+
+@pytest.mark.parametrize("name", RISKS)
+def test_gradient_of_the_scale_gradient_equals_double_backward(name: str) -> None:
+    data = problem(4)
+    hidden_ETD = data["hidden_ETD"].requires_grad_()
+    w_E = torch.ones(E, dtype=torch.float64, requires_grad=True)
+    explicit = risk_of(name, (w_E[:, None, None] * hidden_ETD) @ data["head_DV"], data)
+    (slope_E,) = torch.autograd.grad(explicit.value.sum(), w_E, create_graph=True)
+    (expected,) = torch.autograd.grad(slope_E.square().sum(), hidden_ETD)
+    closed = risk_of(name, hidden_ETD @ data["head_DV"], data)
+    (got,) = torch.autograd.grad(closed.scale_gradient.square().sum(), hidden_ETD)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+
+def test_values_against_torch() -> None:
+    data = problem(4)
+    logits_ETV = data["hidden_ETD"] @ data["head_DV"]
+    mask_ET, log_p, log_q = data["mask_ET"], logits_ETV.log_softmax(-1), data["base_ETV"].log_softmax(-1)
+    nll = torch.nn.functional.cross_entropy(logits_ETV.transpose(1, 2), data["target_ET"], reduction="none")
+    forward_kl = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    backward_kl = torch.nn.functional.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
+    for name, values_ET in (("reliability", nll), ("edited_first", forward_kl), ("base_first", backward_kl)):
+        expected_E = torch.stack([row[keep].mean() for row, keep in zip(values_ET, mask_ET, strict=True)])
+        torch.testing.assert_close(risk_of(name, logits_ETV, data).value, expected_E)
+    torch.testing.assert_close(target_nll(logits_ETV, data["target_ET"]), nll)
+    torch.testing.assert_close(entropy(logits_ETV), torch.distributions.Categorical(logits=logits_ETV).entropy())
+
+
+def test_an_unedited_model_has_neither_divergence_nor_gradient() -> None:
+    data = problem(4, torch.float32)
+    logits_ETV = data["base_ETV"].clone().requires_grad_()
+    for direction in DIRECTIONS:
+        risk = locality(logits_ETV, data["base_ETV"], data["mask_ET"], direction)
+        assert risk.value.abs().max() < 1e-6
+        assert risk.scale_gradient.abs().max() < 1e-6
+        (gradient,) = torch.autograd.grad(risk.value.sum(), logits_ETV)
+        assert gradient.abs().max() < 1e-6
+
+
+def test_the_base_is_a_constant() -> None:
+    data = problem(2)
+    base_ETV = data["base_ETV"].requires_grad_()
+    logits_ETV = (data["hidden_ETD"] @ data["head_DV"]).requires_grad_()
+    for direction in DIRECTIONS:
+        value_E, slope_E = locality(logits_ETV, base_ETV, data["mask_ET"], direction)
+        (value_E + slope_E).sum().backward()
+    assert base_ETV.grad is None
+    assert logits_ETV.grad is not None
+
+
+def test_unknown_direction_is_refused() -> None:
+    data = problem(1)
+    with pytest.raises(ValueError, match="direction: got 'forward', expected one of edited_first, base_first"):
+        locality(data["base_ETV"], data["base_ETV"], data["mask_ET"], "forward")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fill", [0.0, 1e30, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", RISKS)
+def test_padding_and_empty_rows_do_not_matter(name: str, fill: float) -> None:
+    data = problem(4)
+    data["mask_ET"][2] = False
+    clean = risk_of(name, data["hidden_ETD"] @ data["head_DV"], data)
+    padding_ET = ~data["mask_ET"]
+    data["target_ET"] = data["target_ET"].masked_fill(padding_ET, -100)
+    data["base_ETV"] = data["base_ETV"].masked_fill(padding_ET[..., None], fill)
+    logits_ETV = (data["hidden_ETD"] @ data["head_DV"]).masked_fill(padding_ET[..., None], fill).requires_grad_()
+    risk = risk_of(name, logits_ETV, data)
+    assert risk.value[2] == 0
+    assert risk.scale_gradient[2] == 0
+    torch.testing.assert_close(risk, clean)
+    (gradient,) = torch.autograd.grad(risk.value.sum() + risk.scale_gradient.square().sum(), logits_ETV)
+    assert gradient.isfinite().all()
+    assert (gradient[padding_ET] == 0).all()
+
+
+def test_masked_mean_of_an_empty_row_is_zero_with_zero_gradient() -> None:
+    values_ET = torch.tensor([[1.0, 2.0], [float("inf"), float("nan")]], requires_grad=True)
+    mean_E = masked_mean(values_ET, torch.tensor([[True, True], [False, False]]))
+    assert mean_E.tolist() == [1.5, 0.0]
+    mean_E.sum().backward()
+    assert values_ET.grad is not None
+    assert values_ET.grad.tolist() == [[0.5, 0.5], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", RISKS)
+def test_half_precision_is_computed_in_float32(name: str, half: torch.dtype) -> None:
+    data = problem(4)
+    logits_ETV = (data["hidden_ETD"] @ data["head_DV"]).to(half)
+    data["base_ETV"] = data["base_ETV"].to(half)
+    risk = risk_of(name, logits_ETV, data)
+    assert risk.value.dtype == risk.scale_gradient.dtype == torch.float32
+    data["base_ETV"] = data["base_ETV"].double()
+    torch.testing.assert_close(risk, Risk(*(x.float() for x in risk_of(name, logits_ETV.double(), data))))
+    assert target_nll(logits_ETV, data["target_ET"]).dtype == entropy(logits_ETV).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", RISKS)
+def test_leading_dimensions_are_free(name: str) -> None:
+    data = problem(4)
+    logits_ETV = data["hidden_ETD"] @ data["head_DV"]
+    flat = risk_of(name, logits_ETV, data)
+    nested = {key: value.unsqueeze(1) for key, value in data.items()}
+    torch.testing.assert_close(risk_of(name, logits_ETV.unsqueeze(1), nested).value, flat.value.unsqueeze(1))
+    alone = {key: value[0] if key != "head_DV" else value for key, value in data.items()}
+    torch.testing.assert_close(risk_of(name, logits_ETV[0], alone).scale_gradient, flat.scale_gradient[0])
