@@ -94,11 +94,10 @@ def edit(
             hidden_EKSD = backbone.suffix(prefix)
         terms = objective(backbone, editor, params, trace, batch, hidden_EKSD, base_EKTD)
         progress.observe(terms, editor, stopping, is_last=step == max_steps)
-        if not bool(progress.active_E.any()):
-            progress.log(terms, {"lambda": torch.zeros_like(terms.total), "objective": terms.total.detach()})
-            break
         params, state, moved = optimizer.step(params, origin, state, terms, progress.active_E, step)
         progress.log(terms, moved)
+        if not bool(progress.active_E.any()):
+            break
 
     finished = editor.finished({name: value.detach() for name, value in params.items()}, trace, batch)
     seconds = (time.perf_counter() - started) / batch.num_edits

@@ -207,7 +207,7 @@ def _average_near_and_far(row: Row) -> None:
 
 
 def _share(right: Tensor) -> float:
-    return float(right.float().mean())
+    return float(right.double().mean())
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,233 @@
+"""What every editor must keep, on the embedded model. A new editor is tested by being there."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import TEMPLATE
+
+from odedit import (
+    InputError,
+    Objective,
+    ObjectiveConfig,
+    Stopping,
+    calibrate,
+    edit,
+    encode_requests,
+    evaluate,
+    load_editor,
+    stack_params,
+)
+from odedit import editors as package
+from odedit.checkpoint import EditInfo, load_edit, load_edits, save_edit
+from odedit.editors.base import Mergeable
+
+# Settings that move the small model within a few steps; an editor without an entry runs with its defaults.
+SMALL = {
+    "wise": {"site": "layers.2.ffn.in", "learning_rate": 0.3, "margin_in": 2.0, "margin_out": 0.5, "margin_gap": 1.0},
+    "ftl": {"learning_rate": 3e-3},
+}
+OBJECTIVES = ["native", "odedit"]
+
+
+@pytest.fixture(params=package.names())
+def editor(request):
+    return load_editor(request.param, SMALL.get(request.param))
+
+
+@pytest.fixture(scope="module")
+def sigma2_0(backbone, requests_8):
+    return calibrate(backbone, requests_8, TEMPLATE)
+
+
+def logits_of(backbone, editor, batch):
+    with torch.no_grad():
+        return backbone.head(backbone.suffix(backbone.prefix(batch, editor.sites[0])))
+
+
+def test_config_is_frozen_and_has_defaults(editor):
+    config = type(editor).Config()
+    assert dataclasses.is_dataclass(config)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config, dataclasses.fields(config)[0].name, None)
+    assert "Attributes:" in type(editor).Config.__doc__
+
+
+def test_phi_0_changes_no_logit(backbone, editor, batches):
+    supervision, _ = batches
+    params = editor.init(backbone, supervision)
+    assert all(len(value) == supervision.num_edits and value.dtype == torch.float32 for value in params.values())
+    before = logits_of(backbone, editor, supervision)
+    with editor.applied(backbone, params, supervision):
+        assert torch.equal(logits_of(backbone, editor, supervision), before)
+
+
+def test_applied_then_removed_is_bitwise_the_model_also_after_an_exception(backbone, editor, batches, sigma2_0):
+    supervision, _ = batches
+    before = logits_of(backbone, editor, supervision)
+    weights = {name: value.clone() for name, value in backbone.model.state_dict().items()}
+    results = edit(backbone, editor, Objective(ObjectiveConfig(), sigma2_0), supervision, Stopping(max_steps=3))
+    params = stack_params([result.params for result in results])
+    with pytest.raises(RuntimeError, match="inside"), editor.applied(backbone, params, supervision):
+        changed = logits_of(backbone, editor, supervision)
+        raise RuntimeError("inside")
+    assert not torch.equal(changed, before)
+    assert torch.equal(logits_of(backbone, editor, supervision), before)
+    assert all(torch.equal(value, weights[name]) for name, value in backbone.model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_alone_equals_in_a_batch_of_8(backbone, editor, batches, requests_8, sigma2_0, name):
+    supervision, evaluation = batches
+    objective = Objective(ObjectiveConfig(name=name, warmup=0.0), sigma2_0)
+    stopping = Stopping(max_steps=6, worst_token_nll=0.5)
+    together = edit(backbone, editor, objective, supervision, stopping)
+    rows = evaluate(backbone, editor, stack_params([result.params for result in together]), evaluation)
+    for index in (0, 5, 7):
+        alone_supervision, alone_evaluation = encode_requests(backbone, [requests_8[index]], TEMPLATE)
+        (alone,) = edit(backbone, editor, objective, alone_supervision, stopping)
+        assert alone.steps == together[index].steps
+        assert alone.stop_reason == together[index].stop_reason
+        for key, value in alone.params.items():
+            torch.testing.assert_close(value, together[index].params[key], rtol=1e-3, atol=2e-5)
+        for term, curve in alone.curves.items():
+            assert curve == pytest.approx(together[index].curves[term], rel=2e-3, abs=2e-4), term
+        (row,) = evaluate(backbone, editor, alone.params, alone_evaluation)
+        assert row == {key: pytest.approx(value) for key, value in rows[index].items()}
+
+
+def test_a_finished_edit_does_not_move_again(backbone, editor, batches, sigma2_0):
+    """While its batch mates run on, it stays what it was when it stopped."""
+    supervision, _ = batches
+    # The penalty's schedule follows max_steps, which differs between the two runs.
+    objective = Objective(ObjectiveConfig(penalty="none"), sigma2_0)
+    results = edit(backbone, editor, objective, supervision, Stopping(max_steps=12, worst_token_nll=2.0))
+    index = min(range(len(results)), key=lambda i: results[i].steps)
+    steps = results[index].steps
+    assert steps < max(result.steps for result in results), "all stopped at the same step: the test shows nothing"
+    cut = edit(backbone, editor, objective, supervision, Stopping(max_steps=steps, worst_token_nll=2.0))
+    for key, value in results[index].params.items():
+        assert torch.equal(value, cut[index].params[key])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_same_seed_same_result(backbone, editor, batches, sigma2_0, name):
+    supervision, _ = batches
+    runs = [
+        edit(backbone, editor, Objective(ObjectiveConfig(name=name), sigma2_0), supervision, Stopping(max_steps=4), 7)
+        for _ in range(2)
+    ]
+    for first, second in zip(*runs, strict=True):
+        assert first.curves == second.curves
+        assert all(torch.equal(first.params[key], second.params[key]) for key in first.params)
+
+
+def test_an_edit_learns(backbone, editor, batches, sigma2_0):
+    supervision, _ = batches
+    results = edit(backbone, editor, Objective(ObjectiveConfig(name="native")), supervision, Stopping(max_steps=10))
+    for result in results:
+        assert result.error is None
+        assert result.curves["rel"][-1] < result.curves["rel"][0]
+        assert {len(curve) for curve in result.curves.values()} == {result.steps + 1}
+
+
+def test_odedit_logs_every_term_and_lambda_per_step(backbone, editor, batches, sigma2_0):
+    supervision, _ = batches
+    objective = Objective(ObjectiveConfig(warmup=0.0, ramp=0.0), sigma2_0)
+    result = edit(backbone, editor, objective, supervision, Stopping(max_steps=4))[0]
+    expected = {"rel", "loc", "gen", "own", "penalty", "lambda", "objective", "worst_nll", "g_rel", "g_loc", "g_gen"}
+    assert set(result.curves) == expected
+    assert all(value > 0 for value in result.curves["lambda"])
+    assert len(set(result.curves["lambda"])) > 1
+
+
+def test_saved_and_read_back_it_scores_the_same(backbone, editor, batches, sigma2_0, tmp_path):
+    supervision, evaluation = batches
+    results = edit(backbone, editor, Objective(ObjectiveConfig(), sigma2_0), supervision, Stopping(max_steps=3))
+    name = type(editor).__module__.rsplit(".", 1)[1]
+    paths = []
+    for result in results:
+        info = EditInfo(
+            edit_id=result.edit_id, editor=name, editor_config=dataclasses.asdict(editor.config),
+            family=backbone.family, checkpoint=backbone.checkpoint, fingerprint=backbone.fingerprint, template="mmedit",
+        )  # fmt: skip
+        paths.append(tmp_path / f"{result.edit_id}.safetensors")
+        save_edit(paths[-1], result.params, info)
+    read_editor, params, infos = load_edits(paths, backbone)
+    assert [info.edit_id for info in infos] == [result.edit_id for result in results]
+    expected = evaluate(backbone, editor, stack_params([result.params for result in results]), evaluation)
+    assert evaluate(backbone, read_editor, params, evaluation) == expected
+
+
+def test_together_with_one_edit_is_applied(backbone, editor, requests_8, sigma2_0):
+    supervision, evaluation = encode_requests(backbone, requests_8[:1], TEMPLATE)
+    (result,) = edit(backbone, editor, Objective(ObjectiveConfig(), sigma2_0), supervision, Stopping(max_steps=6))
+    with editor.applied(backbone, result.params, evaluation):
+        alone = logits_of(backbone, editor, evaluation)
+    with editor.together(backbone, result.params, evaluation):
+        torch.testing.assert_close(logits_of(backbone, editor, evaluation), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_merged_weights_are_the_edits_together(backbone, editor, batches, sigma2_0, tmp_path):
+    from odedit import load_backbone
+    from odedit.checkpoint import export
+
+    supervision, evaluation = batches
+    results = edit(backbone, editor, Objective(ObjectiveConfig(), sigma2_0), supervision, Stopping(max_steps=3))
+    params = stack_params([result.params for result in results])
+    if not isinstance(editor, Mergeable):
+        with pytest.raises(InputError, match="cannot be merged"):
+            export(backbone, editor, params, tmp_path)
+        return
+    export(backbone, editor, params, tmp_path)
+    exported = load_backbone("blip2", str(tmp_path))
+    with editor.together(backbone, params, evaluation):
+        expected = logits_of(backbone, editor, evaluation)
+    torch.testing.assert_close(logits_of(exported, editor, evaluation), expected, rtol=1e-4, atol=1e-4)
+    assert exported.fingerprint != backbone.fingerprint
+
+
+def test_a_diverging_edit_fails_alone(backbone, batches, sigma2_0):
+    """An edit whose loss is not finite is reported; the others are what they would have been."""
+    supervision, _ = batches
+    editor = load_editor("ftl", SMALL["ftl"])
+    objective = Objective(ObjectiveConfig(warmup=0.0), sigma2_0)
+    clean = edit(backbone, editor, objective, supervision, Stopping(max_steps=3))
+    features = supervision.features_NLD.clone()
+    features[supervision.picture_EK[2, 0]] = torch.nan
+    poisoned = dataclasses.replace(supervision, features_NLD=features)
+    results = edit(backbone, editor, objective, poisoned, Stopping(max_steps=3))
+    assert results[2].error is not None and "not finite" in results[2].error
+    assert results[2].stop_reason == "failed"
+    for index in (0, 1, 3, 4):
+        assert results[index].error is None
+        assert all(torch.equal(results[index].params[k], clean[index].params[k]) for k in clean[index].params)
+
+
+def test_names_and_settings_are_checked():
+    with pytest.raises(InputError, match=r"Unknown editor 'wize'. Did you mean 'wise'\?"):
+        load_editor("wize")
+    with pytest.raises(InputError, match="Did you mean 'mask_ratio'"):
+        load_editor("wise", {"mask_ration": 0.5})
+    with pytest.raises(InputError, match="mask_ratio: got 1.5, expected 0 < mask_ratio <= 1"):
+        load_editor("wise", {"mask_ratio": 1.5})
+
+
+def test_edit_files_that_do_not_fit_are_named(backbone, tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        load_edit(tmp_path / "none.safetensors")
+    (tmp_path / "damaged.safetensors").write_bytes(b"\x00" * 40)
+    with pytest.raises(InputError, match="cannot be read as safetensors"):
+        load_edit(tmp_path / "damaged.safetensors")
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="expected 'odedit-edit-1'"):
+        load_edit(tmp_path / "other.safetensors")
+    info = EditInfo("e", "ftl", {}, "blip2", "elsewhere", "0" * 16, "mmedit")
+    save_edit(tmp_path / "foreign.safetensors", {"layers.-1.ffn.in": torch.zeros(1, 512, 128)}, info)
+    with pytest.raises(InputError, match="belongs to 'elsewhere'"):
+        load_edits([tmp_path / "foreign.safetensors"], backbone)
