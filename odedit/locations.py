@@ -1,0 +1,82 @@
+"""Where the user's files are: local paths and every address that pyarrow reads (`s3://`, `gs://`, `file://`, ...)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import pyarrow
+from pyarrow import NativeFile
+from pyarrow.fs import FileInfo, FileSystem, FileType, LocalFileSystem
+
+from odedit.errors import InputError
+
+
+@dataclass(frozen=True)
+class Location:
+    """A file or folder on some file system. It can be pickled, so a worker can be handed one.
+
+    Attributes:
+        text: What the user wrote; error messages repeat it.
+        filesystem: Knows how to open `path`.
+        path: The place on that file system, without a trailing slash.
+    """
+
+    text: str
+    filesystem: FileSystem
+    path: str
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rsplit("/", 1)[-1]
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, LocalFileSystem)
+
+    def child(self, relative: str) -> Location:
+        """The place `relative` below this one. `relative` is taken as it is: check it first if a user wrote it."""
+        return Location(f"{self.text.rstrip('/')}/{relative}", self.filesystem, f"{self.path}/{relative}")
+
+    def info(self) -> FileInfo:
+        """Type and size. One request on a remote file system."""
+        return self.filesystem.get_file_info(self.path)
+
+    def is_file(self) -> bool:
+        return bool(self.info().type == FileType.File)
+
+    def is_folder(self) -> bool:
+        return bool(self.info().type == FileType.Directory)
+
+    def open(self) -> NativeFile:
+        """Opens for reading at any position. Raises OSError as the file system does."""
+        return self.filesystem.open_input_file(self.path)
+
+
+def locate(text: str, setting: str) -> Location:
+    """Finds the file system behind a path or an address.
+
+    Args:
+        text: A local path (`~` is the home folder), or an address such as `s3://bucket/coco`.
+        setting: The configuration key it came from, named in errors.
+
+    Raises:
+        InputError: The address has a scheme that pyarrow cannot read, or its server does not answer.
+    """
+    if not text:
+        raise InputError(f"{setting}: got an empty path; name a file or folder.")
+    if "://" not in text:
+        return Location(text, LocalFileSystem(), os.path.abspath(os.path.expanduser(text)).rstrip("/"))
+    try:
+        filesystem, path = FileSystem.from_uri(text)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, ImportError) as error:
+        raise InputError(
+            f"{setting}: cannot use the address {text!r} ({error}). "
+            "Allowed: a local path, or an address that pyarrow reads (file://, s3://, gs://, abfs://, hdfs://, hf://)."
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"{setting}: cannot reach {text!r} ({error}). Check the name, the network and the credentials."
+        ) from error
+    return Location(text, filesystem, path.rstrip("/"))

@@ -1,0 +1,86 @@
+"""A bounded sample of other records, from which locality supervision is drawn."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from odedit.errors import InputError
+from odedit.images import ImageReader
+from odedit.mmedit import RawRecord, read_records
+from odedit.pack_format import original_path
+from odedit.record_fields import REPHRASE_PREFIX, edit_text, probe_texts, request_images
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Records, of the training file as a rule, and the reader of their images.
+
+    Attributes:
+        records: Usable records only.
+        reader: Opens the images they name; its roots may differ from those of the edited records.
+    """
+
+    records: Sequence[RawRecord]
+    reader: ImageReader
+
+    @classmethod
+    def sample(cls, path: str, reader: ImageReader, *, size: int = 256, seed: int = 0, task: str = "auto") -> Pool:
+        """Draws `size` usable records, each with the same chance, in one pass over the file.
+
+        Raises:
+            InputError: The file cannot be read or has no usable record.
+        """
+        if size < 1:
+            raise InputError(f"size of the pool: got {size}, expected at least 1.")
+        rng = random.Random(seed)
+        chosen: list[RawRecord] = []
+        num_seen = 0
+        for record in read_records(path, task=task):
+            if record.problem:
+                continue
+            num_seen += 1
+            if len(chosen) < size:
+                chosen.append(record)
+            elif (place := rng.randrange(num_seen)) < size:
+                chosen[place] = record
+        if not chosen:
+            raise InputError(f"data.pool: {path} has no usable record; `odedit data check` says why.")
+        return cls(tuple(chosen), reader)
+
+    def candidates(self, record: RawRecord, rng: random.Random) -> Iterator[RawRecord]:
+        """The records that may supervise `record`, in random order.
+
+        Left out: the record itself, any that shares an image with it, and any whose text question is among those that
+        `record` is scored on. Training on these would make the scores meaningless. Those that ask one of its questions
+        about another image come last: they show nothing that is scored, but a stock of few questions needs them.
+        """
+        own_images = image_names(record)
+        own_prompts = scored_prompts(record)
+        last = []
+        for other in rng.sample(self.records, len(self.records)):
+            is_itself = (other.file, other.index) == (record.file, record.index) or other.edit_id == record.edit_id
+            if is_itself or own_images & image_names(other) or normal(other.fields["loc"]) in own_prompts:
+                continue
+            if normal(other.fields["m_loc_q"]) in own_prompts:
+                last.append(other)
+            else:
+                yield other
+        yield from last
+
+
+def image_names(record: RawRecord) -> set[str]:
+    """The images of a record by the paths its file had, so that packed and unpacked files compare."""
+    return {original_path(reference.path).removeprefix(REPHRASE_PREFIX) for reference in request_images(record.fields)}
+
+
+def scored_prompts(record: RawRecord) -> set[str]:
+    """The prompts that a record is scored on, each as `normal` has it."""
+    probes = [edit_text(record.fields, record.task), *probe_texts(record.fields, record.task).values()]
+    return {normal(probe.prompt) for probe in probes}
+
+
+def normal(text: str) -> str:
+    """A prompt without what does not make it another: case and spaces."""
+    return " ".join(text.casefold().split())

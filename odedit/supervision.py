@@ -1,0 +1,192 @@
+"""Records to edit requests: what supervises an edit, kept apart from what scores it.
+
+By default nothing that is scored is trained on. Where a record brings no held-out supervision of its own, rephrases
+are made from the edit itself, and unrelated questions are drawn from a pool of other records. Training on the
+record's own probes, as published runs of some methods do, is possible and has to be asked for by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from odedit.edits import EditRequest, Picture, Probe
+from odedit.errors import InputError, unknown_name
+from odedit.images import ImageError, ImageReader
+from odedit.mmedit import RawRecord
+from odedit.pool import Pool, scored_prompts
+from odedit.record_fields import ImageReference, ProbeText, edit_text, held_out_texts, image_reference, probe_texts
+from odedit.rewording import augment, reword, seeded
+
+Source = Literal["held_out", "record"]
+_RECORD_SLOTS = {
+    "text_rephrase": "t_gen",
+    "image_rephrase": "m_gen",
+    "text_locality": "t_loc",
+    "image_locality": "m_loc",
+}
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """Where supervision comes from.
+
+    Attributes:
+        rephrase_source: `held_out`: the record's `held_out` entries, else made from the edit. `record`: the rephrases
+            that are scored.
+        locality_source: `held_out`: the record's `held_out` entries, else the pool. `record`: the locality questions
+            that are scored.
+        near_locality: Also ask the edit's own question about another picture.
+        seed: Changes every draw; the edit id is always part of it.
+    """
+
+    rephrase_source: Source = "held_out"
+    locality_source: Source = "held_out"
+    near_locality: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rephrase_source", "locality_source"):
+            if getattr(self, name) not in ("held_out", "record"):
+                raise unknown_name(f"supervision.{name}", str(getattr(self, name)), ["held_out", "record"])
+
+
+def build_request(
+    record: RawRecord, reader: ImageReader, supervision: Supervision, pool: Pool | None = None
+) -> EditRequest:
+    """Reads a record's images and gathers its probes and its supervision.
+
+    Args:
+        record: A record without a problem.
+        reader: Opens the record's images.
+        supervision: Which sources are used.
+        pool: Other records; needed for held-out locality unless the record brings its own.
+
+    Raises:
+        ImageError: One of the record's images cannot be used: skip the record and report why.
+        InputError: Held-out locality is asked for and there is no pool to draw it from.
+        ValueError: The record has a problem, and should not have come here.
+    """
+    if record.problem:
+        raise ValueError(f"{record.edit_id}: {record.problem}")
+    pictures = _Pictures(reader)
+    edit = pictures.probe(edit_text(record.fields, record.task))
+    probes = {name: pictures.probe(text) for name, text in probe_texts(record.fields, record.task).items()}
+    own = {slot: pictures.probe(text) for slot, text in held_out_texts(record.fields, record.task).items()}
+    slots = _rephrases(record, edit, probes, own, supervision)
+    locality, drawn_from = _locality(record, edit, probes, own, supervision, pool)
+    meta = {"file": record.file, "index": str(record.index)} | ({"pool_record": drawn_from} if drawn_from else {})
+    return EditRequest(record.edit_id, edit, slots | locality, probes, record.task, meta)
+
+
+class _Pictures:
+    """Reads each image of one record once."""
+
+    def __init__(self, reader: ImageReader) -> None:
+        self._reader = reader
+        self._read: dict[ImageReference, Picture] = {}
+
+    def probe(self, text: ProbeText) -> Probe:
+        picture = None if text.image is None else self.picture(text.image)
+        return Probe(text.prompt, text.target, picture, text.is_caption)
+
+    def picture(self, reference: ImageReference) -> Picture:
+        if reference not in self._read:
+            self._read[reference] = self._reader.read(reference.path, reference.root)
+        return self._read[reference]
+
+
+def _rephrases(
+    record: RawRecord, edit: Probe, probes: dict[str, Probe], own: dict[str, Probe], supervision: Supervision
+) -> dict[str, Probe]:
+    if supervision.rephrase_source == "record":
+        return {slot: probes[_RECORD_SLOTS[slot]] for slot in ("text_rephrase", "image_rephrase")}
+
+    def reworded() -> Probe:
+        rng = seeded(record.edit_id, "text_rephrase", supervision.seed)
+        return replace(edit, prompt=reword(edit.prompt, record.task, rng, scored_prompts(record)))
+
+    def augmented() -> Probe:
+        assert edit.picture is not None, "every record has an image"
+        rng = seeded(record.edit_id, "image_rephrase", supervision.seed)
+        return replace(edit, picture=augment(edit.picture, rng))
+
+    makers: dict[str, Callable[[], Probe]] = {"text_rephrase": reworded, "image_rephrase": augmented}
+    return {slot: own[slot] if slot in own else make() for slot, make in makers.items()}
+
+
+def _locality(
+    record: RawRecord,
+    edit: Probe,
+    probes: dict[str, Probe],
+    own: dict[str, Probe],
+    supervision: Supervision,
+    pool: Pool | None,
+) -> tuple[dict[str, Probe], str]:
+    """The locality slots, and the edit id of the pool's record that was drawn, if any."""
+    wanted = ["text_locality", "image_locality"] + ["near_locality"] * supervision.near_locality
+    if supervision.locality_source == "record":
+        found = {slot: probes[_RECORD_SLOTS[slot]] for slot in wanted[:2]}
+        if supervision.near_locality:
+            found["near_locality"] = probes.get("m_loc_near") or _near(edit, probes["m_loc"])
+        return found, ""
+    found = {slot: own[slot] for slot in wanted if slot in own}
+    missing = [slot for slot in wanted if slot not in found]
+    if not missing:
+        return found, ""
+    if pool is None and missing == ["near_locality"] and found["image_locality"].picture is not None:
+        return found | {"near_locality": _near(edit, found["image_locality"])}, ""
+    if pool is None:
+        raise InputError(
+            f"{record.file}, record {record.index}: has no held_out entry for {' and '.join(missing)}. "
+            "Set data.pool to a file of other records (the training file), or supervision.locality_source to "
+            "'record', which trains on the questions that locality is scored on."
+        )
+    drawn, drawn_from = _draw(record, edit, probes, missing, supervision, pool)
+    return found | drawn, drawn_from
+
+
+def _near(edit: Probe, other: Probe) -> Probe:
+    """The edit's own question about the other probe's picture."""
+    return replace(edit, target=other.target, picture=other.picture)
+
+
+def _draw(
+    record: RawRecord,
+    edit: Probe,
+    probes: dict[str, Probe],
+    missing: list[str],
+    supervision: Supervision,
+    pool: Pool,
+) -> tuple[dict[str, Probe], str]:
+    """Takes the first record of the pool, in an order set by the edit id, whose images can be read and are others."""
+    scored_keys = {probe.picture.key for probe in (edit, *probes.values()) if probe.picture is not None}
+    rng = seeded(record.edit_id, "locality", supervision.seed)
+    num_tried, last_error = 0, ""
+    for other in pool.candidates(record, rng):
+        num_tried += 1
+        try:
+            drawn = _locality_of(other, edit, missing, pool.reader)
+        except ImageError as error:
+            last_error = f" Last one: {error}"
+            continue
+        if all(probe.picture is None or probe.picture.key not in scored_keys for probe in drawn.values()):
+            return drawn, other.edit_id
+    raise InputError(
+        f"data.pool: none of its {len(pool.records)} records can supervise {record.edit_id}: {num_tried} share no "
+        f"image or question with it, and none of those has images that can be read.{last_error} Use a larger pool."
+    )
+
+
+def _locality_of(other: RawRecord, edit: Probe, missing: list[str], reader: ImageReader) -> dict[str, Probe]:
+    """The missing slots, made from one record of the pool. Targets only say which positions are compared."""
+    texts = probe_texts(other.fields, other.task)
+    answer = other.fields["pred"] if other.fields["pred"].strip() else other.fields["m_loc_a"]
+    candidates = {
+        "text_locality": texts["t_loc"],
+        "image_locality": texts["m_loc"],
+        "near_locality": ProbeText(edit.prompt, answer, image_reference(other.fields["image"]), edit.is_caption),
+    }
+    pictures = _Pictures(reader)
+    return {slot: pictures.probe(candidates[slot]) for slot in missing}
