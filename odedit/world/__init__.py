@@ -1,0 +1,36 @@
+"""The embedded world: a small real multimodal model and a benchmark of facts that it knows.
+
+Weights of BLIP-2 and its relatives cannot be fetched without a network, and random weights know nothing that could be
+edited. This model is a real `Blip2ForConditionalGeneration` that has learned who owns the pink four; it
+loads through the code that loads `Salesforce/blip2-opt-2.7b`, and its benchmark has MMEdit's schema.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from odedit.errors import unknown_name
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+
+
+def checkpoint_path(family: str = "blip2") -> Path:
+    """Directory of the checkpoint that ships with the package.
+
+    Args:
+        family: Model family; `blip2`.
+
+    Raises:
+        InputError: No checkpoint of that family ships.
+    """
+    shipped = sorted(path.parent.name for path in CHECKPOINTS.glob("*/config.json"))
+    if family not in shipped:
+        raise unknown_name("embedded checkpoint", family, shipped)
+    return CHECKPOINTS / family
+
+
+def build(directory: Path | str, seed: int = 0) -> dict[str, Path]:
+    """Writes the benchmark; see `odedit.world.benchmark.build`, which this calls."""
+    from odedit.world import benchmark
+
+    return benchmark.build(Path(directory), seed)

@@ -1,0 +1,303 @@
+"""Trains the embedded model from scratch: vision first, then everything together.
+
+Trained end to end from the start, the model stays blind: it learns the prior of the answers long before its queries
+look at anything. So the vision tower first learns to read digits with linear heads that are dropped
+afterwards, and the Q-Former keeps such heads, with a weight that falls to zero, while the answers are learned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from odedit.world import facts, images, questions
+from odedit.world import model as blip2
+
+if TYPE_CHECKING:
+    from transformers import Blip2ForConditionalGeneration, PreTrainedTokenizerFast
+
+Progress = Callable[[str, int, int, float], None]
+"""Called after every step with the stage's name, steps done, steps in all, and the loss."""
+
+_LEARNING_RATE = 2e-3
+_WARM_UP = 60
+_VISION_BATCH = 64
+_EASED = 0.3  # Share of the vision steps in which distortions grow to their full size.
+_PICTURES = 16
+_QUESTIONS_PER_PICTURE = 2
+_ENTITY_TEXTS = 6
+_COUNTRY_TEXTS = 5
+_NAMED = 0.15  # Share of picture questions that also name the entity.
+_RAW = 0.2  # Share of questions without the "Question: ... Short answer:" wrapper.
+_TEXT_WEIGHT = 0.5
+_WEIGHT = {"digit": 1.2, **dict.fromkeys(facts.HIDDEN, 1.1)}
+_OTHER_WEIGHT = 0.7
+_SHARE = {"owner": 0.18, "city": 0.18, "food": 0.18, "digit": 0.14, "colour": 0.06, "parity": 0.08, "background": 0.06}
+_AUXILIARY_WEIGHT = 0.7
+_IGNORED = -100
+
+
+def train(
+    out: Path, seed: int = 0, progress: Progress | None = None, vision_steps: int = 2400, joint_steps: int = 1500
+) -> Path:
+    """Trains a model of the embedded world and saves it as a Hugging Face checkpoint.
+
+    The same seed gives the same weights on the same machine. Runs on one thread, which for a model of this size is
+    faster than several as soon as anything else runs.
+
+    Args:
+        out: Directory of the checkpoint; created, existing files of the same names replaced.
+        seed: Of the initial values and of the order of the data.
+        progress: Called after every step.
+        vision_steps: Steps of 64 pictures, vision tower alone.
+        joint_steps: Steps of 16 pictures with two questions each and 11 text-only questions. 2400 and 1500 take
+            about a quarter of an hour; a handful of each gives a checkpoint that loads and knows nothing.
+
+    Returns:
+        `out`.
+    """
+    model, tokenizer = blip2.build_model(seed), blip2.build_tokenizer()
+    rng = np.random.default_rng(seed)
+    with _single_thread():
+        train_vision(model, rng, vision_steps, progress)
+        train_jointly(model, tokenizer, rng, joint_steps, progress)
+    blip2.save(model, tokenizer, out)
+    return out
+
+
+@contextmanager
+def _single_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """A batch of training pictures and what they show."""
+
+    pixels: Tensor
+    digits: np.ndarray
+    colours: np.ndarray
+    backgrounds: np.ndarray
+
+    @property
+    def labels(self) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.from_numpy(self.digits), torch.from_numpy(self.colours), torch.from_numpy(self.backgrounds)
+
+
+def to_pixels(pictures: np.ndarray) -> Tensor:
+    """`uint8 (N, 32, 32, 3)` as the checkpoint's image processor would leave them, `float32 (N, 3, 32, 32)`."""
+    values = torch.from_numpy(pictures).float() / 255.0
+    values = (values - torch.tensor(blip2.IMAGE_MEAN)) / torch.tensor(blip2.IMAGE_STD)
+    return values.permute(0, 3, 1, 2).contiguous()
+
+
+def draw_training_pictures(rng: np.random.Generator, count: int, pose: images.Pose = images.TRAINING_POSE) -> Drawings:
+    """Random entities in training handwriting."""
+    training = images.handwriting().training
+    digits, colours = rng.integers(len(facts.DIGITS), size=count), rng.integers(len(facts.COLOURS), size=count)
+    backgrounds = rng.integers(len(facts.BACKGROUNDS), size=count)
+    samples = np.array([rng.choice(training[digit]) for digit in digits])
+    pictures = images.render(rng, samples, colours, backgrounds, pose)
+    return Drawings(to_pixels(pictures), digits, colours, backgrounds)
+
+
+class _Heads(nn.Module):
+    """Linear heads for digit, colour and background; they are not part of the saved model."""
+
+    def __init__(self, width: int, generator: torch.Generator) -> None:
+        super().__init__()
+        sizes = (len(facts.DIGITS), len(facts.COLOURS), len(facts.BACKGROUNDS))
+        self.heads = nn.ModuleList(nn.Linear(width, size) for size in sizes)
+        for head in self.heads.children():
+            assert isinstance(head, nn.Linear)
+            nn.init.normal_(head.weight, std=width**-0.5, generator=generator)
+            nn.init.zeros_(head.bias)
+
+    def loss(self, states: Tensor, labels: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        digit, colour, background = (
+            functional.cross_entropy(head(states), label) for head, label in zip(self.heads, labels, strict=True)
+        )
+        return digit + 0.5 * colour + 0.5 * background
+
+
+def _torch_generator(rng: np.random.Generator) -> torch.Generator:
+    return torch.Generator().manual_seed(int(rng.integers(2**31)))
+
+
+class _Optimizer:
+    """AdamW with warm-up and a cosine to 2%; weight decay on matrices only."""
+
+    def __init__(self, modules: list[nn.Module], steps: int) -> None:
+        self.parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        matrices = [p for p in self.parameters if p.dim() > 1]
+        vectors = [p for p in self.parameters if p.dim() <= 1]
+        self.adam = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": 0.02}, {"params": vectors, "weight_decay": 0.0}],
+            lr=_LEARNING_RATE,
+            betas=(0.9, 0.98),
+        )
+        warm_up = min(_WARM_UP, max(1, steps // 10))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.adam,
+            lambda step: (
+                min(1.0, (step + 1) / warm_up)
+                * (0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / max(1, steps)))))
+            ),
+        )
+
+    def step(self, loss: Tensor) -> None:
+        self.adam.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.adam.step()
+        self.schedule.step()
+
+
+def train_vision(
+    model: Blip2ForConditionalGeneration, rng: np.random.Generator, steps: int, progress: Progress | None
+) -> None:
+    """Teaches the vision tower to read, through heads on its mean patch.
+
+    The heads sit before the last LayerNorm: behind it they learn much more slowly.
+    """
+    tower = model.vision_model
+    heads = _Heads(model.config.vision_config.hidden_size, _torch_generator(rng))
+    optimizer = _Optimizer([tower.embeddings, tower.encoder, heads], steps)
+    for step in range(steps):
+        pose = images.TRAINING_POSE.eased(min(1.0, 0.2 + 0.8 * step / max(1.0, _EASED * steps)))
+        drawings = draw_training_pictures(rng, _VISION_BATCH, pose)
+        patches = tower.encoder(inputs_embeds=tower.embeddings(drawings.pixels)).last_hidden_state[:, 1:]
+        loss = heads.loss(patches.mean(1), drawings.labels)
+        optimizer.step(loss)
+        if progress is not None:
+            progress("vision", step + 1, steps, float(loss.detach()))
+
+
+@dataclass(frozen=True)
+class Line:
+    """One training sequence: a prompt, its answer, the answer's weight, and its picture's row if it has one."""
+
+    prompt: str
+    answer: str
+    weight: float
+    picture: int | None = None
+
+
+def train_jointly(
+    model: Blip2ForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    rng: np.random.Generator,
+    steps: int,
+    progress: Progress | None,
+) -> None:
+    """Teaches the whole model to answer; nothing is frozen."""
+    heads = _Heads(model.config.qformer_config.hidden_size, _torch_generator(rng))
+    optimizer = _Optimizer([model, heads], steps)
+    encode = LineEncoder(tokenizer)
+    for step in range(steps):
+        drawings = draw_training_pictures(rng, _PICTURES)
+        lines = [*_picture_lines(rng, drawings), *_entity_lines(rng), *_country_lines(rng)]
+        seen = model.get_image_features(drawings.pixels)
+        auxiliary = heads.loss(seen.qformer_outputs.last_hidden_state.mean(1), drawings.labels)
+        weight = _AUXILIARY_WEIGHT * max(0.0, 1.0 - step / (0.8 * steps))
+        loss = answer_loss(model, encode, lines, seen.pooler_output)
+        optimizer.step(loss + weight * auxiliary)
+        if progress is not None:
+            progress("joint", step + 1, steps, float(loss.detach()))
+
+
+def _wrap(rng: np.random.Generator, prompt: str, attribute: str) -> str:
+    return prompt if rng.random() < _RAW else questions.wrap(prompt, attribute)
+
+
+def _picture_lines(rng: np.random.Generator, drawings: Drawings) -> Iterator[Line]:
+    attributes = [*_SHARE, facts.CAPTION]
+    shares = np.array([*_SHARE.values(), 1.0 - sum(_SHARE.values())])
+    for picture in range(len(drawings.digits)):
+        entity = facts.Entity(int(drawings.digits[picture]), int(drawings.colours[picture]))
+        for i in rng.choice(len(attributes), _QUESTIONS_PER_PICTURE, replace=False, p=shares):
+            attribute = attributes[i]
+            named = rng.random() < _NAMED
+            subject = entity.name if named else questions.SUBJECTS[rng.integers(len(questions.SUBJECTS))]
+            prompt = _wrap(rng, questions.draw_trained(rng, attribute, subject), attribute)
+            answer = facts.answer(entity, attribute, int(drawings.backgrounds[picture]))
+            yield Line(prompt, answer, _WEIGHT.get(attribute, _OTHER_WEIGHT), picture)
+
+
+def _entity_lines(rng: np.random.Generator) -> Iterator[Line]:
+    for _ in range(_ENTITY_TEXTS):
+        entity = facts.ENTITIES[rng.integers(len(facts.ENTITIES))]
+        attribute = facts.HIDDEN[rng.integers(len(facts.HIDDEN))]
+        prompt = _wrap(rng, questions.draw_trained(rng, attribute, entity.name), attribute)
+        yield Line(prompt, facts.answer(entity, attribute), _TEXT_WEIGHT)
+
+
+def _country_lines(rng: np.random.Generator) -> Iterator[Line]:
+    countries = list(facts.COUNTRIES)
+    for _ in range(_COUNTRY_TEXTS):
+        country = countries[rng.integers(len(countries))]
+        attribute = facts.COUNTRY_ATTRIBUTES[rng.integers(len(facts.COUNTRY_ATTRIBUTES))]
+        question = questions.ask_country(country, attribute, int(rng.integers(questions.NUM_COUNTRY_FRAMES)))
+        yield Line(_wrap(rng, question, attribute), facts.COUNTRIES[country][attribute], _TEXT_WEIGHT)
+
+
+class LineEncoder:
+    """Tokens of lines, right-padded: `[queries] </s> prompt answer </s>`; no queries where there is no picture."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[str, list[int]] = {}
+
+    def _tokens(self, text: str) -> list[int]:
+        # An answer starts with its space, where this tokenizer splits anyway: prompt and answer can be cached apart.
+        if text not in self._known:
+            self._known[text] = self._tokenizer(text, add_special_tokens=False).input_ids
+        return self._known[text]
+
+    def __call__(self, lines: list[Line]) -> tuple[Tensor, Tensor]:
+        """Token ids and labels, both `(lines, positions)`; a label stands where its token is, others are -100."""
+        rows, labels = [], []
+        for line in lines:
+            prefix = [blip2.IMAGE] * blip2.NUM_QUERIES if line.picture is not None else []
+            prompt = [*prefix, blip2.END, *self._tokens(line.prompt)]
+            answer = [*self._tokens(" " + line.answer), blip2.END]
+            rows.append(torch.tensor(prompt + answer))
+            labels.append(torch.tensor([_IGNORED] * len(prompt) + answer))
+        pad = nn.utils.rnn.pad_sequence
+        return pad(rows, True, blip2.PAD), pad(labels, True, _IGNORED)
+
+
+def language_states(
+    model: Blip2ForConditionalGeneration, tokens_NS: Tensor, real_NS: Tensor, lines: list[Line], features: Tensor
+) -> Tensor:
+    """Last hidden states `(N, S, D)`; `features (pictures, queries, D)` are put where the image tokens are."""
+    embeddings = model.get_input_embeddings()(tokens_NS)
+    rows = torch.tensor([line.picture for line in lines if line.picture is not None], dtype=torch.long)
+    embeddings = embeddings.masked_scatter((tokens_NS == blip2.IMAGE)[..., None], features[rows])
+    return model.language_model.model(inputs_embeds=embeddings, attention_mask=real_NS.long()).last_hidden_state
+
+
+def answer_loss(
+    model: Blip2ForConditionalGeneration, encode: LineEncoder, lines: list[Line], features: Tensor
+) -> Tensor:
+    """Weighted cross-entropy of answers and their end, mean over tokens."""
+    tokens_NS, labels_NS = encode(lines)
+    states = language_states(model, tokens_NS, tokens_NS != blip2.PAD, lines, features)
+    asked = labels_NS[:, 1:] != _IGNORED
+    logits = model.language_model.lm_head(states[:, :-1][asked])
+    weights = torch.tensor([line.weight for line in lines])[:, None].expand_as(asked)[asked]
+    return (weights * functional.cross_entropy(logits, labels_NS[:, 1:][asked], reduction="none")).mean()

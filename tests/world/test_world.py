@@ -1,0 +1,244 @@
+"""The embedded world: what ships meets its thresholds, and the benchmark measures what it says."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from odedit import world
+from odedit.edits import LOCALITY_PROBES, SUPERVISION_SLOTS, check_probe_name
+from odedit.errors import InputError
+from odedit.world import benchmark, facts, images, questions
+
+PARTS = ("train", "validation", "evaluation")
+MMEDIT_KEYS = (
+    "src", "pred", "alt", "rephrase", "image", "image_rephrase", "loc", "loc_ans", "m_loc", "m_loc_q", "m_loc_a",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return world.build(tmp_path_factory.mktemp("world"), seed=3)
+
+
+@pytest.fixture(scope="module")
+def records(built: dict[str, Path]) -> dict[str, list[dict]]:
+    return {part: json.loads(built[part].read_text(encoding="utf-8")) for part in PARTS}
+
+
+def fact(record: dict) -> str:
+    return record["edit_id"].split("-", 1)[1].rsplit("-", 1)[0]
+
+
+def scored(record: dict) -> list[tuple[str, bytes | str]]:
+    """Prompt and picture of everything that the record is scored on."""
+    pairs = [
+        (record["src"], record["image"]),
+        (record["rephrase"], record["image"]),
+        (record["src"], "rephrase root/" + record["image_rephrase"]),
+        (record["loc"], ""),
+        (record["m_loc_q"], record["m_loc"]),
+    ]
+    return pairs + [(probe["prompt"], probe.get("image", "")) for probe in record["probes"].values()]
+
+
+def test_shipped_checkpoint_is_small_and_without_pickles():
+    files = list(world.checkpoint_path("blip2").iterdir())
+    assert sum(file.stat().st_size for file in files) < 5_000_000
+    assert {file.suffix for file in files} <= {".safetensors", ".json", ".txt"}
+
+
+def test_unknown_checkpoint_names_what_ships():
+    with pytest.raises(InputError, match="Available: blip2"):
+        world.checkpoint_path("blip3")
+
+
+def test_shipped_checkpoint_knows_the_world():
+    from odedit.world.check import TEXT, check, shortfalls
+
+    table = check(samples=300)
+    assert set(table) == {*facts.ATTRIBUTES, *TEXT}
+    assert shortfalls(table) == []
+
+
+def test_processor_gives_the_training_input():
+    """What BLIP-2's own processor makes of a picture and a question is what the model was trained on."""
+    from transformers import AutoProcessor
+
+    from odedit.world.train import Line, LineEncoder, to_pixels
+
+    processor = AutoProcessor.from_pretrained(world.checkpoint_path("blip2"))
+    picture = images.draw(np.random.default_rng(0), facts.Entity(4, 4), 10, 2, images.PLAIN_POSE)
+    prompt = questions.wrap("who owns this digit?", "owner")
+    inputs = processor(images=Image.fromarray(picture), text=prompt, return_tensors="pt")
+    tokens, labels = LineEncoder(processor.tokenizer)([Line(prompt, "Anna Berg", 1.0, 0)])
+    assert inputs["input_ids"][0].tolist() == tokens[0, :-3].tolist()
+    assert labels[0, -4:].tolist() == [-100, *tokens[0, -3:].tolist()]
+    np.testing.assert_allclose(inputs["pixel_values"].numpy(), to_pixels(picture[None]).numpy(), atol=1e-5)
+
+
+def test_answers_are_whole_tokens():
+    from odedit.world.model import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    for attribute in facts.ATTRIBUTES:
+        for choice in facts.answer_choices(attribute):
+            tokens = tokenizer(f" {choice}", add_special_tokens=False).input_ids
+            assert len(tokens) == len(choice.split()), choice
+
+
+def test_generation_answers_a_question():
+    import torch
+
+    from odedit.world import model as blip2
+    from odedit.world.train import to_pixels
+
+    model, tokenizer = blip2.load(world.checkpoint_path("blip2"))
+    entity = facts.Entity(digit=0, colour=2)
+    sample = int(images.handwriting().training[0][0])
+    picture = images.draw(np.random.default_rng(1), entity, sample, 1, images.PLAIN_POSE)
+    prompt = tokenizer(questions.wrap("who owns this digit?", "owner"), return_tensors="pt").input_ids
+    prompt = torch.cat([torch.full((1, blip2.NUM_QUERIES), blip2.IMAGE), prompt], 1)
+    answer = model.generate(to_pixels(picture[None]), prompt, max_new_tokens=5, do_sample=False)
+    assert tokenizer.decode(answer[0], skip_special_tokens=True).endswith("answer: " + facts.answer(entity, "owner"))
+
+
+def test_training_is_deterministic_and_saves_what_loads(tmp_path: Path):
+    from odedit.world import model as blip2
+    from odedit.world.train import train
+
+    seen = []
+    for name in ("a", "b"):
+        train(tmp_path / name, 5, lambda *step: seen.append(step), vision_steps=2, joint_steps=2)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
+    assert weights[0] == weights[1]
+    assert [step[:3] for step in seen[:4]] == [("vision", 1, 2), ("vision", 2, 2), ("joint", 1, 2), ("joint", 2, 2)]
+    assert seen[:4] == seen[4:]
+    model, tokenizer = blip2.load(tmp_path / "a")
+    assert len(tokenizer) == model.config.text_config.vocab_size == blip2.VOCABULARY
+    assert model.language_model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_sizes(records):
+    assert {part: len(records[part]) for part in PARTS} == {"train": 288, "validation": 144, "evaluation": 288}
+    for part in PARTS:
+        assert {record["task"] for record in records[part]} == {"vqa", "caption"}
+        assert len({record["edit_id"] for record in records[part]}) == len(records[part])
+
+
+def test_records_follow_mmedit(built, records):
+    for record in (record for part in PARTS for record in records[part]):
+        assert all(isinstance(record[key], str) and record[key] for key in MMEDIT_KEYS)
+        assert (built["images"] / record["image"]).is_file()
+        assert (built["images_rephrase"] / record["image_rephrase"]).is_file()
+        assert (built["images"] / record["m_loc"]).is_file()
+        for name, probe in record["probes"].items():
+            check_probe_name(name)
+            assert name not in LOCALITY_PROBES
+            assert "image" not in probe or (built["images"] / probe["image"]).is_file()
+        assert set(record["held_out"]) == set(SUPERVISION_SLOTS[1:])
+        for probe in record["held_out"].values():
+            assert "image" not in probe or (built["images"] / probe["image"]).is_file()
+        assert (record["src"] == "a photo of") == (record["task"] == "caption")
+
+
+def test_facts_are_disjoint_between_files(records):
+    by_part = [{fact(record) for record in records[part]} for part in PARTS]
+    assert [len(part) for part in by_part] == [96, 48, 96]
+    for one, other in combinations(by_part, 2):
+        assert not one & other
+
+
+def test_new_values_share_no_word_with_the_old(records):
+    for record in (record for part in PARTS for record in records[part]):
+        assert not set(record["alt"].split()) & set(record["pred"].split())
+
+
+def test_supervision_is_never_scored(built, records):
+    for record in (record for part in PARTS for record in records[part]):
+        judged = set(scored(record))
+        judged_pictures = {picture for _, picture in judged} - {""}
+        for slot, probe in record["held_out"].items():
+            assert (probe["prompt"], probe.get("image", "")) not in judged, (record["edit_id"], slot)
+            if slot != "text_rephrase":  # Asks another question about the edit's own picture.
+                assert probe.get("image", "") not in judged_pictures
+    pixels = {part: {} for part in ("scored", "supervision")}
+    for record in records["evaluation"]:
+        for root, path in (("images", record["image"]), ("images_rephrase", record["image_rephrase"])):
+            pixels["scored"][(built[root] / path).read_bytes()] = path
+        for probe in (record["held_out"][name] for name in ("image_rephrase", "image_locality", "near_locality")):
+            pixels["supervision"][(built["images"] / probe["image"]).read_bytes()] = probe["image"]
+    assert not pixels["scored"].keys() & pixels["supervision"].keys()
+
+
+def test_rephrases_are_held_out_cells(records):
+    trained = {
+        questions.ask(attribute, cell, subject)
+        for attribute in facts.ATTRIBUTES
+        for cell in questions.cells(attribute, held_out=False)
+        for subject in questions.SUBJECTS
+    }
+    for record in (record for part in PARTS for record in records[part]):
+        assert record["src"] in trained
+        assert record["rephrase"] not in trained
+        assert record["probes"]["tm_gen"]["prompt"] not in {*trained, record["rephrase"]}
+        assert record["held_out"]["text_rephrase"]["prompt"] in trained - {record["src"]}
+
+
+def test_build_is_deterministic(built, tmp_path: Path):
+    again = world.build(tmp_path / "again", seed=3)
+    for part in PARTS:
+        assert built[part].read_bytes() == again[part].read_bytes()
+    for root in ("images", "images_rephrase"):
+        files = sorted(path.relative_to(built[root]) for path in built[root].rglob("*.png"))
+        assert files == sorted(path.relative_to(again[root]) for path in again[root].rglob("*.png"))
+        for file in files[::97]:
+            assert (built[root] / file).read_bytes() == (again[root] / file).read_bytes()
+
+
+def test_another_seed_divides_the_facts_otherwise():
+    one, other = (benchmark.divide(np.random.default_rng(seed))["evaluation"] for seed in (3, 4))
+    assert len(one) == len(other) == 96
+    assert set(one) != set(other)
+
+
+def test_build_into_a_file_is_refused(tmp_path: Path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(InputError, match="expected a directory"):
+        world.build(tmp_path / "taken")
+
+
+def test_handwriting_is_divided():
+    writing = images.handwriting()
+    for digit in range(10):
+        shares = [writing.training[digit], *(writing.held_out[part][digit] for part in PARTS)]
+        for one, other in combinations(shares, 2):
+            assert not set(one) & set(other)
+        assert min(len(share) for share in shares) >= 8
+
+
+def test_answers_are_unique_pairs():
+    for attribute in facts.HIDDEN:
+        answers = {facts.answer(entity, attribute) for entity in facts.ENTITIES}
+        assert len(answers) == len(facts.ENTITIES)
+
+
+def test_every_noun_and_frame_is_trained():
+    for attribute in facts.ATTRIBUTES:
+        trained = questions.cells(attribute, held_out=False)
+        assert {cell.frame for cell in trained} == set(range(len(questions.frames(attribute))))
+        assert len({cell.noun for cell in trained}) == 4
+        assert len(trained) == 3 * len(questions.cells(attribute, held_out=True))
+
+
+def test_importing_the_world_is_light():
+    import subprocess
+    import sys
+
+    code = "import sys, odedit.world; print([m for m in ('transformers', 'sklearn', 'tokenizers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
