@@ -1,0 +1,313 @@
+"""What a run is: one YAML, checked strictly, as one frozen `RunConfig`.
+
+Settings of the method (editor, objective, supervision, stopping) are the dataclasses that live beside their classes; what
+this file adds is where the records are and how the work is spread. A YAML holds only what differs from the defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from odedit import backbones, editors
+from odedit.edit import Stopping
+from odedit.errors import InputError, unknown_name
+from odedit.metrics import EvaluationConfig
+from odedit.objective import ObjectiveConfig
+from odedit.prompts import find_template
+from odedit.supervision import Supervision
+from pipeline import strict
+
+EMBEDDED = "embedded"
+SPLITS = ("train", "validation", "evaluation")
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The model that is edited.
+
+    Attributes:
+        family: File name in `odedit/backbones`, or a dotted module.
+        checkpoint: Directory, hub id, or `embedded`.
+        dtype: Of weights and activations; losses are float32 whatever it is.
+    """
+
+    family: str = "blip2"
+    checkpoint: str = EMBEDDED
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The records.
+
+    Attributes:
+        path: File of records, packed folder, or `embedded:<split>` (train, validation, evaluation) for the benchmark
+            that ships, which is written beside the results.
+        image_root: Folder of `image` and `m_loc`; not needed for a packed folder.
+        rephrase_root: Folder of `image_rephrase`; null: as `image_root`.
+        pool: Records that held-out supervision and the calibration of bandwidths draw from; the training file. Null:
+            the embedded benchmark's own, or none.
+        limit: Number of usable records to edit; null: all.
+        task: Of records that do not say.
+        template: How prompts are dressed: a preset of `odedit.prompts`.
+        max_pixels, max_bytes: Larger pictures are refused.
+    """
+
+    path: str = f"{EMBEDDED}:evaluation"
+    image_root: str | None = None
+    rephrase_root: str | None = None
+    pool: str | None = None
+    limit: int | None = None
+    task: Literal["auto", "vqa", "caption"] = "auto"
+    template: str = "mmedit"
+    max_pixels: int = 50_000_000
+    max_bytes: int = 64 * 2**20
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "max_pixels", "max_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1.")
+        if self.split is not None and self.split not in SPLITS:
+            raise ValueError(f"path: {unknown_name('embedded split', self.split, SPLITS)}")
+        try:
+            find_template(self.template)
+        except InputError as error:
+            raise ValueError(f"template: {error}") from error
+
+    @property
+    def split(self) -> str | None:
+        """The part of the embedded benchmark that is meant, or None."""
+        prefix, colon, split = self.path.partition(":")
+        return split if colon and prefix == EMBEDDED else None
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """How the work is spread. Only `batch_size` is part of what the numbers depend on, in their last bits.
+
+    Attributes:
+        actors: Workers that hold the model; `auto`: one per GPU, else one per core for a small model.
+        batch_size: Edits optimised together; also what one crash can cost.
+        device: `auto` takes GPUs if the cluster has any.
+        gpus_per_actor: Share of a GPU; 0.5 puts two actors on one.
+        threads_per_actor: Of one actor without GPU; `auto`: 1 for a small model, else the machine's cores.
+        preparers: Workers that read and resize pictures; `auto`: half the cores.
+        ray_address: A running cluster, e.g. `auto`; null starts one on this machine, for this run only.
+        max_attempts: An edit that has ended its worker so often is given up as a failed row.
+    """
+
+    actors: Literal["auto"] | int = AUTO
+    batch_size: int = 8
+    device: Literal["auto", "cpu", "cuda"] = AUTO
+    gpus_per_actor: float = 1.0
+    threads_per_actor: Literal["auto"] | int = AUTO
+    preparers: Literal["auto"] | int = AUTO
+    ray_address: str | None = None
+    max_attempts: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("actors", "batch_size", "threads_per_actor", "preparers", "max_attempts"):
+            value = getattr(self, name)
+            if value != AUTO and value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1.")
+        if not 0 < self.gpus_per_actor <= 8:
+            raise ValueError(f"gpus_per_actor: got {self.gpus_per_actor}, expected 0 < gpus_per_actor <= 8.")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """MLflow.
+
+    Attributes:
+        enabled: Whether the run is logged.
+        uri: Tracking server or database; null: `mlflow.db` in the parent folder of `out`.
+        experiment: Its runs are compared with each other.
+        run_name: Null: editor and objective.
+        curves: Number of edits whose loss curves are logged step by step.
+        edits_gib: The edits are logged as artifacts, in order, until so many GiB are full; all stay under `out/edits`.
+    """
+
+    enabled: bool = True
+    uri: str | None = None
+    experiment: str = "odedit"
+    run_name: str | None = None
+    curves: int = 8
+    edits_gib: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in ("curves", "edits_gib"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 0.")
+
+
+@dataclass(frozen=True)
+class EditorChoice:
+    """A base editor and its settings: in YAML, `name` and the settings side by side."""
+
+    name: str
+    settings: Any
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **dataclasses.asdict(self.settings)}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run; see the sections.
+
+    Attributes:
+        seed: Every edit draws from this and its own id.
+        out: Folder of the results.
+    """
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    supervision: Supervision = field(default_factory=Supervision)
+    editor: EditorChoice = field(default_factory=lambda: _editor_choice({}, []))
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    stopping: Stopping = field(default_factory=Stopping)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    seed: int = 0
+    out: str = "out"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values of every setting, as YAML and JSON have them."""
+        values = {name: getattr(self, name) for name in _names()}
+        plain = {
+            name: value.to_dict() if isinstance(value, EditorChoice) else _plain(value)
+            for name, value in values.items()
+        }
+        return json.loads(json.dumps(plain))  # type: ignore[no-any-return]
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def _names() -> list[str]:
+    return [item.name for item in dataclasses.fields(RunConfig)]
+
+
+def _plain(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML, applies `key.sub=value` overrides, and checks everything.
+
+    Raises:
+        InputError: The file is missing or no YAML, or settings are wrong: one line for each.
+    """
+    values = {} if path is None else read_yaml(path)
+    for override in overrides:
+        _apply_override(values, override)
+    return from_dict(values)
+
+
+def from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """The run that a mapping as read from YAML describes. Raises InputError as `load` does."""
+    problems: list[str] = []
+    rest = {key: value for key, value in values.items() if key != "editor"}
+    accepted: dict[str, Any] = {"editor": _editor_choice(values.get("editor", {}), problems)}
+    try:
+        run = strict.build(RunConfig, rest)
+        accepted |= {name: getattr(run, name) for name in _names() if name != "editor"}
+        _check_family(run.backbone.family, problems)
+    except InputError as error:
+        problems.extend(str(error).splitlines())
+    strict.raise_problems(problems)
+    return RunConfig(**accepted)
+
+
+def _check_family(name: str, problems: list[str]) -> None:
+    if "." not in name and name not in backbones.names():
+        problems.append(f"backbone.family: {unknown_name('backbone', name, backbones.names())}")
+
+
+def _editor_choice(section: Any, problems: list[str]) -> EditorChoice:
+    if not isinstance(section, Mapping):
+        problems.append(f"editor: got {strict.show(section)}, expected a section with 'name' and the editor's settings.")
+        section = {}
+    name = section.get("name", "wise")
+    settings = {key: value for key, value in section.items() if key != "name"}
+    try:
+        config_class = editors.find(str(name)).Config
+        return EditorChoice(str(name), strict.build(config_class, settings, "editor"))
+    except InputError as error:
+        prefix = "" if str(error).startswith("editor.") else "editor.name: "
+        problems.extend(f"{prefix}{line}" for line in str(error).splitlines())
+    return EditorChoice(str(name), None)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers (`1e-3` is one), and a key given twice is an error rather than a silent choice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if str(key) in seen:
+                raise InputError(f"key {key!r} is given twice{key_node.start_mark}.".replace("\n", " "))
+            seen.add(str(key))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)|[-+]?\d+\.\d*|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises InputError if there is none."""
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InputError(f"{path}: the configuration cannot be read: {reason}.") from error
+    values = _parse(text, str(path))
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: got {strict.show(values)}, expected sections such as 'editor:' and 'data:'.")
+    return values
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InputError(f"{where}{place}: this is not valid YAML: {error.problem}.") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{where}: this is not valid YAML.") from error
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise InputError(f"{override!r}: expected key.sub=value, for example editor.max_steps=20.")
+    section = values
+    for depth, part in enumerate(parts[:-1]):
+        inner = section.setdefault(part, {})
+        if inner is None:
+            inner = section[part] = {}
+        if not isinstance(inner, dict):
+            raise InputError(f"{override!r}: {'.'.join(parts[: depth + 1])} is not a section.")
+        section = inner
+    section[parts[-1]] = _parse(text, repr(override))

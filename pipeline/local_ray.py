@@ -1,0 +1,151 @@
+"""A Ray for one run on this machine, or a connection to a cluster that is there already."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from odedit.errors import InputError
+from pipeline.config import BackboneConfig, PipelineConfig
+from pipeline.spec import Plan, check_fits, machine_cpus, machine_gpus, make_plan
+
+_OBJECT_STORE_BYTES = 2 * 2**30
+_LOOPBACK = "127.0.0.1"
+
+
+@contextmanager
+def connected(pipeline: PipelineConfig, backbone: BackboneConfig) -> Iterator[Plan]:
+    """Inside, Ray runs; yields how the work is spread over it.
+
+    Without an address, Ray is started here, for this process only, reachable from this machine only and with a secret that
+    nothing else knows; it ends with the block. A running cluster is left as it was.
+
+    Raises:
+        InputError: The cluster cannot be reached, or cannot hold what is asked for.
+    """
+    if pipeline.ray_address is None:
+        plan = make_plan(pipeline, backbone, machine_cpus(), machine_gpus())
+        with _environment(_local_environment() | _authentication()), _local(plan):
+            yield plan
+    else:
+        with _cluster(pipeline.ray_address):
+            yield _cluster_plan(pipeline, backbone)
+
+
+@contextmanager
+def _local(plan: Plan) -> Iterator[None]:
+    ray = _import_ray()
+    if ray.is_initialized():  # several runs in one process share it: the demo, the tests
+        yield
+        return
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(plan.num_cpus, machine_cpus()),
+            num_gpus=machine_gpus() if plan.device == "cuda" else 0,
+            include_dashboard=False,
+            _node_ip_address=_LOOPBACK,
+            object_store_memory=_object_store_bytes(),
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _cluster(address: str) -> Iterator[None]:
+    ray = _import_ray()
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"pipeline.ray_address: no Ray answers at {address!r} ({str(error).splitlines()[0]}). "
+            "Give a running cluster, or null to start Ray on this machine."
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()  # ends the connection, not the cluster
+
+
+def _cluster_plan(pipeline: PipelineConfig, backbone: BackboneConfig) -> Plan:
+    ray = _import_ray()
+    resources = ray.cluster_resources()
+    num_cpus, num_gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    plan = make_plan(pipeline, backbone, max(1, int(num_cpus)), num_gpus)
+    check_fits(plan, num_cpus, num_gpus)
+    return plan
+
+
+def _import_ray():  # type: ignore[no-untyped-def]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import ray
+        import ray.data
+        from ray._private import ray_constants
+    # Read from the environment when Ray is imported, which another part of the program may have done before.
+    ray_constants.ENABLE_RAY_CLUSTER = os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") != "0"
+    return ray
+
+
+def _local_environment() -> dict[str, str]:
+    """What Ray's own processes and the workers inherit."""
+    source = str(Path(__file__).resolve().parent.parent)
+    paths = [source, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
+        # On Linux, Ray would replace a loopback address by that of a network card, and listen on all of them.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_enable_metrics_collection": "0",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+def _authentication() -> dict[str, str]:
+    """A secret for this Ray alone. Said explicitly: unset, Ray 2.60 writes a token file that later clusters trip over."""
+    if "ray" in sys.modules:
+        # Ray reads its mode when it is imported; another one for the server than for this process would never connect.
+        from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+        if not is_token_auth_enabled():
+            return {"RAY_AUTH_MODE": "disabled"}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)}
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables for the processes started inside, and puts the old ones back."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _object_store_bytes() -> int:
+    """Room for a few groups on their way between the stages; never more than shared memory holds."""
+    wanted = min(_OBJECT_STORE_BYTES, psutil.virtual_memory().available // 5)
+    shared = Path("/dev/shm")
+    if sys.platform == "linux" and shared.exists():
+        wanted = min(wanted, int(psutil.disk_usage(str(shared)).free * 0.8))
+    return max(wanted, 80 * 2**20)

@@ -1,0 +1,123 @@
+"""The CPU stage: reads one group's pictures, resizes them for the model, and says what is wrong with a record.
+
+A picture that cannot be used makes its record a skipped row; nothing here ends a run.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from odedit.backbones import Processor, load_processor
+from odedit.edits import EditRequest, Picture, Probe
+from odedit.errors import InputError
+from odedit.images import ImageError
+from odedit.mmedit import RawRecord
+from odedit.supervision import build_request
+from pipeline import results, staging
+from pipeline.spec import Job
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A group on its way to the model.
+
+    Attributes:
+        group: Its number.
+        records: Records of the requests, in the same order.
+        requests: Edits with processed pictures, as plain fields that serialise without surprises.
+        rows: Finished rows of the records that are not edited.
+    """
+
+    group: int
+    records: tuple[RawRecord, ...]
+    requests: tuple[EditRequest, ...]
+    rows: tuple[results.Row, ...]
+
+
+class Preparer:
+    """Builds edit requests from staged records; holds the processor and the pool."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._processor = load_processor(job.config.backbone.family, job.config.backbone.checkpoint)
+        self._pool = staging.read_pool(job.workspace, job.sources)
+
+    def __call__(self, group: int) -> Prepared:
+        records = staging.read_group(self._job.workspace.records, group)
+        kept: list[RawRecord] = []
+        requests: list[EditRequest] = []
+        rows: list[results.Row] = []
+        shared: dict[str, Picture] = {}
+        for record in records:
+            made = self._request(record, shared)
+            if isinstance(made, EditRequest):
+                kept.append(record)
+                requests.append(made)
+            else:
+                rows.append(made)
+        return Prepared(group, tuple(kept), tuple(requests), tuple(rows))
+
+    def _request(self, record: RawRecord, shared: dict[str, Picture]) -> EditRequest | results.Row:
+        """The edit, or the row that says why there is none."""
+        config = self._job.config
+        if record.problem:
+            return results.base_row(record, config, results.SKIPPED, located(record, record.problem))
+        try:
+            request = build_request(record, self._job.sources.reader, config.supervision, self._pool)
+            return process(request, self._processor, shared)
+        except ImageError as error:
+            return results.base_row(record, config, results.SKIPPED, located(record, str(error)))
+        except InputError as error:
+            return results.base_row(record, config, results.FAILED, str(error))
+        except Exception as error:
+            # Whatever a record's data can provoke must cost this record only.
+            write_traceback(self._job, record.edit_id)
+            return results.base_row(record, config, results.FAILED, located(record, one_sentence(error)))
+
+    def requests(self, records: Sequence[RawRecord]) -> list[EditRequest]:
+        """Edits of those records that can be used."""
+        shared: dict[str, Picture] = {}
+        made = [self._request(record, shared) for record in records]
+        return [request for request in made if isinstance(request, EditRequest)]
+
+
+def process(request: EditRequest, processor: Processor, shared: dict[str, Picture]) -> EditRequest:
+    """The request with each distinct picture as the model takes it; equal pictures are one object."""
+
+    def processed(probe: Probe) -> Probe:
+        if probe.picture is None:
+            return probe
+        key = probe.picture.key
+        if key not in shared:
+            shared[key] = processor.process(probe.picture)
+        return replace(probe, picture=shared[key])
+
+    def each(probes: Mapping[str, Probe]) -> dict[str, Probe]:
+        return {name: processed(probe) for name, probe in probes.items()}
+
+    return replace(
+        request,
+        edit=processed(request.edit),
+        supervision=each(request.supervision),
+        probes=each(request.probes),
+        meta=dict(request.meta),
+    )
+
+
+def located(record: RawRecord, problem: str) -> str:
+    return f"{record.file}, record {record.index}: {problem}"
+
+
+def one_sentence(error: BaseException) -> str:
+    """An exception on one line, its kind included unless it is one of ours."""
+    text = " ".join(str(error).split())[:300] or "no further explanation"
+    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
+
+
+def write_traceback(job: Job, name: str) -> None:
+    """Keeps the whole story of an unexpected error for a developer; the row has its one sentence."""
+    folder = job.workspace.out / "errors"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.txt").write_text(traceback.format_exc(), encoding="utf-8")

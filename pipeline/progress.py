@@ -1,0 +1,104 @@
+"""What a run says while it works, on standard error: one live line on a terminal, a log line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from odedit.metrics import MAIN
+from pipeline.results import FAILED, OK, Row
+
+_LOG_EVERY_S = 10.0
+
+
+class Progress:
+    """Counts finished edits and keeps running means of the five metrics.
+
+    Args:
+        console: Standard error.
+        total: Edits in the whole run.
+        done: Edits that an earlier run finished; they count as done, not for the speed.
+    """
+
+    def __init__(self, console: Console, total: int, done: int = 0) -> None:
+        self._console = console
+        self._total = total
+        self._done = self._before = done
+        self._failed = 0
+        self._sums = dict.fromkeys(MAIN, 0.0)
+        self._counts = dict.fromkeys(MAIN, 0)
+        self._started = time.monotonic()
+        self._first: float | None = None
+        self._first_done = done
+        self._last_logged = self._started
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> Progress:
+        if self._live is not None:
+            self._live.start()
+            self._live.update(Text(f"0/{self._total} edits, starting workers"))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+        self._console.print(self.line(), highlight=False, soft_wrap=True)
+
+    def observe(self, rows: Iterable[Row], num_edits: int) -> None:
+        """Adds the rows of a finished group, which had so many edits."""
+        self.include(rows)
+        self._done += num_edits
+        now = time.monotonic()
+        if self._first is None:
+            # Starting the workers is no part of the speed.
+            self._first, self._first_done = now, self._done
+        if self._live is not None:
+            self._live.update(Text(self.line()))
+        elif now - self._last_logged >= _LOG_EVERY_S:
+            self._last_logged = now
+            self._console.print(self.line(), highlight=False, soft_wrap=True)
+
+    def include(self, rows: Iterable[Row]) -> None:
+        """Takes rows into the means without counting their edits: those of an earlier run are counted already."""
+        for row in rows:
+            self._failed += row["status"] == FAILED
+            for metric in MAIN if row["status"] == OK else ():
+                if isinstance(row.get(metric), float):
+                    self._sums[metric] += row[metric]
+                    self._counts[metric] += 1
+
+    def line(self) -> str:
+        """`24/48 edits (1 failed)  rel .981  t_gen ...  2.1 edits/s  12 s left`."""
+        means = "  ".join(
+            f"{metric} {self._sums[metric] / self._counts[metric]:.3f}" for metric in MAIN if self._counts[metric]
+        )
+        failed = f" ({self._failed} failed)" if self._failed else ""
+        pieces = [f"{self._done}/{self._total} edits{failed}", means, self._speed()]
+        return "  ".join(piece for piece in pieces if piece)
+
+    def _speed(self) -> str:
+        if self._first is None:
+            return ""
+        now, done = time.monotonic(), self._done - self._first_done
+        # With a single group there is nothing but the time since the start.
+        since, done = (self._first, done) if done else (self._started, self._done - self._before)
+        rate = done / max(now - since, 1e-6)
+        if done <= 0:
+            return ""
+        left = max(self._total - self._done, 0) / rate
+        return f"{rate:.2f} edits/s" + (f"  {_duration(left)} left" if left else "")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,215 @@
+"""Results for people: tables on the terminal, a picture, and one self-contained HTML file."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from odedit.metrics import MAIN, PairedDifference, estimate, paired
+from pipeline import results
+from pipeline.workspace import Workspace, write_atomically, write_text
+
+LABELS = {
+    "rel": "reliability",
+    "t_gen": "text generality",
+    "m_gen": "image generality",
+    "t_loc": "text locality",
+    "m_loc": "image locality",
+}
+_COLUMNS = ("edit_id", "status", "error", "prompt", "target", "answer_before", "answer_after", *MAIN, "seconds", "stop_reason")
+_MAX_PROBLEMS, _MAX_EDITS = 100, 20
+# Two hues that stay apart for colour-blind readers and in print, then further ones for further arms.
+_COLOURS = ("#9aa5b1", "#0b6bcb", "#d97706", "#7c3aed")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of a comparison: a finished run under a short name."""
+
+    name: str
+    workspace: Workspace
+    summary: Mapping[str, Any]
+
+    def rows(self) -> dict[str, results.Row]:
+        """Rows of the edits that worked, by edit id."""
+        every = results.read_rows(results.parts(self.workspace), _COLUMNS)
+        return {row["edit_id"]: row for row in every if row["status"] == results.OK}
+
+
+def figure(values: Mapping[str, Any], digits: int = 3) -> str:
+    """`0.913 [0.880, 0.946]`: a mean and its interval."""
+    return f"{values['mean']:.{digits}f} [{values['low']:.{digits}f}, {values['high']:.{digits}f}]"
+
+
+def summary_table(summary: Mapping[str, Any], title: str) -> Table:
+    """The five metrics of one run."""
+    table = Table(title=title, title_justify="left", caption=counts(summary), caption_justify="left")
+    for name, justify in (("metric", "left"), ("mean [95% interval]", "right"), ("n", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for metric in (*MAIN, "seconds"):
+        values = summary["metrics"].get(metric)
+        if values is not None:
+            name = "seconds per edit" if metric == "seconds" else f"{metric}  {LABELS[metric]}"
+            table.add_row(name, figure(values), str(values["n"]))
+    return table
+
+
+def counts(summary: Mapping[str, Any]) -> str:
+    return f"{summary['n']} edits, {summary['failed']} failed, {summary['skipped']} skipped"
+
+
+def compare(first: Arm, second: Arm) -> tuple[list[dict[str, Any]], int]:
+    """Second minus first, over the edits that both have: one entry per metric and one for seconds, and their number."""
+    a, b = first.rows(), second.rows()
+    shared = sorted(a.keys() & b.keys())
+    differences: dict[str, PairedDifference] = paired(a, b)
+    entries = []
+    for metric in (*MAIN, "seconds"):
+        pairs = [(a[key][metric], b[key][metric]) for key in shared if a[key].get(metric) is not None]
+        pairs = [pair for pair in pairs if pair[1] is not None]
+        if not pairs:
+            continue
+        sides = [estimate([float(pair[side]) for pair in pairs]) for side in (0, 1)]
+        found = differences.get(metric)
+        change = estimate([float(y) - float(x) for x, y in pairs])
+        entries.append({
+            "metric": metric,
+            "label": LABELS.get(metric, "seconds per edit"),
+            "first": vars(sides[0]),
+            "second": vars(sides[1]),
+            "difference": {"mean": change.mean, "low": change.low, "high": change.high},
+            "p": found.p if found is not None else None,
+            "n": len(pairs),
+        })  # fmt: skip
+    return entries, len(shared)
+
+
+def comparison_table(first: Arm, second: Arm) -> Table:
+    """Two runs side by side, with a paired t-test of each metric."""
+    entries, shared = compare(first, second)
+    table = Table(
+        title=f"{first.name} against {second.name}: {shared} edits that both have",
+        title_justify="left",
+        caption="Means with 95% confidence intervals; difference = second - first on the same edits; p: paired t-test.",
+        caption_justify="left",
+    )
+    table.add_column("metric")
+    for name in (first.name, second.name, "difference", "p", "n"):
+        table.add_column(name, justify="right")
+    for entry in entries:
+        row = [figure(entry[side]) for side in ("first", "second")] + [_signed(entry["difference"]), p_value(entry["p"])]
+        name = entry["label"] if entry["metric"] == "seconds" else f"{entry['metric']}  {entry['label']}"
+        table.add_row(name, *row, str(entry["n"]), style="bold" if _is_clear(entry) else None)
+    return table
+
+
+def _signed(values: Mapping[str, float]) -> str:
+    return f"{values['mean']:+.3f} [{values['low']:+.3f}, {values['high']:+.3f}]"
+
+
+def p_value(p: float | None) -> str:
+    if p is None or p != p:
+        return "-"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _is_clear(entry: Mapping[str, Any]) -> bool:
+    return entry["metric"] != "seconds" and entry["p"] is not None and entry["p"] < 0.05
+
+
+def draw(arms: Sequence[Arm]) -> bytes:
+    """A PNG: each metric's mean with its 95% interval, one bar per arm."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(8.6, 3.8), layout="constrained")
+    FigureCanvasAgg(picture)
+    axes = picture.subplots()
+    width = 0.8 / len(arms)
+    for index, arm in enumerate(arms):
+        for place, metric in enumerate(MAIN):
+            values = arm.summary["metrics"].get(metric)
+            if values is None:
+                continue
+            x = place + (index - (len(arms) - 1) / 2) * width
+            mean = values["mean"]
+            # The interval of a share may reach beyond 1, which means nothing.
+            low, high = max(values["low"], 0.0), min(values["high"], 1.0)
+            label = f"{arm.name} (n = {arm.summary['n']})" if place == 0 else None
+            axes.bar(x, mean, width * 0.92, color=_COLOURS[index % len(_COLOURS)], label=label, zorder=2)
+            error = [[max(mean - low, 0.0)], [max(high - mean, 0.0)]]
+            axes.errorbar(x, mean, yerr=error, fmt="none", ecolor="#1f2933", elinewidth=1.2, capsize=3, zorder=3)
+            axes.text(x, 0.02, f"{mean:.3f}", ha="center", va="bottom", fontsize=8, color="white", zorder=4)
+    axes.set_xticks(range(len(MAIN)), [f"{metric}\n{LABELS[metric]}" for metric in MAIN])
+    axes.set_ylim(0, 1.02)
+    axes.set_ylabel("mean, 95% interval")
+    axes.grid(axis="y", color="#e4e7eb", zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    # Outside, because bars near 1 leave no room inside.
+    picture.legend(loc="outside upper center", ncols=len(arms), frameon=False)
+    buffer = io.BytesIO()
+    picture.savefig(buffer, format="png", dpi=140)
+    return buffer.getvalue()
+
+
+def write_run_report(workspace: Workspace, summary: Mapping[str, Any]) -> Path:
+    """`report.html` of one run."""
+    arm = Arm(f"{summary['editor']}, {summary['objective']} objective", workspace, summary)
+    return _write(workspace.out / "report.html", [arm])
+
+
+def write_comparison(folder: Path, arms: Sequence[Arm]) -> Path:
+    """`comparison.png` and `report.html` of several runs, the first one the baseline."""
+    image = draw(arms)
+    write_atomically(folder / "comparison.png", lambda temporary: temporary.write_bytes(image))
+    return _write(folder / "report.html", arms)
+
+
+def _write(path: Path, arms: Sequence[Arm]) -> Path:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("pipeline"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"figure": figure, "signed": _signed, "p_value": p_value}
+    comparisons = [
+        {"first": arms[0], "second": arm, "entries": entries, "shared": shared}
+        for arm in arms[1:]
+        for entries, shared in [compare(arms[0], arm)]
+    ]
+    text = environment.get_template("report.html.j2").render(
+        title=" against ".join(arm.name for arm in arms),
+        arms=[_arm_view(arm) for arm in arms],
+        comparisons=comparisons,
+        metrics=MAIN,
+        labels=LABELS,
+        image=base64.b64encode(draw(arms)).decode(),
+    )
+    write_text(path, text)
+    return path
+
+
+def _arm_view(arm: Arm) -> dict[str, Any]:
+    rows = list(islice(_rows(arm, worked=True), _MAX_EDITS))
+    return {
+        "name": arm.name,
+        "summary": arm.summary,
+        "counts": counts(arm.summary),
+        "edits": rows,
+        "problems": list(islice(_rows(arm, worked=False), _MAX_PROBLEMS)),
+        "config": arm.workspace.config.read_text(encoding="utf-8") if arm.workspace.config.exists() else "",
+    }
+
+
+def _rows(arm: Arm, *, worked: bool) -> Any:
+    every = results.read_rows(results.parts(arm.workspace), _COLUMNS)
+    return (
+        {name: row.get(name) for name in _COLUMNS} for row in every if (row["status"] == results.OK) == worked
+    )

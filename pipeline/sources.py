@@ -1,0 +1,109 @@
+"""Where a run's records and pictures are; the embedded benchmark is written to disk when a run asks for it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from odedit import world
+from odedit.images import ImageReader
+from odedit.locations import locate
+from pipeline.config import DataConfig
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Absolute paths and addresses, so that workers find them from wherever they run."""
+
+    path: str
+    image_root: str | None
+    rephrase_root: str | None
+    pool: str | None
+    max_pixels: int
+    max_bytes: int
+
+    @cached_property
+    def reader(self) -> ImageReader:
+        """Opens the pictures of the records."""
+        return self._reader_of(self.path)
+
+    @cached_property
+    def pool_reader(self) -> ImageReader:
+        """Opens the pictures of the pool."""
+        return self._reader_of(self.pool or self.path)
+
+    def _reader_of(self, path: str) -> ImageReader:
+        return ImageReader.for_records(
+            path, self.image_root, self.rephrase_root, max_pixels=self.max_pixels, max_bytes=self.max_bytes
+        )
+
+    def identity(self) -> dict[str, str]:
+        """What tells whether the inputs are still the same files."""
+        files = {"data.path": self.path, "data.pool": self.pool}
+        return {name: _identity(path, name) for name, path in files.items() if path is not None}
+
+
+def resolve(data: DataConfig, out: Path) -> Sources:
+    """Finds the inputs, writing the embedded benchmark beside `out` if it is asked for and not there yet."""
+    if data.split is None:
+        return Sources(
+            path=_absolute(data.path),
+            image_root=_absolute(data.image_root) if data.image_root else None,
+            rephrase_root=_absolute(data.rephrase_root) if data.rephrase_root else None,
+            pool=_absolute(data.pool) if data.pool else None,
+            max_pixels=data.max_pixels,
+            max_bytes=data.max_bytes,
+        )
+    folder = embedded_folder(out.parent)
+    build_embedded(folder)
+    return Sources(
+        path=str(folder / f"{data.split}.json"),
+        image_root=str(folder / "images"),
+        rephrase_root=str(folder / "images_rephrase"),
+        pool=_absolute(data.pool) if data.pool else str(folder / "train.json"),
+        max_pixels=data.max_pixels,
+        max_bytes=data.max_bytes,
+    )
+
+
+def embedded_folder(parent: Path) -> Path:
+    """Where the benchmark lies; another version of the code that draws it has another folder."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(world.__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return parent / f"world-{digest.hexdigest()[:8]}"
+
+
+def build_embedded(folder: Path) -> None:
+    """Writes the benchmark unless it is there; two runs that start at once do not disturb each other."""
+    if folder.is_dir():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        world.build(temporary)
+        temporary.chmod(0o755)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another run was faster, with the same content
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _absolute(text: str) -> str:
+    return text if "://" in text else os.path.abspath(os.path.expanduser(text))
+
+
+def _identity(path: str, setting: str) -> str:
+    location = locate(path, setting)
+    info = location.info()
+    if location.is_local and info.type.name == "Directory":
+        info = location.child("pack.json").info()
+    return f"{path} ({info.size} bytes, modified {info.mtime_ns})"

@@ -1,0 +1,117 @@
+"""What a worker is told, and how the work is spread over the machine or cluster."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from odedit import world
+from odedit.errors import InputError
+from pipeline.config import AUTO, EMBEDDED, BackboneConfig, PipelineConfig, RunConfig
+from pipeline.sources import Sources
+from pipeline.workspace import Workspace
+
+CPUS_PER_THREAD = 0.75
+"""What an actor asks of Ray for each of its threads: the rest is left to the workers that prepare pictures."""
+CPUS_PER_PREPARER = 0.25
+SMALL_MODEL_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a worker needs besides the group it is handed; paths are absolute."""
+
+    config: RunConfig
+    sources: Sources
+    workspace: Workspace
+    device: str = "cpu"
+    num_threads: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many workers of each kind, and what each of them takes."""
+
+    device: str
+    num_actors: int
+    threads_per_actor: int
+    gpus_per_actor: float
+    num_preparers: int
+
+    @property
+    def cpus_per_actor(self) -> float:
+        return CPUS_PER_THREAD * self.threads_per_actor
+
+    @property
+    def num_cpus(self) -> int:
+        """Cores in Ray's accounts that this plan needs."""
+        return math.ceil(self.num_actors * self.cpus_per_actor + self.num_preparers * CPUS_PER_PREPARER)
+
+    def __str__(self) -> str:
+        actors = f"{self.num_actors} actor{'s' * (self.num_actors != 1)} on {self.device}"
+        threads = f" with {self.threads_per_actor} thread{'s' * (self.threads_per_actor != 1)} each"
+        preparers = f"{self.num_preparers} worker{'s' * (self.num_preparers != 1)} preparing pictures"
+        return f"{actors}{threads if self.device == 'cpu' else ''}, {preparers}"
+
+
+def make_plan(pipeline: PipelineConfig, backbone: BackboneConfig, num_cpus: int, num_gpus: float) -> Plan:
+    """Spreads a run over so many cores and GPUs.
+
+    Raises:
+        InputError: A GPU is asked for and there is none.
+    """
+    if pipeline.device == "cuda" and not num_gpus:
+        raise InputError("pipeline.device: got 'cuda', but no GPU is to be seen. Use 'auto' or 'cpu'.")
+    on_gpu = pipeline.device != "cpu" and num_gpus > 0
+    is_small = weights_bytes(backbone) < SMALL_MODEL_BYTES
+    if on_gpu:
+        auto_actors, auto_threads = max(1, int(num_gpus / pipeline.gpus_per_actor)), 1
+    elif is_small:
+        # One thread each: small products gain nothing from more, and the results do not depend on the number of cores.
+        auto_actors, auto_threads = num_cpus, 1
+    else:
+        auto_actors, auto_threads = 1, num_cpus
+    return Plan(
+        device="cuda" if on_gpu else "cpu",
+        num_actors=auto_actors if pipeline.actors == AUTO else int(pipeline.actors),
+        threads_per_actor=auto_threads if pipeline.threads_per_actor == AUTO else int(pipeline.threads_per_actor),
+        gpus_per_actor=pipeline.gpus_per_actor if on_gpu else 0.0,
+        num_preparers=max(1, num_cpus // 2) if pipeline.preparers == AUTO else int(pipeline.preparers),
+    )
+
+
+def check_fits(plan: Plan, num_cpus: float, num_gpus: float) -> None:
+    """Raises InputError if a running cluster can never hold the plan: Ray would wait for it without a word."""
+    if plan.gpus_per_actor * plan.num_actors > num_gpus + 1e-6 and plan.gpus_per_actor:
+        raise InputError(
+            f"pipeline.actors: {plan.num_actors} actors of {plan.gpus_per_actor} GPU each were asked for, "
+            f"the cluster has {num_gpus:g}. Ask for fewer, or lower pipeline.gpus_per_actor."
+        )
+    if plan.num_cpus > num_cpus:
+        raise InputError(
+            f"pipeline.actors: {plan} need {plan.num_cpus} cores, the cluster has {num_cpus:g}. Ask for fewer."
+        )
+
+
+def machine_cpus() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def machine_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def weights_bytes(backbone: BackboneConfig) -> int:
+    """Size of a local checkpoint's weight files; a hub id counts as large."""
+    if backbone.checkpoint == EMBEDDED:
+        path = world.CHECKPOINTS / backbone.family
+    else:
+        path = Path(backbone.checkpoint).expanduser()
+    if not path.is_dir():
+        return SMALL_MODEL_BYTES
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))

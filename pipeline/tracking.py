@@ -1,0 +1,260 @@
+"""MLflow, and the only file that knows it.
+
+Everything is logged by the driver, in few large calls: many workers writing one row each would queue for the database.
+One run of the pipeline is one MLflow run; resuming continues it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from odedit.errors import InputError
+from odedit.metrics import MAIN
+from pipeline import results
+from pipeline.config import RunConfig, TrackingConfig
+from pipeline.workspace import Workspace
+
+METRICS_PER_CALL = 1000
+_TABLE_COLUMNS = ("edit_id", "status", "error", "prompt", "target", "answer_before", "answer_after", *MAIN, "steps", "seconds")
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+class TrackingError(RuntimeError):
+    """MLflow could not be written to; the results themselves are complete on disk."""
+
+
+def store_uri(tracking: TrackingConfig, out: Path) -> str:
+    """Address of the store: the configured one, or a database in the parent folder of `out`."""
+    return tracking.uri or f"sqlite:///{(out.parent / 'mlflow.db').as_posix()}"
+
+
+def masked(text: str) -> str:
+    """The text without user names and passwords in its addresses.
+
+    >>> masked("https://me:secret@mlflow.example/api")
+    'https://***@mlflow.example/api'
+    """
+    return _CREDENTIALS.sub("***@", text)
+
+
+def masked_values(value: Any) -> Any:
+    """`masked` for every text inside nested lists and mappings."""
+    if isinstance(value, str):
+        return masked(value)
+    if isinstance(value, Mapping):
+        return {key: masked_values(item) for key, item in value.items()}
+    return [masked_values(item) for item in value] if isinstance(value, list) else value
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings with dotted names.
+
+    >>> flatten({"editor": {"name": "wise"}, "seed": 0})
+    {'editor.name': 'wise', 'seed': 0}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def open_command(uri: str) -> str:
+    """What a user types to look at the store."""
+    return f"open {masked(uri)}" if uri.startswith("http") else f"mlflow ui --backend-store-uri {masked(uri)}"
+
+
+def _client(uri: str) -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # A wrong address should fail in seconds.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from mlflow import MlflowClient
+
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+    except Exception as error:
+        raise InputError(f"tracking.uri: {masked(uri)!r} cannot be used ({_sentence(error)}).") from error
+    return client
+
+
+def _sentence(error: BaseException) -> str:
+    return masked((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """One MLflow run."""
+
+    client: Any
+    uri: str
+    run_id: str
+    is_new: bool
+
+    @classmethod
+    def start(
+        cls, config: RunConfig, workspace: Workspace, run_id: str | None, code: str, dataset: Mapping[str, Any]
+    ) -> Tracker:
+        """Continues the run of that id, or creates one with its parameters and data set.
+
+        Raises:
+            InputError: The store cannot be reached.
+        """
+        uri = store_uri(config.tracking, workspace.out)
+        client = _client(uri)
+        if run_id is not None and _exists(client, run_id):
+            client.update_run(run_id, status="RUNNING")
+            return cls(client, uri, run_id, is_new=False)
+        name = config.tracking.run_name or f"{config.editor.name}-{config.objective.name}"
+        experiment = _experiment(client, uri, config.tracking.experiment)
+        run = client.create_run(experiment, run_name=name, tags=_tags(config, code))
+        tracker = cls(client, uri, run.info.run_id, is_new=True)
+        tracker._log_settings(config, dataset)
+        return tracker
+
+    def _log_settings(self, config: RunConfig, dataset: Mapping[str, Any]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+
+        flat = flatten(masked_values(config.to_dict()))
+        self.client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in flat.items()])
+        entity = Dataset(
+            name=Path(str(dataset["path"])).name[:490],
+            digest=str(dataset["digest"])[:36],
+            source_type="local",
+            source=json.dumps({"uri": masked(str(dataset["path"]))}),
+            profile=json.dumps({"usable": dataset["usable"], "problems": dataset["problems"]}),
+        )
+        tag = InputTag(key="mlflow.data.context", value="evaluation")
+        self.client.log_inputs(self.run_id, datasets=[DatasetInput(dataset=entity, tags=[tag])])
+
+    def log_results(self, config: RunConfig, workspace: Workspace, summary: Mapping[str, Any]) -> None:
+        """Metrics and intervals, loss curves of a sample, tables, files.
+
+        Raises:
+            TrackingError: The store refused; calling again is safe.
+        """
+        try:
+            self._log_metrics(summary)
+            self._log_curves(workspace, config.tracking.curves)
+            self._log_tables(workspace)
+            for path in (workspace.config, workspace.summary, workspace.calibration, workspace.out / "report.html"):
+                if path.exists():
+                    self.client.log_artifact(self.run_id, str(path))
+            self.client.log_artifacts(self.run_id, str(workspace.results), "results")
+            logged, left_out = self._log_edits(workspace, config.tracking.edits_gib)
+            self.client.set_tag(self.run_id, "odedit.edits_logged", str(logged))
+            self.client.set_tag(self.run_id, "odedit.edits_left_out", str(left_out))
+        except Exception as error:
+            raise TrackingError(
+                f"MLflow at {masked(self.uri)} could not be written to ({_sentence(error)}). The results are complete in "
+                f"{workspace.out}; the same command logs them once it can."
+            ) from error
+
+    def _log_metrics(self, summary: Mapping[str, Any]) -> None:
+        values: dict[str, float] = {name: float(summary[name]) for name in ("n", "failed", "skipped")}
+        for name, figure in summary["metrics"].items():
+            values |= {name: figure["mean"], f"{name}_low": figure["low"], f"{name}_high": figure["high"]}
+        self._log_batches((name, value, 0) for name, value in values.items())
+
+    def _log_curves(self, workspace: Workspace, num_edits: int) -> None:
+        columns = ("edit_id", "status", "losses")
+        edited = (row for row in results.read_rows(results.parts(workspace), columns) if row.get("losses"))
+        self._log_batches(
+            (f"curves/{row['edit_id']}/{name}", value, step)
+            for row in islice(edited, num_edits)
+            for name, values in row["losses"].items()
+            for step, value in enumerate(values)
+        )
+
+    def _log_batches(self, points: Iterator[tuple[str, float, int]]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        while chunk := [Metric(name, value, now, step) for name, value, step in islice(points, METRICS_PER_CALL)]:
+            self.client.log_batch(self.run_id, metrics=chunk)
+
+    def _log_tables(self, workspace: Workspace) -> None:
+        rows = list(islice(results.read_rows(results.parts(workspace), _TABLE_COLUMNS), METRICS_PER_CALL))
+        table = {name: [row.get(name) for row in rows] for name in _TABLE_COLUMNS}
+        # log_table adds to a table that is there, so the file is written whole instead; the format is the same.
+        data = {"columns": list(table), "data": [list(values) for values in zip(*table.values(), strict=True)]}
+        self.client.log_dict(self.run_id, data, "edits_table.json")
+
+    def _log_edits(self, workspace: Workspace, max_gib: float) -> tuple[int, int]:
+        room, logged = max_gib * 2**30, 0
+        files = sorted(workspace.edits.glob("*.safetensors"))
+        for file in files:
+            room -= file.stat().st_size
+            if room < 0:
+                break
+            self.client.log_artifact(self.run_id, str(file), "edits")
+            logged += 1
+        return logged, len(files) - logged
+
+    def finish(self, status: str) -> None:
+        """Closes the run as FINISHED, FAILED or KILLED; a store that is gone by now changes nothing for the results."""
+        try:
+            self.client.set_terminated(self.run_id, status=status)
+        except Exception as error:
+            logging.getLogger(__name__).warning("MLflow run %s could not be closed: %s", self.run_id, _sentence(error))
+
+
+def fetch_edit(uri: str, run_id: str, edit_id: str, folder: Path) -> Path:
+    """Downloads an edit that a run logged; returns the file.
+
+    Raises:
+        InputError: There is no such run or edit.
+    """
+    client = _client(uri)
+    try:
+        return Path(client.download_artifacts(run_id, f"edits/{edit_id}.safetensors", str(folder)))
+    except Exception as error:
+        raise InputError(f"edit {edit_id!r} of run {run_id!r} cannot be fetched: {_sentence(error)}") from error
+
+
+def _exists(client: Any, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException:
+        return False
+
+
+def _experiment(client: Any, uri: str, name: str) -> str:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        if experiment.lifecycle_stage != "active":
+            raise InputError(f"tracking.experiment: {name!r} was deleted in MLflow. Restore it or choose another name.")
+        return str(experiment.experiment_id)
+    location = None
+    if uri.startswith("sqlite:///"):
+        # MLflow's default would be the working directory of whoever logs first.
+        location = (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
+    return str(client.create_experiment(name, artifact_location=location))
+
+
+def _tags(config: RunConfig, code: str) -> dict[str, str]:
+    return {
+        "odedit.version": code,
+        "odedit.editor": config.editor.name,
+        "odedit.objective": config.objective.name,
+        "odedit.backbone": f"{config.backbone.family}:{config.backbone.checkpoint}",
+        "odedit.supervision": results.supervision_name(config),
+    }
