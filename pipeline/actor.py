@@ -1,7 +1,7 @@
 """The stateful worker: holds the model, edits one group at a time, and writes what comes of it.
 
-It is the durable sink. A group's result file appears at once and whole, after the files of its edits, so what is there is
-finished and what is not is done again, with the same outcome.
+It is the durable sink. A group's result file appears at once and whole, after the files of its edits, so what is there
+is finished and what is not is done again, with the same outcome.
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ class EditActor:
             rows = sorted([*prepared.rows, *self._rows(prepared)], key=lambda row: int(row["index"]))
             results.write_part(part, rows)
             self._ledger(prepared.group).close()
-        return [{name: row.get(name) for name in results.PROGRESS_COLUMNS}
-            for row in results.read_rows([part], results.PROGRESS_COLUMNS)]
+        return [
+            {name: row.get(name) for name in results.PROGRESS_COLUMNS}
+            for row in results.read_rows([part], results.PROGRESS_COLUMNS)
+        ]
 
     def _ledger(self, group: int) -> Ledger:
         path = self._job.workspace.attempts / f"group-{group:06d}.json"
@@ -84,7 +86,9 @@ class EditActor:
     def _edit_alone(self, record: RawRecord, request: EditRequest, ledger: Ledger) -> results.Row:
         if not ledger.begin_single(record.edit_id):
             tries = ledger.attempts(record.edit_id)
-            message = f"given up: its worker died in each of {tries} attempts (out of memory, or a crash in native code)."
+            message = (
+                f"given up: its worker died in each of {tries} attempts (out of memory, or a crash in native code)."
+            )
             return results.base_row(record, self._job.config, results.FAILED, located(record, message))
         try:
             return self._edit_within_memory([record], [request])[0]
@@ -95,9 +99,7 @@ class EditActor:
         finally:
             ledger.end_single(record.edit_id)
 
-    def _edit_within_memory(
-        self, records: Sequence[RawRecord], requests: Sequence[EditRequest]
-    ) -> list[results.Row]:
+    def _edit_within_memory(self, records: Sequence[RawRecord], requests: Sequence[EditRequest]) -> list[results.Row]:
         """Edits together, or in halves where memory does not suffice."""
         try:
             return self._edit(records, requests)

@@ -1,7 +1,7 @@
 """What a run is: one YAML, checked strictly, as one frozen `RunConfig`.
 
-Settings of the method (editor, objective, supervision, stopping) are the dataclasses that live beside their classes; what
-this file adds is where the records are and how the work is spread. A YAML holds only what differs from the defaults.
+Settings of the method (editor, objective, supervision, stopping) are the dataclasses that live beside their classes;
+what this file adds is where the records are and how the work is spread. A YAML holds only what differs from the defaults.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipeline import strict
 
 EMBEDDED = "embedded"
 SPLITS = ("train", "validation", "evaluation")
-AUTO = "auto"
+AUTO: Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class RunConfig:
             name: value.to_dict() if isinstance(value, EditorChoice) else _plain(value)
             for name, value in values.items()
         }
-        return json.loads(json.dumps(plain))  # type: ignore[no-any-return]
+        return json.loads(json.dumps(plain))
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
@@ -237,7 +237,9 @@ def _check_family(name: str, problems: list[str]) -> None:
 
 def _editor_choice(section: Any, problems: list[str]) -> EditorChoice:
     if not isinstance(section, Mapping):
-        problems.append(f"editor: got {strict.show(section)}, expected a section with 'name' and the editor's settings.")
+        problems.append(
+            f"editor: got {strict.show(section)}, expected a section with 'name' and the editor's settings."
+        )
         section = {}
     name = section.get("name", "wise")
     settings = {key: value for key, value in section.items() if key != "name"}
@@ -256,7 +258,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if str(key) in seen:
                 raise InputError(f"key {key!r} is given twice{key_node.start_mark}.".replace("\n", " "))
             seen.add(str(key))

@@ -33,9 +33,7 @@ def run_graph(job: Job, plan: Plan, groups: Sequence[int]) -> Iterator[tuple[int
         GraphError: A worker cannot start, or Ray gave up.
     """
     _quiet()
-    # A small actor pool never needs more members than there are groups.
-    num_actors = min(plan.num_actors, len(groups))
-    num_preparers = min(plan.num_preparers, len(groups))
+    num_actors, num_preparers = (min(number, len(groups)) for number in (plan.num_actors, plan.num_preparers))
     reports = (
         ray.data.from_items([{"group": group} for group in groups], override_num_blocks=len(groups))
         .map_batches(

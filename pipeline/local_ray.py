@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -22,22 +23,38 @@ _LOOPBACK = "127.0.0.1"
 
 
 @contextmanager
-def connected(pipeline: PipelineConfig, backbone: BackboneConfig) -> Iterator[Plan]:
+def connected(pipeline: PipelineConfig, backbone: BackboneConfig, num_groups: int) -> Iterator[Plan]:
     """Inside, Ray runs; yields how the work is spread over it.
 
-    Without an address, Ray is started here, for this process only, reachable from this machine only and with a secret that
-    nothing else knows; it ends with the block. A running cluster is left as it was.
+    Without an address, Ray is started here, for this process only, reachable from this machine only and with a secret
+    that nothing else knows; it ends with the block. A running cluster is left as it was.
 
     Raises:
         InputError: The cluster cannot be reached, or cannot hold what is asked for.
     """
     if pipeline.ray_address is None:
-        plan = make_plan(pipeline, backbone, machine_cpus(), machine_gpus())
+        plan = make_plan(pipeline, backbone, machine_cpus(), machine_gpus(), num_groups)
         with _environment(_local_environment() | _authentication()), _local(plan):
             yield plan
     else:
         with _cluster(pipeline.ray_address):
-            yield _cluster_plan(pipeline, backbone)
+            yield _cluster_plan(pipeline, backbone, num_groups)
+
+
+_keep_running = False
+
+
+@contextmanager
+def shared() -> Iterator[None]:
+    """Inside, runs on this machine share one Ray, which the first of them starts and the end of the block stops."""
+    global _keep_running
+    before, _keep_running = _keep_running, True
+    try:
+        yield
+    finally:
+        _keep_running = before
+        if "ray" in sys.modules and not before:
+            sys.modules["ray"].shutdown()
 
 
 @contextmanager
@@ -59,7 +76,8 @@ def _local(plan: Plan) -> Iterator[None]:
         )
         yield
     finally:
-        ray.shutdown()
+        if not _keep_running:
+            ray.shutdown()
 
 
 @contextmanager
@@ -78,16 +96,16 @@ def _cluster(address: str) -> Iterator[None]:
         ray.shutdown()  # ends the connection, not the cluster
 
 
-def _cluster_plan(pipeline: PipelineConfig, backbone: BackboneConfig) -> Plan:
+def _cluster_plan(pipeline: PipelineConfig, backbone: BackboneConfig, num_groups: int) -> Plan:
     ray = _import_ray()
     resources = ray.cluster_resources()
     num_cpus, num_gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    plan = make_plan(pipeline, backbone, max(1, int(num_cpus)), num_gpus)
+    plan = make_plan(pipeline, backbone, max(1, int(num_cpus)), num_gpus, num_groups)
     check_fits(plan, num_cpus, num_gpus)
     return plan
 
 
-def _import_ray():  # type: ignore[no-untyped-def]
+def _import_ray() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import ray
@@ -117,7 +135,7 @@ def _local_environment() -> dict[str, str]:
 
 
 def _authentication() -> dict[str, str]:
-    """A secret for this Ray alone. Said explicitly: unset, Ray 2.60 writes a token file that later clusters trip over."""
+    """A secret for this Ray alone. Never left unset: Ray 2.60 would write a token file that later clusters trip over."""
     if "ray" in sys.modules:
         # Ray reads its mode when it is imported; another one for the server than for this process would never connect.
         from ray._private.authentication.authentication_utils import is_token_auth_enabled

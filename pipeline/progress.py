@@ -14,6 +14,7 @@ from odedit.metrics import MAIN
 from pipeline.results import FAILED, OK, Row
 
 _LOG_EVERY_S = 10.0
+_STEADY_AFTER_S = 5.0
 
 
 class Progress:
@@ -57,7 +58,6 @@ class Progress:
         self._done += num_edits
         now = time.monotonic()
         if self._first is None:
-            # Starting the workers is no part of the speed.
             self._first, self._first_done = now, self._done
         if self._live is not None:
             self._live.update(Text(self.line()))
@@ -84,14 +84,14 @@ class Progress:
         return "  ".join(piece for piece in pieces if piece)
 
     def _speed(self) -> str:
-        if self._first is None:
-            return ""
-        now, done = time.monotonic(), self._done - self._first_done
-        # With a single group there is nothing but the time since the start.
-        since, done = (self._first, done) if done else (self._started, self._done - self._before)
-        rate = done / max(now - since, 1e-6)
+        now = time.monotonic()
+        since, done = self._started, self._done - self._before
+        if self._first is not None and now - self._first > _STEADY_AFTER_S and self._done > self._first_done:
+            # Starting the workers is no part of the speed, once there is enough else to measure.
+            since, done = self._first, self._done - self._first_done
         if done <= 0:
             return ""
+        rate = done / max(now - since, 1e-6)
         left = max(self._total - self._done, 0) / rate
         return f"{rate:.2f} edits/s" + (f"  {_duration(left)} left" if left else "")
 

@@ -23,7 +23,18 @@ LABELS = {
     "t_loc": "text locality",
     "m_loc": "image locality",
 }
-_COLUMNS = ("edit_id", "status", "error", "prompt", "target", "answer_before", "answer_after", *MAIN, "seconds", "stop_reason")
+_COLUMNS = (
+    "edit_id",
+    "status",
+    "error",
+    "prompt",
+    "target",
+    "answer_before",
+    "answer_after",
+    *MAIN,
+    "seconds",
+    "stop_reason",
+)
 _MAX_PROBLEMS, _MAX_EDITS = 100, 20
 # Two hues that stay apart for colour-blind readers and in print, then further ones for further arms.
 _COLOURS = ("#9aa5b1", "#0b6bcb", "#d97706", "#7c3aed")
@@ -104,7 +115,10 @@ def comparison_table(first: Arm, second: Arm) -> Table:
     for name in (first.name, second.name, "difference", "p", "n"):
         table.add_column(name, justify="right")
     for entry in entries:
-        row = [figure(entry[side]) for side in ("first", "second")] + [_signed(entry["difference"]), p_value(entry["p"])]
+        row = [figure(entry[side]) for side in ("first", "second")] + [
+            _signed(entry["difference"]),
+            p_value(entry["p"]),
+        ]
         name = entry["label"] if entry["metric"] == "seconds" else f"{entry['metric']}  {entry['label']}"
         table.add_row(name, *row, str(entry["n"]), style="bold" if _is_clear(entry) else None)
     return table
@@ -210,6 +224,4 @@ def _arm_view(arm: Arm) -> dict[str, Any]:
 
 def _rows(arm: Arm, *, worked: bool) -> Any:
     every = results.read_rows(results.parts(arm.workspace), _COLUMNS)
-    return (
-        {name: row.get(name) for name in _COLUMNS} for row in every if (row["status"] == results.OK) == worked
-    )
+    return ({name: row.get(name) for name in _COLUMNS} for row in every if (row["status"] == results.OK) == worked)

@@ -127,7 +127,7 @@ def read_rows(paths: Iterable[Path], columns: Sequence[str] | None = None) -> It
 
 
 def unify(workspace: Workspace) -> None:
-    """Gives all result files the same columns: records differ in their further probes, and readers take the first schema."""
+    """Gives all result files the same columns: records differ in their further probes, readers go by the first file."""
     paths = parts(workspace)
     schemas = {path: parquet.read_schema(path).remove_metadata() for path in paths}
     if len({str(schema) for schema in schemas.values()}) < 2:
@@ -139,7 +139,9 @@ def unify(workspace: Workspace) -> None:
     unified = pyarrow.schema([(name, types[name]) for name in (*FIXED_COLUMNS, *extra)])
     for path, schema in schemas.items():
         if schema != unified:
-            table = pyarrow.concat_tables([unified.empty_table(), parquet.read_table(path)], promote_options="permissive")
+            table = pyarrow.concat_tables(
+                [unified.empty_table(), parquet.read_table(path)], promote_options="permissive"
+            )
             write_atomically(path, lambda temporary, table=table: parquet.write_table(table, temporary))  # type: ignore[misc]
 
 

@@ -77,7 +77,7 @@ def run(config: RunConfig, console: Console, *, fresh: bool = False) -> Outcome:
         if tracker is not None:
             stack.enter_context(_closing(tracker))
         if ready.pending:
-            plan = stack.enter_context(local_ray.connected(config.pipeline, config.backbone))
+            plan = stack.enter_context(local_ray.connected(config.pipeline, config.backbone, len(ready.pending)))
             _edit(ready, plan, console)
         return _finish(ready, tracker, console)
 
@@ -120,9 +120,7 @@ def _public_yaml(config: RunConfig) -> str:
 def _settings(config: RunConfig) -> dict[str, Any]:
     """What results depend on."""
     flat = tracking.flatten(config.to_dict())
-    return {
-        key: value for key, value in flat.items() if key in _COMPARED_ANYWAY or not key.startswith(_NOT_COMPARED)
-    }
+    return {key: value for key, value in flat.items() if key in _COMPARED_ANYWAY or not key.startswith(_NOT_COMPARED)}
 
 
 def _check_same_run(config: RunConfig, found: Sources, workspace: Workspace) -> None:
@@ -130,12 +128,16 @@ def _check_same_run(config: RunConfig, found: Sources, workspace: Workspace) -> 
     before = read_json(workspace.run)
     if before is None:
         if workspace.records.exists() or any(workspace.results.glob("part-*.parquet")):
-            raise InputError(f"out: {workspace.out} holds results without run.json. Choose another out, or add --fresh.")
+            raise InputError(
+                f"out: {workspace.out} holds results without run.json. Choose another out, or add --fresh."
+            )
         return
     now = _settings(config) | found.identity()
     then = before["settings"]
     changed = [
-        f"  {key}: was {then.get(key)!r}, now {now.get(key)!r}" for key in sorted(then | now) if then.get(key) != now.get(key)
+        f"  {key}: was {then.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted(then | now)
+        if then.get(key) != now.get(key)
     ]
     if changed:
         lines = "\n".join(changed)

@@ -17,6 +17,8 @@ CPUS_PER_THREAD = 0.75
 """What an actor asks of Ray for each of its threads: the rest is left to the workers that prepare pictures."""
 CPUS_PER_PREPARER = 0.25
 SMALL_MODEL_BYTES = 2**30
+GROUPS_PER_ACTOR = 8
+"""A worker takes longer to start than a few groups of a small model take, so a short run gets fewer of them."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,10 @@ class Plan:
         return f"{actors}{threads if self.device == 'cpu' else ''}, {preparers}"
 
 
-def make_plan(pipeline: PipelineConfig, backbone: BackboneConfig, num_cpus: int, num_gpus: float) -> Plan:
-    """Spreads a run over so many cores and GPUs.
+def make_plan(
+    pipeline: PipelineConfig, backbone: BackboneConfig, num_cpus: int, num_gpus: float, num_groups: int
+) -> Plan:
+    """Spreads so many groups of edits over so many cores and GPUs.
 
     Raises:
         InputError: A GPU is asked for and there is none.
@@ -70,7 +74,7 @@ def make_plan(pipeline: PipelineConfig, backbone: BackboneConfig, num_cpus: int,
         auto_actors, auto_threads = max(1, int(num_gpus / pipeline.gpus_per_actor)), 1
     elif is_small:
         # One thread each: small products gain nothing from more, and the results do not depend on the number of cores.
-        auto_actors, auto_threads = num_cpus, 1
+        auto_actors, auto_threads = min(num_cpus, -(-num_groups // GROUPS_PER_ACTOR)), 1
     else:
         auto_actors, auto_threads = 1, num_cpus
     return Plan(

@@ -87,15 +87,17 @@ def _groups(records: Iterator[RawRecord], batch_size: int) -> Iterator[list[RawR
 
 
 def _check_locality(record: RawRecord, config: RunConfig) -> None:
-    """Without a pool every record must bring its own unrelated questions: better said before the run than in each row."""
+    """Without a pool every record must bring its own unrelated questions: better said once, before the run."""
     supervision = config.supervision
     if record.problem or supervision.locality_source == "record":
         return
-    missing = [slot for slot in ("text_locality", "image_locality") if slot not in (record.fields.get("held_out") or {})]
+    missing = [
+        slot for slot in ("text_locality", "image_locality") if slot not in (record.fields.get("held_out") or {})
+    ]
     if missing:
         raise InputError(
-            f"{record.file}, record {record.index}: has no held-out entry for {' and '.join(missing)}, and data.pool is "
-            "not set. Set data.pool to a file of other records (the training file), or supervision.locality_source to "
+            f"{record.file}, record {record.index}: has no held-out entry for {' and '.join(missing)}, and data.pool "
+            "is not set. Set data.pool to a file of other records (the training file), or supervision.locality_source to "
             "'record', which trains on the questions that locality is scored on."
         )
 
@@ -142,5 +144,3 @@ def first_usable(path: Path, limit: int) -> list[RawRecord]:
         if len(found) >= limit:
             break
     return found[:limit]
-
-

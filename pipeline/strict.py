@@ -1,4 +1,4 @@
-"""From a mapping to nested frozen dataclasses, strictly: every mistake is found, named by its dotted path and explained.
+"""From a mapping to nested frozen dataclasses, strictly: every mistake is found, named by its path and explained.
 
 The dataclasses know nothing of this file: their annotations say what is allowed, their defaults live beside their
 docstrings, and a `ValueError` of their `__post_init__` is their own opinion on a value.

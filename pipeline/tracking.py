@@ -25,7 +25,18 @@ from pipeline.config import RunConfig, TrackingConfig
 from pipeline.workspace import Workspace
 
 METRICS_PER_CALL = 1000
-_TABLE_COLUMNS = ("edit_id", "status", "error", "prompt", "target", "answer_before", "answer_after", *MAIN, "steps", "seconds")
+_TABLE_COLUMNS = (
+    "edit_id",
+    "status",
+    "error",
+    "prompt",
+    "target",
+    "answer_before",
+    "answer_after",
+    *MAIN,
+    "steps",
+    "seconds",
+)
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
 
@@ -162,8 +173,8 @@ class Tracker:
             self.client.set_tag(self.run_id, "odedit.edits_left_out", str(left_out))
         except Exception as error:
             raise TrackingError(
-                f"MLflow at {masked(self.uri)} could not be written to ({_sentence(error)}). The results are complete in "
-                f"{workspace.out}; the same command logs them once it can."
+                f"MLflow at {masked(self.uri)} could not be written to ({_sentence(error)}). The results are complete "
+                f"in {workspace.out}; the same command logs them once it can."
             ) from error
 
     def _log_metrics(self, summary: Mapping[str, Any]) -> None:

@@ -20,7 +20,9 @@ def code_version() -> str:
     commit = _git(root, "rev-parse", "--short=12", "HEAD")
     if not commit:
         return version
-    return f"{version} ({commit}{'+changes' if _git(root, 'status', '--porcelain', '--', 'odedit', 'pipeline') else ''})"
+    return (
+        f"{version} ({commit}{'+changes' if _git(root, 'status', '--porcelain', '--', 'odedit', 'pipeline') else ''})"
+    )
 
 
 def software() -> dict[str, str]:

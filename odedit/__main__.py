@@ -1,0 +1,223 @@
+"""The front door: `odedit COMMAND`. Standard output is the result, standard error progress and log.
+
+Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted. Everything heavy is imported inside
+the commands, so that help is there at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from odedit.errors import InputError
+
+app = typer.Typer(
+    help="Batch editing of multimodal language models: records in, edited models and scores out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+world_app = typer.Typer(help="The embedded model and benchmark.", no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(
+    help="Files of records: look through them, pack them.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(world_app, name="world")
+app.add_typer(data_app, name="data")
+
+_debug = False
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an unexpected error.")] = False,
+) -> None:
+    global _debug
+    _debug = debug or bool(os.environ.get("ODEDIT_DEBUG"))
+    # The libraries' own chatter; a user who has set these keeps them.
+    for name, value in (
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
+    ):
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turns what can go wrong into one message and an exit code."""
+    try:
+        yield
+    except InputError as error:
+        _say(str(error))
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        _say("Interrupted. What is finished is kept: the same command goes on from there.")
+        raise typer.Exit(130) from error
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if _debug:
+            traceback.print_exc()
+        first = (str(error).strip().splitlines() or ["no further explanation"])[0]
+        name = "" if type(error).__name__ in ("GraphError", "TrackingError") else f"{type(error).__name__}: "
+        _say(f"Failed: {name}{first}" + ("" if _debug else "\n(odedit --debug ... shows where.)"))
+        raise typer.Exit(1) from error
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for results and the MLflow store.")] = Path("demo"),
+    edits: Annotated[int, typer.Option(min=2, help="Number of evaluation edits.")] = 48,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier demo's results first.")] = False,
+) -> None:
+    """Edits the embedded model with WISE and with WISE + ODEdit, and compares them.
+
+    Offline, a few minutes on two cores. Run it again and it resumes, or says that it is finished.
+    """
+    with _explained():
+        from pipeline import demo
+
+        demo.main(out, edits, fresh=fresh)
+
+
+@app.command()
+def edit(
+    config: Annotated[Path, typer.Option(help="YAML with what differs from the defaults.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that override the file.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved configuration and the plan, and stop.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in `out` first.")] = False,
+) -> None:
+    """Edits the records of a file, one edit each, and scores every edit before and after.
+
+    The same command resumes an interrupted run. Results: OUT/results/*.parquet, OUT/edits/*.safetensors,
+    OUT/summary.json, OUT/report.html, and the same in MLflow.
+
+    Example: odedit edit --config run.yaml data.limit=100 editor.max_steps=20 out=runs/first
+    """
+    with _explained():
+        from pipeline import commands
+
+        commands.edit(config, overrides or [], dry_run=dry_run, fresh=fresh)
+
+
+@app.command()
+def apply(
+    edits: Annotated[list[str], typer.Argument(metavar="EDIT...", help="Edit files; several are applied together.")],
+    prompt: Annotated[str, typer.Option(help="The question, or the beginning of a caption.")],
+    image: Annotated[Path | None, typer.Option(help="Picture that the question is about.")] = None,
+    caption: Annotated[bool, typer.Option("--caption", help="Continue the prompt as it stands.")] = False,
+    checkpoint: Annotated[str | None, typer.Option(help="Model, if it has moved since the edit was made.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    max_tokens: Annotated[int, typer.Option(min=1, max=64, help="Longest answer.")] = 8,
+) -> None:
+    """Asks the model a question, before and after edits.
+
+    Example: odedit apply out/edits/record-000001.safetensors --prompt "Who owns this?" --image photo.png
+    """
+    with _explained():
+        from pipeline import commands
+
+        commands.apply(
+            edits, prompt, image, caption=caption, checkpoint=checkpoint, device=device, max_tokens=max_tokens
+        )
+
+
+@world_app.command("build")
+def world_build(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+) -> None:
+    """Writes the benchmark: records in MMEdit's format, and their pictures."""
+    with _explained():
+        from odedit import world
+
+        for name, path in world.build(out, seed).items():
+            print(f"{name}\t{path}")
+
+
+@world_app.command("train")
+def world_train(
+    out: Annotated[Path, typer.Argument(help="Folder for the checkpoint.")],
+    seed: Annotated[int, typer.Option(help="Of weights and pictures.")] = 0,
+    vision_steps: Annotated[int, typer.Option(min=1, help="Steps of the vision tower alone.")] = 2400,
+    joint_steps: Annotated[int, typer.Option(min=1, help="Steps of the whole model.")] = 1500,
+) -> None:
+    """Trains the embedded model from scratch (about a quarter of an hour on one core)."""
+    with _explained():
+        from pipeline import commands
+
+        print(commands.train_world(out, seed, vision_steps, joint_steps))
+
+
+@world_app.command("check")
+def world_check(
+    checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint folder; the one that ships if not given.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Questions per attribute.")] = 600,
+) -> None:
+    """Asks the model about its world, in handwriting and wordings that it was not trained with."""
+    with _explained():
+        from pipeline import commands
+
+        raise typer.Exit(commands.check_world(checkpoint, samples))
+
+
+ImageRoot = Annotated[str | None, typer.Option(help="Folder of `image` and `m_loc`.")]
+RephraseRoot = Annotated[str | None, typer.Option(help="Folder of `image_rephrase`; as --image-root if not given.")]
+Task = Annotated[str, typer.Option(help="auto, vqa or caption: of records that do not say.")]
+
+
+@data_app.command("check")
+def data_check(
+    path: Annotated[str, typer.Argument(help="File of records, or a packed folder.")],
+    image_root: ImageRoot = None,
+    rephrase_root: RephraseRoot = None,
+    task: Task = "auto",
+    images: Annotated[bool, typer.Option(help="Also read every picture.")] = True,
+) -> None:
+    """Says which records would be skipped, and why."""
+    with _explained():
+        from pipeline import commands
+
+        commands.check_data(path, image_root, rephrase_root, task, images)
+
+
+@data_app.command("pack")
+def data_pack(
+    path: Annotated[str, typer.Argument(help="File of records.")],
+    out: Annotated[str, typer.Argument(help="Folder to write; it is then what data.path names.")],
+    image_root: ImageRoot = None,
+    rephrase_root: RephraseRoot = None,
+    task: Task = "auto",
+) -> None:
+    """Copies records and their pictures into a few large files, which remote storage reads faster."""
+    with _explained():
+        from pipeline import commands
+
+        commands.pack_data(path, out, image_root, rephrase_root, task)
+
+
+def main() -> None:
+    """Entry point of the `odedit` command."""
+    app(prog_name="odedit")
+
+
+if __name__ == "__main__":
+    main()

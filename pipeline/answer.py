@@ -1,0 +1,72 @@
+"""Asks a model a question, as it is and with edits applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from odedit.backbones import Backbone, load_backbone
+from odedit.checkpoint import applied_together, load_edit, load_edits
+from odedit.edits import EditBatch, Probe
+from odedit.encoding import gather_positions
+from odedit.images import ImageReader
+from odedit.metrics import greedy
+from odedit.prompts import find_template
+
+_PLACEHOLDER = " x"
+
+
+@torch.no_grad()
+def answers(
+    edits: Sequence[Path | str],
+    prompt: str,
+    image: Path | None = None,
+    *,
+    caption: bool = False,
+    checkpoint: str | None = None,
+    device: str = "cpu",
+    max_tokens: int = 8,
+) -> tuple[str, str]:
+    """The greedy answers before and after.
+
+    Args:
+        edits: Edit files; several are applied together.
+        checkpoint: Instead of the one that the edits name.
+
+    Raises:
+        InputError: An edit cannot be read, or belongs to another model.
+        ImageError: The picture cannot be read.
+    """
+    _, info = load_edit(edits[0])
+    picture = None
+    if image is not None:
+        path = image.expanduser().absolute()
+        picture = ImageReader(str(path.parent)).read(path.name)
+    backbone = load_backbone(info.family, checkpoint or info.checkpoint, device=device)
+    editor, params, _ = load_edits(edits, backbone, device)
+    probe = Probe(prompt, _PLACEHOLDER * max_tokens, picture, caption)
+    features = backbone.image_features([picture] if picture else [])
+    batch = backbone.encode(["question"], ["rel"], [[probe]], features, find_template(info.template))
+
+    def run(read: EditBatch) -> Tensor:
+        return backbone.suffix(backbone.prefix(read, editor.sites[0]))
+
+    def run_edited(read: EditBatch) -> Tensor:
+        prefix = backbone.prefix(read, editor.sites[0])
+        with applied_together(backbone, editor, params, read):
+            return backbone.suffix(prefix)
+
+    return _generate(backbone, batch, run, max_tokens), _generate(backbone, batch, run_edited, max_tokens)
+
+
+def _generate(backbone: Backbone, batch: EditBatch, run: Callable[[EditBatch], Tensor], max_tokens: int) -> str:
+    """Fills the placeholders of the target greedily; stops at the end token."""
+    first_EKT = backbone.head(gather_positions(run(batch), batch.predict_EKT)).argmax(dim=-1)
+    tokens = greedy(backbone, batch, run, first_EKT)[0, 0].tolist()[:max_tokens]
+    tokenizer = backbone.processor.tokenizer
+    if tokenizer.eos_token_id in tokens:
+        tokens = tokens[: tokens.index(tokenizer.eos_token_id)]
+    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip().split("\n")[0]

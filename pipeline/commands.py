@@ -1,0 +1,152 @@
+"""What the commands do, behind the front door: prints results to standard output and progress to standard error."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from odedit.errors import InputError
+from pipeline import config as run_config
+from pipeline import report, tracking
+from pipeline.run import Outcome, prepare, run
+
+
+def edit(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: bool) -> None:
+    """`odedit edit`."""
+    config = run_config.load(path, overrides)
+    errors = Console(stderr=True)
+    if dry_run:
+        _show_plan(config, errors)
+        return
+    outcome = run(config, errors, fresh=fresh)
+    show_outcome(outcome)
+    if not outcome.summary["n"]:
+        raise RuntimeError(f"no edit worked; {outcome.workspace.results} says why, row by row.")
+
+
+def _show_plan(config: run_config.RunConfig, errors: Console) -> None:
+    """Resolved configuration and plan; writes nothing but the embedded benchmark, if that is asked for."""
+    import tempfile
+    from dataclasses import replace
+
+    from pipeline import results
+    from pipeline.sources import resolve
+    from pipeline.spec import machine_cpus, machine_gpus, make_plan
+    from pipeline.workspace import Workspace
+
+    print(tracking.masked(config.to_yaml()))
+    workspace = Workspace.of(config.out)
+    done = len(results.parts(workspace))
+    with tempfile.TemporaryDirectory() as folder:
+        # Staged elsewhere: looking must not begin a run.
+        ready = prepare(replace(config, out=str(Path(folder) / "out")), Console(quiet=True))
+        groups, usable, problems = len(ready.staged.usable), ready.staged.num_usable, ready.staged.problems
+    if config.data.split is None:
+        resolve(config.data, workspace.out).reader.check_roots()
+    print(f"# input: {usable} edits in {groups} groups of {config.pipeline.batch_size}, {problems} records skipped")
+    if config.pipeline.ray_address is None:
+        print(f"# plan: {make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), groups)}")
+    else:
+        print(f"# plan: on the cluster at {config.pipeline.ray_address}")
+    print(f"# results: {workspace.out}" + (f" (finished groups there: {done})" if done else ""))
+    if config.tracking.enabled:
+        print(f"# MLflow: {tracking.masked(tracking.store_uri(config.tracking, workspace.out))}")
+
+
+def show_outcome(outcome: Outcome) -> None:
+    """A run's summary, and where everything is."""
+    out = Console()
+    title = f"{outcome.summary['editor']}, {outcome.summary['objective']} objective"
+    out.print(report.summary_table(outcome.summary, title))
+    _line(out, f"Results: {outcome.workspace.out} (report.html, summary.json, results/, edits/)")
+    if outcome.tracking_uri:
+        _line(out, f"MLflow:  {tracking.open_command(outcome.tracking_uri)}")
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def apply(
+    edits: Sequence[str],
+    prompt: str,
+    image: Path | None,
+    *,
+    caption: bool,
+    checkpoint: str | None,
+    device: str,
+    max_tokens: int,
+) -> None:
+    """`odedit apply`."""
+    from odedit.images import ImageError
+    from pipeline.answer import answers
+
+    try:
+        before, after = answers(
+            edits, prompt, image, caption=caption, checkpoint=checkpoint, device=device, max_tokens=max_tokens
+        )
+    except ImageError as error:
+        raise InputError(f"--image: {error}") from error
+    print(f"before: {before}\nafter:  {after}")
+
+
+def train_world(out: Path, seed: int, vision_steps: int, joint_steps: int) -> Path:
+    """`odedit world train`."""
+    from odedit.world import train
+
+    errors = Console(stderr=True)
+
+    last = time.monotonic()
+
+    def show(stage: str, step: int, steps: int, loss: float) -> None:
+        nonlocal last
+        if step == steps or time.monotonic() - last > 5:
+            last = time.monotonic()
+            _line(errors, f"{stage}: step {step} of {steps}, loss {loss:.3f}")
+
+    return train.train(out, seed=seed, progress=show, vision_steps=vision_steps, joint_steps=joint_steps)
+
+
+def check_world(checkpoint: Path | None, samples: int) -> int:
+    """`odedit world check`: prints the table; returns 1 if the model does not know its world well enough."""
+    from odedit.world import check
+
+    if checkpoint is not None and not (checkpoint / "config.json").is_file():
+        raise InputError(f"--checkpoint: {checkpoint} holds no config.json; expected the folder of a checkpoint.")
+    found = check.check(checkpoint, samples=samples)
+    table = Table("attribute", *("plain", "rephrase"))
+    for attribute, row in found.items():
+        table.add_row(attribute, *(f"{row[name]:.3f}" if name in row else "" for name in ("plain", "rephrase")))
+    Console().print(table)
+    shortfalls = check.shortfalls(found)
+    for line in shortfalls:
+        _line(Console(stderr=True), line)
+    return 1 if shortfalls else 0
+
+
+def check_data(path: str, image_root: str | None, rephrase_root: str | None, task: str, images: bool) -> None:
+    """`odedit data check`."""
+    from odedit.check import CheckReport, check_records
+
+    found = CheckReport()
+    for finding in check_records(path, image_root, rephrase_root, found, task=task, read_images=images):
+        print(finding)
+    skipped = ", ".join(f"{count} {kind}" for kind, count in found.skipped.most_common())
+    print(
+        f"{found.num_usable} of {found.num_records} records can be used"
+        + (f"; skipped: {skipped}." if skipped else ".")
+    )
+
+
+def pack_data(path: str, out: str, image_root: str | None, rephrase_root: str | None, task: str) -> None:
+    """`odedit data pack`."""
+    from odedit.pack import pack
+
+    errors = Console(stderr=True)
+    done = pack(path, image_root, rephrase_root, out, task=task, on_problem=lambda finding: _line(errors, str(finding)))
+    print(f"{out}: {done.num_records} records ({done.num_problems} unusable), {done.num_images} pictures, "
+          f"{done.num_image_bytes / 2**20:.1f} MiB, {done.num_unreadable} unreadable.")  # fmt: skip

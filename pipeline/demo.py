@@ -1,0 +1,43 @@
+"""The demo: one editor under two objectives on the embedded benchmark, compared edit by edit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+import odedit
+from pipeline import local_ray, report, tracking
+from pipeline.config import RunConfig, from_dict, read_yaml
+from pipeline.run import run, terminate_as_interrupt
+
+ARMS = {"WISE": "demo-wise", "WISE + ODEdit": "demo-wise-odedit"}
+
+
+def arm_config(name: str, out: Path, edits: int) -> RunConfig:
+    """The configuration of one arm, as it ships, with the demo's folder and size."""
+    values = read_yaml(Path(odedit.__file__).parent / "configs" / f"{name}.yaml")
+    values["data"] = {**values.get("data", {}), "limit": edits}
+    return from_dict(values | {"out": str(out / name.removeprefix("demo-"))})
+
+
+def main(out: Path, edits: int, *, fresh: bool) -> None:
+    """Runs both arms, resuming what is there, and prints the comparison and where everything is."""
+    errors, console = Console(stderr=True), Console()
+    configs = {name: arm_config(file, out, edits) for name, file in ARMS.items()}
+    arms, uri = [], None
+    with terminate_as_interrupt(), local_ray.shared():
+        for name, config in configs.items():
+            errors.print(f"[bold]{name}[/bold]", highlight=False)
+            outcome = run(config, errors, fresh=fresh)
+            arms.append(report.Arm(name, outcome.workspace, outcome.summary))
+            uri = outcome.tracking_uri
+    page = report.write_comparison(out, arms)
+    console.print(report.comparison_table(*arms))
+    for arm in arms:
+        console.print(f"{arm.name}: {report.counts(arm.summary)}", highlight=False)
+    lines = [f"Report:  {page.absolute()}", f"Results: {', '.join(str(arm.workspace.out) for arm in arms)}"]
+    if uri is not None:
+        lines.append(f"MLflow:  {tracking.open_command(uri)}")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
