@@ -91,13 +91,14 @@ class EditActor:
             )
             return results.base_row(record, self._job.config, results.FAILED, located(record, message))
         try:
-            return self._edit_within_memory([record], [request])[0]
+            row = self._edit_within_memory([record], [request])[0]
         except Exception as error:
             write_traceback(self._job, record.edit_id)
             message = located(record, one_sentence(error))
-            return results.base_row(record, self._job.config, results.FAILED, message)
-        finally:
-            ledger.end_single(record.edit_id)
+            row = results.base_row(record, self._job.config, results.FAILED, message)
+        # Not in a `finally`: a worker that is being ended has not survived this edit.
+        ledger.end_single(record.edit_id)
+        return row
 
     def _edit_within_memory(self, records: Sequence[RawRecord], requests: Sequence[EditRequest]) -> list[results.Row]:
         """Edits together, or in halves where memory does not suffice."""

@@ -40,7 +40,10 @@ def answers(
         InputError: An edit cannot be read, or belongs to another model.
         ImageError: The picture cannot be read.
     """
+    from transformers.utils import logging
+
     _, info = load_edit(edits[0])
+    logging.disable_progress_bar()
     picture = None
     if image is not None:
         path = image.expanduser().absolute()

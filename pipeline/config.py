@@ -1,7 +1,8 @@
 """What a run is: one YAML, checked strictly, as one frozen `RunConfig`.
 
 Settings of the method (editor, objective, supervision, stopping) are the dataclasses that live beside their classes;
-what this file adds is where the records are and how the work is spread. A YAML holds only what differs from the defaults.
+what this file adds is where the records are and how the work is spread. A YAML holds only what differs from the
+defaults.
 """
 
 from __future__ import annotations
@@ -116,7 +117,9 @@ class PipelineConfig:
     max_attempts: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("actors", "batch_size", "threads_per_actor", "preparers", "max_attempts"):
+        if self.max_attempts < 2:
+            raise ValueError(f"max_attempts: got {self.max_attempts}, expected at least 2: with its group, and alone.")
+        for name in ("actors", "batch_size", "threads_per_actor", "preparers"):
             value = getattr(self, name)
             if value != AUTO and value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1.")

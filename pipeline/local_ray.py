@@ -119,7 +119,8 @@ def _import_ray() -> Any:
 def _local_environment() -> dict[str, str]:
     """What Ray's own processes and the workers inherit."""
     source = str(Path(__file__).resolve().parent.parent)
-    paths = [source, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    # Editors outside the tree are found by workers where this process finds them.
+    paths = [source, *(path or os.getcwd() for path in sys.path)]
     return {
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
         # On Linux, Ray would replace a loopback address by that of a network card, and listen on all of them.
@@ -135,7 +136,7 @@ def _local_environment() -> dict[str, str]:
 
 
 def _authentication() -> dict[str, str]:
-    """A secret for this Ray alone. Never left unset: Ray 2.60 would write a token file that later clusters trip over."""
+    """A secret for this Ray alone. Never left unset: Ray 2.60 would write a token file that later ones trip over."""
     if "ray" in sys.modules:
         # Ray reads its mode when it is imported; another one for the server than for this process would never connect.
         from ray._private.authentication.authentication_utils import is_token_auth_enabled

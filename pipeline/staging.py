@@ -97,8 +97,8 @@ def _check_locality(record: RawRecord, config: RunConfig) -> None:
     if missing:
         raise InputError(
             f"{record.file}, record {record.index}: has no held-out entry for {' and '.join(missing)}, and data.pool "
-            "is not set. Set data.pool to a file of other records (the training file), or supervision.locality_source to "
-            "'record', which trains on the questions that locality is scored on."
+            "is not set. Set data.pool to a file of other records (the training file), or supervision.locality_source "
+            "to 'record', which trains on the questions that locality is scored on."
         )
 
 

@@ -1,0 +1,30 @@
+"""The pipeline's real stages one after the other in this process, without Ray between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from pipeline import graph, local_ray
+from pipeline.actor import EditActor
+from pipeline.prepare import Preparer
+from pipeline.spec import Job, Plan, make_plan
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces the graph and the connection to Ray for one test."""
+
+    @contextmanager
+    def connected(pipeline: Any, backbone: Any, num_groups: int) -> Iterator[Plan]:
+        yield make_plan(pipeline, backbone, 1, 0, num_groups)
+
+    def run_graph(job: Job, plan: Plan, groups: Sequence[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        preparer, actor = Preparer(job), EditActor(job)
+        for group in groups:
+            yield group, actor(preparer(group))
+
+    monkeypatch.setattr(local_ray, "connected", connected)
+    monkeypatch.setattr(graph, "run_graph", run_graph)

@@ -1,0 +1,49 @@
+"""Small inputs, and a way to run the whole pipeline in this process: its stages without Ray between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import inline_pipeline
+import pytest
+from mmedit_files import record, write_array, write_images
+from rich.console import Console
+
+from pipeline.config import RunConfig, from_dict
+from pipeline.run import Outcome, run
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    """A configuration of five records, and the files it names."""
+    records = [record(number) for number in range(5)]
+    image_root, rephrase_root = write_images(tmp_path, records)
+    return {
+        "data": {
+            "path": str(write_array(tmp_path / "vqa_eval.json", records)),
+            "image_root": str(image_root),
+            "rephrase_root": str(rephrase_root),
+        },
+        "supervision": {"locality_source": "record"},
+        "editor": {"name": "wise", "site": "layers.2.ffn.in", "max_steps": 2},
+        "pipeline": {"batch_size": 2},
+        "tracking": {"enabled": False},
+        "out": str(tmp_path / "out"),
+    }
+
+
+@pytest.fixture
+def config(settings: dict[str, Any]) -> RunConfig:
+    return from_dict(settings)
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunConfig], Outcome]:
+    """Runs a configuration with the real stages, one after the other, in this process."""
+
+    inline_pipeline.install(monkeypatch)
+    return lambda config: run(config, QUIET)

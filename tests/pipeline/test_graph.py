@@ -1,0 +1,91 @@
+"""The graph on a real local Ray, started once: the number of workers changes no result, and a dying one no run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from mmedit_files import record, write_array
+from rich.console import Console
+
+from odedit.errors import InputError
+from pipeline import local_ray, results
+from pipeline.config import from_dict
+from pipeline.progress import Progress
+from pipeline.run import run
+from pipeline.spec import Plan, make_plan
+
+pytestmark = pytest.mark.ray
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_ray() -> Iterator[None]:
+    with local_ray.shared():
+        yield
+
+
+def rows_of(settings: dict[str, Any], name: str, **pipeline: Any) -> list[dict[str, Any]]:
+    changed = settings | {"out": f"{settings['out']}-{name}", "pipeline": settings["pipeline"] | pipeline}
+    outcome = run(from_dict(changed), QUIET)
+    return list(results.read_rows(results.parts(outcome.workspace)))
+
+
+def test_one_and_two_actors_give_the_same_rows(settings: dict[str, Any]) -> None:
+    one = rows_of(settings, "one", actors=1)
+    assert [row["status"] for row in one] == ["ok"] * 5
+    two = rows_of(settings, "two", actors=2)
+    assert [results.to_json_row(row) for row in one] == [results.to_json_row(row) for row in two]
+    listening = {
+        connection.laddr.ip
+        for process in psutil.Process().children(recursive=True)
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
+def test_settings_that_do_not_fit_the_model_are_the_users_error(settings: dict[str, Any]) -> None:
+    wrong = settings | {"editor": settings["editor"] | {"site": "layers.99.ffn.in"}}
+    with pytest.raises(InputError, match=r"Unknown site 'layers\.99\.ffn\.in'"):
+        rows_of(wrong, "wrong", actors=1)
+
+
+def test_an_edit_that_kills_its_worker_is_a_failed_row(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [record(number, edit_id=edit_id) for number, edit_id in enumerate(["good-1", "exit-1", "good-2"])]
+    write_array(Path(settings["data"]["path"]), records)
+    editor = {"name": "outside_editors.poisoned", "sites": ["layers.2.ffn.in"], "max_steps": 1}
+    deadly = settings | {"editor": editor, "objective": {"name": "native"}}
+    rows = rows_of(deadly, "deadly", actors=1, batch_size=4, max_attempts=2)
+    assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
+    assert "given up" in rows[1]["error"]
+
+
+@pytest.mark.parametrize(
+    ("settings_of_plan", "machine", "expected"),
+    [
+        ({}, (2, 0, 100), Plan("cpu", 2, 1, 0.0, 1)),
+        ({}, (2, 0, 6), Plan("cpu", 1, 1, 0.0, 1)),
+        ({}, (16, 4, 100), Plan("cuda", 4, 1, 1.0, 8)),
+        ({"gpus_per_actor": 0.5}, (16, 1, 100), Plan("cuda", 2, 1, 0.5, 8)),
+        ({"device": "cpu", "actors": 3, "preparers": 2}, (4, 1, 100), Plan("cpu", 3, 1, 0.0, 2)),
+    ],
+)
+def test_the_plan_fills_the_machine(settings_of_plan: dict, machine: tuple[int, int, int], expected: Plan) -> None:
+    config = from_dict({"pipeline": settings_of_plan})
+    assert make_plan(config.pipeline, config.backbone, *machine) == expected
+
+
+def test_progress_counts_edits_and_averages_those_that_worked() -> None:
+    progress = Progress(QUIET, total=10, done=2)
+    row = {"status": "ok", "rel": 1.0, "t_gen": 0.5, "m_gen": 0.0, "t_loc": 1.0, "m_loc": 1.0}
+    progress.observe([row, row | {"rel": 0.0}, {"status": "failed"}], 3)
+    line = progress.line()
+    assert line.startswith("5/10 edits (1 failed)  rel 0.500  t_gen 0.500")
+    assert "edits/s" in line and "left" in line

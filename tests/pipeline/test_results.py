@@ -1,0 +1,122 @@
+"""Result rows, counted attempts, and files that are whole or not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from odedit.mmedit import RawRecord
+from pipeline import results
+from pipeline.attempts import Ledger
+from pipeline.config import RunConfig, from_dict
+from pipeline.workspace import Workspace, write_atomically, write_once
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    found = Workspace.of(str(tmp_path / "out"))
+    found.create()
+    return found
+
+
+def row(index: int, status: str = results.OK, **columns: object) -> results.Row:
+    record = RawRecord("f.json", index, f"edit-{index}", "vqa", {"src": "q", "alt": "a"})
+    return results.base_row(record, from_dict({}), status) | columns
+
+
+def test_rows_come_back_as_they_were(workspace: Workspace) -> None:
+    written = row(0, rel=1.0, t_loc_near=0.5, losses={"rel": [2.0, 1.0], "gen": []}, answer_after="a")
+    results.write_part(workspace.part(0), [written])
+    (read,) = results.read_rows(results.parts(workspace))
+    assert {name: read[name] for name in written} == written
+    assert read["m_loc"] is None
+
+
+def test_files_with_different_probes_become_one_table(workspace: Workspace) -> None:
+    results.write_part(workspace.part(0), [row(0, rel=1.0, text_gen=0.5)])
+    results.write_part(workspace.part(1), [row(1, results.SKIPPED)])
+    results.write_part(workspace.part(2), [row(2, rel=0.0, answer_after="x")])
+    results.unify(workspace)
+    table = parquet.read_table(workspace.results)
+    assert table.column("text_gen").to_pylist() == [0.5, None, None]
+    assert table.column("answer_after").to_pylist() == [None, None, "x"]
+    assert len({str(parquet.read_schema(path)) for path in results.parts(workspace)}) == 1
+
+
+def test_the_summary_counts_every_row_and_averages_those_that_worked(workspace: Workspace) -> None:
+    rows = [row(0, rel=1.0, seconds=2.0), row(1, rel=0.0, seconds=4.0), row(2, results.FAILED), row(3, results.SKIPPED)]
+    results.write_part(workspace.part(0), rows)
+    summary = results.summarize_results(workspace, from_dict({}))
+    assert (summary["n"], summary["failed"], summary["skipped"]) == (2, 1, 1)
+    assert summary["metrics"]["rel"]["mean"] == 0.5
+    assert summary["metrics"]["seconds"]["n"] == 2
+    assert "index" not in summary["metrics"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "old"
+
+
+def test_the_first_of_several_writers_wins(tmp_path: Path) -> None:
+    write_once(tmp_path / "file", "first")
+    write_once(tmp_path / "file", "second")
+    assert (tmp_path / "file").read_text() == "first"
+
+
+@given(max_attempts=st.integers(2, 6), killers=st.sets(st.integers(0, 3)))
+def test_every_edit_is_tried_at_most_so_often_and_only_killers_are_given_up(
+    tmp_path_factory: pytest.TempPathFactory, max_attempts: int, killers: set[int]
+) -> None:
+    """A worker that dies with every edit in `killers`, restarted until the group is through."""
+    path = tmp_path_factory.mktemp("attempts") / "group.json"
+    deaths = dict.fromkeys(range(4), 0)
+
+    def work() -> list[int] | None:
+        """The edits given up, or None if the worker died."""
+        ledger = Ledger(path, max_attempts)
+        if ledger.begin_whole():
+            for edit in killers:
+                deaths[edit] += 1
+            return None if killers else []
+        given_up = []
+        for edit in deaths:
+            if not ledger.begin_single(str(edit)):
+                given_up.append(edit)
+            elif edit in killers:
+                deaths[edit] += 1
+                return None
+            else:
+                ledger.end_single(str(edit))
+        return given_up
+
+    for _ in range(100):
+        given_up = work()
+        if given_up is not None:
+            break
+    assert given_up == sorted(killers)
+    assert all(deaths[edit] == max_attempts for edit in killers)
+
+
+def test_a_cut_off_count_starts_again(tmp_path: Path) -> None:
+    path = tmp_path / "group.json"
+    path.write_text('{"whole": ')
+    assert Ledger(path, 3).begin_whole()
+
+
+def test_supervision_is_named_in_every_row() -> None:
+    config: RunConfig = from_dict({"supervision": {"locality_source": "record"}})
+    assert results.supervision_name(config) == "rephrases held_out, locality record"

@@ -1,0 +1,86 @@
+"""MLflow: what a run leaves there, and that an edit taken from there does what its scores say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from odedit.backbones import Backbone, encode_requests
+from odedit.checkpoint import load_edits
+from odedit.errors import InputError
+from odedit.metrics import MAIN, evaluate
+from odedit.prompts import find_template
+from pipeline import results, staging, tracking
+from pipeline.config import from_dict
+from pipeline.prepare import Preparer
+from pipeline.run import Outcome
+from pipeline.sources import resolve
+from pipeline.spec import Job
+
+
+@pytest.fixture
+def tracked(settings: dict[str, Any]) -> dict[str, Any]:
+    return settings | {"tracking": {"experiment": "test", "curves": 2}}
+
+
+def test_a_run_is_logged_once_and_its_edits_reproduce_their_scores(
+    tracked: dict[str, Any], inline: Callable[..., Outcome], backbone: Backbone, tmp_path: Path
+) -> None:
+    config = from_dict(tracked)
+    outcome = inline(config)
+    assert outcome.tracking_uri == f"sqlite:///{tmp_path}/mlflow.db"
+    client = tracking._client(outcome.tracking_uri)
+    run = client.get_run(outcome.run_id)
+
+    assert run.info.status == "FINISHED"
+    assert run.data.params["editor.max_steps"] == "2"
+    assert run.data.metrics["n"] == 5
+    for metric in MAIN:
+        figure = outcome.summary["metrics"][metric]
+        stored = [run.data.metrics[name] for name in (metric, f"{metric}_low", f"{metric}_high")]
+        assert stored == pytest.approx([figure["mean"], figure["low"], figure["high"]])
+    assert json.loads(run.inputs.dataset_inputs[0].dataset.profile) == {"usable": 5, "problems": 0}
+    rows = list(results.read_rows(results.parts(outcome.workspace)))
+    curve = client.get_metric_history(outcome.run_id, f"curves/{rows[0]['edit_id']}/rel")
+    assert [point.value for point in sorted(curve, key=lambda p: p.step)] == pytest.approx(rows[0]["losses"]["rel"])
+    names = {item.path for item in client.list_artifacts(outcome.run_id)}
+    assert {"config.yaml", "summary.json", "report.html", "results", "edits", "edits_table.json"} <= names
+    assert run.info.artifact_uri.startswith((tmp_path / "mlartifacts").as_uri())
+
+    # The same run again adds nothing.
+    assert inline(config).run_id == outcome.run_id
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+
+    row = rows[3]
+    file = tracking.fetch_edit(outcome.tracking_uri, str(outcome.run_id), row["edit_id"], tmp_path)
+    editor, params, _ = load_edits([file], backbone)
+    job = Job(config, resolve(config.data, outcome.workspace.out), outcome.workspace)
+    records = [found for found in staging.read_group(outcome.workspace.records, 1) if found.edit_id == row["edit_id"]]
+    requests = Preparer(job).requests(records)
+    _, evaluation = encode_requests(backbone, requests, find_template(config.data.template))
+    (scores,) = evaluate(backbone, editor, params, evaluation, config.evaluation)
+    assert {name: scores[name] for name in MAIN} == {name: row[name] for name in MAIN}
+
+
+def test_a_store_that_cannot_be_used_is_told_before_any_work(
+    tracked: dict[str, Any], inline: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    (tmp_path / "not.db").write_text("this is no database" * 100)
+    config = from_dict(tracked | {"tracking": {"uri": f"sqlite:///{tmp_path}/not.db"}})
+    with pytest.raises(InputError, match=r"tracking\.uri"):
+        inline(config)
+
+
+def test_an_edit_that_is_not_there_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be fetched"):
+        tracking.fetch_edit(f"sqlite:///{tmp_path}/mlflow.db", "0" * 32, "edit", tmp_path)
+
+
+def test_text_is_masked_but_otherwise_kept() -> None:
+    values = {"uri": "s3://key:word@bucket/x", "list": ["a@b", 1], "plain": "sqlite:////a/b.db"}
+    masked = {"uri": "s3://***@bucket/x", "list": ["a@b", 1], "plain": "sqlite:////a/b.db"}
+    assert tracking.masked_values(values) == masked

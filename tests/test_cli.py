@@ -1,0 +1,151 @@
+"""The commands: every kind of wrong input ends with a clear sentence and exit code 2, never with a traceback."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import inline_pipeline
+import pytest
+import yaml
+from mmedit_files import encoded, picture, record, write_array, write_images
+from typer.testing import CliRunner, Result
+
+from odedit.__main__ import app
+
+
+def odedit(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Any]:
+    """A configuration file and the small input that it names."""
+    records = [record(number) for number in range(3)]
+    image_root, rephrase_root = write_images(tmp_path, records)
+    values = {
+        "data": {
+            "path": str(write_array(tmp_path / "vqa_eval.json", records)),
+            "image_root": str(image_root),
+            "rephrase_root": str(rephrase_root),
+        },
+        "supervision": {"locality_source": "record"},
+        "editor": {"name": "wise", "site": "layers.2.ffn.in", "max_steps": 1},
+        "tracking": {"enabled": False},
+        "out": str(tmp_path / "out"),
+    }
+    return {"values": values, "config": write_config(tmp_path, values), "folder": tmp_path}
+
+
+def write_config(folder: Path, values: Any) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def expect(result: Result, code: int, *parts: str) -> None:
+    assert result.exit_code == code, (result.output, result.exception)
+    for part in parts:
+        assert part in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[], ["demo"], ["edit"], ["apply"], ["world"], ["world", "build"], ["world", "train"], ["world", "check"], ["data"],
+     ["data", "check"], ["data", "pack"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_help_everywhere(command: list[str]) -> None:
+    expect(odedit(*command, "--help"), 0, "Usage: ", "--help")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.path=none.json", "none.json"),
+        ("data.image_root=/nowhere", "data.image_root: there is no folder '/nowhere'"),
+        ("editor.name=wize", "Did you mean 'wise'?"),
+        ("backbone.family=blip", "Did you mean 'blip2'?"),
+        ("backbone.checkpoint=./nowhere", "directory './nowhere' does not exist"),
+        ("editor.clmp=1", "Did you mean 'clamp'?"),
+        ("pipeline.actors=-1", "pipeline.actors: got -1"),
+        ("editor.max_steps", "expected key.sub=value"),
+        ("out=s3://bucket/out", "out: got 's3://bucket/out'"),
+    ],
+)
+def test_wrong_settings_exit_with_2(files: dict[str, Any], override: str, expected: str) -> None:
+    expect(odedit("edit", "--config", files["config"], override), 2, expected)
+
+
+def test_a_missing_configuration_exits_with_2() -> None:
+    expect(odedit("edit", "--config", "none.yaml"), 2, "none.yaml: the configuration cannot be read")
+
+
+def test_a_truncated_file_of_records_exits_with_2(files: dict[str, Any]) -> None:
+    path = Path(files["values"]["data"]["path"])
+    path.write_text(path.read_text()[:-50])
+    expect(odedit("edit", "--config", files["config"]), 2, "vqa_eval.json")
+
+
+def test_a_checkpoint_of_another_class_exits_with_2(files: dict[str, Any]) -> None:
+    other = files["folder"] / "bert"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    result = odedit("edit", "--config", files["config"], f"backbone.checkpoint={other}")
+    expect(result, 2, "BertModel", "family 'blip2' takes")
+
+
+def test_a_dry_run_prints_the_configuration_and_the_plan_and_writes_nothing(files: dict[str, Any]) -> None:
+    result = odedit("edit", "--config", files["config"], "editor.clamp=0.5", "--dry-run")
+    expect(result, 0, "clamp: 0.5", "# input: 3 edits in 1 groups", "# plan: 1 actor on")
+    assert yaml.safe_load(result.stdout)["editor"]["clamp"] == 0.5
+    assert not Path(files["values"]["out"]).exists()
+
+
+def test_edit_and_apply(files: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    inline_pipeline.install(monkeypatch)
+    expect(odedit("edit", "--config", files["config"]), 0, "reliability", "3 edits, 0 failed, 0 skipped")
+    edits = sorted((files["folder"] / "out" / "edits").iterdir())
+    image = files["folder"] / "question.png"
+    image.write_bytes(encoded(picture(1)))
+    result = odedit("apply", *edits[:2], "--prompt", "What is it?", "--image", image)
+    expect(result, 0, "before: ", "after:  ")
+    image.write_bytes(b"no picture")
+    expect(odedit("apply", edits[0], "--prompt", "What is it?", "--image", image), 2, "--image: ")
+    expect(odedit("apply", "none.safetensors", "--prompt", "What is it?"), 2, "no such file")
+    edits[0].write_bytes(b"damaged")
+    expect(odedit("apply", edits[0], "--prompt", "What is it?"), 2, "cannot be read as safetensors")
+
+
+def test_data_commands(files: dict[str, Any]) -> None:
+    data = files["values"]["data"]
+    roots = ["--image-root", data["image_root"], "--rephrase-root", data["rephrase_root"]]
+    expect(odedit("data", "check", data["path"], *roots), 0, "3 of 3 records can be used")
+    expect(odedit("data", "check", "none.json", *roots), 2, "none.json")
+    packed = files["folder"] / "packed"
+    expect(odedit("data", "pack", data["path"], packed, *roots), 0, "3 records (0 unusable), 9 pictures")
+    expect(odedit("data", "check", packed), 0, "3 of 3 records can be used")
+    expect(odedit("data", "pack", data["path"], packed, *roots), 2, "already holds a pack")
+
+
+def test_an_unexpected_error_is_one_sentence_and_exit_1(files: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline import commands
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise ZeroDivisionError("something\nelse")
+
+    monkeypatch.setattr(commands, "run", fail)
+    result = odedit("edit", "--config", files["config"])
+    expect(result, 1, "Failed: ZeroDivisionError: something", "odedit --debug")
+
+
+def test_an_interrupt_says_that_the_run_goes_on(files: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline import commands
+
+    def interrupt(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "run", interrupt)
+    expect(odedit("edit", "--config", files["config"]), 130, "the same command goes on")
