@@ -50,7 +50,7 @@ _NOUNS = {
     "owner": ("owner", "holder", "keeper", "master"),
     "city": ("city", "town", "home", "place"),
     "food": ("food", "dish", "meal", "snack"),
-    "digit": ("digit", "number", "numeral", "value"),
+    "digit": ("number", "numeral", "figure", "value"),
     "colour": ("colour", "shade", "tint", "hue"),
     "parity": ("parity", "kind", "class", "type"),
     "background": ("background", "paper", "backdrop", "surface"),
