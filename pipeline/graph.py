@@ -7,6 +7,7 @@ resources, else Ray would fuse them and a GPU would wait for pictures.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -112,6 +113,7 @@ class EditStage(_Stage):
 
 
 def _quiet() -> None:
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False

@@ -128,6 +128,9 @@ def _local_environment() -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_DATA_LOG_LEVEL": "ERROR",
+        # Ray warns on standard error about its own way of passing constructor arguments.
+        "RAY_BACKEND_LOG_LEVEL": "fatal",
         "RAY_enable_metrics_collection": "0",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",

@@ -62,6 +62,10 @@ def test_an_edit_that_kills_its_worker_is_a_failed_row(
     write_array(Path(settings["data"]["path"]), records)
     editor = {"name": "outside_editors.poisoned", "sites": ["layers.2.ffn.in"], "max_steps": 1}
     deadly = settings | {"editor": editor, "objective": {"name": "native"}}
+    # As if it had ended one worker already, together with its group: every further death takes a new worker's start.
+    attempts = Path(f"{settings['out']}-deadly") / "attempts" / "group-000000.json"
+    attempts.parent.mkdir(parents=True)
+    attempts.write_text('{"whole": 1, "single": {}}')
     rows = rows_of(deadly, "deadly", actors=1, batch_size=4, max_attempts=2)
     assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
     assert "given up" in rows[1]["error"]
