@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -64,16 +65,17 @@ def _local(plan: Plan) -> Iterator[None]:
         yield
         return
     try:
-        ray.init(
-            address="local",
-            num_cpus=max(plan.num_cpus, machine_cpus()),
-            num_gpus=machine_gpus() if plan.device == "cuda" else 0,
-            include_dashboard=False,
-            _node_ip_address=_LOOPBACK,
-            object_store_memory=_object_store_bytes(),
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _held_back_stderr():
+            ray.init(
+                address="local",
+                num_cpus=max(plan.num_cpus, machine_cpus()),
+                num_gpus=machine_gpus() if plan.device == "cuda" else 0,
+                include_dashboard=False,
+                _node_ip_address=_LOOPBACK,
+                object_store_memory=_object_store_bytes(),
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         yield
     finally:
         if not _keep_running:
@@ -162,6 +164,24 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _held_back_stderr() -> Iterator[None]:
+    """Keeps what native code writes to standard error inside; shows it only if the block fails."""
+    sys.stderr.flush()
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(before, held.read())
+            raise
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
 
 
 def _object_store_bytes() -> int:

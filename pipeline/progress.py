@@ -85,11 +85,12 @@ class Progress:
 
     def _speed(self) -> str:
         now = time.monotonic()
-        since, done = self._started, self._done - self._before
         if self._first is not None and now - self._first > _STEADY_AFTER_S and self._done > self._first_done:
             # Starting the workers is no part of the speed, once there is enough else to measure.
             since, done = self._first, self._done - self._first_done
-        if done <= 0:
+        elif self._before < self._done == self._total:
+            since, done = self._started, self._done - self._before
+        else:
             return ""
         rate = done / max(now - since, 1e-6)
         left = max(self._total - self._done, 0) / rate

@@ -108,20 +108,22 @@ def comparison_table(first: Arm, second: Arm) -> Table:
     table = Table(
         title=f"{first.name} against {second.name}: {shared} edits that both have",
         title_justify="left",
-        caption="Means with 95% confidence intervals; difference = second - first on the same edits; p: paired t-test.",
+        caption="Mean \u00b1 half its 95% interval; difference = second - first\non the same edits; p: paired t-test.",
         caption_justify="left",
     )
     table.add_column("metric")
     for name in (first.name, second.name, "difference", "p", "n"):
         table.add_column(name, justify="right")
     for entry in entries:
-        row = [figure(entry[side]) for side in ("first", "second")] + [
-            _signed(entry["difference"]),
-            p_value(entry["p"]),
-        ]
-        name = entry["label"] if entry["metric"] == "seconds" else f"{entry['metric']}  {entry['label']}"
-        table.add_row(name, *row, str(entry["n"]), style="bold" if _is_clear(entry) else None)
+        row = [_plus_minus(entry["first"]), _plus_minus(entry["second"]), _plus_minus(entry["difference"], "+")]
+        name = entry["label"] if entry["metric"] == "seconds" else entry["metric"]
+        table.add_row(name, *row, p_value(entry["p"]), str(entry["n"]), style="bold" if _is_clear(entry) else None)
     return table
+
+
+def _plus_minus(values: Mapping[str, float], sign: str = "") -> str:
+    """`0.913 ± 0.033`: a mean and half its interval, narrow enough for a terminal."""
+    return f"{values['mean']:{sign}.3f} \u00b1 {(values['high'] - values['low']) / 2:.3f}"
 
 
 def _signed(values: Mapping[str, float]) -> str:
