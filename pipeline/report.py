@@ -37,7 +37,7 @@ _COLUMNS = (
 )
 _MAX_PROBLEMS, _MAX_EDITS = 100, 20
 # Two hues that stay apart for colour-blind readers and in print, then further ones for further arms.
-_COLOURS = ("#9aa5b1", "#0b6bcb", "#d97706", "#7c3aed")
+_COLOURS = ("#7b8794", "#0b6bcb", "#d97706", "#7c3aed")
 
 
 @dataclass(frozen=True)

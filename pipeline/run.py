@@ -78,6 +78,8 @@ def run(config: RunConfig, console: Console, *, fresh: bool = False) -> Outcome:
             stack.enter_context(_closing(tracker))
         if ready.pending:
             plan = stack.enter_context(local_ray.connected(config.pipeline, config.backbone, len(ready.pending)))
+            # Again, because Ray puts a handler of its own in place, which ends the process at once.
+            stack.enter_context(terminate_as_interrupt())
             _edit(ready, plan, console)
         return _finish(ready, tracker, console)
 

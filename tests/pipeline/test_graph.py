@@ -87,9 +87,9 @@ def test_the_plan_fills_the_machine(settings_of_plan: dict, machine: tuple[int, 
 
 
 def test_progress_counts_edits_and_averages_those_that_worked() -> None:
-    progress = Progress(QUIET, total=10, done=2)
+    progress = Progress(QUIET, total=5, done=2)
     row = {"status": "ok", "rel": 1.0, "t_gen": 0.5, "m_gen": 0.0, "t_loc": 1.0, "m_loc": 1.0}
     progress.observe([row, row | {"rel": 0.0}, {"status": "failed"}], 3)
     line = progress.line()
-    assert line.startswith("5/10 edits (1 failed)  rel 0.500  t_gen 0.500")
-    assert "edits/s" in line and "left" in line
+    assert line.startswith("5/5 edits (1 failed)  rel 0.500  t_gen 0.500")
+    assert line.endswith("edits/s")
