@@ -43,12 +43,12 @@ def scores(backbone, splits):
     train, validation = splits
     supervision, evaluation = encode_requests(backbone, validation, TEMPLATE)
     sigma2_0 = calibrate(backbone, train, TEMPLATE)
-    editor = load_editor("ftl", {"sites": ("layers.2.ffn.in",), "learning_rate": 2e-3})
+    editor = load_editor("ftl", {"sites": ("layers.0.ffn.out",), "learning_rate": 2e-3})
     result = {}
     for dropped in ("none", "reliability", "locality", "generality"):
         weights = {f"{dropped}_weight": 0.0} if dropped != "none" else {}
         objective = Objective(ObjectiveConfig(**weights), sigma2_0)
-        edits = edit(backbone, editor, objective, supervision, Stopping(max_steps=12, worst_token_nll=1e-9))
+        edits = edit(backbone, editor, objective, supervision, Stopping(max_steps=20, worst_token_nll=1e-9))
         rows = evaluate(backbone, editor, stack_params([one.params for one in edits]), evaluation)
         result[dropped] = {
             "gen_risk": sum(one.curves["gen"][-1] for one in edits) / NUM_EDITS,
@@ -59,7 +59,7 @@ def scores(backbone, splits):
 
 def test_without_reliability_nothing_is_edited(scores):
     assert scores["none"]["rel"] > 0.9
-    assert scores["reliability"]["rel"] < 0.2
+    assert scores["reliability"]["rel"] < 0.4
 
 
 def test_without_locality_other_answers_change(scores):

@@ -1,0 +1,61 @@
+"""What the README shows works as it stands there."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_ten_lines_of_python_edit_a_record(tmp_path, monkeypatch, capsys):
+    (code,) = blocks("python")
+    assert len(ast.parse(code).body) <= 10
+    (tmp_path / "pictures").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "pictures" / "seven.png")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    (row,) = ast.literal_eval(capsys.readouterr().out)
+    assert row["rel"] == 1.0
+    assert row["rel_before"] < 1.0
+    assert row["answer_after"] == "anna hill"
+
+
+def test_the_configuration_shown_is_a_valid_one():
+    from pipeline import config
+
+    (text,) = blocks("yaml")
+    run = config.from_dict(yaml.safe_load(text))
+    assert (run.editor.name, run.objective.name, run.out) == ("wise", "odedit", "runs/wise-odedit")
+
+
+def test_every_command_shown_exists():
+    from typer.testing import CliRunner
+
+    from odedit.__main__ import app
+
+    shown = set(re.findall(r"^ {4}odedit ([a-z]+(?: [a-z]+)?)(?= |$)", README, flags=re.MULTILINE))
+    assert len(shown) >= 6
+    for command in sorted(shown):
+        words = command.split()
+        result = CliRunner().invoke(app, [*words, "--help"])
+        if result.exit_code and len(words) == 2:  # the second word was an argument
+            result = CliRunner().invoke(app, [words[0], "--help"])
+        assert result.exit_code == 0, command
+
+
+@pytest.mark.parametrize("path", ["odedit", "pipeline", "tests", "constraints.txt", "tests/test_editor_contract.py"])
+def test_paths_named_in_the_readme_are_there(path):
+    assert path in README
+    assert (Path(__file__).parent.parent / path).exists()
