@@ -1,19 +1,34 @@
 """odedit: batch editing of multimodal language models.
 
-The core needs torch alone; transformers is imported when a backbone is loaded, Ray and MLflow by the `pipeline`
-package.
+The names below are loaded when they are first used, so that `odedit --help` and job submission need not wait for torch.
+transformers is imported when a backbone is loaded; Ray and MLflow belong to the `pipeline` package.
 """
 
-from odedit.backbones import encode_requests, load_backbone, load_processor
-from odedit.edit import EditResult, Stopping, edit
-from odedit.editors import load as load_editor
-from odedit.edits import EditRequest, Picture, Probe
-from odedit.errors import InputError
-from odedit.metrics import EvaluationConfig, evaluate, paired, stack_params, summarize
-from odedit.objective import Objective, ObjectiveConfig, calibrate
-from odedit.prompts import find_template
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from odedit.backbones import encode_requests, load_backbone, load_processor
+    from odedit.editing import EditResult, Stopping, edit
+    from odedit.editors import load_editor
+    from odedit.edits import EditRequest, Picture, Probe
+    from odedit.errors import InputError
+    from odedit.metrics import EvaluationConfig, evaluate, paired, stack_params, summarize
+    from odedit.objective import Objective, ObjectiveConfig, calibrate
+    from odedit.prompts import find_template
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "backbones": ("encode_requests", "load_backbone", "load_processor"),
+    "editing": ("EditResult", "Stopping", "edit"),
+    "editors": ("load_editor",),
+    "edits": ("EditRequest", "Picture", "Probe"),
+    "errors": ("InputError",),
+    "metrics": ("EvaluationConfig", "evaluate", "paired", "stack_params", "summarize"),
+    "objective": ("Objective", "ObjectiveConfig", "calibrate"),
+    "prompts": ("find_template",),
+}
 
 __all__ = [
     "EditRequest",
@@ -37,3 +52,12 @@ __all__ = [
     "stack_params",
     "summarize",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            value = getattr(import_module(f"odedit.{module}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'odedit' has no attribute {name!r}")

@@ -158,7 +158,7 @@ def world_train(
     out: Annotated[Path, typer.Argument(help="Folder for the checkpoint.")],
     seed: Annotated[int, typer.Option(help="Of weights and pictures.")] = 0,
     vision_steps: Annotated[int, typer.Option(min=1, help="Steps of the vision tower alone.")] = 2400,
-    joint_steps: Annotated[int, typer.Option(min=1, help="Steps of the whole model.")] = 1500,
+    joint_steps: Annotated[int, typer.Option(min=1, help="Steps of the whole model.")] = 1700,
 ) -> None:
     """Trains the embedded model from scratch (about a quarter of an hour on one core)."""
     with _explained():

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from odedit import editors
 from odedit.backbones.base import Backbone
-from odedit.editors.base import Editor, Mergeable, Trace
-from odedit.edits import EditBatch, EditParams
+from odedit.editors.base import Editor, Mergeable
+from odedit.edits import EditParams
 from odedit.errors import InputError
 from odedit.metrics import stack_params
 
@@ -100,15 +99,8 @@ def load_edits(
                 f"edit {str(path)!r} belongs to {info.checkpoint!r} (fingerprint {info.fingerprint}), "
                 f"the loaded model is {backbone.checkpoint!r} ({backbone.fingerprint})."
             )
-    editor = editors.load(first.editor, first.editor_config)
+    editor = editors.load_editor(first.editor, first.editor_config)
     return editor, stack_params([params for params, _ in loaded]), [info for _, info in loaded]
-
-
-@contextmanager
-def applied_together(backbone: Backbone, editor: Editor, params: EditParams, batch: EditBatch) -> Iterator[Trace]:
-    """Inside, every sequence of `batch` sees all the edits; the model itself is never changed."""
-    with editor.together(backbone, params, batch) as trace:
-        yield trace
 
 
 def export(backbone: Any, editor: Editor, params: EditParams, directory: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from odedit import editors
 from odedit.backbones import encode_requests, load_backbone
 from odedit.checkpoint import EditInfo, save_edit
-from odedit.edit import EditResult, edit
+from odedit.editing import EditResult, edit
 from odedit.edits import EditRequest
 from odedit.metrics import evaluate, stack_params
 from odedit.mmedit import RawRecord
@@ -131,7 +131,7 @@ class EditActor:
     def _row(self, record: RawRecord, result: EditResult) -> results.Row:
         error = None if result.error is None else located(record, result.error)
         multipliers = result.curves.get("lambda", [])
-        return results.base_row(record, self._job.config, results.FAILED if error else results.OK, error) | {
+        return results.base_row(record, self._job.config, results.FAILED if error else results.EDITED, error) | {
             "steps": result.steps,
             "stop_reason": result.stop_reason,
             "seconds": result.seconds,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from odedit.backbones import Backbone, load_backbone
-from odedit.checkpoint import applied_together, load_edit, load_edits
+from odedit.checkpoint import load_edit, load_edits
 from odedit.edits import EditBatch, Probe
 from odedit.encoding import gather_positions
 from odedit.images import ImageReader
@@ -59,7 +59,7 @@ def answers(
 
     def run_edited(read: EditBatch) -> Tensor:
         prefix = backbone.prefix(read, editor.sites[0])
-        with applied_together(backbone, editor, params, read):
+        with editor.together(backbone, params, read):
             return backbone.suffix(prefix)
 
     return _generate(backbone, batch, run, max_tokens), _generate(backbone, batch, run_edited, max_tokens)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from odedit import backbones, editors
-from odedit.edit import Stopping
+from odedit.editing import Stopping
 from odedit.errors import InputError, unknown_name
 from odedit.metrics import EvaluationConfig
 from odedit.objective import ObjectiveConfig

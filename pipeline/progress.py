@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from odedit.metrics import MAIN
-from pipeline.results import FAILED, OK, Row
+from pipeline.results import EDITED, FAILED, Row
 
 _LOG_EVERY_S = 10.0
 _STEADY_AFTER_S = 5.0
@@ -69,7 +69,7 @@ class Progress:
         """Takes rows into the means without counting their edits: those of an earlier run are counted already."""
         for row in rows:
             self._failed += row["status"] == FAILED
-            for metric in MAIN if row["status"] == OK else ():
+            for metric in MAIN if row["status"] == EDITED else ():
                 if isinstance(row.get(metric), float):
                     self._sums[metric] += row[metric]
                     self._counts[metric] += 1

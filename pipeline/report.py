@@ -51,7 +51,7 @@ class Arm:
     def rows(self) -> dict[str, results.Row]:
         """Rows of the edits that worked, by edit id."""
         every = results.read_rows(results.parts(self.workspace), _COLUMNS)
-        return {row["edit_id"]: row for row in every if row["status"] == results.OK}
+        return {row["edit_id"]: row for row in every if row["status"] == results.EDITED}
 
 
 def figure(values: Mapping[str, Any], digits: int = 3) -> str:
@@ -226,4 +226,4 @@ def _arm_view(arm: Arm) -> dict[str, Any]:
 
 def _rows(arm: Arm, *, worked: bool) -> Any:
     every = results.read_rows(results.parts(arm.workspace), _COLUMNS)
-    return ({name: row.get(name) for name in _COLUMNS} for row in every if (row["status"] == results.OK) == worked)
+    return ({name: row.get(name) for name in _COLUMNS} for row in every if (row["status"] == results.EDITED) == worked)

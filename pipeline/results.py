@@ -17,7 +17,7 @@ from odedit.mmedit import RawRecord
 from pipeline.config import RunConfig
 from pipeline.workspace import Workspace, write_atomically
 
-OK, FAILED, SKIPPED = "ok", "failed", "skipped"
+EDITED, FAILED, SKIPPED = "edited", "failed", "skipped"
 CURVES = pyarrow.map_(pyarrow.string(), pyarrow.list_(pyarrow.float64()))
 FIXED_COLUMNS: dict[str, pyarrow.DataType] = {
     "index": pyarrow.int64(),
@@ -147,16 +147,16 @@ def unify(workspace: Workspace) -> None:
 
 def summarize_results(workspace: Workspace, config: RunConfig) -> dict[str, Any]:
     """Counts, and every figure's mean and 95% confidence interval over the edits that worked."""
-    counts = dict.fromkeys((OK, FAILED, SKIPPED), 0)
+    counts = dict.fromkeys((EDITED, FAILED, SKIPPED), 0)
     numbers: list[dict[str, float]] = []
     for row in read_rows(parts(workspace)):
         counts[row["status"]] += 1
-        if row["status"] == OK:
+        if row["status"] == EDITED:
             numbers.append({name: value for name, value in row.items() if _is_figure(name, value)})
     estimates = summarize(numbers)
     names = [*MAIN, *sorted(estimates.keys() - set(MAIN))]
     return {
-        "n": counts[OK],
+        "n": counts[EDITED],
         "failed": counts[FAILED],
         "skipped": counts[SKIPPED],
         "editor": config.editor.name,

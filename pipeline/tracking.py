@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -82,7 +83,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def open_command(uri: str) -> str:
     """What a user types to look at the store."""
-    return f"open {masked(uri)}" if uri.startswith("http") else f"mlflow ui --backend-store-uri {masked(uri)}"
+    if uri.startswith("http"):
+        return f"open {masked(uri)}"
+    program = Path(sys.executable).with_name("mlflow")
+    beside_us = os.path.relpath(program) if program.exists() else "mlflow"
+    return f"{beside_us} ui --backend-store-uri {masked(uri)}"
 
 
 def _client(uri: str) -> Any:

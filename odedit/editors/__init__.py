@@ -10,7 +10,7 @@ from odedit import discovery
 from odedit.editors.base import Editor, Mergeable, OptimizerSettings, Trace
 from odedit.errors import InputError, unknown_name
 
-__all__ = ["Editor", "Mergeable", "OptimizerSettings", "Trace", "find", "load", "names"]
+__all__ = ["Editor", "Mergeable", "OptimizerSettings", "Trace", "find", "load_editor", "names"]
 
 
 def names() -> tuple[str, ...]:
@@ -23,7 +23,7 @@ def find(name: str) -> Any:
     return discovery.find(sys.modules[__name__], "editor", name, "EDITOR")
 
 
-def load(name: str, settings: Mapping[str, Any] | None = None) -> Editor:
+def load_editor(name: str, settings: Mapping[str, Any] | None = None) -> Editor:
     """Builds an editor from its name and the settings that differ from its defaults.
 
     Raises:

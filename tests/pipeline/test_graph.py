@@ -37,7 +37,7 @@ def rows_of(settings: dict[str, Any], name: str, **pipeline: Any) -> list[dict[s
 
 def test_one_and_two_actors_give_the_same_rows(settings: dict[str, Any]) -> None:
     one = rows_of(settings, "one", actors=1)
-    assert [row["status"] for row in one] == ["ok"] * 5
+    assert [row["status"] for row in one] == ["edited"] * 5
     two = rows_of(settings, "two", actors=2)
     assert [results.to_json_row(row) for row in one] == [results.to_json_row(row) for row in two]
     listening = {
@@ -67,7 +67,7 @@ def test_an_edit_that_kills_its_worker_is_a_failed_row(
     attempts.parent.mkdir(parents=True)
     attempts.write_text('{"whole": 1, "single": {}}')
     rows = rows_of(deadly, "deadly", actors=1, batch_size=4, max_attempts=2)
-    assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
+    assert [row["status"] for row in rows] == ["edited", "failed", "edited"]
     assert "given up" in rows[1]["error"]
 
 
@@ -88,7 +88,7 @@ def test_the_plan_fills_the_machine(settings_of_plan: dict, machine: tuple[int, 
 
 def test_progress_counts_edits_and_averages_those_that_worked() -> None:
     progress = Progress(QUIET, total=5, done=2)
-    row = {"status": "ok", "rel": 1.0, "t_gen": 0.5, "m_gen": 0.0, "t_loc": 1.0, "m_loc": 1.0}
+    row = {"status": "edited", "rel": 1.0, "t_gen": 0.5, "m_gen": 0.0, "t_loc": 1.0, "m_loc": 1.0}
     progress.observe([row, row | {"rel": 0.0}, {"status": "failed"}], 3)
     line = progress.line()
     assert line.startswith("5/5 edits (1 failed)  rel 0.500  t_gen 0.500")

@@ -23,7 +23,7 @@ def workspace(tmp_path: Path) -> Workspace:
     return found
 
 
-def row(index: int, status: str = results.OK, **columns: object) -> results.Row:
+def row(index: int, status: str = results.EDITED, **columns: object) -> results.Row:
     record = RawRecord("f.json", index, f"edit-{index}", "vqa", {"src": "q", "alt": "a"})
     return results.base_row(record, from_dict({}), status) | columns
 

@@ -38,7 +38,7 @@ def test_every_record_has_a_row_and_every_edit_a_file(settings: dict[str, Any], 
     rows = rows_of(outcome)
     assert [row["index"] for row in rows] == list(range(5))
     for row in rows:
-        assert row["status"] == results.OK
+        assert row["status"] == results.EDITED
         assert all(0 <= row[metric] <= 1 for metric in MAIN)
         assert (row["editor"], row["objective"], row["backbone"]) == ("wise", "odedit", "blip2:embedded")
         assert row["steps"] == len(row["losses"]["rel"]) - 1 or row["steps"] == len(row["losses"]["rel"])
@@ -60,7 +60,16 @@ def test_bad_records_and_pictures_become_rows_and_the_others_are_edited(
     (root / records[1]["image"]).write_bytes(encoded(picture(1), "JPEG")[:60])
     outcome = inline(from_dict(settings))
     rows = rows_of(outcome)
-    assert [row["status"] for row in rows] == ["skipped", "skipped", "ok", "ok", "ok", "skipped", "skipped", "skipped"]
+    assert [row["status"] for row in rows] == [
+        "skipped",
+        "skipped",
+        "edited",
+        "edited",
+        "edited",
+        "skipped",
+        "skipped",
+        "skipped",
+    ]
     assert "record 0" in rows[0]["error"] and "is not under data.image_root" in rows[0]["error"]
     assert (outcome.summary["n"], outcome.summary["skipped"]) == (3, 5)
 
@@ -79,14 +88,14 @@ def test_a_failed_edit_is_a_row_and_leaves_its_batch_alone(settings: dict[str, A
 def test_an_exception_costs_one_edit_in_one_sentence(settings: dict[str, Any], inline: Inline) -> None:
     outcome = inline(from_dict(poisoned(settings, ["good-1", "raise-1", "good-2"])))
     rows = rows_of(outcome)
-    assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
+    assert [row["status"] for row in rows] == ["edited", "failed", "edited"]
     assert rows[1]["error"].endswith("record 1: ArithmeticError: a number that is none")
     assert "Traceback" in (outcome.workspace.out / "errors" / "raise-1.txt").read_text()
 
 
 def test_a_batch_that_does_not_fit_is_halved(settings: dict[str, Any], inline: Inline) -> None:
     rows = rows_of(inline(from_dict(poisoned(settings, ["large-1", "large-2", "large-3"]))))
-    assert [row["status"] for row in rows] == ["ok"] * 3
+    assert [row["status"] for row in rows] == ["edited"] * 3
 
 
 def test_an_edit_that_ends_its_worker_is_given_up(settings: dict[str, Any], inline: Inline) -> None:
@@ -95,7 +104,7 @@ def test_an_edit_that_ends_its_worker_is_given_up(settings: dict[str, Any], inli
         with pytest.raises(WorkerDeath):
             inline(config)
     rows = rows_of(inline(config))
-    assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
+    assert [row["status"] for row in rows] == ["edited", "failed", "edited"]
     assert "given up: its worker died in each of 3 attempts" in rows[1]["error"]
 
 
