@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TEMPLATE, make_request
+from made_up import TEMPLATE, make_request
 
 from odedit import InputError, load_backbone
 from odedit.backbones import encode_requests

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import TEMPLATE
+from made_up import TEMPLATE
 
 from odedit import (
     InputError,

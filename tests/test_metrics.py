@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import TEMPLATE, make_request
+from made_up import TEMPLATE, make_request
 from scipy import stats
 
 from odedit import EvaluationConfig, encode_requests, evaluate, load_editor, paired, summarize

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TEMPLATE
+from made_up import TEMPLATE
 
 from odedit import Objective, ObjectiveConfig, calibrate, load_editor
 from odedit.edits import EDIT, LOCALITY_SLOTS, SUPERVISION_SLOTS

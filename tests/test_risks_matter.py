@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import TEMPLATE
+from made_up import TEMPLATE
 
 from odedit import (
     Objective,
