@@ -15,7 +15,7 @@ from pyarrow.fs import FileType
 from odedit.edits import Picture
 from odedit.errors import InputError
 from odedit.image_decoding import ImageError, decode
-from odedit.locations import Location, locate
+from odedit.locations import Location, locate, masked
 from odedit.pack_format import PackedImages, is_pack, is_pack_reference, original_path, unreadable_reason
 from odedit.record_fields import Root, shorten
 
@@ -71,7 +71,9 @@ class ImageReader:
         """
         packed = is_pack(locate(path, "data.path"))
         if not packed and image_root is None:
-            raise InputError(f"data.image_root: not set, and {path} is not a packed folder. Name the images' folder.")
+            raise InputError(
+                f"data.image_root: not set, and {masked(path)} is not a packed folder. Name the images' folder."
+            )
         reader = cls(image_root, rephrase_root, pack_root=path if packed else None, **limits)
         reader.check_roots()
         return reader
@@ -82,7 +84,9 @@ class ImageReader:
             try:
                 exists = location.is_folder()
             except OSError as error:
-                raise InputError(f"{self._settings[root]}: cannot look at {location.text!r} ({error}).") from error
+                raise InputError(
+                    f"{self._settings[root]}: cannot look at {location.text!r} ({masked(str(error))})."
+                ) from error
             if not exists:
                 raise InputError(f"{self._settings[root]}: there is no folder {location.text!r}.")
 
@@ -102,7 +106,7 @@ class ImageReader:
         try:
             data = self._packed_bytes(path, name) if is_pack_reference(path) else self._file_bytes(path, root, name)
         except OSError as error:
-            raise ImageError(f"{name}: cannot be read ({error}).", "unreadable image") from error
+            raise ImageError(f"{name}: cannot be read ({masked(str(error))}).", "unreadable image") from error
         if not data:
             raise ImageError(f"{name}: the file is empty.", "empty image")
         if len(data) > self.max_bytes:
@@ -175,4 +179,4 @@ class ImageReader:
 
 def image_name(path: str) -> str:
     """How messages call an image: by the path its record had, also once it is packed."""
-    return f"image {shorten(original_path(path), 200)!r}"
+    return f"image {shorten(masked(original_path(path)), 200)!r}"

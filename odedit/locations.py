@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 
 import pyarrow
@@ -11,13 +12,30 @@ from pyarrow.fs import FileInfo, FileSystem, FileType, LocalFileSystem
 
 from odedit.errors import InputError
 
+# `user:password@`, also where a password was not encoded and has an `@` or, if there is no port before it, a `/`.
+_USER_INFO = re.compile(r"(?<=://)(?:[^/\s]*|[^/\s:]*:(?!\d*/)\S*)@")
+_SECRET_PARAMETER = re.compile(
+    r"""(?<=[?&])([^=&?\s]*(?:key|secret|token|password|sas|sig|credential)[^=&?\s]*)=[^&\s'"<>]+""", re.IGNORECASE
+)
+
+
+def masked(text: str) -> str:
+    """The text without user names, passwords and access keys in its addresses: what is shown or stored.
+
+    >>> masked("https://me:secret@mlflow.example/api")
+    'https://***@mlflow.example/api'
+    >>> masked("abfs://records@account/coco?sas_token=secret&region=x")
+    'abfs://***@account/coco?sas_token=***&region=x'
+    """
+    return _SECRET_PARAMETER.sub(r"\1=***", _USER_INFO.sub("***@", text))
+
 
 @dataclass(frozen=True)
 class Location:
     """A file or folder on some file system. It can be pickled, so a worker can be handed one.
 
     Attributes:
-        text: What the user wrote; error messages repeat it.
+        text: What the user wrote, without secrets: messages repeat it, and those end up in results and logs.
         filesystem: Knows how to open `path`.
         path: The place on that file system, without a trailing slash.
     """
@@ -67,16 +85,17 @@ def locate(text: str, setting: str) -> Location:
     if not text:
         raise InputError(f"{setting}: got an empty path; name a file or folder.")
     if "://" not in text:
-        return Location(text, LocalFileSystem(), os.path.abspath(os.path.expanduser(text)).rstrip("/"))
+        return Location(masked(text), LocalFileSystem(), os.path.abspath(os.path.expanduser(text)).rstrip("/"))
     try:
         filesystem, path = FileSystem.from_uri(text)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, ImportError) as error:
         raise InputError(
-            f"{setting}: cannot use the address {text!r} ({error}). "
+            f"{setting}: cannot use the address {masked(text)!r} ({masked(str(error))}). "
             "Allowed: a local path, or an address that pyarrow reads (file://, s3://, gs://, abfs://, hdfs://, hf://)."
-        ) from error
+        ) from None  # pyarrow repeats the address, and a traceback would show it
     except OSError as error:
         raise InputError(
-            f"{setting}: cannot reach {text!r} ({error}). Check the name, the network and the credentials."
-        ) from error
-    return Location(text, filesystem, path.rstrip("/"))
+            f"{setting}: cannot reach {masked(text)!r} ({masked(str(error))}). "
+            "Check the name, the network and the credentials."
+        ) from None
+    return Location(masked(text), filesystem, path.rstrip("/"))

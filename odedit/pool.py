@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from odedit.errors import InputError
 from odedit.images import ImageReader
+from odedit.locations import masked
 from odedit.mmedit import RawRecord, read_records
 from odedit.pack_format import original_path
 from odedit.record_fields import REPHRASE_PREFIX, edit_text, probe_texts, request_images
@@ -46,7 +47,7 @@ class Pool:
             elif (place := rng.randrange(num_seen)) < size:
                 chosen[place] = record
         if not chosen:
-            raise InputError(f"data.pool: {path} has no usable record; `odedit data check` says why.")
+            raise InputError(f"data.pool: {masked(path)} has no usable record; `odedit data check` says why.")
         return cls(tuple(chosen), reader)
 
     def candidates(self, record: RawRecord, rng: random.Random) -> Iterator[RawRecord]:

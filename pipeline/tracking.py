@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import sys
 import time
 import warnings
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from odedit.errors import InputError
+from odedit.locations import masked
 from odedit.metrics import MAIN
 from pipeline import results
 from pipeline.config import RunConfig, TrackingConfig
@@ -38,7 +38,6 @@ _TABLE_COLUMNS = (
     "steps",
     "seconds",
 )
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 class TrackingError(RuntimeError):
@@ -48,15 +47,6 @@ class TrackingError(RuntimeError):
 def store_uri(tracking: TrackingConfig, out: Path) -> str:
     """Address of the store: the configured one, or a database in the parent folder of `out`."""
     return tracking.uri or f"sqlite:///{(out.parent / 'mlflow.db').as_posix()}"
-
-
-def masked(text: str) -> str:
-    """The text without user names and passwords in its addresses.
-
-    >>> masked("https://me:secret@mlflow.example/api")
-    'https://***@mlflow.example/api'
-    """
-    return _CREDENTIALS.sub("***@", text)
 
 
 def masked_values(value: Any) -> Any:

@@ -1,14 +1,20 @@
 import hashlib
 import os
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from mmedit_files import encoded, picture
 from PIL import Image
+from pyarrow.fs import FileSystem, LocalFileSystem
 
+from odedit import locations
 from odedit.errors import InputError
 from odedit.images import ImageError, ImageReader
+from odedit.locations import locate, masked
+from odedit.mmedit import read_records
+from odedit.pool import Pool
 
 
 @pytest.fixture
@@ -67,6 +73,66 @@ def test_missing_file_and_root_one_level_too_deep(root):
         ImageReader(str(root), str(root / "none")).check_roots()
     with pytest.raises(ImageError, match=r"data\.image_root is not set"):
         ImageReader(None).read("a.png")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("s3://KEY:SECRET@bucket/coco", "s3://***@bucket/coco"),
+        ("s3://KEY:SEC@RET@bucket/a@b", "s3://***@bucket/a@b"),
+        ("s3://KEY:SEC/RET@bucket/coco", "s3://***@bucket/coco"),
+        ("'s3://KEY:SECRET@a/b' and gs://SECRET@c", "'s3://***@a/b' and gs://***@c"),
+        ("abfs://a/b?x=1&sas_token=SECRET%3D&y=2", "abfs://a/b?x=1&sas_token=***&y=2"),
+        ("https://a/b?X-Amz-Signature=SECRET&AccessKeyId=SECRET", "https://a/b?X-Amz-Signature=***&AccessKeyId=***"),
+        ("{'uri': 'gs://a?password=SECRET'}", "{'uri': 'gs://a?password=***'}"),
+        ("s3://bucket:9000/a@b.png?region=x", "s3://bucket:9000/a@b.png?region=x"),
+        ("/data/coco and me@example.org", "/data/coco and me@example.org"),
+        ("sqlite:////data/a@b.db", "sqlite:////data/a@b.db"),
+    ],
+)
+def test_addresses_are_shown_without_secrets(text, shown):
+    assert masked(text) == shown
+
+
+@pytest.fixture
+def remote(root, monkeypatch):
+    """The images' folder behind an address with a password, as S3 has them."""
+    real = FileSystem.from_uri
+
+    def from_uri(text):
+        return (LocalFileSystem(), str(root)) if text == "s3://KEY:SECRET@bucket/coco" else real(text)
+
+    monkeypatch.setattr(locations, "FileSystem", SimpleNamespace(from_uri=from_uri))
+    return "s3://KEY:SECRET@bucket/coco"
+
+
+def test_no_message_repeats_a_secret(root, remote, tmp_path):
+    (root / "out.png").symlink_to(tmp_path / "elsewhere.png")
+    (root / "empty.json").write_text("[]")
+    reader = ImageReader(remote)
+    assert locate(remote, "x").text == "s3://***@bucket/coco"
+    broken = ("s3://KEY:SEC/RET@bucket/coco", "no://KEY:SECRET@bucket/coco", "abfs://a@b/c?sas_token=SECRET&SEC=RET")
+    attempts = [
+        *[lambda text=text: locate(text, "data.image_root") for text in broken],
+        lambda: reader.read("none.png"),
+        lambda: reader.read("out.png"),
+        lambda: reader.read("s3://KEY:SECRET@bucket/x.png"),
+        lambda: ImageReader.for_records(remote),
+        lambda: list(read_records(remote)),
+        lambda: Pool.sample(f"file://KEY:SECRET@{root}/empty.json", reader),
+    ]
+    for attempt in attempts:
+        with pytest.raises((InputError, ImageError)) as caught:
+            attempt()
+        shown = str(caught.value)
+        assert "SECRET" not in shown and "SEC/RET" not in shown and "***" in shown, shown
+    for text in broken:
+        with pytest.raises(InputError) as caught:
+            locate(text, "data.image_root")
+        assert caught.value.__cause__ is None and caught.value.__suppress_context__
+    root.rename(root.parent / "gone")
+    with pytest.raises(InputError, match=r"no folder 's3://\*\*\*@bucket/coco'"):
+        reader.check_roots()
 
 
 @pytest.mark.parametrize(
