@@ -47,6 +47,7 @@ RELIABILITY = "rel"
 GENERALITY_PROBES = ("t_gen", "m_gen")
 LOCALITY_PROBES = ("t_loc", "m_loc")
 _PROBE_NAME = re.compile(r"rel|[a-z]+_(gen|loc)(_[a-z]+)?")
+_LOCALITY_NAME = re.compile(r"[a-z]+_loc(ality)?(_|$)")  # the kind is the second word; details come after it
 _EDIT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -138,7 +139,7 @@ def check_probe_name(name: str) -> None:
 
 def is_locality(name: str) -> bool:
     """Whether a slot or a probe must stay as it was."""
-    return name.endswith("_locality") or "_loc" in name
+    return _LOCALITY_NAME.match(name) is not None
 
 
 @dataclass(frozen=True)
