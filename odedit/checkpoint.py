@@ -73,7 +73,10 @@ def load_edit(path: Path | str, device: str = "cpu") -> tuple[EditParams, EditIn
         raise InputError(f"edit {str(path)!r} cannot be read as safetensors: {error}.") from error
     if metadata.get("format") != FORMAT:
         raise InputError(f"edit {str(path)!r}: format is {metadata.get('format')!r}, expected {FORMAT!r}.")
-    return params, EditInfo(**json.loads(metadata["info"]))
+    try:
+        return params, EditInfo(**json.loads(metadata["info"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"edit {str(path)!r}: what it says about itself is damaged ({error}).") from error
 
 
 def load_edits(
@@ -82,7 +85,8 @@ def load_edits(
     """Reads edits that are to be applied together.
 
     Raises:
-        InputError: None given, made by different editors or settings, or for other weights than the backbone's.
+        InputError: None given, made by an editor outside the package, by different editors or settings, or for other
+            weights than the backbone's.
     """
     if not paths:
         raise InputError("no edit given: name at least one .safetensors file.")
@@ -99,6 +103,12 @@ def load_edits(
                 f"edit {str(path)!r} belongs to {info.checkpoint!r} (fingerprint {info.fingerprint}), "
                 f"the loaded model is {backbone.checkpoint!r} ({backbone.fingerprint})."
             )
+    if first.editor not in editors.names():
+        # A dotted name would import whatever module the file asks for.
+        raise InputError(
+            f"edit {str(paths[0])!r} was made by the editor {first.editor!r}, which is not one of "
+            f"{', '.join(editors.names())}; load edits of editors outside the package in Python."
+        )
     editor = editors.load_editor(first.editor, first.editor_config)
     return editor, stack_params([params for params, _ in loaded]), [info for _, info in loaded]
 

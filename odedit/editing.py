@@ -23,8 +23,7 @@ class Stopping:
     Attributes:
         max_steps: Bound of the loop; None: the editor's published number.
         worst_token_nll: Stops when the least likely target token has come below this NLL: the mean would hide an
-            unlearned
-            first token behind a confident second one. None: the editor's own rule.
+            unlearned first token behind a confident second one. None: the editor's own rule.
     """
 
     max_steps: int | None = None
@@ -79,7 +78,7 @@ def edit(
     """
     started = time.perf_counter()
     batch = batch.select(objective.slots(editor, batch))
-    prefix = backbone.prefix(batch, editor.sites[0])
+    prefix = backbone.prefix(batch, *editor.sites)
     with torch.no_grad():
         base_EKTD = gather_positions(backbone.suffix(prefix), batch.predict_EKT)
     max_steps = editor.max_steps if stopping.max_steps is None else stopping.max_steps

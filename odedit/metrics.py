@@ -82,15 +82,18 @@ def evaluate(
     """
 
     def run(read: EditBatch) -> Tensor:
-        return backbone.suffix(backbone.prefix(read, editor.sites[0]))
+        return backbone.suffix(backbone.prefix(read, *editor.sites))
 
     def run_edited(read: EditBatch) -> Tensor:
-        prefix = backbone.prefix(read, editor.sites[0])
+        prefix = backbone.prefix(read, *editor.sites)
         with editor.applied(backbone, params, read):
             return backbone.suffix(prefix)
 
-    before = _read(backbone, batch, run, config)
-    after = _read(backbone, batch, run_edited, config)
+    prefix = backbone.prefix(batch, *editor.sites)
+    before = _read(backbone, batch, backbone.suffix(prefix), run, config)
+    with editor.applied(backbone, params, batch):
+        hidden_EKSD = backbone.suffix(prefix)
+    after = _read(backbone, batch, hidden_EKSD, run_edited, config)
     rows: list[Row] = []
     for e in range(batch.num_edits):
         row: Row = {}
@@ -111,9 +114,12 @@ def evaluate(
 
 
 def _read(
-    backbone: Backbone, batch: EditBatch, run: Callable[[EditBatch], Tensor], config: EvaluationConfig
+    backbone: Backbone,
+    batch: EditBatch,
+    hidden_EKSD: Tensor,
+    run: Callable[[EditBatch], Tensor],
+    config: EvaluationConfig,
 ) -> _Readout:
-    hidden_EKSD = run(batch)
     top_EKTR = _top(backbone, gather_positions(hidden_EKSD, batch.predict_EKT))
     top_EKSR = _top(backbone, hidden_EKSD) if config.mmedit else None
     greedy_EKT = greedy(backbone, batch, run, top_EKTR[..., 0]) if config.generate else None

@@ -35,7 +35,8 @@ class ObjectiveConfig:
 
     Attributes:
         name: `native` (the base editor's loss) or `odedit`.
-        reliability_weight, locality_weight, generality_weight: Of R_rel, R_loc, R_gen; 0 drops a term.
+        reliability_weight, locality_weight, generality_weight: Of R_rel, R_loc, R_gen; 0 drops a term, also from the
+            environments of the penalty.
         own_weight: Of the editor's own terms; None: 1 under `native`, 0 under `odedit`, which replaces them.
         locality_direction: `edited_first`, KL(edited || base) as in the paper's eq. 3, or `base_first`.
         kernel: Of R_gen: `rbf` (MMD, eq. 4-6), `linear` (MMD), or `contrastive` (the paper's Table 4).
@@ -76,6 +77,8 @@ class ObjectiveConfig:
             _require(name, getattr(self, name), getattr(self, name) >= 0, "a number >= 0")
         _require("name", self.name, self.name in get_args(Name), f"one of {', '.join(get_args(Name))}")
         _require("kernel", self.kernel, self.kernel in get_args(Kernel), f"one of {', '.join(get_args(Kernel))}")
+        trained = self.reliability_weight or self.locality_weight or self.generality_weight
+        _require("reliability_weight", self.reliability_weight, bool(trained), "not all three risks without weight")
         _require("dual_rate", self.dual_rate, self.dual_rate > 0, "a number > 0")
         _require("warmup + ramp", self.warmup + self.ramp, self.warmup + self.ramp <= 1, "at most 1")
         _require("bandwidths", self.bandwidths, all(b > 0 for b in self.bandwidths), "numbers > 0")
@@ -102,6 +105,16 @@ class ObjectiveConfig:
         if self.own_weight is not None:
             return self.own_weight
         return 1.0 if self.name == "native" else 0.0
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of every term that can be part of the objective, by its name in `Terms.risks`."""
+        return {
+            "rel": self.reliability_weight,
+            "loc": self.locality_weight,
+            "gen": self.generality_weight,
+            "own": self.effective_own_weight,
+        }
 
     @property
     def needs_bandwidth(self) -> bool:
@@ -169,7 +182,7 @@ class Objective:
             hidden_EKSD: Final hidden states of the edited model.
             base_EKTD: Those of the unedited model at `batch.predict_EKT`; a constant.
         """
-        config = self.config
+        config, weights = self.config, self.config.weights
         states_EKTD = gather_positions(hidden_EKSD, batch.predict_EKT)
         zero_E = torch.zeros(batch.num_edits, device=hidden_EKSD.device)
         edit = batch.slots.index(EDIT)
@@ -182,21 +195,19 @@ class Objective:
         if config.name == "odedit":
             locality = self._locality(backbone, batch, states_EKTD, base_EKTD)
             generality = self._generality(batch, hidden_EKSD, states_EKTD)
-            scale_gradients = {"rel": reliability.scale_gradient, "loc": locality.scale_gradient}
-            if config.environments == "regions":
-                scale_gradients["gen"] = generality.scale_gradient
-            else:
+            regions = {"rel": reliability, "loc": locality, "gen": generality}
+            if config.environments == "prompts":
+                del regions["gen"]
+            # A risk that is left out is no environment either.
+            scale_gradients = {name: risk.scale_gradient for name, risk in regions.items() if weights[name]}
+            if config.environments == "prompts":
                 scale_gradients |= self._prompt_environments(backbone, batch, states_EKTD)
-        own_E = editor.own_risk(params, trace, batch) if config.effective_own_weight else zero_E
-        total_E = (
-            config.reliability_weight * reliability.value
-            + config.locality_weight * locality.value
-            + config.generality_weight * generality.value
-            + config.effective_own_weight * own_E
-        )
+        own_E = editor.own_risk(params, trace, batch) if weights["own"] else zero_E
+        values = {"rel": reliability.value, "loc": locality.value, "gen": generality.value, "own": own_E}
+        total_E = torch.stack([weights[name] * value for name, value in values.items()]).sum(dim=0)
         nll_ET = risks.target_nll(logits_ETV.detach(), target_ET)
         return Terms(
-            risks={"rel": reliability.value, "loc": locality.value, "gen": generality.value, "own": own_E},
+            risks=values,
             total=total_E,
             scale_gradients=scale_gradients,
             penalty=tv_penalty(list(scale_gradients.values())) if scale_gradients else zero_E,

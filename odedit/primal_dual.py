@@ -33,14 +33,14 @@ class State:
         moments: First and second moments by tensor name; empty for SGD.
         delta: Weights of the multiplier networks; empty unless lambda is learned.
         dual_steps_E: Dual steps taken.
-        dual_is_due: Whether the last primal step had a penalty, so that a dual step follows.
+        dual_weight: Weight of the penalty in the last primal step; a dual step follows unless it was 0.
     """
 
     steps_E: Tensor
     moments: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     delta: EditParams = field(default_factory=dict)
     dual_steps_E: Tensor | None = None
-    dual_is_due: bool = False
+    dual_weight: float = 0.0
 
 
 class PrimalDual:
@@ -76,10 +76,11 @@ class PrimalDual:
             New parameters (leaves), new state, and `lambda` and `objective` of every edit.
         """
         schedule = penalty_schedule(step, self._max_steps, self._config.warmup, self._config.ramp)
-        context = self._context(params, origin, terms) if self._fixed is None else None
+        learned = self._fixed is None and (schedule > 0 or state.dual_weight > 0)
+        context = self._context(params, origin, terms) if learned else None
         if context is not None and not state.delta:
             state = replace(state, delta=self._init_delta(context))
-        if context is not None and state.dual_is_due:
+        if context is not None and state.dual_weight > 0:
             state = self._dual_step(state, context.detach(), terms.penalty.detach(), active_E)
 
         if context is None:
@@ -89,6 +90,9 @@ class PrimalDual:
         objective_E = terms.total
         if schedule > 0 and (context is not None or self._fixed):
             objective_E = objective_E + schedule * multiplier_E * terms.penalty
+        log = {"lambda": multiplier_E.detach() * schedule, "objective": objective_E.detach()}
+        if not bool(active_E.any()):
+            return params, state, log
         names = list(params)
         gradients = torch.autograd.grad(objective_E.sum(), [params[name] for name in names], allow_unused=True)
         gradient_of = {
@@ -106,9 +110,9 @@ class PrimalDual:
             state,
             steps_E=state.steps_E + active_E.long(),
             moments=moments,
-            dual_is_due=context is not None and schedule > 0,
+            dual_weight=0.0 if context is None else schedule,
         )
-        return params, state, {"lambda": multiplier_E.detach() * schedule, "objective": objective_E.detach()}
+        return params, state, log
 
     def _context(self, params: EditParams, origin: EditParams, terms: Terms) -> Tensor:
         """What lambda reads: phi_e, as sketch or flat, the risks, and |g| of every environment."""
@@ -132,7 +136,9 @@ class PrimalDual:
         names = list(state.delta)
         multiplier_E = MultiplierNetwork.apply(self._config.multiplier, state.delta, context_EI)
         # A fresh gradient each time; the public IRM-TV code lets them pile up over the steps.
-        gradients = torch.autograd.grad((multiplier_E * penalty_E).sum(), [state.delta[name] for name in names])
+        gradients = torch.autograd.grad(
+            (state.dual_weight * multiplier_E * penalty_E).sum(), [state.delta[name] for name in names]
+        )
         rate_E = torch.full_like(penalty_E, self._config.dual_rate)
         if self._config.dual_schedule == "adaptive":
             norm_E = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()

@@ -209,7 +209,64 @@ def test_a_diverging_edit_fails_alone(backbone, batches, sigma2_0):
         assert all(torch.equal(results[index].params[k], clean[index].params[k]) for k in clean[index].params)
 
 
+def test_the_order_of_sites_does_not_matter(backbone, batches, sigma2_0):
+    supervision, _ = batches
+    sites = ("layers.1.ffn.in", "layers.3.ffn.out", "layers.1.attention.out")
+    results = []
+    for order in (sites, sites[::-1]):
+        editor = load_editor("ftl", {"sites": order, "learning_rate": 1e-3})
+        results.append(
+            edit(backbone, editor, Objective(ObjectiveConfig(), sigma2_0), supervision, Stopping(max_steps=2))
+        )
+    for first, second in zip(*results, strict=True):
+        for name in sites:
+            assert first.params[name].any()
+            torch.testing.assert_close(first.params[name], second.params[name])
+
+
+def test_settings_that_do_not_fit_the_model_are_named(backbone):
+    with pytest.raises(InputError, match="feeds no activation"):
+        load_editor("wise", {"site": "layers.2.ffn.out"}).check(backbone)
+    with pytest.raises(InputError, match="expected different matrices"):
+        load_editor("ftl", {"sites": ("layers.3.ffn.in", "layers.-1.ffn.in")}).check(backbone)
+    with pytest.raises(InputError, match="layers.<0..3>"):
+        load_editor("wise").check(backbone)
+
+
+def test_wise_moves_and_stores_only_what_its_mask_lets_change(backbone, batches, sigma2_0):
+    supervision, _ = batches
+    editor = load_editor("wise", SMALL["wise"])
+    kept = editor.constrain({"side": torch.full((2, 512, 128), 3.0)})["side"]
+    assert set(kept.unique().tolist()) == {0.0, 1.0}, "masked to 0, clamped to 1"
+    assert torch.equal(kept[0], kept[1])
+    (result, *_) = edit(backbone, editor, Objective(ObjectiveConfig(), sigma2_0), supervision, Stopping(max_steps=2))
+    assert result.params["side_live"].shape == (1, int(kept[0].sum()))
+    assert kept[0].mean() == pytest.approx(0.2, abs=0.01)
+    assert not editor._side(backbone, result.params)[0][kept[0] == 0].any()
+
+
+def test_edits_are_told_apart_by_every_part_of_the_weights(backbone, tmp_path):
+    """A merged checkpoint has the same configuration and file sizes, and other weights deep inside the file."""
+    import shutil
+
+    from odedit import world
+    from odedit.backbones import fingerprint
+
+    copy = tmp_path / "model"
+    shutil.copytree(world.checkpoint_path("blip2"), copy)
+    assert fingerprint("blip2", str(copy)) == fingerprint("blip2", "embedded") == backbone.fingerprint
+    file = copy / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-(1 << 18) :] = bytes(1 << 18)
+    file.write_bytes(content)
+    assert fingerprint("blip2", str(copy)) != backbone.fingerprint
+
+
 def test_names_and_settings_are_checked():
+    with pytest.raises(InputError, match="clip_norm: got -1"):
+        load_editor("ftl", {"clip_norm": -1.0})
+    with pytest.raises(InputError, match="margin_in: got -1"):
+        load_editor("wise", {"margin_in": -1.0})
     with pytest.raises(InputError, match=r"Unknown editor 'wize'. Did you mean 'wise'\?"):
         load_editor("wize")
     with pytest.raises(InputError, match="Did you mean 'mask_ratio'"):
@@ -229,6 +286,13 @@ def test_edit_files_that_do_not_fit_are_named(backbone, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match="expected 'odedit-edit-1'"):
         load_edit(tmp_path / "other.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "half.safetensors", metadata={"format": "odedit-edit-1", "info": "{}"})
+    with pytest.raises(InputError, match="says about itself is damaged"):
+        load_edit(tmp_path / "half.safetensors")
+    outside = EditInfo("e", "some.module", {}, "blip2", "embedded", backbone.fingerprint, "mmedit")
+    save_edit(tmp_path / "outside.safetensors", {"a": torch.zeros(1)}, outside)
+    with pytest.raises(InputError, match="made by the editor 'some.module', which is not one of"):
+        load_edits([tmp_path / "outside.safetensors"], backbone)
     info = EditInfo("e", "ftl", {}, "blip2", "elsewhere", "0" * 16, "mmedit")
     save_edit(tmp_path / "foreign.safetensors", {"layers.-1.ffn.in": torch.zeros(1, 512, 128)}, info)
     with pytest.raises(InputError, match="belongs to 'elsewhere'"):

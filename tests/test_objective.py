@@ -68,6 +68,9 @@ def test_weights_scale_their_term_only(backbone, forward):
     )
     torch.testing.assert_close(weighted.total, 2 * plain.risks["rel"] + 3 * plain.risks["loc"])
     torch.testing.assert_close(plain.total, plain.risks["rel"] + plain.risks["loc"] + plain.risks["gen"])
+    assert set(plain.scale_gradients) == {"rel", "loc", "gen"}
+    # A risk without weight is no environment of the penalty either.
+    assert set(weighted.scale_gradients) == {"rel", "loc"}
 
 
 def test_absent_sequences_count_for_nothing(backbone, forward):

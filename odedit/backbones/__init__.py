@@ -10,7 +10,16 @@ from odedit.backbones.base import Backbone, Prefix, Processor
 from odedit.edits import EDIT, RELIABILITY, SUPERVISION_SLOTS, EditBatch, EditRequest, Probe
 from odedit.prompts import Template
 
-__all__ = ["Backbone", "Prefix", "Processor", "encode_requests", "load_backbone", "load_processor", "names"]
+__all__ = [
+    "Backbone",
+    "Prefix",
+    "Processor",
+    "encode_requests",
+    "fingerprint",
+    "load_backbone",
+    "load_processor",
+    "names",
+]
 
 
 def names() -> tuple[str, ...]:
@@ -38,6 +47,12 @@ def load_processor(family: str, checkpoint: str) -> Processor:
     """The part of a backbone that needs no weights."""
     processor: Processor = _find(family).load_processor(checkpoint)
     return processor
+
+
+def fingerprint(family: str, checkpoint: str) -> str:
+    """Names the weights that `load_backbone` would load, without loading them. Raises InputError as it does."""
+    name: str = _find(family).fingerprint_of(checkpoint)
+    return name
 
 
 def _find(family: str):  # type: ignore[no-untyped-def]

@@ -77,8 +77,8 @@ class Backbone(Protocol):
         """The model's own nonlinearity behind a feed-forward site."""
         ...
 
-    def prefix(self, batch: EditBatch, site: str) -> Prefix:
-        """Runs everything below `site`."""
+    def prefix(self, batch: EditBatch, *sites: str) -> Prefix:
+        """Runs everything below the lowest of the sites, which may come in any order."""
         ...
 
     def suffix(self, prefix: Prefix) -> Tensor:

@@ -24,6 +24,7 @@ from odedit.errors import InputError
 from odedit.prompts import Template, tokenize
 
 ARCHITECTURE = "Blip2ForConditionalGeneration"
+_SAMPLE, _SAMPLE_EVERY = 1 << 12, 1 << 18
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -31,12 +32,18 @@ class Blip2Processor:
     """Tokenizer and image processor of a checkpoint; needs no weights."""
 
     def __init__(self, checkpoint: str) -> None:
+        """Raises InputError if the checkpoint lacks the files of its tokenizer or image processor."""
         from transformers import AutoTokenizer
         from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint, use_fast=True, trust_remote_code=False)
-        # The PIL version, by name: the automatic one wants torchvision first.
-        self._images = BlipImageProcessorPil.from_pretrained(checkpoint)
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint, use_fast=True, trust_remote_code=False)
+            # The PIL version, by name: the automatic one wants torchvision first.
+            self._images = BlipImageProcessorPil.from_pretrained(checkpoint)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"backbone.checkpoint {checkpoint!r}: tokenizer or image processor cannot be read: {_first_line(error)}"
+            ) from error
 
     def process(self, picture: Picture) -> Picture:
         if picture.is_processed:
@@ -72,6 +79,12 @@ class Blip2:
         source = _resolve(checkpoint)
         _check_architecture(source)
         return Blip2Processor(source)
+
+    @classmethod
+    def fingerprint_of(cls, checkpoint: str) -> str:
+        """What `fingerprint` will be, without loading the model."""
+        source = _resolve(checkpoint)
+        return _fingerprint(source, _check_architecture(source))
 
     @classmethod
     def load(cls, checkpoint: str, *, dtype: str = "float32", device: str = "cpu") -> Blip2:
@@ -136,8 +149,10 @@ class Blip2:
         return self._decoder.activation(site)
 
     @torch.no_grad()
-    def prefix(self, batch: EditBatch, site: str) -> Prefix:
-        layer, part = self._decoder.locate(site)
+    def prefix(self, batch: EditBatch, *sites: str) -> Prefix:
+        located = [self._decoder.locate(site) for site in sites]
+        layer = min(layer for layer, _ in located)
+        at_ffn = all(part.startswith("ffn") for at, part in located if at == layer)
         num_edits, num_slots, length = batch.tokens_EKS.shape
         embedded = self._decoder.embed_tokens(batch.tokens_EKS.reshape(-1, length))
         if len(batch.features_NLD):
@@ -148,7 +163,6 @@ class Blip2:
         hidden = self._decoder.embed_positions(embedded)
         for index in range(layer):
             hidden = self._decoder.block(index, hidden)
-        at_ffn = part.startswith("ffn")
         if at_ffn:
             hidden = self._decoder.attention_half(layer, hidden)
         return Prefix(layer, at_ffn, hidden, (num_edits, num_slots))
@@ -204,19 +218,22 @@ def _check_architecture(source: str) -> dict[str, Any]:
 
 
 def _fingerprint(source: str, config: dict[str, Any]) -> str:
-    """Names the weights without reading all of them: configuration, and files' sizes or the hub's commit."""
-    parts: list[Any] = [{key: config[key] for key in sorted(config) if not key.startswith("_")}]
+    """Names the weights: configuration, and a sample of every weight file, or the hub's commit."""
+    settings = {key: config[key] for key in config if not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     path = Path(source)
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
-        parts.append([(file.name, file.stat().st_size) for file in files])
-        # A head of each file tells retrained weights of the same shape apart.
-        for file in files:
-            with file.open("rb") as stream:
-                parts.append(hashlib.sha256(stream.read(1 << 22)).hexdigest())
-    else:
-        parts.append([source, config.get("_commit_hash")])
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    if not path.is_dir():
+        digest.update(f"{source}@{config.get('_commit_hash')}".encode())
+        return digest.hexdigest()[:16]
+    for file in sorted(path.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            # A matrix of a large model has tens of megabytes: none slips through between two samples.
+            for offset in range(0, size, _SAMPLE_EVERY):
+                stream.seek(offset)
+                digest.update(stream.read(_SAMPLE))
+    return digest.hexdigest()[:16]
 
 
 def _first_line(error: Exception) -> str:

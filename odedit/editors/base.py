@@ -50,7 +50,7 @@ class Editor(Protocol):
 
     Attributes:
         Config: Frozen dataclass, every field with a default and its source.
-        sites: Edited sites, the lowest first: the frozen prefix ends there.
+        sites: Edited sites; the frozen prefix ends at the lowest.
         optimizer: What the inner loop steps with.
         max_steps: Published number of steps, the default bound of the inner loop.
         own_slots: Sequences that `own_risk` reads; others need not run under the native objective.
@@ -62,6 +62,10 @@ class Editor(Protocol):
     own_slots: Sequence[str]
     optimizer: OptimizerSettings
     max_steps: int
+
+    def check(self, backbone: Backbone) -> None:
+        """Raises InputError if the settings do not fit the model: no such site, one that feeds no activation."""
+        ...
 
     def init(self, backbone: Backbone, batch: EditBatch) -> EditParams:
         """phi_0 of E edits: float32, applying it changes no logit."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from odedit.backbones.base import Backbone
 from odedit.editors.base import OptimizerSettings, Trace, check_range
 from odedit.edits import EditBatch, EditParams
+from odedit.errors import InputError
 from odedit.hooks import rewritten
 
 
@@ -25,12 +26,12 @@ class FTLConfig:
     """Settings of FT-L; the defaults are those published for BLIP2-OPT.
 
     Attributes:
-        sites: Matrices that train, the lowest first; `layers.-1` is the last layer.
+        sites: Matrices that train, in any order; `layers.-1` is the last layer.
         learning_rate: AdamW step size (2e-4 for BLIP2-OPT, 1e-4 for MiniGPT-4 and LLaVA).
         weight_decay: Decoupled, on the difference to the model's weights.
         max_steps: 15 for BLIP2-OPT, 10 for LLaVA.
         clip_norm: None: no clipping, as published.
-        stop_loss: Stops an edit whose mean target NLL has come below; None: all steps, as published.
+        stop_loss: Stops an edit whose objective has come below; None: all steps, as published.
     """
 
     sites: tuple[str, ...] = ("layers.-1.ffn.in", "layers.-1.ffn.out")
@@ -45,6 +46,9 @@ class FTLConfig:
         check_range("learning_rate", self.learning_rate, "> 0", lambda v: v > 0)
         check_range("weight_decay", self.weight_decay, ">= 0", lambda v: v >= 0)
         check_range("max_steps", self.max_steps, ">= 1", lambda v: v >= 1)
+        for name in ("clip_norm", "stop_loss"):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), "> 0, or null", lambda v: v > 0)
         if not self.sites:
             raise ValueError("sites: got none, expected at least one such as layers.-1.ffn.in.")
 
@@ -60,6 +64,11 @@ class FTL:
         self.own_slots: tuple[str, ...] = ()
         self.max_steps = config.max_steps
         self.optimizer = OptimizerSettings("adamw", config.learning_rate, config.weight_decay, config.clip_norm)
+
+    def check(self, backbone: Backbone) -> None:
+        modules = {backbone.site(name) for name in self.sites}
+        if len(modules) < len(self.sites):
+            raise InputError(f"editor.sites: got {', '.join(self.sites)}, expected different matrices.")
 
     def init(self, backbone: Backbone, batch: EditBatch) -> EditParams:
         return {

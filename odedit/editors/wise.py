@@ -25,6 +25,7 @@ from odedit.edits import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_localit
 from odedit.hooks import rewritten
 
 SIDE = "side"
+LIVE = "side_live"
 THRESHOLD = "threshold"
 _DISTANCE = "distance_EK"
 
@@ -64,6 +65,8 @@ class WiseConfig:
 
     def __post_init__(self) -> None:
         check_range("learning_rate", self.learning_rate, "> 0", lambda v: v > 0)
+        for name in ("weight_decay", "margin_out", "margin_in", "margin_gap", "stop_change", "stop_loss"):
+            check_range(name, getattr(self, name), ">= 0", lambda v: v >= 0)
         check_range("max_steps", self.max_steps, ">= 1", lambda v: v >= 1)
         check_range("clamp", self.clamp, "> 0", lambda v: v > 0)
         check_range("mask_ratio", self.mask_ratio, "0 < mask_ratio <= 1", lambda v: 0 < v <= 1)
@@ -71,7 +74,11 @@ class WiseConfig:
 
 
 class Wise:
-    """One side memory per edit; `side` holds `W' - W`, `threshold` the distance above which it answers."""
+    """One side memory per edit.
+
+    While it trains, `side` holds `W' - W`. Finished, `side_live` holds only the entries that the mask lets change, a
+    fifth of them by default, and `threshold` the distance above which the side memory answers.
+    """
 
     Config: ClassVar[type] = WiseConfig
 
@@ -82,6 +89,10 @@ class Wise:
         self.max_steps = config.max_steps
         self.optimizer = OptimizerSettings("sgd", config.learning_rate, config.weight_decay)
 
+    def check(self, backbone: Backbone) -> None:
+        backbone.site(self.config.site)
+        backbone.activation(self.config.site)
+
     def init(self, backbone: Backbone, batch: EditBatch) -> EditParams:
         shape = backbone.site(self.config.site).weight.shape
         return {SIDE: torch.zeros(batch.num_edits, *shape, device=batch.tokens_EKS.device)}
@@ -91,9 +102,9 @@ class Wise:
         trace = Trace()
         activation = backbone.activation(self.config.site)
         num_edits, num_slots = batch.present_EK.shape
+        side_EOI = self._side(backbone, params)
 
         def rewrite(x: Tensor, y: Tensor) -> Tensor:
-            side_EOI = self._masked(params[SIDE])
             x_ENI = x.reshape(num_edits, -1, x.shape[-1])
             change = torch.bmm(x_ENI, side_EOI.to(x.dtype).transpose(1, 2)).reshape(
                 num_edits, num_slots, -1, y.shape[-1]
@@ -114,7 +125,7 @@ class Wise:
         """WISE-Retrieve: the memory with the largest distance above its own threshold answers, else the matrix."""
         trace = Trace()
         activation = backbone.activation(self.config.site)
-        num_memories = params[SIDE].shape[0]
+        num_memories = params[THRESHOLD].shape[0]
 
         def rewrite(x: Tensor, y: Tensor) -> Tensor:
             x_EKSI = x.reshape(*batch.present_EK.shape, -1, x.shape[-1])
@@ -122,8 +133,8 @@ class Wise:
             best_EK = torch.full(batch.present_EK.shape, -torch.inf, device=y.device)
             chosen = torch.zeros_like(main)
             for memory in range(num_memories):
-                side_OI = self._masked(params[SIDE][memory])
-                change = x_EKSI @ side_OI.to(x.dtype).T
+                one = {name: value[memory : memory + 1] for name, value in params.items()}
+                change = x_EKSI @ self._side(backbone, one)[0].to(x.dtype).T
                 distance_EK = _activation_distance(activation, main, main + change, batch.prompt_EKS)
                 wins = (distance_EK >= params[THRESHOLD][memory]) & (distance_EK > best_EK)
                 best_EK = torch.where(wins, distance_EK, best_EK)
@@ -147,7 +158,8 @@ class Wise:
         return push_out_E + (self.config.margin_in - inside_E).relu()
 
     def constrain(self, params: EditParams) -> EditParams:
-        return {SIDE: params[SIDE].clamp(-self.config.clamp, self.config.clamp)}
+        # Masked here as well: what the multiplier network reads must be what the model computes with.
+        return {SIDE: self._masked(params[SIDE]).clamp(-self.config.clamp, self.config.clamp)}
 
     def converged(self, loss_E: Tensor, previous_E: Tensor, token_right_E: Tensor) -> Tensor:
         settled = (loss_E - previous_E).abs() <= self.config.stop_change
@@ -157,12 +169,29 @@ class Wise:
         inside_E = trace.values[_DISTANCE][:, batch.slots.index(EDIT)]
         # An edit that never moved has distance 0 everywhere; the tiniest positive threshold keeps it off the side path.
         threshold = (self.config.routing_ratio * inside_E).clamp(min=torch.finfo(torch.float32).tiny)
-        return {SIDE: self._masked(params[SIDE]), THRESHOLD: threshold}
+        return {
+            LIVE: params[SIDE].flatten(1)[:, self._live(params[SIDE].shape[-2:], params[SIDE].device)],
+            THRESHOLD: threshold,
+        }
 
-    def _masked(self, side: Tensor) -> Tensor:
-        if self.config.mask_ratio == 1:
-            return side
-        return side * _mask(tuple(side.shape[-2:]), self.config.mask_ratio, self.config.mask_seed, str(side.device))
+    def _side(self, backbone: Backbone, params: EditParams) -> Tensor:
+        """`W' - W` of every edit, `(E, out, in)`, from training or from finished parameters."""
+        if SIDE in params:
+            return self._masked(params[SIDE])
+        live_EN = params[LIVE]
+        shape = backbone.site(self.config.site).weight.shape
+        flat = live_EN.new_zeros(live_EN.shape[0], shape.numel())
+        return flat.index_copy(1, self._live(shape, live_EN.device), live_EN).reshape(-1, *shape)
+
+    def _masked(self, side_EOI: Tensor) -> Tensor:
+        return side_EOI * self._mask(side_EOI.shape[-2:], side_EOI.device)
+
+    def _mask(self, shape: torch.Size, device: torch.device) -> Tensor:
+        return _bernoulli(tuple(shape), self.config.mask_ratio, self.config.mask_seed, str(device))
+
+    def _live(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """Flat indices of the entries that may change."""
+        return self._mask(shape, device).flatten().nonzero().squeeze(1)
 
 
 def _activation_distance(
@@ -177,7 +206,7 @@ def _activation_distance(
 
 
 @lru_cache(maxsize=4)
-def _mask(shape: tuple[int, ...], ratio: float, seed: int, device: str) -> Tensor:
+def _bernoulli(shape: tuple[int, ...], ratio: float, seed: int, device: str) -> Tensor:
     """The fixed Bernoulli mask, drawn on the CPU so that every device sees the same one."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.rand(shape, generator=generator) < ratio).float().to(device)
