@@ -46,7 +46,9 @@ LOCALITY_SLOTS = SUPERVISION_SLOTS[3:]
 RELIABILITY = "rel"
 GENERALITY_PROBES = ("t_gen", "m_gen")
 LOCALITY_PROBES = ("t_loc", "m_loc")
-_PROBE_NAME = re.compile(r"rel|[a-z]+_(gen|loc)(_[a-z]+)?")
+_PROBE_NAME = re.compile(r"[a-z]+_(gen|loc)(_[a-z]+)?")
+_COLUMN_ENDINGS = ("exact", "before", "generated", "whole", "mmedit", "far", "top10", "low", "high")
+"""What follows a probe's name in columns and logged figures that are made from it."""
 _LOCALITY_NAME = re.compile(r"[a-z]+_loc(ality)?(_|$)")  # the kind is the second word; details come after it
 _EDIT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -130,7 +132,15 @@ class EditRequest:
 
 
 def check_probe_name(name: str) -> None:
-    """Raises ValueError unless `name` says whether the probe measures generality or locality."""
+    """Raises ValueError unless `name` says what the probe measures, and no other probe's figures go by that name."""
+    if name == RELIABILITY:
+        raise ValueError(f"unknown probe {name!r}: {name!r} is the edit itself; give the further probe another name.")
+    taken = next((word for word in name.split("_")[2:] if word in _COLUMN_ENDINGS), None)
+    if taken is not None:
+        raise ValueError(
+            f"unknown probe {name!r}: {taken!r} ends the name of a column that is made from another probe. "
+            "Choose another detail."
+        )
     if not _PROBE_NAME.fullmatch(name):
         raise ValueError(
             f"unknown probe {name!r}: expected <name>_gen or <name>_loc, optionally with _<detail>, e.g. m_loc_near."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from odedit import EditRequest, Probe
-from odedit.edits import LOCALITY_SLOTS, REPHRASE_SLOTS, is_locality
+from odedit.edits import LOCALITY_SLOTS, REPHRASE_SLOTS, check_probe_name, is_locality
 
 
 def test_locality_is_told_by_the_kind_not_by_how_the_detail_begins():
@@ -13,3 +13,17 @@ def test_locality_is_told_by_the_kind_not_by_how_the_detail_begins():
         assert is_locality(name), name
     for name in ("edit", "rel", "t_gen", "m_gen_far", "t_gen_location", "t_gen_loc", "local_gen", *REPHRASE_SLOTS):
         assert not is_locality(name), name
+
+
+@pytest.mark.parametrize("detail", "exact before generated whole mmedit far top10 low high".split())
+def test_a_probe_may_not_take_the_name_of_a_column_made_from_another(detail):
+    for name in (f"t_gen_{detail}", f"m_loc_{detail}", f"m_loc_near_{detail}", f"m_loc_{detail}_near"):
+        with pytest.raises(ValueError, match=f"unknown probe '{name}': '{detail}' ends the name of a column"):
+            check_probe_name(name)
+    check_probe_name(f"{detail.removesuffix('10')}_gen")
+    check_probe_name("m_loc_farther")
+
+
+def test_the_edit_itself_is_no_probe_of_a_request():
+    with pytest.raises(ValueError, match="'rel' is the edit itself"):
+        EditRequest("a", Probe("p", "t"), probes={"rel": Probe("p", "t")})
