@@ -37,7 +37,7 @@ class Location:
     Attributes:
         text: What the user wrote, without secrets: messages repeat it, and those end up in results and logs.
         filesystem: Knows how to open `path`.
-        path: The place on that file system, without a trailing slash.
+        path: The place on that file system, without a trailing slash unless it is the top, `/` (or empty).
     """
 
     text: str
@@ -55,7 +55,8 @@ class Location:
 
     def child(self, relative: str) -> Location:
         """The place `relative` below this one. `relative` is taken as it is: check it first if a user wrote it."""
-        return Location(f"{self.text.rstrip('/')}/{relative}", self.filesystem, f"{self.path}/{relative}")
+        path = f"{self.path.removesuffix('/')}/{relative}" if self.path else relative
+        return Location(f"{self.text.removesuffix('/')}/{relative}", self.filesystem, path)
 
     def info(self) -> FileInfo:
         """Type and size. One request on a remote file system."""
@@ -85,7 +86,7 @@ def locate(text: str, setting: str) -> Location:
     if not text:
         raise InputError(f"{setting}: got an empty path; name a file or folder.")
     if "://" not in text:
-        return Location(masked(text), LocalFileSystem(), os.path.abspath(os.path.expanduser(text)).rstrip("/"))
+        return Location(masked(text), LocalFileSystem(), _trimmed(os.path.abspath(os.path.expanduser(text))))
     try:
         filesystem, path = FileSystem.from_uri(text)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, ImportError) as error:
@@ -98,4 +99,8 @@ def locate(text: str, setting: str) -> Location:
             f"{setting}: cannot reach {masked(text)!r} ({masked(str(error))}). "
             "Check the name, the network and the credentials."
         ) from None
-    return Location(masked(text), filesystem, path.rstrip("/"))
+    return Location(masked(text), filesystem, _trimmed(path))
+
+
+def _trimmed(path: str) -> str:
+    return path.rstrip("/") or path[:1]

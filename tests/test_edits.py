@@ -15,7 +15,10 @@ def test_locality_is_told_by_the_kind_not_by_how_the_detail_begins():
         assert not is_locality(name), name
 
 
-@pytest.mark.parametrize("detail", "exact before generated whole mmedit far top10 low high".split())
+TAKEN = ("exact", "before", "generated", "whole", "mmedit", "far", "top10", "low", "high")
+
+
+@pytest.mark.parametrize("detail", TAKEN)
 def test_a_probe_may_not_take_the_name_of_a_column_made_from_another(detail):
     for name in (f"t_gen_{detail}", f"m_loc_{detail}", f"m_loc_near_{detail}", f"m_loc_{detail}_near"):
         with pytest.raises(ValueError, match=f"unknown probe '{name}': '{detail}' ends the name of a column"):

@@ -75,6 +75,17 @@ def test_missing_file_and_root_one_level_too_deep(root):
         ImageReader(None).read("a.png")
 
 
+@pytest.mark.parametrize("top", ["/", "//", "file:///"])
+def test_a_root_may_be_the_top_of_the_file_system(root, top):
+    (root / "a.png").write_bytes(encoded(picture(3)))
+    reader = ImageReader(top)
+    reader.check_roots()
+    np.testing.assert_array_equal(reader.read(str(root)[1:] + "/a.png").pixels, np.asarray(picture(3)))
+    assert locate(top, "x").child("a/b").path == "/a/b"
+    assert locate(top, "x").child("a/b").text == f"{top}a/b"
+    assert locate("mock:///", "x").child("a/b").path == "a/b"
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
