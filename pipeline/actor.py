@@ -9,20 +9,23 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from odedit import editors
 from odedit.backbones import encode_requests, load_backbone
 from odedit.checkpoint import EditInfo, save_edit
 from odedit.editing import EditResult, edit
-from odedit.edits import EditRequest
+from odedit.edits import REPHRASE_SLOTS, EditRequest
+from odedit.errors import InputError
 from odedit.metrics import evaluate, stack_params
 from odedit.mmedit import RawRecord
 from odedit.objective import CALIBRATION_STATES, Objective, calibrate
-from odedit.prompts import find_template
+from odedit.prompts import find_template, tokenize
 from pipeline import results, staging
 from pipeline.attempts import Ledger
 from pipeline.prepare import Prepared, Preparer, located, one_sentence, write_traceback
@@ -30,7 +33,7 @@ from pipeline.spec import Job
 from pipeline.workspace import read_json, write_once
 
 CALIBRATION_RECORDS = 64
-_CALIBRATION_SLOTS = ("text_rephrase", "image_rephrase")
+_OUT_OF_MEMORY = ("can't allocate memory", "cuda error: out of memory", "cublas_status_alloc_failed")
 
 
 class EditActor:
@@ -48,16 +51,25 @@ class EditActor:
         self._backbone = load_backbone(
             config.backbone.family, config.backbone.checkpoint, dtype=config.backbone.dtype, device=job.device
         )
-        for site in self._editor.sites:
-            self._backbone.site(site)
-        self._objective = Objective(config.objective, self._bandwidth())
+        self._editor.check(self._backbone)
+        self._lazy_objective: Objective | None = None
 
     def __call__(self, prepared: Prepared) -> list[results.Row]:
-        """Edits a group and writes its results, unless they are there; returns the columns that progress shows."""
+        """Edits a group and writes its results, unless they are there; returns the columns that progress shows.
+
+        Raises:
+            OSError: Results cannot be written: no edit is to blame, and the run can go on later.
+            InputError: The kernel's bandwidth cannot be measured.
+        """
         part = self._job.workspace.part(prepared.group)
         if not part.exists():
-            rows = sorted([*prepared.rows, *self._rows(prepared)], key=lambda row: int(row["index"]))
-            results.write_part(part, rows)
+            try:
+                rows = sorted([*prepared.rows, *self._rows(prepared)], key=lambda row: int(row["index"]))
+                results.write_part(part, rows)
+            except OSError:
+                # This worker lives: what ends the run here must not count against the group's edits.
+                self._ledger(prepared.group).close()
+                raise
             self._ledger(prepared.group).close()
         return [
             {name: row.get(name) for name in results.PROGRESS_COLUMNS}
@@ -71,11 +83,15 @@ class EditActor:
     def _rows(self, prepared: Prepared) -> list[results.Row]:
         if not prepared.requests:
             return []
+        self._objective()  # what is wrong with the settings is not the first edits' fault
         ledger = self._ledger(prepared.group)
         if ledger.begin_whole():
             try:
                 return self._edit_within_memory(prepared.records, prepared.requests)
-            except Exception:
+            except OSError:
+                raise
+            except Exception as error:
+                _end_if_device_is_lost(error)
                 # Which edit it was shows when each is alone.
                 write_traceback(self._job, f"group-{prepared.group:06d}")
         return [
@@ -92,7 +108,10 @@ class EditActor:
             return results.base_row(record, self._job.config, results.FAILED, located(record, message))
         try:
             row = self._edit_within_memory([record], [request])[0]
+        except OSError:
+            raise
         except Exception as error:
+            _end_if_device_is_lost(error)
             write_traceback(self._job, record.edit_id)
             message = located(record, one_sentence(error))
             row = results.base_row(record, self._job.config, results.FAILED, message)
@@ -117,7 +136,7 @@ class EditActor:
     def _edit(self, records: Sequence[RawRecord], requests: Sequence[EditRequest]) -> list[results.Row]:
         config = self._job.config
         supervision, evaluation = encode_requests(self._backbone, requests, self._template)
-        edited = edit(self._backbone, self._editor, self._objective, supervision, config.stopping, config.seed)
+        edited = edit(self._backbone, self._editor, self._objective(), supervision, config.stopping, config.seed)
         params = stack_params([result.params for result in edited])
         scores = evaluate(self._backbone, self._editor, params, evaluation, config.evaluation)
         rows = []
@@ -136,6 +155,7 @@ class EditActor:
             "stop_reason": result.stop_reason,
             "seconds": result.seconds,
             "lambda": multipliers[-1] if multipliers else None,
+            "penalty_steps": sum(value > 0 for value in multipliers),
             "losses": result.curves,
         }
 
@@ -153,7 +173,26 @@ class EditActor:
             target=record.fields["alt"],
             metrics=dict(score),
         )
-        save_edit(self._job.workspace.edit(record.edit_id), result.params, info)
+        try:
+            save_edit(self._job.workspace.edit(record.edit_id), result.params, info)
+        except SafetensorError as error:  # what a full disk looks like from there
+            raise OSError(f"edit {record.edit_id} cannot be saved: {error}") from error
+
+    def _objective(self) -> Objective:
+        """Made for the first group that has something to edit: a run of unusable records has nothing to measure."""
+        if self._lazy_objective is None:
+            self._lazy_objective = Objective(self._job.config.objective, self._bandwidth())
+        return self._lazy_objective
+
+    def _num_states(self, request: EditRequest) -> int:
+        """How many states one request gives the measurement, as `odedit.objective.calibrate` selects them."""
+        probes = [request.edit, *(request.supervision[slot] for slot in REPHRASE_SLOTS if slot in request.supervision)]
+        is_target = self._job.config.objective.positions == "target"
+        total = 0
+        for probe in probes:
+            tokens, first_target = tokenize(self._backbone.processor.tokenizer, self._template, probe)
+            total += len(tokens) - first_target if is_target else first_target
+        return total
 
     def _bandwidth(self) -> float | None:
         """sigma_0^2, measured once per run and shared by all workers through a file."""
@@ -162,17 +201,21 @@ class EditActor:
             return config.objective.sigma2_0
         if not path.exists():
             pool = staging.read_pool(self._job.workspace, self._job.sources)
-            records = pool.records if pool else staging.first_usable(self._job.workspace.records, CALIBRATION_RECORDS)
-            requests = Preparer(self._job).requests(records[:CALIBRATION_RECORDS])
-            bare = [
-                replace(request, probes={}, supervision=_only(request.supervision, _CALIBRATION_SLOTS))
-                for request in requests
-            ]
-            value = calibrate(self._backbone, bare, self._template, config.objective.positions)
+            records = pool.records if pool else staging.usable_records(self._job.workspace.records)
+            problems: list[str] = []
+            requests = list(islice(Preparer(self._job).calibration_requests(records, problems), CALIBRATION_RECORDS))
+            setting = "data.pool" if pool else "data.path"
+            if not requests:
+                first = problems[0] if problems else "there is none."
+                raise InputError(f"{setting}: no calibration record can be used; first: {first}")
+            try:
+                value = calibrate(self._backbone, requests, self._template, config.objective.positions)
+            except ValueError as error:
+                raise InputError(f"{setting}: {error} Use other records, or set objective.sigma2_0.") from error
             measured = {
                 "sigma2_0": value,
-                "records": len(bare),
-                "states": CALIBRATION_STATES,
+                "records": len(requests),
+                "states": min(sum(self._num_states(request) for request in requests), CALIBRATION_STATES),
                 "source": "pool" if pool else "records",
             }
             # The first worker's value counts for all, whatever kind of machine it runs on.
@@ -180,10 +223,15 @@ class EditActor:
         return float(read_json(path)["sigma2_0"])
 
 
-def _only(probes: Any, names: Sequence[str]) -> dict[str, Any]:
-    return {name: probes[name] for name in names if name in probes}
-
-
 def _is_out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(part in text for part in _OUT_OF_MEMORY)
+
+
+def _end_if_device_is_lost(error: BaseException) -> None:
+    """Ends this process after an error that leaves the GPU unusable for it: every further edit would fail in its turn.
+
+    A new worker takes the group again, and the ledger finds out which edit it was.
+    """
+    if "cuda error" in str(error).lower() and not _is_out_of_memory(error):
+        os._exit(1)

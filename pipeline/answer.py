@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from odedit.backbones import Backbone, load_backbone
+from odedit.backbones import Backbone, load_backbone, names
 from odedit.checkpoint import load_edit, load_edits
 from odedit.edits import EditBatch, Probe
 from odedit.encoding import gather_positions
+from odedit.errors import InputError
 from odedit.images import ImageReader
 from odedit.metrics import greedy
 from odedit.prompts import find_template
@@ -48,6 +49,9 @@ def answers(
     if image is not None:
         path = image.expanduser().absolute()
         picture = ImageReader(str(path.parent)).read(path.name)
+    if info.family not in names():
+        # A dotted name would import whatever module the file asks for.
+        raise InputError(f"edit {str(edits[0])!r}: unknown model family {info.family!r}; known: {', '.join(names())}.")
     backbone = load_backbone(info.family, checkpoint or info.checkpoint, device=device)
     editor, params, _ = load_edits(edits, backbone, device)
     probe = Probe(prompt, _PLACEHOLDER * max_tokens, picture, caption)
@@ -55,10 +59,10 @@ def answers(
     batch = backbone.encode(["question"], ["rel"], [[probe]], features, find_template(info.template))
 
     def run(read: EditBatch) -> Tensor:
-        return backbone.suffix(backbone.prefix(read, editor.sites[0]))
+        return backbone.suffix(backbone.prefix(read, *editor.sites))
 
     def run_edited(read: EditBatch) -> Tensor:
-        prefix = backbone.prefix(read, editor.sites[0])
+        prefix = backbone.prefix(read, *editor.sites)
         with editor.together(backbone, params, read):
             return backbone.suffix(prefix)
 

@@ -103,7 +103,14 @@ class EditStage(_Stage):
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         prepared = cloudpickle.loads(batch["prepared"][0])
         fatal = self._fatal or (prepared if isinstance(prepared, dict) else {})
-        rows = [] if fatal else self._worker(prepared)
+        rows: list[Row] = []
+        try:
+            rows = [] if fatal else self._worker(prepared)
+        except InputError as error:
+            fatal = {"fatal": str(error), "is_input": True}
+        except OSError as error:
+            message = f"results cannot be written ({one_sentence(error)}). The same command goes on from there."
+            fatal = {"fatal": message, "is_input": False}
         return {
             "group": [-1 if fatal else prepared.group],
             "rows": [json.dumps(rows)],

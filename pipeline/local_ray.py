@@ -61,25 +61,32 @@ def shared() -> Iterator[None]:
 @contextmanager
 def _local(plan: Plan) -> Iterator[None]:
     ray = _import_ray()
-    if ray.is_initialized():  # several runs in one process share it: the demo, the tests
-        yield
-        return
+    is_ours = _keep_running or not ray.is_initialized()
     try:
-        with _held_back_stderr():
-            ray.init(
-                address="local",
-                num_cpus=max(plan.num_cpus, machine_cpus()),
-                num_gpus=machine_gpus() if plan.device == "cuda" else 0,
-                include_dashboard=False,
-                _node_ip_address=_LOOPBACK,
-                object_store_memory=_object_store_bytes(),
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+        if not ray.is_initialized():  # several runs in one process share it: the demo, the tests
+            _start(ray, plan)
         yield
-    finally:
-        if not _keep_running:
+    except KeyboardInterrupt:
+        if is_ours:  # also where runs share it: no worker may still write once the run has ended
             ray.shutdown()
+        raise
+    finally:
+        if is_ours and not _keep_running:
+            ray.shutdown()
+
+
+def _start(ray: Any, plan: Plan) -> None:
+    with _held_back_stderr():
+        ray.init(
+            address="local",
+            num_cpus=max(plan.num_cpus, machine_cpus()),
+            num_gpus=machine_gpus() if plan.device == "cuda" else 0,
+            include_dashboard=False,
+            _node_ip_address=_LOOPBACK,
+            object_store_memory=_object_store_bytes(),
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
 
 
 @contextmanager

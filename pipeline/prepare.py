@@ -6,13 +6,15 @@ A picture that cannot be used makes its record a skipped row; nothing here ends 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from odedit.backbones import Processor, load_processor
-from odedit.edits import EditRequest, Picture, Probe
+from odedit.edits import REPHRASE_SLOTS, EditRequest, Picture, Probe
 from odedit.errors import InputError
 from odedit.images import ImageError
+from odedit.locations import masked
 from odedit.mmedit import RawRecord
 from odedit.supervision import build_request
 from pipeline import results, staging
@@ -76,11 +78,23 @@ class Preparer:
             write_traceback(self._job, record.edit_id)
             return results.base_row(record, config, results.FAILED, located(record, one_sentence(error)))
 
-    def requests(self, records: Sequence[RawRecord]) -> list[EditRequest]:
-        """Edits of those records that can be used."""
+    def calibration_requests(self, records: Iterable[RawRecord], problems: list[str]) -> Iterator[EditRequest]:
+        """Edits and rephrases, and nothing else, of those records of the pool, or else of the run, that can be used.
+
+        Args:
+            problems: Takes a sentence for each record that cannot.
+        """
+        supervision = replace(self._job.config.supervision, locality_source="record", near_locality=False)
         shared: dict[str, Picture] = {}
-        made = [self._request(record, shared) for record in records]
-        return [request for request in made if isinstance(request, EditRequest)]
+        for record in records:
+            # The record's own locality stands in for none: nothing is drawn from the pool, no further picture read.
+            bare = replace(record, fields={**record.fields, "m_loc": record.fields["image"], "probes": None})
+            try:
+                request = build_request(bare, self._job.sources.pool_reader, supervision)
+                rephrases = {slot: request.supervision[slot] for slot in REPHRASE_SLOTS}
+                yield process(replace(request, supervision=rephrases, probes={}), self._processor, shared)
+            except (ImageError, InputError) as error:
+                problems.append(located(record, str(error)))
 
 
 def process(request: EditRequest, processor: Processor, shared: dict[str, Picture]) -> EditRequest:
@@ -118,6 +132,7 @@ def one_sentence(error: BaseException) -> str:
 
 def write_traceback(job: Job, name: str) -> None:
     """Keeps the whole story of an unexpected error for a developer; the row has its one sentence."""
-    folder = job.workspace.out / "errors"
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.txt").write_text(traceback.format_exc(), encoding="utf-8")
+    with suppress(OSError):  # a full disk must not hide the error itself
+        job.workspace.errors.mkdir(exist_ok=True)
+        text = masked(traceback.format_exc())
+        (job.workspace.errors / f"{name}.txt").write_text(text, encoding="utf-8", errors="replace")

@@ -178,7 +178,7 @@ def draw(arms: Sequence[Arm]) -> bytes:
 def write_run_report(workspace: Workspace, summary: Mapping[str, Any]) -> Path:
     """`report.html` of one run."""
     arm = Arm(f"{summary['editor']}, {summary['objective']} objective", workspace, summary)
-    return _write(workspace.out / "report.html", [arm])
+    return _write(workspace.report, [arm])
 
 
 def write_comparison(folder: Path, arms: Sequence[Arm]) -> Path:
@@ -218,6 +218,7 @@ def _arm_view(arm: Arm) -> dict[str, Any]:
         "name": arm.name,
         "summary": arm.summary,
         "counts": counts(arm.summary),
+        "stop_reasons": ", ".join(f"{name} {count}" for name, count in arm.summary["stop_reasons"].items()),
         "edits": rows,
         "problems": list(islice(_rows(arm, worked=False), _MAX_PROBLEMS)),
         "config": arm.workspace.config.read_text(encoding="utf-8") if arm.workspace.config.exists() else "",

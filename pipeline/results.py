@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pyarrow
 from pyarrow import parquet
 
+from odedit.locations import masked
 from odedit.metrics import MAIN, summarize
 from odedit.mmedit import RawRecord
 from pipeline.config import RunConfig
@@ -38,6 +40,7 @@ FIXED_COLUMNS: dict[str, pyarrow.DataType] = {
     "stop_reason": pyarrow.string(),
     "seconds": pyarrow.float64(),
     "lambda": pyarrow.float64(),
+    "penalty_steps": pyarrow.int64(),
     "losses": CURVES,
 }
 """Columns of every result file; what is measured beyond them follows, sorted by name."""
@@ -58,7 +61,7 @@ def base_row(record: RawRecord, config: RunConfig, status: str, error: str | Non
         "edit_id": record.edit_id,
         "status": status,
         "error": error,
-        "file": record.file,
+        "file": masked(record.file),
         "task": record.task,
         "prompt": _text(fields.get("src")),
         "target": _text(fields.get("alt")),
@@ -148,10 +151,12 @@ def unify(workspace: Workspace) -> None:
 def summarize_results(workspace: Workspace, config: RunConfig) -> dict[str, Any]:
     """Counts, and every figure's mean and 95% confidence interval over the edits that worked."""
     counts = dict.fromkeys((EDITED, FAILED, SKIPPED), 0)
+    reasons: Counter[str] = Counter()
     numbers: list[dict[str, float]] = []
     for row in read_rows(parts(workspace)):
         counts[row["status"]] += 1
         if row["status"] == EDITED:
+            reasons[row["stop_reason"] or "unknown"] += 1
             numbers.append({name: value for name, value in row.items() if _is_figure(name, value)})
     estimates = summarize(numbers)
     names = [*MAIN, *sorted(estimates.keys() - set(MAIN))]
@@ -163,6 +168,7 @@ def summarize_results(workspace: Workspace, config: RunConfig) -> dict[str, Any]
         "objective": config.objective.name,
         "backbone": f"{config.backbone.family}:{config.backbone.checkpoint}",
         "supervision": supervision_name(config),
+        "stop_reasons": dict(reasons.most_common()),
         "metrics": {
             name: {"mean": e.mean, "low": e.low, "high": e.high, "n": e.n}
             for name in names

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import shutil
+import hashlib
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from rich.console import Console
 
-from odedit.backbones import load_processor
+from odedit.backbones import fingerprint, load_processor
 from odedit.errors import InputError
+from odedit.locations import masked
 from pipeline import local_ray, results, sources, staging, tracking
-from pipeline.config import RunConfig
+from pipeline.config import EMBEDDED, RunConfig
 from pipeline.progress import Progress
 from pipeline.sources import Sources
 from pipeline.spec import Job, Plan
 from pipeline.staging import Staged
 from pipeline.version import code_version, software
-from pipeline.workspace import Workspace, read_json, write_json, write_text
+from pipeline.workspace import CONFIG_HEADER, Workspace, read_json, write_json, write_text
 
 _NOT_COMPARED = ("tracking.", "out", "pipeline.")
 _COMPARED_ANYWAY = ("pipeline.batch_size",)
@@ -64,7 +66,7 @@ def run(config: RunConfig, console: Console, *, fresh: bool = False) -> Outcome:
 
     Args:
         console: For progress; standard error.
-        fresh: Delete what `out` holds of an earlier run first.
+        fresh: Delete what `out` holds of an earlier run first, once the input and the settings have proved right.
 
     Raises:
         InputError: The input or the settings are wrong, or `out` holds another run.
@@ -72,7 +74,8 @@ def run(config: RunConfig, console: Console, *, fresh: bool = False) -> Outcome:
         TrackingError: The results are there, but MLflow could not be written to.
     """
     ready = prepare(config, console, fresh=fresh)
-    with terminate_as_interrupt(), ExitStack() as stack:
+    config = ready.config
+    with terminate_as_interrupt(), _forgiving(ready.workspace), ExitStack() as stack:
         tracker = _start_tracking(ready)
         if tracker is not None:
             stack.enter_context(_closing(tracker))
@@ -84,33 +87,105 @@ def run(config: RunConfig, console: Console, *, fresh: bool = False) -> Outcome:
         return _finish(ready, tracker, console)
 
 
+@contextmanager
+def _forgiving(workspace: Workspace) -> Iterator[None]:
+    """Around Ray's lifetime: a worker that was ended because the user ended the run counts as no attempt."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for path in workspace.attempts.glob("group-*.json"):
+            path.unlink(missing_ok=True)
+        raise
+
+
 def prepare(config: RunConfig, console: Console, *, fresh: bool = False) -> Ready:
     """Checks what can be checked, stages the input, and finds out what is left to do."""
     workspace = Workspace.of(config.out)
-    if fresh:
-        _clear(workspace)
     load_processor(config.backbone.family, config.backbone.checkpoint)
+    config = _with_absolute_checkpoint(config)
     found = sources.resolve(config.data, workspace.out)
-    _check_same_run(config, found, workspace)
+    found.reader.check_roots()
+    settings = _settings(config, found)
+    _check_config_is_ours(workspace)
+    # Only now: a mistake in the settings must not cost the results of an earlier run.
+    before = _own_run(workspace)
+    if before is None:
+        _make_room(workspace, fresh=fresh)
+    elif fresh:
+        _clear(workspace)
+    else:
+        _check_same_run(settings, before["settings"], workspace)
     workspace.create()
     staged = staging.stage(config, found, workspace)
-    if not staged.usable:
-        raise InputError(f"data.path: {config.data.path} holds no record.")
     code = code_version()
     ready = Ready(config, workspace, found, staged, code)
-    _remember(ready)
-    write_text(workspace.config, f"# odedit {code}\n{_public_yaml(config)}")
+    _remember(workspace, settings, code)
+    write_text(workspace.config, f"{CONFIG_HEADER} {code}\n{_public_yaml(config)}")
     _announce(ready, console)
     return ready
 
 
+def _with_absolute_checkpoint(config: RunConfig) -> RunConfig:
+    """A local checkpoint's full path: workers run in another directory, and so may `odedit apply`."""
+    path = Path(config.backbone.checkpoint).expanduser()
+    if config.backbone.checkpoint == EMBEDDED or not path.is_dir():
+        return config
+    return replace(config, backbone=replace(config.backbone, checkpoint=str(path.absolute())))
+
+
+def _check_config_is_ours(workspace: Workspace) -> None:
+    """Raises InputError if the run's copy of its configuration would replace a file that the user wrote."""
+    try:
+        with workspace.config.open(encoding="utf-8", errors="replace") as stream:
+            is_ours = stream.read(len(CONFIG_HEADER)) == CONFIG_HEADER
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(f"out: {workspace.config} cannot be read: {error.strerror}.") from error
+    if not is_ours:
+        raise InputError(
+            f"out: {workspace.config} was not written by odedit and would be replaced. Choose another folder (out=...)."
+        )
+
+
+def _own_run(workspace: Workspace) -> dict[str, Any] | None:
+    """What the folder's run.json says, or None if there is none. Raises InputError if it is something else's."""
+    found = read_json(workspace.run)
+    if isinstance(found, dict) and isinstance(found.get("settings"), dict):
+        return found
+    if workspace.run.exists():
+        raise InputError(f"out: {workspace.run} was not written by odedit. Choose another folder (out=...).")
+    return None
+
+
+def _make_room(workspace: Workspace, *, fresh: bool) -> None:
+    """Removes what a run that never began left behind; refuses a folder with anything that might be worth keeping."""
+    if results.parts(workspace):
+        raise InputError(f"out: {workspace.out} holds results without run.json. Choose another folder (out=...).")
+    staging.remove_leftovers(workspace)
+    stranger = next((path for path in workspace.out.rglob("*") if not path.is_dir()), None) if fresh else None
+    if stranger is not None:
+        raise InputError(
+            f"--fresh: {workspace.out} holds {stranger.name!r}, but no run.json: it is not a run's folder. "
+            "Choose another folder (out=...), or leave out --fresh."
+        )
+
+
 def _clear(workspace: Workspace) -> None:
-    """Deletes a run's own files, and nothing else that may lie there."""
-    for folder in (workspace.results, workspace.edits, workspace.attempts, workspace.out / "errors"):
-        shutil.rmtree(folder, ignore_errors=True)
-    names = ("records", "pool", "calibration", "run", "config", "summary")
-    for path in (*(getattr(workspace, name) for name in names), workspace.out / "report.html"):
-        path.unlink(missing_ok=True)
+    """Deletes a run's own files, and nothing else that may lie there; run.json last, so that a kill can be repeated."""
+    written = {
+        workspace.results: ("part-*.parquet", ".part-*.tmp"),
+        workspace.edits: ("*.safetensors", ".*.safetensors.*.tmp"),
+        workspace.attempts: ("group-*.json", ".group-*.tmp"),
+        workspace.errors: ("*.txt",),
+    }
+    for folder, patterns in written.items():
+        for path in (path for pattern in patterns for path in folder.glob(pattern)):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # not there, or it holds something else
+            folder.rmdir()
+    for name in ("records", "pool", "calibration", "config", "summary", "report", "run"):
+        getattr(workspace, name).unlink(missing_ok=True)
 
 
 def _public_yaml(config: RunConfig) -> str:
@@ -119,26 +194,30 @@ def _public_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(tracking.masked_values(config.to_dict()), sort_keys=False, allow_unicode=True)
 
 
-def _settings(config: RunConfig) -> dict[str, Any]:
-    """What results depend on."""
+def _settings(config: RunConfig, found: Sources) -> dict[str, Any]:
+    """What results depend on: settings, input files, and the model's weights; without secrets."""
     flat = tracking.flatten(config.to_dict())
-    return {key: value for key, value in flat.items() if key in _COMPARED_ANYWAY or not key.startswith(_NOT_COMPARED)}
+    compared = {
+        key: value for key, value in flat.items() if key in _COMPARED_ANYWAY or not key.startswith(_NOT_COMPARED)
+    }
+    weights = {"backbone.weights": fingerprint(config.backbone.family, config.backbone.checkpoint)}
+    return {key: _told_apart(value) for key, value in (compared | found.identity() | weights).items()}
 
 
-def _check_same_run(config: RunConfig, found: Sources, workspace: Workspace) -> None:
+def _told_apart(value: Any) -> Any:
+    """The value without secrets; a hash beside them still shows that one was changed."""
+    if isinstance(value, list):
+        return [_told_apart(item) for item in value]
+    if not isinstance(value, str) or masked(value) == value:
+        return value
+    return f"{masked(value)} [{hashlib.sha256(value.encode()).hexdigest()[:8]}]"
+
+
+def _check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], workspace: Workspace) -> None:
     """Raises InputError if `out` holds the results of other settings or other input files."""
-    before = read_json(workspace.run)
-    if before is None:
-        if workspace.records.exists() or any(workspace.results.glob("part-*.parquet")):
-            raise InputError(
-                f"out: {workspace.out} holds results without run.json. Choose another out, or add --fresh."
-            )
-        return
-    now = _settings(config) | found.identity()
-    then = before["settings"]
     changed = [
         f"  {key}: was {then.get(key)!r}, now {now.get(key)!r}"
-        for key in sorted(then | now)
+        for key in sorted({*then, *now})
         if then.get(key) != now.get(key)
     ]
     if changed:
@@ -149,17 +228,17 @@ def _check_same_run(config: RunConfig, found: Sources, workspace: Workspace) -> 
         )
 
 
-def _remember(ready: Ready) -> None:
-    before = read_json(ready.workspace.run) or {}
+def _remember(workspace: Workspace, settings: Mapping[str, Any], code: str) -> None:
+    before = read_json(workspace.run) or {}
     now = {
-        "settings": _settings(ready.config) | ready.sources.identity(),
-        "code": before.get("code", ready.code),
+        "settings": settings,
+        "code": before.get("code", code),
         "software": software(),
         "run_id": before.get("run_id"),
         "logged": before.get("logged", False),
         "seconds": before.get("seconds", 0.0),
     }
-    write_json(ready.workspace.run, now)
+    write_json(workspace.run, now)
 
 
 def _update(workspace: Workspace, **values: Any) -> None:
@@ -175,13 +254,14 @@ def _announce(ready: Ready, console: Console) -> None:
         text = f"Resuming {ready.workspace.out}: {done} of {total} edits done{skipped}."
     else:
         text = f"New run in {ready.workspace.out}: {total} edits{skipped}."
-    console.print(text, highlight=False, soft_wrap=True)
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
     before = read_json(ready.workspace.run) or {}
     if ready.pending and done and before.get("code") != ready.code:
         console.print(
             f"Note: the edits there were made by code version {before.get('code')}, this is {ready.code}.",
             highlight=False,
             soft_wrap=True,
+            markup=False,
         )
 
 
@@ -217,7 +297,7 @@ def _closing(tracker: tracking.Tracker) -> Iterator[None]:
 def _edit(ready: Ready, plan: Plan, console: Console) -> None:
     from pipeline import graph
 
-    console.print(f"Plan: {plan}.", highlight=False, soft_wrap=True)
+    console.print(f"Plan: {plan}.", highlight=False, soft_wrap=True, markup=False)
     job = Job(ready.config, ready.sources, ready.workspace, plan.device, plan.threads_per_actor)
     started = time.monotonic()
     finished = results.parts(ready.workspace)

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from pyarrow.fs import FileType
+
 from odedit import world
+from odedit.errors import InputError
 from odedit.images import ImageReader
-from odedit.locations import locate
+from odedit.locations import locate, masked
 from pipeline.config import DataConfig
 
 
@@ -43,7 +46,7 @@ class Sources:
         )
 
     def identity(self) -> dict[str, str]:
-        """What tells whether the inputs are still the same files."""
+        """What tells whether the inputs are still the same files. Raises InputError if one is not there."""
         files = {"data.path": self.path, "data.pool": self.pool}
         return {name: _identity(path, name) for name, path in files.items() if path is not None}
 
@@ -103,7 +106,12 @@ def _absolute(text: str) -> str:
 
 def _identity(path: str, setting: str) -> str:
     location = locate(path, setting)
-    info = location.info()
-    if location.is_local and info.type.name == "Directory":
-        info = location.child("pack.json").info()
+    try:
+        info = location.info()
+        if location.is_local and info.type == FileType.Directory:
+            info = location.child("pack.json").info()
+    except OSError as error:
+        raise InputError(f"{setting}: cannot look at {masked(path)!r} ({masked(str(error))}).") from error
+    if info.type == FileType.NotFound:
+        raise InputError(f"{setting}: there is no file {masked(path)!r}, and no packed folder of that name.")
     return f"{path} ({info.size} bytes, modified {info.mtime_ns})"

@@ -16,6 +16,7 @@ import pyarrow
 from pyarrow import parquet
 
 from odedit.errors import InputError
+from odedit.locations import masked
 from odedit.mmedit import RawRecord, read_records
 from odedit.pack_format import RECORDS_SCHEMA
 from odedit.pool import Pool
@@ -24,6 +25,8 @@ from pipeline.sources import Sources
 from pipeline.workspace import Workspace, write_atomically
 
 POOL_RECORDS = 256
+STAGED_SCHEMA = RECORDS_SCHEMA.with_metadata({"odedit": "staged"})
+"""Marked, so that a user's own Parquet file of the same name is never taken for one that may be deleted."""
 _PROBLEMS_PER_GROUP = 2000
 
 
@@ -57,20 +60,49 @@ def stage(config: RunConfig, sources: Sources, workspace: Workspace) -> Staged:
     return read_staged(workspace.records)
 
 
+def remove_leftovers(workspace: Workspace) -> None:
+    """Deletes what a run staged or measured before it failed: the input may be another one by now.
+
+    Raises:
+        InputError: A file of one of these names is there that no run wrote.
+    """
+    found = [path for path in (workspace.records, workspace.pool) if path.exists()]
+    for path in found:
+        if not _is_staged(path):
+            raise InputError(
+                f"out: {path} was not written by a run and would be replaced. Choose another folder (out=...)."
+            )
+    for path in found:
+        path.unlink(missing_ok=True)
+    workspace.calibration.unlink(missing_ok=True)
+
+
+def _is_staged(path: Path) -> bool:
+    try:
+        metadata = parquet.read_schema(path).metadata or {}
+    except (pyarrow.ArrowException, OSError):
+        return False
+    return bool(metadata.get(b"odedit") == b"staged")
+
+
 def _write(config: RunConfig, sources: Sources, path: Path) -> None:
     sources.reader.check_roots()
     has_pool = sources.pool is not None
-    writer = parquet.ParquetWriter(path, RECORDS_SCHEMA)
+    num_groups = 0
+    writer = parquet.ParquetWriter(path, STAGED_SCHEMA)
     try:
         records = read_records(sources.path, task=config.data.task, limit=config.data.limit)
         for group in _groups(records, config.pipeline.batch_size):
             if not has_pool:
                 for record in group:
                     _check_locality(record, config)
-            table = pyarrow.Table.from_pylist([record.to_row() for record in group], schema=RECORDS_SCHEMA)
+            table = pyarrow.Table.from_pylist([record.to_row() for record in group], schema=STAGED_SCHEMA)
             writer.write_table(table, row_group_size=len(group))
+            num_groups += 1
     finally:
         writer.close()
+    if not num_groups:
+        raise InputError(f"data.path: {masked(config.data.path)} holds no record.")
 
 
 def _groups(records: Iterator[RawRecord], batch_size: int) -> Iterator[list[RawRecord]]:
@@ -107,7 +139,7 @@ def _stage_pool(config: RunConfig, sources: Sources, path: Path) -> None:
     pool = Pool.sample(
         sources.pool, sources.pool_reader, size=POOL_RECORDS, seed=config.supervision.seed, task=config.data.task
     )
-    table = pyarrow.Table.from_pylist([record.to_row() for record in pool.records], schema=RECORDS_SCHEMA)
+    table = pyarrow.Table.from_pylist([record.to_row() for record in pool.records], schema=STAGED_SCHEMA)
     write_atomically(path, lambda temporary: parquet.write_table(table, temporary))
 
 
@@ -136,11 +168,7 @@ def read_group(path: Path | str, group: int) -> list[RawRecord]:
     return [RawRecord.from_row(row) for row in rows]
 
 
-def first_usable(path: Path, limit: int) -> list[RawRecord]:
-    """Up to `limit` usable records from the start."""
-    found: list[RawRecord] = []
+def usable_records(path: Path) -> Iterator[RawRecord]:
+    """The usable records from the start, read a group at a time."""
     for group in range(parquet.ParquetFile(path).metadata.num_row_groups):
-        found += [record for record in read_group(path, group) if not record.problem]
-        if len(found) >= limit:
-            break
-    return found[:limit]
+        yield from (record for record in read_group(path, group) if not record.problem)

@@ -180,7 +180,8 @@ class Tracker:
 
     def _log_curves(self, workspace: Workspace, num_edits: int) -> None:
         columns = ("edit_id", "status", "losses")
-        edited = (row for row in results.read_rows(results.parts(workspace), columns) if row.get("losses"))
+        rows = results.read_rows(results.parts(workspace), columns)
+        edited = (row for row in rows if row["status"] == results.EDITED and row.get("losses"))
         self._log_batches(
             (f"curves/{row['edit_id']}/{name}", value, step)
             for row in islice(edited, num_edits)

@@ -13,6 +13,9 @@ from typing import Any
 
 from odedit.errors import InputError
 
+CONFIG_HEADER = "# odedit"
+"""How a configuration that a run wrote begins; a version follows."""
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -49,6 +52,11 @@ class Workspace:
         return self.out / "attempts"
 
     @property
+    def errors(self) -> Path:
+        """Tracebacks of unexpected errors, for developers."""
+        return self.out / "errors"
+
+    @property
     def calibration(self) -> Path:
         return self.out / "calibration.json"
 
@@ -64,6 +72,10 @@ class Workspace:
     @property
     def summary(self) -> Path:
         return self.out / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.out / "report.html"
 
     def part(self, group: int) -> Path:
         """The result rows of one group of edits."""
