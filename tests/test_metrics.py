@@ -10,7 +10,7 @@ from made_up import TEMPLATE, make_request
 from scipy import stats
 
 from odedit import EvaluationConfig, encode_requests, evaluate, load_editor, paired, summarize
-from odedit.metrics import MAIN, estimate, greedy
+from odedit.metrics import MAIN, Estimate, estimate, greedy
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_intervals_and_paired_test_equal_scipy():
 
 def test_degenerate_samples_have_no_false_certainty():
     assert math.isnan(estimate([]).mean)
-    assert estimate([0.5]) == estimate([0.5])
+    assert estimate([0.5]) == Estimate(0.5, 0.5, 0.5, 1)
     assert paired({"a": {"rel": 1.0}}, {"a": {"rel": 1.0}})["rel"].p == 1.0
     assert math.isnan(paired({"a": {"rel": 0.0}}, {"a": {"rel": 1.0}})["rel"].p)
     assert paired({"a": {"rel": 0.0}}, {"b": {"rel": 1.0}}) == {}
