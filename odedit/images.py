@@ -85,7 +85,7 @@ class ImageReader:
                 exists = location.is_folder()
             except OSError as error:
                 raise InputError(
-                    f"{self._settings[root]}: cannot look at {location.text!r} ({masked(str(error))})."
+                    f"{self._settings[root]}: cannot look at {location.text!r} ({_reason(error)})."
                 ) from error
             if not exists:
                 raise InputError(f"{self._settings[root]}: there is no folder {location.text!r}.")
@@ -106,7 +106,7 @@ class ImageReader:
         try:
             data = self._packed_bytes(path, name) if is_pack_reference(path) else self._file_bytes(path, root, name)
         except OSError as error:
-            raise ImageError(f"{name}: cannot be read ({masked(str(error))}).", "unreadable image") from error
+            raise ImageError(f"{name}: cannot be read ({_reason(error)}).", "unreadable image") from error
         if not data:
             raise ImageError(f"{name}: the file is empty.", "empty image")
         if len(data) > self.max_bytes:
@@ -177,6 +177,11 @@ class ImageReader:
         )
 
 
+def _reason(error: OSError) -> str:
+    """Why a file system refused; it repeats the path, which a record can make as long as it likes."""
+    return shorten(masked(str(error)[:1000]), 500)
+
+
 def image_name(path: str) -> str:
     """How messages call an image: by the path its record had, also once it is packed."""
-    return f"image {shorten(masked(original_path(path)), 200)!r}"
+    return f"image {shorten(masked(original_path(path)[:1000]), 200)!r}"

@@ -13,9 +13,11 @@ from pyarrow.fs import FileInfo, FileSystem, FileType, LocalFileSystem
 from odedit.errors import InputError
 
 # `user:password@`, also where a password was not encoded and has an `@` or, if there is no port before it, a `/`.
-_USER_INFO = re.compile(r"(?<=://)(?:[^/\s]*|[^/\s:]*:(?!\d*/)\S*)@")
+# Both patterns are written so that no text, which may be a record's, takes more than linear time.
+_USER_INFO = re.compile(r"(?<=://)(?:[^/\s]*|[^/\s:]*:(?!\d*/)\S{0,500})@")
 _SECRET_PARAMETER = re.compile(
-    r"""(?<=[?&])([^=&?\s]*(?:key|secret|token|password|sas|sig|credential)[^=&?\s]*)=[^&\s'"<>]+""", re.IGNORECASE
+    r"""(?<=[?&])(?=[^=&?\s]*=)([^=&?\s]*(?:key|secret|token|password|sas|sig|credential)[^=&?\s]*)=[^&\s'"<>]*""",
+    re.IGNORECASE,
 )
 
 

@@ -1,6 +1,7 @@
 import hashlib
 import os
 import pickle
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -103,6 +104,16 @@ def test_a_root_may_be_the_top_of_the_file_system(root, top):
 )
 def test_addresses_are_shown_without_secrets(text, shown):
     assert masked(text) == shown
+
+
+@pytest.mark.parametrize("piece", ["key", "://a:", "&sig", "?token=", "://", "&key=&"])
+def test_masking_takes_time_in_proportion_to_the_text(root, piece):
+    start = time.process_time()
+    masked("?" + piece * (100_000 // len(piece)))
+    with pytest.raises(ImageError) as caught:
+        ImageReader(str(root)).read("?" + piece * (10_000_000 // len(piece)))
+    assert time.process_time() - start < 2
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.fixture
