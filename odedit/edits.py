@@ -44,7 +44,6 @@ REPHRASE_SLOTS = SUPERVISION_SLOTS[1:3]
 LOCALITY_SLOTS = SUPERVISION_SLOTS[3:]
 
 RELIABILITY = "rel"
-GENERALITY_PROBES = ("t_gen", "m_gen")
 LOCALITY_PROBES = ("t_loc", "m_loc")
 _PROBE_NAME = re.compile(r"[a-z]+_(gen|loc)(_[a-z]+)?")
 _COLUMN_ENDINGS = ("exact", "before", "generated", "whole", "mmedit", "far", "top10", "low", "high")
