@@ -68,10 +68,11 @@ def _read_array(stream: Any, text: str) -> Iterator[Entry]:
             num_read += 1
     except InputError:
         raise
-    except (ijson.JSONError, ValueError, OSError) as error:
+    # SystemError: for a whole number of thousands of digits, ijson fails without saying so, and the next call does.
+    except (ijson.JSONError, ValueError, OSError, SystemError) as error:
         where = f"after record {num_read - 1}" if num_read else "before the first record"
         raise InputError(
-            f"{text}: not valid JSON {where} ({_first_line(error)}). The file is damaged or was cut off; "
+            f"{text}: not valid JSON {where} ({_first_line(_said_by(error))}). The file is damaged or was cut off; "
             "fetch it again and compare its size."
         ) from error
 
@@ -165,6 +166,10 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return value
+
+
+def _said_by(error: BaseException) -> BaseException:
+    return error.__cause__ if isinstance(error, SystemError) and error.__cause__ else error
 
 
 def _first_line(error: BaseException) -> str:
