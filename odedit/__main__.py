@@ -125,7 +125,8 @@ def apply(
     image: Annotated[Path | None, typer.Option(help="Picture that the question is about.")] = None,
     caption: Annotated[bool, typer.Option("--caption", help="Continue the prompt as it stands.")] = False,
     checkpoint: Annotated[str | None, typer.Option(help="Model, if it has moved since the edit was made.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or one GPU: cuda:0.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: of the model's weights.")] = "float32",
     max_tokens: Annotated[int, typer.Option(min=1, max=64, help="Longest answer.")] = 8,
 ) -> None:
     """Asks the model a question, before and after edits.
@@ -136,8 +137,32 @@ def apply(
         from pipeline import commands
 
         commands.apply(
-            edits, prompt, image, caption=caption, checkpoint=checkpoint, device=device, max_tokens=max_tokens
+            edits,
+            prompt,
+            image,
+            caption=caption,
+            checkpoint=checkpoint,
+            device=device,
+            dtype=dtype,
+            max_tokens=max_tokens,
         )
+
+
+@app.command()
+def fetch(
+    edit_ids: Annotated[list[str], typer.Argument(metavar="EDIT_ID...", help="As in the results' column edit_id.")],
+    run: Annotated[str, typer.Option(help="Id of the MLflow run.")],
+    uri: Annotated[str, typer.Option(help="Tracking server or database, as tracking.uri.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("."),
+) -> None:
+    """Downloads edits that a run logged to MLflow, for `odedit apply`; prints the files.
+
+    Example: odedit fetch --uri sqlite:///mlflow.db --run 0123456789abcdef record-000001 --out fetched
+    """
+    with _explained():
+        from pipeline import commands
+
+        commands.fetch(run, edit_ids, uri, out)
 
 
 @world_app.command("build")

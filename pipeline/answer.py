@@ -29,6 +29,7 @@ def answers(
     caption: bool = False,
     checkpoint: str | None = None,
     device: str = "cpu",
+    dtype: str = "float32",
     max_tokens: int = 8,
 ) -> tuple[str, str]:
     """The greedy answers before and after.
@@ -52,7 +53,7 @@ def answers(
     if info.family not in names():
         # A dotted name would import whatever module the file asks for.
         raise InputError(f"edit {str(edits[0])!r}: unknown model family {info.family!r}; known: {', '.join(names())}.")
-    backbone = load_backbone(info.family, checkpoint or info.checkpoint, device=device)
+    backbone = load_backbone(info.family, checkpoint or info.checkpoint, dtype=dtype, device=device)
     editor, params, _ = load_edits(edits, backbone, device)
     probe = Probe(prompt, _PLACEHOLDER * max_tokens, picture, caption)
     features = backbone.image_features([picture] if picture else [])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -24,7 +26,7 @@ def edit(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: bool) ->
         return
     outcome = run(config, errors, fresh=fresh)
     show_outcome(outcome)
-    if not outcome.summary["n"]:
+    if not outcome.summary["n"] and outcome.summary["failed"]:
         raise RuntimeError(f"no edit worked; {outcome.workspace.results} says why, row by row.")
 
 
@@ -79,19 +81,50 @@ def apply(
     caption: bool,
     checkpoint: str | None,
     device: str,
+    dtype: str,
     max_tokens: int,
 ) -> None:
     """`odedit apply`."""
     from odedit.images import ImageError
     from pipeline.answer import answers
 
+    _check_device(device)
+    if dtype not in get_args(run_config.Dtype):
+        raise InputError(f"--dtype: got {dtype!r}, expected one of {', '.join(get_args(run_config.Dtype))}.")
     try:
         before, after = answers(
-            edits, prompt, image, caption=caption, checkpoint=checkpoint, device=device, max_tokens=max_tokens
+            edits,
+            prompt,
+            image,
+            caption=caption,
+            checkpoint=checkpoint,
+            device=device,
+            dtype=dtype,
+            max_tokens=max_tokens,
         )
     except ImageError as error:
         raise InputError(f"--image: {error}") from error
     print(f"before: {before}\nafter:  {after}")
+
+
+def _check_device(device: str) -> None:
+    """Raises InputError unless this machine has the device; torch would answer with a page of its own."""
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    allowed = ["cpu", *(["cuda"] if num_gpus else []), *(f"cuda:{index}" for index in range(num_gpus))]
+    if device not in allowed:
+        raise InputError(f"--device: got {device!r}, expected one of {', '.join(allowed)} on this machine.")
+
+
+def fetch(run_id: str, edit_ids: Sequence[str], uri: str, out: Path) -> None:
+    """`odedit fetch`."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: {str(out)!r} cannot be written to: {error.strerror}.") from error
+    for edit_id in edit_ids:
+        print(tracking.fetch_edit(uri, run_id, edit_id, out))
 
 
 def train_world(out: Path, seed: int, vision_steps: int, joint_steps: int) -> Path:
@@ -133,8 +166,9 @@ def check_data(path: str, image_root: str | None, rephrase_root: str | None, tas
     from odedit.check import CheckReport, check_records
 
     found = CheckReport()
-    for finding in check_records(path, image_root, rephrase_root, found, task=task, read_images=images):
-        print(finding)
+    with _named_by_flags():
+        for finding in check_records(path, image_root, rephrase_root, found, task=task, read_images=images):
+            print(_with_flags(str(finding)))
     skipped = ", ".join(f"{count} {kind}" for kind, count in found.skipped.most_common())
     print(
         f"{found.num_usable} of {found.num_records} records can be used"
@@ -147,6 +181,24 @@ def pack_data(path: str, out: str, image_root: str | None, rephrase_root: str | 
     from odedit.pack import pack
 
     errors = Console(stderr=True)
-    done = pack(path, image_root, rephrase_root, out, task=task, on_problem=lambda finding: _line(errors, str(finding)))
+
+    def show(finding: object) -> None:
+        _line(errors, _with_flags(str(finding)))
+
+    with _named_by_flags():
+        done = pack(path, image_root, rephrase_root, out, task=task, on_problem=show)
     print(f"{out}: {done.num_records} records ({done.num_problems} unusable), {done.num_images} pictures, "
           f"{done.num_image_bytes / 2**20:.1f} MiB, {done.num_unreadable} unreadable.")  # fmt: skip
+
+
+@contextmanager
+def _named_by_flags() -> Iterator[None]:
+    """Inside, errors name the option that was typed instead of the setting of a run that it stands for."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(_with_flags(str(error))) from error
+
+
+def _with_flags(text: str) -> str:
+    return text.replace("data.image_root", "--image-root").replace("data.rephrase_root", "--rephrase-root")

@@ -29,6 +29,7 @@ from pipeline import strict
 EMBEDDED = "embedded"
 SPLITS = ("train", "validation", "evaluation")
 AUTO: Literal["auto"] = "auto"
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class BackboneConfig:
 
     family: str = "blip2"
     checkpoint: str = EMBEDDED
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
 
 
 @dataclass(frozen=True)

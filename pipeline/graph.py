@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -54,10 +54,15 @@ def run_graph(job: Job, plan: Plan, groups: Sequence[int]) -> Iterator[tuple[int
         )
     )
     for report in _rows(reports):
-        if report["fatal"]:
-            kind = InputError if report["is_input"] else GraphError
-            raise kind(str(report["fatal"]))
+        raise_fatal(report)
         yield int(report["group"]), json.loads(report["rows"])
+
+
+def raise_fatal(report: Mapping[str, Any]) -> None:
+    """Raises what a worker found to be wrong with the whole run, if that is what it reports."""
+    if report["fatal"]:
+        kind = InputError if report["is_input"] else GraphError
+        raise kind(str(report["fatal"]))
 
 
 def _rows(reports: Any) -> Iterator[dict[str, Any]]:

@@ -169,7 +169,8 @@ def draw(arms: Sequence[Arm]) -> bytes:
     axes.grid(axis="y", color="#e4e7eb", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     # Outside, because bars near 1 leave no room inside.
-    picture.legend(loc="outside upper center", ncols=len(arms), frameon=False)
+    if axes.containers:
+        picture.legend(loc="outside upper center", ncols=len(arms), frameon=False)
     buffer = io.BytesIO()
     picture.savefig(buffer, format="png", dpi=140)
     return buffer.getvalue()

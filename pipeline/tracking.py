@@ -226,8 +226,11 @@ def fetch_edit(uri: str, run_id: str, edit_id: str, folder: Path) -> Path:
     """Downloads an edit that a run logged; returns the file.
 
     Raises:
-        InputError: There is no such run or edit.
+        InputError: There is no such store, run or edit.
     """
+    database = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not database.is_file():  # opening it would create it
+        raise InputError(f"edit {edit_id!r} of run {run_id!r} cannot be fetched: there is no database {database}.")
     client = _client(uri)
     try:
         return Path(client.download_artifacts(run_id, f"edits/{edit_id}.safetensors", str(folder)))

@@ -53,7 +53,7 @@ def expect(result: Result, code: int, *parts: str) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["demo"], ["edit"], ["apply"], ["world"], ["world", "build"], ["world", "train"], ["world", "check"], ["data"],
+    [[], ["demo"], ["edit"], ["apply"], ["fetch"], ["world"], ["world", "build"], ["world", "train"], ["world", "check"], ["data"],
      ["data", "check"], ["data", "pack"]],
     ids=" ".join,
 )  # fmt: skip
@@ -114,6 +114,10 @@ def test_edit_and_apply(files: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
     expect(result, 0, "before: ", "after:  ")
     image.write_bytes(b"no picture")
     expect(odedit("apply", edits[0], "--prompt", "What is it?", "--image", image), 2, "--image: ")
+    expect(odedit("apply", edits[0], "--prompt", "What is it?", "--dtype", "bfloat16"), 0, "after:  ")
+    expect(odedit("apply", edits[0], "--prompt", "x", "--device", "gpu"), 2, "--device: got 'gpu', expected one of cpu")
+    expect(odedit("apply", edits[0], "--prompt", "x", "--device", "cuda:99"), 2, "--device: got 'cuda:99'")
+    expect(odedit("apply", edits[0], "--prompt", "x", "--dtype", "half"), 2, "--dtype: got 'half'", "bfloat16")
     expect(odedit("apply", "none.safetensors", "--prompt", "What is it?"), 2, "no such file")
     edits[0].write_bytes(b"damaged")
     expect(odedit("apply", edits[0], "--prompt", "What is it?"), 2, "cannot be read as safetensors")
@@ -128,6 +132,23 @@ def test_data_commands(files: dict[str, Any]) -> None:
     expect(odedit("data", "pack", data["path"], packed, *roots), 0, "3 records (0 unusable), 9 pictures")
     expect(odedit("data", "check", packed), 0, "3 of 3 records can be used")
     expect(odedit("data", "pack", data["path"], packed, *roots), 2, "already holds a pack")
+    for command in (["check", data["path"]], ["pack", data["path"], files["folder"] / "other"]):
+        result = odedit("data", *command)
+        expect(result, 2, "--image-root: not set")
+        assert "data.image_root" not in result.output
+
+
+def test_records_that_cannot_be_used_are_no_failure_of_the_run(
+    files: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inline_pipeline.install(monkeypatch)
+    write_array(Path(files["values"]["data"]["path"]), [{"src": 1}, "text"])
+    expect(odedit("edit", "--config", files["config"]), 0, "0 edits, 0 failed, 2 skipped")
+
+
+def test_an_edit_that_was_never_logged_cannot_be_fetched(tmp_path: Path) -> None:
+    address = f"sqlite:///{tmp_path}/none.db"
+    expect(odedit("fetch", "edit-1", "--run", "0" * 32, "--uri", address, "--out", tmp_path), 2, "no database")
 
 
 def test_an_unexpected_error_is_one_sentence_and_exit_1(files: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ def message(values: dict) -> str:
     return str(caught.value)
 
 
-def test_the_defaults_are_a_run() -> None:
+def test_the_defaults_are_wise_on_blip2_under_odedit() -> None:
     config = from_dict({})
     assert (config.editor.name, config.backbone.family, config.objective.name) == ("wise", "blip2", "odedit")
 

@@ -41,10 +41,13 @@ def test_every_record_has_a_row_and_every_edit_a_file(settings: dict[str, Any], 
         assert row["status"] == results.EDITED
         assert all(0 <= row[metric] <= 1 for metric in MAIN)
         assert (row["editor"], row["objective"], row["backbone"]) == ("wise", "odedit", "blip2:embedded")
-        assert row["steps"] == len(row["losses"]["rel"]) - 1 or row["steps"] == len(row["losses"]["rel"])
+        assert row["steps"] + 1 == len(row["losses"]["rel"]), "the last evaluated state is not moved any further"
+        assert row["penalty_steps"] == sum(value > 0 for value in row["losses"]["lambda"])
         _, info = load_edit(outcome.workspace.edit(row["edit_id"]))
         assert info.metrics["rel"] == row["rel"]
-    assert json.loads(outcome.workspace.summary.read_text())["n"] == 5
+    assert sum(row["penalty_steps"] for row in rows) > 0
+    summary = json.loads(outcome.workspace.summary.read_text())
+    assert (summary["n"], sum(summary["stop_reasons"].values())) == (5, 5)
     assert "wise" in outcome.workspace.config.read_text()
     assert not list(outcome.workspace.attempts.iterdir())
     assert "http" not in (outcome.workspace.out / "report.html").read_text().replace("http-equiv", "")

@@ -13,13 +13,15 @@ from odedit.backbones import Backbone, encode_requests
 from odedit.checkpoint import load_edits
 from odedit.errors import InputError
 from odedit.metrics import MAIN, evaluate
+from odedit.mmedit import RawRecord
 from odedit.prompts import find_template
-from pipeline import results, staging, tracking
+from pipeline import commands, results, tracking
 from pipeline.config import from_dict
 from pipeline.prepare import Preparer
 from pipeline.run import Outcome
 from pipeline.sources import resolve
 from pipeline.spec import Job
+from pipeline.workspace import Workspace
 
 
 @pytest.fixture
@@ -28,7 +30,11 @@ def tracked(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_run_is_logged_once_and_its_edits_reproduce_their_scores(
-    tracked: dict[str, Any], inline: Callable[..., Outcome], backbone: Backbone, tmp_path: Path
+    tracked: dict[str, Any],
+    inline: Callable[..., Outcome],
+    backbone: Backbone,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = from_dict(tracked)
     outcome = inline(config)
@@ -56,11 +62,13 @@ def test_a_run_is_logged_once_and_its_edits_reproduce_their_scores(
     assert len(client.search_runs([run.info.experiment_id])) == 1
 
     row = rows[3]
-    file = tracking.fetch_edit(outcome.tracking_uri, str(outcome.run_id), row["edit_id"], tmp_path)
+    capsys.readouterr()
+    commands.fetch(str(outcome.run_id), [row["edit_id"]], outcome.tracking_uri, tmp_path / "fetched")
+    file = Path(capsys.readouterr().out.strip())
+    assert file.is_relative_to(tmp_path / "fetched")
     editor, params, _ = load_edits([file], backbone)
     job = Job(config, resolve(config.data, outcome.workspace.out), outcome.workspace)
-    records = [found for found in staging.read_group(outcome.workspace.records, 1) if found.edit_id == row["edit_id"]]
-    requests = Preparer(job).requests(records)
+    requests = [request for request in Preparer(job)(1).requests if request.edit_id == row["edit_id"]]
     _, evaluation = encode_requests(backbone, requests, find_template(config.data.template))
     (scores,) = evaluate(backbone, editor, params, evaluation, config.evaluation)
     assert {name: scores[name] for name in MAIN} == {name: row[name] for name in MAIN}
@@ -78,6 +86,26 @@ def test_a_store_that_cannot_be_used_is_told_before_any_work(
 def test_an_edit_that_is_not_there_is_explained(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be fetched"):
         tracking.fetch_edit(f"sqlite:///{tmp_path}/mlflow.db", "0" * 32, "edit", tmp_path)
+    assert not list(tmp_path.iterdir()), "a mistyped address makes no database"
+
+
+def test_only_edits_that_worked_take_the_places_of_curves(tmp_path: Path) -> None:
+    workspace = Workspace.of(str(tmp_path))
+    workspace.create()
+    rows = [
+        results.base_row(RawRecord("f.json", index, f"edit-{index}", "vqa", {}), from_dict({}), status)
+        | {"losses": {"rel": [1.0]}}
+        for index, status in enumerate([results.FAILED, results.EDITED, results.EDITED])
+    ]
+    results.write_part(workspace.part(0), rows)
+    logged: list[str] = []
+
+    class Client:
+        def log_batch(self, run_id: str, metrics: list[Any]) -> None:
+            logged.extend(metric.key for metric in metrics)
+
+    tracking.Tracker(Client(), "uri", "run", is_new=True)._log_curves(workspace, 1)
+    assert logged == ["curves/edit-1/rel"]
 
 
 def test_text_is_masked_but_otherwise_kept() -> None:

@@ -28,6 +28,8 @@ class Poisoned(Base):  # type: ignore[misc,valid-type]
                 risk[index] = torch.nan
             if edit_id.startswith("raise"):
                 raise ArithmeticError("a number that\nis none")
+            if edit_id.startswith("cuda"):
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
             if edit_id.startswith("die"):
                 raise WorkerDeath
             if edit_id.startswith("exit"):

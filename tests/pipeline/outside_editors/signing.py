@@ -1,0 +1,43 @@
+"""Plain fine-tuning that waits until a second process edits too, so that a test knows that there were two."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from odedit.editors.ftl import FTL, FTLConfig
+from odedit.edits import EditBatch, EditParams
+
+_PATIENCE_S = 120.0
+
+
+@dataclass(frozen=True)
+class SigningConfig(FTLConfig):
+    """Adds: folder that every process leaves a file in, and how many processes have to."""
+
+    folder: str = ""
+    processes: int = 1
+
+
+class Signing(FTL):
+    """Fails if the other processes do not come."""
+
+    Config: ClassVar[type] = SigningConfig
+
+    def own_risk(self, params: EditParams, trace: Any, batch: EditBatch) -> Tensor:
+        folder = Path(self.config.folder)  # type: ignore[attr-defined]
+        (folder / f"process-{os.getpid()}").touch()
+        begun = time.monotonic()
+        while len(list(folder.iterdir())) < self.config.processes:  # type: ignore[attr-defined]
+            if time.monotonic() - begun > _PATIENCE_S:
+                raise TimeoutError(f"only {len(list(folder.iterdir()))} process edits")
+            time.sleep(0.05)
+        return super().own_risk(params, trace, batch)
+
+
+EDITOR = Signing

@@ -1,0 +1,121 @@
+"""What is no edit's fault: a full disk, a lost GPU, a user who interrupts. None of them may become a failed row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mmedit_files import record, write_array
+from outside_editors.poisoned import WorkerDeath
+from ray import cloudpickle
+from safetensors import SafetensorError
+
+from odedit.errors import InputError
+from pipeline import actor, graph, results
+from pipeline.config import from_dict
+from pipeline.prepare import Prepared, write_traceback
+from pipeline.run import Outcome, prepare
+from pipeline.spec import Job
+
+Inline = Callable[..., Outcome]
+
+
+def poisoned(settings: dict[str, Any], ids: list[str]) -> dict[str, Any]:
+    write_array(Path(settings["data"]["path"]), [record(number, edit_id=name) for number, name in enumerate(ids)])
+    editor = {"name": "outside_editors.poisoned", "sites": ["layers.2.ffn.in"], "max_steps": 1}
+    return settings | {"editor": editor, "objective": {"name": "native"}, "pipeline": {"batch_size": 8}}
+
+
+def statuses(outcome: Outcome) -> list[str]:
+    return [row["status"] for row in results.read_rows(results.parts(outcome.workspace))]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: no space")])
+def test_an_edit_that_cannot_be_saved_ends_the_run_and_is_done_again(
+    settings: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    config = from_dict(poisoned(settings, ["good-1", "good-2"]))
+
+    def full(*arguments: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(actor, "save_edit", full)
+        for _ in range(4):  # more often than an edit may end its worker
+            with pytest.raises(OSError, match="(?i)no space"):
+                inline(config)
+    out = Path(config.out)
+    assert not list(out.glob("results/*")) and not list(out.glob("attempts/*"))
+    assert statuses(inline(config)) == ["edited", "edited"]
+
+
+@pytest.mark.parametrize("expected", [graph.GraphError, InputError])
+def test_a_worker_tells_in_one_sentence_what_ends_the_run(expected: type[Exception]) -> None:
+    class Failing:
+        def __init__(self, job: object) -> None:
+            pass
+
+        def __call__(self, prepared: Prepared) -> None:
+            raise OSError(28, "No space left") if expected is graph.GraphError else InputError("No space left")
+
+    class Stage(graph.EditStage):
+        Worker = Failing
+
+    batch = {"prepared": [cloudpickle.dumps(Prepared(0, (), (), ()))]}
+    report = {name: values[0] for name, values in Stage(None)(batch).items()}  # type: ignore[arg-type]
+    with pytest.raises(expected, match="No space left"):
+        graph.raise_fatal(report)
+
+
+def test_settings_that_do_not_fit_the_model_are_the_users_error(settings: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    wrong = settings | {"editor": settings["editor"] | {"site": "layers.99.ffn.in"}}
+    ready = prepare(from_dict(wrong), Console(quiet=True))
+    job = Job(ready.config, ready.sources, ready.workspace)
+    prepared = graph.PrepareStage(job)({"group": [0]})
+    report = {name: values[0] for name, values in graph.EditStage(job)(prepared).items()}
+    with pytest.raises(InputError, match=r"layers\.99\.ffn\.in"):
+        graph.raise_fatal(report)
+
+
+def test_a_lost_gpu_ends_the_worker_and_costs_only_the_edit_that_loses_it(
+    settings: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(code: int) -> None:
+        raise WorkerDeath
+
+    monkeypatch.setattr(actor.os, "_exit", end)
+    config = from_dict(poisoned(settings, ["good-1", "cuda-1", "good-2"]))
+    for _ in range(3):
+        with pytest.raises(WorkerDeath):
+            inline(config)
+    outcome = inline(config)
+    assert statuses(outcome) == ["edited", "failed", "edited"]
+
+
+def test_an_interrupt_is_no_attempt(settings: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = from_dict(poisoned(settings, ["good-1", "good-2"]))
+
+    def interrupted(*arguments: Any) -> None:
+        assert json.loads((Path(config.out) / "attempts" / "group-000000.json").read_text())["whole"] == 1
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(actor, "edit", interrupted)
+        for _ in range(4):
+            with pytest.raises(KeyboardInterrupt):
+                inline(config)
+            assert not list((Path(config.out) / "attempts").iterdir())
+    assert statuses(inline(config)) == ["edited", "edited"]
+
+
+def test_a_traceback_that_cannot_be_written_hides_nothing(settings: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    ready = prepare(from_dict(settings), Console(quiet=True))
+    ready.workspace.errors.write_text("a file where the folder should be")
+    write_traceback(Job(ready.config, ready.sources, ready.workspace), "name")

@@ -1,0 +1,155 @@
+"""The folder of a run: what may be there, what `--fresh` deletes, and when it is the same run again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mmedit_files import record, write_array
+from rich.console import Console
+
+from odedit import world
+from odedit.errors import InputError
+from pipeline import run as runs
+from pipeline import staging
+from pipeline.config import from_dict
+from pipeline.run import Ready, prepare
+
+QUIET = Console(quiet=True)
+
+
+def prepared(settings: dict[str, Any], *, fresh: bool = False) -> Ready:
+    return prepare(from_dict(settings), QUIET, fresh=fresh)
+
+
+@pytest.fixture
+def finished(settings: dict[str, Any]) -> Path:
+    """A folder as a finished run leaves it, files of the user's in it."""
+    workspace = prepared(settings).workspace
+    workspace.part(0).write_bytes(b"rows")
+    workspace.edit("one").write_bytes(b"edit")
+    workspace.errors.mkdir()
+    (workspace.errors / "one.txt").write_text("trace")
+    (workspace.results / "thesis.txt").write_text("mine")
+    (workspace.out / "notes.md").write_text("mine")
+    return workspace.out
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        {"data": {"path": "none.json"}},
+        {"data": {"image_root": "/nowhere"}},
+        {"data": {"pool": "none.json"}},
+        {"backbone": {"checkpoint": "./nowhere"}},
+    ],
+)
+def test_fresh_deletes_nothing_if_the_settings_are_wrong(
+    settings: dict[str, Any], finished: Path, mistake: dict[str, Any]
+) -> None:
+    before = sorted(finished.rglob("*"))
+    wrong = settings | {name: settings.get(name, {}) | section for name, section in mistake.items()}
+    with pytest.raises(InputError):
+        prepared(wrong, fresh=True)
+    assert sorted(finished.rglob("*")) == before
+
+
+def test_fresh_deletes_the_runs_own_files_and_no_other(settings: dict[str, Any], finished: Path) -> None:
+    changed = settings | {"seed": 1}
+    prepared(changed, fresh=True)
+    assert (finished / "results" / "thesis.txt").exists() and (finished / "notes.md").exists()
+    assert not list(finished.rglob("part-*")) and not list(finished.rglob("one*"))
+    assert json.loads((finished / "run.json").read_text())["settings"]["seed"] == 1
+
+
+def test_fresh_refuses_a_folder_that_is_not_a_runs(settings: dict[str, Any]) -> None:
+    out = Path(settings["out"])
+    (out / "results").mkdir(parents=True)
+    prepared(settings, fresh=True)  # empty folders
+    shutil.rmtree(out)
+    (out / "results").mkdir(parents=True)
+    (out / "results" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"--fresh: .*thesis\.txt"):
+        prepared(settings, fresh=True)
+    assert (out / "results" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.yaml", "editor: {name: wise}\n"),
+        ("run.json", '{"mine": 1}'),
+        ("pool.parquet", "x"),
+        ("records.parquet", "x"),
+    ],
+)
+def test_a_users_file_is_never_replaced(settings: dict[str, Any], name: str, text: str, fresh: bool) -> None:
+    path = Path(settings["out"]) / name
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(InputError, match="was not written by"):
+        prepared(settings, fresh=fresh)
+    assert [(file.name, file.read_text()) for file in path.parent.iterdir()] == [(name, text)]
+
+
+def test_what_a_run_left_that_never_began_is_staged_anew(settings: dict[str, Any]) -> None:
+    data = settings["data"]
+    pool = Path(data["path"]).with_name("pool.json")
+    write_array(pool, [record(number) for number in range(10, 13)])
+    records = Path(data["path"]).read_text()
+    Path(data["path"]).write_text("[]")
+    with_pool = settings | {"data": data | {"pool": str(pool)}}
+    for _ in range(2):
+        with pytest.raises(InputError, match="holds no record"):
+            prepared(with_pool)
+    out = Path(settings["out"])
+    assert not (out / "records.parquet").exists()
+    assert (out / "pool.parquet").exists(), "the pool is staged first"
+
+    Path(data["path"]).write_text(records)
+    write_array(pool, [record(number) for number in range(20, 23)])
+    (out / "calibration.json").write_text('{"sigma2_0": 9}')
+    ready = prepared(with_pool)
+    found = staging.read_pool(ready.workspace, ready.sources)
+    assert found is not None and {other.fields["src"] for other in found.records} == {
+        f"What is object {number}?" for number in range(20, 23)
+    }
+    assert not ready.workspace.calibration.exists()
+
+
+def test_secrets_are_not_stored_but_a_changed_one_is_noticed(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = from_dict(settings | {"data": settings["data"] | {"image_root": str(tmp_path / "coco")}})
+    found = runs.sources.resolve(config.data, tmp_path)
+    one, other = (
+        runs._settings(from_dict(settings | {"data": settings["data"] | {"rephrase_root": address}}), found)
+        for address in ("s3://me:hunter1@bucket/x", "s3://me:hunter2@bucket/x")
+    )
+    assert one["data.rephrase_root"].startswith("s3://***@bucket/x [")
+    assert "hunter" not in str(one) + str(other)
+    assert one["data.rephrase_root"] != other["data.rephrase_root"]
+    assert one["data.path"].startswith(str(tmp_path)), "what holds no secret stays as it is"
+
+
+def test_a_relative_checkpoint_is_made_absolute_and_other_weights_are_another_run(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "models" / "small"
+    shutil.copytree(world.CHECKPOINTS / "blip2", folder)
+    monkeypatch.chdir(tmp_path)
+    local = settings | {"backbone": {"checkpoint": "models/small"}}
+    assert prepared(local).config.backbone.checkpoint == str(folder)
+    (weights,) = folder.glob("*.safetensors")
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+    with pytest.raises(InputError, match=r"backbone\.weights: was"):
+        prepared(local)
+
+
+def test_paths_are_printed_as_they_are(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    out = f"{settings['out']}[bold]"
+    prepare(from_dict(settings | {"out": out}), Console(stderr=True))
+    assert out in capsys.readouterr().err
