@@ -165,6 +165,22 @@ def fetch(
         commands.fetch(run, edit_ids, uri, out)
 
 
+@app.command()
+def merge(
+    edits: Annotated[list[str], typer.Argument(metavar="EDIT...", help="Edit files of one editor.")],
+    out: Annotated[Path, typer.Option(help="New folder for the checkpoint.")],
+    checkpoint: Annotated[str | None, typer.Option(help="Model, if it has moved since the edit was made.")] = None,
+) -> None:
+    """Writes the edits into the model's weights: a plain checkpoint that needs no odedit.
+
+    For editors whose edits are weights (ftl). WISE decides per prompt and stays with `odedit apply`.
+    """
+    with _explained():
+        from pipeline import commands
+
+        print(commands.merge(edits, out, checkpoint))
+
+
 @world_app.command("build")
 def world_build(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],

@@ -42,22 +42,15 @@ def answers(
         InputError: An edit cannot be read, or belongs to another model.
         ImageError: The picture cannot be read.
     """
-    from transformers.utils import logging
-
-    _, info = load_edit(edits[0])
-    logging.disable_progress_bar()
     picture = None
     if image is not None:
         path = image.expanduser().absolute()
         picture = ImageReader(str(path.parent)).read(path.name)
-    if info.family not in names():
-        # A dotted name would import whatever module the file asks for.
-        raise InputError(f"edit {str(edits[0])!r}: unknown model family {info.family!r}; known: {', '.join(names())}.")
-    backbone = load_backbone(info.family, checkpoint or info.checkpoint, dtype=dtype, device=device)
-    editor, params, _ = load_edits(edits, backbone, device)
+    backbone = load_backbone_of(edits[0], checkpoint, dtype=dtype, device=device)
+    editor, params, infos = load_edits(edits, backbone, device)
     probe = Probe(prompt, _PLACEHOLDER * max_tokens, picture, caption)
     features = backbone.image_features([picture] if picture else [])
-    batch = backbone.encode(["question"], ["rel"], [[probe]], features, find_template(info.template))
+    batch = backbone.encode(["question"], ["rel"], [[probe]], features, find_template(infos[0].template))
 
     def run(read: EditBatch) -> Tensor:
         return backbone.suffix(backbone.prefix(read, *editor.sites))
@@ -68,6 +61,24 @@ def answers(
             return backbone.suffix(prefix)
 
     return _generate(backbone, batch, run, max_tokens), _generate(backbone, batch, run_edited, max_tokens)
+
+
+def load_backbone_of(
+    edit: Path | str, checkpoint: str | None = None, *, dtype: str = "float32", device: str = "cpu"
+) -> Backbone:
+    """The model that an edit file was made for, or another checkpoint of its family.
+
+    Raises:
+        InputError: The file names a family that is not one of the package's.
+    """
+    from transformers.utils import logging
+
+    _, info = load_edit(edit)
+    if info.family not in names():
+        # A dotted name would import whatever module the file asks for.
+        raise InputError(f"edit {str(edit)!r}: unknown model family {info.family!r}; known: {', '.join(names())}.")
+    logging.disable_progress_bar()
+    return load_backbone(info.family, checkpoint or info.checkpoint, dtype=dtype, device=device)
 
 
 def _generate(backbone: Backbone, batch: EditBatch, run: Callable[[EditBatch], Tensor], max_tokens: int) -> str:

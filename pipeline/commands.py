@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from odedit.errors import InputError
@@ -117,6 +118,19 @@ def _check_device(device: str) -> None:
         raise InputError(f"--device: got {device!r}, expected one of {', '.join(allowed)} on this machine.")
 
 
+def merge(edits: Sequence[str], out: Path, checkpoint: str | None) -> Path:
+    """`odedit merge`: a plain checkpoint with the edits in its weights."""
+    from odedit.checkpoint import export, load_edits
+    from pipeline.answer import load_backbone_of
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out: {out} is there already; name a new folder.")
+    backbone = load_backbone_of(edits[0], checkpoint)
+    editor, params, _ = load_edits(edits, backbone)
+    export(backbone, editor, params, out)
+    return out
+
+
 def fetch(run_id: str, edit_ids: Sequence[str], uri: str, out: Path) -> None:
     """`odedit fetch`."""
     try:
@@ -132,16 +146,24 @@ def train_world(out: Path, seed: int, vision_steps: int, joint_steps: int) -> Pa
     from odedit.world import train
 
     errors = Console(stderr=True)
-
     last = time.monotonic()
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(), console=errors, disable=not errors.is_terminal,
+    ) as bar:  # fmt: skip
+        tasks: dict[str, TaskID] = {}
 
-    def show(stage: str, step: int, steps: int, loss: float) -> None:
-        nonlocal last
-        if step == steps or time.monotonic() - last > 5:
-            last = time.monotonic()
-            _line(errors, f"{stage}: step {step} of {steps}, loss {loss:.3f}")
+        def show(stage: str, step: int, steps: int, loss: float) -> None:
+            nonlocal last
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=steps, loss=loss)
+            bar.update(tasks[stage], completed=step, loss=loss)
+            # A bar needs a terminal; a log gets a line now and then.
+            if not errors.is_terminal and (step == steps or time.monotonic() - last > 5):
+                last = time.monotonic()
+                _line(errors, f"{stage}: step {step} of {steps}, loss {loss:.3f}")
 
-    return train.train(out, seed=seed, progress=show, vision_steps=vision_steps, joint_steps=joint_steps)
+        return train.train(out, seed=seed, progress=show, vision_steps=vision_steps, joint_steps=joint_steps)
 
 
 def check_world(checkpoint: Path | None, samples: int) -> int:
