@@ -111,10 +111,11 @@ def prepare(config: RunConfig, console: Console, *, fresh: bool = False) -> Read
     before = _own_run(workspace)
     if before is None:
         _make_room(workspace, fresh=fresh)
-    elif fresh:
-        _clear(workspace)
-    else:
+    elif not fresh:
         _check_same_run(settings, before["settings"], workspace)
+    else:
+        with staging.aside(config, found, workspace):
+            _clear(workspace)
     workspace.create()
     staged = staging.stage(config, found, workspace)
     code = code_version()

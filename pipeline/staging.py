@@ -7,7 +7,10 @@ together with the unusable records between its members: a result file has one ro
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +61,22 @@ def stage(config: RunConfig, sources: Sources, workspace: Workspace) -> Staged:
     if not workspace.records.exists():
         write_atomically(workspace.records, lambda path: _write(config, sources, path))
     return read_staged(workspace.records)
+
+
+@contextmanager
+def aside(config: RunConfig, sources: Sources, workspace: Workspace) -> Iterator[None]:
+    """Stages beside what is there, and takes the place of it after the block: wrong input costs no earlier result.
+
+    Raises:
+        InputError: As `stage` does, before the block is entered.
+    """
+    with tempfile.TemporaryDirectory(prefix=".staging-", dir=workspace.out) as folder:
+        new = Workspace(Path(folder))
+        stage(config, sources, new)
+        yield
+        for name in ("records", "pool"):
+            if getattr(new, name).exists():
+                os.replace(getattr(new, name), getattr(workspace, name))
 
 
 def remove_leftovers(workspace: Workspace) -> None:

@@ -44,12 +44,20 @@ def finished(settings: dict[str, Any]) -> Path:
         {"data": {"path": "none.json"}},
         {"data": {"image_root": "/nowhere"}},
         {"data": {"pool": "none.json"}},
+        {"data": {"path": "broken.json"}},
+        {"supervision": {"locality_source": "held_out"}},
         {"backbone": {"checkpoint": "./nowhere"}},
     ],
 )
 def test_fresh_deletes_nothing_if_the_settings_are_wrong(
-    settings: dict[str, Any], finished: Path, mistake: dict[str, Any]
+    settings: dict[str, Any],
+    finished: Path,
+    mistake: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.json").write_text(Path(settings["data"]["path"]).read_text()[:-50])
     before = sorted(finished.rglob("*"))
     wrong = settings | {name: settings.get(name, {}) | section for name, section in mistake.items()}
     with pytest.raises(InputError):
