@@ -152,7 +152,7 @@ def _name_problem(key: str, name: str) -> Iterator[str]:
     try:
         check_probe_name(key)
     except ValueError as error:
-        yield f"unknown probe: {shorten(str(error), 300)}"
+        yield f"unknown probe: {shorten(str(error).removeprefix('unknown probe '), 300)}"
 
 
 def _text_problem(values: Mapping[str, Any], name: str, where: str, *, may_be_empty: bool = False) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from odedit import discovery
 from odedit.backbones.base import Backbone, Prefix, Processor
@@ -55,7 +56,7 @@ def fingerprint(family: str, checkpoint: str) -> str:
     return name
 
 
-def _find(family: str):  # type: ignore[no-untyped-def]
+def _find(family: str) -> Any:
     return discovery.find(sys.modules[__name__], "backbone", family, "BACKBONE")
 
 

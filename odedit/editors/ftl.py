@@ -18,7 +18,7 @@ from odedit.backbones.base import Backbone
 from odedit.editors.base import OptimizerSettings, Trace, check_range
 from odedit.edits import EditBatch, EditParams
 from odedit.errors import InputError
-from odedit.hooks import rewritten
+from odedit.hooks import Rewrite, rewritten
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class FTL:
 
     @contextmanager
     def applied(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> Iterator[Trace]:
-        def rewrite_with(delta_EOI: Tensor):  # type: ignore[no-untyped-def]
+        def rewrite_with(delta_EOI: Tensor) -> Rewrite:
             def rewrite(x: Tensor, y: Tensor) -> Tensor:
                 x_ENI = x.reshape(delta_EOI.shape[0], -1, x.shape[-1])
                 change = torch.bmm(x_ENI, delta_EOI.to(x.dtype).transpose(1, 2))
