@@ -139,9 +139,9 @@ PROBE = {"prompt": "p", "target": "t", "image": "x.png"}
     ("group", "value", "said"),
     [
         ("probes", [], "wrong type: field 'probes' is a list"),
-        ("probes", {"speed": PROBE}, "unknown probe: unknown probe 'speed'"),
+        ("probes", {"speed": PROBE}, "unknown probe: 'speed'"),
         ("probes", {"rel": PROBE}, "unknown probe: 'rel' is made from"),
-        ("probes", {"t_loc_mmedit": PROBE}, "unknown probe: unknown probe 't_loc_mmedit': 'mmedit' ends the name"),
+        ("probes", {"t_loc_mmedit": PROBE}, "unknown probe: 't_loc_mmedit': 'mmedit' ends the name"),
         ("probes", {"m_loc": PROBE}, "unknown probe: 'm_loc' is made from"),
         ("probes", {"far_gen": "text"}, "wrong type: probes['far_gen'] is text"),
         ("probes", {"far_gen": {"prompt": "p"}}, "missing field: probes['far_gen'].target"),
