@@ -211,6 +211,9 @@ def pack_data(path: str, out: str, image_root: str | None, rephrase_root: str | 
         done = pack(path, image_root, rephrase_root, out, task=task, on_problem=show)
     print(f"{out}: {done.num_records} records ({done.num_problems} unusable), {done.num_images} pictures, "
           f"{done.num_image_bytes / 2**20:.1f} MiB, {done.num_unreadable} unreadable.")  # fmt: skip
+    if done.num_unreadable and not done.num_images:
+        # Only wrong folders do that; the pack stays, since it says for each record what was wrong.
+        raise RuntimeError("not one picture could be read: see --image-root and --rephrase-root.")
 
 
 @contextmanager

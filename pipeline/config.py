@@ -249,6 +249,10 @@ def _editor_choice(section: Any, problems: list[str]) -> EditorChoice:
     settings = {key: value for key, value in section.items() if key != "name"}
     try:
         config_class = editors.find(str(name)).Config
+        known = [item.name for item in dataclasses.fields(config_class)]
+        for key in [key for key in settings if key not in known]:
+            problems.append(strict.unknown_key(f"editor.{key}", str(key), [*known, "name"]))
+            del settings[key]
         return EditorChoice(str(name), strict.build(config_class, settings, "editor"))
     except InputError as error:
         prefix = "" if str(error).startswith("editor.") else "editor.name: "

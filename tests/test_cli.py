@@ -133,6 +133,13 @@ def test_data_commands(files: dict[str, Any]) -> None:
     expect(odedit("data", "pack", data["path"], packed, *roots), 0, "3 records (0 unusable), 9 pictures")
     expect(odedit("data", "check", packed), 0, "3 of 3 records can be used")
     expect(odedit("data", "pack", data["path"], packed, *roots), 2, "already holds a pack")
+    elsewhere = files["folder"] / "elsewhere"
+    elsewhere.mkdir()
+    wrong = ("--image-root", elsewhere, "--rephrase-root", elsewhere)
+    result = odedit("data", "pack", data["path"], files["folder"] / "nothing", *wrong)
+    expect(result, 1, "not one picture could be read")
+        odedit("data", "pack", data["path"], files["folder"] / "nothing", *wrong), 1, "not one picture could be read"
+    )
     for command in (["check", data["path"]], ["pack", data["path"], files["folder"] / "other"]):
         result = odedit("data", *command)
         expect(result, 2, "--image-root: not set")

@@ -99,3 +99,10 @@ def test_a_missing_file_and_an_override_without_value_are_explained(tmp_path: Pa
 def test_secrets_are_masked_wherever_settings_are_stored() -> None:
     config: RunConfig = from_dict({"tracking": {"uri": "https://me:secret@mlflow.example"}})
     assert "secret" not in str(masked_values(config.to_dict()))
+
+
+def test_a_misspelt_editor_key_is_held_against_name_too():
+    with pytest.raises(InputError) as caught:
+        from_dict({"editor": {"nmae": "ftl", "mask_ration": 0.5}})
+    assert "editor.nmae: unknown key. Did you mean 'name'?" in str(caught.value)
+    assert "editor.mask_ration: unknown key. Did you mean 'mask_ratio'?" in str(caught.value)
