@@ -81,11 +81,11 @@ def edit(
     prefix = backbone.prefix(batch, *editor.sites)
     with torch.no_grad():
         base_EKTD = gather_positions(backbone.suffix(prefix), batch.predict_EKT)
-    max_steps = editor.max_steps if stopping.max_steps is None else stopping.max_steps
+    max_steps = editor.max_steps if stopping.max_steps is None or editor.max_steps == 0 else stopping.max_steps
     optimizer = PrimalDual(editor, objective.config, max(max_steps, 1), seed)
 
     origin = editor.init(backbone, batch)
-    params = {name: value.clone().requires_grad_() for name, value in origin.items()}
+    params = {name: value.detach().clone().requires_grad_(name not in editor.frozen) for name, value in origin.items()}
     state = optimizer.init(params)
     progress = _Progress(batch.num_edits, base_EKTD.device)
     for step in range(max_steps + 1):

@@ -189,7 +189,8 @@ class Objective:
         logits_ETV = backbone.head(states_EKTD[:, edit])
         target_ET, mask_ET = batch.target_EKT[:, edit], batch.target_mask_EKT[:, edit]
 
-        reliability = risks.reliability(logits_ETV, target_ET, mask_ET)
+        smoothing = editor.label_smoothing if config.name == "native" else 0.0
+        reliability = risks.reliability(logits_ETV, target_ET, mask_ET, smoothing)
         locality = generality = Risk(zero_E, zero_E)
         scale_gradients: dict[str, Tensor] = {}
         if config.name == "odedit":

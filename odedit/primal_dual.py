@@ -58,7 +58,11 @@ class PrimalDual:
         steps = torch.zeros(first.shape[0], dtype=torch.long, device=first.device)
         moments = {}
         if self._editor.optimizer.kind != "sgd":
-            moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in params.items()}
+            moments = {
+                name: (torch.zeros_like(value), torch.zeros_like(value))
+                for name, value in params.items()
+                if name not in self._editor.frozen
+            }
         return State(steps_E=steps, moments=moments, dual_steps_E=steps.clone())
 
     def step(
@@ -93,15 +97,16 @@ class PrimalDual:
         log = {"lambda": multiplier_E.detach() * schedule, "objective": objective_E.detach()}
         if not bool(active_E.any()):
             return params, state, log
-        names = list(params)
+        names = [name for name in params if name not in self._editor.frozen]
         gradients = torch.autograd.grad(objective_E.sum(), [params[name] for name in names], allow_unused=True)
         gradient_of = {
             name: torch.zeros_like(params[name]) if gradient is None else gradient
             for name, gradient in zip(names, gradients, strict=True)
         }
-        moved, moments = _primal_step(self._editor.optimizer, params, gradient_of, state)
-        moved = self._editor.constrain(moved)
-        params = {name: _where(active_E, moved[name], params[name].detach()).requires_grad_() for name in names}
+        trained = {name: params[name] for name in names}
+        moved, moments = _primal_step(self._editor.optimizer, trained, gradient_of, state)
+        moved = self._editor.constrain(params | moved)
+        params = params | {name: _where(active_E, moved[name], params[name]).requires_grad_() for name in names}
         moments = {
             name: (_where(active_E, first, state.moments[name][0]), _where(active_E, second, state.moments[name][1]))
             for name, (first, second) in moments.items()
@@ -117,6 +122,7 @@ class PrimalDual:
     def _context(self, params: EditParams, origin: EditParams, terms: Terms) -> Tensor:
         """What lambda reads: phi_e, as sketch or flat, the risks, and |g| of every environment."""
         config = self._config.multiplier
+        params = {name: value for name, value in params.items() if name not in self._editor.frozen}
         if config.input == "flat":
             phi_EP = flat_input(params)
         else:

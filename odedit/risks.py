@@ -73,7 +73,7 @@ def masked_mean(values_ET: Tensor, mask_ET: Tensor) -> Tensor:
     return total_E / mask_ET.sum(-1).clamp_min(1)
 
 
-def reliability(logits_ETV: Tensor, target_ET: Tensor, mask_ET: Tensor) -> Risk:
+def reliability(logits_ETV: Tensor, target_ET: Tensor, mask_ET: Tensor, label_smoothing: float = 0.0) -> Risk:
     """R_rel: the mean negative log-likelihood of the edit's target tokens.
 
     Its scale gradient is positive while the model is less sure of the target than of its own predictions, and
@@ -83,9 +83,12 @@ def reliability(logits_ETV: Tensor, target_ET: Tensor, mask_ET: Tensor) -> Risk:
         logits_ETV: Logits at the positions that predict the target.
         target_ET: Token ids; any value outside the mask.
         mask_ET: True at the target's tokens. A row without any has risk and gradient 0.
+        label_smoothing: Share of the likelihood of a uniform draw from the vocabulary; g = value - H all the same.
     """
     log_p_ETV = _log_probs(_without_padding(logits_ETV, mask_ET))
     nll_ET = _nll(log_p_ETV, target_ET.masked_fill(~mask_ET, 0))
+    if label_smoothing:
+        nll_ET = (1 - label_smoothing) * nll_ET - label_smoothing * log_p_ETV.mean(-1)
     return Risk(masked_mean(nll_ET, mask_ET), masked_mean(nll_ET - _entropy(log_p_ETV), mask_ET))
 
 

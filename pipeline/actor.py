@@ -20,12 +20,13 @@ from odedit import editors
 from odedit.backbones import encode_requests, load_backbone
 from odedit.checkpoint import EditInfo, save_edit
 from odedit.editing import EditResult, edit
+from odedit.editors.base import Measuring
 from odedit.edits import REPHRASE_SLOTS, EditRequest
 from odedit.errors import InputError
 from odedit.metrics import evaluate, stack_params
 from odedit.mmedit import RawRecord
 from odedit.objective import CALIBRATION_STATES, Objective, calibrate
-from odedit.prompts import find_template, tokenize
+from odedit.prompts import find_template
 from pipeline import results, staging
 from pipeline.attempts import Ledger
 from pipeline.prepare import Prepared, Preparer, located, one_sentence, write_traceback
@@ -53,6 +54,7 @@ class EditActor:
         )
         self._editor.check(self._backbone)
         self._lazy_objective: Objective | None = None
+        self._is_measured = not isinstance(self._editor, Measuring)
 
     def __call__(self, prepared: Prepared) -> list[results.Row]:
         """Edits a group and writes its results, unless they are there; returns the columns that progress shows.
@@ -135,7 +137,7 @@ class EditActor:
 
     def _edit(self, records: Sequence[RawRecord], requests: Sequence[EditRequest]) -> list[results.Row]:
         config = self._job.config
-        supervision, evaluation = encode_requests(self._backbone, requests, self._template)
+        supervision, evaluation = encode_requests(self._backbone, requests, self._template, self._editor.sites)
         edited = edit(self._backbone, self._editor, self._objective(), supervision, config.stopping, config.seed)
         params = stack_params([result.params for result in edited])
         scores = evaluate(self._backbone, self._editor, params, evaluation, config.evaluation)
@@ -182,7 +184,27 @@ class EditActor:
         """Made for the first group that has something to edit: a run of unusable records has nothing to measure."""
         if self._lazy_objective is None:
             self._lazy_objective = Objective(self._job.config.objective, self._bandwidth())
+        if isinstance(self._editor, Measuring) and not self._is_measured:
+            requests = self._unedited()[0]
+            batch, _ = encode_requests(self._backbone, requests, self._template, self._editor.sites)
+            self._editor, self._is_measured = self._editor.measured(self._backbone, batch), True
         return self._lazy_objective
+
+    def _unedited(self) -> tuple[list[EditRequest], str]:
+        """Requests that are measured before any edit, of the pool if there is one, and the setting they are from.
+
+        Raises:
+            InputError: No record can be used.
+        """
+        pool = staging.read_pool(self._job.workspace, self._job.sources)
+        records = pool.records if pool else staging.usable_records(self._job.workspace.records)
+        problems: list[str] = []
+        requests = list(islice(Preparer(self._job).calibration_requests(records, problems), CALIBRATION_RECORDS))
+        setting = "data.pool" if pool else "data.path"
+        if not requests:
+            first = problems[0] if problems else "there is none."
+            raise InputError(f"{setting}: no calibration record can be used; first: {first}")
+        return requests, setting
 
     def _num_states(self, request: EditRequest) -> int:
         """How many states one request gives the measurement, as `odedit.objective.calibrate` selects them."""
@@ -190,8 +212,8 @@ class EditActor:
         is_target = self._job.config.objective.positions == "target"
         total = 0
         for probe in probes:
-            tokens, first_target = tokenize(self._backbone.processor.tokenizer, self._template, probe)
-            total += len(tokens) - first_target if is_target else first_target
+            cell = self._backbone.sequence(probe, self._template)
+            total += len(cell.tokens) - cell.first_target if is_target else cell.first_target - len(cell.image)
         return total
 
     def _bandwidth(self) -> float | None:
@@ -200,14 +222,7 @@ class EditActor:
         if not config.objective.needs_bandwidth or config.objective.sigma2_0 is not None:
             return config.objective.sigma2_0
         if not path.exists():
-            pool = staging.read_pool(self._job.workspace, self._job.sources)
-            records = pool.records if pool else staging.usable_records(self._job.workspace.records)
-            problems: list[str] = []
-            requests = list(islice(Preparer(self._job).calibration_requests(records, problems), CALIBRATION_RECORDS))
-            setting = "data.pool" if pool else "data.path"
-            if not requests:
-                first = problems[0] if problems else "there is none."
-                raise InputError(f"{setting}: no calibration record can be used; first: {first}")
+            requests, setting = self._unedited()
             try:
                 value = calibrate(self._backbone, requests, self._template, config.objective.positions)
             except ValueError as error:
@@ -216,7 +231,7 @@ class EditActor:
                 "sigma2_0": value,
                 "records": len(requests),
                 "states": min(sum(self._num_states(request) for request in requests), CALIBRATION_STATES),
-                "source": "pool" if pool else "records",
+                "source": "pool" if setting == "data.pool" else "records",
             }
             # The first worker's value counts for all, whatever kind of machine it runs on.
             write_once(path, json.dumps(measured, indent=2) + "\n")

@@ -53,7 +53,8 @@ class DataConfig:
 
     Attributes:
         path: File of records, packed folder, or `embedded:<split>` (train, validation, evaluation) for the benchmark
-            that ships, which is written beside the results.
+            that ships, which is written beside the results; `embedded:<split>:<seed>` draws its values, wordings and
+            pictures anew.
         image_root: Folder of `image` and `m_loc`; not needed for a packed folder.
         rephrase_root: Folder of `image_rephrase`; null: as `image_root`.
         pool: Records that held-out supervision and the calibration of bandwidths draw from; the training file. Null:
@@ -81,6 +82,8 @@ class DataConfig:
                 raise ValueError(f"{name}: got {value}, expected at least 1.")
         if self.split is not None and self.split not in SPLITS:
             raise ValueError(f"path: {unknown_name('embedded split', self.split, SPLITS)}")
+        if self.split is not None and not self._seed.isdecimal():
+            raise ValueError(f"path: got {self.path!r}, expected {EMBEDDED}:<split>:<seed> with a seed of digits.")
         try:
             find_template(self.template)
         except InputError as error:
@@ -89,8 +92,17 @@ class DataConfig:
     @property
     def split(self) -> str | None:
         """The part of the embedded benchmark that is meant, or None."""
-        prefix, colon, split = self.path.partition(":")
-        return split if colon and prefix == EMBEDDED else None
+        parts = self.path.split(":", 2)
+        return parts[1] if len(parts) > 1 and parts[0] == EMBEDDED else None
+
+    @property
+    def split_seed(self) -> int:
+        """What the embedded benchmark is drawn with."""
+        return int(self._seed)
+
+    @property
+    def _seed(self) -> str:
+        return self.path.split(":", 2)[2] if self.path.count(":") > 1 else "0"
 
 
 @dataclass(frozen=True)

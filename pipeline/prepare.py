@@ -79,7 +79,7 @@ class Preparer:
             return results.base_row(record, config, results.FAILED, located(record, one_sentence(error)))
 
     def calibration_requests(self, records: Iterable[RawRecord], problems: list[str]) -> Iterator[EditRequest]:
-        """Edits and rephrases, and nothing else, of those records of the pool, or else of the run, that can be used.
+        """Edits, rephrases and text-only questions of those records of the pool, or else of the run, that can be used.
 
         Args:
             problems: Takes a sentence for each record that cannot.
@@ -91,8 +91,8 @@ class Preparer:
             bare = replace(record, fields={**record.fields, "m_loc": record.fields["image"], "probes": None})
             try:
                 request = build_request(bare, self._job.sources.pool_reader, supervision)
-                rephrases = {slot: request.supervision[slot] for slot in REPHRASE_SLOTS}
-                yield process(replace(request, supervision=rephrases, probes={}), self._processor, shared)
+                kept = {slot: request.supervision[slot] for slot in (*REPHRASE_SLOTS, "text_locality")}
+                yield process(replace(request, supervision=kept, probes={}), self._processor, shared)
             except (ImageError, InputError) as error:
                 problems.append(located(record, str(error)))
 

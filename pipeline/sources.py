@@ -62,8 +62,8 @@ def resolve(data: DataConfig, out: Path) -> Sources:
             max_pixels=data.max_pixels,
             max_bytes=data.max_bytes,
         )
-    folder = embedded_folder(out.parent)
-    build_embedded(folder)
+    folder = embedded_folder(out.parent, data.split_seed)
+    build_embedded(folder, data.split_seed)
     return Sources(
         path=str(folder / f"{data.split}.json"),
         image_root=str(folder / "images"),
@@ -74,22 +74,22 @@ def resolve(data: DataConfig, out: Path) -> Sources:
     )
 
 
-def embedded_folder(parent: Path) -> Path:
+def embedded_folder(parent: Path, seed: int = 0) -> Path:
     """Where the benchmark lies; another version of the code that draws it has another folder."""
     digest = hashlib.sha256()
     for file in sorted(Path(world.__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
-    return parent / f"world-{digest.hexdigest()[:8]}"
+    return parent / (f"world-{digest.hexdigest()[:8]}" + (f"-seed{seed}" if seed else ""))
 
 
-def build_embedded(folder: Path) -> None:
+def build_embedded(folder: Path, seed: int = 0) -> None:
     """Writes the benchmark unless it is there; two runs that start at once do not disturb each other."""
     if folder.is_dir():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        world.build(temporary)
+        world.build(temporary, seed)
         temporary.chmod(0o755)
         try:
             temporary.rename(folder)

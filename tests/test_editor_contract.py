@@ -22,7 +22,10 @@ from odedit import (
 )
 from odedit import editors as package
 from odedit.checkpoint import EditInfo, load_edit, load_edits, save_edit
-from odedit.editors.base import Mergeable
+from odedit.editor_weights import save_weights
+from odedit.editors.base import Mergeable, Trainable
+from odedit.encoding import gather_positions
+from odedit.risks import reliability
 
 # Settings that move the small model within a few steps; an editor without an entry runs with its defaults.
 SMALL = {
@@ -33,8 +36,19 @@ OBJECTIVES = ["native", "odedit"]
 
 
 @pytest.fixture(params=package.names())
-def editor(request):
-    return load_editor(request.param, SMALL.get(request.param))
+def editor(request, backbone, tmp_path_factory):
+    return ready_editor(request.param, backbone, tmp_path_factory)
+
+
+def ready_editor(name, backbone, tmp_path_factory):
+    """With untrained weights where the method has weights of its own: they must do what they are told as well."""
+    editor = load_editor(name, SMALL.get(name))
+    if not isinstance(editor, Trainable):
+        return editor
+    path = tmp_path_factory.mktemp("weights") / f"{name}.safetensors"
+    weights = editor.initial_weights(backbone, 0)
+    save_weights(path, weights, name, editor.weight_settings, backbone.fingerprint)
+    return load_editor(name, {**SMALL.get(name, {}), "checkpoint": str(path)})
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +59,13 @@ def sigma2_0(backbone, requests_8):
 def logits_of(backbone, editor, batch):
     with torch.no_grad():
         return backbone.head(backbone.suffix(backbone.prefix(batch, editor.sites[0])))
+
+
+def nll_of_the_edit(backbone, editor, batch):
+    with torch.no_grad():
+        hidden = backbone.suffix(backbone.prefix(batch, *editor.sites))
+        logits = backbone.head(gather_positions(hidden, batch.predict_EKT)[:, 0])
+        return reliability(logits, batch.target_EKT[:, 0], batch.target_mask_EKT[:, 0]).value
 
 
 def test_config_is_frozen_and_has_defaults(editor):
@@ -61,7 +82,7 @@ def test_phi_0_changes_no_logit(backbone, editor, batches):
     assert all(len(value) == supervision.num_edits and value.dtype == torch.float32 for value in params.values())
     before = logits_of(backbone, editor, supervision)
     with editor.applied(backbone, params, supervision):
-        assert torch.equal(logits_of(backbone, editor, supervision), before)
+        assert torch.equal(logits_of(backbone, editor, supervision), before) == editor.starts_neutral
 
 
 def test_applied_then_removed_is_bitwise_the_model_also_after_an_exception(backbone, editor, batches, sigma2_0):
@@ -91,8 +112,10 @@ def test_alone_equals_in_a_batch_of_8(backbone, editor, batches, requests_8, sig
         (alone,) = edit(backbone, editor, objective, alone_supervision, stopping)
         assert alone.steps == together[index].steps
         assert alone.stop_reason == together[index].stop_reason
-        for key, value in alone.params.items():
-            torch.testing.assert_close(value, together[index].params[key], rtol=1e-3, atol=2e-5)
+        # Stacked, because the shorter of the two may lack the other's padding.
+        both = stack_params([alone.params, together[index].params])
+        for value in both.values():
+            torch.testing.assert_close(value[0], value[1], rtol=1e-3, atol=2e-5)
         for term, curve in alone.curves.items():
             assert curve == pytest.approx(together[index].curves[term], rel=2e-3, abs=2e-4), term
         (row,) = evaluate(backbone, editor, alone.params, alone_evaluation)
@@ -105,6 +128,9 @@ def test_a_finished_edit_does_not_move_again(backbone, editor, batches, sigma2_0
     # The penalty's schedule follows max_steps, which differs between the runs.
     objective = Objective(ObjectiveConfig(penalty="none"), sigma2_0)
     free = edit(backbone, editor, objective, supervision, Stopping(max_steps=12, worst_token_nll=1e-9))
+    if editor.max_steps == 0:  # The edit is what `init` says.
+        assert {result.steps for result in free} == {0}
+        return
     threshold = sorted(result.curves["worst_nll"][6] for result in free)[len(free) // 2]
     results = edit(backbone, editor, objective, supervision, Stopping(max_steps=12, worst_token_nll=threshold))
     index = min(range(len(results)), key=lambda i: results[i].steps)
@@ -130,9 +156,12 @@ def test_same_seed_same_result(backbone, editor, batches, sigma2_0, name):
 def test_an_edit_learns(backbone, editor, batches, sigma2_0):
     supervision, _ = batches
     results = edit(backbone, editor, Objective(ObjectiveConfig(name="native")), supervision, Stopping(max_steps=10))
+    before_E = nll_of_the_edit(backbone, editor, supervision)
+    with editor.applied(backbone, stack_params([result.params for result in results]), supervision):
+        after_E = nll_of_the_edit(backbone, editor, supervision)
+    assert bool((after_E < before_E).all())
     for result in results:
         assert result.error is None
-        assert result.curves["rel"][-1] < result.curves["rel"][0]
         assert {len(curve) for curve in result.curves.values()} == {result.steps + 1}
 
 
@@ -143,7 +172,8 @@ def test_odedit_logs_every_term_and_lambda_per_step(backbone, editor, batches, s
     expected = {"rel", "loc", "gen", "own", "penalty", "lambda", "objective", "worst_nll", "g_rel", "g_loc", "g_gen"}
     assert set(result.curves) == expected
     assert all(value > 0 for value in result.curves["lambda"])
-    assert len(set(result.curves["lambda"])) > 1
+    if editor.max_steps:
+        assert len(set(result.curves["lambda"])) > 1
 
 
 def test_saved_and_read_back_it_scores_the_same(backbone, editor, batches, sigma2_0, tmp_path):
@@ -226,7 +256,7 @@ def test_the_order_of_sites_does_not_matter(backbone, batches, sigma2_0):
 
 def test_settings_that_do_not_fit_the_model_are_named(backbone):
     with pytest.raises(InputError, match="feeds no activation"):
-        load_editor("wise", {"site": "layers.2.ffn.out"}).check(backbone)
+        load_editor("wise", {"site": "layers.2.attention.out"}).check(backbone)
     with pytest.raises(InputError, match="expected different matrices"):
         load_editor("ftl", {"sites": ("layers.3.ffn.in", "layers.-1.ffn.in")}).check(backbone)
     with pytest.raises(InputError, match="layers.<0..3>"):

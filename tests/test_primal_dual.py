@@ -16,6 +16,8 @@ TARGET = torch.linspace(-1, 1, 12).reshape(3, 4)
 class PlainEditor:
     """Only what the optimiser asks of an editor."""
 
+    frozen: frozenset[str] = frozenset()
+
     def __init__(self, optimizer: OptimizerSettings) -> None:
         self.optimizer = optimizer
 

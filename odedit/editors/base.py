@@ -6,7 +6,7 @@ is in `EditParams`, what a forward shows is in the `Trace`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -34,6 +34,29 @@ class OptimizerSettings:
     clip_norm: float | None = None
 
 
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a `Trainable` editor's weights are trained, with Adam.
+
+    Attributes:
+        learning_rate: Step size.
+        batch_size: Records of one forward.
+        accumulate: Forwards of one step.
+        clip_norm: Largest gradient norm of a step; None for no clipping.
+        max_steps: Bound on the steps.
+        validate_every: Steps between two looks at the validation records.
+        patience: Looks without improvement after which training stops.
+    """
+
+    learning_rate: float
+    batch_size: int
+    accumulate: int
+    clip_norm: float | None
+    max_steps: int
+    validate_every: int
+    patience: int
+
+
 @dataclass
 class Trace:
     """What the forwards inside one `applied` block showed; read by `own_risk` and `finished`.
@@ -48,12 +71,19 @@ class Trace:
 class Editor(Protocol):
     """A way to write an edit into a model.
 
+    Axis 1 of a tensor of phi_e may be longer for one edit than for another (factors, neurons, memory). In a batch the
+    shorter ones are padded with zeros, which must compute as if they were absent.
+
     Attributes:
         Config: Frozen dataclass, every field with a default and its source.
         sites: Edited sites; the frozen prefix ends at the lowest.
         optimizer: What the inner loop steps with.
-        max_steps: Published number of steps, the default bound of the inner loop.
+        max_steps: Published number of steps, the default bound of the inner loop; 0: `init` is the whole edit (MEND),
+            and the loop never steps.
         own_slots: Sequences that `own_risk` reads; others need not run under the native objective.
+        frozen: Tensors of phi_e that no step moves (a memory of states).
+        label_smoothing: Share of it in the method's native likelihood; the ODEdit objective has none.
+        starts_neutral: Whether applying phi_0 changes no logit.
     """
 
     Config: ClassVar[type]
@@ -62,13 +92,16 @@ class Editor(Protocol):
     own_slots: Sequence[str]
     optimizer: OptimizerSettings
     max_steps: int
+    frozen: frozenset[str]
+    label_smoothing: float
+    starts_neutral: bool
 
     def check(self, backbone: Backbone) -> None:
-        """Raises InputError if the settings do not fit the model: no such site, one that feeds no activation."""
+        """Raises InputError if the settings do not fit the model: no such site, weights that must be trained first."""
         ...
 
     def init(self, backbone: Backbone, batch: EditBatch) -> EditParams:
-        """phi_0 of E edits: float32, applying it changes no logit."""
+        """phi_0 of E edits, float32; differentiable in the weights of a `Trainable` editor."""
         ...
 
     def applied(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> AbstractContextManager[Trace]:
@@ -106,6 +139,43 @@ class Mergeable(Protocol):
 
     def merged(self, params: EditParams) -> dict[str, Tensor]:
         """Weight differences `{site: (out, in)}` that stand for all E edits; no cost at inference."""
+        ...
+
+
+@runtime_checkable
+class Measuring(Protocol):
+    """An editor that looks at unedited records once, before the first edit (T-Patcher's memory states)."""
+
+    def measured(self, backbone: Backbone, batch: EditBatch) -> Editor:
+        """A copy of the editor that has seen the batch; the editor itself stays as it is."""
+        ...
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """An editor with weights of its own, learned by `odedit train` before any edit.
+
+    Attributes:
+        training: How its weights are trained.
+        weight_settings: The settings that the weights depend on; a checkpoint made with others is refused.
+        trains_with_objective: Whether the ODEdit objective replaces `native_training_loss` (MEND), or only acts on
+            edits (UniKE, whose encoders have a loss of their own).
+    """
+
+    training: TrainingSettings
+    weight_settings: Mapping[str, Any]
+    trains_with_objective: bool
+
+    def initial_weights(self, backbone: Backbone, seed: int) -> dict[str, Tensor]:
+        """The weights before training, float32."""
+        ...
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Editor:
+        """A copy of the editor with these weights instead of its checkpoint's; they may require gradients."""
+        ...
+
+    def native_training_loss(self, backbone: Backbone, batch: EditBatch) -> Tensor:
+        """`(E,)`: the published loss on a supervision batch of training records."""
         ...
 
 

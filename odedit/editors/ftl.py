@@ -57,6 +57,9 @@ class FTL:
     """One weight difference per site and edit: `y = x (W + dW_e)^T`."""
 
     Config: ClassVar[type] = FTLConfig
+    frozen: frozenset[str] = frozenset()
+    label_smoothing = 0.0
+    starts_neutral = True
 
     def __init__(self, config: FTLConfig) -> None:
         self.config = config

@@ -81,6 +81,9 @@ class Wise:
     """
 
     Config: ClassVar[type] = WiseConfig
+    frozen: frozenset[str] = frozenset()
+    label_smoothing = 0.0
+    starts_neutral = True
 
     def __init__(self, config: WiseConfig) -> None:
         self.config = config

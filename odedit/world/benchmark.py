@@ -35,7 +35,9 @@ def build(directory: Path, seed: int = 0) -> dict[str, Path]:
 
     Args:
         directory: Created if missing; files of an earlier build are replaced.
-        seed: Of everything drawn: facts per file, new values, wordings, pictures. The world itself stays the same.
+        seed: Of what is drawn: new values, wordings, pictures. The world stays the same, and so does the division of
+            its facts: what was learned or chosen on the training or validation facts of one seed has not met the
+            evaluation facts of another.
 
     Returns:
         Paths by name: the three files, and the two roots `images` and `images_rephrase`. As in MMEdit, the key
@@ -47,8 +49,11 @@ def build(directory: Path, seed: int = 0) -> dict[str, Path]:
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory}: is a file, expected a directory to write the benchmark into.")
     paths = {IMAGES: directory / IMAGES, REPHRASE_IMAGES: directory / REPHRASE_IMAGES}
-    rng = np.random.default_rng(seed)
-    for part, part_facts in divide(rng).items():
+    rng = np.random.default_rng(0)
+    parts = divide(rng)
+    if seed:
+        rng = np.random.default_rng(seed)
+    for part, part_facts in parts.items():
         for root in (paths[IMAGES], paths[REPHRASE_IMAGES]):
             (root / part).mkdir(parents=True, exist_ok=True)
         writer = _RecordWriter(np.random.default_rng(rng.integers(2**63)), part, directory)

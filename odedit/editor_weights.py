@@ -1,0 +1,83 @@
+"""Weights that an editor learns before it edits, as a file: MEND's hypernetwork, UniKE's encoders.
+
+The file says which editor, settings and backbone it was trained for, and is refused for any other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from odedit.errors import InputError
+
+FORMAT = "odedit-editor-1"
+
+
+def save_weights(
+    path: Path, weights: Mapping[str, Tensor], editor: str, settings: Mapping[str, Any], fingerprint: str
+) -> None:
+    """Writes the weights; a reader sees the whole file or none.
+
+    Args:
+        editor: Its name.
+        settings: The editor's settings that the weights depend on (sites, widths).
+        fingerprint: Of the backbone they were trained for.
+    """
+    info = json.dumps({"editor": editor, "settings": dict(settings), "fingerprint": fingerprint}, sort_keys=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file(tensors, temporary, metadata={"format": FORMAT, "info": info})
+    os.replace(temporary, path)
+
+
+def load_weights(
+    path: str | None, editor: str, settings: Mapping[str, Any], fingerprint: str, device: str = "cpu"
+) -> dict[str, Tensor]:
+    """Reads the weights of an editor; read once per process and file.
+
+    Raises:
+        InputError: None given, missing, damaged, or trained for another editor, settings or backbone. The message
+            names the command that makes them.
+    """
+    hint = f"`odedit train {editor} --config F --out FILE` makes one"
+    if path is None:
+        raise InputError(f"editor.checkpoint: {editor} learns before it edits and needs its weights; {hint}.")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise InputError(f"editor.checkpoint: no such file {path!r}; {hint}.")
+    weights, info = _read(str(file), file.stat().st_mtime_ns, device)
+    wanted = {"editor": editor, "settings": json.loads(json.dumps(dict(settings))), "fingerprint": fingerprint}
+    for name, value in wanted.items():
+        if info.get(name) != value:
+            raise InputError(
+                f"editor.checkpoint {path!r} was trained for another {_NAMES[name]}: {info.get(name)!r}, "
+                f"this run has {value!r}; {hint} for it."
+            )
+    return weights
+
+
+_NAMES = {"editor": "editor", "settings": "setting of the editor", "fingerprint": "model (fingerprint of its weights)"}
+
+
+@lru_cache(maxsize=8)
+def _read(path: str, modified: int, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt", device=device) as stream:
+            metadata = stream.metadata() or {}
+            weights = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"editor.checkpoint {path!r} cannot be read as safetensors: {error}.") from error
+    if metadata.get("format") != FORMAT:
+        raise InputError(f"editor.checkpoint {path!r}: format is {metadata.get('format')!r}, expected {FORMAT!r}.")
+    try:
+        return weights, dict(json.loads(metadata["info"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"editor.checkpoint {path!r}: what it says about itself is damaged ({error}).") from error
