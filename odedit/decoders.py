@@ -6,8 +6,9 @@ One class per architecture of text model. Sites are named here and nowhere else.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,102 @@ from odedit.errors import InputError
 
 _SITE = re.compile(r"layers\.(-?\d+)\.([a-z.]+)")
 
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines `(1 or R, S, head width)`."""
 
-class OPTDecoder:
+
+class Decoder(Protocol):
+    """A text model, run from any half of a layer on."""
+
+    num_layers: int
+    hidden_size: int
+
+    def site(self, name: str) -> nn.Linear:
+        """The linear module of `layers.<n>.<part>`; InputError names the parts there are."""
+        ...
+
+    def locate(self, name: str) -> tuple[int, str]:
+        """Splits `layers.<number>.<part>` into a checked layer and part; negative layers count from the end."""
+        ...
+
+    def activation(self, name: str) -> Callable[[Tensor], Tensor]:
+        """What the output of a feed-forward site passes through; InputError for a site of attention."""
+        ...
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor: ...
+
+    def rotary(self, embedded_RSD: Tensor, positions: Tensor | None) -> Rotary | None:
+        """Rotary embeddings of given positions, or of 0, 1, 2, ...; None for a model that adds its positions."""
+        ...
+
+    def embed_positions(self, embedded_RSD: Tensor) -> Tensor:
+        """The residual stream that enters layer 0. ValueError: more positions than the model takes."""
+        ...
+
+    def block(self, layer: int, hidden_RSD: Tensor, rotary: Rotary | None) -> Tensor: ...
+
+    def attention_half(self, layer: int, hidden_RSD: Tensor, rotary: Rotary | None) -> Tensor: ...
+
+    def ffn_half(self, layer: int, hidden_RSD: Tensor) -> Tensor: ...
+
+    def finish(self, hidden_RSD: Tensor) -> Tensor:
+        """What the head reads."""
+        ...
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits in float32."""
+        ...
+
+
+class _Sites(ABC):
+    """Names of the linear modules of a stack of layers.
+
+    Attributes:
+        MODULES: Part of a layer to its module in `transformers`.
+        BEFORE_NONLINEARITY: The part whose output the nonlinearity reads.
+    """
+
+    MODULES: ClassVar[Mapping[str, str]]
+    BEFORE_NONLINEARITY: ClassVar[str]
+    num_layers: int
+    _layers: nn.ModuleList
+
+    def site(self, name: str) -> nn.Linear:
+        layer, part = self.locate(name)
+        module = self._layers[layer].get_submodule(self.MODULES[part])
+        assert isinstance(module, nn.Linear)
+        return module
+
+    def locate(self, name: str) -> tuple[int, str]:
+        match = _SITE.fullmatch(name)
+        layer = int(match[1]) if match else 0
+        layer = layer + self.num_layers if layer < 0 else layer
+        if match is None or match[2] not in self.MODULES or not 0 <= layer < self.num_layers:
+            raise InputError(
+                f"Unknown site {name!r}: expected layers.<0..{self.num_layers - 1}>.<part> with part one of "
+                f"{', '.join(self.MODULES)}."
+            )
+        return layer, match[2]
+
+    def activation(self, name: str) -> Callable[[Tensor], Tensor]:
+        layer, part = self.locate(name)
+        if not part.startswith("ffn"):
+            parts = ", ".join(part for part in self.MODULES if part.startswith("ffn"))
+            raise InputError(f"site {name!r} feeds no activation: choose a feed-forward site ({parts}).")
+        return self._nonlinearity(layer) if part == self.BEFORE_NONLINEARITY else nn.Identity()
+
+    @abstractmethod
+    def _nonlinearity(self, layer: int) -> Callable[[Tensor], Tensor]: ...
+
+
+class OPTDecoder(_Sites):
     """`OPTForCausalLM` (arXiv 2205.01068) with layer norm before each half, as in every size but 350m.
 
     Attention is causal without a padding mask: sequences are right-padded, so no real position ever sees padding.
     """
 
-    MODULES = {  # noqa: RUF012
+    BEFORE_NONLINEARITY = "ffn.in"
+    MODULES: ClassVar[Mapping[str, str]] = {
         "attention.q": "self_attn.q_proj",
         "attention.k": "self_attn.k_proj",
         "attention.v": "self_attn.v_proj",
@@ -39,42 +128,23 @@ class OPTDecoder:
                 f"{getattr(model.config, 'do_layer_norm_before', None)}, expected an OPT model that normalises first."
             )
         self._decoder = model.model.decoder
+        self._layers = self._decoder.layers
         self._head = model.lm_head
         self._max_positions = int(model.config.max_position_embeddings)
         self.num_layers = len(self._decoder.layers)
         self.hidden_size = int(model.config.hidden_size)
 
-    def site(self, name: str) -> nn.Linear:
-        layer, part = self.locate(name)
-        module = self._decoder.layers[layer].get_submodule(self.MODULES[part])
-        assert isinstance(module, nn.Linear)
-        return module
-
-    def locate(self, name: str) -> tuple[int, str]:
-        """Splits `layers.<number>.<part>` into a checked layer and part; negative layers count from the end."""
-        match = _SITE.fullmatch(name)
-        layer = int(match[1]) if match else 0
-        layer = layer + self.num_layers if layer < 0 else layer
-        if match is None or match[2] not in self.MODULES or not 0 <= layer < self.num_layers:
-            raise InputError(
-                f"Unknown site {name!r}: expected layers.<0..{self.num_layers - 1}>.<part> with part one of "
-                f"{', '.join(self.MODULES)}."
-            )
-        return layer, match[2]
-
-    def activation(self, name: str) -> Callable[[Tensor], Tensor]:
-        layer, part = self.locate(name)
-        if part != "ffn.in":
-            raise InputError(f"site {name!r} feeds no activation: choose an 'ffn.in' site.")
-        activation: Callable[[Tensor], Tensor] = self._decoder.layers[layer].activation_fn
-        return activation
+    def _nonlinearity(self, layer: int) -> Callable[[Tensor], Tensor]:
+        return cast(Callable[[Tensor], Tensor], self._layers[layer].activation_fn)
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         embedded: Tensor = self._decoder.embed_tokens(tokens)
         return embedded
 
+    def rotary(self, embedded_RSD: Tensor, positions: Tensor | None) -> Rotary | None:
+        return None
+
     def embed_positions(self, embedded_RSD: Tensor) -> Tensor:
-        """The residual stream that enters layer 0."""
         length = embedded_RSD.shape[1]
         if length > self._max_positions:
             raise ValueError(f"sequence of {length} positions, the text model takes {self._max_positions}.")
@@ -85,11 +155,11 @@ class OPTDecoder:
         table = self._decoder.embed_positions
         return embedded_RSD + nn.functional.embedding(positions + table.offset, table.weight)
 
-    def block(self, layer: int, hidden_RSD: Tensor) -> Tensor:
+    def block(self, layer: int, hidden_RSD: Tensor, rotary: Rotary | None) -> Tensor:
         out = self._decoder.layers[layer](hidden_RSD, attention_mask=None)
         return out[0] if isinstance(out, tuple) else out
 
-    def attention_half(self, layer: int, hidden_RSD: Tensor) -> Tensor:
+    def attention_half(self, layer: int, hidden_RSD: Tensor, rotary: Rotary | None) -> Tensor:
         block = self._decoder.layers[layer]
         attended, _ = block.self_attn(hidden_states=block.self_attn_layer_norm(hidden_RSD), attention_mask=None)
         out: Tensor = hidden_RSD + attended

@@ -5,7 +5,7 @@ Shape legend, used as a suffix of tensor names everywhere:
     E  edits in a batch            K  sequences of one edit (`EditBatch.slots`)
     S  positions of a sequence     T  target tokens of a sequence
     D  hidden size                 V  vocabulary
-    L  query tokens of an image    Q  kernel bandwidths        P  sketch size
+    L  positions of an image       Q  kernel bandwidths        P  sketch size
 
 One edit owns a fixed number K of sequences, the absent ones masked, so that a hook can view a
 module's input as `(E, K, S, D)` and compute with one set of edited parameters per edit.
@@ -165,9 +165,11 @@ class EditBatch:
         predict_EKT: The positions *whose next token* is the t-th target token.
         target_EKT: The target's token ids.
         target_mask_EKT: False beyond a target's end and everywhere in an absent sequence.
-        features_NLD: Image features of the batch's distinct pictures, `(pictures, query tokens, hidden)`.
+        features_NLD: Image features of the batch's distinct pictures, `(pictures, query tokens, hidden)`; where
+            `before_connector`, what the image tower made of them, `(pictures, patches, width)`.
         picture_EK: Row of `features_NLD`, or -1 for a sequence without picture.
         image_EKS: True at positions that take image features.
+        before_connector: Whether the connector to the text model has yet to run, because an editor changes it.
     """
 
     edit_ids: tuple[str, ...]
@@ -182,6 +184,7 @@ class EditBatch:
     features_NLD: Tensor
     picture_EK: Tensor
     image_EKS: Tensor
+    before_connector: bool = False
 
     @property
     def num_edits(self) -> int:

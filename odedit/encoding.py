@@ -13,12 +13,19 @@ from odedit.edits import EditBatch
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One tokenised probe: image positions come first, the target last."""
+    """One tokenised probe, its target last.
+
+    Attributes:
+        tokens: Token ids, the image token where features go.
+        first_target: Index of the target's first token.
+        image: Positions that take image features, ascending; all before the target.
+        picture: Key of the picture; None for a text-only probe.
+    """
 
     tokens: list[int]
     first_target: int
-    num_image: int
-    picture: str | None
+    image: Sequence[int] = ()
+    picture: str | None = None
 
 
 def assemble(
@@ -27,7 +34,7 @@ def assemble(
     cells: Sequence[Sequence[TokenSequence | None]],
     features: Mapping[str, Tensor],
     pad_token: int,
-    hidden_size: int,
+    feature_width: int,
     device: torch.device,
 ) -> EditBatch:
     """Right-pads an E x K grid of sequences (None: absent) and marks where prompts, images and targets are."""
@@ -54,7 +61,7 @@ def assemble(
             tokens[e, k, :count] = ids
             real[e, k, :count] = True
             prompt[e, k, :first] = True
-            image[e, k, : cell.num_image] = True
+            image[e, k, list(cell.image)] = True
             # The position before a token predicts it.
             predict[e, k, : count - first] = torch.arange(first - 1, count - 1)
             target[e, k, : count - first] = ids[first:]
@@ -62,7 +69,7 @@ def assemble(
             if cell.picture is not None:
                 picture[e, k] = row_of[cell.picture]
 
-    stacked = torch.stack(list(features.values())) if features else torch.zeros(0, 1, hidden_size, device=device)
+    stacked = torch.stack(list(features.values())) if features else torch.zeros(0, 1, feature_width, device=device)
     return EditBatch(
         edit_ids=tuple(edit_ids),
         slots=tuple(slots),

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from odedit.backbones import Backbone, load_backbone, names
+from odedit.backbones import Backbone, is_connector, load_backbone, names
 from odedit.checkpoint import load_edit, load_edits
 from odedit.edits import EditBatch, Probe
 from odedit.encoding import gather_positions
@@ -49,8 +49,9 @@ def answers(
     backbone = load_backbone_of(edits[0], checkpoint, dtype=dtype, device=device)
     editor, params, infos = load_edits(edits, backbone, device)
     probe = Probe(prompt, _PLACEHOLDER * max_tokens, picture, caption)
-    features = backbone.image_features([picture] if picture else [])
-    batch = backbone.encode(["question"], ["rel"], [[probe]], features, find_template(infos[0].template))
+    before = any(is_connector(site) for site in editor.sites)
+    features = backbone.image_features([picture] if picture else [], before)
+    batch = backbone.encode(["question"], ["rel"], [[probe]], features, find_template(infos[0].template), before)
 
     def run(read: EditBatch) -> Tensor:
         return backbone.suffix(backbone.prefix(read, *editor.sites))

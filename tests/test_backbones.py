@@ -83,10 +83,8 @@ def test_a_target_without_a_token_is_refused(backbone):
 
 def test_a_picture_used_twice_is_encoded_once(backbone, monkeypatch):
     seen = []
-    original = backbone.model.get_image_features
-    monkeypatch.setattr(
-        backbone.model, "get_image_features", lambda pixels, **kw: seen.append(len(pixels)) or original(pixels, **kw)
-    )
+    original = backbone.tower
+    monkeypatch.setattr(backbone, "tower", lambda pixels: seen.append(len(pixels)) or original(pixels))
     request = make_request(0)
     encode_requests(backbone, [request], TEMPLATE)
     assert seen == [len({picture.key for picture in request.pictures()})]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from odedit import discovery
-from odedit.backbones.base import Backbone, Prefix, Processor
+from odedit.backbones.base import Backbone, Prefix, Processor, is_connector
 from odedit.edits import EDIT, RELIABILITY, SUPERVISION_SLOTS, EditBatch, EditRequest, Probe
 from odedit.prompts import Template
 
@@ -17,6 +17,7 @@ __all__ = [
     "Processor",
     "encode_requests",
     "fingerprint",
+    "is_connector",
     "load_backbone",
     "load_processor",
     "names",
@@ -61,15 +62,19 @@ def _find(family: str) -> Any:
 
 
 def encode_requests(
-    backbone: Backbone, requests: Sequence[EditRequest], template: Template
+    backbone: Backbone, requests: Sequence[EditRequest], template: Template, sites: Sequence[str] = ()
 ) -> tuple[EditBatch, EditBatch]:
     """Encodes what supervises the edits and what judges them; each distinct picture runs the image tower once.
+
+    Args:
+        sites: What the editor changes. With a site of the connector among them, the features are those that enter it.
 
     Returns:
         The supervision batch (slots `SUPERVISION_SLOTS`) and the evaluation batch (slots `rel` and every probe name
         that occurs, sorted).
     """
-    features = backbone.image_features([picture for request in requests for picture in request.pictures()])
+    before = any(is_connector(site) for site in sites)
+    features = backbone.image_features([picture for request in requests for picture in request.pictures()], before)
     edit_ids = [request.edit_id for request in requests]
     supervision = [
         [request.edit if slot == EDIT else request.supervision.get(slot) for slot in SUPERVISION_SLOTS]
@@ -80,6 +85,6 @@ def encode_requests(
         [request.edit if name == RELIABILITY else request.probes.get(name) for name in metrics] for request in requests
     ]
     return (
-        backbone.encode(edit_ids, SUPERVISION_SLOTS, supervision, features, template),
-        backbone.encode(edit_ids, metrics, evaluation, features, template),
+        backbone.encode(edit_ids, SUPERVISION_SLOTS, supervision, features, template, before),
+        backbone.encode(edit_ids, metrics, evaluation, features, template, before),
     )

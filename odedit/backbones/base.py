@@ -9,7 +9,31 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from odedit.edits import EditBatch, Picture, Probe
+from odedit.encoding import TokenSequence
 from odedit.prompts import Template
+
+CONNECTOR = "connector."
+"""How the names of sites between image tower and text model begin."""
+
+
+def is_connector(site: str) -> bool:
+    """Whether a site stands between the image tower and the text model."""
+    return site.startswith(CONNECTOR)
+
+
+@dataclass(frozen=True)
+class BeforeConnector:
+    """What enters the connector, one row per sequence: an edit of the connector is seen by its own sequences only.
+
+    Attributes:
+        vision_RPW: What the image tower made of each sequence's picture, `(R, patches, width)`; zeros without one.
+        with_picture_R: Whether the sequence has a picture.
+        image_RS: Positions that take image features.
+    """
+
+    vision_RPW: Tensor
+    with_picture_R: Tensor
+    image_RS: Tensor
 
 
 @dataclass(frozen=True)
@@ -19,14 +43,18 @@ class Prefix:
     Attributes:
         layer: Decoder layer that the suffix starts in.
         at_ffn: Whether it starts at that layer's feed-forward half, after attention.
-        hidden_RSD: The residual stream there, R = E x K sequences.
+        hidden_RSD: The residual stream there, R = E x K sequences; the embedded tokens where `connector` is given.
         shape: (E, K).
+        rotary: Cosines and sines of the positions, for text models with rotary embeddings.
+        connector: Given where the suffix starts at the connector.
     """
 
     layer: int
     at_ffn: bool
     hidden_RSD: Tensor
     shape: tuple[int, int]
+    rotary: tuple[Tensor, Tensor] | None = None
+    connector: BeforeConnector | None = None
 
 
 class Processor(Protocol):
@@ -54,8 +82,12 @@ class Backbone(Protocol):
     num_layers: int
     hidden_size: int
 
-    def image_features(self, pictures: Sequence[Picture]) -> Mapping[str, Tensor]:
-        """Features `(query tokens, hidden)` of each distinct picture, by its key."""
+    def image_features(self, pictures: Sequence[Picture], before_connector: bool = False) -> Mapping[str, Tensor]:
+        """Features `(L, hidden)` of each distinct picture, by its key; `(patches, width)` before the connector."""
+        ...
+
+    def sequence(self, probe: Probe, template: Template) -> TokenSequence:
+        """A probe's tokens, and where its picture and its target stand. ValueError: the target has no token."""
         ...
 
     def encode(
@@ -65,20 +97,37 @@ class Backbone(Protocol):
         grid: Sequence[Sequence[Probe | None]],
         features: Mapping[str, Tensor],
         template: Template,
+        before_connector: bool = False,
     ) -> EditBatch:
-        """Tokens, masks and features of an E x K grid of probes (None: absent)."""
+        """Tokens, masks and features of an E x K grid of probes (None: absent).
+
+        Args:
+            before_connector: How `features` were made by `image_features`.
+        """
         ...
 
     def site(self, name: str) -> nn.Linear:
         """The linear module of a site such as `layers.23.ffn.in`; InputError names the sites there are."""
         ...
 
+    def connector_sites(self) -> tuple[str, ...]:
+        """`connector.<module>` of every linear module between image tower and text model, in the model's order."""
+        ...
+
     def activation(self, site: str) -> Callable[[Tensor], Tensor]:
-        """The model's own nonlinearity behind a feed-forward site."""
+        """The model's own nonlinearity behind a feed-forward site; the identity where none follows.
+
+        Raises:
+            InputError: A site of attention or connector, whose output enters no feed-forward neurons.
+        """
         ...
 
     def prefix(self, batch: EditBatch, *sites: str) -> Prefix:
-        """Runs everything below the lowest of the sites, which may come in any order."""
+        """Runs everything below the lowest of the sites, which may come in any order.
+
+        Raises:
+            ValueError: A connector site, and a batch whose features have left the connector.
+        """
         ...
 
     def suffix(self, prefix: Prefix) -> Tensor:

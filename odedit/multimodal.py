@@ -1,0 +1,209 @@
+"""What all families share: image features into a token sequence, and a decoder run in two parts.
+
+A family is a subclass that states its architecture, its processor, where a probe's picture and text go, what the image
+tower computes and what connects it to the text model.
+"""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from odedit import pretrained
+from odedit.backbones.base import CONNECTOR, BeforeConnector, Prefix, is_connector
+from odedit.decoders import Decoder
+from odedit.edits import EditBatch, Picture, Probe
+from odedit.encoding import TokenSequence, assemble
+from odedit.errors import InputError
+from odedit.pretrained import Architecture, PretrainedProcessor
+from odedit.prompts import Template
+
+# At most this many pictures run through the image tower at a time.
+_TOWER_BATCH = 64
+
+
+class MultimodalModel(ABC):
+    """A frozen model: image tower, connector, text model; implements `backbones.base.Backbone`."""
+
+    family: ClassVar[str]
+    architecture: ClassVar[Architecture]
+    Processor: ClassVar[type[PretrainedProcessor]]
+
+    def __init__(self, model: Any, processor: Any, checkpoint: str, fingerprint: str) -> None:
+        self.checkpoint = checkpoint
+        self.fingerprint = fingerprint
+        self.processor = processor
+        self.model = model.eval().requires_grad_(False)
+        self._decoder = self.make_decoder()
+        self.num_layers = self._decoder.num_layers
+        self.hidden_size = self._decoder.hidden_size
+        self._connector_linears = {
+            f"{CONNECTOR}{name}.{path}".rstrip("."): linear
+            for name, module in self.connector().items()
+            for path, linear in module.named_modules()
+            if isinstance(linear, nn.Linear)
+        }
+
+    @classmethod
+    def load_processor(cls, checkpoint: str) -> PretrainedProcessor:
+        return cls.Processor(cls._found(checkpoint)[0])
+
+    @classmethod
+    def fingerprint_of(cls, checkpoint: str) -> str:
+        """What `fingerprint` will be, without loading the model."""
+        return pretrained.fingerprint(*cls._found(checkpoint))
+
+    @classmethod
+    def load(cls, checkpoint: str, *, dtype: str = "float32", device: str = "cpu") -> Self:
+        pretrained.check_dtype(dtype)
+        source, config = cls._found(checkpoint)
+        model = pretrained.load_model(source, checkpoint, cls.architecture, dtype)
+        return cls(model.to(device), cls.Processor(source), checkpoint, pretrained.fingerprint(source, config))
+
+    @classmethod
+    def _found(cls, checkpoint: str) -> tuple[str, dict[str, Any]]:
+        source = pretrained.resolve(checkpoint, cls.family, cls.architecture)
+        return source, pretrained.read_config(source, cls.family, cls.architecture)
+
+    @abstractmethod
+    def make_decoder(self) -> Decoder:
+        """The text model in halves of layers."""
+
+    @abstractmethod
+    def connector(self) -> Mapping[str, nn.Module]:
+        """The modules between image tower and text model, by their name in the model."""
+
+    @abstractmethod
+    def tower(self, pixels: Tensor) -> Tensor:
+        """What the image tower makes of `(N, 3, height, width)`: `(N, patches, width)`."""
+
+    @abstractmethod
+    def connect(self, vision: Tensor) -> Tensor:
+        """From `(N, patches, width)` to the positions of the text model, `(N, L, D)`."""
+
+    @abstractmethod
+    def sequence(self, probe: Probe, template: Template) -> TokenSequence:
+        """Where a probe's picture and text go. Raises ValueError if its target has no token."""
+
+    def positions(self, tokens_RS: Tensor, image_RS: Tensor) -> Tensor | None:
+        """Position ids where they are not 0, 1, 2, ..."""
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    @torch.no_grad()
+    def image_features(self, pictures: Sequence[Picture], before_connector: bool = False) -> Mapping[str, Tensor]:
+        distinct = {picture.key: picture for picture in pictures}
+        features: list[Tensor] = []
+        keys = list(distinct)
+        for start in range(0, len(keys), _TOWER_BATCH):
+            processed = [self.processor.process(distinct[key]).pixels for key in keys[start : start + _TOWER_BATCH]]
+            pixels = torch.from_numpy(np.stack(processed)).to(self.device, self.model.dtype)
+            vision = self.tower(pixels)
+            features += (vision if before_connector else self.connect(vision)).unbind(0)
+        return dict(zip(keys, features, strict=True))
+
+    def encode(
+        self,
+        edit_ids: Sequence[str],
+        slots: Sequence[str],
+        grid: Sequence[Sequence[Probe | None]],
+        features: Mapping[str, Tensor],
+        template: Template,
+        before_connector: bool = False,
+    ) -> EditBatch:
+        tokenizer = self.processor.tokenizer
+        cells = [[None if probe is None else self.sequence(probe, template) for probe in row] for row in grid]
+        pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+        width = next((feature.shape[-1] for feature in features.values()), self._feature_width(before_connector))
+        batch = assemble(edit_ids, slots, cells, features, pad, width, self.device)
+        return replace(batch, before_connector=before_connector)
+
+    def _feature_width(self, before_connector: bool) -> int:
+        return int(self.model.config.vision_config.hidden_size) if before_connector else self.hidden_size
+
+    def site(self, name: str) -> nn.Linear:
+        if not is_connector(name):
+            return self._decoder.site(name)
+        if name not in self._connector_linears:
+            near = difflib.get_close_matches(name, self._connector_linears, n=1, cutoff=0.3)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            there = self.connector_sites()
+            raise InputError(
+                f"Unknown site {name!r}.{hint} The connector has {len(there)} sites, {there[0]!r} to {there[-1]!r}."
+            )
+        return self._connector_linears[name]
+
+    def connector_sites(self) -> tuple[str, ...]:
+        return tuple(self._connector_linears)
+
+    def activation(self, site: str) -> Callable[[Tensor], Tensor]:
+        if is_connector(site):
+            raise InputError(f"site {site!r} feeds no activation of the text model: choose an 'ffn' site.")
+        return self._decoder.activation(site)
+
+    @torch.no_grad()
+    def prefix(self, batch: EditBatch, *sites: str) -> Prefix:
+        shape = (batch.tokens_EKS.shape[0], batch.tokens_EKS.shape[1])
+        tokens_RS, image_RS = batch.tokens_EKS.flatten(0, 1), batch.image_EKS.flatten(0, 1)
+        embedded_RSD = self._decoder.embed_tokens(tokens_RS)
+        rotary = self._decoder.rotary(embedded_RSD, self.positions(tokens_RS, image_RS))
+        before = BeforeConnector(_rows_of(batch), (batch.picture_EK >= 0).flatten(), image_RS)
+        if any(is_connector(site) for site in sites):
+            if not batch.before_connector:
+                raise ValueError(
+                    "the batch holds what leaves the connector, and a site of the connector is to be edited: "
+                    "encode it with sites=editor.sites."
+                )
+            return Prefix(0, False, embedded_RSD, shape, rotary, before)
+        features_RLD = self.connect(before.vision_RPW) if batch.before_connector else before.vision_RPW
+        hidden_RSD = self._decoder.embed_positions(_scatter(embedded_RSD, features_RLD, before))
+        located = [self._decoder.locate(site) for site in sites]
+        layer = min(layer for layer, _ in located)
+        at_ffn = all(part.startswith("ffn") for at, part in located if at == layer)
+        for index in range(layer):
+            hidden_RSD = self._decoder.block(index, hidden_RSD, rotary)
+        if at_ffn:
+            hidden_RSD = self._decoder.attention_half(layer, hidden_RSD, rotary)
+        return Prefix(layer, at_ffn, hidden_RSD, shape, rotary)
+
+    def suffix(self, prefix: Prefix) -> Tensor:
+        hidden = prefix.hidden_RSD
+        if prefix.connector is not None:
+            features_RLD = self.connect(prefix.connector.vision_RPW)
+            hidden = self._decoder.embed_positions(_scatter(hidden, features_RLD, prefix.connector))
+        if not prefix.at_ffn:
+            hidden = self._decoder.attention_half(prefix.layer, hidden, prefix.rotary)
+        hidden = self._decoder.ffn_half(prefix.layer, hidden)
+        for index in range(prefix.layer + 1, self.num_layers):
+            hidden = self._decoder.block(index, hidden, prefix.rotary)
+        hidden = self._decoder.finish(hidden)
+        return hidden.reshape(*prefix.shape, *hidden.shape[1:])
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self._decoder.head(hidden)
+
+
+def _rows_of(batch: EditBatch) -> Tensor:
+    """The features of every sequence's picture, `(R, L, width)`; zeros without one."""
+    picture_R = batch.picture_EK.flatten()
+    if not len(batch.features_NLD):
+        return batch.features_NLD.new_zeros(len(picture_R), *batch.features_NLD.shape[1:])
+    rows = batch.features_NLD[picture_R.clamp(min=0)]
+    return rows.masked_fill((picture_R < 0)[:, None, None], 0.0)
+
+
+def _scatter(embedded_RSD: Tensor, features_RLD: Tensor, at: BeforeConnector) -> Tensor:
+    """Puts each sequence's image features, in order, on its image positions."""
+    features = features_RLD[at.with_picture_R].to(embedded_RSD.dtype)
+    return embedded_RSD.masked_scatter(at.image_RS.unsqueeze(-1), features)
