@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from odedit.backbones.base import Backbone
-from odedit.editors.base import Editor
+from odedit.editors.base import Editor, Trace
 from odedit.edits import EditBatch, EditParams
 from odedit.encoding import gather_positions
 from odedit.objective import Objective, Terms
@@ -92,7 +92,7 @@ def edit(
         with editor.applied(backbone, params, batch) as trace:
             hidden_EKSD = backbone.suffix(prefix)
         terms = objective(backbone, editor, params, trace, batch, hidden_EKSD, base_EKTD)
-        progress.observe(terms, editor, stopping, is_last=step == max_steps)
+        progress.observe(terms, trace, editor, stopping, is_last=step == max_steps)
         params, state, moved = optimizer.step(params, origin, state, terms, progress.active_E, step)
         progress.log(terms, moved)
         if not bool(progress.active_E.any()):
@@ -114,7 +114,7 @@ class _Progress:
         # An edit's last logged step is the one it stopped at.
         self._logged_E = torch.ones(num_edits, dtype=torch.bool)
 
-    def observe(self, terms: Terms, editor: Editor, stopping: Stopping, *, is_last: bool) -> None:
+    def observe(self, terms: Terms, trace: Trace, editor: Editor, stopping: Stopping, *, is_last: bool) -> None:
         self._logged_E = self.active_E.cpu()
         loss_E = terms.total.detach()
         finite_E = torch.isfinite(loss_E) & torch.isfinite(terms.penalty.detach())
@@ -122,7 +122,7 @@ class _Progress:
         if stopping.worst_token_nll is not None:
             self._stop(terms.worst_nll <= stopping.worst_token_nll, "worst_token_nll")
         else:
-            self._stop(editor.converged(loss_E, self._previous_E, terms.all_right), "converged")
+            self._stop(editor.converged(loss_E, self._previous_E, terms.all_right, trace), "converged")
         if is_last:
             self._stop(torch.ones_like(self.active_E), "max_steps")
         self._previous_E = loss_E

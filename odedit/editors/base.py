@@ -124,8 +124,10 @@ class Editor(Protocol):
         """After each step: projection onto what the method allows (WISE: the clamp)."""
         ...
 
-    def converged(self, loss_E: Tensor, previous_E: Tensor, token_right_E: Tensor) -> Tensor:
-        """`(E,)` bool: the published stop rule, from this loss, the last, and whether all target tokens are right."""
+    def converged(self, loss_E: Tensor, previous_E: Tensor, token_right_E: Tensor, trace: Trace) -> Tensor:
+        """`(E,)` bool: the published stop rule, from this loss, the last, whether all target tokens are right, and
+        what the forward showed (T-Patcher: how active its neurons are).
+        """
         ...
 
     def finished(self, params: EditParams, trace: Trace, batch: EditBatch) -> EditParams:

@@ -106,7 +106,7 @@ class FTL:
     def constrain(self, params: EditParams) -> EditParams:
         return params
 
-    def converged(self, loss_E: Tensor, previous_E: Tensor, token_right_E: Tensor) -> Tensor:
+    def converged(self, loss_E: Tensor, previous_E: Tensor, token_right_E: Tensor, trace: Trace) -> Tensor:
         if self.config.stop_loss is None:
             return torch.zeros_like(token_right_E)
         return loss_E < self.config.stop_loss

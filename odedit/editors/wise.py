@@ -164,7 +164,7 @@ class Wise:
         # Masked here as well: what the multiplier network reads must be what the model computes with.
         return {SIDE: self._masked(params[SIDE]).clamp(-self.config.clamp, self.config.clamp)}
 
-    def converged(self, loss_E: Tensor, previous_E: Tensor, token_right_E: Tensor) -> Tensor:
+    def converged(self, loss_E: Tensor, previous_E: Tensor, token_right_E: Tensor, trace: Trace) -> Tensor:
         settled = (loss_E - previous_E).abs() <= self.config.stop_change
         return settled & (loss_E <= self.config.stop_loss)
 
