@@ -181,6 +181,9 @@ def merge(
         print(commands.merge(edits, out, checkpoint))
 
 
+WorldFamily = Annotated[str, typer.Option(help="blip2, minigpt4 or llava; a folder that is given tells its own.")]
+
+
 @world_app.command("build")
 def world_build(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
@@ -200,24 +203,26 @@ def world_train(
     seed: Annotated[int, typer.Option(help="Of weights and pictures.")] = 0,
     vision_steps: Annotated[int, typer.Option(min=1, help="Steps of the vision tower alone.")] = 2400,
     joint_steps: Annotated[int, typer.Option(min=1, help="Steps of the whole model.")] = 1700,
+    family: WorldFamily = "blip2",
 ) -> None:
     """Trains the embedded model from scratch (about a quarter of an hour on one core)."""
     with _explained():
         from pipeline import commands
 
-        print(commands.train_world(out, seed, vision_steps, joint_steps))
+        print(commands.train_world(out, seed, vision_steps, joint_steps, family))
 
 
 @world_app.command("check")
 def world_check(
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint folder; the one that ships if not given.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Questions per attribute.")] = 600,
+    family: WorldFamily = "blip2",
 ) -> None:
     """Asks the model about its world, in handwriting and wordings that it was not trained with."""
     with _explained():
         from pipeline import commands
 
-        raise typer.Exit(commands.check_world(checkpoint, samples))
+        raise typer.Exit(commands.check_world(checkpoint, samples, family))
 
 
 ImageRoot = Annotated[str | None, typer.Option(help="Folder of `image` and `m_loc`.")]

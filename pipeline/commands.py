@@ -141,7 +141,7 @@ def fetch(run_id: str, edit_ids: Sequence[str], uri: str, out: Path) -> None:
         print(tracking.fetch_edit(uri, run_id, edit_id, out))
 
 
-def train_world(out: Path, seed: int, vision_steps: int, joint_steps: int) -> Path:
+def train_world(out: Path, seed: int, vision_steps: int, joint_steps: int, family: str) -> Path:
     """`odedit world train`."""
     from odedit.world import train
 
@@ -163,16 +163,16 @@ def train_world(out: Path, seed: int, vision_steps: int, joint_steps: int) -> Pa
                 last = time.monotonic()
                 _line(errors, f"{stage}: step {step} of {steps}, loss {loss:.3f}")
 
-        return train.train(out, seed=seed, progress=show, vision_steps=vision_steps, joint_steps=joint_steps)
+        return train.train(out, seed, show, vision_steps, joint_steps, family)
 
 
-def check_world(checkpoint: Path | None, samples: int) -> int:
+def check_world(checkpoint: Path | None, samples: int, family: str) -> int:
     """`odedit world check`: prints the table; returns 1 if the model does not know its world well enough."""
     from odedit.world import check
 
     if checkpoint is not None and not (checkpoint / "config.json").is_file():
         raise InputError(f"--checkpoint: {checkpoint} holds no config.json; expected the folder of a checkpoint.")
-    found = check.check(checkpoint, samples=samples)
+    found = check.check(checkpoint, samples=samples, family=family)
     table = Table("attribute", *("plain", "rephrase"))
     for attribute, row in found.items():
         table.add_row(attribute, *(f"{row[name]:.3f}" if name in row else "" for name in ("plain", "rephrase")))

@@ -1,8 +1,8 @@
-"""The embedded world: a small real multimodal model and a benchmark of facts that it knows.
+"""The embedded world: small real multimodal models and a benchmark of facts that they know.
 
 Weights of BLIP-2 and its relatives cannot be fetched without a network, and random weights know nothing that could be
-edited. This model is a real `Blip2ForConditionalGeneration` that has learned who owns the pink four; it
-loads through the code that loads `Salesforce/blip2-opt-2.7b`, and its benchmark has MMEdit's schema.
+edited. These are a real `Blip2ForConditionalGeneration` and its relatives that have learned who owns the pink four;
+they load through the code that loads `Salesforce/blip2-opt-2.7b` and its kin, and the benchmark has MMEdit's schema.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def checkpoint_path(family: str = "blip2") -> Path:
     """Directory of the checkpoint that ships with the package.
 
     Args:
-        family: Model family; `blip2`.
+        family: Model family: `blip2`, `minigpt4` or `llava`.
 
     Raises:
         InputError: No checkpoint of that family ships.

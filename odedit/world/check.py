@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from odedit.world import checkpoint_path, facts, images, questions
-from odedit.world import model as blip2
+from odedit.world import checkpoint_path, facts, families, images, questions
+from odedit.world.model import HIDDEN_SIZE, Family, load
 from odedit.world.train import Line, LineEncoder, language_states, to_pixels
 
 TEXT = ("entity text", "country text")
@@ -19,29 +19,36 @@ REPHRASE_THRESHOLD = 0.92
 _BATCH = 128
 
 
-def check(checkpoint: Path | None = None, samples: int = 600, seed: int = 0) -> dict[str, dict[str, float]]:
+def check(
+    checkpoint: Path | None = None, samples: int = 600, seed: int = 0, family: str = "blip2"
+) -> dict[str, dict[str, float]]:
     """Token accuracy per attribute.
 
     Args:
-        checkpoint: Directory of a Hugging Face checkpoint; the one that ships if None.
+        checkpoint: Directory of a Hugging Face checkpoint, whose family its configuration tells.
         samples: Questions per attribute. All about held-out handwriting, in held-out wordings.
         seed: Of the questions.
+        family: Whose shipped checkpoint is asked if `checkpoint` is None.
 
     Returns:
         Attribute -> `{"plain": share, "rephrase": share}`: answer tokens whose argmax is right, on pictures drawn as
         those of edits are, and as their image rephrases are (turned further, scaled). The rows of
         `TEXT` have only `plain`.
+
+    Raises:
+        InputError: No checkpoint of that family ships, or the checkpoint is of no known family.
     """
-    model, tokenizer = blip2.load(checkpoint if checkpoint is not None else checkpoint_path("blip2"))
-    encode, rng = LineEncoder(tokenizer), np.random.default_rng(seed)
+    directory = checkpoint if checkpoint is not None else checkpoint_path(family)
+    asked = _Asked(directory)
+    rng = np.random.default_rng(seed)
     table: dict[str, dict[str, float]] = {}
     for attribute in facts.ATTRIBUTES:
         table[attribute] = {
-            name: _accuracy(model, encode, *_picture_questions(rng, attribute, pose, samples))
+            name: asked.accuracy(*_picture_questions(rng, attribute, pose, samples))
             for name, pose in (("plain", images.PLAIN_POSE), ("rephrase", images.REPHRASE_POSE))
         }
     for name, lines in zip(TEXT, (_entity_questions(), _country_questions()), strict=True):
-        table[name] = {"plain": _accuracy(model, encode, lines, None)}
+        table[name] = {"plain": asked.accuracy(lines, None)}
     return table
 
 
@@ -101,25 +108,32 @@ def _country_questions() -> list[Line]:
     ]
 
 
-@torch.no_grad()
-def _accuracy(
-    model: blip2.Blip2ForConditionalGeneration, encode: LineEncoder, lines: list[Line], pictures: np.ndarray | None
-) -> float:
-    right = asked = 0
-    for chunk in _chunks(lines):
-        features = torch.zeros(0, blip2.NUM_QUERIES, model.config.text_config.hidden_size)
-        if pictures is not None:
-            rows = [line.picture for line in chunk if line.picture is not None]
-            features = model.get_image_features(to_pixels(pictures[rows])).pooler_output
-            chunk = [Line(line.prompt, line.answer, 1.0, i) for i, line in enumerate(chunk)]
-        tokens, labels = encode(chunk)
-        states = language_states(model, tokens, tokens != blip2.PAD, chunk, features)
-        # The end token is part of training, not of the answer.
-        answer = (labels[:, 1:] >= 0) & (labels[:, 1:] != blip2.END)
-        guesses = model.language_model.lm_head(states[:, :-1][answer]).argmax(-1)
-        right += int((guesses == labels[:, 1:][answer]).sum())
-        asked += len(guesses)
-    return right / asked
+class _Asked:
+    """A checkpoint and its family's way to lay out questions."""
+
+    def __init__(self, directory: Path) -> None:
+        self._family: Family = families.of_checkpoint(directory)
+        self._model, tokenizer = load(directory)
+        self._encode = LineEncoder(self._family, tokenizer)
+
+    @torch.no_grad()
+    def accuracy(self, lines: list[Line], pictures: np.ndarray | None) -> float:
+        """Share of answer tokens whose argmax is right; `pictures` are numbered by the lines."""
+        right = asked = 0
+        for chunk in _chunks(lines):
+            features = torch.zeros(0, self._family.num_image_tokens, HIDDEN_SIZE)
+            if pictures is not None:
+                rows = [line.picture for line in chunk if line.picture is not None]
+                features = self._family.see(self._model, to_pixels(pictures[rows])).features
+                chunk = [Line(line.prompt, line.answer, 1.0, i) for i, line in enumerate(chunk)]
+            tokens, labels = self._encode(chunk)
+            states = language_states(self._family, self._model, tokens, chunk, features)
+            # The end token is part of training, not of the answer.
+            answer = (labels[:, 1:] >= 0) & (labels[:, 1:] != self._family.end_id)
+            guesses = self._model.get_output_embeddings()(states[:, :-1][answer]).argmax(-1)
+            right += int((guesses == labels[:, 1:][answer]).sum())
+            asked += len(guesses)
+        return right / asked
 
 
 def _chunks(lines: list[Line]) -> Iterable[list[Line]]:

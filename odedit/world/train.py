@@ -12,18 +12,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from odedit.world import facts, images, questions
-from odedit.world import model as blip2
+from odedit.world import facts, families, images, questions
+from odedit.world.model import IMAGE_MEAN, IMAGE_STD, VISION_WIDTH, Family, save
 
 if TYPE_CHECKING:
-    from transformers import Blip2ForConditionalGeneration, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
 Progress = Callable[[str, int, int, float], None]
 """Called after every step with the stage's name, steps done, steps in all, and the loss."""
@@ -48,7 +48,12 @@ _IGNORED = -100
 
 
 def train(
-    out: Path, seed: int = 0, progress: Progress | None = None, vision_steps: int = 2400, joint_steps: int = 1700
+    out: Path,
+    seed: int = 0,
+    progress: Progress | None = None,
+    vision_steps: int = 2400,
+    joint_steps: int = 1700,
+    family: str = "blip2",
 ) -> Path:
     """Trains a model of the embedded world and saves it as a Hugging Face checkpoint.
 
@@ -62,16 +67,21 @@ def train(
         vision_steps: Steps of 64 pictures, vision tower alone.
         joint_steps: Steps of 16 pictures with two questions each and 12 text-only questions. 2400 and 1700 take
             about a quarter of an hour; a handful of each gives a checkpoint that loads and knows nothing.
+        family: One of `families.FAMILIES`.
 
     Returns:
         `out`.
+
+    Raises:
+        InputError: There is no such family.
     """
-    model, tokenizer = blip2.build_model(seed), blip2.build_tokenizer()
+    kind = families.find(family)
+    model, tokenizer = kind.build_model(seed), kind.build_tokenizer()
     rng = np.random.default_rng(seed)
     with _single_thread():
-        train_vision(model, rng, vision_steps, progress)
-        train_jointly(model, tokenizer, rng, joint_steps, progress)
-    blip2.save(model, tokenizer, out)
+        train_vision(kind, model, rng, vision_steps, progress)
+        train_jointly(kind, model, tokenizer, rng, joint_steps, progress)
+    save(kind, model, tokenizer, out)
     return out
 
 
@@ -102,7 +112,7 @@ class Drawings:
 def to_pixels(pictures: np.ndarray) -> Tensor:
     """`uint8 (N, 32, 32, 3)` as the checkpoint's image processor would leave them, `float32 (N, 3, 32, 32)`."""
     values = torch.from_numpy(pictures).float() / 255.0
-    values = (values - torch.tensor(blip2.IMAGE_MEAN)) / torch.tensor(blip2.IMAGE_STD)
+    values = (values - torch.tensor(IMAGE_MEAN)) / torch.tensor(IMAGE_STD)
     return values.permute(0, 3, 1, 2).contiguous()
 
 
@@ -168,21 +178,17 @@ class _Optimizer:
         self.schedule.step()
 
 
-def train_vision(
-    model: Blip2ForConditionalGeneration, rng: np.random.Generator, steps: int, progress: Progress | None
-) -> None:
+def train_vision(family: Family, model: Any, rng: np.random.Generator, steps: int, progress: Progress | None) -> None:
     """Teaches the vision tower to read, through heads on its mean patch.
 
     The heads sit before the last LayerNorm: behind it they learn much more slowly.
     """
-    tower = model.vision_model
-    heads = _Heads(model.config.vision_config.hidden_size, _torch_generator(rng))
-    optimizer = _Optimizer([tower.embeddings, tower.encoder, heads], steps)
+    heads = _Heads(VISION_WIDTH, _torch_generator(rng))
+    optimizer = _Optimizer([*family.vision_modules(model), heads], steps)
     for step in range(steps):
         pose = images.TRAINING_POSE.eased(min(1.0, 0.2 + 0.8 * step / max(1.0, _EASED * steps)))
         drawings = draw_training_pictures(rng, _VISION_BATCH, pose)
-        patches = tower.encoder(inputs_embeds=tower.embeddings(drawings.pixels)).last_hidden_state[:, 1:]
-        loss = heads.loss(patches.mean(1), drawings.labels)
+        loss = heads.loss(family.patches(model, drawings.pixels).mean(1), drawings.labels)
         optimizer.step(loss)
         if progress is not None:
             progress("vision", step + 1, steps, float(loss.detach()))
@@ -199,23 +205,24 @@ class Line:
 
 
 def train_jointly(
-    model: Blip2ForConditionalGeneration,
+    family: Family,
+    model: Any,
     tokenizer: PreTrainedTokenizerFast,
     rng: np.random.Generator,
     steps: int,
     progress: Progress | None,
 ) -> None:
     """Teaches the whole model to answer; nothing is frozen."""
-    heads = _Heads(model.config.qformer_config.hidden_size, _torch_generator(rng))
+    heads = _Heads(family.summary_width, _torch_generator(rng))
     optimizer = _Optimizer([model, heads], steps)
-    encode = LineEncoder(tokenizer)
+    encode = LineEncoder(family, tokenizer)
     for step in range(steps):
         drawings = draw_training_pictures(rng, _PICTURES)
         lines = [*_picture_lines(rng, drawings), *_entity_lines(rng), *_country_lines(rng)]
-        seen = model.get_image_features(drawings.pixels)
-        auxiliary = heads.loss(seen.qformer_outputs.last_hidden_state.mean(1), drawings.labels)
+        seen = family.see(model, drawings.pixels)
+        auxiliary = heads.loss(seen.summary, drawings.labels)
         weight = _AUXILIARY_WEIGHT * max(0.0, 1.0 - step / (0.8 * steps))
-        loss = answer_loss(model, encode, lines, seen.pooler_output)
+        loss = answer_loss(family, model, encode, lines, seen.features)
         optimizer.step(loss + weight * auxiliary)
         if progress is not None:
             progress("joint", step + 1, steps, float(loss.detach()))
@@ -257,9 +264,10 @@ def _country_lines(rng: np.random.Generator) -> Iterator[Line]:
 
 
 class LineEncoder:
-    """Tokens of lines, right-padded: `[queries] </s> prompt answer </s>`; no queries where there is no picture."""
+    """Tokens of lines as a family lays them out, right-padded: prompt and picture, answer, end of text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, family: Family, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._family = family
         self._tokenizer = tokenizer
         self._known: dict[str, list[int]] = {}
 
@@ -269,36 +277,42 @@ class LineEncoder:
             self._known[text] = self._tokenizer(text, add_special_tokens=False).input_ids
         return self._known[text]
 
+    def prompt_tokens(self, prompt: str, has_picture: bool) -> list[int]:
+        """Everything in front of the answer; an image token for every position of the picture."""
+        family = self._family
+        before, behind = family.layout.around(prompt, has_picture)
+        image = [family.image_id] * family.num_image_tokens if has_picture else []
+        begin = [family.begin_id, *self._tokens(before)]
+        opening = [*image, *begin] if family.layout.picture_first else [*begin, *image]
+        return [*opening, *self._tokens(behind)]
+
     def __call__(self, lines: list[Line]) -> tuple[Tensor, Tensor]:
         """Token ids and labels, both `(lines, positions)`; a label stands where its token is, others are -100."""
         rows, labels = [], []
         for line in lines:
-            prefix = [blip2.IMAGE] * blip2.NUM_QUERIES if line.picture is not None else []
-            prompt = [*prefix, blip2.END, *self._tokens(line.prompt)]
-            answer = [*self._tokens(" " + line.answer), blip2.END]
+            prompt = self.prompt_tokens(line.prompt, line.picture is not None)
+            answer = [*self._tokens(" " + line.answer), self._family.end_id]
             rows.append(torch.tensor(prompt + answer))
             labels.append(torch.tensor([_IGNORED] * len(prompt) + answer))
         pad = nn.utils.rnn.pad_sequence
-        return pad(rows, True, blip2.PAD), pad(labels, True, _IGNORED)
+        return pad(rows, True, self._family.pad_id), pad(labels, True, _IGNORED)
 
 
-def language_states(
-    model: Blip2ForConditionalGeneration, tokens_NS: Tensor, real_NS: Tensor, lines: list[Line], features: Tensor
-) -> Tensor:
-    """Last hidden states `(N, S, D)`; `features (pictures, queries, D)` are put where the image tokens are."""
+def language_states(family: Family, model: Any, tokens_NS: Tensor, lines: list[Line], features: Tensor) -> Tensor:
+    """Last hidden states `(N, S, D)`; `features (pictures, L, D)` are put where the image tokens are."""
     embeddings = model.get_input_embeddings()(tokens_NS)
     rows = torch.tensor([line.picture for line in lines if line.picture is not None], dtype=torch.long)
-    embeddings = embeddings.masked_scatter((tokens_NS == blip2.IMAGE)[..., None], features[rows])
-    return model.language_model.model(inputs_embeds=embeddings, attention_mask=real_NS.long()).last_hidden_state
+    embeddings = embeddings.masked_scatter((tokens_NS == family.image_id)[..., None], features[rows])
+    real_NS = (tokens_NS != family.pad_id).long()
+    states: Tensor = family.decoder(model)(inputs_embeds=embeddings, attention_mask=real_NS).last_hidden_state
+    return states
 
 
-def answer_loss(
-    model: Blip2ForConditionalGeneration, encode: LineEncoder, lines: list[Line], features: Tensor
-) -> Tensor:
+def answer_loss(family: Family, model: Any, encode: LineEncoder, lines: list[Line], features: Tensor) -> Tensor:
     """Weighted cross-entropy of answers and their end, mean over tokens."""
     tokens_NS, labels_NS = encode(lines)
-    states = language_states(model, tokens_NS, tokens_NS != blip2.PAD, lines, features)
+    states = language_states(family, model, tokens_NS, lines, features)
     asked = labels_NS[:, 1:] != _IGNORED
-    logits = model.language_model.lm_head(states[:, :-1][asked])
+    logits = model.get_output_embeddings()(states[:, :-1][asked])
     weights = torch.tensor([line.weight for line in lines])[:, None].expand_as(asked)[asked]
     return (weights * functional.cross_entropy(logits, labels_NS[:, 1:][asked], reduction="none")).mean()

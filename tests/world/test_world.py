@@ -6,9 +6,7 @@ import json
 from itertools import combinations
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from odedit import world
 from odedit.edits import LOCALITY_PROBES, SUPERVISION_SLOTS, check_probe_name
@@ -45,83 +43,6 @@ def scored(record: dict) -> list[tuple[str, bytes | str]]:
         (record["m_loc_q"], record["m_loc"]),
     ]
     return pairs + [(probe["prompt"], probe.get("image", "")) for probe in record["probes"].values()]
-
-
-def test_shipped_checkpoint_is_small_and_without_pickles():
-    files = list(world.checkpoint_path("blip2").iterdir())
-    assert sum(file.stat().st_size for file in files) < 5_000_000
-    assert {file.suffix for file in files} <= {".safetensors", ".json", ".txt"}
-
-
-def test_unknown_checkpoint_names_what_ships():
-    with pytest.raises(InputError, match="Available: blip2"):
-        world.checkpoint_path("blip3")
-
-
-def test_shipped_checkpoint_knows_the_world():
-    from odedit.world.check import TEXT, check, shortfalls
-
-    table = check(samples=300)
-    assert set(table) == {*facts.ATTRIBUTES, *TEXT}
-    assert shortfalls(table) == []
-
-
-def test_processor_gives_the_training_input():
-    """What BLIP-2's own processor makes of a picture and a question is what the model was trained on."""
-    from transformers import AutoProcessor
-
-    from odedit.world.train import Line, LineEncoder, to_pixels
-
-    processor = AutoProcessor.from_pretrained(world.checkpoint_path("blip2"))
-    picture = images.draw(np.random.default_rng(0), facts.Entity(4, 4), 10, 2, images.PLAIN_POSE)
-    prompt = questions.wrap("who owns this digit?", "owner")
-    inputs = processor(images=Image.fromarray(picture), text=prompt, return_tensors="pt")
-    tokens, labels = LineEncoder(processor.tokenizer)([Line(prompt, "Anna Berg", 1.0, 0)])
-    assert inputs["input_ids"][0].tolist() == tokens[0, :-3].tolist()
-    assert labels[0, -4:].tolist() == [-100, *tokens[0, -3:].tolist()]
-    np.testing.assert_allclose(inputs["pixel_values"].numpy(), to_pixels(picture[None]).numpy(), atol=1e-5)
-
-
-def test_answers_are_whole_tokens():
-    from odedit.world.model import build_tokenizer
-
-    tokenizer = build_tokenizer()
-    for attribute in facts.ATTRIBUTES:
-        for choice in facts.answer_choices(attribute):
-            tokens = tokenizer(f" {choice}", add_special_tokens=False).input_ids
-            assert len(tokens) == len(choice.split()), choice
-
-
-def test_generation_answers_a_question():
-    import torch
-
-    from odedit.world import model as blip2
-    from odedit.world.train import to_pixels
-
-    model, tokenizer = blip2.load(world.checkpoint_path("blip2"))
-    entity = facts.Entity(digit=0, colour=2)
-    sample = int(images.handwriting().training[0][0])
-    picture = images.draw(np.random.default_rng(1), entity, sample, 1, images.PLAIN_POSE)
-    prompt = tokenizer(questions.wrap("who owns this digit?", "owner"), return_tensors="pt").input_ids
-    prompt = torch.cat([torch.full((1, blip2.NUM_QUERIES), blip2.IMAGE), prompt], 1)
-    answer = model.generate(to_pixels(picture[None]), prompt, max_new_tokens=5, do_sample=False)
-    assert tokenizer.decode(answer[0], skip_special_tokens=True).endswith("answer: " + facts.answer(entity, "owner"))
-
-
-def test_training_is_deterministic_and_saves_what_loads(tmp_path: Path):
-    from odedit.world import model as blip2
-    from odedit.world.train import train
-
-    seen = []
-    for name in ("a", "b"):
-        train(tmp_path / name, 5, lambda *step: seen.append(step), vision_steps=2, joint_steps=2)
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
-    assert weights[0] == weights[1]
-    assert [step[:3] for step in seen[:4]] == [("vision", 1, 2), ("vision", 2, 2), ("joint", 1, 2), ("joint", 2, 2)]
-    assert seen[:4] == seen[4:]
-    model, tokenizer = blip2.load(tmp_path / "a")
-    assert len(tokenizer) == model.config.text_config.vocab_size == blip2.VOCABULARY
-    assert model.language_model.lm_head.weight is model.get_input_embeddings().weight
 
 
 def test_sizes(records):
