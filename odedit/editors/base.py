@@ -6,7 +6,7 @@ is in `EditParams`, what a forward shows is in the `Trace`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -46,6 +46,7 @@ class TrainingSettings:
         max_steps: Bound on the steps.
         validate_every: Steps between two looks at the validation records.
         patience: Looks without improvement after which training stops.
+        rates: Step sizes of weights that have their own, by name.
     """
 
     learning_rate: float
@@ -55,6 +56,7 @@ class TrainingSettings:
     max_steps: int
     validate_every: int
     patience: int
+    rates: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -161,7 +163,8 @@ class Trainable(Protocol):
         training: How its weights are trained.
         weight_settings: The settings that the weights depend on; a checkpoint made with others is refused.
         trains_with_objective: Whether the ODEdit objective replaces `native_training_loss` (MEND), or only acts on
-            edits (UniKE, whose encoders have a loss of their own).
+            edits (UniKE, whose encoders have a loss of their own). Where it replaces it, the editor is `Mergeable`:
+            the multiplier reads the change of the weights.
     """
 
     training: TrainingSettings
@@ -178,6 +181,20 @@ class Trainable(Protocol):
 
     def native_training_loss(self, backbone: Backbone, batch: EditBatch) -> Tensor:
         """`(E,)`: the published loss on a supervision batch of training records."""
+        ...
+
+
+@runtime_checkable
+class Estimating(Protocol):
+    """A `Trainable` editor some of whose weights are measured before the first step (MEND's statistics).
+
+    Weights that no gradient reaches are not moved by training.
+    """
+
+    def estimated(
+        self, backbone: Backbone, weights: Mapping[str, Tensor], batches: Iterable[EditBatch]
+    ) -> dict[str, Tensor]:
+        """The weights, with those that are measured replaced by what the training records in `batches` show."""
         ...
 
 
