@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from made_up import TEMPLATE
+from small_editors import SMALL, ready_editor
 
 from odedit import (
     InputError,
@@ -21,34 +22,32 @@ from odedit import (
     stack_params,
 )
 from odedit import editors as package
+from odedit.backbones import is_connector
 from odedit.checkpoint import EditInfo, load_edit, load_edits, save_edit
-from odedit.editor_weights import save_weights
-from odedit.editors.base import Mergeable, Trainable
+from odedit.editors.base import Mergeable
 from odedit.encoding import gather_positions
 from odedit.risks import reliability
 
-# Settings that move the small model within a few steps; an editor without an entry runs with its defaults.
-SMALL = {
-    "wise": {"site": "layers.2.ffn.in", "learning_rate": 1.0, "margin_in": 2.0, "margin_out": 0.5, "margin_gap": 1.0},
-    "ftl": {"learning_rate": 3e-3},
-}
 OBJECTIVES = ["native", "odedit"]
 
 
 @pytest.fixture(params=package.names())
 def editor(request, backbone, tmp_path_factory):
-    return ready_editor(request.param, backbone, tmp_path_factory)
+    return ready_editor(request.param, backbone, tmp_path_factory.mktemp("weights"))
 
 
-def ready_editor(name, backbone, tmp_path_factory):
-    """With untrained weights where the method has weights of its own: they must do what they are told as well."""
-    editor = load_editor(name, SMALL.get(name))
-    if not isinstance(editor, Trainable):
-        return editor
-    path = tmp_path_factory.mktemp("weights") / f"{name}.safetensors"
-    weights = editor.initial_weights(backbone, 0)
-    save_weights(path, weights, name, editor.weight_settings, backbone.fingerprint)
-    return load_editor(name, {**SMALL.get(name, {}), "checkpoint": str(path)})
+@pytest.fixture(scope="module")
+def encoded(backbone, requests_8):
+    """Batches as editors want them: features behind or before the connector."""
+    known = {}
+
+    def encode(editor):
+        before = any(is_connector(site) for site in editor.sites)
+        if before not in known:
+            known[before] = encode_requests(backbone, requests_8, TEMPLATE, editor.sites)
+        return known[before]
+
+    return encode
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +75,8 @@ def test_config_is_frozen_and_has_defaults(editor):
     assert "Attributes:" in type(editor).Config.__doc__
 
 
-def test_phi_0_changes_no_logit(backbone, editor, batches):
-    supervision, _ = batches
+def test_phi_0_changes_no_logit(backbone, editor, encoded):
+    supervision, _ = encoded(editor)
     params = editor.init(backbone, supervision)
     assert all(len(value) == supervision.num_edits and value.dtype == torch.float32 for value in params.values())
     before = logits_of(backbone, editor, supervision)
@@ -85,8 +84,8 @@ def test_phi_0_changes_no_logit(backbone, editor, batches):
         assert torch.equal(logits_of(backbone, editor, supervision), before) == editor.starts_neutral
 
 
-def test_applied_then_removed_is_bitwise_the_model_also_after_an_exception(backbone, editor, batches, sigma2_0):
-    supervision, _ = batches
+def test_applied_then_removed_is_bitwise_the_model_also_after_an_exception(backbone, editor, encoded, sigma2_0):
+    supervision, _ = encoded(editor)
     before = logits_of(backbone, editor, supervision)
     weights = {name: value.clone() for name, value in backbone.model.state_dict().items()}
     results = edit(backbone, editor, Objective(ObjectiveConfig(), sigma2_0), supervision, Stopping(max_steps=3))
@@ -101,30 +100,31 @@ def test_applied_then_removed_is_bitwise_the_model_also_after_an_exception(backb
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_alone_equals_in_a_batch_of_8(backbone, editor, batches, requests_8, sigma2_0, name):
-    supervision, evaluation = batches
+def test_alone_equals_in_a_batch_of_8(backbone, editor, encoded, requests_8, sigma2_0, name):
+    supervision, evaluation = encoded(editor)
     objective = Objective(ObjectiveConfig(name=name, warmup=0.0), sigma2_0)
     stopping = Stopping(max_steps=6, worst_token_nll=0.5)
     together = edit(backbone, editor, objective, supervision, stopping)
     rows = evaluate(backbone, editor, stack_params([result.params for result in together]), evaluation)
     for index in (0, 5, 7):
-        alone_supervision, alone_evaluation = encode_requests(backbone, [requests_8[index]], TEMPLATE)
+        alone_supervision, alone_evaluation = encode_requests(backbone, [requests_8[index]], TEMPLATE, editor.sites)
         (alone,) = edit(backbone, editor, objective, alone_supervision, stopping)
         assert alone.steps == together[index].steps
         assert alone.stop_reason == together[index].stop_reason
         # Stacked, because the shorter of the two may lack the other's padding.
         both = stack_params([alone.params, together[index].params])
-        for value in both.values():
-            torch.testing.assert_close(value[0], value[1], rtol=1e-3, atol=2e-5)
+        for key, (one, other) in both.items():
+            # In norm: where a gradient is all rounding, Adam's step is of full size and either sign.
+            assert (one - other).norm() <= 1e-3 * one.norm() + 1e-6, key
         for term, curve in alone.curves.items():
             assert curve == pytest.approx(together[index].curves[term], rel=2e-3, abs=2e-4), term
         (row,) = evaluate(backbone, editor, alone.params, alone_evaluation)
         assert row == {key: pytest.approx(value) for key, value in rows[index].items()}
 
 
-def test_a_finished_edit_does_not_move_again(backbone, editor, batches, sigma2_0):
+def test_a_finished_edit_does_not_move_again(backbone, editor, encoded, sigma2_0):
     """While its batch mates run on, it stays what it was when it stopped."""
-    supervision, _ = batches
+    supervision, _ = encoded(editor)
     # The penalty's schedule follows max_steps, which differs between the runs.
     objective = Objective(ObjectiveConfig(penalty="none"), sigma2_0)
     free = edit(backbone, editor, objective, supervision, Stopping(max_steps=12, worst_token_nll=1e-9))
@@ -142,8 +142,8 @@ def test_a_finished_edit_does_not_move_again(backbone, editor, batches, sigma2_0
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_same_seed_same_result(backbone, editor, batches, sigma2_0, name):
-    supervision, _ = batches
+def test_same_seed_same_result(backbone, editor, encoded, sigma2_0, name):
+    supervision, _ = encoded(editor)
     runs = [
         edit(backbone, editor, Objective(ObjectiveConfig(name=name), sigma2_0), supervision, Stopping(max_steps=4), 7)
         for _ in range(2)
@@ -153,8 +153,8 @@ def test_same_seed_same_result(backbone, editor, batches, sigma2_0, name):
         assert all(torch.equal(first.params[key], second.params[key]) for key in first.params)
 
 
-def test_an_edit_learns(backbone, editor, batches, sigma2_0):
-    supervision, _ = batches
+def test_an_edit_learns(backbone, editor, encoded, sigma2_0):
+    supervision, _ = encoded(editor)
     results = edit(backbone, editor, Objective(ObjectiveConfig(name="native")), supervision, Stopping(max_steps=10))
     before_E = nll_of_the_edit(backbone, editor, supervision)
     with editor.applied(backbone, stack_params([result.params for result in results]), supervision):
@@ -165,8 +165,8 @@ def test_an_edit_learns(backbone, editor, batches, sigma2_0):
         assert {len(curve) for curve in result.curves.values()} == {result.steps + 1}
 
 
-def test_odedit_logs_every_term_and_lambda_per_step(backbone, editor, batches, sigma2_0):
-    supervision, _ = batches
+def test_odedit_logs_every_term_and_lambda_per_step(backbone, editor, encoded, sigma2_0):
+    supervision, _ = encoded(editor)
     objective = Objective(ObjectiveConfig(warmup=0.0, ramp=0.0), sigma2_0)
     result = edit(backbone, editor, objective, supervision, Stopping(max_steps=4))[0]
     expected = {"rel", "loc", "gen", "own", "penalty", "lambda", "objective", "worst_nll", "g_rel", "g_loc", "g_gen"}
@@ -176,8 +176,8 @@ def test_odedit_logs_every_term_and_lambda_per_step(backbone, editor, batches, s
         assert len(set(result.curves["lambda"])) > 1
 
 
-def test_saved_and_read_back_it_scores_the_same(backbone, editor, batches, sigma2_0, tmp_path):
-    supervision, evaluation = batches
+def test_saved_and_read_back_it_scores_the_same(backbone, editor, encoded, sigma2_0, tmp_path):
+    supervision, evaluation = encoded(editor)
     results = edit(backbone, editor, Objective(ObjectiveConfig(), sigma2_0), supervision, Stopping(max_steps=3))
     name = type(editor).__module__.rsplit(".", 1)[1]
     paths = []
@@ -195,7 +195,7 @@ def test_saved_and_read_back_it_scores_the_same(backbone, editor, batches, sigma
 
 
 def test_together_with_one_edit_is_applied(backbone, editor, requests_8, sigma2_0):
-    supervision, evaluation = encode_requests(backbone, requests_8[:1], TEMPLATE)
+    supervision, evaluation = encode_requests(backbone, requests_8[:1], TEMPLATE, editor.sites)
     (result,) = edit(backbone, editor, Objective(ObjectiveConfig(), sigma2_0), supervision, Stopping(max_steps=6))
     with editor.applied(backbone, result.params, evaluation):
         alone = logits_of(backbone, editor, evaluation)
@@ -203,11 +203,11 @@ def test_together_with_one_edit_is_applied(backbone, editor, requests_8, sigma2_
         torch.testing.assert_close(logits_of(backbone, editor, evaluation), alone, rtol=1e-5, atol=1e-5)
 
 
-def test_merged_weights_are_the_edits_together(backbone, editor, batches, sigma2_0, tmp_path):
+def test_merged_weights_are_the_edits_together(backbone, editor, encoded, sigma2_0, tmp_path):
     from odedit import load_backbone
     from odedit.checkpoint import export
 
-    supervision, evaluation = batches
+    supervision, evaluation = encoded(editor)
     results = edit(backbone, editor, Objective(ObjectiveConfig(), sigma2_0), supervision, Stopping(max_steps=3))
     params = stack_params([result.params for result in results])
     if not isinstance(editor, Mergeable):

@@ -1,0 +1,100 @@
+"""LoRA: a low-rank addition to chosen matrices, per edit.
+
+References:
+    LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685), section 4.1. `B` starts at zero and the
+    addition is scaled by alpha / rank, as there. `A` is drawn as in the authors' code and in `peft`: uniform with
+    Kaiming's bound for a = sqrt(5), which is 1 / sqrt(in).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from odedit.backbones.base import Backbone
+from odedit.editors.base import check_range
+from odedit.edits import EditBatch, EditParams
+from odedit.fine_tuning import FineTuning, FineTuningConfig, resolve
+
+_A, _B = ".lora_A", ".lora_B"
+
+
+@dataclass(frozen=True)
+class LoRAConfig(FineTuningConfig):
+    """Settings of LoRA.
+
+    Attributes:
+        sites: Matrices that get an addition: queries and values of every layer, as in the paper's experiments.
+        learning_rate: 2e-4 in the paper, for corpora. One fact is learned from one record in a few dozen steps, which
+            takes a larger one; ours.
+        max_steps: Ours: the paper trains for epochs.
+        rank: Of the addition.
+        alpha: The addition is scaled by alpha / rank.
+        seed: Of `A`, together with the edit's name and the site: the same in any batch.
+        weight_decay, clip_norm, stop_loss: As in `FineTuningConfig`; decay acts on `A` and `B`.
+    """
+
+    sites: tuple[str, ...] = ("layers.*.attention.q", "layers.*.attention.v")
+    learning_rate: float = 1e-3
+    max_steps: int = 50
+    rank: int = 8
+    alpha: float = 16.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("rank", self.rank, ">= 1", lambda v: v >= 1)
+        check_range("alpha", self.alpha, "> 0", lambda v: v > 0)
+
+
+class LoRA(FineTuning):
+    """Two factors per site and edit: `y = x W^T + alpha / rank (x A_e^T) B_e^T`."""
+
+    Config: ClassVar[type] = LoRAConfig
+
+    def init(self, backbone: Backbone, batch: EditBatch) -> EditParams:
+        rank, device = self.config.rank, batch.tokens_EKS.device
+        params: EditParams = {}
+        for name in resolve(backbone, self.config.sites):
+            width_out, width_in = backbone.site(name).weight.shape
+            drawn = [self._draw(edit_id, name, width_in) for edit_id in batch.edit_ids]
+            params[name + _A] = torch.stack(drawn).to(device)
+            params[name + _B] = torch.zeros(batch.num_edits, width_out, rank, device=device)
+        return params
+
+    def _draw(self, edit_id: str, site: str, width_in: int) -> Tensor:
+        """`A` of one edit, `(rank, in)`; on the CPU, so that every device sees the same one."""
+        digest = hashlib.sha256(f"{self.config.seed}/{edit_id}/{site}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return (2 * torch.rand(self.config.rank, width_in, generator=generator) - 1) / math.sqrt(width_in)
+
+    def sites_of(self, params: EditParams) -> list[str]:
+        return [name.removesuffix(_A) for name in params if name.endswith(_A)]
+
+    def change(self, params: EditParams, site: str, x_ENI: Tensor) -> Tensor:
+        a_ERI, b_EOR = (params[site + factor].to(x_ENI.dtype) for factor in (_A, _B))
+        return self._scaling * torch.bmm(torch.bmm(x_ENI, a_ERI.transpose(1, 2)), b_EOR.transpose(1, 2))
+
+    def pooled(self, params: EditParams) -> EditParams:
+        """The factors side by side: E additions of rank r are one of rank E r."""
+        together: EditParams = {}
+        for site in self.sites_of(params):
+            together[site + _A] = params[site + _A].flatten(0, 1).unsqueeze(0)
+            together[site + _B] = params[site + _B].transpose(0, 1).flatten(1).unsqueeze(0)
+        return together
+
+    def merged(self, params: EditParams) -> dict[str, Tensor]:
+        pooled = self.pooled(params)
+        return {site: self._scaling * pooled[site + _B][0] @ pooled[site + _A][0] for site in self.sites_of(pooled)}
+
+    @property
+    def _scaling(self) -> float:
+        return float(self.config.alpha / self.config.rank)
+
+
+EDITOR = LoRA

@@ -1,0 +1,32 @@
+"""Editors with settings that move small models within a few steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from odedit import load_editor
+from odedit.backbones import Backbone
+from odedit.editor_weights import save_weights
+from odedit.editors.base import Trainable
+
+# An editor without an entry runs with its defaults.
+SMALL: dict[str, dict[str, Any]] = {
+    "wise": {"site": "layers.2.ffn.in", "learning_rate": 1.0, "margin_in": 2.0, "margin_out": 0.5, "margin_gap": 1.0},
+    "ftl": {"learning_rate": 3e-3},
+    "unike": {"num_layers": 2, "learning_rate": 0.5, "encoder_width": 32, "code_width": 16},
+    "ftv": {"learning_rate": 1e-3},
+    "lora": {"learning_rate": 1e-2},
+}
+
+
+def ready_editor(name: str, backbone: Backbone, folder: Path, **settings: Any) -> Any:
+    """With untrained weights where the method has weights of its own: they must do what they are told as well."""
+    settings = {**SMALL.get(name, {}), **settings}
+    editor = load_editor(name, settings)
+    if not isinstance(editor, Trainable):
+        return editor
+    path = folder / f"{name}.safetensors"
+    weights = editor.initial_weights(backbone, 0)
+    save_weights(path, weights, name, editor.weight_settings, backbone.fingerprint)
+    return load_editor(name, {**settings, "checkpoint": str(path)})
