@@ -75,7 +75,7 @@ class _Sites(ABC):
     MODULES: ClassVar[Mapping[str, str]]
     BEFORE_NONLINEARITY: ClassVar[str]
     num_layers: int
-    _layers: nn.ModuleList
+    _layers: Any
 
     def site(self, name: str) -> nn.Linear:
         layer, part = self.locate(name)
@@ -127,10 +127,10 @@ class OPTDecoder(_Sites):
                 f"text model: got {model.config.model_type!r} with do_layer_norm_before="
                 f"{getattr(model.config, 'do_layer_norm_before', None)}, expected an OPT model that normalises first."
             )
-        self._decoder = model.model.decoder
+        self._decoder: Any = model.model.decoder
         self._layers = self._decoder.layers
         self._head = model.lm_head
-        self._max_positions = int(model.config.max_position_embeddings)
+        self._max_positions: int = int(model.config.max_position_embeddings)
         self.num_layers = len(self._decoder.layers)
         self.hidden_size = int(model.config.hidden_size)
 
@@ -181,4 +181,86 @@ class OPTDecoder(_Sites):
 
     def head(self, hidden: Tensor) -> Tensor:
         # OPT's head has no bias, which the closed forms of `risks` rely on; logits in float32 for the losses.
+        return nn.functional.linear(hidden, self._head.weight).float()
+
+
+class LlamaDecoder(_Sites):
+    """LLaMA (arXiv 2302.13971) and what is built like it: rotary positions, RMS norms, a gated feed-forward half.
+
+    The feed-forward half is `ffn.out(silu(ffn.gate(x)) * ffn.in(x))`. Queries, keys and values may have a bias (Qwen2),
+    and share heads (Mistral). Attention is causal without a padding mask, as in `OPTDecoder`; a sliding window changes
+    nothing for sequences that fit into it.
+    """
+
+    TYPES = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")
+    BEFORE_NONLINEARITY = "ffn.gate"
+    MODULES: ClassVar[Mapping[str, str]] = {
+        "attention.q": "self_attn.q_proj",
+        "attention.k": "self_attn.k_proj",
+        "attention.v": "self_attn.v_proj",
+        "attention.out": "self_attn.o_proj",
+        "ffn.gate": "mlp.gate_proj",
+        "ffn.in": "mlp.up_proj",
+        "ffn.out": "mlp.down_proj",
+    }
+
+    def __init__(self, model: Any, head: nn.Linear) -> None:
+        """Takes the stack of layers with its embeddings (`LlamaModel`) and the head."""
+        config = model.config
+        if config.model_type not in self.TYPES or head.bias is not None:
+            bias = ", its head with a bias" if head.bias is not None else ""
+            raise InputError(
+                f"text model: got {config.model_type!r}{bias}, expected one of {', '.join(self.TYPES)} without."
+            )
+        self._decoder: Any = model
+        self._layers = model.layers
+        self._head: nn.Linear = head
+        self._max_positions: int = min(
+            int(config.max_position_embeddings),
+            int(getattr(config, "sliding_window", None) or config.max_position_embeddings),
+        )
+        self.num_layers = len(model.layers)
+        self.hidden_size = int(config.hidden_size)
+
+    def _nonlinearity(self, layer: int) -> Callable[[Tensor], Tensor]:
+        return cast(Callable[[Tensor], Tensor], self._layers[layer].mlp.act_fn)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        embedded: Tensor = self._decoder.embed_tokens(tokens)
+        return embedded
+
+    def rotary(self, embedded_RSD: Tensor, positions: Tensor | None) -> Rotary | None:
+        if positions is None:
+            positions = torch.arange(embedded_RSD.shape[1], device=embedded_RSD.device)[None]
+        cos, sin = self._decoder.rotary_emb(embedded_RSD, positions)
+        return cos, sin
+
+    def embed_positions(self, embedded_RSD: Tensor) -> Tensor:
+        if embedded_RSD.shape[1] > self._max_positions:
+            raise ValueError(
+                f"sequence of {embedded_RSD.shape[1]} positions, the text model takes {self._max_positions}."
+            )
+        return embedded_RSD
+
+    def block(self, layer: int, hidden_RSD: Tensor, rotary: Rotary | None) -> Tensor:
+        return self.ffn_half(layer, self.attention_half(layer, hidden_RSD, rotary))
+
+    def attention_half(self, layer: int, hidden_RSD: Tensor, rotary: Rotary | None) -> Tensor:
+        block = self._layers[layer]
+        attended, _ = block.self_attn(
+            hidden_states=block.input_layernorm(hidden_RSD), position_embeddings=rotary, attention_mask=None
+        )
+        out: Tensor = hidden_RSD + attended
+        return out
+
+    def ffn_half(self, layer: int, hidden_RSD: Tensor) -> Tensor:
+        block = self._layers[layer]
+        out: Tensor = hidden_RSD + block.mlp(block.post_attention_layernorm(hidden_RSD))
+        return out
+
+    def finish(self, hidden_RSD: Tensor) -> Tensor:
+        finished: Tensor = self._decoder.norm(hidden_RSD)
+        return finished
+
+    def head(self, hidden: Tensor) -> Tensor:
         return nn.functional.linear(hidden, self._head.weight).float()

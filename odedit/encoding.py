@@ -27,6 +27,15 @@ class TokenSequence:
     image: Sequence[int] = ()
     picture: str | None = None
 
+    @classmethod
+    def around_picture(
+        cls, before: Sequence[int], picture: str, image_token: int, count: int, behind: Sequence[int], first_target: int
+    ) -> TokenSequence:
+        """`[before | count image positions | behind]`, the target beginning at `behind[first_target]`."""
+        start = len(before)
+        tokens = [*before, *[image_token] * count, *behind]
+        return cls(tokens, start + count + first_target, range(start, start + count), picture)
+
 
 def assemble(
     edit_ids: Sequence[str],

@@ -82,7 +82,7 @@ class MultimodalModel(ABC):
 
     @abstractmethod
     def tower(self, pixels: Tensor) -> Tensor:
-        """What the image tower makes of `(N, 3, height, width)`: `(N, patches, width)`."""
+        """What the image tower makes of float32 `(N, 3, height, width)`: `(N, patches, width)` in the model's type."""
 
     @abstractmethod
     def connect(self, vision: Tensor) -> Tensor:
@@ -108,8 +108,7 @@ class MultimodalModel(ABC):
         keys = list(distinct)
         for start in range(0, len(keys), _TOWER_BATCH):
             processed = [self.processor.process(distinct[key]).pixels for key in keys[start : start + _TOWER_BATCH]]
-            pixels = torch.from_numpy(np.stack(processed)).to(self.device, self.model.dtype)
-            vision = self.tower(pixels)
+            vision = self.tower(torch.from_numpy(np.stack(processed)).to(self.device))
             features += (vision if before_connector else self.connect(vision)).unbind(0)
         return dict(zip(keys, features, strict=True))
 
@@ -125,12 +124,14 @@ class MultimodalModel(ABC):
         tokenizer = self.processor.tokenizer
         cells = [[None if probe is None else self.sequence(probe, template) for probe in row] for row in grid]
         pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
-        width = next((feature.shape[-1] for feature in features.values()), self._feature_width(before_connector))
+        width = self.vision_width if before_connector else self.hidden_size
         batch = assemble(edit_ids, slots, cells, features, pad, width, self.device)
         return replace(batch, before_connector=before_connector)
 
-    def _feature_width(self, before_connector: bool) -> int:
-        return int(self.model.config.vision_config.hidden_size) if before_connector else self.hidden_size
+    @property
+    def vision_width(self) -> int:
+        """Width of what `tower` returns."""
+        return int(self.model.config.vision_config.hidden_size)
 
     def site(self, name: str) -> nn.Linear:
         if not is_connector(name):

@@ -47,7 +47,24 @@ def find_template(name: str) -> Template:
     return TEMPLATES[name]
 
 
-def tokenize(tokenizer: Any, template: Template, probe: Probe) -> tuple[list[int], int]:
+@dataclass(frozen=True)
+class Frame:
+    """What a chat model was trained to see around a user's turn; the template dresses the turn itself.
+
+    Attributes:
+        before: Text in front of the dressed prompt.
+        after: Text behind it, in front of the target.
+        begins: Whether this is the beginning of the text, where the tokenizer puts its special tokens.
+        spaced: Whether the target follows after its space; not where `after` ends a line.
+    """
+
+    before: str = ""
+    after: str = ""
+    begins: bool = True
+    spaced: bool = True
+
+
+def tokenize(tokenizer: Any, template: Template, probe: Probe, frame: Frame = Frame()) -> tuple[list[int], int]:
     """Token ids of prompt and target together, and the index of the target's first token.
 
     Tokenised in one go, the boundary found from character offsets: two separate calls give other tokens where a merge
@@ -57,7 +74,9 @@ def tokenize(tokenizer: Any, template: Template, probe: Probe) -> tuple[list[int
         ValueError: The target has no token.
     """
     prompt, target = template.render(probe)
-    encoded = tokenizer(prompt + target, return_offsets_mapping=True, add_special_tokens=True)
+    prompt = frame.before + prompt + frame.after
+    target = target if frame.spaced else target.lstrip()
+    encoded = tokenizer(prompt + target, return_offsets_mapping=True, add_special_tokens=frame.begins)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     # A special token has the empty span (0, 0) and belongs to the prompt.
     first = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), None)

@@ -50,9 +50,9 @@ class Blip2(MultimodalModel):
         text, first_target = tokenize(self.processor.tokenizer, template, probe)
         if probe.picture is None:
             return TokenSequence(text, first_target)
-        count = int(self.model.config.num_query_tokens)
-        image = [int(self.model.config.image_token_id or 0)] * count
-        return TokenSequence(image + text, count + first_target, range(count), probe.picture.key)
+        config = self.model.config
+        token = int(config.image_token_id or 0)
+        return TokenSequence.around_picture([], probe.picture.key, token, config.num_query_tokens, text, first_target)
 
 
 BACKBONE = Blip2

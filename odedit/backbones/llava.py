@@ -1,0 +1,87 @@
+"""LLaVA-1.5 (arXiv 2310.03744): CLIP, two layers per patch, and a LLaMA; as `llava-hf/llava-1.5-7b-hf`.
+
+Input: `<s>USER: <image>\\n{text} ASSISTANT: target`, the image token once per patch (576 of them at 336 pixels); a
+text-only prompt is `<s>USER: {text} ASSISTANT: target`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from odedit.decoders import Decoder, LlamaDecoder
+from odedit.edits import Probe
+from odedit.encoding import TokenSequence
+from odedit.multimodal import MultimodalModel
+from odedit.pretrained import Architecture, PretrainedProcessor
+from odedit.prompts import Frame, Template, tokenize
+
+
+class LlavaProcessor(PretrainedProcessor):
+    """CLIP's image processor: the shorter side resized, the middle cut out."""
+
+    images = "transformers.models.clip.image_processing_pil_clip.CLIPImageProcessorPil"
+
+
+class Llava(MultimodalModel):
+    """A frozen `LlavaForConditionalGeneration`."""
+
+    family = "llava"
+    architecture = Architecture(
+        "LlavaForConditionalGeneration",
+        "llava",
+        ("llama", "mistral", "qwen2"),
+        "a LLaMA, Mistral or Qwen2",
+        "llava-hf/llava-1.5-7b-hf",
+        vision_types=("clip_vision_model",),
+    )
+    Processor = LlavaProcessor
+
+    def make_decoder(self) -> Decoder:
+        return LlamaDecoder(self.model.model.language_model, self.model.lm_head)
+
+    def connector(self) -> Mapping[str, nn.Module]:
+        return {"multi_modal_projector": self.model.model.multi_modal_projector}
+
+    @property
+    def _layers(self) -> tuple[int, ...]:
+        """Whose states of the image tower are read, side by side."""
+        layers = self.model.config.vision_feature_layer
+        return (layers,) if isinstance(layers, int) else tuple(layers)
+
+    @property
+    def _skips_class_token(self) -> bool:
+        return bool(self.model.config.vision_feature_select_strategy == "default")
+
+    @property
+    def vision_width(self) -> int:
+        return super().vision_width * len(self._layers)
+
+    def tower(self, pixels: Tensor) -> Tensor:
+        states = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+        vision = torch.cat([states[layer] for layer in self._layers], dim=-1)
+        return vision[:, 1:] if self._skips_class_token else vision
+
+    def connect(self, vision: Tensor) -> Tensor:
+        projected: Tensor = self.model.model.multi_modal_projector(vision)
+        return projected
+
+    def sequence(self, probe: Probe, template: Template) -> TokenSequence:
+        tokenizer, config = self.processor.tokenizer, self.model.config
+        if probe.picture is None:
+            return TokenSequence(*tokenize(tokenizer, template, probe, Frame("USER: ", " ASSISTANT:")))
+        token = int(config.image_token_id)
+        frame = Frame(f"USER: {tokenizer.convert_ids_to_tokens(token)}\n", " ASSISTANT:")
+        tokens, first_target = tokenize(tokenizer, template, probe, frame)
+        at = tokens.index(token)
+        count = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + (
+            not self._skips_class_token
+        )
+        return TokenSequence.around_picture(
+            tokens[:at], probe.picture.key, token, count, tokens[at + 1 :], first_target - at - 1
+        )
+
+
+BACKBONE = Llava

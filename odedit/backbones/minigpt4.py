@@ -1,0 +1,66 @@
+"""MiniGPT-4 (arXiv 2304.10592): BLIP-2's ViT and Q-Former, one projection, Vicuna; as a BLIP-2 checkpoint.
+
+Input: `[<s> | ###Human: <Img> | query tokens | </Img> text###Assistant: target]`, the text before and behind the
+picture tokenised apart, as the model was trained. A text-only prompt is `###Human: text###Assistant: target`.
+
+The published pieces become such a checkpoint by `odedit convert minigpt4`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from odedit import qformer
+from odedit.decoders import Decoder, LlamaDecoder
+from odedit.edits import Probe
+from odedit.encoding import TokenSequence
+from odedit.multimodal import MultimodalModel
+from odedit.pretrained import Architecture, PretrainedProcessor
+from odedit.prompts import Frame, Template, tokenize
+
+BEFORE_PICTURE = "###Human: <Img>"
+BEHIND_PICTURE = Frame("</Img> ", "###Assistant:", begins=False)
+WITHOUT_PICTURE = Frame("###Human: ", "###Assistant:")
+
+
+class MiniGPT4Processor(PretrainedProcessor):
+    """The image processor of BLIP-2."""
+
+    images = qformer.IMAGE_PROCESSOR
+
+
+class MiniGPT4(MultimodalModel):
+    """A frozen `Blip2ForConditionalGeneration` with a LLaMA text model."""
+
+    family = "minigpt4"
+    architecture = Architecture("Blip2ForConditionalGeneration", "blip-2", ("llama",), "a LLaMA")
+    Processor = MiniGPT4Processor
+
+    def make_decoder(self) -> Decoder:
+        text = self.model.language_model
+        return LlamaDecoder(text.model, text.lm_head)
+
+    def connector(self) -> Mapping[str, nn.Module]:
+        return qformer.connector(self.model)
+
+    def tower(self, pixels: Tensor) -> Tensor:
+        return qformer.tower(self.model, pixels)
+
+    def connect(self, vision: Tensor) -> Tensor:
+        return qformer.connect(self.model, vision)
+
+    def sequence(self, probe: Probe, template: Template) -> TokenSequence:
+        tokenizer, config = self.processor.tokenizer, self.model.config
+        if probe.picture is None:
+            return TokenSequence(*tokenize(tokenizer, template, probe, WITHOUT_PICTURE))
+        before = tokenizer(BEFORE_PICTURE)["input_ids"]
+        behind, first_target = tokenize(tokenizer, template, probe, BEHIND_PICTURE)
+        token = int(config.image_token_id or 0)
+        return TokenSequence.around_picture(
+            before, probe.picture.key, token, config.num_query_tokens, behind, first_target
+        )
+
+
+BACKBONE = MiniGPT4

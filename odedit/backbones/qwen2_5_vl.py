@@ -1,0 +1,130 @@
+"""Qwen2.5-VL (arXiv 2502.13923), any size: a tower for any resolution, merged patches, rotary positions in 3-d.
+
+Input: the chat template of its processor, one user's turn with the picture in front of the text. An answer there
+begins a line, so the target has no space in front.
+
+Differs from the model's own processing: every picture is resized to one square of 448 pixels, 256 positions of the text
+model, where the processor keeps the picture's proportions. With one number of positions pictures share a batch, and an
+edit costs the same whatever picture it is about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from odedit.decoders import Decoder, LlamaDecoder
+from odedit.edits import Probe
+from odedit.encoding import TokenSequence
+from odedit.multimodal import MultimodalModel
+from odedit.pretrained import Architecture, PretrainedProcessor
+from odedit.prompts import Frame, Template, tokenize
+
+SIDE = 448
+_TURN = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+_ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
+_VISION_START, _VISION_END = "<|vision_start|>", "<|vision_end|>"
+
+
+class Qwen25VLProcessor(PretrainedProcessor):
+    """Normalises with the checkpoint's mean and deviation, at one size."""
+
+    images = "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil"
+
+    def pixels(self, image: Any) -> np.ndarray:
+        resized = np.asarray(image.convert("RGB").resize((SIDE, SIDE), self._images.resample), dtype=np.float32)
+        mean, deviation = np.asarray(self._images.image_mean), np.asarray(self._images.image_std)
+        normalised: np.ndarray = (resized * self._images.rescale_factor - mean) / deviation
+        return normalised.transpose(2, 0, 1)
+
+
+class Qwen25VL(MultimodalModel):
+    """A frozen `Qwen2_5_VLForConditionalGeneration`."""
+
+    family = "qwen2_5_vl"
+    architecture = Architecture(
+        "Qwen2_5_VLForConditionalGeneration",
+        "qwen2_5_vl",
+        ("qwen2_5_vl_text",),
+        "its own",
+        "Qwen/Qwen2.5-VL-3B-Instruct",
+    )
+    Processor = Qwen25VLProcessor
+
+    def make_decoder(self) -> Decoder:
+        return LlamaDecoder(self.model.model.language_model, self.model.lm_head)
+
+    def connector(self) -> Mapping[str, nn.Module]:
+        return {"visual.merger": self.model.model.visual.merger}
+
+    @property
+    def _grid(self) -> Tensor:
+        """Patches of a picture: frames, rows, columns."""
+        rows = SIDE // self.model.config.vision_config.patch_size
+        return torch.tensor([[1, rows, rows]], device=self.device)
+
+    def tower(self, pixels: Tensor) -> Tensor:
+        visual, config = self.model.model.visual, self.model.config.vision_config
+        count = len(pixels)
+        patches = _patches(pixels, config.patch_size, config.spatial_merge_size, config.temporal_patch_size)
+        windowed = visual(patches.flatten(0, 1), grid_thw=self._grid.expand(count, -1)).last_hidden_state
+        # The tower sorts the squares of patches that are merged by window; here they return to the picture's order.
+        squares = windowed.reshape(count, -1, config.spatial_merge_size**2, windowed.shape[-1])
+        return squares[:, torch.argsort(self._window_index())].flatten(1, 2)
+
+    def _window_index(self) -> Tensor:
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import get_vision_window_index
+
+        visual = self.model.model.visual
+        index: Tensor = get_vision_window_index(
+            self._grid,
+            spatial_merge_size=visual.spatial_merge_size,
+            window_size=visual.window_size,
+            patch_size=visual.patch_size,
+        )[0]
+        return index
+
+    def connect(self, vision: Tensor) -> Tensor:
+        merged: Tensor = self.model.model.visual.merger(vision)
+        return merged.reshape(len(vision), -1, merged.shape[-1])
+
+    def positions(self, tokens_RS: Tensor, image_RS: Tensor) -> Tensor | None:
+        """`(3, R, S)`: frame, row and column of image positions; running on for text."""
+        with_picture = int(image_RS.any(dim=1).sum())
+        index: Tensor = self.model.model.get_rope_index(
+            tokens_RS, mm_token_type_ids=image_RS.int(), image_grid_thw=self._grid.expand(with_picture, -1)
+        )[0]
+        return index
+
+    def sequence(self, probe: Probe, template: Template) -> TokenSequence:
+        tokenizer = self.processor.tokenizer
+        if probe.picture is None:
+            return TokenSequence(*tokenize(tokenizer, template, probe, Frame(_TURN, _ANSWER, spaced=False)))
+        token = int(self.model.config.image_token_id)
+        picture = f"{_VISION_START}{tokenizer.convert_ids_to_tokens(token)}{_VISION_END}"
+        tokens, first_target = tokenize(tokenizer, template, probe, Frame(_TURN + picture, _ANSWER, spaced=False))
+        at = tokens.index(token)
+        count = int(self._grid.prod()) // self.model.config.vision_config.spatial_merge_size**2
+        return TokenSequence.around_picture(
+            tokens[:at], probe.picture.key, token, count, tokens[at + 1 :], first_target - at - 1
+        )
+
+
+def _patches(pixels: Tensor, patch: int, merge: int, frames: int) -> Tensor:
+    """`(N, patches, channels x frames x patch x patch)`, patches that are merged next to each other.
+
+    A picture stands still: each frame is the same.
+    """
+    count, channels, height, width = pixels.shape
+    rows, columns = height // (patch * merge), width // (patch * merge)
+    cut = pixels.reshape(count, channels, rows, merge, patch, columns, merge, patch)
+    in_order = cut.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(6)
+    still = in_order.expand(*in_order.shape[:6], frames, patch, patch)
+    return still.reshape(count, rows * columns * merge * merge, -1)
+
+
+BACKBONE = Qwen25VL

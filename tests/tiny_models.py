@@ -1,0 +1,104 @@
+"""Tiny checkpoints with random weights, one per family, written as the library writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SPECIAL = (
+    "<unk>", "<s>", "</s>", "<pad>", "<image>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+    "<|image_pad|>",
+)  # fmt: skip
+IMAGE, IMAGE_PAD = SPECIAL.index("<image>"), SPECIAL.index("<|image_pad|>")
+VOCABULARY = 512
+_TEXT: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 640, "initializer_range": 0.3,
+    "pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+_VISION: dict[str, Any] = {
+    "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32,
+    "patch_size": 8, "initializer_range": 0.3,
+}  # fmt: skip
+_QFORMER: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "cross_attention_frequency": 2, "encoder_hidden_size": 24, "initializer_range": 0.3,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+
+
+def tokenizer(begins: bool) -> Any:
+    """Byte-level BPE; a text begins with `<s>` or with nothing."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE(unk_token=None))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=list(SPECIAL), show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )  # fmt: skip
+    made.train_from_iterator(["Question: who owns this digit? Short answer: anna hill###Assistant:"] * 9, trainer)
+    if begins:
+        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def _minigpt4() -> tuple[Any, Any]:
+    from transformers import Blip2Config, Blip2ForConditionalGeneration, LlamaConfig
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    config = Blip2Config(
+        text_config=LlamaConfig(**_TEXT).to_dict(), vision_config=_VISION, qformer_config=_QFORMER,
+        num_query_tokens=3, image_token_index=IMAGE,
+    )  # fmt: skip
+    model = Blip2ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.query_tokens)
+    return model, BlipImageProcessorPil(size={"height": 32, "width": 32})
+
+
+def _llava() -> tuple[Any, Any]:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    config = LlavaConfig(
+        text_config=LlamaConfig(**_TEXT, attention_bias=True), vision_config=CLIPVisionConfig(**_VISION),
+        image_token_index=IMAGE, vision_feature_layer=-2, vision_feature_select_strategy="default",
+    )  # fmt: skip
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return LlavaForConditionalGeneration(config), images
+
+
+def _qwen2_5_vl() -> tuple[Any, Any]:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
+    vision = {
+        "depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 40, "out_hidden_size": 32,
+        "fullatt_block_indexes": [1], "initializer_range": 0.2,
+    }  # fmt: skip
+    config = Qwen2_5_VLConfig(
+        text_config={**_TEXT, "rope_parameters": rope}, vision_config=vision, image_token_id=IMAGE_PAD,
+        vision_start_token_id=7, vision_end_token_id=8, video_token_id=VOCABULARY - 1,
+    )  # fmt: skip
+    return Qwen2_5_VLForConditionalGeneration(config), Qwen2VLImageProcessorPil()
+
+
+_MAKE = {"minigpt4": _minigpt4, "llava": _llava, "qwen2_5_vl": _qwen2_5_vl}
+FAMILIES = tuple(_MAKE)
+
+
+def write(family: str, directory: Path, seed: int = 0) -> Path:
+    """A checkpoint of a family; returns its directory."""
+    torch.manual_seed(seed)
+    model, images = _MAKE[family]()
+    model.save_pretrained(directory)
+    tokenizer(begins=family != "qwen2_5_vl").save_pretrained(directory)
+    images.save_pretrained(directory)
+    return directory
