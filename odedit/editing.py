@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from odedit.backbones.base import Backbone
+from odedit.backbones.base import Backbone, Prefix
 from odedit.editors.base import Editor, Trace
 from odedit.edits import EditBatch, EditParams
 from odedit.encoding import gather_positions
 from odedit.objective import Objective, Terms
-from odedit.primal_dual import PrimalDual
+from odedit.primal_dual import PrimalDual, State
+
+_FULL_ENOUGH = 0.75
+"""Share of moving edits below which the finished ones leave the batch: copying the rest costs about one step."""
 
 
 @dataclass(frozen=True)
@@ -77,50 +80,123 @@ def edit(
         others.
     """
     started = time.perf_counter()
-    batch = batch.select(objective.slots(editor, batch))
-    prefix = backbone.prefix(batch, *editor.sites)
-    with torch.no_grad():
-        base_EKTD = gather_positions(backbone.suffix(prefix), batch.predict_EKT)
-    max_steps = editor.max_steps if stopping.max_steps is None or editor.max_steps == 0 else stopping.max_steps
-    optimizer = PrimalDual(editor, objective.config, max(max_steps, 1), seed)
-
-    origin = editor.init(backbone, batch)
-    params = {name: value.detach().clone().requires_grad_(name not in editor.frozen) for name, value in origin.items()}
-    state = optimizer.init(params)
-    progress = _Progress(batch.num_edits, base_EKTD.device)
-    for step in range(max_steps + 1):
-        with editor.applied(backbone, params, batch) as trace:
-            hidden_EKSD = backbone.suffix(prefix)
-        terms = objective(backbone, editor, params, trace, batch, hidden_EKSD, base_EKTD)
-        progress.observe(terms, trace, editor, stopping, is_last=step == max_steps)
-        params, state, moved = optimizer.step(params, origin, state, terms, progress.active_E, step)
-        progress.log(terms, moved)
-        if not bool(progress.active_E.any()):
-            break
-
-    finished = editor.finished({name: value.detach() for name, value in params.items()}, trace, batch)
+    run = _Run.start(backbone, editor, objective, batch, stopping, seed)
+    while run.has_edits():
+        run.step()
     seconds = (time.perf_counter() - started) / batch.num_edits
-    return progress.results(batch.edit_ids, finished, state.steps_E.tolist(), seconds)
+    return run.results(batch.edit_ids, seconds)
+
+
+@dataclass
+class _Run:
+    """The edits that still move, and what the others have become.
+
+    A finished edit costs as much per step as one that moves. So as soon as enough have finished, they leave the batch:
+    the stragglers go on alone.
+    """
+
+    backbone: Backbone
+    editor: Editor
+    objective: Objective
+    optimizer: PrimalDual
+    progress: _Progress
+    batch: EditBatch
+    prefix: Prefix
+    base_EKTD: Tensor
+    origin: EditParams
+    params: EditParams
+    state: State
+    step_number: int = 0
+    finished: dict[int, EditParams] = field(default_factory=dict)
+
+    @classmethod
+    def start(
+        cls, backbone: Backbone, editor: Editor, objective: Objective, batch: EditBatch, stopping: Stopping, seed: int
+    ) -> _Run:
+        max_steps = editor.max_steps if stopping.max_steps is None or editor.max_steps == 0 else stopping.max_steps
+        optimizer = PrimalDual(editor, objective.config, max(max_steps, 1), seed)
+        progress = _Progress(batch.num_edits, batch.tokens_EKS.device, stopping, max_steps)
+        batch = batch.select(objective.slots(editor, batch))
+        prefix = backbone.prefix(batch, *editor.sites)
+        with torch.no_grad():
+            base_EKTD = gather_positions(backbone.suffix(prefix), batch.predict_EKT)
+        origin = {name: value.detach() for name, value in editor.init(backbone, batch).items()}
+        params = _leaves(origin, editor)
+        state = optimizer.init(params)
+        return cls(backbone, editor, objective, optimizer, progress, batch, prefix, base_EKTD, origin, params, state)
+
+    def has_edits(self) -> bool:
+        return bool(self.progress.members)
+
+    def step(self) -> None:
+        """One forward of all edits in the batch, and one step of those that move on."""
+        with self.editor.applied(self.backbone, self.params, self.batch) as trace:
+            hidden_EKSD = self.backbone.suffix(self.prefix)
+        terms = self.objective(self.backbone, self.editor, self.params, trace, self.batch, hidden_EKSD, self.base_EKTD)
+        progress = self.progress
+        progress.observe(terms, trace, self.editor, is_last=self.step_number == progress.max_steps)
+        forwarded = self.params
+        self.params, self.state, moved = self.optimizer.step(
+            forwarded, self.origin, self.state, terms, progress.active_E, self.step_number
+        )
+        progress.log(terms, moved)
+        self.step_number += 1
+        if int(progress.active_E.sum()) <= _FULL_ENOUGH * len(progress.members):
+            self._let_go(forwarded, trace)
+
+    def _let_go(self, forwarded: EditParams, trace: Trace) -> None:
+        """Takes the finished edits out of the batch."""
+        finished = self.editor.finished({name: value.detach() for name, value in forwarded.items()}, trace, self.batch)
+        steps = self.state.steps_E.tolist()
+        for row in (~self.progress.active_E).nonzero().flatten().tolist():
+            member = self.progress.members[row]
+            self.finished[member] = {name: value[row : row + 1].clone() for name, value in finished.items()}
+            self.progress.steps[member] = steps[row]
+        stay = self.progress.active_E.nonzero().flatten()
+        self.progress.keep(stay)
+        if len(stay):
+            self.batch, self.prefix = self.batch.take(stay), self.prefix.take(stay)
+            self.base_EKTD = self.base_EKTD[stay]
+            self.origin = {name: value[stay] for name, value in self.origin.items()}
+            self.params = _leaves({name: value[stay] for name, value in self.params.items()}, self.editor)
+            self.state = self.state.take(stay)
+
+    def results(self, edit_ids: tuple[str, ...], seconds: float) -> list[EditResult]:
+        return self.progress.results(edit_ids, self.finished, seconds)
+
+
+def _leaves(params: EditParams, editor: Editor) -> EditParams:
+    """Copies that gradients are taken with respect to, but for what the editor keeps frozen."""
+    return {name: value.detach().clone().requires_grad_(name not in editor.frozen) for name, value in params.items()}
 
 
 class _Progress:
     """Which edits still move, why the others stopped, and what every step showed."""
 
-    def __init__(self, num_edits: int, device: torch.device) -> None:
+    def __init__(self, num_edits: int, device: torch.device, stopping: Stopping, max_steps: int) -> None:
+        self.max_steps = max_steps
+        self.members = list(range(num_edits))  # of the batch as it is now, by their number at the start
+        self.steps = [0] * num_edits
         self.active_E = torch.ones(num_edits, dtype=torch.bool, device=device)
+        self._stopping = stopping
         self._previous_E = torch.full((num_edits,), torch.inf, device=device)
         self._reasons = [""] * num_edits
         self._curves: list[dict[str, list[float]]] = [{} for _ in range(num_edits)]
         # An edit's last logged step is the one it stopped at.
         self._logged_E = torch.ones(num_edits, dtype=torch.bool)
 
-    def observe(self, terms: Terms, trace: Trace, editor: Editor, stopping: Stopping, *, is_last: bool) -> None:
+    def keep(self, stay: Tensor) -> None:
+        """Forgets the edits that leave the batch, but for their curves and reasons."""
+        self.members = [self.members[row] for row in stay.tolist()]
+        self.active_E, self._previous_E = self.active_E[stay], self._previous_E[stay]
+
+    def observe(self, terms: Terms, trace: Trace, editor: Editor, *, is_last: bool) -> None:
         self._logged_E = self.active_E.cpu()
         loss_E = terms.total.detach()
         finite_E = torch.isfinite(loss_E) & torch.isfinite(terms.penalty.detach())
         self._stop(~finite_E, "failed")
-        if stopping.worst_token_nll is not None:
-            self._stop(terms.worst_nll <= stopping.worst_token_nll, "worst_token_nll")
+        if self._stopping.worst_token_nll is not None:
+            self._stop(terms.worst_nll <= self._stopping.worst_token_nll, "worst_token_nll")
         else:
             self._stop(editor.converged(loss_E, self._previous_E, terms.all_right, trace), "converged")
         if is_last:
@@ -129,8 +205,8 @@ class _Progress:
 
     def _stop(self, which_E: Tensor, reason: str) -> None:
         stopping_E = self.active_E & which_E
-        for index in stopping_E.nonzero().flatten().tolist():
-            self._reasons[index] = reason
+        for row in stopping_E.nonzero().flatten().tolist():
+            self._reasons[self.members[row]] = reason
         self.active_E = self.active_E & ~stopping_E
 
     def log(self, terms: Terms, moved: dict[str, Tensor]) -> None:
@@ -142,22 +218,20 @@ class _Progress:
             **moved,
         }
         table = {name: value.detach().float().cpu().tolist() for name, value in columns.items()}
-        for index in self._logged_E.nonzero().flatten().tolist():
+        for row in self._logged_E.nonzero().flatten().tolist():
             for name, values in table.items():
-                self._curves[index].setdefault(name, []).append(values[index])
+                self._curves[self.members[row]].setdefault(name, []).append(values[row])
 
-    def results(
-        self, edit_ids: tuple[str, ...], params: EditParams, steps: list[int], seconds: float
-    ) -> list[EditResult]:
+    def results(self, edit_ids: tuple[str, ...], finished: dict[int, EditParams], seconds: float) -> list[EditResult]:
         return [
             EditResult(
                 edit_id=edit_id,
-                params={name: value[index : index + 1].clone() for name, value in params.items()},
-                steps=steps[index],
+                params=finished[index],
+                steps=self.steps[index],
                 stop_reason=self._reasons[index],
                 seconds=seconds,
                 curves=self._curves[index],
-                error=self._failure(index, steps[index]),
+                error=self._failure(index, self.steps[index]),
             )
             for index, edit_id in enumerate(edit_ids)
         ]

@@ -193,11 +193,16 @@ class EditBatch:
     def select(self, slots: Sequence[str]) -> EditBatch:
         """The same edits with only the named slots, in that order."""
         index = torch.tensor([self.slots.index(slot) for slot in slots], device=self.tokens_EKS.device)
-        columns = {
-            name: getattr(self, name).index_select(1, index)
-            for name in (
-                "tokens_EKS", "present_EK", "real_EKS", "prompt_EKS", "predict_EKT", "target_EKT",
-                "target_mask_EKT", "picture_EK", "image_EKS",
-            )
-        }  # fmt: skip
+        columns = {name: getattr(self, name).index_select(1, index) for name in _PER_SEQUENCE}
         return replace(self, slots=tuple(slots), **columns)
+
+    def take(self, edits: Tensor) -> EditBatch:
+        """The edits with these rows, with all their sequences."""
+        columns = {name: getattr(self, name).index_select(0, edits) for name in _PER_SEQUENCE}
+        return replace(self, edit_ids=tuple(self.edit_ids[row] for row in edits.tolist()), **columns)
+
+
+_PER_SEQUENCE = (
+    "tokens_EKS", "present_EK", "real_EKS", "prompt_EKS", "predict_EKT", "target_EKT", "target_mask_EKT", "picture_EK",
+    "image_EKS",
+)  # fmt: skip

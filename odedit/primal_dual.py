@@ -42,6 +42,16 @@ class State:
     dual_steps_E: Tensor | None = None
     dual_weight: float = 0.0
 
+    def take(self, edits: Tensor) -> State:
+        """The state of the edits with these rows, alone."""
+        return replace(
+            self,
+            steps_E=self.steps_E[edits],
+            moments={name: (first[edits], second[edits]) for name, (first, second) in self.moments.items()},
+            delta={name: value[edits].detach().requires_grad_() for name, value in self.delta.items()},
+            dual_steps_E=None if self.dual_steps_E is None else self.dual_steps_E[edits],
+        )
+
 
 class PrimalDual:
     """Steps of E edits; pure: takes and returns parameters and state."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from odedit.edits import EditBatch, Picture, Probe
@@ -35,6 +36,10 @@ class BeforeConnector:
     with_picture_R: Tensor
     image_RS: Tensor
 
+    def take(self, rows: Tensor) -> BeforeConnector:
+        """These sequences alone."""
+        return BeforeConnector(self.vision_RPW[rows], self.with_picture_R[rows], self.image_RS[rows])
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -55,6 +60,22 @@ class Prefix:
     shape: tuple[int, int]
     rotary: tuple[Tensor, Tensor] | None = None
     connector: BeforeConnector | None = None
+
+    def take(self, edits: Tensor) -> Prefix:
+        """The sequences of the edits with these rows, alone."""
+        num_slots = self.shape[1]
+        rows = (edits.unsqueeze(1) * num_slots + torch.arange(num_slots, device=edits.device)).flatten()
+        rotary = None
+        if self.rotary is not None:
+            cos, sin = (part if part.shape[0] == 1 else part[rows] for part in self.rotary)
+            rotary = (cos, sin)
+        return replace(
+            self,
+            hidden_RSD=self.hidden_RSD[rows],
+            shape=(len(edits), num_slots),
+            rotary=rotary,
+            connector=None if self.connector is None else self.connector.take(rows),
+        )
 
 
 class Processor(Protocol):
