@@ -13,7 +13,7 @@ from odedit.edits import EDIT, RELIABILITY, EditBatch
 
 
 def copy_of(backbone: Any) -> Any:
-    """The model with weights of its own, none of which requires a gradient."""
+    """The model with weights of its own, none of which requires a gradient. Outside `applied`: hooks are copied too."""
     return copy.deepcopy(backbone.model)
 
 

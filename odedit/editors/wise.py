@@ -3,8 +3,10 @@
 References:
     WISE: Rethinking the Knowledge Memory for Lifelong Model Editing of Large Language Models (2024, arXiv 2405.14768),
     eq. 2 (routing activation), 3 (margin loss), 4 (masked gradient).
+    TIES-Merging: Resolving Interference When Merging Models (2023, arXiv 2306.01708), section 4, for `merged_memories`.
 
-Differs from the paper: the activation distance is averaged over the positions of the prompt, not of prompt and answer,
+Differs from the paper: the memories of all edits share one mask, where the paper draws one per shard of a stream of
+edits. The activation distance is averaged over the positions of the prompt, not of prompt and answer,
 so that routing is the same whether the answer is in the input (teacher forcing) or not (generation).
 """
 
@@ -46,6 +48,7 @@ class WiseConfig:
         margin_in: beta: the distance of the edit is pushed above it.
         margin_gap: gamma: the edit's distance exceeds an unrelated prompt's by it.
         routing_ratio: A prompt whose distance exceeds this share of the edit's own goes to the side memory.
+        merge_density: Share of a memory's entries, the largest, that take part when memories are merged.
         stop_change, stop_loss: Stops when the loss changes by no more than the first and is no larger than the second.
     """
 
@@ -60,6 +63,7 @@ class WiseConfig:
     margin_in: float = 20.0
     margin_gap: float = 10.0
     routing_ratio: float = 0.4
+    merge_density: float = 0.53
     stop_change: float = 1e-4
     stop_loss: float = 0.02
 
@@ -69,8 +73,8 @@ class WiseConfig:
             check_range(name, getattr(self, name), ">= 0", lambda v: v >= 0)
         check_range("max_steps", self.max_steps, ">= 1", lambda v: v >= 1)
         check_range("clamp", self.clamp, "> 0", lambda v: v > 0)
-        check_range("mask_ratio", self.mask_ratio, "0 < mask_ratio <= 1", lambda v: 0 < v <= 1)
-        check_range("routing_ratio", self.routing_ratio, "0 < routing_ratio <= 1", lambda v: 0 < v <= 1)
+        for name in ("mask_ratio", "routing_ratio", "merge_density"):
+            check_range(name, getattr(self, name), f"0 < {name} <= 1", lambda v: 0 < v <= 1)
 
 
 class Wise:
@@ -177,6 +181,17 @@ class Wise:
             THRESHOLD: threshold,
         }
 
+    def merged_memories(self, params: EditParams) -> EditParams:
+        """One memory (axis 0 has length 1) that stands for those of E finished edits, by TIES.
+
+        It answers what any of the edits would have claimed: its threshold is the smallest of theirs. The density is
+        taken of the entries that the mask lets change; of the whole matrix it would trim nothing.
+        """
+        return {
+            LIVE: _ties(params[LIVE], self.config.merge_density).unsqueeze(0),
+            THRESHOLD: params[THRESHOLD].amin(dim=0, keepdim=True),
+        }
+
     def _side(self, backbone: Backbone, params: EditParams) -> Tensor:
         """`W' - W` of every edit, `(E, out, in)`, from training or from finished parameters."""
         if SIDE in params:
@@ -206,6 +221,15 @@ def _activation_distance(
     norm_EKS = (squared_EKS + 1e-12).sqrt() - 1e-6
     weight = prompt_EKS.to(norm_EKS.dtype)
     return (norm_EKS * weight).sum(dim=-1) / weight.sum(dim=-1).clamp(min=1)
+
+
+def _ties(delta_EN: Tensor, density: float) -> Tensor:
+    """Trims each difference to its largest entries, elects a sign per entry, averages those that agree, `(N,)`."""
+    kept = max(1, round(density * delta_EN.shape[1]))
+    largest = delta_EN.abs().topk(kept, dim=1).indices
+    trimmed_EN = torch.zeros_like(delta_EN).scatter(1, largest, delta_EN.gather(1, largest))
+    agrees_EN = (trimmed_EN.sign() == trimmed_EN.sum(dim=0).sign()) & (trimmed_EN != 0)
+    return torch.where(agrees_EN, trimmed_EN, 0.0).sum(dim=0) / agrees_EN.sum(dim=0).clamp(min=1)
 
 
 @lru_cache(maxsize=4)
