@@ -14,15 +14,27 @@ from odedit.editors.base import Trainable
 SMALL: dict[str, dict[str, Any]] = {
     "wise": {"site": "layers.2.ffn.in", "learning_rate": 1.0, "margin_in": 2.0, "margin_out": 0.5, "margin_gap": 1.0},
     "ftl": {"learning_rate": 3e-3},
+    "mend": {"rank": 8, "edit_rate": 1e-2},
     "unike": {"num_layers": 2, "learning_rate": 0.5, "encoder_width": 32, "code_width": 16},
     "ftv": {"learning_rate": 1e-3},
     "lora": {"learning_rate": 1e-2},
 }
 
 
+def settings_for(name: str, backbone: Backbone) -> dict[str, Any]:
+    """`SMALL`, at sites that the model has."""
+    depth = backbone.num_layers
+    if name == "wise":
+        # As published: the matrix in front of the nonlinearity in OPT, the one behind it in a gated layer.
+        return {**SMALL[name], "site": f"layers.{depth // 2}.{'ffn.in' if backbone.family == 'blip2' else 'ffn.out'}"}
+    if name == "mend" and depth < 3:
+        return {**SMALL[name], "sites": ("layers.-1.ffn.in", "layers.-1.ffn.out")}
+    return SMALL.get(name, {})
+
+
 def ready_editor(name: str, backbone: Backbone, folder: Path, **settings: Any) -> Any:
     """With untrained weights where the method has weights of its own: they must do what they are told as well."""
-    settings = {**SMALL.get(name, {}), **settings}
+    settings = {**settings_for(name, backbone), **settings}
     editor = load_editor(name, settings)
     if not isinstance(editor, Trainable):
         return editor

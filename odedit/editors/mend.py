@@ -1,0 +1,329 @@
+"""MEND: a hypernetwork, trained before any edit, turns the gradient of one edit into the edit.
+
+For a token, the gradient of a linear module's weight is the outer product of the module's input x and the gradient
+delta of the edit's NLL with respect to its output. A network maps the pair to another, (x~, delta~), and the weights
+move by `-rate * sum_t delta~_t x~_t^T`. Both stay factors: a few tokens' vectors instead of whole matrices.
+
+References:
+    "Fast Model Editing at Scale", arXiv 2110.11309: section 3 for the network (eq. 3), its identity at the start and
+    the losses. Weights of the losses, step sizes and layers as the MMEdit benchmark has them (arXiv 2310.08475).
+Differs from the paper:
+    The statistics that normalise x and delta are measured on training records before the first step, rather than kept
+    running while training. A feature that hardly varies there is divided by a tenth of the average deviation, not by
+    its own: a ReLU unit that was silent would otherwise be scaled up without bound when an edit wakes it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from odedit import risks
+from odedit.backbones.base import Backbone
+from odedit.editor_weights import load_weights
+from odedit.editors.base import OptimizerSettings, Trace, TrainingSettings, check_range
+from odedit.edits import EDIT, LOCALITY_SLOTS, REPHRASE_SLOTS, EditBatch, EditParams
+from odedit.encoding import gather_positions
+from odedit.errors import InputError
+from odedit.hooks import Rewrite, rewritten
+
+_SMALLEST_DEVIATION = 0.1
+"""Of the root mean square of all features' deviations."""
+_BLOCKS = ("first", "second")
+_RATE = "rate"
+
+
+@dataclass(frozen=True)
+class MENDConfig:
+    """Settings of MEND; the defaults are those published for BLIP2-OPT.
+
+    Attributes:
+        checkpoint: Weights of the hypernetwork, as `odedit train mend` writes them. An edit needs them.
+        sites: Matrices that an edit changes; `layers.-1` is the last layer.
+        rank: Of the hypernetwork's blocks; at most the width of what they map, input and output of a site together.
+        edit_rate: Step size of an edit before training, one for each site; learned.
+        text_rephrase_weight, image_rephrase_weight: Of the NLL of the edit's answer to the rephrases, in training.
+        text_locality_weight, image_locality_weight: Of KL(unedited || edited) on prompts that must not change.
+        near_locality_weight: The same for the edit's own question about another picture; not part of the published
+            loss.
+        learning_rate: Of Adam, for the hypernetwork.
+        rate_learning_rate: Of Adam, for the step sizes of the edit.
+        batch_size: Records of one forward in training.
+        accumulate: Forwards of one step.
+        clip_norm: Largest norm of a step's gradient; None: no clipping.
+        training_steps: Bound on the steps.
+        validate_every: Steps between two looks at the validation records. Our choice.
+        patience: Looks without improvement after which training stops. Our choice.
+    """
+
+    checkpoint: str | None = None
+    sites: tuple[str, ...] = (
+        "layers.-3.ffn.in", "layers.-3.ffn.out", "layers.-2.ffn.in",
+        "layers.-2.ffn.out", "layers.-1.ffn.in", "layers.-1.ffn.out",
+    )  # fmt: skip
+    rank: int = 1920
+    edit_rate: float = 1e-4
+    text_rephrase_weight: float = 0.1
+    image_rephrase_weight: float = 0.1
+    text_locality_weight: float = 1.0
+    image_locality_weight: float = 1.0
+    near_locality_weight: float = 0.0
+    learning_rate: float = 1e-6
+    rate_learning_rate: float = 1e-4
+    batch_size: int = 1
+    accumulate: int = 2
+    clip_norm: float | None = 100.0
+    training_steps: int = 30_000
+    validate_every: int = 1000
+    patience: int = 10
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", tuple(self.sites))
+        if not self.sites:
+            raise ValueError("sites: got none, expected at least one such as layers.-1.ffn.in.")
+        for name in ("rank", "batch_size", "accumulate", "training_steps", "validate_every", "patience"):
+            check_range(name, getattr(self, name), ">= 1", lambda v: v >= 1)
+        for name in ("edit_rate", "learning_rate", "rate_learning_rate"):
+            check_range(name, getattr(self, name), "> 0", lambda v: v > 0)
+        for slot in (*REPHRASE_SLOTS, *LOCALITY_SLOTS):
+            check_range(f"{slot}_weight", getattr(self, f"{slot}_weight"), ">= 0", lambda v: v >= 0)
+        if self.clip_norm is not None:
+            check_range("clip_norm", self.clip_norm, "> 0, or null", lambda v: v > 0)
+
+
+class _Signal(NamedTuple):
+    """What the gradient of an edit at one site is made of, zeros beyond an edit's tokens.
+
+    Attributes:
+        z_ETW: Input and output gradient of every token, side by side.
+        there_ET: Whether the token has a gradient.
+    """
+
+    z_ETW: Tensor
+    there_ET: Tensor
+
+
+class MEND:
+    """`y = x W^T + (x X~^T) D~` with the factors that the hypernetwork made of the edit's gradient."""
+
+    Config: ClassVar[type] = MENDConfig
+    frozen: frozenset[str] = frozenset()
+    label_smoothing = 0.0
+    starts_neutral = False
+    max_steps = 0
+    trains_with_objective = True
+
+    def __init__(self, config: MENDConfig, weights: Mapping[str, Tensor] | None = None) -> None:
+        self.config = config
+        self.sites = config.sites
+        self.own_slots: tuple[str, ...] = ()
+        self.optimizer = OptimizerSettings("sgd", config.learning_rate)  # never steps
+        self.weight_settings: Mapping[str, Any] = {"sites": list(config.sites), "rank": config.rank}
+        self.training = TrainingSettings(
+            config.learning_rate,
+            config.batch_size,
+            config.accumulate,
+            config.clip_norm,
+            config.training_steps,
+            config.validate_every,
+            config.patience,
+            rates={_RATE: config.rate_learning_rate},
+        )
+        self._weights = weights
+
+    def check(self, backbone: Backbone) -> None:
+        modules = {backbone.site(name) for name in self.sites}
+        if len(modules) < len(self.sites):
+            raise InputError(f"editor.sites: got {', '.join(self.sites)}, expected different matrices.")
+        if self._weights is None:
+            self._loaded(backbone, "cpu")
+
+    def init(self, backbone: Backbone, batch: EditBatch) -> EditParams:
+        weights = self._weights if self._weights is not None else self._loaded(backbone, str(batch.tokens_EKS.device))
+        params: EditParams = {}
+        for index, (name, signal) in enumerate(self._signals(backbone, batch).items()):
+            out_width, in_width = backbone.site(name).weight.shape
+            mapped_ETW = self._mapped(weights, name, signal.z_ETW, f"{out_width}x{in_width}")
+            mapped_ETW = mapped_ETW.masked_fill(~signal.there_ET.unsqueeze(-1), 0.0)
+            x_ETI, delta_ETO = mapped_ETW.split([in_width, out_width], dim=-1)
+            params[f"{name}.x"] = x_ETI
+            params[f"{name}.delta"] = -weights[_RATE][index] * delta_ETO
+        return params
+
+    def _loaded(self, backbone: Backbone, device: str) -> dict[str, Tensor]:
+        return load_weights(self.config.checkpoint, "mend", self.weight_settings, backbone.fingerprint, device)
+
+    def _signals(self, backbone: Backbone, batch: EditBatch) -> dict[str, _Signal]:
+        """Inputs and output gradients of every site, from one forward and backward of the edits' NLL; constants."""
+        batch = batch.select((EDIT,))
+        inputs: dict[str, Tensor] = {}
+        shifts: dict[str, Tensor] = {}
+
+        def watch(name: str) -> Rewrite:
+            def rewrite(x: Tensor, y: Tensor) -> Tensor:
+                inputs[name] = x.detach()
+                shifts[name] = torch.zeros_like(y, requires_grad=True)
+                return y + shifts[name]
+
+            return rewrite
+
+        prefix = backbone.prefix(batch, *self.sites)
+        with torch.enable_grad(), rewritten({backbone.site(name): watch(name) for name in self.sites}):
+            states_ETD = gather_positions(backbone.suffix(prefix), batch.predict_EKT)[:, 0]
+            likelihood = risks.reliability(
+                backbone.head(states_ETD), batch.target_EKT[:, 0], batch.target_mask_EKT[:, 0]
+            )
+            gradients = torch.autograd.grad(likelihood.value.sum(), [shifts[name] for name in self.sites])
+        return {
+            name: _compact(inputs[name], gradient, batch.num_edits)
+            for name, gradient in zip(self.sites, gradients, strict=True)
+        }
+
+    def _mapped(self, weights: Mapping[str, Tensor], name: str, z: Tensor, shape: str) -> Tensor:
+        """(x~, delta~) of tokens `(..., in + out)`: normalised, then two residual blocks shared by equal shapes."""
+        z = (z - weights[f"{name}.mean"]) / weights[f"{name}.std"]
+        for block in _BLOCKS:
+            inner = (z @ weights[f"{shape}.{block}.v"].T) @ weights[f"{shape}.{block}.u"].T
+            if block == "first":
+                inner = inner + weights[f"{shape}.bias"]
+            inner = weights[f"{name}.{block}.scale"] * inner + weights[f"{name}.{block}.shift"]
+            # The gradient of `clamp` at 0, where all training starts, is 1; that of `relu` would be 0 for ever.
+            z = z + inner.clamp(min=0.0)
+        return z
+
+    @contextmanager
+    def applied(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> Iterator[Trace]:
+        def rewrite_with(x_ETI: Tensor, delta_ETO: Tensor) -> Rewrite:
+            def rewrite(x: Tensor, y: Tensor) -> Tensor:
+                x_ENI = x.reshape(x_ETI.shape[0], -1, x.shape[-1])
+                shares_ENT = torch.bmm(x_ENI, x_ETI.to(x.dtype).transpose(1, 2))
+                return y + torch.bmm(shares_ENT, delta_ETO.to(x.dtype)).reshape(y.shape)
+
+            return rewrite
+
+        rewrites: dict[nn.Module, Rewrite] = {
+            backbone.site(name): rewrite_with(params[f"{name}.x"], params[f"{name}.delta"]) for name in self.sites
+        }
+        with rewritten(rewrites):
+            yield Trace()
+
+    @contextmanager
+    def together(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> Iterator[Trace]:
+        joined = {name: value.flatten(0, 1).expand(batch.num_edits, -1, -1) for name, value in params.items()}
+        with self.applied(backbone, joined, batch) as trace:
+            yield trace
+
+    def own_risk(self, params: EditParams, trace: Trace, batch: EditBatch) -> Tensor:
+        return torch.zeros(batch.num_edits, device=batch.tokens_EKS.device)
+
+    def constrain(self, params: EditParams) -> EditParams:
+        return params
+
+    def converged(self, loss_E: Tensor, previous_E: Tensor, token_right_E: Tensor, trace: Trace) -> Tensor:
+        return torch.zeros_like(token_right_E)
+
+    def finished(self, params: EditParams, trace: Trace, batch: EditBatch) -> EditParams:
+        return params
+
+    def merged(self, params: EditParams) -> dict[str, Tensor]:
+        return {name: torch.einsum("eto,eti->oi", params[f"{name}.delta"], params[f"{name}.x"]) for name in self.sites}
+
+    def initial_weights(self, backbone: Backbone, seed: int) -> dict[str, Tensor]:
+        """A hypernetwork that passes the gradient on: second factors, biases and shifts zero, no normalisation."""
+        generator = torch.Generator().manual_seed(seed)
+        weights = {_RATE: torch.full((len(self.sites),), self.config.edit_rate)}
+        for name in self.sites:
+            out_width, in_width = backbone.site(name).weight.shape
+            width, shape = out_width + in_width, f"{out_width}x{in_width}"
+            rank = min(self.config.rank, width)
+            weights |= {f"{name}.mean": torch.zeros(width), f"{name}.std": torch.ones(width)}
+            for block in _BLOCKS:
+                weights[f"{name}.{block}.scale"] = torch.ones(width)
+                weights[f"{name}.{block}.shift"] = torch.zeros(width)
+                if f"{shape}.{block}.v" not in weights:
+                    # Glorot's uniform distribution, as published.
+                    bound = math.sqrt(6 / (rank + width))
+                    weights[f"{shape}.{block}.v"] = bound * (2 * torch.rand(rank, width, generator=generator) - 1)
+                    weights[f"{shape}.{block}.u"] = torch.zeros(width, rank)
+            weights[f"{shape}.bias"] = torch.zeros(width)
+        device = backbone.site(self.sites[0]).weight.device
+        return {name: value.to(device) for name, value in weights.items()}
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> MEND:
+        return MEND(self.config, weights)
+
+    def estimated(
+        self, backbone: Backbone, weights: Mapping[str, Tensor], batches: Iterable[EditBatch]
+    ) -> dict[str, Tensor]:
+        """Mean and deviation of every feature of x and delta, over the tokens of these records that have a gradient."""
+        counts = dict.fromkeys(self.sites, 0)
+        sums: dict[str, Tensor] = {}
+        squares: dict[str, Tensor] = {}
+        for batch in batches:
+            for name, signal in self._signals(backbone, batch).items():
+                z_NW = signal.z_ETW[signal.there_ET].double()
+                counts[name] += len(z_NW)
+                sums[name] = sums.get(name, 0.0) + z_NW.sum(0)
+                squares[name] = squares.get(name, 0.0) + z_NW.square().sum(0)
+        measured = dict(weights)
+        for name, count in counts.items():
+            if count < 2:
+                raise InputError(f"training records: {count} tokens with a gradient at {name}, expected at least 2.")
+            mean = sums[name] / count
+            variance = ((squares[name] - count * mean.square()) / (count - 1)).clamp_min(0.0)
+            in_width = backbone.site(name).weight.shape[1]
+            parts = [_floored(part) for part in (variance[:in_width], variance[in_width:])]
+            measured |= {f"{name}.mean": mean.float(), f"{name}.std": torch.cat(parts).sqrt().float()}
+        return measured
+
+    def native_training_loss(self, backbone: Backbone, batch: EditBatch) -> Tensor:
+        weights = {slot: getattr(self.config, f"{slot}_weight") for slot in (*REPHRASE_SLOTS, *LOCALITY_SLOTS)}
+        read = [slot for slot in batch.slots if weights.get(slot)]
+        total_E = torch.zeros(batch.num_edits, device=batch.tokens_EKS.device)
+        if not read:
+            return total_E
+        params = self.init(backbone, batch)
+        batch = batch.select(read)
+        prefix = backbone.prefix(batch, *self.sites)
+        with torch.no_grad():
+            base_EKTV = backbone.head(gather_positions(backbone.suffix(prefix), batch.predict_EKT))
+        with self.applied(backbone, params, batch):
+            hidden_EKSD = backbone.suffix(prefix)
+        logits_EKTV = backbone.head(gather_positions(hidden_EKSD, batch.predict_EKT))
+        for k, slot in enumerate(read):
+            mask_ET = batch.target_mask_EKT[:, k]
+            if slot in LOCALITY_SLOTS:
+                risk = risks.locality(logits_EKTV[:, k], base_EKTV[:, k], mask_ET, "base_first")
+            else:
+                risk = risks.reliability(logits_EKTV[:, k], batch.target_EKT[:, k], mask_ET)
+            total_E = total_E + weights[slot] * risk.value
+        return total_E
+
+
+def _compact(x: Tensor, gradient: Tensor, num_edits: int) -> _Signal:
+    """Each edit's tokens with a gradient, in order, moved to the front; the batch's longest edit sets the length."""
+    x_ESI = x.reshape(num_edits, -1, x.shape[-1]).float()
+    gradient_ESO = gradient.reshape(num_edits, -1, gradient.shape[-1]).float()
+    there_ES = (gradient_ESO != 0).any(-1)
+    length = max(1, int(there_ES.sum(1).max()))
+    order_ET = torch.sort((~there_ES).long(), dim=1, stable=True).indices[:, :length]
+    there_ET = there_ES.gather(1, order_ET)
+    z_ESW = torch.cat([x_ESI, gradient_ESO], dim=-1)
+    z_ETW = z_ESW.gather(1, order_ET.unsqueeze(-1).expand(-1, -1, z_ESW.shape[-1]))
+    return _Signal(z_ETW.masked_fill(~there_ET.unsqueeze(-1), 0.0), there_ET)
+
+
+def _floored(variance: Tensor) -> Tensor:
+    """Variances, none smaller than a share of their mean; 1 for all where nothing varies."""
+    mean = variance.mean()
+    floored = variance.clamp_min(_SMALLEST_DEVIATION**2 * mean)
+    return torch.where(mean > 0, floored, torch.ones_like(floored))
+
+
+EDITOR = MEND
