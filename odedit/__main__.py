@@ -30,6 +30,10 @@ world_app = typer.Typer(help="The embedded model and benchmark.", no_args_is_hel
 data_app = typer.Typer(
     help="Files of records: look through them, pack them.", no_args_is_help=True, rich_markup_mode=None
 )
+convert_app = typer.Typer(
+    help="Models that are published in pieces, as one checkpoint.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(convert_app, name="convert")
 app.add_typer(world_app, name="world")
 app.add_typer(data_app, name="data")
 
@@ -258,6 +262,29 @@ def data_pack(
         from pipeline import commands
 
         commands.pack_data(path, out, image_root, rephrase_root, task)
+
+
+@convert_app.callback()
+def _convert() -> None:
+    """Models that are published in pieces, as one checkpoint."""
+
+
+@convert_app.command("minigpt4")
+def convert_minigpt4(
+    blip2: Annotated[Path, typer.Option(help="BLIP-2 with FlanT5-XXL: image tower and Q-Former are taken.")],
+    projection: Annotated[Path, typer.Option(help="MiniGPT-4's projection: a .pth file or safetensors.")],
+    vicuna: Annotated[Path, typer.Option(help="The Vicuna that the projection was trained for.")],
+    out: Annotated[Path, typer.Option(help="New folder for the checkpoint.")],
+) -> None:
+    """Puts MiniGPT-4 together; the folder is what backbone.checkpoint names for the family minigpt4.
+
+    Example: odedit convert minigpt4 --blip2 blip2-flan-t5-xxl --projection pretrained_minigpt4_7b.pth
+    --vicuna vicuna-7b-v0 --out minigpt4-7b
+    """
+    with _explained():
+        from odedit import convert
+
+        print(convert.minigpt4(blip2, projection, vicuna, out))
 
 
 def main() -> None:
