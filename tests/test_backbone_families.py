@@ -259,3 +259,16 @@ def test_a_family_from_outside_the_package(tmp_path):
     results = edit(model, editor, Objective(ObjectiveConfig(name="native")), supervision, Stopping(max_steps=60))
     rows = evaluate(model, editor, stack_params([result.params for result in results]), evaluation)
     assert [row["rel"] for row in rows] == [1.0, 1.0] and min(row["rel_before"] for row in rows) < 1.0
+
+
+def test_half_precision_follows_float32(model, directory, requests):
+    """Every family takes float32 pixels and computes in its own type, from the connector on as well."""
+    half = load_backbone(directory.name, str(directory), dtype="bfloat16")
+    site = model.connector_sites()[-1]
+    logits = []
+    for one in (model, half):
+        batch = encode_requests(one, requests, TEMPLATE, (site,))[1]
+        with torch.no_grad():
+            logits.append(one.head(one.suffix(one.prefix(batch, site)))[batch.real_EKS])
+    assert batch.features_NLD.dtype == torch.bfloat16 and logits[1].dtype == torch.float32
+    assert (logits[0] - logits[1]).abs().mean() < 0.1 * logits[0].abs().mean()
