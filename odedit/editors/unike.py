@@ -141,6 +141,10 @@ class Unike:
             max_steps=config.train_steps,
             validate_every=200,
             patience=5,
+            # zeta and W_zeta are plain averages and have far to go; the encoders do not see them.
+            rates={
+                f"{layer}.{name}": 10 * config.train_learning_rate for layer in self._layers for name in (ZETA, BACK)
+            },
         )
         names = ("num_layers", "memory", "encoder_width", "code_width", "temperature")
         self.weight_settings: dict[str, Any] = {name: getattr(config, name) for name in names}
@@ -297,14 +301,14 @@ class Unike:
         )
         valid_EKT = torch.cat([batch.target_mask_EKT, old.target_mask_EKT], dim=1)
         of_edit_K = torch.tensor([slot in (EDIT, *REPHRASE_SLOTS) for slot in (*batch.slots, EDIT)])
-        of_edit_EKT = of_edit_K.to(valid_EKT.device)[None, :, None] & valid_EKT
-        num_edits, valid_N = batch.num_edits, valid_EKT.flatten()
-        record_N = torch.arange(num_edits, device=valid_N.device).repeat_interleave(len(valid_N) // num_edits)
-        positive_EN = (record_N == torch.arange(num_edits, device=valid_N.device)[:, None]) & of_edit_EKT.flatten()
-        query_ND = query_EKTD.flatten(0, 2)
-        found_END = attend(query_ND.expand(num_edits, -1, -1), memory_EMD, self.config.memory)
+        record_E1 = torch.arange(batch.num_edits, device=valid_EKT.device).unsqueeze(1)
+        record_N = record_E1.unsqueeze(1).expand_as(valid_EKT)[valid_EKT]
+        is_edit_N = of_edit_K.to(valid_EKT.device)[None, :, None].expand_as(valid_EKT)[valid_EKT]
+        positive_EN = (record_N == record_E1) & is_edit_N
+        query_ND = query_EKTD[valid_EKT]
+        found_END = attend(query_ND.expand(batch.num_edits, -1, -1), memory_EMD, self.config.memory)
         scores_EN = (encode(semantic, found_END) * encode(semantic, query_ND)).sum(dim=-1)
-        return info_nce(scores_EN, positive_EN, valid_N & ~positive_EN, self.config.temperature)
+        return info_nce(scores_EN, positive_EN, ~positive_EN, self.config.temperature)
 
     def _truth_loss(
         self, layer: str, weights: Mapping[str, Tensor], new_ESD: Tensor, old_ESD: Tensor, old: EditBatch
