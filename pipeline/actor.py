@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -17,11 +18,11 @@ import torch
 from safetensors import SafetensorError
 
 from odedit import editors
-from odedit.backbones import encode_requests, load_backbone
+from odedit.backbones import Backbone, encode_requests, load_backbone
 from odedit.checkpoint import EditInfo, save_edit
 from odedit.editing import EditResult, edit
 from odedit.editors.base import Measuring
-from odedit.edits import REPHRASE_SLOTS, EditRequest
+from odedit.edits import REPHRASE_SLOTS, EditBatch, EditRequest
 from odedit.errors import InputError
 from odedit.metrics import evaluate, stack_params
 from odedit.mmedit import RawRecord
@@ -29,6 +30,7 @@ from odedit.objective import CALIBRATION_STATES, Objective, calibrate
 from odedit.prompts import find_template
 from pipeline import results, staging
 from pipeline.attempts import Ledger
+from pipeline.config import BackboneConfig
 from pipeline.prepare import Prepared, Preparer, located, one_sentence, write_traceback
 from pipeline.spec import Job
 from pipeline.workspace import read_json, write_once
@@ -49,9 +51,7 @@ class EditActor:
         config = job.config
         self._template = find_template(config.data.template)
         self._editor = editors.find(config.editor.name)(config.editor.settings)
-        self._backbone = load_backbone(
-            config.backbone.family, config.backbone.checkpoint, dtype=config.backbone.dtype, device=job.device
-        )
+        self._backbone = _load(config.backbone, job.device)
         self._editor.check(self._backbone)
         self._lazy_objective: Objective | None = None
         self._is_measured = not isinstance(self._editor, Measuring)
@@ -137,17 +137,20 @@ class EditActor:
 
     def _edit(self, records: Sequence[RawRecord], requests: Sequence[EditRequest]) -> list[results.Row]:
         config = self._job.config
-        supervision, evaluation = encode_requests(self._backbone, requests, self._template, self._editor.sites)
+        supervision, evaluation = self._encode(requests)
         edited = edit(self._backbone, self._editor, self._objective(), supervision, config.stopping, config.seed)
         params = stack_params([result.params for result in edited])
         scores = evaluate(self._backbone, self._editor, params, evaluation, config.evaluation)
         rows = []
         for record, result, score in zip(records, edited, scores, strict=True):
             row = self._row(record, result) | ({} if result.error else score)
-            if not result.error:
+            if not result.error and config.keep_edits:
                 self._save(record, result, score)
             rows.append(row)
         return rows
+
+    def _encode(self, requests: Sequence[EditRequest]) -> tuple[EditBatch, EditBatch]:
+        return encode_requests(self._backbone, requests, self._template, self._editor.sites)
 
     def _row(self, record: RawRecord, result: EditResult) -> results.Row:
         error = None if result.error is None else located(record, result.error)
@@ -185,8 +188,7 @@ class EditActor:
         if self._lazy_objective is None:
             self._lazy_objective = Objective(self._job.config.objective, self._bandwidth())
         if isinstance(self._editor, Measuring) and not self._is_measured:
-            requests = self._unedited()[0]
-            batch, _ = encode_requests(self._backbone, requests, self._template, self._editor.sites)
+            batch, _ = self._encode(self._unedited()[0])
             self._editor, self._is_measured = self._editor.measured(self._backbone, batch), True
         return self._lazy_objective
 
@@ -236,6 +238,12 @@ class EditActor:
             # The first worker's value counts for all, whatever kind of machine it runs on.
             write_once(path, json.dumps(measured, indent=2) + "\n")
         return float(read_json(path)["sigma2_0"])
+
+
+@lru_cache(maxsize=1)
+def _load(backbone: BackboneConfig, device: str) -> Backbone:
+    """Kept for the next run of the same worker, which mostly edits the same model."""
+    return load_backbone(backbone.family, backbone.checkpoint, dtype=backbone.dtype, device=device)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -46,7 +46,7 @@ def _show_plan(config: run_config.RunConfig, errors: Console) -> None:
     done = len(results.parts(workspace))
     with tempfile.TemporaryDirectory() as folder:
         # Staged elsewhere: looking must not begin a run.
-        ready = prepare(replace(config, out=str(Path(folder) / "out")), Console(quiet=True))
+        ready = prepare(replace(config, out=str(Path(folder) / "out")))
         groups, usable, problems = len(ready.staged.usable), ready.staged.num_usable, ready.staged.problems
     if config.data.split is None:
         resolve(config.data, workspace.out).reader.check_roots()

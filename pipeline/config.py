@@ -183,6 +183,7 @@ class RunConfig:
 
     Attributes:
         seed: Every edit draws from this and its own id.
+        keep_edits: Write every edit to `out/edits`; a comparison of settings may only need the scores.
         out: Folder of the results.
     """
 
@@ -196,6 +197,7 @@ class RunConfig:
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     seed: int = 0
+    keep_edits: bool = True
     out: str = "out"
 
     def to_dict(self) -> dict[str, Any]:

@@ -26,27 +26,35 @@ class GraphError(RuntimeError):
     """The run cannot go on; the message is one sentence."""
 
 
-def run_graph(job: Job, plan: Plan, groups: Sequence[int]) -> Iterator[tuple[int, list[Row]]]:
-    """Edits the groups; yields each one's number and reported rows as it is finished, in any order.
+def run_graph(
+    jobs: Sequence[Job], plan: Plan, pending: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, int, list[Row]]]:
+    """Edits groups of one or many runs; yields each one's run, number and reported rows as it is finished.
+
+    Many runs in one graph share its workers, and with them the loaded model: starting a worker takes longer than a
+    small run.
+
+    Args:
+        pending: Groups to edit, as the index of their job and their number in it; edited in about this order.
 
     Raises:
         InputError: A worker found that the settings do not fit the model.
         GraphError: A worker cannot start, or Ray gave up.
     """
     _quiet()
-    num_actors, num_preparers = (min(number, len(groups)) for number in (plan.num_actors, plan.num_preparers))
+    num_actors, num_preparers = (min(number, len(pending)) for number in (plan.num_actors, plan.num_preparers))
     reports = (
-        ray.data.from_items([{"group": group} for group in groups], override_num_blocks=len(groups))
+        ray.data.from_items([{"job": job, "group": group} for job, group in pending], override_num_blocks=len(pending))
         .map_batches(
             PrepareStage,
-            fn_constructor_args=(job,),
+            fn_constructor_args=(tuple(jobs),),
             batch_size=1,
             num_cpus=CPUS_PER_PREPARER,
             compute=ActorPoolStrategy(size=num_preparers),
         )
         .map_batches(
             EditStage,
-            fn_constructor_args=(job,),
+            fn_constructor_args=(tuple(jobs),),
             batch_size=1,
             num_cpus=plan.cpus_per_actor,
             num_gpus=plan.gpus_per_actor or None,
@@ -55,7 +63,7 @@ def run_graph(job: Job, plan: Plan, groups: Sequence[int]) -> Iterator[tuple[int
     )
     for report in _rows(reports):
         raise_fatal(report)
-        yield int(report["group"]), json.loads(report["rows"])
+        yield int(report["job"]), int(report["group"]), json.loads(report["rows"])
 
 
 def raise_fatal(report: Mapping[str, Any]) -> None:
@@ -73,50 +81,64 @@ def _rows(reports: Any) -> Iterator[dict[str, Any]]:
 
 
 class _Stage:
-    """A worker whose constructor cannot fail: what went wrong there is told with the first group instead.
+    """Workers of a kind, one for each run, made when the run's first group comes.
 
-    An exception in a constructor would reach the user as a page of traceback, after Ray had tried it again and again.
+    A worker that cannot be made tells so with the group: an exception in a constructor would reach the user as a page
+    of traceback, after Ray had tried it again and again.
     """
 
     Worker: type
 
-    def __init__(self, job: Job) -> None:
-        self._worker: Any = None
-        self._fatal: dict[str, Any] = {}
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._jobs = jobs
+        self._workers: dict[int, Any] = {}
+
+    def _worker(self, index: int) -> Any:
+        """The run's worker, or a report of why there is none."""
+        if index not in self._workers:
+            # Runs come one after the other: what earlier ones hold is not needed again.
+            self._workers = {index: self._made(index), **dict(list(self._workers.items())[:1])}
+        return self._workers[index]
+
+    def _made(self, index: int) -> Any:
         try:
-            self._worker = self.Worker(job)
+            return self.Worker(self._jobs[index])
         except Exception as error:
-            write_traceback(job, self.Worker.__name__)
-            self._fatal = {"fatal": one_sentence(error), "is_input": isinstance(error, InputError)}
+            write_traceback(self._jobs[index], self.Worker.__name__)
+            return {"fatal": one_sentence(error), "is_input": isinstance(error, InputError)}
 
 
 class PrepareStage(_Stage):
-    """`{"group"}` -> `{"prepared"}`: pickled, since a request is a nest of objects and not a table."""
+    """`{"job", "group"}` -> `{"job", "prepared"}`: pickled, since a request is a nest of objects and not a table."""
 
     Worker = Preparer
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        prepared = self._fatal or self._worker(int(batch["group"][0]))
-        return {"prepared": [cloudpickle.dumps(prepared, protocol=5)]}
+        index, group = int(batch["job"][0]), int(batch["group"][0])
+        worker = self._worker(index)
+        prepared = worker if isinstance(worker, dict) else worker(group)
+        return {"job": [index], "prepared": [cloudpickle.dumps(prepared, protocol=5)]}
 
 
 class EditStage(_Stage):
-    """`{"prepared"}` -> one report per group."""
+    """`{"job", "prepared"}` -> one report per group."""
 
     Worker = EditActor
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        prepared = cloudpickle.loads(batch["prepared"][0])
-        fatal = self._fatal or (prepared if isinstance(prepared, dict) else {})
+        index, prepared = int(batch["job"][0]), cloudpickle.loads(batch["prepared"][0])
+        worker = self._worker(index)
+        fatal = next((found for found in (worker, prepared) if isinstance(found, dict)), {})
         rows: list[Row] = []
         try:
-            rows = [] if fatal else self._worker(prepared)
+            rows = [] if fatal else worker(prepared)
         except InputError as error:
             fatal = {"fatal": str(error), "is_input": True}
         except OSError as error:
             message = f"results cannot be written ({one_sentence(error)}). The same command goes on from there."
             fatal = {"fatal": message, "is_input": False}
         return {
+            "job": [index],
             "group": [-1 if fatal else prepared.group],
             "rows": [json.dumps(rows)],
             "fatal": [fatal.get("fatal", "")],

@@ -6,11 +6,12 @@ import hashlib
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -73,18 +74,41 @@ def run(config: RunConfig, console: Console, *, fresh: bool = False) -> Outcome:
         GraphError: The workers could not go on.
         TrackingError: The results are there, but MLflow could not be written to.
     """
-    ready = prepare(config, console, fresh=fresh)
-    config = ready.config
-    with terminate_as_interrupt(), _forgiving(ready.workspace), ExitStack() as stack:
-        tracker = _start_tracking(ready)
-        if tracker is not None:
-            stack.enter_context(_closing(tracker))
-        if ready.pending:
-            plan = stack.enter_context(local_ray.connected(config.pipeline, config.backbone, len(ready.pending)))
+    ready = prepare(config, fresh=fresh)
+    announce(ready, console)
+    return _run_ready([ready], console, parent_run=None)[0]
+
+
+def run_many(configs: Sequence[RunConfig], console: Console, *, parent_run: str | None = None) -> list[Outcome]:
+    """Runs or resumes several runs, one after the other, with the same workers.
+
+    Args:
+        parent_run: MLflow run that each run becomes a child of.
+
+    Raises:
+        As `run`; what is finished by then is kept.
+    """
+    ready = [prepare(config) for config in configs]
+    done, total = (sum(one.num_done() for one in ready), sum(one.staged.num_usable for one in ready))
+    console.print(f"{len(ready)} runs: {done} of {total} edits done.", highlight=False)
+    return _run_ready(ready, console, parent_run)
+
+
+def _run_ready(ready: Sequence[Ready], console: Console, parent_run: str | None) -> list[Outcome]:
+    pending = [(index, group) for index, one in enumerate(ready) for group in one.pending]
+    with terminate_as_interrupt(), ExitStack() as stack:
+        for one in ready:
+            stack.enter_context(_forgiving(one.workspace))
+        runs = [stack.enter_context(_OpenRun(one, parent_run)) for one in ready]
+        if len(runs) == 1:
+            runs[0].start()  # before the first result, to be seen in MLflow while it works
+        if pending:
+            first = ready[pending[0][0]].config
+            plan = stack.enter_context(local_ray.connected(first.pipeline, first.backbone, len(pending)))
             # Again, because Ray puts a handler of its own in place, which ends the process at once.
             stack.enter_context(terminate_as_interrupt())
-            _edit(ready, plan, console)
-        return _finish(ready, tracker, console)
+            _edit(runs, pending, plan, console)
+        return [one.finish(console) for one in runs]
 
 
 @contextmanager
@@ -98,7 +122,7 @@ def _forgiving(workspace: Workspace) -> Iterator[None]:
         raise
 
 
-def prepare(config: RunConfig, console: Console, *, fresh: bool = False) -> Ready:
+def prepare(config: RunConfig, *, fresh: bool = False) -> Ready:
     """Checks what can be checked, stages the input, and finds out what is left to do."""
     workspace = Workspace.of(config.out)
     load_processor(config.backbone.family, config.backbone.checkpoint)
@@ -122,7 +146,6 @@ def prepare(config: RunConfig, console: Console, *, fresh: bool = False) -> Read
     ready = Ready(config, workspace, found, staged, code)
     _remember(workspace, settings, code)
     write_text(workspace.config, f"{CONFIG_HEADER} {code}\n{_public_yaml(config)}")
-    _announce(ready, console)
     return ready
 
 
@@ -246,7 +269,8 @@ def _update(workspace: Workspace, **values: Any) -> None:
     write_json(workspace.run, (read_json(workspace.run) or {}) | values)
 
 
-def _announce(ready: Ready, console: Console) -> None:
+def announce(ready: Ready, console: Console) -> None:
+    """Says whether the run is new, goes on, or is finished."""
     total, done = ready.staged.num_usable, ready.num_done()
     skipped = f", {ready.staged.problems} records skipped" if ready.staged.problems else ""
     if not ready.pending:
@@ -266,53 +290,86 @@ def _announce(ready: Ready, console: Console) -> None:
         )
 
 
-def _start_tracking(ready: Ready) -> tracking.Tracker | None:
-    state = read_json(ready.workspace.run)
-    is_complete = not ready.pending and state.get("logged")
-    if not ready.config.tracking.enabled or is_complete:
-        return None
-    dataset = {
-        "path": ready.sources.path,
-        "digest": results.digest(ready.workspace.records),
-        "usable": ready.staged.num_usable,
-        "problems": ready.staged.problems,
-    }
-    tracker = tracking.Tracker.start(ready.config, ready.workspace, state.get("run_id"), ready.code, dataset)
-    _update(ready.workspace, run_id=tracker.run_id)
-    return tracker
+class _OpenRun:
+    """A run while it works: its MLflow run, its clock, and in the end its outcome."""
+
+    def __init__(self, ready: Ready, parent_run: str | None) -> None:
+        self.ready = ready
+        self._parent_run = parent_run
+        self._tracker: tracking.Tracker | None = None
+        self._last: float | None = None
+        self._outcome: Outcome | None = None
+
+    def __enter__(self) -> _OpenRun:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._tracker is not None and self._outcome is None:
+            self._tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+
+    def start(self) -> None:
+        """Opens the MLflow run, a new one or that of an earlier part, and starts the clock."""
+        if self._last is not None:
+            return
+        self._last = time.monotonic()
+        ready = self.ready
+        state = read_json(ready.workspace.run)
+        is_complete = not ready.pending and state.get("logged")
+        if not ready.config.tracking.enabled or is_complete:
+            return
+        dataset = {
+            "path": ready.sources.path,
+            "digest": results.digest(ready.workspace.records),
+            "usable": ready.staged.num_usable,
+            "problems": ready.staged.problems,
+        }
+        self._tracker = tracking.Tracker.start(
+            ready.config, ready.workspace, state.get("run_id"), ready.code, dataset, self._parent_run
+        )
+        _update(ready.workspace, run_id=self._tracker.run_id)
+
+    def tick(self) -> None:
+        """Adds the time since the last call to the run's account, which outlives an interruption."""
+        now = time.monotonic()
+        assert self._last is not None
+        before = (read_json(self.ready.workspace.run) or {}).get("seconds", 0.0)
+        _update(self.ready.workspace, seconds=before + now - self._last)
+        self._last = now
+
+    def finish(self, console: Console | None) -> Outcome:
+        """Summarises, reports and logs a run whose groups all have a result; the second time it only says so."""
+        if self._outcome is None:
+            self.start()
+            self._outcome = _finish(self.ready, self._tracker, console)
+            if self._tracker is not None:
+                self._tracker.finish("FINISHED")
+        return self._outcome
 
 
-@contextmanager
-def _closing(tracker: tracking.Tracker) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        tracker.finish("KILLED")
-        raise
-    except BaseException:
-        tracker.finish("FAILED")
-        raise
-    tracker.finish("FINISHED")
-
-
-def _edit(ready: Ready, plan: Plan, console: Console) -> None:
+def _edit(runs: Sequence[_OpenRun], pending: Sequence[tuple[int, int]], plan: Plan, console: Console) -> None:
     from pipeline import graph
 
     console.print(f"Plan: {plan}.", highlight=False, soft_wrap=True, markup=False)
-    job = Job(ready.config, ready.sources, ready.workspace, plan.device, plan.threads_per_actor)
-    started = time.monotonic()
-    finished = results.parts(ready.workspace)
-    try:
-        with Progress(console, ready.staged.num_usable, ready.num_done()) as progress:
-            progress.include(results.read_rows(finished, results.PROGRESS_COLUMNS))
-            for group, rows in graph.run_graph(job, plan, ready.pending):
-                progress.observe(rows, ready.staged.usable[group])
-    finally:
-        before = (read_json(ready.workspace.run) or {}).get("seconds", 0.0)
-        _update(ready.workspace, seconds=before + time.monotonic() - started)
+    ready = [one.ready for one in runs]
+    jobs = [Job(one.config, one.sources, one.workspace, plan.device, plan.threads_per_actor) for one in ready]
+    left = Counter(index for index, _ in pending)
+    total, done = sum(one.staged.num_usable for one in ready), sum(one.num_done() for one in ready)
+    finished = [part for one in ready for part in results.parts(one.workspace)]
+    with Progress(console, total, done) as progress:
+        progress.include(results.read_rows(finished, results.PROGRESS_COLUMNS))
+        for index, group, rows in graph.run_graph(jobs, plan, pending):
+            runs[index].start()
+            runs[index].tick()
+            progress.observe(rows, ready[index].staged.usable[group])
+            left[index] -= 1
+            if not left[index] and len(runs) > 1:
+                # While the workers go on with the next run.
+                runs[index].finish(None)
 
 
-def _finish(ready: Ready, tracker: tracking.Tracker | None, console: Console) -> Outcome:
+def _finish(ready: Ready, tracker: tracking.Tracker | None, console: Console | None) -> Outcome:
     from pipeline import report
 
     workspace, config = ready.workspace, ready.config
@@ -328,7 +385,8 @@ def _finish(ready: Ready, tracker: tracking.Tracker | None, console: Console) ->
     write_json(workspace.summary, summary)
     report.write_run_report(workspace, summary)
     if tracker is not None:
-        console.print("Logging to MLflow ...", highlight=False)
+        if console is not None:
+            console.print("Logging to MLflow ...", highlight=False)
         tracker.log_results(config, workspace, summary)
         _update(workspace, logged=True)
     uri = tracking.store_uri(config.tracking, workspace.out) if config.tracking.enabled else None

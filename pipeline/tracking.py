@@ -26,6 +26,7 @@ from pipeline.config import RunConfig, TrackingConfig
 from pipeline.workspace import Workspace
 
 METRICS_PER_CALL = 1000
+PARENT_TAG = "mlflow.parentRunId"
 _TABLE_COLUMNS = (
     "edit_id",
     "status",
@@ -115,9 +116,15 @@ class Tracker:
 
     @classmethod
     def start(
-        cls, config: RunConfig, workspace: Workspace, run_id: str | None, code: str, dataset: Mapping[str, Any]
+        cls,
+        config: RunConfig,
+        workspace: Workspace,
+        run_id: str | None,
+        code: str,
+        dataset: Mapping[str, Any],
+        parent_run: str | None = None,
     ) -> Tracker:
-        """Continues the run of that id, or creates one with its parameters and data set.
+        """Continues the run of that id, or creates one with its parameters and data set, as a child if it has a parent.
 
         Raises:
             InputError: The store cannot be reached.
@@ -129,7 +136,8 @@ class Tracker:
             return cls(client, uri, run_id, is_new=False)
         name = config.tracking.run_name or f"{config.editor.name}-{config.objective.name}"
         experiment = _experiment(client, uri, config.tracking.experiment)
-        run = client.create_run(experiment, run_name=name, tags=_tags(config, code))
+        tags = _tags(config, code) | ({PARENT_TAG: parent_run} if parent_run else {})
+        run = client.create_run(experiment, run_name=name, tags=tags)
         tracker = cls(client, uri, run.info.run_id, is_new=True)
         tracker._log_settings(config, dataset)
         return tracker

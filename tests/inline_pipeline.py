@@ -21,10 +21,15 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     def connected(pipeline: Any, backbone: Any, num_groups: int) -> Iterator[Plan]:
         yield make_plan(pipeline, backbone, 1, 0, num_groups)
 
-    def run_graph(job: Job, plan: Plan, groups: Sequence[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        preparer, actor = Preparer(job), EditActor(job)
-        for group in groups:
-            yield group, actor(preparer(group))
+    def run_graph(
+        jobs: Sequence[Job], plan: Plan, pending: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[int, int, list[dict[str, Any]]]]:
+        workers: dict[int, Any] = {}
+        for job, group in pending:
+            if job not in workers:
+                workers[job] = Preparer(jobs[job]), EditActor(jobs[job])
+            preparer, actor = workers[job]
+            yield job, group, actor(preparer(group))
 
     monkeypatch.setattr(local_ray, "connected", connected)
     monkeypatch.setattr(graph, "run_graph", run_graph)

@@ -64,20 +64,18 @@ def test_a_worker_tells_in_one_sentence_what_ends_the_run(expected: type[Excepti
     class Stage(graph.EditStage):
         Worker = Failing
 
-    batch = {"prepared": [cloudpickle.dumps(Prepared(0, (), (), ()))]}
-    report = {name: values[0] for name, values in Stage(None)(batch).items()}  # type: ignore[arg-type]
+    batch = {"job": [0], "prepared": [cloudpickle.dumps(Prepared(0, (), (), ()))]}
+    report = {name: values[0] for name, values in Stage([None])(batch).items()}  # type: ignore[list-item]
     with pytest.raises(expected, match="No space left"):
         graph.raise_fatal(report)
 
 
 def test_settings_that_do_not_fit_the_model_are_the_users_error(settings: dict[str, Any]) -> None:
-    from rich.console import Console
-
     wrong = settings | {"editor": settings["editor"] | {"site": "layers.99.ffn.in"}}
-    ready = prepare(from_dict(wrong), Console(quiet=True))
+    ready = prepare(from_dict(wrong))
     job = Job(ready.config, ready.sources, ready.workspace)
-    prepared = graph.PrepareStage(job)({"group": [0]})
-    report = {name: values[0] for name, values in graph.EditStage(job)(prepared).items()}
+    prepared = graph.PrepareStage([job])({"job": [0], "group": [0]})
+    report = {name: values[0] for name, values in graph.EditStage([job])(prepared).items()}
     with pytest.raises(InputError, match=r"layers\.99\.ffn\.in"):
         graph.raise_fatal(report)
 
@@ -114,8 +112,6 @@ def test_an_interrupt_is_no_attempt(settings: dict[str, Any], inline: Inline, mo
 
 
 def test_a_traceback_that_cannot_be_written_hides_nothing(settings: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    ready = prepare(from_dict(settings), Console(quiet=True))
+    ready = prepare(from_dict(settings))
     ready.workspace.errors.write_text("a file where the folder should be")
     write_traceback(Job(ready.config, ready.sources, ready.workspace), "name")

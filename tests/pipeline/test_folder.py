@@ -16,13 +16,11 @@ from odedit.errors import InputError
 from pipeline import run as runs
 from pipeline import staging
 from pipeline.config import from_dict
-from pipeline.run import Ready, prepare
-
-QUIET = Console(quiet=True)
+from pipeline.run import Ready, announce, prepare
 
 
 def prepared(settings: dict[str, Any], *, fresh: bool = False) -> Ready:
-    return prepare(from_dict(settings), QUIET, fresh=fresh)
+    return prepare(from_dict(settings), fresh=fresh)
 
 
 @pytest.fixture
@@ -159,5 +157,5 @@ def test_a_relative_checkpoint_is_made_absolute_and_other_weights_are_another_ru
 
 def test_paths_are_printed_as_they_are(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     out = f"{settings['out']}[bold]"
-    prepare(from_dict(settings | {"out": out}), Console(stderr=True))
+    announce(prepare(from_dict(settings | {"out": out})), Console(stderr=True))
     assert out in capsys.readouterr().err
