@@ -72,7 +72,7 @@ def write_state(path: Path, state: TrainingState, identity: Mapping[str, Any]) -
     groups = _GROUPS if not state.stop_reason else ("best",)
     tensors = {f"{group}/{name}": value for group in groups for name, value in getattr(state, group).items()}
     tensors |= {f"dual/{name}": value for name, value in state.dual.delta.items()}
-    # Python's float has more digits than safetensors' metadata needs: JSON writes and reads it exactly.
+    # JSON writes as many digits of a float as it takes to read the same one back.
     info = {
         "identity": dict(identity),
         "best_loss": state.best_loss,
@@ -105,7 +105,8 @@ def read_state(path: Path, identity: Mapping[str, Any], device: str = "cpu") -> 
             info = json.loads(metadata["info"])
             for key in stream.keys():  # noqa: SIM118
                 group, _, name = key.partition("/")
-                groups[group][name] = stream.get_tensor(key)
+                # A copy lies where torch would put it: sums over memory of another alignment differ in the last bit.
+                groups[group][name] = stream.get_tensor(key).clone()
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise InputError(f"{path}: this state of a training is damaged ({error}). Remove it to start over.") from error
     _check_identity(path, json.loads(json.dumps(dict(identity))), info["identity"])
