@@ -171,3 +171,23 @@ def test_merged_into_a_checkpoint_the_edits_answer_as_they_do_together(pair, tmp
     assert not torch.equal(expected, before)
     logits = dataclasses.replace(pair, model=merged).logits_of(pair.evaluation)
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_an_editor_from_outside_edits_a_family_from_outside(tmp_path):
+    """Both by their dotted names, with gradients as torch computes them for the library's module."""
+    model = load_backbone("outside.terse_llava", str(tiny_models.write("llava", tmp_path / "model")))
+    editor = editors.load_editor("outside.gains", {"site": "layers.1.ffn.out"})
+    editor.check(model)
+    supervision, evaluation = encode_requests(model, REQUESTS, TEMPLATE, editor.sites)
+    results = edit(model, editor, OBJECTIVES["native"], supervision, Stopping(max_steps=1, worst_token_nll=1e-9))
+    assert all(result.error is None and result.params["gains"].any() for result in results)
+
+    gains = torch.zeros(model.hidden_size, requires_grad=True)
+    handle = model.site("layers.1.ffn.out").register_forward_hook(lambda module, args, output: output * (1 + gains))
+    logits = model.head(model.suffix(model.prefix(supervision, *editor.sites)))
+    handle.remove()
+    for loss, result in zip(nll_E(logits, supervision), results, strict=True):
+        (gradient,) = torch.autograd.grad(loss, gains, retain_graph=True)
+        torch.testing.assert_close(result.params["gains"][0], -0.1 * gradient, rtol=1e-4, atol=1e-7)
+    rows = evaluate(model, editor, stack_params([result.params for result in results]), evaluation, FIGURES)
+    assert len(rows) == len(REQUESTS)
