@@ -230,7 +230,7 @@ def _share(right: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n records with its 95% confidence interval (Student's t)."""
+    """A mean over n values with its 95% confidence interval (Student's t)."""
 
     mean: float
     low: float
@@ -249,56 +249,98 @@ class PairedDifference:
     n: int
 
 
-def estimate(values: Sequence[float]) -> Estimate:
+def estimate(values: Sequence[float], clusters: Sequence[str] | None = None) -> Estimate:
     """Mean and interval; the interval is the mean itself for one value, or when all are equal.
+
+    Args:
+        clusters: What each value belongs to. Edits of one fact are not independent, so the interval is made from the
+            facts: cluster-robust variance, degrees of freedom one less than clusters. None: every value is its own.
+
+    References:
+        Cameron and Miller (2015), A Practitioner's Guide to Cluster-Robust Inference, for the mean alone.
 
     >>> estimate([1.0, 1.0]).low
     1.0
     """
-    from scipy import stats
-
     n = len(values)
     if n == 0:
         return Estimate(math.nan, math.nan, math.nan, 0)
     mean = math.fsum(values) / n
-    if n == 1:
-        return Estimate(mean, mean, mean, 1)
-    error = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
-    half = float(stats.t.ppf(0.975, n - 1)) * error
+    half = _standard_error(values, mean, clusters) * _t_quantile(_num_clusters(values, clusters))
     return Estimate(mean, mean - half, mean + half, n)
 
 
-def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Estimate]:
-    """An `Estimate` of every numeric column over the rows that have it."""
-    columns: dict[str, list[float]] = {}
-    for row in rows:
+def _standard_error(values: Sequence[float], mean: float, clusters: Sequence[str] | None) -> float:
+    """Of the mean; with every value its own cluster it is the ordinary one."""
+    groups = range(len(values)) if clusters is None else clusters
+    sums: dict[Any, float] = {}
+    for group, value in zip(groups, values, strict=True):
+        sums[group] = sums.get(group, 0.0) + value - mean
+    if len(sums) < 2:
+        return 0.0
+    return math.sqrt(math.fsum(s * s for s in sums.values()) * len(sums) / (len(sums) - 1)) / len(values)
+
+
+def _num_clusters(values: Sequence[float], clusters: Sequence[str] | None) -> int:
+    return len(values) if clusters is None else len(set(clusters))
+
+
+def _t_quantile(num_clusters: int) -> float:
+    from scipy import stats
+
+    return float(stats.t.ppf(0.975, num_clusters - 1)) if num_clusters > 1 else 0.0
+
+
+def summarize(rows: Sequence[Mapping[str, Any]], facts: Sequence[str] | None = None) -> dict[str, Estimate]:
+    """An `Estimate` of every numeric column over the rows that have it.
+
+    A share lies between 0 and 1, and so does its interval.
+
+    Args:
+        facts: What each row's edit is about; the intervals are clustered by it.
+    """
+    columns: dict[str, tuple[list[float], list[str]]] = {}
+    for number, row in enumerate(rows):
         for name, value in row.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-                columns.setdefault(name, []).append(float(value))
-    return {name: estimate(values) for name, values in columns.items()}
+                values, clusters = columns.setdefault(name, ([], []))
+                values.append(float(value))
+                clusters.append(str(number) if facts is None else facts[number])
+    return {name: _within_its_range(estimate(values, clusters), values) for name, (values, clusters) in columns.items()}
 
 
-def paired(a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[str, Any]]) -> dict[str, PairedDifference]:
-    """b - a for every metric of `MAIN`, over the edits that both runs have, by edit id."""
+def _within_its_range(found: Estimate, values: Sequence[float]) -> Estimate:
+    if min(values) < 0.0 or max(values) > 1.0:
+        return found
+    return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
+
+
+def paired(
+    a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[str, Any]], metrics: Sequence[str] = MAIN
+) -> dict[str, PairedDifference]:
+    """b - a for every metric, over the edits that both runs have, by edit id.
+
+    The test is the paired t-test, clustered by the column `fact` where rows have it: then the facts are what is
+    compared, not their edits.
+    """
     from scipy import stats
 
     result = {}
-    for metric in MAIN:
-        pairs = [
-            (float(a[key][metric]), float(b[key][metric]))
-            for key in sorted(a.keys() & b.keys())
-            if _is_number(a[key].get(metric)) and _is_number(b[key].get(metric))
+    for metric in metrics:
+        shared = [
+            k for k in sorted(a.keys() & b.keys()) if _is_number(a[k].get(metric)) and _is_number(b[k].get(metric))
         ]
-        differences = [after - before for before, after in pairs]
-        if not differences:
+        if not shared:
             continue
-        summary = estimate(differences)
+        differences = [float(b[key][metric]) - float(a[key][metric]) for key in shared]
+        clusters = [str(a[key].get("fact") or key) for key in shared]
+        summary = estimate(differences, clusters)
+        error = _standard_error(differences, summary.mean, clusters)
         # Without any spread the t statistic is 0/0: no difference, or the same one everywhere.
-        spread = max(differences) - min(differences) if len(differences) > 1 else 0.0
-        if spread == 0.0:
+        if error == 0.0:
             p = 1.0 if summary.mean == 0 else math.nan
         else:
-            p = float(stats.ttest_rel([y for _, y in pairs], [x for x, _ in pairs]).pvalue)
+            p = float(2 * stats.t.sf(abs(summary.mean) / error, len(set(clusters)) - 1))
         result[metric] = PairedDifference(summary.mean, summary.low, summary.high, p, summary.n)
     return result
 

@@ -1,6 +1,7 @@
 """The objective as named terms of every edit; nothing moves here.
 
-`native` is the base editor's own loss: the likelihood of the edit and the method's own terms. `odedit` is the
+`native` is the base editor's own loss: the likelihood of the edit and the method's own terms. `native_kl` adds R_loc to
+it and nothing else: what a comparison needs to tell what the rest of the objective adds. `odedit` is the
 tripartite risk of arXiv 2601.19700 (eq. 2-6) with the invariance penalty (eq. 9-11); its multiplier belongs to
 `primal_dual`.
 """
@@ -24,7 +25,7 @@ from odedit.irm_tv import MultiplierConfig, tv_penalty
 from odedit.prompts import Template
 from odedit.risks import Risk
 
-Name = Literal["native", "odedit"]
+Name = Literal["native", "native_kl", "odedit"]
 Kernel = Literal["rbf", "linear", "contrastive"]
 CALIBRATION_STATES = 256
 
@@ -34,10 +35,10 @@ class ObjectiveConfig:
     """What an edit is trained with. The paper states no value for most of these; the defaults are ours.
 
     Attributes:
-        name: `native` (the base editor's loss) or `odedit`.
+        name: `native` (the base editor's loss), `native_kl` (the same and R_loc), or `odedit`.
         reliability_weight, locality_weight, generality_weight: Of R_rel, R_loc, R_gen; 0 drops a term, also from the
             environments of the penalty.
-        own_weight: Of the editor's own terms; None: 1 under `native`, 0 under `odedit`, which replaces them.
+        own_weight: Of the editor's own terms; None: 0 under `odedit`, which replaces them, else 1.
         locality_direction: `edited_first`, KL(edited || base) as in the paper's eq. 3, or `base_first`.
         kernel: Of R_gen: `rbf` (MMD, eq. 4-6), `linear` (MMD), or `contrastive` (the paper's Table 4).
         rephrases: `single` compares the edit with each rephrase by itself and averages; `multiple` pools them (MMD-m).
@@ -88,7 +89,7 @@ class ObjectiveConfig:
 
     def fixed_multiplier(self) -> float | None:
         """The value of a fixed lambda, 0 for no penalty, None if lambda is learned."""
-        if self.name == "native" or self.penalty == "none":
+        if self.name != "odedit" or self.penalty == "none":
             return 0.0
         if self.penalty == "adaptive":
             return None
@@ -104,7 +105,7 @@ class ObjectiveConfig:
     def effective_own_weight(self) -> float:
         if self.own_weight is not None:
             return self.own_weight
-        return 1.0 if self.name == "native" else 0.0
+        return 0.0 if self.name == "odedit" else 1.0
 
     @property
     def weights(self) -> dict[str, float]:
@@ -164,6 +165,8 @@ class Objective:
         if self.config.name == "odedit":
             return batch.slots
         wanted = {EDIT, *(editor.own_slots if self.config.effective_own_weight else ())}
+        if self.config.name == "native_kl":
+            wanted |= set(LOCALITY_SLOTS)
         return tuple(slot for slot in batch.slots if slot in wanted)
 
     def __call__(
@@ -189,12 +192,13 @@ class Objective:
         logits_ETV = backbone.head(states_EKTD[:, edit])
         target_ET, mask_ET = batch.target_EKT[:, edit], batch.target_mask_EKT[:, edit]
 
-        smoothing = editor.label_smoothing if config.name == "native" else 0.0
+        smoothing = 0.0 if config.name == "odedit" else editor.label_smoothing
         reliability = risks.reliability(logits_ETV, target_ET, mask_ET, smoothing)
         locality = generality = Risk(zero_E, zero_E)
         scale_gradients: dict[str, Tensor] = {}
-        if config.name == "odedit":
+        if config.name != "native":
             locality = self._locality(backbone, batch, states_EKTD, base_EKTD)
+        if config.name == "odedit":
             generality = self._generality(batch, hidden_EKSD, states_EKTD)
             regions = {"rel": reliability, "loc": locality, "gen": generality}
             if config.environments == "prompts":

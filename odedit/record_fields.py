@@ -114,6 +114,8 @@ def _problems(fields: Mapping[str, Any], task: str) -> Iterator[str]:
         yield "not an edit: field 'alt' is empty"
     for name in FIELDS:
         yield from _text_problem(fields, name, f"field {name!r}", may_be_empty=name == "pred" and task == "caption")
+    if fields.get("fact") is not None:
+        yield from _text_problem(fields, "fact", "field 'fact'")
     own_task = fields.get("task")
     if own_task is not None and own_task not in TASKS:
         yield f"invalid task: field 'task' is {shorten(repr(own_task))}, expected one of {', '.join(TASKS)}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from odedit.metrics import MAIN, PairedDifference, estimate, paired
+from odedit.metrics import MAIN, PairedDifference, paired, summarize
 from pipeline import results
 from pipeline.workspace import Workspace, write_atomically, write_text
 
@@ -25,6 +25,7 @@ LABELS = {
 }
 _COLUMNS = (
     "edit_id",
+    "fact",
     "status",
     "error",
     "prompt",
@@ -80,24 +81,23 @@ def compare(first: Arm, second: Arm) -> tuple[list[dict[str, Any]], int]:
     """Second minus first, over the edits that both have: one entry per metric and one for seconds, and their number."""
     a, b = first.rows(), second.rows()
     shared = sorted(a.keys() & b.keys())
-    differences: dict[str, PairedDifference] = paired(a, b)
+    differences: dict[str, PairedDifference] = paired(a, b, (*MAIN, "seconds"))
     entries = []
     for metric in (*MAIN, "seconds"):
-        pairs = [(a[key][metric], b[key][metric]) for key in shared if a[key].get(metric) is not None]
-        pairs = [pair for pair in pairs if pair[1] is not None]
-        if not pairs:
+        both = [key for key in shared if a[key].get(metric) is not None and b[key].get(metric) is not None]
+        if not both:
             continue
-        sides = [estimate([float(pair[side]) for pair in pairs]) for side in (0, 1)]
-        found = differences.get(metric)
-        change = estimate([float(y) - float(x) for x, y in pairs])
+        facts = [str(a[key].get("fact") or key) for key in both]
+        sides = [summarize([{metric: arm[key][metric]} for key in both], facts)[metric] for arm in (a, b)]
+        found = differences[metric]
         entries.append({
             "metric": metric,
             "label": LABELS.get(metric, "seconds per edit"),
             "first": vars(sides[0]),
             "second": vars(sides[1]),
-            "difference": {"mean": change.mean, "low": change.low, "high": change.high},
-            "p": found.p if found is not None else None,
-            "n": len(pairs),
+            "difference": {"mean": found.mean, "low": found.low, "high": found.high},
+            "p": found.p if metric in MAIN else None,
+            "n": found.n,
         })  # fmt: skip
     return entries, len(shared)
 

@@ -28,6 +28,7 @@ FIXED_COLUMNS: dict[str, pyarrow.DataType] = {
     "error": pyarrow.string(),
     "file": pyarrow.string(),
     "task": pyarrow.string(),
+    "fact": pyarrow.string(),
     "prompt": pyarrow.string(),
     "target": pyarrow.string(),
     "editor": pyarrow.string(),
@@ -63,6 +64,7 @@ def base_row(record: RawRecord, config: RunConfig, status: str, error: str | Non
         "error": error,
         "file": masked(record.file),
         "task": record.task,
+        "fact": _text(fields.get("fact")) or record.edit_id,
         "prompt": _text(fields.get("src")),
         "target": _text(fields.get("alt")),
         "editor": config.editor.name,
@@ -153,12 +155,14 @@ def summarize_results(workspace: Workspace, config: RunConfig) -> dict[str, Any]
     counts = dict.fromkeys((EDITED, FAILED, SKIPPED), 0)
     reasons: Counter[str] = Counter()
     numbers: list[dict[str, float]] = []
+    facts: list[str] = []
     for row in read_rows(parts(workspace)):
         counts[row["status"]] += 1
         if row["status"] == EDITED:
             reasons[row["stop_reason"] or "unknown"] += 1
+            facts.append(row.get("fact") or row["edit_id"])
             numbers.append({name: value for name, value in row.items() if _is_figure(name, value)})
-    estimates = summarize(numbers)
+    estimates = summarize(numbers, facts)
     names = [*MAIN, *sorted(estimates.keys() - set(MAIN))]
     return {
         "n": counts[EDITED],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from made_up import TEMPLATE, make_request
@@ -132,3 +133,33 @@ def test_degenerate_samples_have_no_false_certainty():
     assert paired({"a": {"rel": 1.0}}, {"a": {"rel": 1.0}})["rel"].p == 1.0
     assert math.isnan(paired({"a": {"rel": 0.0}}, {"a": {"rel": 1.0}})["rel"].p)
     assert paired({"a": {"rel": 0.0}}, {"b": {"rel": 1.0}}) == {}
+
+
+def test_an_interval_over_facts_is_that_of_the_facts_where_each_has_as_many_edits():
+    """With equal clusters, the cluster-robust interval of the mean is the ordinary one of the cluster means."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(12, 3)) + rng.normal(size=(12, 1))
+    facts = [f"fact-{i}" for i in range(12) for _ in range(3)]
+    clustered = estimate(values.flatten().tolist(), facts)
+    means = stats.t.interval(0.95, 11, values.mean(), stats.sem(values.mean(1)))
+    assert (clustered.low, clustered.high) == pytest.approx(means)
+    alone = estimate(values.flatten().tolist())
+    assert alone.high - alone.low < clustered.high - clustered.low
+    assert estimate([0.3, 0.9], ["same", "same"]).low == 0.6
+
+
+def test_the_paired_test_compares_facts():
+    rng = np.random.default_rng(1)
+    a = {f"e{i}": {"rel": float(x), "fact": f"f{i // 2}"} for i, x in enumerate(rng.normal(size=20))}
+    b = {key: {"rel": row["rel"] + float(rng.normal() + 0.4)} for key, row in a.items()}
+    found = paired(a, b, ("rel",))["rel"]
+    means = [
+        [np.mean([rows[f"e{i}"]["rel"] for i in (2 * fact, 2 * fact + 1)]) for fact in range(10)] for rows in (a, b)
+    ]
+    assert found.p == pytest.approx(stats.ttest_rel(means[1], means[0]).pvalue)
+
+
+def test_the_interval_of_a_share_is_a_share():
+    found = summarize([{"rel": value, "seconds": 10 * value} for value in (1.0, 1.0, 1.0, 0.0)])
+    assert found["rel"].low >= 0.0 and found["rel"].high == 1.0
+    assert found["seconds"].high > 10.0

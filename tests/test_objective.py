@@ -129,3 +129,22 @@ def test_bandwidth_is_measured_on_unedited_states(backbone, requests_8):
     assert calibrate(backbone, requests_8, TEMPLATE, positions="text") != measured
     with pytest.raises(ValueError, match="sigma2_0 is not set"):
         Objective(ObjectiveConfig())
+
+
+def test_native_with_kl_is_the_native_loss_and_the_locality_risk(backbone, batches):
+    supervision, _ = batches
+    editor = load_editor("wise", {"site": "layers.2.ffn.in"})
+    terms = {}
+    for name in ("native", "native_kl"):
+        objective = Objective(ObjectiveConfig(name=name, locality_weight=2.0))
+        batch = supervision.select(objective.slots(editor, supervision))
+        prefix = backbone.prefix(batch, *editor.sites)
+        base = gather_positions(backbone.suffix(prefix), batch.predict_EKT)
+        side = {"side": 0.05 * torch.randn(batch.num_edits, 512, 128, generator=torch.Generator().manual_seed(0))}
+        with editor.applied(backbone, side, batch) as trace:
+            hidden = backbone.suffix(prefix)
+        terms[name] = objective(backbone, editor, side, trace, batch, hidden, base)
+    native, with_kl = terms["native"], terms["native_kl"]
+    assert bool((with_kl.risks["loc"] > 0).any()) and not native.risks["loc"].any()
+    torch.testing.assert_close(with_kl.total, native.total + 2.0 * with_kl.risks["loc"])
+    assert not with_kl.penalty.any()

@@ -120,6 +120,7 @@ class _RecordWriter:
         verb_form = self._pick(questions.verb_forms(attribute)).format(s=self._subject())
         record: Record = {
             "edit_id": edit_id,
+            "fact": f"{attribute} of {entity.name}",
             "task": "caption" if attribute == CAPTION else "vqa",
             "src": words.source, "pred": facts.answer(entity, attribute), "alt": alt, "rephrase": words.rephrase,
             "image": image, "image_rephrase": rephrase_image,
@@ -131,6 +132,8 @@ class _RecordWriter:
             "far_gen": {"prompt": verb_form, "target": alt, "image": image},
             "m_loc_near": self._near_question(f"{edit_id}-near", near, attribute, words.source, training=False),
             "t_loc_near": self._text_question(near, attribute, words.cell),
+            # The edit's own question without any picture: what it is answered with must stay.
+            "blind_loc": {"prompt": words.source, "target": facts.answer(entity, attribute)},
         }
         if attribute != CAPTION:  # Nothing names an entity in a caption's prompt.
             record["probes"]["text_gen"] = {"prompt": words.named, "target": alt}
