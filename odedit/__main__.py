@@ -73,7 +73,11 @@ def _explained() -> Iterator[None]:
         if _debug:
             traceback.print_exc()
         first = (str(error).strip().splitlines() or ["no further explanation"])[0]
-        name = "" if type(error).__name__ in ("GraphError", "TrackingError") else f"{type(error).__name__}: "
+        name = (
+            ""
+            if type(error).__name__ in ("GraphError", "TrackingError", "TrainingError")
+            else f"{type(error).__name__}: "
+        )
         _say(f"Failed: {name}{first}" + ("" if _debug else "\n(odedit --debug ... shows where.)"))
         raise typer.Exit(1) from error
 
@@ -120,6 +124,28 @@ def edit(
         from pipeline import commands
 
         commands.edit(config, overrides or [], dry_run=dry_run, fresh=fresh)
+
+
+@app.command()
+def train(
+    editor: Annotated[str, typer.Argument(metavar="EDITOR", help="mend or unike.")],
+    config: Annotated[Path, typer.Option(help="YAML as for `odedit edit`; training.path names the records.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that override the file.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File of the weights; beside the folder `out` if not given.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, and replace the file.")] = False,
+) -> None:
+    """Trains the weights that an editor needs before its first edit; prints their file.
+
+    The same command resumes an interrupted training. Edit with the file as editor.checkpoint.
+
+    Example: odedit train mend --config run.yaml --out mend.safetensors
+    """
+    with _explained():
+        from pipeline import commands
+
+        print(commands.train(editor, config, overrides or [], out, fresh=fresh))
 
 
 @app.command()

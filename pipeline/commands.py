@@ -31,6 +31,18 @@ def edit(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: bool) ->
         raise RuntimeError(f"no edit worked; {outcome.workspace.results} says why, row by row.")
 
 
+def train(editor: str, path: Path, overrides: Sequence[str], out: Path | None, *, fresh: bool) -> Path:
+    """`odedit train`."""
+    from pipeline import training
+
+    section = run_config.read_yaml(path).get("editor")
+    named = section.get("name") if isinstance(section, dict) else None
+    if named not in (None, editor):
+        raise InputError(f"{path}: its editor is {named!r}, and {editor!r} is to be trained. Use a file of its own.")
+    config = run_config.load(path, [f"editor.name={editor}", *overrides])
+    return training.run(config, out, Console(stderr=True), fresh=fresh)
+
+
 def _show_plan(config: run_config.RunConfig, errors: Console) -> None:
     """Resolved configuration and plan; writes nothing but the embedded benchmark, if that is asked for."""
     import tempfile

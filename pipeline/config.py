@@ -167,6 +167,32 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
+class TrainingConfig:
+    """What `odedit train` reads; how an editor trains is among the editor's own settings.
+
+    Attributes:
+        path: Training records, as `data.path`.
+        validation: Records whose loss decides which weights are kept and when training ends.
+        image_root, rephrase_root: Of both; null: as those of `data`.
+        limit: Number of training records; null: all.
+        validation_limit: Number of validation records; null: all.
+    """
+
+    path: str = f"{EMBEDDED}:train"
+    validation: str = f"{EMBEDDED}:validation"
+    image_root: str | None = None
+    rephrase_root: str | None = None
+    limit: int | None = None
+    validation_limit: int | None = 96
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "validation_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1.")
+
+
+@dataclass(frozen=True)
 class EditorChoice:
     """A base editor and its settings: in YAML, `name` and the settings side by side."""
 
@@ -196,6 +222,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
     seed: int = 0
     keep_edits: bool = True
     out: str = "out"
@@ -228,8 +255,8 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         InputError: The file is missing or no YAML, or settings are wrong: one line for each.
     """
     values = {} if path is None else read_yaml(path)
-    for override in overrides:
-        _apply_override(values, override)
+    for text in overrides:
+        apply_override(values, text)
     return from_dict(values)
 
 
@@ -321,7 +348,7 @@ def _parse(text: str, where: str) -> Any:
         raise InputError(f"{where}: {error}") from error
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.split(".")
     if not equals or not all(parts):

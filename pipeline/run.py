@@ -9,8 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -20,7 +19,8 @@ from odedit.backbones import fingerprint, load_processor
 from odedit.errors import InputError
 from odedit.locations import masked
 from pipeline import local_ray, results, sources, staging, tracking
-from pipeline.config import EMBEDDED, RunConfig
+from pipeline.checkpoints import editor_weights, with_absolute_checkpoints
+from pipeline.config import RunConfig
 from pipeline.progress import Progress
 from pipeline.sources import Sources
 from pipeline.spec import Job, Plan
@@ -28,7 +28,7 @@ from pipeline.staging import Staged
 from pipeline.version import code_version, software
 from pipeline.workspace import CONFIG_HEADER, Workspace, read_json, write_json, write_text
 
-_NOT_COMPARED = ("tracking.", "out", "pipeline.")
+_NOT_COMPARED = ("tracking.", "training.", "out", "pipeline.")
 _COMPARED_ANYWAY = ("pipeline.batch_size",)
 
 
@@ -126,7 +126,7 @@ def prepare(config: RunConfig, *, fresh: bool = False) -> Ready:
     """Checks what can be checked, stages the input, and finds out what is left to do."""
     workspace = Workspace.of(config.out)
     load_processor(config.backbone.family, config.backbone.checkpoint)
-    config = _with_absolute_checkpoint(config)
+    config = with_absolute_checkpoints(config)
     found = sources.resolve(config.data, workspace.out)
     found.reader.check_roots()
     settings = _settings(config, found)
@@ -147,14 +147,6 @@ def prepare(config: RunConfig, *, fresh: bool = False) -> Ready:
     _remember(workspace, settings, code)
     write_text(workspace.config, f"{CONFIG_HEADER} {code}\n{_public_yaml(config)}")
     return ready
-
-
-def _with_absolute_checkpoint(config: RunConfig) -> RunConfig:
-    """A local checkpoint's full path: workers run in another directory, and so may `odedit apply`."""
-    path = Path(config.backbone.checkpoint).expanduser()
-    if config.backbone.checkpoint == EMBEDDED or not path.is_dir():
-        return config
-    return replace(config, backbone=replace(config.backbone, checkpoint=str(path.absolute())))
 
 
 def _check_config_is_ours(workspace: Workspace) -> None:
@@ -225,6 +217,7 @@ def _settings(config: RunConfig, found: Sources) -> dict[str, Any]:
         key: value for key, value in flat.items() if key in _COMPARED_ANYWAY or not key.startswith(_NOT_COMPARED)
     }
     weights = {"backbone.weights": fingerprint(config.backbone.family, config.backbone.checkpoint)}
+    weights |= editor_weights(config)
     return {key: _told_apart(value) for key, value in (compared | found.identity() | weights).items()}
 
 

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -142,11 +142,17 @@ class Tracker:
         tracker._log_settings(config, dataset)
         return tracker
 
-    def _log_settings(self, config: RunConfig, dataset: Mapping[str, Any]) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+    def log_parameters(self, config: RunConfig) -> None:
+        """Every setting, as a parameter of the run."""
+        from mlflow.entities import Param
 
         flat = flatten(masked_values(config.to_dict()))
         self.client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in flat.items()])
+
+    def _log_settings(self, config: RunConfig, dataset: Mapping[str, Any]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        self.log_parameters(config)
         entity = Dataset(
             name=Path(str(dataset["path"])).name[:490],
             digest=str(dataset["digest"])[:36],
@@ -184,20 +190,21 @@ class Tracker:
         values: dict[str, float] = {name: float(summary[name]) for name in ("n", "failed", "skipped")}
         for name, figure in summary["metrics"].items():
             values |= {name: figure["mean"], f"{name}_low": figure["low"], f"{name}_high": figure["high"]}
-        self._log_batches((name, value, 0) for name, value in values.items())
+        self.log_points((name, value, 0) for name, value in values.items())
 
     def _log_curves(self, workspace: Workspace, num_edits: int) -> None:
         columns = ("edit_id", "status", "losses")
         rows = results.read_rows(results.parts(workspace), columns)
         edited = (row for row in rows if row["status"] == results.EDITED and row.get("losses"))
-        self._log_batches(
+        self.log_points(
             (f"curves/{row['edit_id']}/{name}", value, step)
             for row in islice(edited, num_edits)
             for name, values in row["losses"].items()
             for step, value in enumerate(values)
         )
 
-    def _log_batches(self, points: Iterator[tuple[str, float, int]]) -> None:
+    def log_points(self, points: Iterator[tuple[str, float, int]]) -> None:
+        """Metrics: name, value and step."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -228,6 +235,37 @@ class Tracker:
             self.client.set_terminated(self.run_id, status=status)
         except Exception as error:
             logging.getLogger(__name__).warning("MLflow run %s could not be closed: %s", self.run_id, _sentence(error))
+
+
+def log_training(
+    config: RunConfig, code: str, curves: Mapping[str, Sequence[tuple[int, float]]], out: Path, notes: Mapping[str, str]
+) -> str:
+    """Logs the training of an editor's weights as one run; returns the address of the store.
+
+    Args:
+        curves: Steps and values by name.
+        out: File of the weights; the store is in its folder's parent as that of a run is.
+        notes: Tags.
+
+    Raises:
+        TrackingError: The store refused; the weights themselves are complete.
+    """
+    uri = store_uri(config.tracking, out)
+    try:
+        client = _client(uri)
+        experiment = _experiment(client, uri, config.tracking.experiment)
+        name = config.tracking.run_name or f"train-{config.editor.name}-{config.objective.name}"
+        run = client.create_run(experiment, run_name=name, tags=_tags(config, code) | dict(notes))
+        tracker = Tracker(client, uri, run.info.run_id, is_new=True)
+        tracker.log_parameters(config)
+        points = ((name, value, step) for name, curve in curves.items() for step, value in curve)
+        tracker.log_points(points)
+        tracker.finish("FINISHED")
+    except Exception as error:
+        raise TrackingError(
+            f"MLflow at {masked(uri)} could not be written to ({_sentence(error)}). The weights are complete: {out}."
+        ) from error
+    return uri
 
 
 def fetch_edit(uri: str, run_id: str, edit_id: str, folder: Path) -> Path:

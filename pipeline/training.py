@@ -1,0 +1,282 @@
+"""`odedit train`: an editor's own weights, from the records of a file to a file that `editor.checkpoint` names."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from odedit import editors
+from odedit.backbones import load_backbone
+from odedit.backbones.base import Backbone
+from odedit.editor_weights import save_weights
+from odedit.editors.base import Trainable
+from odedit.edits import EditRequest
+from odedit.errors import InputError
+from odedit.images import ImageError
+from odedit.mmedit import read_records
+from odedit.objective import Objective, calibrate
+from odedit.pool import Pool
+from odedit.prompts import find_template
+from odedit.supervision import build_request
+from odedit.train import Figures, Trained, train
+from odedit.training_records import EncodedRequests
+from odedit.training_state import TrainingState, read_state
+from pipeline import sources, tracking
+from pipeline.checkpoints import with_absolute_checkpoints
+from pipeline.config import EMBEDDED, RunConfig
+from pipeline.prepare import located
+from pipeline.run import terminate_as_interrupt
+from pipeline.sources import Sources
+from pipeline.spec import machine_cpus, machine_gpus, make_plan
+from pipeline.staging import POOL_RECORDS
+from pipeline.version import code_version
+
+_RECORDS_AT_ONCE = 64
+_SECONDS_BETWEEN_LINES = 5.0
+_COMPARED = ("backbone", "editor", "objective", "supervision", "training", "seed")
+_COMPARED_DATA = ("task", "template", "max_pixels", "max_bytes", "pool")
+_SHOWN = ("rel", "gen", "loc", "lambda")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a training's weights go, and where it keeps what it needs to go on."""
+
+    weights: Path
+
+    @property
+    def state(self) -> Path:
+        return self.weights.with_suffix(".training" + self.weights.suffix)
+
+
+def run(config: RunConfig, out: Path | None, console: Console, *, fresh: bool) -> Path:
+    """Trains, or goes on with a training that was interrupted; returns the file of the weights.
+
+    Args:
+        config: Its editor is the one that is trained.
+        out: File of the weights; None: beside the folder that `config.out` names.
+        console: For progress; standard error.
+        fresh: Start over where `out` already is or has been begun.
+
+    Raises:
+        InputError: The editor learns nothing, the settings or the records are wrong, or `out` is something else's.
+        TrainingError: The loss is not finite.
+        TrackingError: The weights are there, but MLflow could not be written to.
+    """
+    config = with_absolute_checkpoints(config)
+    editor = editors.find(config.editor.name)(config.editor.settings)
+    if not isinstance(editor, Trainable):
+        raise InputError(
+            f"editor.name: {config.editor.name} learns nothing before it edits; there is nothing to train."
+        )
+    name = f"{config.editor.name}-{config.objective.name}-{config.backbone.family}.safetensors"
+    files = Files((out or Path(config.out).absolute().parent / name).expanduser().absolute())
+    _check_out(files, fresh=fresh)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    plan = make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), 1)
+    torch.set_num_threads(plan.threads_per_actor)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    found = {part: _sources(config, part, files) for part in ("training", "validation")}
+    identity = _identity(config, found)
+    with terminate_as_interrupt():
+        backbone = load_backbone(
+            config.backbone.family, config.backbone.checkpoint, dtype=config.backbone.dtype, device=plan.device
+        )
+        identity["backbone.weights"] = backbone.fingerprint
+        # Its weights are what is to be made; everything else about it must fit the model.
+        editor.with_weights({}).check(backbone)
+        if fresh:
+            files.state.unlink(missing_ok=True)
+        elif files.state.exists():
+            before = read_state(files.state, identity)
+            say(f"{files.state}: finished at step {before.step}." if before.stop_reason
+                else f"Resuming {files.state} at step {before.step} of {editor.training.max_steps}.")  # fmt: skip
+        trained = _train(config, editor, backbone, found, files, identity, console, say)
+        save_weights(files.weights, trained.weights, config.editor.name, editor.weight_settings, backbone.fingerprint)
+    state = trained.state
+    say(f"Best validation loss {state.best_loss:.4f} at step {state.best_step} of {state.step} ({state.stop_reason}).")
+    say(f"Use it with: editor.name={config.editor.name} editor.checkpoint={files.weights}")
+    if config.tracking.enabled:
+        _log(config, state, files)
+    return files.weights
+
+
+def _check_out(files: Files, *, fresh: bool) -> None:
+    """Raises InputError if the weights would replace a file that this training did not begin, or cannot be written."""
+    if files.weights.exists() and not files.state.exists() and not fresh:
+        raise InputError(f"--out: {files.weights} is there already. Name another file, or add --fresh to replace it.")
+    if files.weights.is_dir() or files.weights.suffix != ".safetensors":
+        raise InputError(f"--out: got {str(files.weights)!r}, expected a file that ends in .safetensors.")
+    try:
+        files.weights.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: {str(files.weights)!r} cannot be written: {error.strerror}.") from error
+
+
+def _sources(config: RunConfig, part: str, files: Files) -> Sources:
+    """The files of the training or validation records; locality is drawn from the training records."""
+    training = config.training
+    path = training.path if part == "training" else training.validation
+    is_embedded = path.partition(":")[0] == EMBEDDED
+    try:
+        data = replace(
+            config.data,
+            path=path,
+            image_root=training.image_root or config.data.image_root,
+            rephrase_root=training.rephrase_root or config.data.rephrase_root,
+            pool=config.data.pool or (None if is_embedded else training.path),
+        )
+    except ValueError as error:
+        raise InputError(f"training.{'path' if part == 'training' else 'validation'}: {error}") from error
+    return sources.resolve(data, files.weights)
+
+
+def _identity(config: RunConfig, found: dict[str, Sources]) -> dict[str, Any]:
+    """What the weights depend on."""
+    values = config.to_dict()
+    values["editor"].pop("checkpoint", None)
+    flat = tracking.flatten({name: values[name] for name in _COMPARED})
+    flat |= {f"data.{name}": values["data"][name] for name in _COMPARED_DATA}
+    for part, files in found.items():
+        # Without the folder: the embedded benchmark is written beside the weights.
+        flat |= {f"{part}: {name}": value for name, value in files.identity().items()}
+    return flat
+
+
+def _train(
+    config: RunConfig,
+    editor: Any,
+    backbone: Backbone,
+    found: dict[str, Sources],
+    files: Files,
+    identity: dict[str, Any],
+    console: Console,
+    say: Say,
+) -> Trained:
+    if files.state.exists():
+        state = read_state(files.state, identity)
+        if state.stop_reason:
+            return Trained(state.best, state)
+    template = find_template(config.data.template)
+    limits = {"training": config.training.limit, "validation": config.training.validation_limit}
+    encoded = {part: EncodedRequests(backbone, template, editor.sites) for part in found}
+    bandwidth = config.objective.sigma2_0
+    with _Bar(console, "record") as bar:
+        for part, records in encoded.items():
+            for chunk in _chunks(_requests(config, found[part], limits[part], part, say)):
+                needs_bandwidth = config.objective.needs_bandwidth and editor.trains_with_objective
+                if part == "training" and bandwidth is None and needs_bandwidth:
+                    bandwidth = _bandwidth(config, backbone, chunk)
+                records.add(chunk)
+                bar(part, len(records), limits[part], {})
+    objective_config = config.objective
+    if bandwidth is None and objective_config.needs_bandwidth:
+        objective_config = replace(objective_config, name="native")  # not read
+    say(f"{len(encoded['training'])} training records, {len(encoded['validation'])} validation records.")
+    with _Bar(console, "step") as bar:
+
+        def show(state: TrainingState, figures: Figures) -> None:
+            shown = {name: figures[name] for name in _SHOWN if name in figures}
+            shown |= {"loss": state.losses[-1]} if state.losses else {}
+            bar("training", state.step, editor.training.max_steps, shown | {"best validation": state.best_loss})
+
+        return train(
+            backbone, editor, Objective(objective_config, bandwidth), encoded["training"], encoded["validation"],
+            seed=config.seed, path=files.state, identity=identity, progress=show,
+        )  # fmt: skip
+
+
+def _bandwidth(config: RunConfig, backbone: Backbone, requests: Sequence[EditRequest]) -> float:
+    try:
+        return calibrate(backbone, requests, find_template(config.data.template), config.objective.positions)
+    except ValueError as error:
+        raise InputError(f"training.path: {error} Use other records, or set objective.sigma2_0.") from error
+
+
+def _requests(config: RunConfig, found: Sources, limit: int | None, part: str, say: Say) -> Iterator[EditRequest]:
+    """The usable records, as edits with their supervision.
+
+    Raises:
+        InputError: None can be used.
+    """
+    found.reader.check_roots()
+    assert found.pool is not None
+    pool = Pool.sample(
+        found.pool, found.pool_reader, size=POOL_RECORDS, seed=config.supervision.seed, task=config.data.task
+    )
+    num_used, problems = 0, []
+    for record in read_records(found.path, task=config.data.task, limit=limit):
+        if record.problem:
+            problems.append(located(record, record.problem))
+            continue
+        try:
+            request = build_request(record, found.reader, config.supervision, pool)
+        except (ImageError, InputError) as error:
+            problems.append(located(record, str(error)))
+            continue
+        num_used += 1
+        yield request
+    if problems:
+        say(f"{part}: {len(problems)} records skipped; first: {problems[0]}")
+    if not num_used:
+        raise InputError(f"training.{'path' if part == 'training' else part}: no record can be used; see above.")
+
+
+def _chunks(requests: Iterator[EditRequest]) -> Iterator[Sequence[EditRequest]]:
+    while chunk := list(islice(requests, _RECORDS_AT_ONCE)):
+        yield chunk
+
+
+class _Bar:
+    """A bar on a terminal; elsewhere a line now and then."""
+
+    def __init__(self, console: Console, unit: str) -> None:
+        self._console, self._unit, self._last = console, unit, 0.0
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, name: str, done: int, total: int | None, figures: Figures) -> None:
+        text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=total, figures=text)
+        self._progress.update(self._tasks[name], completed=done, figures=text)
+        if not self._console.is_terminal and (done == total or time.monotonic() - self._last > _SECONDS_BETWEEN_LINES):
+            self._last = time.monotonic()
+            of = f" of {total}" if total else ""
+            line = f"{name}: {self._unit} {done}{of}" + (f", {text}" if text else "")
+            self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _log(config: RunConfig, state: TrainingState, files: Files) -> None:
+    curves = {
+        "training_loss": [(step, loss) for step, loss in enumerate(state.losses, start=1)],
+        "validation_loss": list(state.looks),
+        "best_validation_loss": [(state.best_step, state.best_loss)],
+    }
+    notes = {"odedit.weights": str(files.weights), "odedit.stop_reason": state.stop_reason}
+    tracking.log_training(config, code_version(), curves, files.weights, notes)
