@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import lru_cache
 from itertools import islice
@@ -24,6 +25,7 @@ from odedit.editing import EditResult, edit
 from odedit.editors.base import Measuring
 from odedit.edits import REPHRASE_SLOTS, EditBatch, EditRequest
 from odedit.errors import InputError
+from odedit.memory import Peak, peak_memory
 from odedit.metrics import evaluate, stack_params
 from odedit.mmedit import RawRecord
 from odedit.objective import CALIBRATION_STATES, Objective, calibrate
@@ -138,16 +140,21 @@ class EditActor:
     def _edit(self, records: Sequence[RawRecord], requests: Sequence[EditRequest]) -> list[results.Row]:
         config = self._job.config
         supervision, evaluation = self._encode(requests)
-        edited = edit(self._backbone, self._editor, self._objective(), supervision, config.stopping, config.seed)
+        with self._measured() as peak:
+            edited = edit(self._backbone, self._editor, self._objective(), supervision, config.stopping, config.seed)
+        memory = {} if peak is None else {"peak_bytes": peak.bytes / len(edited)}
         params = stack_params([result.params for result in edited])
         scores = evaluate(self._backbone, self._editor, params, evaluation, config.evaluation)
         rows = []
         for record, result, score in zip(records, edited, scores, strict=True):
-            row = self._row(record, result) | ({} if result.error else score)
+            row = self._row(record, result) | memory | ({} if result.error else score)
             if not result.error and config.keep_edits:
                 self._save(record, result, score)
             rows.append(row)
         return rows
+
+    def _measured(self) -> AbstractContextManager[Peak | None]:
+        return peak_memory(self._job.device) if self._job.config.pipeline.measure_memory else nullcontext()
 
     def _encode(self, requests: Sequence[EditRequest]) -> tuple[EditBatch, EditBatch]:
         return encode_requests(self._backbone, requests, self._template, self._editor.sites)

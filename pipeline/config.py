@@ -118,6 +118,8 @@ class PipelineConfig:
         preparers: Workers that read and resize pictures; `auto`: half the cores.
         ray_address: A running cluster, e.g. `auto`; null starts one on this machine, for this run only.
         max_attempts: An edit that has ended its worker so often is given up as a failed row.
+        measure_memory: Every row gets `peak_bytes`, the peak memory of its batch's loop divided by the batch's edits;
+            see `odedit.memory`. Slower on a CPU, where every operator is watched.
     """
 
     actors: Literal["auto"] | int = AUTO
@@ -128,6 +130,7 @@ class PipelineConfig:
     preparers: Literal["auto"] | int = AUTO
     ray_address: str | None = None
     max_attempts: int = 3
+    measure_memory: bool = False
 
     def __post_init__(self) -> None:
         if self.max_attempts < 2:

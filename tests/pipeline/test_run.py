@@ -151,3 +151,14 @@ def test_results_without_their_run_are_not_overwritten(settings: dict[str, Any],
         inline(from_dict(settings))
     shutil.rmtree(outcome.workspace.out)
     inline(from_dict(settings))
+
+
+def test_measured_memory_is_a_column_and_changes_nothing_else(
+    settings: dict[str, Any], tmp_path: Path, inline: Inline
+) -> None:
+    plain = rows_of(inline(from_dict(settings)))
+    measured = settings | {"out": str(tmp_path / "measured"), "pipeline": {"batch_size": 2, "measure_memory": True}}
+    rows = rows_of(inline(from_dict(measured)))
+    peaks = [row.pop("peak_bytes") for row in rows]
+    assert [results.to_json_row(row) for row in rows] == [results.to_json_row(row) for row in plain]
+    assert peaks[0] == peaks[1] > 0, "the edits of a batch share its peak"
