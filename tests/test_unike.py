@@ -6,11 +6,12 @@ import math
 from dataclasses import asdict, replace
 
 import pytest
+import tiny_models
 import torch
 from made_up import TEMPLATE
 from torch.nn import functional as F
 
-from odedit import InputError, Objective, ObjectiveConfig, Stopping, edit, encode_requests, load_editor
+from odedit import InputError, Objective, ObjectiveConfig, Stopping, edit, encode_requests, load_backbone, load_editor
 from odedit.contrastive import encode, encoder_weights, info_nce, two_camps
 from odedit.editor_weights import save_weights
 from odedit.editors.unike import Unike, UnikeConfig
@@ -322,6 +323,20 @@ def test_edits_together_share_neurons_and_memory(backbone, unike, supervision):
 def test_published_stop_rule(unike):
     loss, right = torch.tensor([0.05, 0.05, 0.5]), torch.tensor([True, False, True])
     assert unike.converged(loss, loss, right, None).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("family", ["minigpt4", "llava"])
+def test_text_models_built_like_llama(family, tmp_path, requests_8):
+    """Gated feed-forward halves, normed otherwise: an edit learns, and is alone what it is in a batch."""
+    model = load_backbone(family, str(tiny_models.write(family, tmp_path / family)))
+    editor = Unike(CONFIG, Unike(CONFIG).initial_weights(model, 0))
+    batch, _ = encode_requests(model, requests_8[4:7], TEMPLATE)
+    together = edit(model, editor, Objective(ObjectiveConfig(name="native")), batch, Stopping(max_steps=4))
+    for index, request in enumerate(requests_8[4:7]):
+        alone_batch, _ = encode_requests(model, [request], TEMPLATE)
+        (alone,) = edit(model, editor, Objective(ObjectiveConfig(name="native")), alone_batch, Stopping(max_steps=4))
+        assert alone.curves["rel"] == pytest.approx(together[index].curves["rel"], rel=1e-3)
+        assert alone.curves["rel"][-1] < alone.curves["rel"][0]
 
 
 # The encoders
