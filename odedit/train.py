@@ -74,7 +74,8 @@ def train(
 
     Args:
         editor: With settings; weights it may hold are not read.
-        objective: Replaces the native loss under `odedit`, if the editor trains with it.
+        objective: If the editor trains with it: replaces the native loss under `odedit`, and adds R_loc to it under
+            `native_kl`.
         seed: Of the initial weights, the order of the records, and the multiplier network.
         path: File of the training's state: written at every look at the validation records and when interrupted;
             where it exists, training goes on from it. None: nothing is written.
@@ -146,7 +147,8 @@ class _Trainer:
         self._backbone, self._editor, self._objective = backbone, editor, objective
         self._records, self._validation, self._seed = records, validation, seed
         self._settings: TrainingSettings = editor.training
-        self._with_objective = editor.trains_with_objective and objective.config.name == "odedit"
+        name = objective.config.name if editor.trains_with_objective else "native"
+        self._with_objective, self._with_locality = name == "odedit", name == "native_kl"
         self._multiplier = SharedMultiplier(objective.config, self._settings.max_steps, seed)
         if self._with_objective and objective.config.fixed_multiplier() is None and not isinstance(editor, Mergeable):
             raise ValueError("penalty='adaptive' reads the change of the weights, which this editor cannot state.")
@@ -221,7 +223,10 @@ class _Trainer:
 
     def _native(self, editor: Editor, batch: EditBatch) -> Tensor:
         assert isinstance(editor, Trainable)
-        return editor.native_training_loss(self._backbone, batch)
+        loss_E = editor.native_training_loss(self._backbone, batch)
+        if self._with_locality:
+            loss_E = loss_E + self._objective.config.locality_weight * self._terms(editor, batch)[0].risks["loc"]
+        return loss_E
 
     def _terms(self, editor: Editor, batch: EditBatch) -> tuple[Terms, EditParams]:
         """The objective of records edited by these weights, and phi_e as the weights make it."""

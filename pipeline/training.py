@@ -77,9 +77,7 @@ def run(config: RunConfig, out: Path | None, console: Console, *, fresh: bool) -
     config = with_absolute_checkpoints(config)
     editor = editors.find(config.editor.name)(config.editor.settings)
     if not isinstance(editor, Trainable):
-        raise InputError(
-            f"editor.name: {config.editor.name} learns nothing before it edits; there is nothing to train."
-        )
+        raise InputError(f"editor {config.editor.name!r} learns nothing before it edits: there is nothing to train.")
     name = f"{config.editor.name}-{config.objective.name}-{config.backbone.family}.safetensors"
     files = Files((out or Path(config.out).absolute().parent / name).expanduser().absolute())
     _check_out(files, fresh=fresh)

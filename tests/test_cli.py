@@ -53,7 +53,7 @@ def expect(result: Result, code: int, *parts: str) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["demo"], ["edit"], ["apply"], ["fetch"], ["merge"], ["world"],
+    [[], ["demo"], ["edit"], ["train"], ["apply"], ["fetch"], ["merge"], ["world"],
      ["world", "build"], ["world", "train"], ["world", "check"], ["data"],
      ["data", "check"], ["data", "pack"]],
     ids=" ".join,

@@ -135,6 +135,16 @@ def test_training_lowers_what_it_minimises(backbone, records, validation, object
     assert not torch.equal(trained.weights["rate"], initial.best["rate"])
 
 
+def test_native_kl_adds_the_locality_risk_alone(backbone, records, validation):
+    def first_look(config):
+        return train(backbone, mend(training_steps=1), Objective(config), records, validation).state.looks[0][1]
+
+    locality = dataclasses.replace(ODEDIT, reliability_weight=0.0, generality_weight=0.0, locality_weight=0.5)
+    both = first_look(ObjectiveConfig(name="native_kl", locality_weight=0.5))
+    assert both == pytest.approx(first_look(NATIVE) + first_look(locality), rel=1e-4)
+    assert both > 1.001 * first_look(NATIVE)
+
+
 def test_under_odedit_the_multiplier_moves_and_raises_the_objective(backbone, records, validation):
     shown = []
     trained = train(backbone, mend(), Objective(ODEDIT), records, validation,
