@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from PIL import Image, ImageEnhance
@@ -65,6 +65,45 @@ def reword(prompt: str, task: str, rng: random.Random, scored: Collection[str] =
     reworded = [wording.format(prompt) if "{}" in wording else wording for wording in wordings]
     allowed = [text for text in reworded if " ".join(text.casefold().split()) not in scored]
     return rng.choice(allowed or [prompt])
+
+
+def replace_words(prompt: str, share: float, rng: random.Random, vocabulary: Sequence[str] = ()) -> str:
+    """The prompt with a share of its words, rounded, replaced by others: noise of a known strength.
+
+    Args:
+        prompt: Words between spaces; punctuation goes with its word.
+        share: 0 to 1.
+        rng: Chooses the places, and a word for each.
+        vocabulary: What the new words are drawn from, but for the prompt's own; if there are none, the words of the
+            wordings above.
+    """
+    words = prompt.split()
+    own = {word.casefold() for word in words}
+    others = [word for word in vocabulary if word.casefold() not in own]
+    others = others or [word for word in _OWN_WORDS if word.casefold() not in own]
+    for place in sorted(rng.sample(range(len(words)), round(share * len(words)))):
+        words[place] = rng.choice(others)
+    return " ".join(words)
+
+
+def words_of(texts: Collection[str]) -> list[str]:
+    """The distinct words of texts, sorted.
+
+    >>> words_of(["a photo of", "of {}"])
+    ['a', 'of', 'photo']
+    """
+    return sorted({word for text in texts for word in text.split() if word != "{}"})
+
+
+_OWN_WORDS = words_of((*QUESTION_WORDINGS, *CAPTION_WORDINGS, *OTHER_CAPTION_WORDINGS))
+
+
+def blend_noise(picture: Picture, share: float, rng: random.Random) -> Picture:
+    """The picture mixed with uniform noise, pixel by pixel: `(1 - share) * picture + share * noise`, rounded."""
+    seed = rng.getrandbits(64)
+    noise = np.random.default_rng(seed).integers(0, 256, picture.pixels.shape)
+    mixed = np.rint((1 - share) * picture.pixels + share * noise).astype(np.uint8)
+    return Picture(f"{picture.key}-noise-{share}-{seed:016x}", mixed)
 
 
 def augment(picture: Picture, rng: random.Random) -> Picture:

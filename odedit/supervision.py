@@ -7,6 +7,7 @@ record's own probes, as published runs of some methods do, is possible and has t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -17,7 +18,7 @@ from odedit.images import ImageError, ImageReader
 from odedit.mmedit import RawRecord
 from odedit.pool import Pool, scored_prompts
 from odedit.record_fields import ImageReference, ProbeText, edit_text, held_out_texts, image_reference, probe_texts
-from odedit.rewording import augment, reword, seeded
+from odedit.rewording import augment, blend_noise, replace_words, reword, seeded, words_of
 
 Source = Literal["held_out", "record"]
 _RECORD_SLOTS = {
@@ -38,18 +39,24 @@ class Supervision:
         locality_source: `held_out`: the record's `held_out` entries, else the pool. `record`: the locality questions
             that are scored.
         near_locality: Also ask the edit's own question about another picture.
+        rephrase_noise: Share, 0 to 1, of the words of the text rephrase that are replaced by words of other records'
+            questions, and of uniform noise in the image rephrase: how far rephrases may stray from the edit. What is
+            scored stays as it is.
         seed: Changes every draw; the edit id is always part of it.
     """
 
     rephrase_source: Source = "held_out"
     locality_source: Source = "held_out"
     near_locality: bool = True
+    rephrase_noise: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("rephrase_source", "locality_source"):
             if getattr(self, name) not in ("held_out", "record"):
                 raise unknown_name(f"supervision.{name}", str(getattr(self, name)), ["held_out", "record"])
+        if not 0 <= self.rephrase_noise <= 1:
+            raise ValueError(f"rephrase_noise: got {self.rephrase_noise}, expected a share from 0 to 1.")
 
 
 def build_request(
@@ -75,6 +82,8 @@ def build_request(
     probes = {name: pictures.probe(text) for name, text in probe_texts(record.fields, record.task).items()}
     own = {slot: pictures.probe(text) for slot, text in held_out_texts(record.fields, record.task).items()}
     slots = _rephrases(record, edit, probes, own, supervision)
+    if supervision.rephrase_noise:
+        slots = _with_noise(record.edit_id, slots, supervision, pool)
     locality, drawn_from = _locality(record, edit, probes, own, supervision, pool)
     meta = {"file": record.file, "index": str(record.index)} | ({"pool_record": drawn_from} if drawn_from else {})
     return EditRequest(record.edit_id, edit, slots | locality, probes, record.task, meta)
@@ -114,6 +123,34 @@ def _rephrases(
 
     makers: dict[str, Callable[[], Probe]] = {"text_rephrase": reworded, "image_rephrase": augmented}
     return {slot: own[slot] if slot in own else make() for slot, make in makers.items()}
+
+
+def _with_noise(
+    edit_id: str, rephrases: dict[str, Probe], supervision: Supervision, pool: Pool | None
+) -> dict[str, Probe]:
+    """New rephrases; those given may be the ones that are scored."""
+    text, image = rephrases["text_rephrase"], rephrases["image_rephrase"]
+    vocabulary = [] if pool is None else words_of([other.fields["src"] for other in pool.records])
+    rng = seeded(edit_id, "text_noise", supervision.seed)
+    noisy = {
+        "text_rephrase": replace(text, prompt=replace_words(text.prompt, supervision.rephrase_noise, rng, vocabulary))
+    }
+    if image.picture is not None:
+        rng = seeded(edit_id, "image_noise", supervision.seed)
+        noisy["image_rephrase"] = replace(image, picture=blend_noise(image.picture, supervision.rephrase_noise, rng))
+    return rephrases | noisy
+
+
+def rephrase_distance(request: EditRequest) -> float | None:
+    """How far the supervising text rephrase is from the edit's prompt: 1 - Jaccard overlap of their sets of words.
+
+    Case and punctuation do not count. None if there is no such rephrase or no word.
+    """
+    rephrase = request.supervision.get("text_rephrase")
+    if rephrase is None:
+        return None
+    edit, other = (set(re.findall(r"\w+", text.casefold())) for text in (request.edit.prompt, rephrase.prompt))
+    return 1 - len(edit & other) / len(edit | other) if edit | other else None
 
 
 def _locality(

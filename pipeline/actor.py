@@ -30,6 +30,7 @@ from odedit.metrics import evaluate, stack_params
 from odedit.mmedit import RawRecord
 from odedit.objective import CALIBRATION_STATES, Objective, calibrate
 from odedit.prompts import find_template
+from odedit.supervision import rephrase_distance
 from pipeline import results, staging
 from pipeline.attempts import Ledger
 from pipeline.config import BackboneConfig
@@ -146,8 +147,9 @@ class EditActor:
         params = stack_params([result.params for result in edited])
         scores = evaluate(self._backbone, self._editor, params, evaluation, config.evaluation)
         rows = []
-        for record, result, score in zip(records, edited, scores, strict=True):
-            row = self._row(record, result) | memory | ({} if result.error else score)
+        for record, request, result, score in zip(records, requests, edited, scores, strict=True):
+            known = memory | {"rephrase_distance": rephrase_distance(request)}
+            row = self._row(record, result) | known | ({} if result.error else score)
             if not result.error and config.keep_edits:
                 self._save(record, result, score)
             rows.append(row)
@@ -166,6 +168,7 @@ class EditActor:
             "steps": result.steps,
             "stop_reason": result.stop_reason,
             "seconds": result.seconds,
+            "worst_nll": result.curves["worst_nll"][-1],
             "lambda": multipliers[-1] if multipliers else None,
             "penalty_steps": sum(value > 0 for value in multipliers),
             "losses": result.curves,

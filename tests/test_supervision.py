@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from mmedit_files import caption, encoded, picture, record, write_array, write_images
 
-from odedit.edits import SUPERVISION_SLOTS, Picture
+from odedit.edits import SUPERVISION_SLOTS, EditRequest, Picture, Probe
 from odedit.errors import InputError
 from odedit.images import ImageError, ImageReader
 from odedit.mmedit import RawRecord, read_records
 from odedit.pool import Pool
 from odedit.record_fields import CAPTION_PROMPT
 from odedit.rewording import CAPTION_WORDINGS, QUESTION_WORDINGS, augment, reword, seeded
-from odedit.supervision import Supervision, build_request
+from odedit.supervision import Supervision, build_request, rephrase_distance
 
 LOCALITY = ("text_locality", "image_locality", "near_locality")
 
@@ -287,3 +287,56 @@ def test_pool_reader_has_its_own_roots(tmp_path):
     pool = Pool(other.records[1:], other.reader)
     near = build_request(evaluated.records[0], evaluated.reader, Supervision(), pool).supervision["near_locality"]
     np.testing.assert_array_equal(near.picture.pixels, np.asarray(picture(77)))
+
+
+@pytest.mark.parametrize("source", ["held_out", "record"])
+def test_noise_on_rephrases_has_the_strength_asked_for_and_spares_what_is_scored(files, source):
+    plain = files.request(rephrase_source=source)
+    noisy = files.request(rephrase_source=source, rephrase_noise=0.5)
+    for slot in LOCALITY:
+        assert summary(noisy)[slot] == summary(plain)[slot]
+    assert (noisy.edit.prompt, noisy.edit.picture.key) == (plain.edit.prompt, plain.edit.picture.key)
+    for name, probe in plain.probes.items():
+        assert noisy.probes[name].prompt == probe.prompt
+        if probe.picture is not None:
+            np.testing.assert_array_equal(noisy.probes[name].picture.pixels, probe.picture.pixels)
+
+    before, after = (request.supervision["text_rephrase"].prompt.split() for request in (plain, noisy))
+    assert sum(old != new for old, new in zip(before, after, strict=True)) == round(len(before) / 2)
+    pool_words = {word for other in files.pool.records for word in other.fields["src"].split()}
+    assert set(after) - set(before) <= pool_words
+    old, new = (request.supervision["image_rephrase"].picture for request in (plain, noisy))
+    assert new.key != old.key
+    # Of a blend in halves every pixel is within 128 of the original, and the mean is half way to that of the noise.
+    difference = new.pixels.astype(float) - old.pixels
+    assert np.abs(difference).max() <= 128
+    assert new.pixels.mean() == pytest.approx((old.pixels.mean() + 127.5) / 2, abs=3)
+
+
+def test_noise_is_a_function_of_the_edit_and_its_strength(files):
+    assert summary(files.request(rephrase_noise=0.5)) == summary(files.request(rephrase_noise=0.5))
+    assert summary(files.request(rephrase_noise=0.0)) == summary(files.request())
+    keys = {files.request(rephrase_noise=share).supervision["image_rephrase"].picture.key for share in (0.1, 0.2, 0.3)}
+    assert len(keys) == 3
+    with pytest.raises(ValueError, match=r"rephrase_noise: got 1\.5"):
+        Supervision(rephrase_noise=1.5)
+
+
+def test_pure_noise_keeps_no_word_and_no_pixel_of_the_rephrase(tmp_path):
+    request = Files(tmp_path, [record(0)]).request(locality_source="record", rephrase_noise=1.0)
+    plain = Files(tmp_path, [record(0)]).request(locality_source="record")
+    words = [set(item.supervision["text_rephrase"].prompt.split()) for item in (request, plain)]
+    assert not words[0] & words[1]
+    pixels = [item.supervision["image_rephrase"].picture.pixels for item in (request, plain)]
+    assert np.mean(pixels[0] == pixels[1]) < 0.02
+
+
+def test_distance_of_the_text_rephrase():
+    def distance(prompt, rephrase):
+        return rephrase_distance(EditRequest("e", Probe(prompt, "a"), {"text_rephrase": Probe(rephrase, "a")}))
+
+    assert distance("Who owns this?", "who owns THIS") == 0
+    assert distance("who owns this", "a b") == 1
+    assert distance("who owns this digit", "this digit is whose digit") == 1 - 2 / 6
+    assert distance("?", "!") is None
+    assert rephrase_distance(EditRequest("e", Probe("q", "a"))) is None

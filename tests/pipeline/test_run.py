@@ -42,6 +42,7 @@ def test_every_record_has_a_row_and_every_edit_a_file(settings: dict[str, Any], 
         assert all(0 <= row[metric] <= 1 for metric in MAIN)
         assert (row["editor"], row["objective"], row["backbone"]) == ("wise", "odedit", "blip2:embedded")
         assert row["steps"] + 1 == len(row["losses"]["rel"]), "the last evaluated state is not moved any further"
+        assert 0 < row["rephrase_distance"] < 1 and "peak_bytes" not in row
         assert row["penalty_steps"] == sum(value > 0 for value in row["losses"]["lambda"])
         _, info = load_edit(outcome.workspace.edit(row["edit_id"]))
         assert info.metrics["rel"] == row["rel"]
