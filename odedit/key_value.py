@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_NOISE_SEED = 0
+
 
 def attend(query_GND: Tensor, memory_GMD: Tensor, count: int) -> Tensor:
     """What each query finds among the `count` remembered states of highest cosine: `softmax(q M^T / sqrt(D)) M`.
@@ -45,6 +47,23 @@ def blend(states_GND: Tensor, found_GND: Tensor, alpha_GN: Tensor) -> Tensor:
 def neurons(entering_GND: Tensor, keys_GHD: Tensor, bias_GH: Tensor, values_GHD: Tensor) -> Tensor:
     """`relu(q K^T + b) V`, what H neurons per group add to a feed-forward half; one of zeros adds nothing."""
     return (entering_GND @ keys_GHD.transpose(1, 2) + bias_GH.unsqueeze(1)).relu() @ values_GHD
+
+
+def starting_keys(entering_ETD: Tensor, mask_ET: Tensor, count: int, sharpness: float, noise: float) -> Tensor:
+    """Keys of `count` neurons, `(E, count, D)`; number i stands for answer token i modulo their number.
+
+    With the bias `1 - sharpness` it answers 1 to the state that predicts its token, but for the noise.
+
+    Args:
+        entering_ETD: The states that predict the T answer tokens, as they enter the feed-forward half.
+        noise: Standard deviation of the first answers, so that neurons of one token do not learn alike.
+    """
+    token_EH = torch.arange(count, device=mask_ET.device) % mask_ET.sum(dim=1, keepdim=True).clamp(min=1)
+    state_EHD = take(entering_ETD, token_EH)
+    length_EH1 = state_EHD.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+    # The same for every edit, whatever its batch.
+    drawn_HD = torch.randn(count, entering_ETD.shape[-1], generator=torch.Generator().manual_seed(_NOISE_SEED))
+    return (sharpness * state_EHD / length_EH1 + noise * drawn_HD.to(state_EHD)) / length_EH1
 
 
 def last_positions(real_ES: Tensor, count: int) -> tuple[Tensor, Tensor]:

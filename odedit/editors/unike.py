@@ -53,12 +53,11 @@ from odedit.edits import EDIT, REPHRASE_SLOTS, EditBatch, EditParams
 from odedit.encoding import gather_positions
 from odedit.errors import InputError
 from odedit.hooks import Rewrite, rewritten
-from odedit.key_value import attend, blend, last_positions, neurons, take
+from odedit.key_value import attend, blend, last_positions, neurons, starting_keys, take
 from odedit.metrics import greedy
 
 KEYS, BIAS, VALUES, MEMORY = "keys", "bias", "values", "memory"
 SEMANTIC, TRUTH, ZETA, BACK = "semantic", "truth", "zeta", "back"
-_NOISE_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ class Unike:
             accumulate=1,
             clip_norm=None,
             max_steps=config.train_steps,
-            validate_every=200,
+            validate_every=100,
             patience=5,
             # zeta and W_zeta are plain averages and have far to go; the encoders do not see them.
             rates={
@@ -175,8 +174,12 @@ class Unike:
         weights = self._learned(backbone)
         for layer in self._layers:
             entering_EKSD = seen[f"{layer}.ffn.in"].reshape(batch.num_edits, 1, -1, seen[f"{layer}.ffn.in"].shape[-1])
-            params[f"{layer}.{KEYS}"] = self._keys(
-                gather_positions(entering_EKSD, demonstration.predict_EKT)[:, 0], demonstration.target_mask_EKT[:, 0]
+            params[f"{layer}.{KEYS}"] = starting_keys(
+                gather_positions(entering_EKSD, demonstration.predict_EKT)[:, 0],
+                demonstration.target_mask_EKT[:, 0],
+                self.config.neurons,
+                self.config.sharpness,
+                self.config.noise,
             )
             params[f"{layer}.{BIAS}"] = torch.full(
                 (batch.num_edits, self.config.neurons), 1.0 - self.config.sharpness, device=last_EM.device
@@ -184,16 +187,6 @@ class Unike:
             shift_D = weights[f"{layer}.{BACK}"] @ weights[f"{layer}.{ZETA}"]
             params[f"{layer}.{VALUES}"] = (self.config.beta * shift_D).repeat(batch.num_edits, self.config.neurons, 1)
         return params
-
-    def _keys(self, entering_ETD: Tensor, mask_ET: Tensor) -> Tensor:
-        """Neuron i starts at the state that predicts target token i modulo their number, `(E, neurons, D)`."""
-        neurons, width = self.config.neurons, entering_ETD.shape[-1]
-        token_EN = torch.arange(neurons, device=mask_ET.device) % mask_ET.sum(dim=1, keepdim=True).clamp(min=1)
-        state_END = take(entering_ETD, token_EN)
-        length_EN1 = state_END.norm(dim=-1, keepdim=True).clamp(min=1e-6)
-        noise = torch.randn(neurons, width, generator=torch.Generator().manual_seed(_NOISE_SEED)).to(state_END)
-        key_END = self.config.sharpness * state_END / length_EN1 + self.config.noise * noise
-        return key_END / length_EN1
 
     @contextmanager
     def applied(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> Iterator[Trace]:
