@@ -149,6 +149,29 @@ def train(
 
 
 @app.command()
+def study(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Which one; `odedit study list` names them.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that override the files.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML with what differs from the study that ships.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; studies/NAME if not given.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the results of an earlier run first.")] = False,
+) -> None:
+    """Runs many arms that differ in a few settings, and compares them on the same records.
+
+    Results: OUT/table.md, OUT/table.csv, OUT/plot.png, and in MLflow a run with a child for each arm. The same command
+    resumes an interrupted study.
+
+    Example: odedit study table1 draw.per_task=12 --out studies/small
+    """
+    with _explained():
+        from pipeline import commands
+
+        commands.study(name, config, overrides or [], out, fresh=fresh)
+
+
+@app.command()
 def apply(
     edits: Annotated[list[str], typer.Argument(metavar="EDIT...", help="Edit files; several are applied together.")],
     prompt: Annotated[str, typer.Option(help="The question, or the beginning of a caption.")],

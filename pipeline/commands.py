@@ -86,6 +86,24 @@ def _line(console: Console, text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
+def study(name: str, config: Path | None, overrides: Sequence[str], out: Path | None, *, fresh: bool) -> None:
+    """Runs a study and prints its tables; `list` names the studies there are."""
+    from pipeline.study import run as runner
+    from pipeline.study import spec
+
+    console = Console()
+    if name == "list":
+        for one in spec.names():
+            _line(console, f"{one:10} {spec.load(one, None).title}")
+        return
+    found_study = spec.load(name, config, overrides)
+    folder = out if out is not None else Path("studies") / name
+    found = runner.run(name, found_study, folder, Console(stderr=True), fresh=fresh)
+    print(found.markdown)
+    for line in runner.describe(found, folder):
+        _line(Console(stderr=True), line)
+
+
 def apply(
     edits: Sequence[str],
     prompt: str,

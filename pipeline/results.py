@@ -40,6 +40,7 @@ FIXED_COLUMNS: dict[str, pyarrow.DataType] = {
     "steps": pyarrow.int64(),
     "stop_reason": pyarrow.string(),
     "seconds": pyarrow.float64(),
+    "worst_nll": pyarrow.float64(),
     "lambda": pyarrow.float64(),
     "penalty_steps": pyarrow.int64(),
     "losses": CURVES,

@@ -79,16 +79,19 @@ def run(config: RunConfig, console: Console, *, fresh: bool = False) -> Outcome:
     return _run_ready([ready], console, parent_run=None)[0]
 
 
-def run_many(configs: Sequence[RunConfig], console: Console, *, parent_run: str | None = None) -> list[Outcome]:
+def run_many(
+    configs: Sequence[RunConfig], console: Console, *, fresh: bool = False, parent_run: str | None = None
+) -> list[Outcome]:
     """Runs or resumes several runs, one after the other, with the same workers.
 
     Args:
+        fresh: As for `run`.
         parent_run: MLflow run that each run becomes a child of.
 
     Raises:
         As `run`; what is finished by then is kept.
     """
-    ready = [prepare(config) for config in configs]
+    ready = [prepare(config, fresh=fresh) for config in configs]
     done, total = (sum(one.num_done() for one in ready), sum(one.staged.num_usable for one in ready))
     console.print(f"{len(ready)} runs: {done} of {total} edits done.", highlight=False)
     return _run_ready(ready, console, parent_run)

@@ -268,6 +268,57 @@ def log_training(
     return uri
 
 
+@dataclass(frozen=True)
+class StudyRun:
+    """The MLflow run of a study; its arms' runs are its children."""
+
+    client: Any
+    run_id: str
+
+    @classmethod
+    def start(
+        cls, uri: str, experiment: str, name: str, study: Mapping[str, Any], run_id: str | None, code: str
+    ) -> StudyRun:
+        """Continues the run of that id, or creates one that holds what the study is.
+
+        Raises:
+            InputError: The store cannot be reached.
+        """
+        client = _client(uri)
+        if run_id is not None and _exists(client, run_id):
+            client.update_run(run_id, status="RUNNING")
+            return cls(client, run_id)
+        tags = {"odedit.version": code, "odedit.study": name}
+        run = client.create_run(_experiment(client, uri, experiment), run_name=name, tags=tags)
+        client.log_dict(run.info.run_id, masked_values(study), "study.json")
+        return cls(client, run.info.run_id)
+
+    def log_study(self, files: Sequence[Path], metrics: Mapping[str, float]) -> None:
+        """Tables, picture, and one figure for each arm, task and column.
+
+        Raises:
+            TrackingError: The store refused; calling again is safe.
+        """
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        points = iter([Metric(name, value, now, 0) for name, value in metrics.items()])
+        try:
+            while chunk := list(islice(points, METRICS_PER_CALL)):
+                self.client.log_batch(self.run_id, metrics=chunk)
+            for file in files:
+                self.client.log_artifact(self.run_id, str(file))
+        except Exception as error:
+            raise TrackingError(f"MLflow could not be written to ({_sentence(error)}).") from error
+
+    def finish(self, status: str) -> None:
+        """Closes the run as FINISHED, FAILED or KILLED."""
+        try:
+            self.client.set_terminated(self.run_id, status=status)
+        except Exception as error:
+            logging.getLogger(__name__).warning("MLflow run %s could not be closed: %s", self.run_id, _sentence(error))
+
+
 def fetch_edit(uri: str, run_id: str, edit_id: str, folder: Path) -> Path:
     """Downloads an edit that a run logged; returns the file.
 

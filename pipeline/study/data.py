@@ -1,0 +1,89 @@
+"""The records of a study, drawn from the embedded benchmark: several seeds in one file, facts spread evenly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.sources import build_embedded, embedded_folder
+from pipeline.study.spec import Draw
+from pipeline.workspace import write_text
+
+_POOL_SEED = 0
+_REPHRASE = "rephrase:"
+
+Record = dict[str, Any]
+
+
+def write(draw: Draw, folder: Path) -> dict[str, str]:
+    """Writes the records under `folder` and returns the `data` section of a run that edits them.
+
+    Edits of different seeds have different ids and the same facts, so that tests over seeds are clustered by fact.
+    """
+    records = [record for seed in draw.seeds for record in _of_seed(draw, seed, folder)]
+    seeds = "-".join(str(seed) for seed in draw.seeds)
+    path = folder / f"{draw.split}-seeds-{seeds}-{draw.per_task}.json"
+    pool = folder / "pool.json"
+    _write_json(path, records)
+    name = _benchmark(folder, _POOL_SEED).name
+    _write_json(pool, [_moved(record, name) for record in _read(folder, _POOL_SEED, "train")])
+    return {"path": str(path), "image_root": str(folder), "rephrase_root": str(folder), "pool": str(pool)}
+
+
+def _of_seed(draw: Draw, seed: int, folder: Path) -> list[Record]:
+    """So many edits of each task: first one of every fact, then a second one, in the benchmark's own order."""
+    records = _read(folder, seed, draw.split)
+    rounds: dict[str, int] = {}
+    ordered: list[tuple[int, int, Record]] = []
+    for place, record in enumerate(records):
+        turn = rounds.get(record["fact"], 0)
+        rounds[record["fact"]] = turn + 1
+        ordered.append((turn, place, record))
+    ordered.sort(key=lambda item: item[:2])
+    chosen: list[Record] = []
+    for task in ("vqa", "caption"):
+        chosen += [record for _, _, record in ordered if record["task"] == task][: draw.per_task]
+    name = _benchmark(folder, seed).name
+    return [_moved(record, name) | {"edit_id": f"s{seed}-{record['edit_id']}"} for record in chosen]
+
+
+def _read(folder: Path, seed: int, split: str) -> list[Record]:
+    benchmark = _benchmark(folder, seed)
+    build_embedded(benchmark, seed)
+    records: list[Record] = json.loads((benchmark / f"{split}.json").read_text(encoding="utf-8"))
+    return records
+
+
+def _benchmark(folder: Path, seed: int) -> Path:
+    return embedded_folder(folder, seed)
+
+
+def _moved(record: Record, benchmark: str) -> Record:
+    """The record with its pictures' paths relative to the folder that holds all benchmarks."""
+
+    def moved(path: str) -> str:
+        if path.startswith(_REPHRASE):
+            return f"{_REPHRASE}{benchmark}/images_rephrase/{path.removeprefix(_REPHRASE)}"
+        return f"{benchmark}/images/{path}"
+
+    def each(probes: dict[str, Record]) -> dict[str, Record]:
+        return {
+            name: probe | {"image": moved(probe["image"])} if probe.get("image") else probe
+            for name, probe in probes.items()
+        }
+
+    return record | {
+        "image": moved(record["image"]),
+        "m_loc": moved(record["m_loc"]),
+        "image_rephrase": f"{benchmark}/images_rephrase/{record['image_rephrase']}",
+        "probes": each(record["probes"]),
+        "held_out": each(record["held_out"]),
+    }
+
+
+def _write_json(path: Path, records: list[Record]) -> None:
+    """Leaves a file of the same content alone: a run is told apart by its input file's time as well."""
+    text = json.dumps(records, indent=1) + "\n"
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)

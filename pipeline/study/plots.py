@@ -1,0 +1,183 @@
+"""Pictures of studies: points with intervals, lines, heat maps."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.report import LABELS
+from pipeline.study.spec import StudyConfig
+from pipeline.study.tables import TASKS, Cell, number
+
+# Okabe and Ito's palette (2008), which stays apart for colour-blind readers; without its yellow, too pale for points.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_NAMES = LABELS | {
+    "m_loc_near": "image locality, near",
+    "peak_bytes": "peak memory per edit, bytes",
+    "seconds": "seconds per edit",
+}
+
+
+def draw(study: StudyConfig, cells: Sequence[Cell]) -> bytes:
+    """A PNG of the kind that the study asks for."""
+    painters = {"dots": _dots, "lines": _lines, "heatmap": _heatmap}
+    return to_png(painters[study.plot.kind](study, cells))
+
+
+def to_png(picture: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.savefig(buffer, format="png", dpi=140)
+    return buffer.getvalue()
+
+
+def figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(picture)
+    return picture
+
+
+def _panels(study: StudyConfig, cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """A row of panels for each task, and for each value of the axes that the picture does not use itself."""
+    used = {study.plot.x, study.plot.y, study.plot.colour}
+    rows: dict[str, list[Cell]] = {}
+    for cell in cells:
+        rest = [label for axis, label in cell.arm.labels.items() if axis not in used]
+        rows.setdefault("\n".join([*rest, TASKS[cell.task]]), []).append(cell)
+    return rows
+
+
+def _columns(study: StudyConfig, cells: Sequence[Cell]) -> list[str]:
+    return [column for column in study.plot.columns if any(column in cell.means for cell in cells)]
+
+
+def _dots(study: StudyConfig, cells: Sequence[Cell]) -> Any:
+    panels, columns = _panels(study, cells), _columns(study, cells)
+    y_axis = study.plot.y or next(iter(study.axes))
+    colour = study.plot.colour
+    groups = list(study.axes[y_axis])
+    colours = _colours(study)
+    size = max(1, len(colours))
+    height = sum(0.9 + 0.17 * size * len({c.arm.labels[y_axis] for c in mine}) for mine in panels.values())
+    picture = figure(2.5 * len(columns) + 1.5, height + 0.6)
+    grid = picture.subplots(len(panels), len(columns), squeeze=False, sharey="row")
+    for row, (name, mine) in enumerate(panels.items()):
+        present = [group for group in groups if any(cell.arm.labels[y_axis] == group for cell in mine)]
+        for place, column in enumerate(columns):
+            axes = grid[row][place]
+            for cell in mine:
+                found = cell.means.get(column)
+                if found is None:
+                    continue
+                label = cell.arm.labels[colour] if colour else ""
+                offset = (list(colours).index(label) - (size - 1) / 2) * 0.8 / size if colour else 0.0
+                y = present.index(cell.arm.labels[y_axis]) + offset
+                _point(axes, found, y, colours.get(label, COLOURS[0]))
+            axes.set_yticks(range(len(present)), present)
+            axes.set_ylim(len(present) - 0.4, -0.6)
+            axes.grid(axis="x", color="#e4e7eb", zorder=0)
+            axes.spines[["top", "right"]].set_visible(False)
+            if row == 0:
+                axes.set_title(_NAMES.get(column, column), fontsize=9)
+            axes.tick_params(labelsize=8)
+        grid[row][0].set_ylabel(name, fontsize=8)
+    _legend(picture, colours)
+    return picture
+
+
+def _point(axes: Any, found: Any, y: float, colour: str) -> None:
+    error = [[found.mean - found.low], [found.high - found.mean]]
+    axes.errorbar(found.mean, y, xerr=error, fmt="o", color=colour, markersize=4, elinewidth=1.4, capsize=2, zorder=3)
+
+
+def _colours(study: StudyConfig) -> dict[str, str]:
+    if study.plot.colour is None:
+        return {}
+    labels = list(study.axes[study.plot.colour])
+    return {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+
+
+def _legend(picture: Any, colours: dict[str, str]) -> None:
+    from matplotlib.lines import Line2D
+
+    if colours:
+        handles = [Line2D([], [], color=colour, marker="o", linestyle="none") for colour in colours.values()]
+        picture.legend(handles, list(colours), loc="outside upper center", ncols=min(len(colours), 4), frameon=False)
+
+
+def _lines(study: StudyConfig, cells: Sequence[Cell]) -> Any:
+    """Means over an axis of numbers; its `reference` label is a level across."""
+    panels, columns = _panels(study, cells), _columns(study, cells)
+    x_axis, reference = study.plot.x or next(iter(study.axes)), study.plot.reference
+    labels = [label for label in study.axes[x_axis] if label != reference]
+    colours = _colours(study) or {"": COLOURS[0]}
+    picture = figure(2.6 * len(columns) + 0.6, 2.4 * len(panels) + 0.5)
+    grid = picture.subplots(len(panels), len(columns), squeeze=False)
+    for row, (name, mine) in enumerate(panels.items()):
+        for place, column in enumerate(columns):
+            axes = grid[row][place]
+            for shade, colour in colours.items():
+                points = {
+                    cell.arm.labels[x_axis]: cell.means[column]
+                    for cell in mine
+                    if column in cell.means and (not shade or cell.arm.labels.get(study.plot.colour or "") == shade)
+                }
+                shown = [(i, points[label]) for i, label in enumerate(labels) if label in points]
+                errors = [[e.mean - e.low for _, e in shown], [e.high - e.mean for _, e in shown]]
+                means = [e.mean for _, e in shown]
+                axes.errorbar(
+                    [i for i, _ in shown], means, yerr=errors, fmt="o-", color=colour, markersize=4, capsize=2
+                )
+                if reference in points:
+                    level = points[reference]
+                    axes.axhline(level.mean, color="#009E73", linestyle="--", label=reference)
+                    axes.axhspan(level.low, level.high, color="#009E73", alpha=0.12)
+            axes.set_xticks(range(len(labels)), labels, fontsize=7, rotation=30 if len(labels) > 4 else 0)
+            axes.grid(axis="y", color="#e4e7eb")
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.tick_params(axis="y", labelsize=8)
+            if row == 0:
+                axes.set_title(_NAMES.get(column, column), fontsize=9)
+            if row == len(panels) - 1:
+                axes.set_xlabel(x_axis, fontsize=8)
+            if reference and place == 0 and row == 0:
+                axes.legend(fontsize=7, frameon=False)
+        grid[row][0].set_ylabel(name, fontsize=8)
+    _legend(picture, _colours(study))
+    return picture
+
+
+def _heatmap(study: StudyConfig, cells: Sequence[Cell]) -> Any:
+    panels, columns = _panels(study, cells), _columns(study, cells)
+    assert study.plot.x is not None and study.plot.y is not None
+    x_labels, y_labels = list(study.axes[study.plot.x]), list(study.axes[study.plot.y])
+    picture = figure(2.5 * len(columns) + 0.8, 2.4 * len(panels) + 0.4)
+    grid = picture.subplots(len(panels), len(columns), squeeze=False)
+    for row, (name, mine) in enumerate(panels.items()):
+        at = {(cell.arm.labels[study.plot.y], cell.arm.labels[study.plot.x]): cell for cell in mine}
+        for place, column in enumerate(columns):
+            axes = grid[row][place]
+            values = [[_mean(at.get((y, x)), column) for x in x_labels] for y in y_labels]
+            known = [value for line in values for value in line if value == value]
+            # A range of at least two points, or noise would look like an effect.
+            middle, half = (max(known) + min(known)) / 2, max((max(known) - min(known)) / 2, 0.01)
+            axes.imshow(values, cmap="cividis", vmin=middle - half, vmax=middle + half, aspect="auto")
+            for i, line in enumerate(values):
+                for j, value in enumerate(line):
+                    shade = "black" if value > middle else "white"
+                    axes.text(j, i, number(value), ha="center", va="center", fontsize=8, color=shade)
+            axes.set_xticks(range(len(x_labels)), x_labels, fontsize=8)
+            axes.set_yticks(range(len(y_labels)), y_labels if place == 0 else [""] * len(y_labels), fontsize=8)
+            if row == 0:
+                axes.set_title(_NAMES.get(column, column), fontsize=9)
+            if row == len(panels) - 1:
+                axes.set_xlabel(study.plot.x, fontsize=8)
+        grid[row][0].set_ylabel(f"{name}\n{study.plot.y}", fontsize=8)
+    return picture
+
+
+def _mean(cell: Cell | None, column: str) -> float:
+    return cell.means[column].mean if cell is not None and column in cell.means else float("nan")

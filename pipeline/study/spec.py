@@ -1,0 +1,225 @@
+"""What a study is: settings that all its runs share, axes along which they differ, and what is compared.
+
+A study is data, one YAML. Its arms are the combinations of one value of every axis; an arm is an ordinary run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import odedit
+from odedit.errors import InputError, unknown_name
+from odedit.metrics import MAIN
+from pipeline import strict
+from pipeline.config import RunConfig, apply_override, from_dict, read_yaml
+
+FOLDER = Path(odedit.__file__).parent / "configs" / "studies"
+Labels = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Records drawn from the embedded benchmark.
+
+    Attributes:
+        split: `train`, `validation` or `evaluation`.
+        seeds: Of the benchmark: other values, wordings and pictures of the same facts.
+        per_task: Edits of each task and seed, at first one of each fact.
+    """
+
+    split: Literal["train", "validation", "evaluation"] = "evaluation"
+    seeds: tuple[int, ...] = (0,)
+    per_task: int = 24
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seeds", tuple(self.seeds))
+        if self.per_task < 1 or not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds, per_task: expected different seeds, at least one, and at least 1 edit per task.")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """The picture of a study.
+
+    Attributes:
+        kind: `dots` (a row of points for each value of axis `y`), `lines` (over axis `x`), `heatmap` (`x` by `y`) or
+            `states` (t-SNE of hidden states).
+        x, y, colour: Axes of the study.
+        columns: What is shown.
+        reference: Label on axis `x` that is drawn as a level and not as a point.
+    """
+
+    kind: Literal["dots", "lines", "heatmap", "states"] = "dots"
+    x: str | None = None
+    y: str | None = None
+    colour: str | None = None
+    columns: tuple[str, ...] = MAIN
+    reference: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", tuple(self.columns))
+
+
+@dataclass(frozen=True)
+class Special:
+    """Settings of the arms that have one of the labels on every axis of `when`."""
+
+    when: dict[str, list[str]]
+    set: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """See the shipped files for examples.
+
+    Attributes:
+        title: What is compared, in a line.
+        note: What a reader should know beside the table.
+        draw: Records of the embedded benchmark; null: those of `settings.data`.
+        settings: What all arms share, as in a run's configuration.
+        axes: Axis -> label -> settings.
+        special: Further settings of some arms; later ones win.
+        skip: Combinations that make no sense; labels by axis.
+        baseline: Labels that an arm is compared with: the arm that has these and otherwise its own.
+        columns: Of the table.
+        further: Columns of a second table.
+        plot: The picture.
+    """
+
+    title: str
+    axes: dict[str, dict[str, dict[str, Any]]]
+    note: str = ""
+    draw: Draw | None = field(default_factory=Draw)
+    settings: dict[str, Any] = field(default_factory=dict)
+    special: tuple[Special, ...] = ()
+    skip: tuple[dict[str, list[str]], ...] = ()
+    baseline: dict[str, str] = field(default_factory=dict)
+    columns: tuple[str, ...] = MAIN
+    further: tuple[str, ...] = ()
+    plot: Plot = field(default_factory=Plot)
+
+    def __post_init__(self) -> None:
+        for name in ("special", "skip", "columns", "further"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run of a study.
+
+    Attributes:
+        labels: Its value on every axis.
+        values: Its configuration, as `pipeline.config.from_dict` takes it.
+    """
+
+    labels: dict[str, str]
+    values: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return ", ".join(self.labels.values())
+
+    @property
+    def folder(self) -> str:
+        """The name in letters, digits, `.`, `_` and `-`."""
+        return "_".join(re.sub(r"[^A-Za-z0-9.-]+", "-", label).strip("-") for label in self.labels.values())
+
+
+def names() -> tuple[str, ...]:
+    """Studies that ship."""
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
+
+
+def load(name: str, config: Path | None, overrides: Sequence[str] = ()) -> StudyConfig:
+    """Reads a study that ships, with what a user's YAML and `key=value` overrides change in it.
+
+    A section of the user's YAML is merged key by key, but an axis is replaced as a whole.
+
+    Raises:
+        InputError: No such study, or settings are wrong.
+    """
+    if name not in names():
+        raise unknown_name("study", name, names())
+    values = read_yaml(FOLDER / f"{name}.yaml")
+    if config is not None:
+        changes = read_yaml(config)
+        axes = changes.pop("axes", {})
+        values = merged(values, changes)
+        values["axes"] = {axis: labels for axis, labels in {**values["axes"], **axes}.items() if labels}
+    for text in overrides:
+        apply_override(values, text)
+    study = strict.build(StudyConfig, values)
+    _check(study)
+    return study
+
+
+def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings laid over each other; the second wins.
+
+    >>> merged({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}})
+    {'a': {'b': 3, 'c': 2}}
+    """
+    result = dict(first)
+    for key, value in second.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def _check(study: StudyConfig) -> None:
+    axes = study.axes
+    used = {axis for part in (*study.skip, *(special.when for special in study.special)) for axis in part}
+    shown = {axis for axis in (study.plot.x, study.plot.y, study.plot.colour) if axis}
+    for axis in sorted({*used, *shown, *study.baseline} - axes.keys()):
+        raise unknown_name("axis", axis, axes)
+    for axis, label in study.baseline.items():
+        if label not in axes[axis]:
+            raise unknown_name(f"label of baseline.{axis}", label, axes[axis])
+    arms(study)
+
+
+def arms(study: StudyConfig) -> list[Arm]:
+    """Every combination but the skipped ones, in the order of the axes.
+
+    Raises:
+        InputError: There is none, or one's configuration is wrong.
+    """
+    made = [Arm(labels, _settings(study, labels)) for labels in _combinations(study)]
+    if not made:
+        raise InputError("axes: no combination is left; look at 'skip'.")
+    return made
+
+
+def _combinations(study: StudyConfig) -> Iterator[dict[str, str]]:
+    for chosen in product(*study.axes.values()):
+        labels = dict(zip(study.axes, chosen, strict=True))
+        if not any(_matches(labels, part) for part in study.skip):
+            yield labels
+
+
+def _matches(labels: Labels, when: Mapping[str, Sequence[str]]) -> bool:
+    return all(labels.get(axis) in wanted for axis, wanted in when.items())
+
+
+def _settings(study: StudyConfig, labels: Labels) -> dict[str, Any]:
+    values = dict(study.settings)
+    for axis, label in labels.items():
+        values = merged(values, study.axes[axis][label])
+    for special in study.special:
+        if _matches(labels, special.when):
+            values = merged(values, special.set)
+    return values
+
+
+def run_config(arm: Arm, out: Path, data: Mapping[str, Any] | None) -> RunConfig:
+    """The arm's run. Raises InputError, which names the arm."""
+    values = merged(arm.values, {"data": data} if data else {})
+    try:
+        return from_dict(values | {"out": str(out / "arms" / arm.folder)})
+    except InputError as error:
+        raise InputError(f"{arm.name}: {error}") from error

@@ -1,0 +1,120 @@
+"""Where edits and rephrases lie among the hidden states, before and after, as t-SNE (the paper's Fig. 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from odedit.backbones import encode_requests, load_backbone
+from odedit.checkpoint import load_edits
+from odedit.edits import RELIABILITY, EditBatch
+from odedit.encoding import gather_positions
+from odedit.errors import InputError
+from odedit.metrics import MAIN
+from odedit.prompts import find_template
+from pipeline import results, staging
+from pipeline.config import from_dict, read_yaml
+from pipeline.prepare import Preparer
+from pipeline.run import Outcome
+from pipeline.sources import resolve
+from pipeline.spec import Job
+from pipeline.study import plots
+from pipeline.study.spec import Arm, StudyConfig
+
+_SHOWN = (RELIABILITY, *(name for name in MAIN if name.endswith("_gen")))
+_MARKERS = {"rel": "o", "t_gen": "s", "m_gen": "^"}
+_NAMES = {"rel": "edit", "t_gen": "text rephrase", "m_gen": "image rephrase"}
+_SEED = 0
+
+
+def draw(study: StudyConfig, every: Sequence[Arm], outcomes: Sequence[Outcome], console: Console) -> bytes:
+    """One panel before any edit and one after the edits of each arm; all panels in one embedding."""
+    clouds: dict[str, np.ndarray] = {}
+    for arm, outcome in zip(every, outcomes, strict=True):
+        console.print(f"Hidden states of {arm.name}", highlight=False)
+        before, after = _states(outcome)
+        clouds.setdefault("before", before)
+        clouds[arm.name] = after
+    return plots.to_png(_picture(clouds))
+
+
+def _states(outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
+    """States that predict the first answer token, `(probes, edits, hidden)`, without and with the edits.
+
+    Raises:
+        InputError: The runs did not keep their edits.
+    """
+    config = from_dict(read_yaml(outcome.workspace.config))
+    backbone = load_backbone(config.backbone.family, config.backbone.checkpoint, dtype=config.backbone.dtype)
+    found: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    job = Job(config, resolve(config.data, outcome.workspace.out), outcome.workspace)
+    prepare = Preparer(job)
+    staged = staging.read_staged(outcome.workspace.records)
+    edited = {
+        row["edit_id"]
+        for row in results.read_rows(results.parts(outcome.workspace), ("edit_id", "status"))
+        if row["status"] == results.EDITED
+    }
+    for group in range(len(staged.usable)):
+        requests = [request for request in prepare(group).requests if request.edit_id in edited]
+        paths = [outcome.workspace.edit(request.edit_id) for request in requests]
+        if not all(path.is_file() for path in paths):
+            raise InputError("settings.keep_edits: this picture is made from the edits; set it to true.")
+        if not requests:
+            continue
+        editor, params, _ = load_edits(paths, backbone)
+        _, batch = encode_requests(backbone, requests, find_template(config.data.template), editor.sites)
+        batch = batch.select(_SHOWN)
+        with torch.no_grad():
+            found[0].append(_first_token(backbone, editor, batch))
+            with editor.applied(backbone, params, batch):
+                found[1].append(_first_token(backbone, editor, batch))
+    before, after = (np.concatenate(parts, axis=1) for parts in found)
+    return before, after
+
+
+def _first_token(backbone: Any, editor: Any, batch: EditBatch) -> np.ndarray:
+    hidden = backbone.suffix(backbone.prefix(batch, *editor.sites))
+    states_EKD = gather_positions(hidden, batch.predict_EKT)[:, :, 0]
+    return np.asarray(states_EKD.float().transpose(0, 1).cpu())
+
+
+def _picture(clouds: dict[str, np.ndarray]) -> Any:
+    from sklearn.manifold import TSNE
+
+    stacked = np.concatenate([cloud.reshape(-1, cloud.shape[-1]) for cloud in clouds.values()])
+    perplexity = min(30.0, max(2.0, (len(stacked) - 1) / 4))
+    flat = TSNE(perplexity=perplexity, init="pca", random_state=_SEED).fit_transform(stacked)
+    picture = plots.figure(3.4 * len(clouds), 3.9)
+    grid = picture.subplots(1, len(clouds), squeeze=False, sharex=True, sharey=True)
+    start = 0
+    for place, (name, cloud) in enumerate(clouds.items()):
+        num_probes, num_edits = cloud.shape[:2]
+        points = flat[start : start + num_probes * num_edits].reshape(num_probes, num_edits, 2)
+        start += num_probes * num_edits
+        axes = grid[0][place]
+        for edit in range(num_edits):
+            for probe in range(1, num_probes):
+                axes.plot(*points[[0, probe], edit].T, color="#c3cad3", linewidth=0.6, zorder=1)
+        for probe, slot in enumerate(_SHOWN):
+            axes.scatter(
+                *points[probe].T, s=16, marker=_MARKERS[slot], color=plots.COLOURS[probe], label=_NAMES[slot], zorder=2
+            )
+        axes.set_title(f"{name}\nedit to rephrase: {_distance(cloud):.2f} of the spread", fontsize=9)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    picture.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return picture
+
+
+def _distance(cloud: np.ndarray) -> float:
+    """Mean distance of an edit's state to its rephrases', over the mean distance between different edits' states."""
+    edit, rephrases = cloud[0], cloud[1:]
+    own = np.linalg.norm(rephrases - edit, axis=-1).mean()
+    pairs = np.linalg.norm(edit[:, None] - edit[None], axis=-1)
+    count = len(edit)
+    return float(own / (pairs.sum() / max(count * (count - 1), 1)))

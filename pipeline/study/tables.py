@@ -1,0 +1,195 @@
+"""From result rows to what a study says: means, differences to a baseline, tests, as CSV and Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from odedit.metrics import Estimate, PairedDifference, paired, summarize
+from pipeline.results import EDITED, Row
+from pipeline.study.spec import Arm, StudyConfig
+
+TASKS = {"vqa": "E-VQA", "caption": "E-IC"}
+SIGNIFICANT = 0.05
+_ALWAYS = ("worst_nll", "steps", "seconds")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm on one task.
+
+    Attributes:
+        arm: The arm.
+        task: `vqa` or `caption`.
+        n, failed, skipped: Records that were edited, and that were not.
+        at_stop: Share of the edits that reached the stop and not the bound on steps.
+        means: Column to estimate.
+        differences: Column to the arm's value minus its baseline's, on the edits that both have; empty for a baseline.
+        p_holm: Column to p after Holm's correction for all comparisons of that column in the study.
+    """
+
+    arm: Arm
+    task: str
+    n: int
+    failed: int
+    skipped: int
+    at_stop: float
+    means: dict[str, Estimate]
+    differences: dict[str, PairedDifference]
+    p_holm: dict[str, float]
+
+
+def cells(study: StudyConfig, arms: Sequence[Arm], rows: Mapping[str, Sequence[Row]]) -> list[Cell]:
+    """Every arm on every task that has records.
+
+    Args:
+        rows: All result rows, by the arm's folder.
+    """
+    columns = (*study.columns, *study.further)
+    made: list[Cell] = []
+    for task in TASKS:
+        edited = {
+            name: {row["edit_id"]: row for row in found if row["status"] == EDITED and row["task"] == task}
+            for name, found in rows.items()
+        }
+        comparisons = {
+            arm.folder: paired(edited[base.folder], edited[arm.folder], columns)
+            for arm in arms
+            if (base := baseline_of(study, arm, arms)) is not None
+        }
+        corrected = {
+            column: _holm({a: c[column].p for a, c in comparisons.items() if column in c}) for column in columns
+        }
+        for arm in arms:
+            mine = list(edited[arm.folder].values())
+            others = [row for row in rows[arm.folder] if row["task"] == task]
+            if not others:
+                continue
+            facts = [str(row.get("fact") or row["edit_id"]) for row in mine]
+            found = summarize([{c: row.get(c) for c in (*columns, *_ALWAYS)} for row in mine], facts)
+            made.append(
+                Cell(
+                    arm=arm,
+                    task=task,
+                    n=len(mine),
+                    failed=sum(row["status"] == "failed" for row in others),
+                    skipped=sum(row["status"] == "skipped" for row in others),
+                    at_stop=sum(row["stop_reason"] != "max_steps" for row in mine) / max(len(mine), 1),
+                    means=found,
+                    differences=comparisons.get(arm.folder, {}),
+                    p_holm={c: corrected[c][arm.folder] for c in columns if arm.folder in corrected[c]},
+                )
+            )
+    return made
+
+
+def baseline_of(study: StudyConfig, arm: Arm, arms: Sequence[Arm]) -> Arm | None:
+    """The arm with the baseline's labels and otherwise this arm's own; None for the baseline itself, or without one."""
+    wanted = {**arm.labels, **study.baseline}
+    if not study.baseline or wanted == arm.labels:
+        return None
+    return next((other for other in arms if other.labels == wanted), None)
+
+
+def _holm(p: Mapping[str, float]) -> dict[str, float]:
+    """Holm's step-down correction (1979); NaN where there is no test.
+
+    >>> _holm({"a": 0.01, "b": 0.04, "c": 0.03})
+    {'a': 0.03, 'c': 0.06, 'b': 0.06}
+    """
+    known = sorted((value, name) for name, value in p.items() if not math.isnan(value))
+    corrected, largest = {}, 0.0
+    for place, (value, name) in enumerate(known):
+        largest = max(largest, min(1.0, value * (len(known) - place)))
+        corrected[name] = largest
+    return corrected | {name: math.nan for name, value in p.items() if math.isnan(value)}
+
+
+def to_csv(study: StudyConfig, found: Sequence[Cell]) -> str:
+    """One line per arm, task and column: mean, interval, difference to the baseline, interval, p, corrected p."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    heads = ("task", "column", "n", "failed", "skipped", "share_at_stop", "mean", "low", "high")
+    tests = ("baseline_difference", "difference_low", "difference_high", "p", "p_holm")
+    writer.writerow([*study.axes, *heads, *tests])
+    for cell in found:
+        for column, mean in cell.means.items():
+            change = cell.differences.get(column)
+            line: list[Any] = [*cell.arm.labels.values(), cell.task, column, mean.n, cell.failed, cell.skipped]
+            line += [f"{cell.at_stop:.4f}", f"{mean.mean:.6g}", f"{mean.low:.6g}", f"{mean.high:.6g}"]
+            if change is not None:
+                values = (change.mean, change.low, change.high, change.p, cell.p_holm.get(column, math.nan))
+                line += [f"{value:.6g}" for value in values]
+            writer.writerow(line + [""] * (len(study.axes) + len(heads) + len(tests) - len(line)))
+    return stream.getvalue()
+
+
+def to_markdown(study: StudyConfig, found: Sequence[Cell], columns: Sequence[str]) -> str:
+    """A table per task and per value of the first axis where there are several axes."""
+    axes = list(study.axes)
+    first = axes[0] if len(axes) > 2 else None
+    blocks = []
+    for task, name in TASKS.items():
+        of_task = [cell for cell in found if cell.task == task]
+        labels = dict.fromkeys(cell.arm.labels[first] for cell in of_task) if first else {"": None}
+        for label in labels:
+            mine = [cell for cell in of_task if first is None or cell.arm.labels[first] == label]
+            if mine:
+                title = f"**{name}{f', {label}' if label else ''}**"
+                blocks.append(f"{title}\n\n{_block(mine, [a for a in axes if a != first], columns)}")
+    return "\n\n".join(blocks) + "\n"
+
+
+def _block(found: Sequence[Cell], axes: Sequence[str], columns: Sequence[str]) -> str:
+    shown = [column for column in columns if any(column in cell.means for cell in found)]
+    lines = [
+        "| " + " | ".join([*axes, "n", "stop", *shown]) + " |",
+        "|" + "---|" * len(axes) + "--:|" * (len(shown) + 2),
+    ]
+    for cell in found:
+        labels = [cell.arm.labels[axis] for axis in axes]
+        stop = f"{cell.means['worst_nll'].mean:.2g}" if "worst_nll" in cell.means else ""
+        stop += f" ({cell.at_stop:.0%})" if cell.at_stop < 1 else ""
+        values = [_figure(cell, column) for column in shown]
+        lines.append("| " + " | ".join([*labels, str(cell.n), stop, *values]) + " |")
+    return "\n".join(lines)
+
+
+def _figure(cell: Cell, column: str) -> str:
+    """`.830 ±.027 ▲`: mean, half the interval, and whether it differs from the baseline after correction."""
+    found = cell.means.get(column)
+    if found is None:
+        return ""
+    p, change = cell.p_holm.get(column, math.nan), cell.differences.get(column)
+    sign = ("▲" if change.mean > 0 else "▼") if change is not None and p < SIGNIFICANT else ""
+    half = max(found.high - found.mean, found.mean - found.low)
+    return f"{number(found.mean)} ±{number(half)}{f' {sign}' if sign else ''}"
+
+
+def number(value: float) -> str:
+    """`.830` for a share, fewer digits for large figures."""
+    if abs(value) >= 1e4:
+        return f"{value:.3g}"
+    if abs(value) >= 10:
+        return f"{value:.0f}"
+    text = f"{value:.3f}"
+    return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
+
+
+def legend(study: StudyConfig) -> str:
+    """What the Markdown tables' signs mean."""
+    text = (
+        "Mean ± half of its 95% interval, clustered by fact. `stop`: mean NLL of the worst answer token where the edit "
+        "stopped, and the share of edits that reached the stop if not all did."
+    )
+    if study.baseline:
+        base = ", ".join(study.baseline.values())
+        text += (
+            f" ▲/▼: above/below *{base}* on the same edits, paired t-test clustered by fact, p < .05 after Holm's "
+            "correction over all comparisons of the column and task."
+        )
+    return text
