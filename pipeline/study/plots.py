@@ -63,7 +63,7 @@ def _dots(study: StudyConfig, cells: Sequence[Cell]) -> Any:
     size = max(1, len(colours))
     height = sum(0.9 + 0.17 * size * len({c.arm.labels[y_axis] for c in mine}) for mine in panels.values())
     picture = figure(2.5 * len(columns) + 1.5, height + 0.6)
-    grid = picture.subplots(len(panels), len(columns), squeeze=False, sharey="row")
+    grid = picture.subplots(len(panels), len(columns), squeeze=False, sharey="row", sharex="col")
     for row, (name, mine) in enumerate(panels.items()):
         present = [group for group in groups if any(cell.arm.labels[y_axis] == group for cell in mine)]
         for place, column in enumerate(columns):

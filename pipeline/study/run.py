@@ -108,7 +108,8 @@ def _with_weights(config: RunConfig, arm: Arm, out: Path, console: Console) -> R
         "seed": config.seed,
     }
     key = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()[:10]
-    path = out / "weights" / f"{config.editor.name}-{key}.safetensors"
+    # Beside the studies, which may share them.
+    path = out.absolute().parent / "weights" / f"{config.editor.name}-{key}.safetensors"
     if not path.exists():
         console.print(f"[bold]Training {config.editor.name}[/bold] for {arm.name}", highlight=False)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +143,8 @@ def _write(
     }
     found = tables.cells(study, every, rows)
     tables_of = [tables.to_markdown(study, found, columns) for columns in (study.columns, study.further) if columns]
+    if study.correlate is not None:
+        tables_of.append(tables.correlations(study, every, rows))
     texts = [f"# {study.title}", *tables_of, tables.legend(study), *([study.note.strip()] if study.note else [])]
     markdown = "\n\n".join(text.strip() for text in texts) + "\n"
     write_text(out / "table.md", markdown)

@@ -88,6 +88,7 @@ class StudyConfig:
         baseline: Labels that an arm is compared with: the arm that has these and otherwise its own.
         columns: Of the table.
         further: Columns of a second table.
+        correlate: A column of the edits; tabled is its rank correlation with what the arm gains over the baseline.
         plot: The picture.
     """
 
@@ -101,6 +102,7 @@ class StudyConfig:
     baseline: dict[str, str] = field(default_factory=dict)
     columns: tuple[str, ...] = MAIN
     further: tuple[str, ...] = ()
+    correlate: str | None = None
     plot: Plot = field(default_factory=Plot)
 
     def __post_init__(self) -> None:
@@ -159,16 +161,25 @@ def load(name: str, config: Path | None, overrides: Sequence[str] = ()) -> Study
 
 
 def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings laid over each other; the second wins.
+    """Nested mappings laid over each other; the second wins. Another editor brings all its settings with it.
 
     >>> merged({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}})
     {'a': {'b': 3, 'c': 2}}
+    >>> merged({"editor": {"name": "wise", "site": "layers.2.ffn.in"}}, {"editor": {"name": "mend"}})
+    {'editor': {'name': 'mend'}}
     """
     result = dict(first)
     for key, value in second.items():
         old = result.get(key)
-        result[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and not _is_other_editor(key, old, value):
+            result[key] = merged(old, value)
+        else:
+            result[key] = value
     return result
+
+
+def _is_other_editor(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return key == "editor" and new.get("name", old.get("name")) != old.get("name")
 
 
 def _check(study: StudyConfig) -> None:

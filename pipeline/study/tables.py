@@ -180,6 +180,33 @@ def number(value: float) -> str:
     return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
 
 
+def correlations(study: StudyConfig, arms: Sequence[Arm], rows: Mapping[str, Sequence[Row]]) -> str:
+    """Markdown: Spearman's rho of the column `correlate` with the gain of each arm over its baseline, edit by edit."""
+    from scipy import stats
+
+    assert study.correlate is not None
+    lines = [f"| rho of {study.correlate} and gain | n | " + " | ".join(study.columns) + " |"]
+    lines.append("|---|--:|" + "--:|" * len(study.columns))
+    for arm in arms:
+        base = baseline_of(study, arm, arms)
+        if base is None:
+            continue
+        before = {row["edit_id"]: row for row in rows[base.folder] if row["status"] == EDITED}
+        mine = [row for row in rows[arm.folder] if row["status"] == EDITED and row["edit_id"] in before]
+        mine = [row for row in mine if row.get(study.correlate) is not None]
+        distance = [row[study.correlate] for row in mine]
+        values = []
+        for column in study.columns:
+            gains = [row[column] - before[row["edit_id"]][column] for row in mine]
+            if len(set(gains)) < 2 or len(set(distance)) < 2:
+                values.append("")  # without spread there is nothing to rank
+                continue
+            rho, p = stats.spearmanr(distance, gains)
+            values.append(f"{rho:+.2f} (p {p:.2g})")
+        lines.append("| " + " | ".join([arm.name, str(len(mine)), *values]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def legend(study: StudyConfig) -> str:
     """What the Markdown tables' signs mean."""
     text = (
