@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from odedit.backbones.base import Backbone
 from odedit.editors.base import Editor, Mergeable
 from odedit.edits import EditParams
 from odedit.errors import InputError
+from odedit.files import write_atomically
 from odedit.metrics import stack_params
 
 FORMAT = "odedit-edit-1"
@@ -52,9 +52,7 @@ def save_edit(path: Path, params: EditParams, info: EditInfo) -> None:
     """Writes one edit; a reader sees the whole file or none."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in params.items()}
     metadata = {"format": FORMAT, "info": json.dumps(asdict(info), sort_keys=True)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata=metadata)
-    os.replace(temporary, path)
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def load_edit(path: Path | str, device: str = "cpu") -> tuple[EditParams, EditInfo]:

@@ -6,7 +6,6 @@ The file says which editor, settings and backbone it was trained for, and is ref
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from odedit.errors import InputError
+from odedit.files import write_atomically
 
 FORMAT = "odedit-editor-1"
 
@@ -33,9 +33,8 @@ def save_weights(
     """
     info = json.dumps({"editor": editor, "settings": dict(settings), "fingerprint": fingerprint}, sort_keys=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata={"format": FORMAT, "info": info})
-    os.replace(temporary, path)
+    metadata = {"format": FORMAT, "info": info}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def load_weights(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from odedit.errors import InputError
+from odedit.files import write_atomically
 from odedit.shared_multiplier import Dual
 
 FORMAT = "odedit-training-1"
@@ -83,11 +83,10 @@ def write_state(path: Path, state: TrainingState, identity: Mapping[str, Any]) -
         "dual_steps": state.dual.steps,
         "stop_reason": state.stop_reason,
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     # Copies, because tensors of one file may not share memory: the best weights may be the present ones.
     stored = {name: value.detach().cpu().clone() for name, value in tensors.items()}
-    save_file(stored, temporary, metadata={"format": FORMAT, "info": json.dumps(info)})
-    os.replace(temporary, path)
+    metadata = {"format": FORMAT, "info": json.dumps(info)}
+    write_atomically(path, lambda temporary: save_file(stored, temporary, metadata=metadata))
 
 
 def read_state(path: Path, identity: Mapping[str, Any], device: str = "cpu") -> TrainingState:

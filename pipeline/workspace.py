@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from odedit.errors import InputError
+from odedit.files import temporary_beside
+from odedit.files import write_atomically as write_atomically
 
 CONFIG_HEADER = "# odedit"
 """How a configuration that a run wrote begins; a version follows."""
@@ -93,20 +92,9 @@ class Workspace:
             raise InputError(f"out: {str(self.out)!r} cannot be written to: {error.strerror}.") from error
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a temporary file beside `path`, then renames it: there is no moment with half a file."""
-    # Workers of several nodes may write the same file; a process number alone would not tell them apart.
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_once(path: Path, text: str) -> None:
     """Writes a file unless it is there; of several writers at once the first wins, and all read the same afterwards."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = temporary_beside(path)
     try:
         temporary.write_text(text, encoding="utf-8")
         try:
