@@ -26,6 +26,7 @@ from pipeline.config import RunConfig, TrackingConfig
 from pipeline.workspace import Workspace
 
 METRICS_PER_CALL = 1000
+_EDITS_SHOWN = 3
 PARENT_TAG = "mlflow.parentRunId"
 _TABLE_COLUMNS = (
     "edit_id",
@@ -112,7 +113,6 @@ class Tracker:
     client: Any
     uri: str
     run_id: str
-    is_new: bool
 
     @classmethod
     def start(
@@ -133,12 +133,12 @@ class Tracker:
         client = _client(uri)
         if run_id is not None and _exists(client, run_id):
             client.update_run(run_id, status="RUNNING")
-            return cls(client, uri, run_id, is_new=False)
+            return cls(client, uri, run_id)
         name = config.tracking.run_name or f"{config.editor.name}-{config.objective.name}"
         experiment = _experiment(client, uri, config.tracking.experiment)
         tags = _tags(config, code) | ({PARENT_TAG: parent_run} if parent_run else {})
         run = client.create_run(experiment, run_name=name, tags=tags)
-        tracker = cls(client, uri, run.info.run_id, is_new=True)
+        tracker = cls(client, uri, run.info.run_id)
         tracker._log_settings(config, dataset)
         return tracker
 
@@ -256,7 +256,7 @@ def log_training(
         experiment = _experiment(client, uri, config.tracking.experiment)
         name = config.tracking.run_name or f"train-{config.editor.name}-{config.objective.name}"
         run = client.create_run(experiment, run_name=name, tags=_tags(config, code) | dict(notes))
-        tracker = Tracker(client, uri, run.info.run_id, is_new=True)
+        tracker = Tracker(client, uri, run.info.run_id)
         tracker.log_parameters(config)
         points = ((name, value, step) for name, curve in curves.items() for step, value in curve)
         tracker.log_points(points)
@@ -332,7 +332,17 @@ def fetch_edit(uri: str, run_id: str, edit_id: str, folder: Path) -> Path:
     try:
         return Path(client.download_artifacts(run_id, f"edits/{edit_id}.safetensors", str(folder)))
     except Exception as error:
-        raise InputError(f"edit {edit_id!r} of run {run_id!r} cannot be fetched: {_sentence(error)}") from error
+        reason = _sentence(error) if not _exists(client, run_id) else _logged_edits(client, run_id)
+        raise InputError(f"edit {edit_id!r} of run {run_id!r} cannot be fetched: {reason}") from error
+
+
+def _logged_edits(client: Any, run_id: str) -> str:
+    """Which edits a run has, in a sentence."""
+    names = sorted(Path(file.path).stem for file in client.list_artifacts(run_id, "edits"))
+    if not names:
+        return "the run has logged no edits (tracking.edits_gib bounds how many are)."
+    more = f" and {len(names) - _EDITS_SHOWN} more" if len(names) > _EDITS_SHOWN else ""
+    return f"the run has {', '.join(names[:_EDITS_SHOWN])}{more}."
 
 
 def _exists(client: Any, run_id: str) -> bool:

@@ -65,6 +65,8 @@ def test_a_run_is_logged_once_and_its_edits_reproduce_their_scores(
     capsys.readouterr()
     commands.fetch(str(outcome.run_id), [row["edit_id"]], outcome.tracking_uri, tmp_path / "fetched")
     file = Path(capsys.readouterr().out.strip())
+    with pytest.raises(InputError, match=r"edit 'none' .* the run has vqa_eval-000000, .* and 2 more\."):
+        commands.fetch(str(outcome.run_id), ["none"], outcome.tracking_uri, tmp_path / "fetched")
     assert file.is_relative_to(tmp_path / "fetched")
     editor, params, _ = load_edits([file], backbone)
     job = Job(config, resolve(config.data, outcome.workspace.out), outcome.workspace)
@@ -104,7 +106,7 @@ def test_only_edits_that_worked_take_the_places_of_curves(tmp_path: Path) -> Non
         def log_batch(self, run_id: str, metrics: list[Any]) -> None:
             logged.extend(metric.key for metric in metrics)
 
-    tracking.Tracker(Client(), "uri", "run", is_new=True)._log_curves(workspace, 1)
+    tracking.Tracker(Client(), "uri", "run")._log_curves(workspace, 1)
     assert logged == ["curves/edit-1/rel"]
 
 
