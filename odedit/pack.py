@@ -45,13 +45,18 @@ RECORDS_PER_FILE = 5000
 
 @dataclass
 class PackReport:
-    """What a pack holds: records, those with a problem, distinct images and their bytes, images that failed."""
+    """What a pack holds: records, those that cannot be used, distinct images and their bytes, images that failed."""
 
     num_records: int = 0
     num_problems: int = 0
     num_images: int = 0
     num_image_bytes: int = 0
     num_unreadable: int = 0
+
+    @property
+    def is_useless(self) -> bool:
+        """Whether there were images and none could be read, which only wrong roots bring about."""
+        return self.num_unreadable > 0 and self.num_images == 0
 
 
 def pack(
@@ -66,7 +71,9 @@ def pack(
     on_progress: Callable[[int], None] | None = None,
     on_problem: Callable[[Finding], None] | None = None,
 ) -> PackReport:
-    """Writes a pack. Files appear under their names only once all are complete, the list of them last.
+    """Writes a pack, unless none of its images can be read.
+
+    Files appear under their names only once all are complete, the list of them last.
 
     Args:
         records_path: What `read_records` reads.
@@ -93,7 +100,7 @@ def pack(
             packed, findings = _pack_record(record, images)
             rows.add(packed)
             report.num_records += 1
-            report.num_problems += bool(record.problem)
+            report.num_problems += bool(findings)
             if on_problem:
                 for finding in findings:
                     on_problem(finding)
@@ -101,7 +108,10 @@ def pack(
                 on_progress(report.num_records)
         images.close()
         rows.close()
-        files.publish(report)
+        if report.is_useless:
+            files.remove()
+        else:
+            files.publish(report)
     except BaseException:
         images.abandon()
         files.remove()

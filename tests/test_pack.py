@@ -96,7 +96,7 @@ def test_unreadable_images_are_kept_as_the_reason(source, tmp_path):
     (tmp_path / "coco" / record(5)["m_loc"]).unlink()
     findings = []
     report = pack(path, image_root, rephrase_root, str(out), on_problem=findings.append)
-    assert report.num_unreadable == 2 and report.num_records == 7
+    assert report.num_unreadable == 2 and (report.num_problems, report.num_records) == (4, 7)
     assert [(item.index, item.kind) for item in findings] == [
         (0, "not an image"),
         (3, "not an edit"),
