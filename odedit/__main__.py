@@ -1,6 +1,6 @@
 """The front door: `odedit COMMAND`. Standard output is the result, standard error progress and log.
 
-Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted. Everything heavy is imported inside
+Exit codes: 0 done, 1 it failed or nothing could be used, 2 the input is wrong, 130 interrupted. Everything heavy is imported inside
 the commands, so that help is there at once.
 """
 
@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from odedit.errors import InputError
+from odedit.errors import InputError, NothingUsable
 
 app = typer.Typer(
     help="Batch editing of multimodal language models: records in, edited models and scores out.",
@@ -67,6 +67,9 @@ def _explained() -> Iterator[None]:
     except KeyboardInterrupt as error:
         _say("Interrupted. What is finished is kept: the same command goes on from there.")
         raise typer.Exit(130) from error
+    except NothingUsable as error:
+        _say(str(error))
+        raise typer.Exit(1) from error
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:

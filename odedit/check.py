@@ -15,7 +15,7 @@ from odedit.record_fields import request_images
 class Finding:
     """One record that would be skipped, or one image of it."""
 
-    file: str
+    where: str
     index: int
     edit_id: str
     reason: str
@@ -23,10 +23,10 @@ class Finding:
 
     @classmethod
     def of(cls, record: RawRecord, reason: str, kind: str = "") -> Finding:
-        return cls(record.file, record.index, record.edit_id, reason, kind or reason.split(":", 1)[0])
+        return cls(record.where, record.index, record.edit_id, reason, kind or reason.split(":", 1)[0])
 
     def __str__(self) -> str:
-        return f"{self.file}, record {self.index} ({self.edit_id}): {self.reason}"
+        return f"{self.where} ({self.edit_id}): {self.reason}"
 
 
 @dataclass

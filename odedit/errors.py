@@ -1,4 +1,4 @@
-"""The one exception that means: the user's input is wrong, and the message says how to mend it."""
+"""Exceptions whose message is for the user: the input is wrong, or nothing could be done with it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Iterable
 
 class InputError(ValueError):
     """What the user gave cannot be used. The message is the whole explanation; commands exit with code 2."""
+
+
+class NothingUsable(Exception):
+    """A command ran as it should and nothing came of it. The message says so; commands exit with code 1."""
 
 
 def unknown_name(kind: str, got: str, available: Iterable[str]) -> InputError:

@@ -18,6 +18,7 @@ from odedit.image_decoding import ImageError, decode
 from odedit.locations import Location, locate, masked
 from odedit.pack_format import PackedImages, is_pack, is_pack_reference, original_path, unreadable_reason
 from odedit.record_fields import Root, shorten
+from odedit.record_files import check_is_file
 
 __all__ = ["ImageError", "ImageReader"]
 
@@ -67,10 +68,13 @@ class ImageReader:
         """The reader that fits a file of records: a packed folder brings its own images.
 
         Raises:
-            InputError: The records are not packed and there is no image root, or a root does not exist.
+            InputError: The records are not packed and there is no image root, a root does not exist, or neither do the
+                records.
         """
-        packed = is_pack(locate(path, "data.path"))
+        location = locate(path, "data.path")
+        packed = is_pack(location)
         if not packed and image_root is None:
+            check_is_file(location)
             raise InputError(
                 f"data.image_root: not set, and {masked(path)} is not a packed folder. Name the images' folder."
             )

@@ -25,7 +25,7 @@ from odedit.errors import InputError
 from odedit.locations import Location, locate
 from odedit.pack_format import is_pack, read_packed_rows
 from odedit.record_fields import TASKS, problem_of_fields, shorten, task_of, type_name
-from odedit.record_files import Entry, read_entries
+from odedit.record_files import BAD_LINE, Entry, read_entries
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ class RawRecord:
     task: str
     fields: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
+
+    @property
+    def where(self) -> str:
+        """How messages name it: by its file and number, unless the problem itself numbers the line."""
+        return self.file if self.problem.startswith(BAD_LINE) else f"{self.file}, record {self.index}"
 
     def to_row(self) -> dict[str, Any]:
         """Columns of plain types (`fields` as JSON text), for tables and for workers."""

@@ -23,6 +23,8 @@ from odedit.locations import Location
 MAX_DEPTH = 32
 """Deepest nesting accepted in a JSON array. Records need four levels; a file of opening brackets would fill memory."""
 MAX_LINE_BYTES = 16 * 2**20
+BAD_LINE = "invalid JSON: line"
+"""How the problem of a line that is no JSON begins; its number follows."""
 _BATCH_ROWS = 256
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -48,14 +50,23 @@ def read_entries(location: Location) -> Iterator[Entry]:
             f"{location.text}: not a file of records by its name. Allowed: .json (an array of objects), "
             ".jsonl (one object per line), .parquet, or a folder written by `odedit data pack`."
         )
+    check_is_file(location)
     try:
-        if not location.is_file():
-            raise InputError(f"{location.text}: there is no such file. Check data.path.")
         stream = location.open()
     except OSError as error:
         raise InputError(f"{location.text}: cannot be opened ({error}).") from error
     with stream:
         yield from readers[suffix](stream, location.text)
+
+
+def check_is_file(location: Location) -> None:
+    """Raises InputError unless there is a file."""
+    try:
+        exists = location.is_file()
+    except OSError as error:
+        raise InputError(f"{location.text}: cannot be looked at ({error}).") from error
+    if not exists:
+        raise InputError(f"{location.text}: there is no such file.")
 
 
 def _read_array(stream: Any, text: str) -> Iterator[Entry]:
@@ -129,7 +140,9 @@ def _parse_line(line: bytes, number: int) -> Entry:
         return Entry(json.loads(line.decode("utf-8")))
     except (ValueError, RecursionError) as error:
         unparsed = line.decode("utf-8", errors="replace").rstrip("\n")
-        return Entry(unparsed, f"invalid JSON: line {number} cannot be parsed ({_first_line(error)})")
+        # A JSON error would call this line 1 of what it was given.
+        reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else _first_line(error)
+        return Entry(unparsed, f"{BAD_LINE} {number} cannot be parsed ({reason})")
 
 
 def _read_parquet(stream: Any, text: str) -> Iterator[Entry]:

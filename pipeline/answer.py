@@ -13,7 +13,7 @@ from odedit.checkpoint import load_edit, load_edits
 from odedit.edits import EditBatch, Probe
 from odedit.encoding import gather_positions
 from odedit.errors import InputError
-from odedit.images import ImageReader
+from odedit.images import ImageError, ImageReader
 from odedit.metrics import greedy
 from odedit.prompts import find_template
 
@@ -44,7 +44,9 @@ def answers(
     """
     picture = None
     if image is not None:
-        path = image.expanduser().absolute()
+        path = image.expanduser().resolve()
+        if not path.exists():
+            raise ImageError(f"there is no file {str(image)!r}.", "image not found")
         picture = ImageReader(str(path.parent)).read(path.name)
     backbone = load_backbone_of(edits[0], checkpoint, dtype=dtype, device=device)
     editor, params, infos = load_edits(edits, backbone, device)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from odedit.errors import InputError
+from odedit.errors import InputError, NothingUsable
 from pipeline import config as run_config
 from pipeline import report, tracking
 from pipeline.run import Outcome, prepare, run
@@ -27,8 +27,9 @@ def edit(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: bool) ->
         return
     outcome = run(config, errors, fresh=fresh)
     show_outcome(outcome)
-    if not outcome.summary["n"] and outcome.summary["failed"]:
-        raise RuntimeError(f"no edit worked; {outcome.workspace.results} says why, row by row.")
+    if not outcome.summary["n"]:
+        counts = ", ".join(f"{outcome.summary[status]} {status}" for status in ("failed", "skipped"))
+        raise NothingUsable(f"No record was edited ({counts}); {outcome.workspace.results} says why, row by row.")
 
 
 def train(editor: str, path: Path, overrides: Sequence[str], out: Path | None, *, fresh: bool) -> Path:
@@ -62,7 +63,7 @@ def _show_plan(config: run_config.RunConfig, errors: Console) -> None:
         groups, usable, problems = len(ready.staged.usable), ready.staged.num_usable, ready.staged.problems
     if config.data.split is None:
         resolve(config.data, workspace.out).reader.check_roots()
-    print(f"# input: {usable} edits in {groups} groups of {config.pipeline.batch_size}, {problems} records skipped")
+    print(f"# input: {usable} usable records in {groups} groups of {config.pipeline.batch_size}, {problems} skipped")
     if config.pipeline.ray_address is None:
         print(f"# plan: {make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), groups)}")
     else:
@@ -70,6 +71,8 @@ def _show_plan(config: run_config.RunConfig, errors: Console) -> None:
     print(f"# results: {workspace.out}" + (f" (finished groups there: {done})" if done else ""))
     if config.tracking.enabled:
         print(f"# MLflow: {tracking.masked(tracking.store_uri(config.tracking, workspace.out))}")
+    if not usable:
+        raise NothingUsable("None of the records can be used; `odedit data check` says why.")
 
 
 def show_outcome(outcome: Outcome) -> None:
@@ -226,6 +229,8 @@ def check_data(path: str, image_root: str | None, rephrase_root: str | None, tas
         f"{found.num_usable} of {found.num_records} records can be used"
         + (f"; skipped: {skipped}." if skipped else ".")
     )
+    if not found.num_usable:
+        raise NothingUsable("None of the records can be used.")
 
 
 def pack_data(path: str, out: str, image_root: str | None, rephrase_root: str | None, task: str) -> None:
@@ -241,9 +246,8 @@ def pack_data(path: str, out: str, image_root: str | None, rephrase_root: str | 
         done = pack(path, image_root, rephrase_root, out, task=task, on_problem=show)
     print(f"{out}: {done.num_records} records ({done.num_problems} unusable), {done.num_images} pictures, "
           f"{done.num_image_bytes / 2**20:.1f} MiB, {done.num_unreadable} unreadable.")  # fmt: skip
-    if done.num_unreadable and not done.num_images:
-        # Only wrong folders do that; the pack stays, since it says for each record what was wrong.
-        raise RuntimeError("not one picture could be read: see --image-root and --rephrase-root.")
+    if done.is_useless:
+        raise NothingUsable("Not one picture could be read, so nothing was written: see --image-root, --rephrase-root.")
 
 
 @contextmanager
@@ -256,4 +260,7 @@ def _named_by_flags() -> Iterator[None]:
 
 
 def _with_flags(text: str) -> str:
-    return text.replace("data.image_root", "--image-root").replace("data.rephrase_root", "--rephrase-root")
+    flags = {"image_root": "--image-root", "rephrase_root": "--rephrase-root", "task": "--task", "path": "PATH"}
+    for setting, flag in flags.items():
+        text = text.replace(f"data.{setting}", flag)
+    return text

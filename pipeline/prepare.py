@@ -121,7 +121,7 @@ def process(request: EditRequest, processor: Processor, shared: dict[str, Pictur
 
 
 def located(record: RawRecord, problem: str) -> str:
-    return f"{record.file}, record {record.index}: {problem}"
+    return f"{record.where}: {problem}"
 
 
 def one_sentence(error: BaseException) -> str:

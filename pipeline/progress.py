@@ -11,38 +11,37 @@ from rich.live import Live
 from rich.text import Text
 
 from odedit.metrics import MAIN
-from pipeline.results import EDITED, FAILED, Row
+from pipeline.results import EDITED, FAILED, SKIPPED, Row
 
 _LOG_EVERY_S = 10.0
 _STEADY_AFTER_S = 5.0
 
 
 class Progress:
-    """Counts finished edits and keeps running means of the five metrics.
+    """Counts finished records, those apart that failed or were skipped, and keeps running means of the five metrics.
 
     Args:
         console: Standard error.
-        total: Edits in the whole run.
-        done: Edits that an earlier run finished; they count as done, not for the speed.
+        total: Records in the whole run.
     """
 
-    def __init__(self, console: Console, total: int, done: int = 0) -> None:
+    def __init__(self, console: Console, total: int) -> None:
         self._console = console
         self._total = total
-        self._done = self._before = done
-        self._failed = 0
+        self._done = self._before = 0
+        self._left_out = {FAILED: 0, SKIPPED: 0}
         self._sums = dict.fromkeys(MAIN, 0.0)
         self._counts = dict.fromkeys(MAIN, 0)
         self._started = time.monotonic()
         self._first: float | None = None
-        self._first_done = done
+        self._first_done = 0
         self._last_logged = self._started
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> Progress:
         if self._live is not None:
             self._live.start()
-            self._live.update(Text(f"0/{self._total} edits, starting workers"))
+            self._live.update(Text(f"{self._done}/{self._total} records, starting workers"))
         return self
 
     def __exit__(
@@ -52,10 +51,9 @@ class Progress:
             self._live.stop()
         self._console.print(self.line(), highlight=False, soft_wrap=True)
 
-    def observe(self, rows: Iterable[Row], num_edits: int) -> None:
-        """Adds the rows of a finished group, which had so many edits."""
-        self.include(rows)
-        self._done += num_edits
+    def observe(self, rows: Iterable[Row]) -> None:
+        """Adds the rows of a group that is finished now."""
+        self._add(rows)
         now = time.monotonic()
         if self._first is None:
             self._first, self._first_done = now, self._done
@@ -66,21 +64,27 @@ class Progress:
             self._console.print(self.line(), highlight=False, soft_wrap=True)
 
     def include(self, rows: Iterable[Row]) -> None:
-        """Takes rows into the means without counting their edits: those of an earlier run are counted already."""
+        """Adds the rows that an earlier run finished: they do not count for the speed."""
+        self._add(rows)
+        self._before = self._done
+
+    def _add(self, rows: Iterable[Row]) -> None:
         for row in rows:
-            self._failed += row["status"] == FAILED
+            self._done += 1
+            if row["status"] in self._left_out:
+                self._left_out[row["status"]] += 1
             for metric in MAIN if row["status"] == EDITED else ():
                 if isinstance(row.get(metric), float):
                     self._sums[metric] += row[metric]
                     self._counts[metric] += 1
 
     def line(self) -> str:
-        """`24/48 edits (1 failed)  rel .981  t_gen ...  2.1 edits/s  12 s left`."""
+        """`24/48 records (1 failed, 2 skipped)  rel .981  t_gen ...  2.1 records/s  12 s left`."""
         means = "  ".join(
             f"{metric} {self._sums[metric] / self._counts[metric]:.3f}" for metric in MAIN if self._counts[metric]
         )
-        failed = f" ({self._failed} failed)" if self._failed else ""
-        pieces = [f"{self._done}/{self._total} edits{failed}", means, self._speed()]
+        left_out = ", ".join(f"{count} {status}" for status, count in self._left_out.items() if count)
+        pieces = [f"{self._done}/{self._total} records" + (f" ({left_out})" if left_out else ""), means, self._speed()]
         return "  ".join(piece for piece in pieces if piece)
 
     def _speed(self) -> str:
@@ -94,7 +98,7 @@ class Progress:
             return ""
         rate = done / max(now - since, 1e-6)
         left = max(self._total - self._done, 0) / rate
-        return f"{rate:.2f} edits/s" + (f"  {_duration(left)} left" if left else "")
+        return f"{rate:.2f} records/s" + (f"  {_duration(left)} left" if left else "")
 
 
 def _duration(seconds: float) -> str:

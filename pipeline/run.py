@@ -93,7 +93,7 @@ def run_many(
     """
     ready = [prepare(config, fresh=fresh) for config in configs]
     done, total = (sum(one.num_done() for one in ready), sum(one.staged.num_usable for one in ready))
-    console.print(f"{len(ready)} runs: {done} of {total} edits done.", highlight=False)
+    console.print(f"{len(ready)} runs: {done} of {total} usable records done.", highlight=False)
     return _run_ready(ready, console, parent_run)
 
 
@@ -268,13 +268,13 @@ def _update(workspace: Workspace, **values: Any) -> None:
 def announce(ready: Ready, console: Console) -> None:
     """Says whether the run is new, goes on, or is finished."""
     total, done = ready.staged.num_usable, ready.num_done()
-    skipped = f", {ready.staged.problems} records skipped" if ready.staged.problems else ""
+    skipped = f", {ready.staged.problems} skipped" if ready.staged.problems else ""
     if not ready.pending:
-        text = f"{ready.workspace.out} is finished ({total} edits{skipped}); nothing to do. Add --fresh to start over."
+        text = f"{ready.workspace.out} is finished ({total} usable records{skipped}). Add --fresh to start over."
     elif ready.pending and len(ready.pending) < len(ready.staged.usable):
-        text = f"Resuming {ready.workspace.out}: {done} of {total} edits done{skipped}."
+        text = f"Resuming {ready.workspace.out}: {done} of {total} usable records done{skipped}."
     else:
-        text = f"New run in {ready.workspace.out}: {total} edits{skipped}."
+        text = f"New run in {ready.workspace.out}: {total} usable records{skipped}."
     console.print(text, highlight=False, soft_wrap=True, markup=False)
     before = read_json(ready.workspace.run) or {}
     if ready.pending and done and before.get("code") != ready.code:
@@ -351,14 +351,14 @@ def _edit(runs: Sequence[_OpenRun], pending: Sequence[tuple[int, int]], plan: Pl
     ready = [one.ready for one in runs]
     jobs = [Job(one.config, one.sources, one.workspace, plan.device, plan.threads_per_actor) for one in ready]
     left = Counter(index for index, _ in pending)
-    total, done = sum(one.staged.num_usable for one in ready), sum(one.num_done() for one in ready)
+    total = sum(one.staged.num_usable + one.staged.problems for one in ready)
     finished = [part for one in ready for part in results.parts(one.workspace)]
-    with Progress(console, total, done) as progress:
+    with Progress(console, total) as progress:
         progress.include(results.read_rows(finished, results.PROGRESS_COLUMNS))
-        for index, group, rows in graph.run_graph(jobs, plan, pending):
+        for index, _, rows in graph.run_graph(jobs, plan, pending):
             runs[index].start()
             runs[index].tick()
-            progress.observe(rows, ready[index].staged.usable[group])
+            progress.observe(rows)
             left[index] -= 1
             if not left[index] and len(runs) > 1:
                 # While the workers go on with the next run.

@@ -100,7 +100,7 @@ def test_a_checkpoint_of_another_class_exits_with_2(files: dict[str, Any]) -> No
 
 def test_a_dry_run_prints_the_configuration_and_the_plan_and_writes_nothing(files: dict[str, Any]) -> None:
     result = odedit("edit", "--config", files["config"], "editor.clamp=0.5", "--dry-run")
-    expect(result, 0, "clamp: 0.5", "# input: 3 edits in 1 groups", "# plan: 1 actor on")
+    expect(result, 0, "clamp: 0.5", "# input: 3 usable records in 1 groups", "# plan: 1 actor on")
     assert yaml.safe_load(result.stdout)["editor"]["clamp"] == 0.5
     assert not Path(files["values"]["out"]).exists()
 
@@ -115,6 +115,9 @@ def test_edit_and_apply(files: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
     expect(result, 0, "before: ", "after:  ")
     image.write_bytes(b"no picture")
     expect(odedit("apply", edits[0], "--prompt", "What is it?", "--image", image), 2, "--image: ")
+    result = odedit("apply", edits[0], "--prompt", "What is it?", "--image", "nope.png")
+    expect(result, 2, "--image: there is no file 'nope.png'")
+    assert "data." not in result.output
     expect(odedit("apply", edits[0], "--prompt", "What is it?", "--dtype", "bfloat16"), 0, "after:  ")
     expect(odedit("apply", edits[0], "--prompt", "x", "--device", "gpu"), 2, "--device: got 'gpu', expected one of cpu")
     expect(odedit("apply", edits[0], "--prompt", "x", "--device", "cuda:99"), 2, "--device: got 'cuda:99'")
@@ -137,19 +140,41 @@ def test_data_commands(files: dict[str, Any]) -> None:
     elsewhere.mkdir()
     wrong = ("--image-root", elsewhere, "--rephrase-root", elsewhere)
     result = odedit("data", "pack", data["path"], files["folder"] / "nothing", *wrong)
-    expect(result, 1, "not one picture could be read")
+    expect(result, 1, "3 records (3 unusable), 0 pictures", "Not one picture could be read")
+    assert "Error" not in result.output
+    expect(odedit("data", "pack", data["path"], files["folder"] / "nothing", *roots), 0, "3 records (0 unusable)")
     for command in (["check", data["path"]], ["pack", data["path"], files["folder"] / "other"]):
         result = odedit("data", *command)
         expect(result, 2, "--image-root: not set")
         assert "data.image_root" not in result.output
 
 
-def test_records_that_cannot_be_used_are_no_failure_of_the_run(
+def test_a_run_without_a_usable_record_ends_with_its_summary_and_1(
     files: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inline_pipeline.install(monkeypatch)
-    write_array(Path(files["values"]["data"]["path"]), [{"src": 1}, "text"])
-    expect(odedit("edit", "--config", files["config"]), 0, "0 edits, 0 failed, 2 skipped")
+    data = files["values"]["data"]
+    write_array(Path(data["path"]), [{"src": 1}, "text"])
+    expect(odedit("edit", "--config", files["config"], "--dry-run"), 1, "# input: 0 usable", "None of the records can")
+    roots = ["--image-root", data["image_root"], "--rephrase-root", data["rephrase_root"]]
+    expect(odedit("data", "check", data["path"], *roots), 1, "0 of 2 records can be used")
+    result = odedit("edit", "--config", files["config"])
+    expect(result, 1, "2/2 records (2 skipped)", "0 edits, 0 failed, 2 skipped", "No record was edited (0 failed, 2 sk")
+    assert "Error" not in result.output
+
+
+def test_a_missing_file_of_records_is_called_missing(files: dict[str, Any]) -> None:
+    values = files["values"]
+    del values["data"]["image_root"], values["data"]["rephrase_root"]
+    config = write_config(files["folder"], values)
+    result = odedit("edit", "--config", config, "data.path=nofile.json")
+    expect(result, 2, "nofile.json: there is no such file")
+    assert "image_root" not in result.output
+    for command in (["check", "nofile.json"], ["pack", "nofile.json", files["folder"] / "packed"]):
+        result = odedit("data", *command)
+        expect(result, 2, "nofile.json: there is no such file")
+        assert "data." not in result.output.replace("data.py", "")
+    expect(odedit("data", "check", values["data"]["path"], "--task", "x", "--no-images"), 2, "--task: got 'x'")
 
 
 def test_an_edit_that_was_never_logged_cannot_be_fetched(tmp_path: Path) -> None:

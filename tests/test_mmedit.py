@@ -249,6 +249,9 @@ def test_bad_lines_are_records_with_a_problem(tmp_path):
     assert kinds == ["", "invalid JSON", "invalid JSON", "invalid JSON", "invalid JSON"]
     assert "line 2" in records[1].problem and records[1].fields == {"unparsed": "{broken"}
     assert "line 6" in records[4].problem
+    assert records[0].where == "a.jsonl, record 0"
+    assert records[1].where == "a.jsonl", "its problem says which line it is"
+    assert records[1].problem.count("line") == 1
 
 
 def test_endless_line(tmp_path, monkeypatch):

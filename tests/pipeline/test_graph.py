@@ -100,10 +100,13 @@ def test_the_plan_fills_the_machine(settings_of_plan: dict, machine: tuple[int, 
     assert make_plan(config.pipeline, config.backbone, *machine) == expected
 
 
-def test_progress_counts_edits_and_averages_those_that_worked() -> None:
-    progress = Progress(QUIET, total=5, done=2)
+def test_progress_counts_records_and_averages_those_that_worked() -> None:
+    progress = Progress(QUIET, total=6)
     row = {"status": "edited", "rel": 1.0, "t_gen": 0.5, "m_gen": 0.0, "t_loc": 1.0, "m_loc": 1.0}
-    progress.observe([row, row | {"rel": 0.0}, {"status": "failed"}], 3)
+    progress.include([{"status": "skipped"}, row])
+    assert progress.line().startswith("2/6 records (1 skipped)  rel 1.000"), "and no speed yet"
+    assert not progress.line().endswith("records/s")
+    progress.observe([row, row | {"rel": 0.0}, {"status": "failed"}, {"status": "skipped"}])
     line = progress.line()
-    assert line.startswith("5/5 edits (1 failed)  rel 0.500  t_gen 0.500")
-    assert line.endswith("edits/s")
+    assert line.startswith("6/6 records (1 failed, 2 skipped)  rel 0.667  t_gen 0.500")
+    assert line.endswith("records/s")
