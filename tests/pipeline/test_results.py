@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -77,6 +77,7 @@ def test_the_first_of_several_writers_wins(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "first"
 
 
+@settings(deadline=None)  # it writes files, and a busy disk is slow
 @given(max_attempts=st.integers(2, 6), killers=st.sets(st.integers(0, 3)))
 def test_every_edit_is_tried_at_most_so_often_and_only_killers_are_given_up(
     tmp_path_factory: pytest.TempPathFactory, max_attempts: int, killers: set[int]
