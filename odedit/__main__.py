@@ -1,7 +1,7 @@
 """The front door: `odedit COMMAND`. Standard output is the result, standard error progress and log.
 
-Exit codes: 0 done, 1 it failed or nothing could be used, 2 the input is wrong, 130 interrupted. Everything heavy is imported inside
-the commands, so that help is there at once.
+Exit codes: 0 done, 1 it failed or nothing could be used, 2 the input is wrong, 130 interrupted. Everything heavy is
+imported inside the commands, so that help is there at once.
 """
 
 from __future__ import annotations

@@ -73,6 +73,16 @@ def test_a_backward_pass_with_what_autograd_has_saved(keeps_results):
     assert len(kept) == 2 * keeps_results
 
 
+def test_on_a_gpu_the_allocator_is_asked(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: asked.append(device))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1700)
+    with peak_memory("cuda:1") as peak:
+        assert asked == [torch.device("cuda:1")], "peaks from before the block are forgotten"
+    assert peak.bytes == 700
+
+
 def test_nothing_is_counted_after_the_block():
     with peak_memory("cpu") as peak:
         inside = vector()
