@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from odedit.errors import InputError
 from pipeline.sources import build_embedded, embedded_folder
 from pipeline.study.spec import Draw
 from pipeline.workspace import write_text
@@ -20,6 +21,9 @@ def write(draw: Draw, folder: Path) -> dict[str, str]:
     """Writes the records under `folder` and returns the `data` section of a run that edits them.
 
     Edits of different seeds have different ids and the same facts, so that tests over seeds are clustered by fact.
+
+    Raises:
+        InputError: The split has fewer edits of a task.
     """
     records = [record for seed in draw.seeds for record in _of_seed(draw, seed, folder)]
     seeds = "-".join(str(seed) for seed in draw.seeds)
@@ -43,7 +47,12 @@ def _of_seed(draw: Draw, seed: int, folder: Path) -> list[Record]:
     ordered.sort(key=lambda item: item[:2])
     chosen: list[Record] = []
     for task in ("vqa", "caption"):
-        chosen += [record for _, _, record in ordered if record["task"] == task][: draw.per_task]
+        of_task = [record for _, _, record in ordered if record["task"] == task]
+        if len(of_task) < draw.per_task:
+            raise InputError(
+                f"draw.per_task: got {draw.per_task}; the {draw.split} split has {len(of_task)} edits of task {task!r}."
+            )
+        chosen += of_task[: draw.per_task]
     name = _benchmark(folder, seed).name
     return [_moved(record, name) | {"edit_id": f"s{seed}-{record['edit_id']}"} for record in chosen]
 

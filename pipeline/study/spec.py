@@ -6,7 +6,7 @@ A study is data, one YAML. Its arms are the combinations of one value of every a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -128,8 +128,8 @@ class Arm:
 
     @property
     def folder(self) -> str:
-        """The name in letters, digits, `.`, `_` and `-`."""
-        return "_".join(re.sub(r"[^A-Za-z0-9.-]+", "-", label).strip("-") for label in self.labels.values())
+        """The name in letters, digits, `.`, `_` and `-`; not empty, and never a way to another folder."""
+        return "_".join(re.sub(r"[^A-Za-z0-9.-]+", "-", label).strip("-.") or "-" for label in self.labels.values())
 
 
 def names() -> tuple[str, ...]:
@@ -148,15 +148,18 @@ def load(name: str, config: Path | None, overrides: Sequence[str] = ()) -> Study
     if name not in names():
         raise unknown_name("study", name, names())
     values = read_yaml(FOLDER / f"{name}.yaml")
+    shipped = {axis: set(labels) for axis, labels in values["axes"].items()}
     if config is not None:
         changes = read_yaml(config)
-        axes = changes.pop("axes", {})
+        axes = changes.pop("axes", None) or {}
+        if not isinstance(axes, Mapping):
+            raise InputError(f"{config}: axes: got {strict.show(axes)}, expected axis -> label -> settings.")
         values = merged(values, changes)
         values["axes"] = {axis: labels for axis, labels in {**values["axes"], **axes}.items() if labels}
     for text in overrides:
         apply_override(values, text)
     study = strict.build(StudyConfig, values)
-    _check(study)
+    _check(study, shipped)
     return study
 
 
@@ -182,27 +185,54 @@ def _is_other_editor(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -
     return key == "editor" and new.get("name", old.get("name")) != old.get("name")
 
 
-def _check(study: StudyConfig) -> None:
-    axes = study.axes
-    used = {axis for part in (*study.skip, *(special.when for special in study.special)) for axis in part}
-    shown = {axis for axis in (study.plot.x, study.plot.y, study.plot.colour) if axis}
-    for axis in sorted({*used, *shown, *study.baseline} - axes.keys()):
+def _check(study: StudyConfig, shipped: Mapping[str, set[str]]) -> None:
+    """Raises InputError for an axis or a label that is not there.
+
+    Args:
+        shipped: Axes and labels of the study before the user's changes: where a user leaves some out, what the study
+            says about their combinations is no mistake.
+    """
+    axes, plot = study.axes, study.plot
+    shown = {axis for axis in (plot.x, plot.y, plot.colour) if axis}
+    for axis in sorted({*shown, *study.baseline} - axes.keys()):
         raise unknown_name("axis", axis, axes)
+    for part in (*study.skip, *(special.when for special in study.special)):
+        for axis, labels in part.items():
+            known = {*axes.get(axis, ()), *shipped.get(axis, ())}
+            if not known:
+                raise unknown_name("axis", axis, axes)
+            for label in labels:
+                _check_label(f"axis {axis!r} in 'skip' or 'special'", label, known)
     for axis, label in study.baseline.items():
-        if label not in axes[axis]:
-            raise unknown_name(f"label of baseline.{axis}", label, axes[axis])
+        _check_label(f"baseline.{axis}", label, axes[axis])
+    if plot.kind == "heatmap" and not (plot.x and plot.y):
+        raise InputError("plot: a heat map needs the axes x and y.")
+    if plot.reference is not None and axes:
+        _check_label("plot.reference", plot.reference, axes[plot.x or next(iter(axes))])
     arms(study)
+
+
+def _check_label(where: str, label: str, known: Iterable[str]) -> None:
+    if label not in known:
+        raise unknown_name(f"label of {where}", label, known)
 
 
 def arms(study: StudyConfig) -> list[Arm]:
     """Every combination but the skipped ones, in the order of the axes.
 
     Raises:
-        InputError: There is none, or one's configuration is wrong.
+        InputError: There is none, or two would write to one folder.
     """
+    if not study.axes:
+        raise InputError("axes: expected at least one axis with at least one label.")
     made = [Arm(labels, _settings(study, labels)) for labels in _combinations(study)]
     if not made:
         raise InputError("axes: no combination is left; look at 'skip'.")
+    seen: dict[str, str] = {}
+    for arm in made:
+        if arm.folder in seen:
+            raise InputError(f"axes: {seen[arm.folder]!r} and {arm.name!r} would share the folder {arm.folder!r}.")
+        seen[arm.folder] = arm.name
     return made
 
 
