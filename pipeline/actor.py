@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import lru_cache
@@ -29,6 +29,7 @@ from odedit.memory import Peak, peak_memory
 from odedit.metrics import evaluate, stack_params
 from odedit.mmedit import RawRecord
 from odedit.objective import CALIBRATION_STATES, Objective, calibrate
+from odedit.pool import image_names, normal, scored_prompts
 from odedit.prompts import find_template
 from odedit.supervision import rephrase_distance
 from pipeline import results, staging
@@ -198,9 +199,35 @@ class EditActor:
         if self._lazy_objective is None:
             self._lazy_objective = Objective(self._job.config.objective, self._bandwidth())
         if isinstance(self._editor, Measuring) and not self._is_measured:
-            batch, _ = self._encode(self._unedited()[0])
-            self._editor, self._is_measured = self._editor.measured(self._backbone, batch), True
+            unscored = self._unscored()
+            if unscored:  # else the editor makes do with what supervises each edit
+                self._editor = self._editor.measured(self._backbone, self._encode(unscored)[0])
+            self._is_measured = True
         return self._lazy_objective
+
+    def _unscored(self) -> list[EditRequest]:
+        """Requests of the pool that show nothing the run is scored on: what an editor measures, it edits by.
+
+        None without a pool. Left out is what `Pool.candidates` leaves out for a single record: records that share a
+        picture with one of the run's, or whose text question is one of those that are scored.
+
+        Raises:
+            InputError: No other record can be used.
+        """
+        pool = staging.read_pool(self._job.workspace, self._job.sources)
+        if pool is None:
+            return []
+        prompts: set[str] = set()
+        images: set[str] = set()
+        for record in staging.usable_records(self._job.workspace.records):
+            prompts |= scored_prompts(record)
+            images |= image_names(record)
+        others = [
+            record
+            for record in pool.records
+            if normal(record.fields["loc"]) not in prompts and not images & image_names(record)
+        ]
+        return self._calibration_requests(others, "data.pool") if others else []
 
     def _unedited(self) -> tuple[list[EditRequest], str]:
         """Requests that are measured before any edit, of the pool if there is one, and the setting they are from.
@@ -210,13 +237,16 @@ class EditActor:
         """
         pool = staging.read_pool(self._job.workspace, self._job.sources)
         records = pool.records if pool else staging.usable_records(self._job.workspace.records)
+        setting = "data.pool" if pool else "data.path"
+        return self._calibration_requests(records, setting), setting
+
+    def _calibration_requests(self, records: Iterable[RawRecord], setting: str) -> list[EditRequest]:
         problems: list[str] = []
         requests = list(islice(Preparer(self._job).calibration_requests(records, problems), CALIBRATION_RECORDS))
-        setting = "data.pool" if pool else "data.path"
         if not requests:
             first = problems[0] if problems else "there is none."
             raise InputError(f"{setting}: no calibration record can be used; first: {first}")
-        return requests, setting
+        return requests
 
     def _num_states(self, request: EditRequest) -> int:
         """How many states one request gives the measurement, as `odedit.objective.calibrate` selects them."""

@@ -148,10 +148,15 @@ class Mergeable(Protocol):
 
 @runtime_checkable
 class Measuring(Protocol):
-    """An editor that looks at unedited records once, before the first edit (T-Patcher's memory states)."""
+    """An editor that looks at unedited records once, before the first edit (T-Patcher's memory states).
+
+    Without any it falls back on what supervises each edit.
+    """
 
     def measured(self, backbone: Backbone, batch: EditBatch) -> Editor:
-        """A copy of the editor that has seen the batch; the editor itself stays as it is."""
+        """A copy of the editor that has seen the batch, of records that show nothing an edit is scored on; the editor
+        itself stays as it is.
+        """
         ...
 
 

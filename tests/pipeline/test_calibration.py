@@ -1,4 +1,4 @@
-"""The bandwidth of the kernel: measured on records that can be used, and only if there is something to edit."""
+"""What is measured before any edit: on records that can be used, and only if there is something to edit."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from mmedit_files import record, write_array, write_images
 
+from odedit.editors.tpatcher import TPatcher
+from odedit.edits import EditBatch
 from odedit.errors import InputError
 from odedit.pack import pack
 from pipeline import results
@@ -81,3 +83,28 @@ def test_records_beyond_the_first_unusable_ones_are_measured(
     outcome = inline(from_dict(settings))
     assert json.loads(outcome.workspace.calibration.read_text())["records"] == 2
     assert (outcome.summary["n"], outcome.summary["skipped"]) == (2, 3)
+
+
+def test_what_an_editor_measures_shows_nothing_that_is_scored(
+    settings: dict[str, Any], inline: Inline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, ...]] = []
+    measure = TPatcher.measured
+
+    def measured(self: TPatcher, backbone: Any, batch: EditBatch) -> TPatcher:
+        seen.append(batch.edit_ids)
+        return measure(self, backbone, batch)
+
+    monkeypatch.setattr(TPatcher, "measured", measured)
+    values = settings | {"editor": {"name": "tpatcher", "max_steps": 1}, "objective": {"name": "native"}}
+    assert inline(from_dict(values)).summary["n"] == 5
+    assert not seen, "without a pool there is nothing but what is scored"
+
+    scored = json.loads(Path(settings["data"]["path"]).read_text())
+    asks = record(30, edit_id="asks", loc=f" {scored[4]['loc'].upper()} ")
+    shows = record(31, edit_id="shows", m_loc=scored[0]["image"])
+    pool = [record(32, edit_id="one"), asks, scored[1] | {"edit_id": "scored"}, shows, record(33, edit_id="two")]
+    write_images(tmp_path, [record(number) for number in range(30, 34)])
+    values["data"] = settings["data"] | {"pool": str(write_array(tmp_path / "pool.json", pool))}
+    assert inline(from_dict(values | {"out": settings["out"] + "-2"})).summary["n"] == 5
+    assert sorted(seen[0]) == ["one", "two"] and len(seen) == 1
