@@ -230,6 +230,11 @@ class RunConfig:
     keep_edits: bool = True
     out: str = "out"
 
+    @property
+    def name(self) -> str:
+        """What the run is called among others: its name in MLflow, or its folder's."""
+        return self.tracking.run_name or Path(self.out).name
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values of every setting, as YAML and JSON have them."""
         values = {name: getattr(self, name) for name in _names()}

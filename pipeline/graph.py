@@ -62,15 +62,16 @@ def run_graph(
         )
     )
     for report in _rows(reports):
-        raise_fatal(report)
+        raise_fatal(report, jobs)
         yield int(report["job"]), int(report["group"]), json.loads(report["rows"])
 
 
-def raise_fatal(report: Mapping[str, Any]) -> None:
-    """Raises what a worker found to be wrong with the whole run, if that is what it reports."""
+def raise_fatal(report: Mapping[str, Any], jobs: Sequence[Job]) -> None:
+    """Raises what a worker found to be wrong with the whole run, if that is what it reports; of several, says which."""
     if report["fatal"]:
         kind = InputError if report["is_input"] else GraphError
-        raise kind(str(report["fatal"]))
+        which = f"{jobs[int(report['job'])].config.name}: " if len(jobs) > 1 else ""
+        raise kind(f"{which}{report['fatal']}")
 
 
 def _rows(reports: Any) -> Iterator[dict[str, Any]]:

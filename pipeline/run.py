@@ -89,12 +89,20 @@ def run_many(
         parent_run: MLflow run that each run becomes a child of.
 
     Raises:
-        As `run`; what is finished by then is kept.
+        As `run`, with the name of the run; what is finished by then is kept.
     """
-    ready = [prepare(config, fresh=fresh) for config in configs]
+    ready = [_prepared(config, fresh=fresh) for config in configs]
     done, total = (sum(one.num_done() for one in ready), sum(one.staged.num_usable for one in ready))
     console.print(f"{len(ready)} runs: {done} of {total} usable records done.", highlight=False)
     return _run_ready(ready, console, parent_run)
+
+
+def _prepared(config: RunConfig, *, fresh: bool) -> Ready:
+    """As `prepare`, for one of several runs."""
+    try:
+        return prepare(config, fresh=fresh)
+    except InputError as error:
+        raise InputError(f"{config.name}: {error}") from error
 
 
 def _run_ready(ready: Sequence[Ready], console: Console, parent_run: str | None) -> list[Outcome]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,12 +10,11 @@ from typing import Any
 
 from rich.console import Console
 
-from odedit import editors
-from odedit.errors import InputError
-from pipeline import local_ray, results, tracking, training
+from odedit.errors import InputError, NothingUsable
+from pipeline import local_ray, results, tracking
 from pipeline.config import RunConfig
 from pipeline.run import Outcome, run_many, terminate_as_interrupt
-from pipeline.study import data, plots, states, tables
+from pipeline.study import data, plots, states, tables, weights
 from pipeline.study.spec import Arm, StudyConfig, arms, run_config
 from pipeline.version import code_version
 from pipeline.workspace import read_json, write_atomically, write_json, write_text
@@ -44,19 +42,22 @@ def run(name: str, study: StudyConfig, out: Path, console: Console, *, fresh: bo
 
     Raises:
         InputError: An arm's settings are wrong, or `out` cannot be used.
+        NothingUsable: Not one edit worked.
     """
     every = arms(study)
+    for arm in every:
+        run_config(arm, out, None)  # before anything is written
     _check_folder(out, name)
     section = data.write(study.draw, out / "data") if study.draw is not None else None
-    configs = [run_config(arm, out, section) for arm in every]
-    _check_folders(every)
+    configs = [_named(run_config(arm, out, section), arm, out) for arm in every]
     with terminate_as_interrupt(), local_ray.shared():
-        configs = [_with_weights(config, arm, out, console) for config, arm in zip(configs, every, strict=True)]
-        parent = _open_parent(name, study, out, configs[0])
+        parent = _open_parent(name, study, out, configs[0], fresh=fresh)
         try:
-            named = [_named(config, arm, out) for config, arm in zip(configs, every, strict=True)]
-            outcomes = run_many(named, console, fresh=fresh, parent_run=parent.run_id if parent else None)
-            found = _write(name, study, every, outcomes, out, console)
+            # Beside the studies, which may share them.
+            folder = out.absolute().parent / "weights"
+            configs = weights.with_weights(configs, [arm.name for arm in every], folder, console)
+            outcomes = run_many(configs, console, fresh=fresh, parent_run=parent.run_id if parent else None)
+            found = _write(study, every, outcomes, out, console)
             if parent is not None:
                 parent.log_study(found.files, metrics_of(found.cells))
         except BaseException as error:
@@ -70,21 +71,24 @@ def run(name: str, study: StudyConfig, out: Path, console: Console, *, fresh: bo
 
 def _check_folder(out: Path, name: str) -> None:
     """Raises InputError if `out` belongs to something else."""
-    state = read_json(out / "study.json")
-    if state is None and out.exists() and any(out.iterdir()):
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out: {out} is a file. Choose a folder.")
+    state = _state(out)
+    if not state and out.exists() and any(out.iterdir()):
         raise InputError(f"--out: {out} is not empty and holds no study. Choose another folder.")
-    if state is not None and state.get("study") != name:
+    if state and state.get("study") != name:
         raise InputError(f"--out: {out} holds the study {state.get('study')!r}, not {name!r}. Choose another folder.")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "study.json", (state or {}) | {"study": name})
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "study.json", state | {"study": name})
+    except OSError as error:
+        raise InputError(f"--out: {str(out)!r} cannot be written to: {error.strerror}.") from error
 
 
-def _check_folders(every: Sequence[Arm]) -> None:
-    seen: dict[str, str] = {}
-    for arm in every:
-        if arm.folder in seen:
-            raise InputError(f"axes: {seen[arm.folder]!r} and {arm.name!r} would share the folder {arm.folder!r}.")
-        seen[arm.folder] = arm.name
+def _state(out: Path) -> dict[str, Any]:
+    """What study.json says; nothing if it is not there or something else's."""
+    found = read_json(out / "study.json")
+    return found if isinstance(found, dict) else {}
 
 
 def _named(config: RunConfig, arm: Arm, out: Path) -> RunConfig:
@@ -93,41 +97,18 @@ def _named(config: RunConfig, arm: Arm, out: Path) -> RunConfig:
     return replace(config, tracking=replace(config.tracking, uri=uri, run_name=arm.name))
 
 
-def _with_weights(config: RunConfig, arm: Arm, out: Path, console: Console) -> RunConfig:
-    """The run with trained weights, for an editor that learns before it edits and was given none."""
-    kind = editors.find(config.editor.name)
-    settings = config.editor.settings
-    if not hasattr(kind, "native_training_loss") or settings.checkpoint is not None:
-        return config
-    depends_on = {
-        "editor": asdict(settings),
-        "backbone": asdict(config.backbone),
-        "training": asdict(config.training),
-        "supervision": asdict(config.supervision),
-        "objective": asdict(config.objective) if kind.trains_with_objective else None,
-        "seed": config.seed,
-    }
-    key = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()[:10]
-    # Beside the studies, which may share them.
-    path = out.absolute().parent / "weights" / f"{config.editor.name}-{key}.safetensors"
-    if not path.exists():
-        console.print(f"[bold]Training {config.editor.name}[/bold] for {arm.name}", highlight=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        training.run(replace(config, out=str(path.with_suffix(""))), path, console, fresh=False)
-    return replace(config, editor=replace(config.editor, settings=replace(settings, checkpoint=str(path.absolute()))))
-
-
-def _open_parent(name: str, study: StudyConfig, out: Path, config: RunConfig) -> tracking.StudyRun | None:
+def _open_parent(
+    name: str, study: StudyConfig, out: Path, config: RunConfig, *, fresh: bool
+) -> tracking.StudyRun | None:
     if not config.tracking.enabled:
         return None
-    state = read_json(out / "study.json") or {}
-    uri = config.tracking.uri or f"sqlite:///{(out / 'mlflow.db').absolute().as_posix()}"
+    state = _state(out)
     parent = tracking.StudyRun.start(
-        uri,
+        tracking.store_uri(config.tracking, out),
         config.tracking.experiment,
         name,
         json.loads(json.dumps(asdict(study))),
-        state.get("run_id"),
+        None if fresh else state.get("run_id"),  # what starts over has other children
         code_version(),
     )
     write_json(out / "study.json", state | {"run_id": parent.run_id})
@@ -135,7 +116,7 @@ def _open_parent(name: str, study: StudyConfig, out: Path, config: RunConfig) ->
 
 
 def _write(
-    name: str, study: StudyConfig, every: Sequence[Arm], outcomes: Sequence[Outcome], out: Path, console: Console
+    study: StudyConfig, every: Sequence[Arm], outcomes: Sequence[Outcome], out: Path, console: Console
 ) -> Finished:
     rows = {
         arm.folder: list(results.read_rows(results.parts(outcome.workspace)))
@@ -149,6 +130,8 @@ def _write(
     markdown = "\n\n".join(text.strip() for text in texts) + "\n"
     write_text(out / "table.md", markdown)
     write_text(out / "table.csv", tables.to_csv(study, found))
+    if not any(cell.n for cell in found):
+        raise NothingUsable(f"No record was edited; the rows under {out / 'arms'} say why, arm by arm.")
     is_of_states = study.plot.kind == "states"
     image = states.draw(study, every, outcomes, console) if is_of_states else plots.draw(study, found)
     write_atomically(out / "plot.png", lambda temporary: temporary.write_bytes(image))

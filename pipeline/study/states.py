@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,9 +113,12 @@ def _picture(clouds: dict[str, np.ndarray]) -> Any:
 
 
 def _distance(cloud: np.ndarray) -> float:
-    """Mean distance of an edit's state to its rephrases', over the mean distance between different edits' states."""
+    """Mean distance of an edit's state to its rephrases', over the mean distance between different edits' states.
+
+    NaN for a single edit.
+    """
     edit, rephrases = cloud[0], cloud[1:]
     own = np.linalg.norm(rephrases - edit, axis=-1).mean()
     pairs = np.linalg.norm(edit[:, None] - edit[None], axis=-1)
     count = len(edit)
-    return float(own / (pairs.sum() / max(count * (count - 1), 1)))
+    return float(own / (pairs.sum() / (count * (count - 1)))) if count > 1 else math.nan

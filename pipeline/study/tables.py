@@ -117,10 +117,13 @@ def to_csv(study: StudyConfig, found: Sequence[Cell]) -> str:
     tests = ("baseline_difference", "difference_low", "difference_high", "p", "p_holm")
     writer.writerow([*study.axes, *heads, *tests])
     for cell in found:
-        for column, mean in cell.means.items():
-            change = cell.differences.get(column)
-            line: list[Any] = [*cell.arm.labels.values(), cell.task, column, mean.n, cell.failed, cell.skipped]
-            line += [f"{cell.at_stop:.4f}", f"{mean.mean:.6g}", f"{mean.low:.6g}", f"{mean.high:.6g}"]
+        # What an arm lacks has a line too: without edits that worked it would be gone without a trace.
+        for column in dict.fromkeys([*study.columns, *cell.means]):
+            mean, change = cell.means.get(column), cell.differences.get(column)
+            count = 0 if mean is None else mean.n
+            line: list[Any] = [*cell.arm.labels.values(), cell.task, column, count, cell.failed, cell.skipped]
+            line.append(f"{cell.at_stop:.4f}" if cell.n else "")
+            line += ["", "", ""] if mean is None else [f"{v:.6g}" for v in (mean.mean, mean.low, mean.high)]
             if change is not None:
                 values = (change.mean, change.low, change.high, change.p, cell.p_holm.get(column, math.nan))
                 line += [f"{value:.6g}" for value in values]
@@ -155,7 +158,9 @@ def _block(found: Sequence[Cell], axes: Sequence[str], columns: Sequence[str]) -
         stop = f"{cell.means['worst_nll'].mean:.2g}" if "worst_nll" in cell.means else ""
         stop += f" ({cell.at_stop:.0%})" if cell.at_stop < 1 else ""
         values = [_figure(cell, column) for column in shown]
-        lines.append("| " + " | ".join([*labels, str(cell.n), stop, *values]) + " |")
+        lost = [f"{count} {what}" for what, count in (("failed", cell.failed), ("skipped", cell.skipped)) if count]
+        count = str(cell.n) + (f" ({', '.join(lost)})" if lost else "")
+        lines.append("| " + " | ".join([*labels, count, stop, *values]) + " |")
     return "\n".join(lines)
 
 
@@ -193,11 +198,15 @@ def correlations(study: StudyConfig, arms: Sequence[Arm], rows: Mapping[str, Seq
             continue
         before = {row["edit_id"]: row for row in rows[base.folder] if row["status"] == EDITED}
         mine = [row for row in rows[arm.folder] if row["status"] == EDITED and row["edit_id"] in before]
-        mine = [row for row in mine if row.get(study.correlate) is not None]
-        distance = [row[study.correlate] for row in mine]
         values = []
         for column in study.columns:
-            gains = [row[column] - before[row["edit_id"]][column] for row in mine]
+            known = [
+                (row[study.correlate], row[column] - before[row["edit_id"]][column])
+                for row in mine
+                if row.get(study.correlate) is not None
+                and None not in (row.get(column), before[row["edit_id"]].get(column))
+            ]
+            distance, gains = [pair[0] for pair in known], [pair[1] for pair in known]
             if len(set(gains)) < 2 or len(set(distance)) < 2:
                 values.append("")  # without spread there is nothing to rank
                 continue

@@ -67,7 +67,7 @@ def test_a_worker_tells_in_one_sentence_what_ends_the_run(expected: type[Excepti
     batch = {"job": [0], "prepared": [cloudpickle.dumps(Prepared(0, (), (), ()))]}
     report = {name: values[0] for name, values in Stage([None])(batch).items()}  # type: ignore[list-item]
     with pytest.raises(expected, match="No space left"):
-        graph.raise_fatal(report)
+        graph.raise_fatal(report, [None])  # type: ignore[list-item]
 
 
 def test_settings_that_do_not_fit_the_model_are_the_users_error(settings: dict[str, Any]) -> None:
@@ -77,7 +77,9 @@ def test_settings_that_do_not_fit_the_model_are_the_users_error(settings: dict[s
     prepared = graph.PrepareStage([job])({"job": [0], "group": [0]})
     report = {name: values[0] for name, values in graph.EditStage([job])(prepared).items()}
     with pytest.raises(InputError, match=r"layers\.99\.ffn\.in"):
-        graph.raise_fatal(report)
+        graph.raise_fatal(report, [job])
+    with pytest.raises(InputError, match=r"^out: .*layers\.99"):  # of several, which one
+        graph.raise_fatal(report, [job, job])
 
 
 def test_a_lost_gpu_ends_the_worker_and_costs_only_the_edit_that_loses_it(
