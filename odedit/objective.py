@@ -8,8 +8,9 @@ tripartite risk of arXiv 2601.19700 (eq. 2-6) with the invariance penalty (eq. 9
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -159,6 +160,12 @@ class Objective:
         if config.needs_bandwidth and base is None:
             raise ValueError("objective.sigma2_0 is not set: measure it with odedit.objective.calibrate(...).")
         self._sigma2_Q = mmd.bandwidths(base, config.bandwidths) if config.needs_bandwidth and base else None
+
+    def without_warmup(self) -> Objective:
+        """The same with the penalty at full weight from the first step."""
+        other = copy.copy(self)
+        other.config = replace(self.config, warmup=0.0, ramp=0.0)
+        return other
 
     def slots(self, editor: Editor, batch: EditBatch) -> tuple[str, ...]:
         """The sequences that this objective reads; the others need not run."""

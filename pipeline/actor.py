@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -25,7 +24,7 @@ from odedit.editing import EditResult, edit
 from odedit.editors.base import Measuring
 from odedit.edits import REPHRASE_SLOTS, EditBatch, EditRequest
 from odedit.errors import InputError
-from odedit.memory import Peak, peak_memory
+from odedit.memory import peak_memory
 from odedit.metrics import evaluate, stack_params
 from odedit.mmedit import RawRecord
 from odedit.objective import CALIBRATION_STATES, Objective, calibrate
@@ -40,6 +39,7 @@ from pipeline.spec import Job
 from pipeline.workspace import read_json, write_once
 
 CALIBRATION_RECORDS = 64
+MEASURED_STEPS = 3
 _OUT_OF_MEMORY = ("can't allocate memory", "cuda error: out of memory", "cublas_status_alloc_failed")
 
 
@@ -142,9 +142,11 @@ class EditActor:
     def _edit(self, records: Sequence[RawRecord], requests: Sequence[EditRequest]) -> list[results.Row]:
         config = self._job.config
         supervision, evaluation = self._encode(requests)
-        with self._measured() as peak:
-            edited = edit(self._backbone, self._editor, self._objective(), supervision, config.stopping, config.seed)
-        memory = {} if peak is None else {"peak_bytes": peak.bytes / len(edited)}
+        objective = self._objective()
+        edited = edit(self._backbone, self._editor, objective, supervision, config.stopping, config.seed)
+        memory = {}
+        if config.pipeline.measure_memory:
+            memory = {"peak_bytes": self._peak_bytes(objective, supervision) / len(edited)}
         params = stack_params([result.params for result in edited])
         scores = evaluate(self._backbone, self._editor, params, evaluation, config.evaluation)
         rows = []
@@ -156,8 +158,16 @@ class EditActor:
             rows.append(row)
         return rows
 
-    def _measured(self) -> AbstractContextManager[Peak | None]:
-        return peak_memory(self._job.device) if self._job.config.pipeline.measure_memory else nullcontext()
+    def _peak_bytes(self, objective: Objective, supervision: EditBatch) -> int:
+        """The peak memory of the batch's loop, over its first steps once more: measuring takes time, which no edit's
+        `seconds` shall hold, and no later step needs more than these do.
+        """
+        config = self._job.config
+        limit = self._editor.max_steps if config.stopping.max_steps is None else config.stopping.max_steps
+        stopping = replace(config.stopping, max_steps=min(MEASURED_STEPS, limit))
+        with peak_memory(self._job.device) as peak:
+            edit(self._backbone, self._editor, objective.without_warmup(), supervision, stopping, config.seed)
+        return peak.bytes
 
     def _encode(self, requests: Sequence[EditRequest]) -> tuple[EditBatch, EditBatch]:
         return encode_requests(self._backbone, requests, self._template, self._editor.sites)

@@ -119,7 +119,7 @@ class PipelineConfig:
         ray_address: A running cluster, e.g. `auto`; null starts one on this machine, for this run only.
         max_attempts: An edit that has ended its worker so often is given up as a failed row.
         measure_memory: Every row gets `peak_bytes`, the peak memory of its batch's loop divided by the batch's edits;
-            see `odedit.memory`. Slower on a CPU, where every operator is watched.
+            see `odedit.memory`. Measured over the first steps of a second run of the loop, without warm-up.
     """
 
     actors: Literal["auto"] | int = AUTO

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from outside_editors.poisoned import WorkerDeath
 
 from odedit.checkpoint import load_edit
 from odedit.errors import InputError
+from odedit.memory import Peak
 from odedit.metrics import MAIN
-from pipeline import results
+from pipeline import actor, results
 from pipeline.config import from_dict
 from pipeline.run import Outcome
 
@@ -163,3 +165,58 @@ def test_measured_memory_is_a_column_and_changes_nothing_else(
     peaks = [row.pop("peak_bytes") for row in rows]
     assert [results.to_json_row(row) for row in rows] == [results.to_json_row(row) for row in plain]
     assert peaks[0] == peaks[1] > 0, "the edits of a batch share its peak"
+
+
+def test_the_timed_edit_is_not_measured_and_the_measured_one_is_short_with_the_multiplier_at_work(
+    settings: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int | None, bool, float]] = []
+    inside = False
+    original_edit, original_peak = actor.edit, actor.peak_memory
+
+    @contextmanager
+    def peak_memory(device: str) -> Iterator[Peak]:
+        nonlocal inside
+        inside = True
+        with original_peak(device) as peak:
+            yield peak
+        inside = False
+
+    def edit(*arguments: Any) -> Any:
+        calls.append((arguments[4].max_steps, inside, arguments[2].config.warmup))
+        return original_edit(*arguments)
+
+    monkeypatch.setattr(actor, "edit", edit)
+    monkeypatch.setattr(actor, "peak_memory", peak_memory)
+    peaks = []
+    for steps in (3, 7):
+        changed = {
+            "editor": settings["editor"] | {"max_steps": 20},
+            "objective": {"sigma2_0": 10.0, "warmup": 0.2},
+            "stopping": {"max_steps": steps, "worst_token_nll": 1e-9},
+            "data": settings["data"] | {"limit": 2},
+            "pipeline": {"batch_size": 2, "measure_memory": True},
+            "out": f"{settings['out']}-{steps}",
+        }
+        rows = rows_of(inline(from_dict(settings | changed)))
+        assert [row["steps"] for row in rows] == [steps] * 2
+        peaks.append(rows[0]["peak_bytes"])
+    assert calls == [(3, False, 0.2), (3, True, 0.0), (7, False, 0.2), (3, True, 0.0)]
+    assert peaks[0] == peaks[1]
+
+
+def test_no_later_step_needs_more_memory_than_the_measured_ones(
+    settings: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks = []
+    for steps in (actor.MEASURED_STEPS, 8):
+        monkeypatch.setattr(actor, "MEASURED_STEPS", steps)
+        changed = {
+            "objective": {"sigma2_0": 10.0},
+            "stopping": {"max_steps": 8, "worst_token_nll": 1e-9},
+            "data": settings["data"] | {"limit": 2},
+            "pipeline": {"batch_size": 2, "measure_memory": True},
+            "out": f"{settings['out']}-{steps}",
+        }
+        peaks.append(rows_of(inline(from_dict(settings | changed)))[0]["peak_bytes"])
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
