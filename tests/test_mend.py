@@ -199,6 +199,15 @@ def test_every_learned_weight_gets_a_gradient_from_the_start(backbone, mend, bat
             assert gradient.any(), name
 
 
+def test_statistics_stay_as_they_were_measured(backbone, mend, batches):
+    supervision, _ = batches
+    weights = {name: value.requires_grad_() for name, value in randomised(backbone, mend, 4).items()}
+    loss = mend.with_weights(weights).native_training_loss(backbone, supervision).mean()
+    gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    unmoved = {name for name, gradient in zip(weights, gradients, strict=True) if gradient is None}
+    assert unmoved == {f"{site}.{statistic}" for site in mend.sites for statistic in ("mean", "std")}
+
+
 def test_one_network_per_shape(backbone, mend):
     names = set(mend.initial_weights(backbone, 0))
     assert {name.split(".")[0] for name in names if name.endswith(".u")} == {"512x128", "128x512"}

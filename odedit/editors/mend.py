@@ -187,7 +187,9 @@ class MEND:
 
     def _mapped(self, weights: Mapping[str, Tensor], name: str, z: Tensor, shape: str) -> Tensor:
         """(x~, delta~) of tokens `(..., in + out)`: normalised, then two residual blocks shared by equal shapes."""
-        z = (z - weights[f"{name}.mean"]) / weights[f"{name}.std"]
+        # Statistics are measured, never trained: a step of Adam is larger than a gradient's deviation, and would turn
+        # its sign.
+        z = (z - weights[f"{name}.mean"].detach()) / weights[f"{name}.std"].detach()
         for block in _BLOCKS:
             inner = (z @ weights[f"{shape}.{block}.v"].T) @ weights[f"{shape}.{block}.u"].T
             if block == "first":
