@@ -7,6 +7,7 @@ that was interrupted and resumed is bit for bit the one that was not.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,7 +127,8 @@ def draw(count: int, size: int, first: int, seed: int) -> list[int]:
     for position in range(first, first + count):
         if position // size != epoch:
             epoch = position // size
-            generator = torch.Generator().manual_seed((seed << 24) ^ epoch)
+            # The CPU generator reads 32 bits of its seed.
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {epoch}".encode()))
             order = torch.randperm(size, generator=generator)
         drawn.append(int(order[position % size]))
     return drawn
