@@ -26,6 +26,7 @@ from odedit.encoding import gather_positions
 
 MAIN = ("rel", "t_gen", "m_gen", "t_loc", "m_loc")
 TOP_K = 10
+_ROUNDING = 1e-12
 Row = dict[str, float | str | None]
 
 
@@ -278,7 +279,9 @@ def _standard_error(values: Sequence[float], mean: float, clusters: Sequence[str
         sums[group] = sums.get(group, 0.0) + value - mean
     if len(sums) < 2:
         return 0.0
-    return math.sqrt(math.fsum(s * s for s in sums.values()) * len(sums) / (len(sums) - 1)) / len(values)
+    error = math.sqrt(math.fsum(s * s for s in sums.values()) * len(sums) / (len(sums) - 1)) / len(values)
+    # Equal values are off their mean by rounding: no spread, and no ground for a tiny p.
+    return error if error > _ROUNDING * max(map(abs, values)) else 0.0
 
 
 def _num_clusters(values: Sequence[float], clusters: Sequence[str] | None) -> int:

@@ -133,6 +133,10 @@ def test_degenerate_samples_have_no_false_certainty():
     assert paired({"a": {"rel": 1.0}}, {"a": {"rel": 1.0}})["rel"].p == 1.0
     assert math.isnan(paired({"a": {"rel": 0.0}}, {"a": {"rel": 1.0}})["rel"].p)
     assert paired({"a": {"rel": 0.0}}, {"b": {"rel": 1.0}}) == {}
+    # Every fact by as much, but for rounding: that is no spread.
+    a = {f"e{i}": {"rel": 0.0, "fact": f"f{i // 3}"} for i in range(12)}
+    b = {key: {"rel": value} for key, value in zip(a, [1.0, 0.0, 0.1] * 4, strict=True)}
+    assert math.isnan(paired(a, b)["rel"].p)
 
 
 def test_an_interval_over_facts_is_that_of_the_facts_where_each_has_as_many_edits():
