@@ -32,6 +32,9 @@ from odedit.risks import upcast
 MAX_SKETCH_DIM = 2**14
 """A bucket and a sign are stored as one int16."""
 
+DUAL_DECAY = 1.0001
+"""The power of `k + 1` by which the rate of dual step k is divided, as in the IRM-TV code."""
+
 _SKETCH_CHUNK = 2**20
 _NORM_FLOOR = 1e-12
 _LAST_LAYER_SCALE = 0.01

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from odedit.editors.base import Editor, OptimizerSettings
 from odedit.edits import EditParams
-from odedit.irm_tv import CountSketch, MultiplierNetwork, features, flat_input, penalty_schedule
+from odedit.irm_tv import DUAL_DECAY, CountSketch, MultiplierNetwork, features, flat_input, penalty_schedule
 from odedit.objective import ObjectiveConfig, Terms
 
 _BETAS = (0.9, 0.999)
 _EPSILON = 1e-8
-_DUAL_DECAY = 1.0001
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ class PrimalDual:
         rate_E = torch.full_like(penalty_E, self._config.dual_rate)
         if self._config.dual_schedule == "adaptive":
             norm_E = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
-            decay_E = (state.dual_steps_E + 1).to(penalty_E) ** _DUAL_DECAY
+            decay_E = (state.dual_steps_E + 1).to(penalty_E) ** DUAL_DECAY
             rate_E = torch.where(norm_E > 0, rate_E / (norm_E.clamp_min(1e-30) * decay_E), 0.0)
         delta = {
             name: _where(active_E, state.delta[name] + _broadcast(rate_E, gradient) * gradient, state.delta[name])

@@ -17,10 +17,8 @@ from torch import Tensor
 
 from odedit.editors.base import Mergeable
 from odedit.edits import EditParams
-from odedit.irm_tv import CountSketch, MultiplierNetwork, features, flat_input, penalty_schedule
+from odedit.irm_tv import DUAL_DECAY, CountSketch, MultiplierNetwork, features, flat_input, penalty_schedule
 from odedit.objective import ObjectiveConfig, Terms
-
-_DUAL_DECAY = 1.0001
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class SharedMultiplier:
         rate = torch.as_tensor(self._config.dual_rate, device=penalty_E.device)
         if self._config.dual_schedule == "adaptive":
             norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
-            decayed = rate / (norm.clamp_min(1e-30) * (dual.steps + 1) ** _DUAL_DECAY)
+            decayed = rate / (norm.clamp_min(1e-30) * (dual.steps + 1) ** DUAL_DECAY)
             rate = torch.where(norm > 0, decayed, torch.zeros_like(norm))
         delta = {
             name: (leaves[name] + rate * gradient).detach().requires_grad_()
