@@ -20,7 +20,8 @@ Record = dict[str, Any]
 def write(draw: Draw, folder: Path) -> dict[str, str]:
     """Writes the records under `folder` and returns the `data` section of a run that edits them.
 
-    Edits of different seeds have different ids and the same facts, so that tests over seeds are clustered by fact.
+    Edits of different seeds have different ids and name their facts alike, so that tests over seeds are clustered by
+    fact: all facts, where so many are drawn, else those that come first in each seed's order.
 
     Raises:
         InputError: The split has fewer edits of a task.

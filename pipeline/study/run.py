@@ -132,6 +132,11 @@ def _write(
     write_text(out / "table.csv", tables.to_csv(study, found))
     if not any(cell.n for cell in found):
         raise NothingUsable(f"No record was edited; the rows under {out / 'arms'} say why, arm by arm.")
+    wanted = dict.fromkeys((*study.columns, *study.further, *study.plot.columns))
+    unknown = [column for column in wanted if not any(column in cell.means for cell in found)]
+    if unknown:
+        text = f"Note: no edit has the columns {', '.join(unknown)}."
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
     is_of_states = study.plot.kind == "states"
     image = states.draw(study, every, outcomes, console) if is_of_states else plots.draw(study, found)
     write_atomically(out / "plot.png", lambda temporary: temporary.write_bytes(image))

@@ -1,0 +1,199 @@
+"""What a study is: arms from axes, every mistake in a sentence, and the records that are drawn for it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from odedit import InputError, editors, load_backbone
+from odedit.backbones import Backbone
+from odedit.editors.base import Trainable
+from pipeline import strict
+from pipeline.study import data, spec
+from pipeline.study.spec import Draw, StudyConfig, arms, load, run_config
+
+TABLE = {
+    "title": "Two axes",
+    "settings": {"editor": {"name": "wise", "site": "layers.2.ffn.in", "clamp": 0.5}, "seed": 1},
+    "axes": {
+        "editor": {"WISE": {}, "FT-L": {"editor": {"name": "ftl", "learning_rate": 0.002}}},
+        "rate": {"low": {"seed": 2}, "high": {"editor": {"learning_rate": 0.1}}},
+    },
+}
+
+
+def study(**changes: Any) -> StudyConfig:
+    return strict.build(StudyConfig, TABLE | changes)
+
+
+def write(folder: Path, values: Any) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+def test_arms_are_the_combinations_without_the_skipped_ones() -> None:
+    assert [arm.name for arm in arms(study())] == ["WISE, low", "WISE, high", "FT-L, low", "FT-L, high"]
+    left = arms(study(skip=[{"editor": ["FT-L"], "rate": ["low", "high"]}, {"rate": ["high"]}]))
+    assert [arm.labels for arm in left] == [{"editor": "WISE", "rate": "low"}]
+    with pytest.raises(InputError, match="no combination is left"):
+        arms(study(skip=[{"rate": ["low", "high"]}]))
+    with pytest.raises(InputError, match="expected at least one axis"):
+        arms(study(axes={}))
+
+
+def test_later_settings_win_special_ones_last_and_another_editor_brings_its_own() -> None:
+    special = [
+        {"when": {"rate": ["high"]}, "set": {"seed": 7}},
+        {"when": {"rate": ["high"], "editor": ["FT-L"]}, "set": {"seed": 8, "editor": {"learning_rate": 0.3}}},
+    ]
+    values = {arm.name: arm.values for arm in arms(study(special=special))}
+    assert values["WISE, low"] == {"editor": TABLE["settings"]["editor"], "seed": 2}
+    assert values["WISE, high"] == {"editor": TABLE["settings"]["editor"] | {"learning_rate": 0.1}, "seed": 7}
+    assert values["FT-L, low"] == {"editor": {"name": "ftl", "learning_rate": 0.002}, "seed": 2}
+    assert values["FT-L, high"] == {"editor": {"name": "ftl", "learning_rate": 0.3}, "seed": 8}
+
+
+def test_folders_are_plain_names_and_never_shared() -> None:
+    axes = {"x": {"ODEdit (record), β=0.1": {}, "..": {}, "a/../b": {}}}
+    folders = [arm.folder for arm in arms(study(axes=axes))]
+    assert folders == ["ODEdit-record-0.1", "-", "a-..-b"]
+    with pytest.raises(InputError, match=r"'a b' and 'a-b' would share the folder 'a-b'"):
+        arms(study(axes={"x": {"a b": {}, "a-b": {}}}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"baseline": {"lamda": "adaptive"}}, "Unknown axis 'lamda'. Did you mean 'lambda'?"),
+        ({"baseline": {"lambda": "adaptiv"}}, "baseline.lambda 'adaptiv'. Did you mean 'adaptive'?"),
+        ({"plot": {"x": "lam"}}, "Unknown axis 'lam'"),
+        ({"plot": {"reference": "adapted"}}, "plot.reference 'adapted'. Did you mean 'adaptive'?"),
+        ({"plot": {"kind": "heatmap"}}, "a heat map needs the axes x and y"),
+        ({"plot": {"kind": "pie"}}, "plot.kind: got 'pie'"),
+        ({"skip": [{"editor": ["WISE"]}]}, "Unknown axis 'editor'"),
+        ({"skip": [{"lambda": ["2"]}]}, "'skip' or 'special' '2'"),
+        ({"special": [{"when": {"lambda": ["one"]}, "set": {}}]}, "'skip' or 'special' 'one'"),
+        ({"colums": ["rel"]}, "colums: unknown key. Did you mean 'columns'?"),
+        ({"draw": {"seeds": [0, 0]}}, "expected different seeds"),
+        ({"draw": {"split": "evalution"}}, "Did you mean 'evaluation'?"),
+        ({"axes": ["lambda"]}, "axes: got ['lambda'], expected axis -> label -> settings"),
+        ({"axes": {"lambda": ["a"]}}, "axes: got"),
+    ],
+)
+def test_a_mistake_is_named(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load("fig2", write(tmp_path, changes))
+    assert expected in str(caught.value)
+
+
+def test_an_unknown_study_and_an_arm_with_wrong_settings_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Unknown study 'tabel1'. Did you mean 'table1'"):
+        load("tabel1", None)
+    wrong = load("fig2", None, ["settings.editor.clmp=1"])
+    with pytest.raises(InputError, match=r"^adaptive: editor\.clmp: unknown key. Did you mean 'clamp'"):
+        run_config(arms(wrong)[0], tmp_path, None)
+
+
+def test_a_user_changes_settings_key_by_key_and_axes_as_a_whole(tmp_path: Path) -> None:
+    changes = {
+        "draw": {"per_task": 3},
+        "axes": {"backbone": None, "editor": {"WISE": {"editor": {"name": "wise", "site": "layers.2.ffn.in"}}}},
+        "settings": {"stopping": {"max_steps": 7}},
+    }
+    changed = load("table1", write(tmp_path, changes), ["title=short", "draw.seeds=[4]"])
+    assert (changed.title, changed.draw) == ("short", Draw(per_task=3, seeds=(4,)))
+    assert list(changed.axes) == ["editor", "objective"] and list(changed.axes["editor"]) == ["WISE"]
+    # What the study says about the editors and backbones that are left out is no mistake.
+    assert len(arms(changed)) == len(load("table1", None).axes["objective"])
+    assert (
+        changed.settings["stopping"]["worst_token_nll"] == load("table1", None).settings["stopping"]["worst_token_nll"]
+    )
+    assert {arm.values["stopping"]["max_steps"] for arm in arms(changed)} == {7}
+
+
+@pytest.fixture(scope="module")
+def models(backbone: Backbone) -> dict[str, Backbone]:
+    return {"blip2": backbone}
+
+
+@pytest.mark.parametrize("name", spec.names())
+def test_every_arm_of_every_study_that_ships_fits_its_model(
+    name: str, models: dict[str, Backbone], tmp_path: Path
+) -> None:
+    shipped = load(name, None)
+    assert shipped.settings["tracking"]["experiment"] == name
+    for arm in arms(shipped):
+        config = run_config(arm, tmp_path, None)
+        family = config.backbone.family
+        if family not in models:
+            models[family] = load_backbone(family, config.backbone.checkpoint)
+        editor = editors.find(config.editor.name)(config.editor.settings)
+        # Without the weights that the study has yet to train.
+        (editor.with_weights({}) if isinstance(editor, Trainable) else editor).check(models[family])
+
+
+def test_the_studies_use_every_editor(tmp_path: Path) -> None:
+    configs = [run_config(arm, tmp_path, None) for name in spec.names() for arm in arms(load(name, None))]
+    assert {config.editor.name for config in configs} == set(editors.names())
+
+
+@pytest.fixture(scope="module")
+def drawn(worlds: Path) -> tuple[Path, dict[str, str], list[dict[str, Any]]]:
+    section = data.write(Draw(split="evaluation", seeds=(0, 1), per_task=72), worlds)
+    return worlds, section, json.loads(Path(section["path"]).read_text())
+
+
+def test_drawn_edits_have_ids_of_their_own_and_facts_in_common(drawn: Any) -> None:
+    _, _, records = drawn
+    assert len(records) == 2 * 2 * 72 == len({record["edit_id"] for record in records})
+    by_seed = {seed: [record for record in records if record["edit_id"].startswith(f"s{seed}-")] for seed in (0, 1)}
+    assert Counter(record["task"] for record in by_seed[1]) == {"vqa": 72, "caption": 72}
+    assert {record["fact"] for record in by_seed[0]} == {record["fact"] for record in by_seed[1]}
+    assert [record["alt"] for record in by_seed[0]] != [record["alt"] for record in by_seed[1]]
+
+
+def test_a_fact_has_a_second_edit_only_after_every_fact_had_one(worlds: Path) -> None:
+    few = data.write(Draw(per_task=20), worlds)
+    for task in ("vqa", "caption"):
+        facts = [record["fact"] for record in json.loads(Path(few["path"]).read_text()) if record["task"] == task]
+        assert len(set(facts)) == len(facts) == 20
+    many = json.loads(Path(data.write(Draw(per_task=60), worlds)["path"]).read_text())
+    # The captions are of fewer facts than that.
+    assert set(Counter(record["fact"] for record in many if record["task"] == "caption").values()) == {2, 3}
+    with pytest.raises(
+        InputError, match=r"draw\.per_task: got 73; the evaluation split has 72 edits of task 'caption'"
+    ):
+        data.write(Draw(per_task=73), worlds)
+
+
+def test_every_picture_of_drawn_records_and_of_the_pool_is_there(drawn: Any) -> None:
+    folder, section, records = drawn
+    pool = json.loads(Path(section["pool"]).read_text())
+    assert section["image_root"] == section["rephrase_root"] == str(folder)
+    named = set()
+    for record in records + pool:
+        named |= {record["image"], record["m_loc"], record["image_rephrase"]}
+        probes = [*record["probes"].values(), *record["held_out"].values()]
+        named |= {probe["image"].removeprefix("rephrase:") for probe in probes if probe.get("image")}
+    assert len(named) > 1000 and all((folder / name).is_file() for name in named)
+
+
+def test_the_pool_is_the_training_split(drawn: Any) -> None:
+    folder, section, _ = drawn
+    training = json.loads((data.embedded_folder(folder) / "train.json").read_text())
+    pool = json.loads(Path(section["pool"]).read_text())
+    assert [record["edit_id"] for record in pool] == [record["edit_id"] for record in training]
+
+
+def test_the_same_records_again_leave_their_files_alone(drawn: Any) -> None:
+    folder, section, _ = drawn
+    files = [Path(section["path"]), Path(section["pool"])]
+    before = [file.stat().st_mtime_ns for file in files]
+    assert data.write(Draw(split="evaluation", seeds=(0, 1), per_task=72), folder) == section
+    assert [file.stat().st_mtime_ns for file in files] == before

@@ -1,0 +1,300 @@
+"""What a study says: means, paired differences and their correction, against SciPy and sums done by hand."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from scipy import stats
+
+from odedit.metrics import PairedDifference
+from pipeline import strict
+from pipeline.results import EDITED, FAILED, SKIPPED, Row
+from pipeline.study import plots, tables
+from pipeline.study.spec import Arm, StudyConfig, arms
+
+TWO_AXES = {
+    "editor": {"WISE": {}, "FT-L": {}},
+    "objective": {"native": {}, "ODEdit": {}, "other": {}},
+}
+
+
+def study(**changes: Any) -> StudyConfig:
+    values = {"title": "t", "axes": TWO_AXES, "baseline": {"objective": "native"}, "columns": ["rel", "m_loc"]}
+    return strict.build(StudyConfig, values | changes)
+
+
+def row(number: int, task: str, status: str = EDITED, **columns: float) -> Row:
+    fact = f"fact {number // 2}"  # two edits each
+    fixed = {"edit_id": f"{task}-{number}", "fact": fact, "task": task, "status": status, "stop_reason": "converged"}
+    return fixed | {"worst_nll": 0.1, "steps": 5, "seconds": 2.0} | columns
+
+
+def rows_of(study: StudyConfig, num_edits: int = 16) -> dict[str, list[Row]]:
+    """Random rows of every arm; under ODEdit `rel` is much better, and nothing else differs but by noise."""
+    rng = np.random.default_rng(3)
+    made = {}
+    for arm in arms(study):
+        better = 5.0 * (arm.labels.get("objective") == "ODEdit")
+        made[arm.folder] = [
+            row(number, task, rel=better + rng.normal(), m_loc=rng.normal())
+            for task in ("vqa", "caption")
+            for number in range(num_edits)
+        ]
+    return made
+
+
+def column(rows: list[Row], task: str, name: str) -> np.ndarray:
+    return np.array([r[name] for r in rows if r["task"] == task and r["status"] == EDITED])
+
+
+def of_facts(values: np.ndarray) -> np.ndarray:
+    return values.reshape(-1, 2).mean(axis=1)
+
+
+def holm(p: list[float]) -> list[float]:
+    """Each p times the number of hypotheses not rejected before it, and never below an earlier one."""
+    order = np.argsort(p)
+    adjusted = [min(1.0, p[i] * (len(p) - place)) for place, i in enumerate(order)]
+    result = [0.0] * len(p)
+    for place, i in enumerate(order):
+        result[i] = max(adjusted[: place + 1])
+    return result
+
+
+def test_means_differences_and_tests_equal_those_of_scipy() -> None:
+    config = study()
+    rows = rows_of(config)
+    found = tables.cells(config, arms(config), rows)
+    assert [(cell.arm.name, cell.task) for cell in found[:2]] == [("WISE, native", "vqa"), ("WISE, ODEdit", "vqa")]
+    assert len(found) == 6 * 2
+    for task in ("vqa", "caption"):
+        for name in ("rel", "m_loc"):
+            mine = [cell for cell in found if cell.task == task]
+            p_values = []
+            compared = []
+            for cell in mine:
+                values = column(rows[cell.arm.folder], task, name)
+                assert cell.means[name].mean == pytest.approx(values.mean())
+                # Facts have as many edits each, so the clustered interval is the ordinary one of the facts' means.
+                facts = of_facts(values)
+                interval = stats.t.interval(0.95, len(facts) - 1, loc=facts.mean(), scale=stats.sem(facts))
+                assert (cell.means[name].low, cell.means[name].high) == pytest.approx(interval)
+                if cell.arm.labels["objective"] == "native":
+                    assert not cell.differences and not cell.p_holm
+                    continue
+                base = column(rows[f"{cell.arm.labels['editor']}_native"], task, name)
+                test = stats.ttest_rel(facts, of_facts(base))
+                assert cell.differences[name].mean == pytest.approx((values - base).mean())
+                assert cell.differences[name].p == pytest.approx(test.pvalue)
+                interval = test.confidence_interval()
+                got = (cell.differences[name].low, cell.differences[name].high)
+                assert got == pytest.approx((interval.low, interval.high))
+                p_values.append(test.pvalue)
+                compared.append(cell)
+            assert [cell.p_holm[name] for cell in compared] == pytest.approx(holm(p_values)) and len(compared) == 4
+
+
+def test_holm_on_the_example_of_a_textbook_and_without_a_test() -> None:
+    found = tables._holm({"a": 0.01, "b": 0.005, "c": 0.03, "d": 0.04, "e": math.nan})
+    assert [found[name] for name in "abcd"] == pytest.approx([0.03, 0.02, 0.06, 0.06]) and math.isnan(found["e"])
+
+
+def test_the_table_for_machines_has_a_line_per_arm_task_and_column() -> None:
+    config = study()
+    rows = rows_of(config, num_edits=4)
+    found = tables.cells(config, arms(config), rows)
+    lines = list(csv.DictReader(io.StringIO(tables.to_csv(config, found))))
+    keys = {(line["editor"], line["objective"], line["task"], line["column"]) for line in lines}
+    columns = {"rel", "m_loc", "worst_nll", "steps", "seconds"}
+    assert len(lines) == len(keys) == 6 * 2 * len(columns) and {line["column"] for line in lines} == columns
+    cells = {(cell.arm.name, cell.task): cell for cell in found}
+    for line in lines:
+        cell = cells[f"{line['editor']}, {line['objective']}", line["task"]]
+        name = line["column"]
+        assert float(line["mean"]) == pytest.approx(cell.means[name].mean, rel=1e-4)
+        assert float(line["low"]) <= float(line["mean"]) <= float(line["high"]) and line["n"] == "4"
+        if name in cell.differences:
+            assert float(line["p"]) == pytest.approx(cell.differences[name].p, rel=1e-4)
+            assert float(line["p_holm"]) == pytest.approx(cell.p_holm[name], rel=1e-4)
+        else:
+            assert line["p"] == line["p_holm"] == line["baseline_difference"] == ""
+
+
+def test_only_what_is_significant_after_correction_is_marked() -> None:
+    config = study()
+    rows = rows_of(config)
+    found = tables.cells(config, arms(config), rows)
+    text = tables.to_markdown(config, found, config.columns)
+    assert text.count("**E-VQA**") == text.count("**E-IC**") == 1
+    body = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")]
+    header, lines = body[0], [line for line in body if line[0].strip() in TWO_AXES["editor"]]
+    assert [name.strip() for name in header] == ["editor", "objective", "n", "stop", "rel", "m_loc"]
+    assert len(lines) == 12
+    for line, cell in zip(lines, found, strict=True):
+        for text_of, name in zip(line[4:], ("rel", "m_loc"), strict=True):
+            is_marked = any(sign in text_of for sign in "▲▼")
+            assert is_marked == (cell.p_holm.get(name, 1.0) < 0.05)
+            assert "▲" not in text_of or cell.differences[name].mean > 0
+    assert sum("▲" in line[4] for line in lines) == 4, "rel under ODEdit, of two editors on two tasks"
+
+
+def test_a_difference_that_the_correction_takes_back_is_not_marked() -> None:
+    cell = tables.cells(study(), arms(study()), rows_of(study()))[1]
+    change = {"rel": PairedDifference(-0.2, -0.3, -0.1, 0.02, 16)}
+    taken_back = tables.Cell(**vars(cell) | {"differences": change, "p_holm": {"rel": 0.06}})
+    kept = tables.Cell(**vars(cell) | {"differences": change, "p_holm": {"rel": 0.04}})
+    assert "▼" not in tables._figure(taken_back, "rel") and tables._figure(kept, "rel").endswith("▼")
+
+
+def test_failed_and_skipped_records_count() -> None:
+    config = study(baseline={})
+    first, *others = arms(config)
+    rows = {arm.folder: [row(0, "vqa", rel=1.0, m_loc=0.5), row(1, "vqa", FAILED)] for arm in others}
+    rows[first.folder] = [row(0, "vqa", FAILED), row(1, "vqa", SKIPPED)]
+    found = tables.cells(config, [first, *others], rows)
+    assert [(cell.n, cell.failed, cell.skipped) for cell in found[:2]] == [(0, 1, 1), (1, 1, 0)]
+    lines = list(csv.DictReader(io.StringIO(tables.to_csv(config, found))))
+    lost = [line for line in lines if (line["editor"], line["objective"]) == ("WISE", "native")]
+    assert [(line["column"], line["n"], line["failed"], line["mean"]) for line in lost] == [
+        ("rel", "0", "1", ""),
+        ("m_loc", "0", "1", ""),
+    ]
+    text = tables.to_markdown(config, found, config.columns)
+    assert "| 0 (1 failed, 1 skipped) |" in text and "| 1 (1 failed) |" in text
+
+
+def test_the_share_at_the_stop_is_told() -> None:
+    config = study(axes={"x": {"a": {}}}, baseline={})
+    rows = {
+        "a": [row(n, "vqa", rel=1.0) | {"stop_reason": reason} for n, reason in enumerate(["converged", "max_steps"])]
+    }
+    (cell,) = tables.cells(config, arms(config), rows)
+    assert cell.at_stop == 0.5 and "0.1 (50%)" in tables.to_markdown(config, [cell], ["rel"])
+
+
+def test_three_axes_have_a_block_for_each_value_of_the_first() -> None:
+    config = study(axes={"backbone": {"A": {}, "B": {}}} | TWO_AXES)
+    text = tables.to_markdown(config, tables.cells(config, arms(config), rows_of(config, 2)), config.columns)
+    titles = [line for line in text.splitlines() if line.startswith("**")]
+    assert titles == ["**E-VQA, A**", "**E-VQA, B**", "**E-IC, A**", "**E-IC, B**"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.83, ".830"), (-0.05, "-.050"), (1.0, "1.000"), (12.3, "12"), (1.5e7, "1.5e+07"), (0.0, ".000")],
+)
+def test_numbers_are_short(value: float, text: str) -> None:
+    assert tables.number(value) == text
+
+
+def test_correlations_equal_spearmans() -> None:
+    config = study(axes={"x": {"base": {}, "arm": {}}}, baseline={"x": "base"}, correlate="rephrase_distance")
+    rng = np.random.default_rng(0)
+    rows: dict[str, list[Row]] = {"base": [], "arm": []}
+    for number in range(12):
+        for arm in rows:
+            rows[arm].append(row(number, "vqa", rel=rng.normal(), m_loc=1.0, rephrase_distance=number / 12))
+    rows["base"][3] = row(3, "vqa", FAILED)
+    kept = [number for number in range(12) if number != 3]
+    gains = [rows["arm"][number]["rel"] - rows["base"][number]["rel"] for number in kept]
+    rho, p = stats.spearmanr([number / 12 for number in kept], gains)
+    (line,) = tables.correlations(config, arms(config), rows).splitlines()[2:]
+    assert line == f"| arm | 11 | {rho:+.2f} (p {p:.2g}) |  |", "without spread there is nothing to rank"
+
+
+def drawn(config: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> Figure:
+    pictures: list[Figure] = []
+    original = plots.to_png
+
+    def keep(picture: Figure) -> bytes:
+        pictures.append(picture)
+        return original(picture)
+
+    monkeypatch.setattr(plots, "to_png", keep)
+    found = tables.cells(config, arms(config), rows_of(config, 4))
+    image = plots.draw(config, found)
+    assert image.startswith(b"\x89PNG") and len(image) > 5000
+    return pictures[0]
+
+
+COLUMNS = ["rel", "m_loc"]
+
+
+def test_dots_have_a_panel_per_task_and_column_and_a_point_per_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    plot = {"kind": "dots", "y": "editor", "colour": "objective", "columns": [*COLUMNS, "never seen"]}
+    picture = drawn(study(plot=plot), monkeypatch)
+    assert len(picture.axes) == 2 * len(COLUMNS)
+    assert all(len(axes.containers) == 6 for axes in picture.axes)
+    assert [axes.get_title() for axes in picture.axes[:2]] == ["reliability", "image locality"]
+    (legend,) = picture.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(TWO_AXES["objective"])
+
+
+def test_dots_of_arms_without_colour_stand_at_their_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = drawn(study(plot={"kind": "dots", "y": "objective", "columns": COLUMNS}), monkeypatch)
+    # The axis that the picture does not use has a row of panels for each value.
+    assert len(picture.axes) == 2 * 2 * len(COLUMNS)
+    axes = picture.axes[0]
+    heights = sorted(float(container[0].get_ydata()[0]) for container in axes.containers)
+    assert heights == [0.0, 1.0, 2.0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == list(TWO_AXES["objective"])
+
+
+def test_lines_leave_out_the_reference_and_draw_it_as_a_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    axes_of = {"lambda": {"adaptive": {}, "0": {}, "0.1": {}, "1": {}}}
+    plot = {"kind": "lines", "x": "lambda", "reference": "adaptive", "columns": COLUMNS}
+    config = study(axes=axes_of, baseline={"lambda": "adaptive"}, plot=plot)
+    picture = drawn(config, monkeypatch)
+    assert len(picture.axes) == 2 * len(COLUMNS)
+    axes = picture.axes[0]
+    found = {
+        cell.arm.name: cell for cell in tables.cells(config, arms(config), rows_of(config, 4)) if cell.task == "vqa"
+    }
+    line, level = axes.containers[0][0], axes.lines[-1]
+    assert list(line.get_xdata()) == [0, 1, 2]
+    assert list(line.get_ydata()) == [found[name].means["rel"].mean for name in ("0", "0.1", "1")]
+    assert set(level.get_ydata()) == {found["adaptive"].means["rel"].mean}
+
+
+def test_heat_maps_show_the_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = study(plot={"kind": "heatmap", "x": "objective", "y": "editor", "columns": COLUMNS})
+    picture = drawn(config, monkeypatch)
+    assert len(picture.axes) == 2 * len(COLUMNS)
+    found = [cell for cell in tables.cells(config, arms(config), rows_of(config, 4)) if cell.task == "vqa"]
+    shown = np.asarray(picture.axes[0].images[0].get_array())
+    assert shown == pytest.approx(np.array([cell.means["rel"].mean for cell in found]).reshape(2, 3))
+    assert [text.get_text() for text in picture.axes[0].texts] == [
+        tables.number(cell.means["rel"].mean) for cell in found
+    ]
+
+
+def test_arms_that_all_failed_leave_a_gap_in_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    for plot in (
+        {"kind": "dots", "y": "editor", "colour": "objective", "columns": COLUMNS},
+        {"kind": "lines", "x": "objective", "reference": "native", "columns": COLUMNS},
+        {"kind": "heatmap", "x": "objective", "y": "editor", "columns": COLUMNS},
+    ):
+        config = study(plot=plot)
+        rows = rows_of(config, 2)
+        for lost in ("WISE_ODEdit", "FT-L_native", "FT-L_ODEdit"):
+            rows[lost] = [row(0, "vqa", FAILED)]
+        assert plots.draw(config, tables.cells(config, arms(config), rows)).startswith(b"\x89PNG")
+
+
+def test_an_arm_compares_with_the_arm_that_differs_in_the_baselines_axis_alone() -> None:
+    config = study()
+    every = arms(config)
+    bases = {arm.name: tables.baseline_of(config, arm, every) for arm in every}
+    assert {name: base.name for name, base in bases.items() if base} == {
+        f"{editor}, {objective}": f"{editor}, native"
+        for editor in ("WISE", "FT-L")
+        for objective in ("ODEdit", "other")
+    }
+    alone = [Arm({"editor": "WISE", "objective": "ODEdit"}, {})]
+    assert tables.baseline_of(config, alone[0], alone) is None
