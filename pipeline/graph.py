@@ -18,6 +18,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from odedit.errors import InputError
 from pipeline.actor import EditActor
 from pipeline.prepare import Preparer, one_sentence, write_traceback
+from pipeline.request_cache import RequestCache
 from pipeline.results import Row
 from pipeline.spec import CPUS_PER_PREPARER, Job, Plan
 
@@ -92,6 +93,7 @@ class _Stage:
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._jobs = jobs
+        self._shared: tuple[Any, ...] = ()
         self._workers: dict[int, Any] = {}
 
     def _worker(self, index: int) -> Any:
@@ -103,7 +105,7 @@ class _Stage:
 
     def _made(self, index: int) -> Any:
         try:
-            return self.Worker(self._jobs[index])
+            return self.Worker(self._jobs[index], *self._shared)
         except Exception as error:
             write_traceback(self._jobs[index], self.Worker.__name__)
             return {"fatal": one_sentence(error), "is_input": isinstance(error, InputError)}
@@ -113,6 +115,11 @@ class PrepareStage(_Stage):
     """`{"job", "group"}` -> `{"job", "prepared"}`: pickled, since a request is a nest of objects and not a table."""
 
     Worker = Preparer
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        super().__init__(jobs)
+        # A single run prepares every record once.
+        self._shared = (RequestCache(),) if len(jobs) > 1 else ()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         index, group = int(batch["job"][0]), int(batch["group"][0])

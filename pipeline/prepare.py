@@ -18,6 +18,7 @@ from odedit.locations import masked
 from odedit.mmedit import RawRecord
 from odedit.supervision import build_request
 from pipeline import results, staging
+from pipeline.request_cache import RequestCache
 from pipeline.spec import Job
 
 
@@ -39,10 +40,18 @@ class Prepared:
 
 
 class Preparer:
-    """Builds edit requests from staged records; holds the processor and the pool."""
+    """Builds edit requests from staged records; holds the processor and the pool.
 
-    def __init__(self, job: Job) -> None:
+    Args:
+        cache: Requests that other runs of the same worker have prepared.
+    """
+
+    def __init__(self, job: Job, cache: RequestCache | None = None) -> None:
         self._job = job
+        self._cache = cache if cache is not None else RequestCache(max_bytes=0)
+        config = job.config
+        # What a request is made from, beside the record itself.
+        self._made_from = (job.sources, config.supervision, config.backbone.family, config.backbone.checkpoint)
         self._processor = load_processor(job.config.backbone.family, job.config.backbone.checkpoint)
         self._pool = staging.read_pool(job.workspace, job.sources)
 
@@ -66,9 +75,14 @@ class Preparer:
         config = self._job.config
         if record.problem:
             return results.base_row(record, config, results.SKIPPED, located(record, record.problem))
+        key = (self._made_from, record.edit_id, record.index)
         try:
-            request = build_request(record, self._job.sources.reader, config.supervision, self._pool)
-            return process(request, self._processor, shared)
+            request = self._cache.get(key)
+            if request is None:
+                request = build_request(record, self._job.sources.reader, config.supervision, self._pool)
+                request = process(request, self._processor, shared)
+                self._cache.put(key, request)
+            return request
         except ImageError as error:
             return results.base_row(record, config, results.SKIPPED, located(record, str(error)))
         except InputError as error:
