@@ -102,7 +102,8 @@ class SharedMultiplier:
     def _ascended(self, dual: Dual, context_EI: Tensor, penalty_E: Tensor, weight: float) -> Dual:
         """`delta <- delta + gamma_2 * grad_delta G`, G averaged over the records."""
         with torch.enable_grad():
-            leaves = {name: value.detach().requires_grad_() for name, value in dual.delta.items()}
+            # Sorted: a state that was read back has them in another order, and sums of another order end in other bits.
+            leaves = {name: dual.delta[name].detach().requires_grad_() for name in sorted(dual.delta)}
             gain = (weight * self._multiplier(leaves, context_EI) * penalty_E).mean()
             gradients = torch.autograd.grad(gain, list(leaves.values()))
         rate = torch.as_tensor(self._config.dual_rate, device=penalty_E.device)

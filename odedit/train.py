@@ -257,7 +257,8 @@ def adam_step(state: TrainingState, gradients: Mapping[str, Tensor], settings: T
     """
     with torch.no_grad():
         if settings.clip_norm is not None:
-            norm = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt()
+            # In the order of their names: a state that was read back has them in another order than one just made.
+            norm = torch.stack([gradients[name].square().sum() for name in sorted(gradients)]).sum().sqrt()
             scale = (settings.clip_norm / norm.clamp_min(1e-12)).clamp_max(1.0)
             gradients = {name: gradient * scale for name, gradient in gradients.items()}
         count = state.step + 1
