@@ -22,7 +22,12 @@ FORMAT = "odedit-editor-1"
 
 
 def save_weights(
-    path: Path, weights: Mapping[str, Tensor], editor: str, settings: Mapping[str, Any], fingerprint: str
+    path: Path,
+    weights: Mapping[str, Tensor],
+    editor: str,
+    settings: Mapping[str, Any],
+    fingerprint: str,
+    trained_with: str = "",
 ) -> None:
     """Writes the weights; a reader sees the whole file or none.
 
@@ -30,8 +35,10 @@ def save_weights(
         editor: Its name.
         settings: The editor's settings that the weights depend on (sites, widths).
         fingerprint: Of the backbone they were trained for.
+        trained_with: Objective and supervision of the training, in words.
     """
-    info = json.dumps({"editor": editor, "settings": dict(settings), "fingerprint": fingerprint}, sort_keys=True)
+    about = {"editor": editor, "settings": dict(settings), "fingerprint": fingerprint, "trained_with": trained_with}
+    info = json.dumps(about, sort_keys=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     metadata = {"format": FORMAT, "info": info}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
@@ -61,6 +68,12 @@ def load_weights(
                 f"this run has {value!r}; {hint} for it."
             )
     return weights
+
+
+def trained_with(path: str) -> str:
+    """Objective and supervision that a file of weights was trained with. Raises InputError as `load_weights` does."""
+    file = Path(path).expanduser()
+    return str(_read(str(file), file.stat().st_mtime_ns, "cpu")[1].get("trained_with", ""))
 
 
 _NAMES = {"editor": "editor", "settings": "setting of the editor", "fingerprint": "model (fingerprint of its weights)"}

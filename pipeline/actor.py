@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
-from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -277,12 +276,12 @@ class EditActor:
             job = self._job
             rephrases = replace(config.supervision, locality_source="record", near_locality=False)
             # Another run of this worker, with the same records and model, has measured the same.
-            key = (job.sources, config.data, config.backbone, rephrases, config.objective.positions, job.device)
-            records = None if job.sources.pool else job.workspace
-            if (key, records) not in _MEASURED:
-                _MEASURED[key, records] = self._measure_bandwidth()
+            files = tuple(job.sources.identity().items())
+            key = (files, config.data, config.backbone, rephrases, config.objective.positions, job.device)
+            if key not in _MEASURED:
+                _MEASURED[key] = self._measure_bandwidth()
             # The first worker's value counts for all, whatever kind of machine it runs on.
-            write_once(path, json.dumps(_MEASURED[key, records], indent=2) + "\n")
+            write_once(path, json.dumps(_MEASURED[key], indent=2) + "\n")
         return float(read_json(path)["sigma2_0"])
 
     def _measure_bandwidth(self) -> dict[str, Any]:
@@ -303,10 +302,16 @@ class EditActor:
 _MEASURED: dict[Any, dict[str, Any]] = {}
 
 
-@lru_cache(maxsize=1)
+_LOADED: dict[tuple[BackboneConfig, str], Backbone] = {}
+
+
 def _load(backbone: BackboneConfig, device: str) -> Backbone:
-    """Kept for the next run of the same worker, which mostly edits the same model."""
-    return load_backbone(backbone.family, backbone.checkpoint, dtype=backbone.dtype, device=device)
+    """Kept for the next run of the same worker, which mostly edits the same model; never two at once."""
+    key = (backbone, device)
+    if key not in _LOADED:
+        _LOADED.clear()
+        _LOADED[key] = load_backbone(backbone.family, backbone.checkpoint, dtype=backbone.dtype, device=device)
+    return _LOADED[key]
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -99,8 +99,12 @@ class _Stage:
     def _worker(self, index: int) -> Any:
         """The run's worker, or a report of why there is none."""
         if index not in self._workers:
-            # Runs come one after the other: what earlier ones hold is not needed again.
-            self._workers = {index: self._made(index), **dict(list(self._workers.items())[:1])}
+            # Runs come one after the other, but for a straggler. What a run of another model holds is let go of first:
+            # two models may not fit.
+            backbone = self._jobs[index].config.backbone
+            alike = [one for one in self._workers if self._jobs[one].config.backbone == backbone]
+            self._workers = {one: self._workers[one] for one in alike[-1:]}
+            self._workers[index] = self._made(index)
         return self._workers[index]
 
     def _made(self, index: int) -> Any:

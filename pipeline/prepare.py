@@ -75,7 +75,7 @@ class Preparer:
         config = self._job.config
         if record.problem:
             return results.base_row(record, config, results.SKIPPED, located(record, record.problem))
-        key = (self._made_from, record.edit_id, record.index)
+        key = (self._made_from, record.edit_id, record.index, record.task)
         try:
             request = self._cache.get(key)
             if request is None:

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow
 from pyarrow import parquet
 
+from odedit.editor_weights import trained_with
 from odedit.locations import masked
 from odedit.metrics import MAIN, summarize
 from odedit.mmedit import RawRecord
@@ -35,6 +36,7 @@ FIXED_COLUMNS: dict[str, pyarrow.DataType] = {
     "objective": pyarrow.string(),
     "backbone": pyarrow.string(),
     "supervision": pyarrow.string(),
+    "trained_with": pyarrow.string(),
     "template": pyarrow.string(),
     **{metric: pyarrow.float64() for metric in MAIN},
     "steps": pyarrow.int64(),
@@ -72,8 +74,15 @@ def base_row(record: RawRecord, config: RunConfig, status: str, error: str | Non
         "objective": config.objective.name,
         "backbone": f"{config.backbone.family}:{config.backbone.checkpoint}",
         "supervision": supervision_name(config),
+        "trained_with": _trained_with(config),
         "template": config.data.template,
     }
+
+
+def _trained_with(config: RunConfig) -> str | None:
+    """What the editor's own weights learned with: it need not be what the run is called after."""
+    path = getattr(config.editor.settings, "checkpoint", None)
+    return None if path is None else trained_with(path)
 
 
 def supervision_name(config: RunConfig) -> str:

@@ -34,6 +34,7 @@ from pipeline import sources, tracking
 from pipeline.checkpoints import with_absolute_checkpoints
 from pipeline.config import EMBEDDED, RunConfig
 from pipeline.prepare import located
+from pipeline.results import supervision_name
 from pipeline.run import terminate_as_interrupt
 from pipeline.sources import Sources
 from pipeline.spec import machine_cpus, machine_gpus, make_plan
@@ -105,7 +106,10 @@ def run(config: RunConfig, out: Path | None, console: Console, *, fresh: bool) -
             say(f"{files.state}: finished at step {before.step}." if before.stop_reason
                 else f"Resuming {files.state} at step {before.step} of {editor.training.max_steps}.")  # fmt: skip
         trained = _train(config, editor, backbone, found, files, identity, console, say)
-        save_weights(files.weights, trained.weights, config.editor.name, editor.weight_settings, backbone.fingerprint)
+        save_weights(
+            files.weights, trained.weights, config.editor.name, editor.weight_settings, backbone.fingerprint,
+            f"{config.objective.name if editor.trains_with_objective else 'its own loss'}, {supervision_name(config)}",
+        )  # fmt: skip
     state = trained.state
     say(f"Best validation loss {state.best_loss:.4f} at step {state.best_step} of {state.step} ({state.stop_reason}).")
     say(f"Use it with: editor.name={config.editor.name} editor.checkpoint={files.weights}")

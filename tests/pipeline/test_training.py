@@ -19,8 +19,10 @@ from typer.testing import CliRunner, Result
 from odedit import InputError
 from odedit.__main__ import app
 from odedit.checkpoint import load_edit
+from odedit.editor_weights import save_weights
+from odedit.mmedit import RawRecord
 from odedit.training_state import TrainingState
-from pipeline import training
+from pipeline import results, training
 from pipeline.config import RunConfig, from_dict
 from pipeline.results import read_rows
 from pipeline.run import Outcome
@@ -183,3 +185,15 @@ def test_the_loss_curve_is_logged(values: dict[str, Any], tmp_path: Path) -> Non
 def test_a_state_says_how_often_it_has_not_improved() -> None:
     state = TrainingState({}, {}, {}, {}, best_step=2, looks=((0, 3.0), (2, 1.0), (4, 1.5), (6, 1.2)))
     assert state.looks_without_improvement == 2 and state.looked_at == 6
+
+
+def test_rows_say_what_the_weights_were_trained_with(tmp_path: Path) -> None:
+    """A run under `native` may edit with weights that were trained under ODEdit."""
+    path = tmp_path / "mend.safetensors"
+    save_weights(path, {"a": torch.zeros(1)}, "mend", {}, "0" * 16, "odedit, held_out")
+    config = from_dict({"editor": {"name": "mend", "checkpoint": str(path)}, "objective": {"name": "native"}})
+    record = RawRecord("records.json", 0, "edit-0", "vqa", {"src": "what?", "alt": "this"})
+    row = results.base_row(record, config, results.EDITED)
+    assert (row["objective"], row["trained_with"]) == ("native", "odedit, held_out")
+    plain = results.base_row(record, from_dict({"editor": {"name": "wise"}}), results.EDITED)
+    assert plain["trained_with"] is None
