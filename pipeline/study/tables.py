@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from odedit.metrics import Estimate, PairedDifference, paired, summarize
@@ -29,7 +30,7 @@ class Cell:
         at_stop: Share of the edits that reached the stop and not the bound on steps.
         means: Column to estimate.
         differences: Column to the arm's value minus its baseline's, on the edits that both have; empty for a baseline.
-        p_holm: Column to p after Holm's correction for all comparisons of that column in the study.
+        p_holm: Column to p after Holm's correction for all comparisons of that column and task in the study.
     """
 
     arm: Arm
@@ -186,7 +187,7 @@ def number(value: float) -> str:
 
 
 def correlations(study: StudyConfig, arms: Sequence[Arm], rows: Mapping[str, Sequence[Row]]) -> str:
-    """Markdown: Spearman's rho of the column `correlate` with the gain of each arm over its baseline, edit by edit."""
+    """Markdown: Spearman's rho of the column `correlate` with the gain of each arm over its baseline, fact by fact."""
     from scipy import stats
 
     assert study.correlate is not None
@@ -200,13 +201,14 @@ def correlations(study: StudyConfig, arms: Sequence[Arm], rows: Mapping[str, Seq
         mine = [row for row in rows[arm.folder] if row["status"] == EDITED and row["edit_id"] in before]
         values = []
         for column in study.columns:
-            known = [
-                (row[study.correlate], row[column] - before[row["edit_id"]][column])
-                for row in mine
-                if row.get(study.correlate) is not None
-                and None not in (row.get(column), before[row["edit_id"]].get(column))
-            ]
-            distance, gains = [pair[0] for pair in known], [pair[1] for pair in known]
+            of_fact: dict[str, list[tuple[float, float]]] = {}
+            for row in mine:
+                old = before[row["edit_id"]]
+                if None not in (row.get(study.correlate), row.get(column), old.get(column)):
+                    pair = (row[study.correlate], row[column] - old[column])
+                    of_fact.setdefault(str(row.get("fact") or row["edit_id"]), []).append(pair)
+            # Edits of one fact are not independent: their means are what is ranked.
+            distance, gains = ([fmean(pair[side] for pair in pairs) for pairs in of_fact.values()] for side in (0, 1))
             if len(set(gains)) < 2 or len(set(distance)) < 2:
                 values.append("")  # without spread there is nothing to rank
                 continue

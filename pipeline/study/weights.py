@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import multiprocessing
 import os
@@ -19,8 +20,9 @@ from typing import Any
 from rich.console import Console
 
 from odedit import editors
+from odedit.backbones import fingerprint
 from odedit.errors import InputError
-from odedit.train import TrainingError
+from odedit.train import TrainingError, train
 from pipeline import training
 from pipeline.config import EMBEDDED, DataConfig, RunConfig
 from pipeline.run import terminate_as_interrupt
@@ -84,6 +86,8 @@ def _training(config: RunConfig, name: str, folder: Path) -> Training | None:
         "supervision": asdict(config.supervision),
         "objective": asdict(config.objective) if kind.trains_with_objective else None,
         "seed": config.seed,
+        "model": fingerprint(config.backbone.family, config.backbone.checkpoint),
+        "code": _code(kind),
     }
     data = {key: value for key, value in asdict(config.data).items() if value != getattr(DataConfig(), key)}
     if data:
@@ -92,6 +96,12 @@ def _training(config: RunConfig, name: str, folder: Path) -> Training | None:
     path = (folder / f"{config.editor.name}-{key}.safetensors").absolute()
     tracking = replace(config.tracking, run_name=f"train {config.editor.name} for {name}")
     return Training(replace(config, tracking=tracking, out=str(path.with_suffix(""))), path, name)
+
+
+def _code(kind: Any) -> str:
+    """A hash of what learns and of the loop that trains it: weights of an earlier version are not taken for today's."""
+    files = (inspect.getfile(kind), inspect.getfile(train))
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:10]
 
 
 def _training_data(config: RunConfig) -> DataConfig:

@@ -203,7 +203,12 @@ def test_correlations_equal_spearmans() -> None:
     rows["base"][3] = row(3, "vqa", FAILED)
     kept = [number for number in range(12) if number != 3]
     gains = [rows["arm"][number]["rel"] - rows["base"][number]["rel"] for number in kept]
-    rho, p = stats.spearmanr([number / 12 for number in kept], gains)
+    by_fact: dict[str, list[tuple[float, float]]] = {}
+    for number, gain in zip(kept, gains, strict=True):
+        by_fact.setdefault(rows["arm"][number]["fact"], []).append((number / 12, gain))
+    assert 4 < len(by_fact) < len(kept)
+    means = [np.mean(pairs, axis=0) for pairs in by_fact.values()]
+    rho, p = stats.spearmanr([mean[0] for mean in means], [mean[1] for mean in means])
     (line,) = tables.correlations(config, arms(config), rows).splitlines()[2:]
     assert line == f"| arm | 11 | {rho:+.2f} (p {p:.2g}) |  |", "without spread there is nothing to rank"
 
