@@ -15,7 +15,8 @@ from rich.table import Table
 from odedit.errors import InputError, NothingUsable
 from pipeline import config as run_config
 from pipeline import report, tracking
-from pipeline.run import Outcome, prepare, run
+from pipeline.ready import prepare
+from pipeline.run import Outcome, run
 
 
 def edit(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: bool) -> None:

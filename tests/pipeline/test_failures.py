@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from odedit.errors import InputError
 from pipeline import actor, graph, results
 from pipeline.config import from_dict
 from pipeline.prepare import Prepared, write_traceback
-from pipeline.run import Outcome, prepare
+from pipeline.ready import prepare
+from pipeline.run import Outcome
 from pipeline.spec import Job
 
 Inline = Callable[..., Outcome]
@@ -64,10 +66,11 @@ def test_a_worker_tells_in_one_sentence_what_ends_the_run(expected: type[Excepti
     class Stage(graph.EditStage):
         Worker = Failing
 
+    job: Any = SimpleNamespace(config=SimpleNamespace(backbone=None))
     batch = {"job": [0], "prepared": [cloudpickle.dumps(Prepared(0, (), (), ()))]}
-    report = {name: values[0] for name, values in Stage([None])(batch).items()}  # type: ignore[list-item]
+    report = {name: values[0] for name, values in Stage([job])(batch).items()}
     with pytest.raises(expected, match="No space left"):
-        graph.raise_fatal(report, [None])  # type: ignore[list-item]
+        graph.raise_fatal(report, [None])
 
 
 def test_settings_that_do_not_fit_the_model_are_the_users_error(settings: dict[str, Any]) -> None:

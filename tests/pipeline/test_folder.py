@@ -13,10 +13,10 @@ from rich.console import Console
 
 from odedit import world
 from odedit.errors import InputError
-from pipeline import run as runs
-from pipeline import staging
+from pipeline import ready, sources, staging
 from pipeline.config import from_dict
-from pipeline.run import Ready, announce, prepare
+from pipeline.ready import Ready, prepare
+from pipeline.run import announce
 
 
 def prepared(settings: dict[str, Any], *, fresh: bool = False) -> Ready:
@@ -129,9 +129,9 @@ def test_what_a_run_left_that_never_began_is_staged_anew(settings: dict[str, Any
 
 def test_secrets_are_not_stored_but_a_changed_one_is_noticed(settings: dict[str, Any], tmp_path: Path) -> None:
     config = from_dict(settings | {"data": settings["data"] | {"image_root": str(tmp_path / "coco")}})
-    found = runs.sources.resolve(config.data, tmp_path)
+    found = sources.resolve(config.data, tmp_path)
     one, other = (
-        runs._settings(from_dict(settings | {"data": settings["data"] | {"rephrase_root": address}}), found)
+        ready._settings(from_dict(settings | {"data": settings["data"] | {"rephrase_root": address}}), found)
         for address in ("s3://me:hunter1@bucket/x", "s3://me:hunter2@bucket/x")
     )
     assert one["data.rephrase_root"].startswith("s3://***@bucket/x [")

@@ -11,8 +11,8 @@ import pytest
 from odedit import EditRequest, Picture, Probe
 from pipeline import prepare as stage
 from pipeline.config import from_dict
+from pipeline.ready import prepare
 from pipeline.request_cache import RequestCache
-from pipeline.run import prepare
 from pipeline.spec import Job
 
 
