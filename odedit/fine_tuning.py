@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, is_connector
-from odedit.editors.base import OptimizerSettings, Trace, check_range
+from odedit.editors.base import OptimizerSettings, Plain, Trace, check_range
 from odedit.edits import EditBatch, EditParams
 from odedit.errors import InputError
 from odedit.hooks import Rewrite, rewritten
@@ -87,19 +87,15 @@ def _matches(backbone: Backbone, site: str) -> list[str]:
     return []
 
 
-class FineTuning(ABC):
+class FineTuning(Plain, ABC):
     """An editor without own terms, projection or routing; see `odedit.editors.base.Editor`."""
 
     Config: ClassVar[type]
-    frozen: frozenset[str] = frozenset()
-    label_smoothing = 0.0
-    starts_neutral = True
 
     def __init__(self, config: Any) -> None:
         self.config = config
         # With a pattern over layers, the lowest edited layer is the first; a connector pattern is below all of them.
         self.sites: tuple[str, ...] = tuple(site.replace(_EVERY_LAYER, "layers.0.") for site in config.sites)
-        self.own_slots: tuple[str, ...] = ()
         self.max_steps: int = config.max_steps
         self.optimizer = OptimizerSettings("adamw", config.learning_rate, config.weight_decay, config.clip_norm)
 
@@ -139,19 +135,10 @@ class FineTuning(ABC):
         with self.applied(backbone, for_all, batch) as trace:
             yield trace
 
-    def own_risk(self, params: EditParams, trace: Trace, batch: EditBatch) -> Tensor:
-        return torch.zeros(batch.num_edits, device=batch.tokens_EKS.device)
-
-    def constrain(self, params: EditParams) -> EditParams:
-        return params
-
     def converged(self, loss_E: Tensor, previous_E: Tensor, token_right_E: Tensor, trace: Trace) -> Tensor:
         if self.config.stop_loss is None:
             return torch.zeros_like(token_right_E)
         return loss_E < self.config.stop_loss
-
-    def finished(self, params: EditParams, trace: Trace, batch: EditBatch) -> EditParams:
-        return params
 
 
 class WeightDifferences(FineTuning):

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from odedit.backbones.base import Backbone
@@ -135,6 +136,27 @@ class Editor(Protocol):
     def finished(self, params: EditParams, trace: Trace, batch: EditBatch) -> EditParams:
         """What is saved: phi_e and whatever inference needs beside it (WISE: the routing threshold)."""
         ...
+
+
+class Plain:
+    """What most editors answer, to inherit from: no terms of their own, no projection, no stop rule, phi_e as it is."""
+
+    own_slots: Sequence[str] = ()
+    frozen: frozenset[str] = frozenset()
+    label_smoothing: float = 0.0
+    starts_neutral: bool = True
+
+    def own_risk(self, params: EditParams, trace: Trace, batch: EditBatch) -> Tensor:
+        return torch.zeros(batch.num_edits, device=batch.tokens_EKS.device)
+
+    def constrain(self, params: EditParams) -> EditParams:
+        return params
+
+    def converged(self, loss_E: Tensor, previous_E: Tensor, token_right_E: Tensor, trace: Trace) -> Tensor:
+        return torch.zeros_like(token_right_E)
+
+    def finished(self, params: EditParams, trace: Trace, batch: EditBatch) -> EditParams:
+        return params
 
 
 @runtime_checkable

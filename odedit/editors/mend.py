@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from odedit import risks
 from odedit.backbones.base import Backbone
 from odedit.editor_weights import load_weights
-from odedit.editors.base import OptimizerSettings, Trace, TrainingSettings, check_range
+from odedit.editors.base import OptimizerSettings, Plain, Trace, TrainingSettings, check_range
 from odedit.edits import EDIT, LOCALITY_SLOTS, REPHRASE_SLOTS, EditBatch, EditParams
 from odedit.encoding import gather_positions
 from odedit.errors import InputError
@@ -109,12 +109,10 @@ class _Signal(NamedTuple):
     there_ET: Tensor
 
 
-class MEND:
+class MEND(Plain):
     """`y = x W^T + (x X~^T) D~` with the factors that the hypernetwork made of the edit's gradient."""
 
     Config: ClassVar[type] = MENDConfig
-    frozen: frozenset[str] = frozenset()
-    label_smoothing = 0.0
     starts_neutral = False
     max_steps = 0
     trains_with_objective = True
@@ -122,7 +120,6 @@ class MEND:
     def __init__(self, config: MENDConfig, weights: Mapping[str, Tensor] | None = None) -> None:
         self.config = config
         self.sites = config.sites
-        self.own_slots: tuple[str, ...] = ()
         self.optimizer = OptimizerSettings("sgd", config.learning_rate)  # never steps
         self.weight_settings: Mapping[str, Any] = {"sites": list(config.sites), "rank": config.rank}
         self.training = TrainingSettings(
@@ -220,18 +217,6 @@ class MEND:
         joined = {name: value.flatten(0, 1).expand(batch.num_edits, -1, -1) for name, value in params.items()}
         with self.applied(backbone, joined, batch) as trace:
             yield trace
-
-    def own_risk(self, params: EditParams, trace: Trace, batch: EditBatch) -> Tensor:
-        return torch.zeros(batch.num_edits, device=batch.tokens_EKS.device)
-
-    def constrain(self, params: EditParams) -> EditParams:
-        return params
-
-    def converged(self, loss_E: Tensor, previous_E: Tensor, token_right_E: Tensor, trace: Trace) -> Tensor:
-        return torch.zeros_like(token_right_E)
-
-    def finished(self, params: EditParams, trace: Trace, batch: EditBatch) -> EditParams:
-        return params
 
     def merged(self, params: EditParams) -> dict[str, Tensor]:
         return {name: torch.einsum("eto,eti->oi", params[f"{name}.delta"], params[f"{name}.x"]) for name in self.sites}

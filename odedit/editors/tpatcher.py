@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from odedit.backbones.base import Backbone
-from odedit.editors.base import OptimizerSettings, Trace, check_range
+from odedit.editors.base import OptimizerSettings, Plain, Trace, check_range
 from odedit.edits import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_locality
 from odedit.encoding import gather_positions
 from odedit.hooks import rewritten
@@ -94,7 +94,7 @@ class TPatcherConfig:
             check_range("clip_norm", self.clip_norm, "> 0, or null", lambda v: v > 0)
 
 
-class TPatcher:
+class TPatcher(Plain):
     """phi_e: `k`, `v`, `a` `(E, N, D)`, `b` `(E, N)`, and `states` `(E, N, D)`: what enters the network where a
     neuron's token is predicted. A neuron whose state is zero does not exist; all of it is zero and stays so.
 

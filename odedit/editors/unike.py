@@ -48,7 +48,7 @@ from torch.nn import functional as F
 from odedit.backbones.base import Backbone
 from odedit.contrastive import encode, encoder_weights, info_nce, two_camps
 from odedit.editor_weights import load_weights
-from odedit.editors.base import OptimizerSettings, Trace, TrainingSettings, check_range
+from odedit.editors.base import OptimizerSettings, Plain, Trace, TrainingSettings, check_range
 from odedit.edits import EDIT, REPHRASE_SLOTS, EditBatch, EditParams
 from odedit.encoding import gather_positions
 from odedit.errors import InputError
@@ -113,11 +113,10 @@ class UnikeConfig:
             check_range("clip_norm", self.clip_norm, "> 0, or null", lambda v: v > 0)
 
 
-class Unike:
+class Unike(Plain):
     """Neurons and remembered states per edit and layer; the encoders are the same for all edits."""
 
     Config: ClassVar[type] = UnikeConfig
-    label_smoothing = 0.0
     starts_neutral = False
     trains_with_objective = False
 
@@ -128,7 +127,6 @@ class Unike:
         self.sites = tuple(
             f"{layer}.{part}" for layer in self._layers for part in ("attention.out", "ffn.in", "ffn.out")
         )
-        self.own_slots: tuple[str, ...] = ()
         self.max_steps = config.max_steps
         self.frozen = frozenset(f"{layer}.{MEMORY}" for layer in self._layers)
         self.optimizer = OptimizerSettings("sgd", config.learning_rate, clip_norm=config.clip_norm)
@@ -229,17 +227,8 @@ class Unike:
 
         return rewrite
 
-    def own_risk(self, params: EditParams, trace: Trace, batch: EditBatch) -> Tensor:
-        return torch.zeros(batch.num_edits, device=batch.tokens_EKS.device)
-
-    def constrain(self, params: EditParams) -> EditParams:
-        return params
-
     def converged(self, loss_E: Tensor, previous_E: Tensor, token_right_E: Tensor, trace: Trace) -> Tensor:
         return token_right_E & (loss_E < self.config.stop_loss)
-
-    def finished(self, params: EditParams, trace: Trace, batch: EditBatch) -> EditParams:
-        return params
 
     # The weights of the encoders
 

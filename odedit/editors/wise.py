@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from odedit.backbones.base import Backbone
-from odedit.editors.base import OptimizerSettings, Trace, check_range
+from odedit.editors.base import OptimizerSettings, Plain, Trace, check_range
 from odedit.edits import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_locality
 from odedit.hooks import rewritten
 
@@ -77,7 +77,7 @@ class WiseConfig:
             check_range(name, getattr(self, name), f"0 < {name} <= 1", lambda v: 0 < v <= 1)
 
 
-class Wise:
+class Wise(Plain):
     """One side memory per edit.
 
     While it trains, `side` holds `W' - W`. Finished, `side_live` holds only the entries that the mask lets change, a
@@ -85,9 +85,6 @@ class Wise:
     """
 
     Config: ClassVar[type] = WiseConfig
-    frozen: frozenset[str] = frozenset()
-    label_smoothing = 0.0
-    starts_neutral = True
 
     def __init__(self, config: WiseConfig) -> None:
         self.config = config
