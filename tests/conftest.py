@@ -8,13 +8,16 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from pathlib import Path
+
 import pytest
 import torch
 from made_up import TEMPLATE, make_request
 
-from odedit import EditRequest, load_backbone
+from odedit import EditRequest, load_backbone, world
 from odedit.backbones import Backbone, encode_requests
 from odedit.edits import EditBatch
+from pipeline.sources import embedded_folder
 
 # Two cores are shared by everything that runs; tiny matrices gain nothing from more threads.
 torch.set_num_threads(1)
@@ -23,6 +26,16 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def backbone() -> Backbone:
     return load_backbone("blip2", "embedded")
+
+
+@pytest.fixture(scope="session")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Path]]:
+    """The embedded benchmark of seeds 0 and 1, as `world.build` names its files, beside each other. Not to be changed.
+
+    Writing one takes ten seconds.
+    """
+    parent = tmp_path_factory.mktemp("worlds")
+    return {seed: world.build(embedded_folder(parent, seed), seed) for seed in (0, 1)}
 
 
 @pytest.fixture(scope="session")

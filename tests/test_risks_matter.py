@@ -15,7 +15,6 @@ from odedit import (
     evaluate,
     load_editor,
     stack_params,
-    world,
 )
 from odedit.edits import is_locality
 from odedit.images import ImageReader
@@ -26,8 +25,8 @@ NUM_EDITS = 32
 
 
 @pytest.fixture(scope="module")
-def splits(tmp_path_factory):
-    paths = world.build(tmp_path_factory.mktemp("world"))
+def splits(worlds):
+    paths = worlds[0]
     reader = ImageReader(str(paths["images"]), str(paths["images_rephrase"]))
 
     def requests(split, count):

@@ -11,7 +11,6 @@ import pytest
 from mmedit_files import record, write_array, write_images
 from rich.console import Console
 
-from pipeline import sources
 from pipeline.config import RunConfig, from_dict
 from pipeline.run import Outcome, run
 
@@ -48,12 +47,3 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunConfig], Outcome]:
 
     inline_pipeline.install(monkeypatch)
     return lambda config: run(config, QUIET)
-
-
-@pytest.fixture(scope="session")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the embedded benchmark of seeds 0 and 1."""
-    folder = tmp_path_factory.mktemp("worlds")
-    for seed in (0, 1):
-        sources.build_embedded(sources.embedded_folder(folder, seed), seed)
-    return folder

@@ -30,12 +30,12 @@ WISE = {"name": "wise", "site": "layers.2.ffn.in", "max_steps": 2}
 
 
 @pytest.fixture
-def shared_world(worlds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def shared_world(worlds: dict[int, dict[str, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Studies find the benchmark written, in the folder where they would write it."""
 
     def linked(folder: Path, seed: int = 0) -> None:
         if not folder.exists():
-            shutil.copytree(worlds / folder.name, folder, copy_function=os.link)
+            shutil.copytree(worlds[seed]["images"].parent, folder, copy_function=os.link)
 
     monkeypatch.setattr(data, "build_embedded", linked)
 

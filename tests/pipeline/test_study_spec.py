@@ -144,9 +144,15 @@ def test_the_studies_use_every_editor(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def drawn(worlds: Path) -> tuple[Path, dict[str, str], list[dict[str, Any]]]:
-    section = data.write(Draw(split="evaluation", seeds=(0, 1), per_task=72), worlds)
-    return worlds, section, json.loads(Path(section["path"]).read_text())
+def folder(worlds: dict[int, dict[str, Path]]) -> Path:
+    """Where the embedded benchmark is written already."""
+    return worlds[0]["images"].parent.parent
+
+
+@pytest.fixture(scope="module")
+def drawn(folder: Path) -> tuple[Path, dict[str, str], list[dict[str, Any]]]:
+    section = data.write(Draw(split="evaluation", seeds=(0, 1), per_task=72), folder)
+    return folder, section, json.loads(Path(section["path"]).read_text())
 
 
 def test_drawn_edits_have_ids_of_their_own_and_facts_in_common(drawn: Any) -> None:
@@ -158,18 +164,18 @@ def test_drawn_edits_have_ids_of_their_own_and_facts_in_common(drawn: Any) -> No
     assert [record["alt"] for record in by_seed[0]] != [record["alt"] for record in by_seed[1]]
 
 
-def test_a_fact_has_a_second_edit_only_after_every_fact_had_one(worlds: Path) -> None:
-    few = data.write(Draw(per_task=20), worlds)
+def test_a_fact_has_a_second_edit_only_after_every_fact_had_one(folder: Path) -> None:
+    few = data.write(Draw(per_task=20), folder)
     for task in ("vqa", "caption"):
         facts = [record["fact"] for record in json.loads(Path(few["path"]).read_text()) if record["task"] == task]
         assert len(set(facts)) == len(facts) == 20
-    many = json.loads(Path(data.write(Draw(per_task=60), worlds)["path"]).read_text())
+    many = json.loads(Path(data.write(Draw(per_task=60), folder)["path"]).read_text())
     # The captions are of fewer facts than that.
     assert set(Counter(record["fact"] for record in many if record["task"] == "caption").values()) == {2, 3}
     with pytest.raises(
         InputError, match=r"draw\.per_task: got 73; the evaluation split has 72 edits of task 'caption'"
     ):
-        data.write(Draw(per_task=73), worlds)
+        data.write(Draw(per_task=73), folder)
 
 
 def test_every_picture_of_drawn_records_and_of_the_pool_is_there(drawn: Any) -> None:

@@ -164,7 +164,7 @@ def test_an_interrupt_ends_all_processes_which_keep_what_they_have(
 def test_the_error_of_one_ends_all_in_one_sentence(tmp_path: Path, values: dict[str, Any], two_processes: None) -> None:
     wrong = from_dict(values | {"training": values["training"] | {"path": str(tmp_path / "none.json")}})
     with pytest.raises(InputError, match=r"^mend for wrong: .*none\.json"):
-        with_weights([long(values), wrong, config_of(values, name="native")], ["a", "wrong", "b"], tmp_path, QUIET)
+        with_weights([long(values), wrong], ["a", "wrong"], tmp_path, QUIET)
     assert not multiprocessing.active_children()
     assert not [path for path in tmp_path.glob("mend-*") if ".training." not in path.name]
 
