@@ -102,9 +102,12 @@ def _picture(clouds: dict[str, np.ndarray]) -> Any:
             for probe in range(1, num_probes):
                 axes.plot(*points[[0, probe], edit].T, color="#c3cad3", linewidth=0.6, zorder=1)
         for probe, slot in enumerate(_SHOWN):
+            # A ring around its rephrases, which would hide it.
+            is_edit = probe == 0
             axes.scatter(
-                *points[probe].T, s=16, marker=_MARKERS[slot], color=plots.COLOURS[probe], label=_NAMES[slot], zorder=2
-            )
+                *points[probe].T, s=70 if is_edit else 16, marker=_MARKERS[slot], label=_NAMES[slot], zorder=2,
+                facecolors="none" if is_edit else plots.COLOURS[probe], edgecolors=plots.COLOURS[probe],
+            )  # fmt: skip
         axes.set_title(f"{name}\nedit to rephrase: {_distance(cloud):.2f} of the spread", fontsize=9)
         axes.set_xticks([])
         axes.set_yticks([])
