@@ -6,7 +6,8 @@ The file says which editor, settings and backbone it was trained for, and is ref
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ def load_weights(
     file = Path(path).expanduser()
     if not file.is_file():
         raise InputError(f"editor.checkpoint: no such file {path!r}; {hint}.")
-    weights, info = _read(str(file), file.stat().st_mtime_ns, device)
+    modified = file.stat().st_mtime_ns
+    info, weights = _about(str(file), modified), _tensors(str(file), modified, device)
     wanted = {"editor": editor, "settings": json.loads(json.dumps(dict(settings))), "fingerprint": fingerprint}
     for name, value in wanted.items():
         if info.get(name) != value:
@@ -73,23 +75,35 @@ def load_weights(
 def trained_with(path: str) -> str:
     """Objective and supervision that a file of weights was trained with. Raises InputError as `load_weights` does."""
     file = Path(path).expanduser()
-    return str(_read(str(file), file.stat().st_mtime_ns, "cpu")[1].get("trained_with", ""))
+    return str(_about(str(file), file.stat().st_mtime_ns).get("trained_with", ""))
 
 
 _NAMES = {"editor": "editor", "settings": "setting of the editor", "fingerprint": "model (fingerprint of its weights)"}
 
 
 @lru_cache(maxsize=8)
-def _read(path: str, modified: int, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, framework="pt", device=device) as stream:
-            metadata = stream.metadata() or {}
-            weights = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"editor.checkpoint {path!r} cannot be read as safetensors: {error}.") from error
+def _about(path: str, modified: int) -> dict[str, Any]:
+    """What the file says about itself, without its tensors."""
+    with _opened(path, "cpu") as stream:
+        metadata = stream.metadata() or {}
     if metadata.get("format") != FORMAT:
         raise InputError(f"editor.checkpoint {path!r}: format is {metadata.get('format')!r}, expected {FORMAT!r}.")
     try:
-        return weights, dict(json.loads(metadata["info"]))
+        return dict(json.loads(metadata["info"]))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"editor.checkpoint {path!r}: what it says about itself is damaged ({error}).") from error
+
+
+@lru_cache(maxsize=8)
+def _tensors(path: str, modified: int, device: str) -> dict[str, Tensor]:
+    with _opened(path, device) as stream:
+        return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: str, device: str) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt", device=device) as stream:
+            yield stream
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"editor.checkpoint {path!r} cannot be read as safetensors: {error}.") from error

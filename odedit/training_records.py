@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from odedit.backbones import is_connector
+from odedit.backbones import encode_supervision, is_connector
 from odedit.backbones.base import Backbone
-from odedit.edits import EDIT, SUPERVISION_SLOTS, EditBatch, EditRequest, Picture, Probe
+from odedit.edits import EditBatch, EditRequest, Picture, Probe
 from odedit.prompts import Template
 
 _NO_PIXELS = np.zeros((0, 0, 3), dtype=np.uint8)
@@ -58,12 +58,7 @@ class EncodedRequests:
         requests = [self._requests[number] for number in numbers]
         keys = dict.fromkeys(picture.key for request in requests for picture in request.pictures())
         features = {key: self._features[key].to(self._device) for key in keys}
-        grid = [
-            [request.edit if slot == EDIT else request.supervision.get(slot) for slot in SUPERVISION_SLOTS]
-            for request in requests
-        ]
-        edit_ids = [request.edit_id for request in requests]
-        return self._backbone.encode(edit_ids, SUPERVISION_SLOTS, grid, features, self._template, self._before)
+        return encode_supervision(self._backbone, requests, features, self._template, self._before)
 
 
 def _without_pixels(request: EditRequest) -> EditRequest:

@@ -126,13 +126,14 @@ def announce(ready: Ready, console: Console) -> None:
 
 
 class _OpenRun:
-    """A run while it works: its MLflow run, its clock, and in the end its outcome."""
+    """A run while it works: its MLflow run, the time its edits take, and in the end its outcome."""
 
     def __init__(self, ready: Ready, parent_run: str | None) -> None:
         self.ready = ready
         self._parent_run = parent_run
+        self.seconds = 0.0
         self._tracker: tracking.Tracker | None = None
-        self._last: float | None = None
+        self._is_started = False
         self._outcome: Outcome | None = None
 
     def __enter__(self) -> _OpenRun:
@@ -141,14 +142,15 @@ class _OpenRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._keep_time()
         if self._tracker is not None and self._outcome is None:
             self._tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
 
     def start(self) -> None:
-        """Opens the MLflow run, a new one or that of an earlier part, and starts the clock."""
-        if self._last is not None:
+        """Opens the MLflow run, a new one or that of an earlier part."""
+        if self._is_started:
             return
-        self._last = time.monotonic()
+        self._is_started = True
         ready = self.ready
         state = read_json(ready.workspace.run)
         is_complete = not ready.pending and state.get("logged")
@@ -165,18 +167,18 @@ class _OpenRun:
         )
         update(ready.workspace, run_id=self._tracker.run_id)
 
-    def tick(self) -> None:
-        """Adds the time since the last call to the run's account, which outlives an interruption."""
-        now = time.monotonic()
-        assert self._last is not None
-        before = (read_json(self.ready.workspace.run) or {}).get("seconds", 0.0)
-        update(self.ready.workspace, seconds=before + now - self._last)
-        self._last = now
+    def _keep_time(self) -> None:
+        """Adds the time to the run's account, which outlives an interruption."""
+        if self.seconds:
+            before = (read_json(self.ready.workspace.run) or {}).get("seconds", 0.0)
+            update(self.ready.workspace, seconds=before + self.seconds)
+            self.seconds = 0.0
 
     def finish(self, console: Console | None) -> Outcome:
         """Summarises, reports and logs a run whose groups all have a result; the second time it only says so."""
         if self._outcome is None:
             self.start()
+            self._keep_time()
             self._outcome = _finish(self.ready, self._tracker, console)
             if self._tracker is not None:
                 self._tracker.finish("FINISHED")
@@ -194,9 +196,11 @@ def _edit(runs: Sequence[_OpenRun], pending: Sequence[tuple[int, int]], plan: Pl
     finished = [part for one in ready for part in results.parts(one.workspace)]
     with Progress(console, total) as progress:
         progress.include(results.read_rows(finished, results.PROGRESS_COLUMNS))
+        last = time.monotonic()
         for index, _, rows in graph.run_graph(jobs, plan, pending):
             runs[index].start()
-            runs[index].tick()
+            now = time.monotonic()
+            runs[index].seconds, last = runs[index].seconds + now - last, now
             progress.observe(rows)
             left[index] -= 1
             if not left[index] and len(runs) > 1:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from odedit import discovery
 from odedit.backbones.base import Backbone, Prefix, Processor, is_connector
@@ -16,6 +18,7 @@ __all__ = [
     "Prefix",
     "Processor",
     "encode_requests",
+    "encode_supervision",
     "fingerprint",
     "is_connector",
     "load_backbone",
@@ -76,15 +79,27 @@ def encode_requests(
     before = any(is_connector(site) for site in sites)
     features = backbone.image_features([picture for request in requests for picture in request.pictures()], before)
     edit_ids = [request.edit_id for request in requests]
-    supervision = [
-        [request.edit if slot == EDIT else request.supervision.get(slot) for slot in SUPERVISION_SLOTS]
-        for request in requests
-    ]
     metrics = [RELIABILITY, *sorted({name for request in requests for name in request.probes})]
     evaluation: list[list[Probe | None]] = [
         [request.edit if name == RELIABILITY else request.probes.get(name) for name in metrics] for request in requests
     ]
     return (
-        backbone.encode(edit_ids, SUPERVISION_SLOTS, supervision, features, template, before),
+        encode_supervision(backbone, requests, features, template, before),
         backbone.encode(edit_ids, metrics, evaluation, features, template, before),
     )
+
+
+def encode_supervision(
+    backbone: Backbone,
+    requests: Sequence[EditRequest],
+    features: Mapping[str, Tensor],
+    template: Template,
+    before_connector: bool = False,
+) -> EditBatch:
+    """The batch of what supervises the edits, slots `SUPERVISION_SLOTS`; arguments as of `Backbone.encode`."""
+    grid = [
+        [request.edit if slot == EDIT else request.supervision.get(slot) for slot in SUPERVISION_SLOTS]
+        for request in requests
+    ]
+    edit_ids = [request.edit_id for request in requests]
+    return backbone.encode(edit_ids, SUPERVISION_SLOTS, grid, features, template, before_connector)

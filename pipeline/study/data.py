@@ -31,7 +31,7 @@ def write(draw: Draw, folder: Path) -> dict[str, str]:
     path = folder / f"{draw.split}-seeds-{seeds}-{draw.per_task}.json"
     pool = folder / "pool.json"
     _write_json(path, records)
-    name = _benchmark(folder, _POOL_SEED).name
+    name = embedded_folder(folder, _POOL_SEED).name
     _write_json(pool, [_moved(record, name) for record in _read(folder, _POOL_SEED, "train")])
     return {"path": str(path), "image_root": str(folder), "rephrase_root": str(folder), "pool": str(pool)}
 
@@ -54,19 +54,15 @@ def _of_seed(draw: Draw, seed: int, folder: Path) -> list[Record]:
                 f"draw.per_task: got {draw.per_task}; the {draw.split} split has {len(of_task)} edits of task {task!r}."
             )
         chosen += of_task[: draw.per_task]
-    name = _benchmark(folder, seed).name
+    name = embedded_folder(folder, seed).name
     return [_moved(record, name) | {"edit_id": f"s{seed}-{record['edit_id']}"} for record in chosen]
 
 
 def _read(folder: Path, seed: int, split: str) -> list[Record]:
-    benchmark = _benchmark(folder, seed)
+    benchmark = embedded_folder(folder, seed)
     build_embedded(benchmark, seed)
     records: list[Record] = json.loads((benchmark / f"{split}.json").read_text(encoding="utf-8"))
     return records
-
-
-def _benchmark(folder: Path, seed: int) -> Path:
-    return embedded_folder(folder, seed)
 
 
 def _moved(record: Record, benchmark: str) -> Record:

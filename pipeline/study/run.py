@@ -93,7 +93,7 @@ def _state(out: Path) -> dict[str, Any]:
 
 def _named(config: RunConfig, arm: Arm, out: Path) -> RunConfig:
     """In the study's own store unless another is given, under the arm's name."""
-    uri = config.tracking.uri or f"sqlite:///{(out / 'mlflow.db').absolute().as_posix()}"
+    uri = tracking.store_uri(config.tracking, out.absolute() / "arms")
     return replace(config, tracking=replace(config.tracking, uri=uri, run_name=arm.name))
 
 
