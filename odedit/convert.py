@@ -21,7 +21,7 @@ from torch import Tensor
 
 from odedit.errors import InputError
 from odedit.pretrained import first_line
-from odedit.qformer import IMAGE_PROCESSOR
+from odedit.qformer import QFormerProcessor
 
 SHARD_BYTES = 4 << 30
 _FROM_BLIP2 = ("vision_model.", "qformer.", "query_tokens")
@@ -98,7 +98,7 @@ def _read_tokenizer(vicuna: Path) -> Any:
 def _read_image_processor(blip2: Path) -> Any:
     import importlib
 
-    module, name = IMAGE_PROCESSOR.rsplit(".", 1)
+    module, name = QFormerProcessor.images.rsplit(".", 1)
     try:
         return getattr(importlib.import_module(module), name).from_pretrained(blip2)
     except (OSError, ValueError) as error:

@@ -8,48 +8,27 @@ The published pieces become such a checkpoint by `odedit convert minigpt4`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import Tensor, nn
-
-from odedit import qformer
 from odedit.decoders import Decoder, LlamaDecoder
 from odedit.edits import Probe
 from odedit.encoding import TokenSequence
-from odedit.multimodal import MultimodalModel
-from odedit.pretrained import Architecture, PretrainedProcessor
+from odedit.pretrained import Architecture
 from odedit.prompts import Frame, Template, tokenize
+from odedit.qformer import QFormerModel
 
 BEFORE_PICTURE = "###Human: <Img>"
 BEHIND_PICTURE = Frame("</Img> ", "###Assistant:", begins=False)
 WITHOUT_PICTURE = Frame("###Human: ", "###Assistant:")
 
 
-class MiniGPT4Processor(PretrainedProcessor):
-    """The image processor of BLIP-2."""
-
-    images = qformer.IMAGE_PROCESSOR
-
-
-class MiniGPT4(MultimodalModel):
+class MiniGPT4(QFormerModel):
     """A frozen `Blip2ForConditionalGeneration` with a LLaMA text model."""
 
     family = "minigpt4"
     architecture = Architecture("Blip2ForConditionalGeneration", "blip-2", ("llama",), "a LLaMA")
-    Processor = MiniGPT4Processor
 
     def make_decoder(self) -> Decoder:
         text = self.model.language_model
         return LlamaDecoder(text.model, text.lm_head)
-
-    def connector(self) -> Mapping[str, nn.Module]:
-        return qformer.connector(self.model)
-
-    def tower(self, pixels: Tensor) -> Tensor:
-        return qformer.tower(self.model, pixels)
-
-    def connect(self, vision: Tensor) -> Tensor:
-        return qformer.connect(self.model, vision)
 
     def sequence(self, probe: Probe, template: Template) -> TokenSequence:
         tokenizer, config = self.processor.tokenizer, self.model.config
