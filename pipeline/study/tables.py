@@ -50,7 +50,7 @@ def cells(study: StudyConfig, arms: Sequence[Arm], rows: Mapping[str, Sequence[R
     Args:
         rows: All result rows, by the arm's folder.
     """
-    columns = (*study.columns, *study.further)
+    columns = tuple(dict.fromkeys((*study.columns, *study.further, *study.plot.columns)))
     made: list[Cell] = []
     for task in TASKS:
         edited = {
