@@ -84,8 +84,18 @@ def _dots(study: StudyConfig, cells: Sequence[Cell]) -> Any:
                 axes.set_title(_NAMES.get(column, column), fontsize=9)
             axes.tick_params(labelsize=8)
         grid[row][0].set_ylabel(name, fontsize=8)
+    for axes, column in zip(grid[0], columns, strict=True):  # the rows share it
+        low, high = axes.get_xlim()
+        axes.set_xlim(low, _end(low, high, column, cells))
     _legend(picture, colours)
     return picture
+
+
+def _end(low: float, high: float, column: str, cells: Sequence[Cell]) -> float:
+    """Where an axis ends: no share is above 1."""
+    shown = [cell.means[column] for cell in cells if column in cell.means]
+    are_shares = all(found.low >= 0.0 and found.high <= 1.0 for found in shown)
+    return min(high, 1.0 + 0.04 * (1.0 - low)) if are_shares and low < 1.0 else high
 
 
 def _point(axes: Any, found: Any, y: float, colour: str) -> None:
@@ -135,6 +145,8 @@ def _lines(study: StudyConfig, cells: Sequence[Cell]) -> Any:
                     level = points[reference]
                     axes.axhline(level.mean, color="#009E73", linestyle="--", label=reference)
                     axes.axhspan(level.low, level.high, color="#009E73", alpha=0.12)
+            low, high = axes.get_ylim()
+            axes.set_ylim(low, _end(low, high, column, mine))
             axes.set_xticks(range(len(labels)), labels, fontsize=7, rotation=30 if len(labels) > 4 else 0)
             axes.grid(axis="y", color="#e4e7eb")
             axes.spines[["top", "right"]].set_visible(False)

@@ -241,6 +241,13 @@ def test_dots_have_a_panel_per_task_and_column_and_a_point_per_arm(monkeypatch: 
     assert [text.get_text() for text in legend.get_texts()] == list(TWO_AXES["objective"])
 
 
+def test_a_column_that_is_only_drawn_has_its_mean_in_the_picture_and_for_machines() -> None:
+    config = study(columns=["rel"], plot={"kind": "dots", "y": "editor", "colour": "objective", "columns": ["m_loc"]})
+    found = tables.cells(config, arms(config), rows_of(config, 4))
+    assert all("m_loc" in cell.means for cell in found)
+    assert ",m_loc," in tables.to_csv(config, found) and "m_loc" not in tables.to_markdown(config, found, ["rel"])
+
+
 def test_dots_of_arms_without_colour_stand_at_their_label(monkeypatch: pytest.MonkeyPatch) -> None:
     picture = drawn(study(plot={"kind": "dots", "y": "objective", "columns": COLUMNS}), monkeypatch)
     # The axis that the picture does not use has a row of panels for each value.
