@@ -37,12 +37,19 @@ def train(editor: str, path: Path, overrides: Sequence[str], out: Path | None, *
     """`odedit train`."""
     from pipeline import training
 
-    section = run_config.read_yaml(path).get("editor")
+    errors = Console(stderr=True)
+    values = run_config.read_yaml(path)
+    section = values.get("editor")
     named = section.get("name") if isinstance(section, dict) else None
     if named not in (None, editor):
-        raise InputError(f"{path}: its editor is {named!r}, and {editor!r} is to be trained. Use a file of its own.")
-    config = run_config.load(path, [f"editor.name={editor}", *overrides])
-    return training.run(config, out, Console(stderr=True), fresh=fresh)
+        # The run's own editor may be another: what it says of the model and the records holds all the same.
+        text = f"{path}: its editor is {named!r}; {editor!r} takes its defaults and what the command line says."
+        errors.print(text, highlight=False, soft_wrap=True, markup=False)
+        values["editor"] = {}
+    for text in (f"editor.name={editor}", *overrides):
+        run_config.apply_override(values, text)
+    config = run_config.from_dict(values)
+    return training.run(config, out, errors, fresh=fresh)
 
 
 def _show_plan(config: run_config.RunConfig, errors: Console) -> None:

@@ -132,7 +132,8 @@ def test_a_run_finds_missing_or_wrong_weights_before_any_worker(
 @pytest.mark.parametrize(
     ("editor", "override", "expected"),
     [
-        ("wise", "editor.name=wise", "its editor is 'mend', and 'wise' is to be trained"),
+        ("wise", "editor.name=wise", "'wise' learns nothing"),
+        ("unike", "editor.num_layers=9", "its editor is 'mend'; 'unike' takes its defaults"),
         ("mend", "training.path=none.json", "none.json"),
         ("mend", "training.path=embedded:tran", "Did you mean 'train'?"),
         ("mend", "training.limit=0", "training.limit: got 0"),
