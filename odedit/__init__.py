@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from odedit.backbones import encode_requests, load_backbone, load_processor
     from odedit.editing import EditResult, Stopping, edit
     from odedit.editors import load_editor
-    from odedit.edits import EditRequest, Picture, Probe
+    from odedit.edits import EditRequest, Picture, Probe, stack_params
     from odedit.errors import InputError
-    from odedit.metrics import EvaluationConfig, evaluate, paired, stack_params, summarize
+    from odedit.metrics import EvaluationConfig, evaluate, paired, summarize
     from odedit.objective import Objective, ObjectiveConfig, calibrate
     from odedit.prompts import find_template
 
@@ -23,9 +23,9 @@ _HOME = {
     "backbones": ("encode_requests", "load_backbone", "load_processor"),
     "editing": ("EditResult", "Stopping", "edit"),
     "editors": ("load_editor",),
-    "edits": ("EditRequest", "Picture", "Probe"),
+    "edits": ("EditRequest", "Picture", "Probe", "stack_params"),
     "errors": ("InputError",),
-    "metrics": ("EvaluationConfig", "evaluate", "paired", "stack_params", "summarize"),
+    "metrics": ("EvaluationConfig", "evaluate", "paired", "summarize"),
     "objective": ("Objective", "ObjectiveConfig", "calibrate"),
     "prompts": ("find_template",),
 }

@@ -15,10 +15,9 @@ from torch import Tensor
 from odedit import editors
 from odedit.backbones.base import Backbone
 from odedit.editors.base import Editor, Mergeable
-from odedit.edits import EditParams
+from odedit.edits import EditParams, stack_params
 from odedit.errors import InputError
 from odedit.files import write_atomically
-from odedit.metrics import stack_params
 
 FORMAT = "odedit-edit-1"
 

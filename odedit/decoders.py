@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from odedit.encoding import gather_positions
 from odedit.errors import InputError
 
 _SITE = re.compile(r"layers\.(-?\d+)\.([a-z.]+)")
@@ -49,9 +50,11 @@ class Decoder(Protocol):
         """The residual stream that enters layer 0. ValueError: more positions than the model takes."""
         ...
 
-    def block(self, layer: int, hidden_RSD: Tensor, rotary: Rotary | None) -> Tensor: ...
-
-    def attention_half(self, layer: int, hidden_RSD: Tensor, rotary: Rotary | None) -> Tensor: ...
+    def attention_half(
+        self, layer: int, hidden_RSD: Tensor, rotary: Rotary | None, read_RT: Tensor | None = None
+    ) -> Tensor:
+        """`(R, S, D)` behind attention; `(R, T, D)` at the positions `read_RT` alone, which attend to all before."""
+        ...
 
     def ffn_half(self, layer: int, hidden_RSD: Tensor) -> Tensor: ...
 
@@ -104,6 +107,33 @@ class _Sites(ABC):
     @abstractmethod
     def _nonlinearity(self, layer: int) -> Callable[[Tensor], Tensor]: ...
 
+    def _read(self, layer: int, normed_RSD: Tensor, rotary: Rotary | None, read_RT: Tensor) -> Tensor:
+        """What causal attention adds at the positions `read_RT`, `(R, T, D)`: their queries, everybody's keys."""
+        attention = self._layers[layer].self_attn
+
+        def heads(part: str, states: Tensor) -> Tensor:
+            module = self._layers[layer].get_submodule(self.MODULES[f"attention.{part}"])
+            split: Tensor = module(states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            return split
+
+        q, k, v = heads("q", gather_positions(normed_RSD, read_RT)), heads("k", normed_RSD), heads("v", normed_RSD)
+        if rotary is not None:
+            cos, sin = (part.expand(len(normed_RSD), -1, -1) for part in rotary)
+            k = _rotated(k, cos, sin)
+            q = _rotated(q, gather_positions(cos, read_RT), gather_positions(sin, read_RT))
+        before_RTS = torch.arange(normed_RSD.shape[1], device=read_RT.device) <= read_RT.unsqueeze(-1)
+        attended = nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=before_RTS.unsqueeze(1), enable_gqa=q.shape[1] != k.shape[1]
+        )
+        out = self._layers[layer].get_submodule(self.MODULES["attention.out"])
+        return cast(Tensor, out(attended.transpose(1, 2).flatten(2)))
+
+
+def _rotated(x_RHSd: Tensor, cos_RSd: Tensor, sin_RSd: Tensor) -> Tensor:
+    """Rotary embedding of heads, as LLaMA pairs the dimensions: the first half with the second."""
+    first, second = x_RHSd.chunk(2, dim=-1)
+    return x_RHSd * cos_RSd.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin_RSd.unsqueeze(1)
+
 
 class OPTDecoder(_Sites):
     """`OPTForCausalLM` (arXiv 2205.01068) with layer norm before each half, as in every size but 350m.
@@ -155,13 +185,14 @@ class OPTDecoder(_Sites):
         table = self._decoder.embed_positions
         return embedded_RSD + nn.functional.embedding(positions + table.offset, table.weight)
 
-    def block(self, layer: int, hidden_RSD: Tensor, rotary: Rotary | None) -> Tensor:
-        out = self._decoder.layers[layer](hidden_RSD, attention_mask=None)
-        return out[0] if isinstance(out, tuple) else out
-
-    def attention_half(self, layer: int, hidden_RSD: Tensor, rotary: Rotary | None) -> Tensor:
+    def attention_half(
+        self, layer: int, hidden_RSD: Tensor, rotary: Rotary | None, read_RT: Tensor | None = None
+    ) -> Tensor:
         block = self._decoder.layers[layer]
-        attended, _ = block.self_attn(hidden_states=block.self_attn_layer_norm(hidden_RSD), attention_mask=None)
+        normed_RSD = block.self_attn_layer_norm(hidden_RSD)
+        if read_RT is not None:
+            return gather_positions(hidden_RSD, read_RT) + self._read(layer, normed_RSD, rotary, read_RT)
+        attended, _ = block.self_attn(hidden_states=normed_RSD, attention_mask=None)
         out: Tensor = hidden_RSD + attended
         return out
 
@@ -242,14 +273,14 @@ class LlamaDecoder(_Sites):
             )
         return embedded_RSD
 
-    def block(self, layer: int, hidden_RSD: Tensor, rotary: Rotary | None) -> Tensor:
-        return self.ffn_half(layer, self.attention_half(layer, hidden_RSD, rotary))
-
-    def attention_half(self, layer: int, hidden_RSD: Tensor, rotary: Rotary | None) -> Tensor:
+    def attention_half(
+        self, layer: int, hidden_RSD: Tensor, rotary: Rotary | None, read_RT: Tensor | None = None
+    ) -> Tensor:
         block = self._layers[layer]
-        attended, _ = block.self_attn(
-            hidden_states=block.input_layernorm(hidden_RSD), position_embeddings=rotary, attention_mask=None
-        )
+        normed_RSD = block.input_layernorm(hidden_RSD)
+        if read_RT is not None:
+            return gather_positions(hidden_RSD, read_RT) + self._read(layer, normed_RSD, rotary, read_RT)
+        attended, _ = block.self_attn(hidden_states=normed_RSD, position_embeddings=rotary, attention_mask=None)
         out: Tensor = hidden_RSD + attended
         return out
 

@@ -1,4 +1,8 @@
-"""The only inner loop: E independent edits, optimised together, each stopped by its own rule."""
+"""The only inner loop: independent edits, optimised together, each stopped by its own rule.
+
+A finished edit costs as much per step as one that moves. So as soon as enough have finished, they leave the batch, and
+edits that wait take their places.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from odedit.backbones.base import Backbone, Prefix
+from odedit.backbones.base import Backbone
 from odedit.editors.base import Editor, Trace
-from odedit.edits import EditBatch, EditParams
-from odedit.encoding import gather_positions
+from odedit.edits import EditBatch, EditParams, stack_params
 from odedit.objective import Objective, Terms
 from odedit.primal_dual import PrimalDual, State
 
@@ -47,7 +50,7 @@ class EditResult:
         params: phi_e of this edit alone (axis 0 has length 1), as `Editor.finished` made it.
         steps: Primal steps taken.
         stop_reason: `worst_token_nll`, `converged`, `max_steps` or `failed`.
-        seconds: Wall-clock time of the batch's loop, divided by its edits.
+        seconds: Wall-clock time of the whole loop, divided by its edits.
         curves: Per evaluated step: rel, loc, gen, own, penalty, lambda, objective, worst_nll, g_<environment>.
         error: Why the edit failed, else None; a failed edit's params are not to be used.
     """
@@ -68,101 +71,116 @@ def edit(
     batch: EditBatch,
     stopping: Stopping = Stopping(),
     seed: int = 0,
+    width: int | None = None,
 ) -> list[EditResult]:
     """Optimises the E edits of `batch`, each as if it were alone.
 
     Args:
         batch: The supervision batch of `encode_requests`.
         seed: Of the multiplier network and the sketch; the same for every edit.
+        width: How many edits move together at most; None: all.
 
     Returns:
         E results, in order. An edit whose objective is not finite is returned with `error`, and does not disturb
         others.
     """
     started = time.perf_counter()
-    run = _Run.start(backbone, editor, objective, batch, stopping, seed)
+    run = _Run(backbone, editor, objective, batch, stopping, seed, width or batch.num_edits)
     while run.has_edits():
         run.step()
     seconds = (time.perf_counter() - started) / batch.num_edits
     return run.results(batch.edit_ids, seconds)
 
 
-@dataclass
 class _Run:
-    """The edits that still move, and what the others have become.
+    """The edits that move, those that wait, and what the others have become."""
 
-    A finished edit costs as much per step as one that moves. So as soon as enough have finished, they leave the batch:
-    the stragglers go on alone.
-    """
-
-    backbone: Backbone
-    editor: Editor
-    objective: Objective
-    optimizer: PrimalDual
-    progress: _Progress
-    batch: EditBatch
-    prefix: Prefix
-    base_EKTD: Tensor
-    origin: EditParams
-    params: EditParams
-    state: State
-    step_number: int = 0
-    finished: dict[int, EditParams] = field(default_factory=dict)
-
-    @classmethod
-    def start(
-        cls, backbone: Backbone, editor: Editor, objective: Objective, batch: EditBatch, stopping: Stopping, seed: int
-    ) -> _Run:
+    def __init__(
+        self,
+        backbone: Backbone,
+        editor: Editor,
+        objective: Objective,
+        batch: EditBatch,
+        stopping: Stopping,
+        seed: int,
+        width: int,
+    ) -> None:
         max_steps = editor.max_steps if stopping.max_steps is None or editor.max_steps == 0 else stopping.max_steps
-        optimizer = PrimalDual(editor, objective.config, max(max_steps, 1), seed)
-        progress = _Progress(batch.num_edits, batch.tokens_EKS.device, stopping, max_steps)
-        batch = batch.select(objective.slots(editor, batch))
-        prefix = backbone.prefix(batch, *editor.sites)
+        self._backbone, self._editor, self._objective, self._width = backbone, editor, objective, width
+        self._optimizer = PrimalDual(editor, objective.config, max(max_steps, 1), seed)
+        self._progress = _Progress(batch.num_edits, batch.tokens_EKS.device, stopping, max_steps)
+        self._finished: dict[int, EditParams] = {}
+        # Of all edits. What follows is of those in the batch, axis 0 in the order of `progress.members`.
+        self._all = batch.select(objective.slots(editor, batch))
+        self._all_prefix = backbone.prefix(self._all, *editor.sites, positionwise=editor.positionwise)
         with torch.no_grad():
-            base_EKTD = gather_positions(backbone.suffix(prefix), batch.predict_EKT)
-        origin = {name: value.detach() for name, value in editor.init(backbone, batch).items()}
-        params = _leaves(origin, editor)
-        state = optimizer.init(params)
-        return cls(backbone, editor, objective, optimizer, progress, batch, prefix, base_EKTD, origin, params, state)
+            self._all_base_EKTD = backbone.suffix(self._all_prefix, self._all.predict_EKT)
+        self._origin: EditParams = {}
+        self._params: EditParams = {}
+        self._state: State | None = None
+        self._admit()
 
     def has_edits(self) -> bool:
-        return bool(self.progress.members)
+        return bool(self._progress.members)
 
     def step(self) -> None:
         """One forward of all edits in the batch, and one step of those that move on."""
-        with self.editor.applied(self.backbone, self.params, self.batch) as trace:
-            hidden_EKSD = self.backbone.suffix(self.prefix)
-        terms = self.objective(self.backbone, self.editor, self.params, trace, self.batch, hidden_EKSD, self.base_EKTD)
-        progress = self.progress
-        progress.observe(terms, trace, self.editor, is_last=self.step_number == progress.max_steps)
-        forwarded = self.params
-        self.params, self.state, moved = self.optimizer.step(
-            forwarded, self.origin, self.state, terms, progress.active_E, self.step_number
+        assert self._state is not None
+        progress = self._progress
+        with self._editor.applied(self._backbone, self._params, self._batch) as trace:
+            hidden = self._backbone.suffix(self._prefix, self._objective.read(self._batch))
+        terms = self._objective(self._backbone, self._editor, self._params, trace, self._batch, hidden, self._base_EKTD)
+        progress.observe(terms, trace, self._editor, self._state.steps_E)
+        forwarded = self._params
+        self._params, self._state, moved = self._optimizer.step(
+            forwarded, self._origin, self._state, terms, progress.active_E
         )
         progress.log(terms, moved)
-        self.step_number += 1
         if int(progress.active_E.sum()) <= _FULL_ENOUGH * len(progress.members):
             self._let_go(forwarded, trace)
+            self._admit()
 
     def _let_go(self, forwarded: EditParams, trace: Trace) -> None:
         """Takes the finished edits out of the batch."""
-        finished = self.editor.finished({name: value.detach() for name, value in forwarded.items()}, trace, self.batch)
-        steps = self.state.steps_E.tolist()
-        for row in (~self.progress.active_E).nonzero().flatten().tolist():
-            member = self.progress.members[row]
-            self.finished[member] = {name: value[row : row + 1].clone() for name, value in finished.items()}
-            self.progress.steps[member] = steps[row]
-        stay = self.progress.active_E.nonzero().flatten()
-        self.progress.keep(stay)
-        if len(stay):
-            self.batch, self.prefix = self.batch.take(stay), self.prefix.take(stay)
-            self.base_EKTD = self.base_EKTD[stay]
-            self.origin = {name: value[stay] for name, value in self.origin.items()}
-            self.params = _leaves({name: value[stay] for name, value in self.params.items()}, self.editor)
-            self.state = self.state.take(stay)
+        assert self._state is not None
+        finished = self._editor.finished(_detached(forwarded), trace, self._batch)
+        steps = self._state.steps_E.tolist()
+        for row in (~self._progress.active_E).nonzero().flatten().tolist():
+            member = self._progress.members[row]
+            self._finished[member] = {name: value[row : row + 1].clone() for name, value in finished.items()}
+            self._progress.steps[member] = steps[row]
+        stay = self._progress.active_E.nonzero().flatten()
+        self._progress.keep(stay)
+        self._origin = {name: value[stay] for name, value in self._origin.items()}
+        self._params = {name: value.detach()[stay] for name, value in self._params.items()}
+        self._state = self._state.take(stay)
+
+    def _admit(self) -> None:
+        """Fills the places that are free with edits that wait, and gathers what belongs to the batch."""
+        progress = self._progress
+        staying = len(progress.members)
+        progress.admit(self._width - staying)
+        if not progress.members:
+            return
+        members = torch.tensor(progress.members, device=self._all.tokens_EKS.device)
+        self._batch, self._prefix = self._all.take(members), self._all_prefix.take(members)
+        self._base_EKTD = self._all_base_EKTD[members]
+        if len(members) > staying:
+            new = _detached(self._editor.init(self._backbone, self._all.take(members[staying:])))
+            if staying and self._state is not None:
+                self._origin, self._params = (stack_params([old, new]) for old in (self._origin, self._params))
+                self._state = self._optimizer.joined(self._state, new)
+            else:
+                self._origin = self._params = new
+                self._state = self._optimizer.init(new)
+        self._params = _leaves(self._params, self._editor)
 
     def results(self, edit_ids: tuple[str, ...], seconds: float) -> list[EditResult]:
-        return self.progress.results(edit_ids, self.finished, seconds)
+        return self._progress.results(edit_ids, self._finished, seconds)
+
+
+def _detached(params: EditParams) -> EditParams:
+    return {name: value.detach() for name, value in params.items()}
 
 
 def _leaves(params: EditParams, editor: Editor) -> EditParams:
@@ -174,23 +192,30 @@ class _Progress:
     """Which edits still move, why the others stopped, and what every step showed."""
 
     def __init__(self, num_edits: int, device: torch.device, stopping: Stopping, max_steps: int) -> None:
-        self.max_steps = max_steps
-        self.members = list(range(num_edits))  # of the batch as it is now, by their number at the start
+        self.members: list[int] = []  # of the batch as it is now, by their number among all
         self.steps = [0] * num_edits
-        self.active_E = torch.ones(num_edits, dtype=torch.bool, device=device)
-        self._stopping = stopping
-        self._previous_E = torch.full((num_edits,), torch.inf, device=device)
+        self.active_E = torch.ones(0, dtype=torch.bool, device=device)
+        self._waiting = list(range(num_edits))
+        self._stopping, self._max_steps = stopping, max_steps
+        self._previous_E = torch.ones(0, device=device)
         self._reasons = [""] * num_edits
         self._curves: list[dict[str, list[float]]] = [{} for _ in range(num_edits)]
         # An edit's last logged step is the one it stopped at.
-        self._logged_E = torch.ones(num_edits, dtype=torch.bool)
+        self._logged_E = self.active_E
+
+    def admit(self, count: int) -> None:
+        """Takes up to `count` of the edits that wait into the batch, behind the others."""
+        new, self._waiting = self._waiting[:count], self._waiting[count:]
+        self.members += new
+        self.active_E = torch.cat([self.active_E, self.active_E.new_ones(len(new))])
+        self._previous_E = torch.cat([self._previous_E, self._previous_E.new_full((len(new),), torch.inf)])
 
     def keep(self, stay: Tensor) -> None:
         """Forgets the edits that leave the batch, but for their curves and reasons."""
         self.members = [self.members[row] for row in stay.tolist()]
         self.active_E, self._previous_E = self.active_E[stay], self._previous_E[stay]
 
-    def observe(self, terms: Terms, trace: Trace, editor: Editor, *, is_last: bool) -> None:
+    def observe(self, terms: Terms, trace: Trace, editor: Editor, steps_E: Tensor) -> None:
         self._logged_E = self.active_E.cpu()
         loss_E = terms.total.detach()
         finite_E = torch.isfinite(loss_E) & torch.isfinite(terms.penalty.detach())
@@ -199,8 +224,7 @@ class _Progress:
             self._stop(terms.worst_nll <= self._stopping.worst_token_nll, "worst_token_nll")
         else:
             self._stop(editor.converged(loss_E, self._previous_E, terms.all_right, trace), "converged")
-        if is_last:
-            self._stop(torch.ones_like(self.active_E), "max_steps")
+        self._stop(steps_E >= self._max_steps, "max_steps")
         self._previous_E = loss_E
 
     def _stop(self, which_E: Tensor, reason: str) -> None:

@@ -206,3 +206,20 @@ _PER_SEQUENCE = (
     "tokens_EKS", "present_EK", "real_EKS", "prompt_EKS", "predict_EKT", "target_EKT", "target_mask_EKT", "picture_EK",
     "image_EKS",
 )  # fmt: skip
+
+
+def stack_params(params: Sequence[EditParams]) -> EditParams:
+    """Parameters of several finished edits, axis 0 the edit. Where axis 1 differs, the shorter get zeros."""
+    return {name: torch.cat(_padded([one[name] for one in params])) for name in params[0]}
+
+
+def _padded(tensors: Sequence[Tensor]) -> list[Tensor]:
+    if tensors[0].dim() < 2:
+        return list(tensors)
+    longest = max(tensor.shape[1] for tensor in tensors)
+    return [
+        torch.cat([tensor, tensor.new_zeros(tensor.shape[0], longest - tensor.shape[1], *tensor.shape[2:])], dim=1)
+        if tensor.shape[1] < longest
+        else tensor
+        for tensor in tensors
+    ]

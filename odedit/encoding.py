@@ -96,6 +96,6 @@ def assemble(
 
 
 def gather_positions(hidden_EKSD: Tensor, positions_EKT: Tensor) -> Tensor:
-    """Hidden states at chosen positions, `(E, K, T, D)`."""
-    index = positions_EKT.unsqueeze(-1).expand(-1, -1, -1, hidden_EKSD.shape[-1])
-    return hidden_EKSD.gather(2, index)
+    """Hidden states at chosen positions, `(E, K, T, D)`; of `(R, S, D)` at `(R, T)`, `(R, T, D)`."""
+    index = positions_EKT.unsqueeze(-1).expand(*positions_EKT.shape, hidden_EKSD.shape[-1])
+    return hidden_EKSD.gather(-2, index)

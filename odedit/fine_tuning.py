@@ -91,6 +91,7 @@ class FineTuning(Plain, ABC):
     """An editor without own terms, projection or routing; see `odedit.editors.base.Editor`."""
 
     Config: ClassVar[type]
+    positionwise = True
 
     def __init__(self, config: Any) -> None:
         self.config = config

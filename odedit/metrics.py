@@ -58,23 +58,6 @@ class _Readout:
     greedy_EKT: Tensor | None
 
 
-def stack_params(params: Sequence[EditParams]) -> EditParams:
-    """Parameters of several finished edits, axis 0 the edit. Where axis 1 differs, the shorter get zeros."""
-    return {name: torch.cat(_padded([one[name] for one in params])) for name in params[0]}
-
-
-def _padded(tensors: Sequence[Tensor]) -> list[Tensor]:
-    if tensors[0].dim() < 2:
-        return list(tensors)
-    longest = max(tensor.shape[1] for tensor in tensors)
-    return [
-        torch.cat([tensor, tensor.new_zeros(tensor.shape[0], longest - tensor.shape[1], *tensor.shape[2:])], dim=1)
-        if tensor.shape[1] < longest
-        else tensor
-        for tensor in tensors
-    ]
-
-
 @torch.no_grad()
 def evaluate(
     backbone: Backbone,
@@ -94,19 +77,21 @@ def evaluate(
         the record's own probe and its near one where there is one; `_far` and `_near` then tell them apart.
     """
 
-    def run(read: EditBatch) -> Tensor:
-        return backbone.suffix(backbone.prefix(read, *editor.sites))
+    def run(asked: EditBatch) -> Tensor:
+        prefix = backbone.prefix(asked, *editor.sites, positionwise=editor.positionwise)
+        return backbone.suffix(prefix, asked.predict_EKT)
 
-    def run_edited(read: EditBatch) -> Tensor:
-        prefix = backbone.prefix(read, *editor.sites)
-        with editor.applied(backbone, params, read):
-            return backbone.suffix(prefix)
+    def run_edited(asked: EditBatch) -> Tensor:
+        prefix = backbone.prefix(asked, *editor.sites, positionwise=editor.positionwise)
+        with editor.applied(backbone, params, asked):
+            return backbone.suffix(prefix, asked.predict_EKT)
 
-    prefix = backbone.prefix(batch, *editor.sites)
-    before = _read(backbone, batch, backbone.suffix(prefix), run, config)
+    read_EKT = None if config.mmedit else batch.predict_EKT
+    prefix = backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise)
+    before = _read(backbone, batch, backbone.suffix(prefix, read_EKT), run, config)
     with editor.applied(backbone, params, batch):
-        hidden_EKSD = backbone.suffix(prefix)
-    after = _read(backbone, batch, hidden_EKSD, run_edited, config)
+        hidden = backbone.suffix(prefix, read_EKT)
+    after = _read(backbone, batch, hidden, run_edited, config)
     rows: list[Row] = []
     for e in range(batch.num_edits):
         row: Row = {}
@@ -129,12 +114,13 @@ def evaluate(
 def _read(
     backbone: Backbone,
     batch: EditBatch,
-    hidden_EKSD: Tensor,
+    hidden: Tensor,
     run: Callable[[EditBatch], Tensor],
     config: EvaluationConfig,
 ) -> _Readout:
-    top_EKTR = _top(backbone, gather_positions(hidden_EKSD, batch.predict_EKT))
-    top_EKSR = _top(backbone, hidden_EKSD) if config.mmedit else None
+    """Takes final states at every position where all are asked for, else at `predict_EKT`."""
+    top_EKTR = _top(backbone, gather_positions(hidden, batch.predict_EKT) if config.mmedit else hidden)
+    top_EKSR = _top(backbone, hidden) if config.mmedit else None
     greedy_EKT = greedy(backbone, batch, run, top_EKTR[..., 0]) if config.generate else None
     return _Readout(top_EKTR, top_EKSR, greedy_EKT)
 
@@ -153,7 +139,7 @@ def greedy(
     as all before it are, so T rounds give exactly the tokens of one-by-one decoding, and mostly two or three do.
 
     Args:
-        run: From a batch to final hidden states; called with the draft in the target's place.
+        run: From a batch to its final hidden states at `predict_EKT`; called with the draft in the target's place.
         first_choice_EKT: The model's choices given the target, which is the first draft.
     """
     draft_EKT, choice_EKT = batch.target_EKT, first_choice_EKT
@@ -168,8 +154,7 @@ def greedy(
         tokens_EKS = batch.tokens_EKS.scatter(
             2, _target_positions(batch), torch.where(batch.target_mask_EKT, draft_EKT, _current(batch))
         )
-        hidden_EKSD = run(replace(batch, tokens_EKS=tokens_EKS))
-        choice_EKT = backbone.head(gather_positions(hidden_EKSD, batch.predict_EKT)).argmax(dim=-1)
+        choice_EKT = backbone.head(run(replace(batch, tokens_EKS=tokens_EKS))).argmax(dim=-1)
     return draft_EKT
 
 

@@ -20,7 +20,7 @@ from odedit import pretrained
 from odedit.backbones.base import CONNECTOR, BeforeConnector, Prefix, is_connector
 from odedit.decoders import Decoder
 from odedit.edits import EditBatch, Picture, Probe
-from odedit.encoding import TokenSequence, assemble
+from odedit.encoding import TokenSequence, assemble, gather_positions
 from odedit.errors import InputError
 from odedit.pretrained import Architecture, PretrainedProcessor
 from odedit.prompts import Template
@@ -154,7 +154,7 @@ class MultimodalModel(ABC):
         return self._decoder.activation(site)
 
     @torch.no_grad()
-    def prefix(self, batch: EditBatch, *sites: str) -> Prefix:
+    def prefix(self, batch: EditBatch, *sites: str, positionwise: bool = False) -> Prefix:
         shape = (batch.tokens_EKS.shape[0], batch.tokens_EKS.shape[1])
         tokens_RS, image_RS = batch.tokens_EKS.flatten(0, 1), batch.image_EKS.flatten(0, 1)
         embedded_RSD = self._decoder.embed_tokens(tokens_RS)
@@ -166,28 +166,41 @@ class MultimodalModel(ABC):
                     "the batch holds what leaves the connector, and a site of the connector is to be edited: "
                     "encode it with sites=editor.sites."
                 )
-            return Prefix(0, False, embedded_RSD, shape, rotary, before)
+            return Prefix(0, False, embedded_RSD, shape, self._whole_layer(sites, positionwise), rotary, before)
         features_RLD = self.connect(before.vision_RPW) if batch.before_connector else before.vision_RPW
         hidden_RSD = self._decoder.embed_positions(_scatter(embedded_RSD, features_RLD, before))
         located = [self._decoder.locate(site) for site in sites]
         layer = min(layer for layer, _ in located)
         at_ffn = all(part.startswith("ffn") for at, part in located if at == layer)
         for index in range(layer):
-            hidden_RSD = self._decoder.block(index, hidden_RSD, rotary)
+            hidden_RSD = self._decoder.ffn_half(index, self._decoder.attention_half(index, hidden_RSD, rotary))
         if at_ffn:
             hidden_RSD = self._decoder.attention_half(layer, hidden_RSD, rotary)
-        return Prefix(layer, at_ffn, hidden_RSD, shape, rotary)
+        return Prefix(layer, at_ffn, hidden_RSD, shape, self._whole_layer(sites, positionwise), rotary)
 
-    def suffix(self, prefix: Prefix) -> Tensor:
+    def _whole_layer(self, sites: Sequence[str], positionwise: bool) -> int:
+        if positionwise:
+            return -1
+        return max((self._decoder.locate(site)[0] for site in sites if not is_connector(site)), default=-1)
+
+    def suffix(self, prefix: Prefix, read_EKT: Tensor | None = None) -> Tensor:
+        read_RT = None if read_EKT is None else read_EKT.flatten(0, 1)
+        last = self.num_layers - 1
+        # Behind the last layer's keys and values nothing looks at another position.
+        early_RT = read_RT if prefix.whole_layer < last else None
         hidden = prefix.hidden_RSD
         if prefix.connector is not None:
             features_RLD = self.connect(prefix.connector.vision_RPW)
             hidden = self._decoder.embed_positions(_scatter(hidden, features_RLD, prefix.connector))
-        if not prefix.at_ffn:
-            hidden = self._decoder.attention_half(prefix.layer, hidden, prefix.rotary)
-        hidden = self._decoder.ffn_half(prefix.layer, hidden)
-        for index in range(prefix.layer + 1, self.num_layers):
-            hidden = self._decoder.block(index, hidden, prefix.rotary)
+        for index in range(prefix.layer, self.num_layers):
+            read = early_RT if index == last else None
+            if index > prefix.layer or not prefix.at_ffn:
+                hidden = self._decoder.attention_half(index, hidden, prefix.rotary, read)
+            elif read is not None:
+                hidden = gather_positions(hidden, read)
+            hidden = self._decoder.ffn_half(index, hidden)
+        if read_RT is not None and early_RT is None:
+            hidden = gather_positions(hidden, read_RT)
         hidden = self._decoder.finish(hidden)
         return hidden.reshape(*prefix.shape, *hidden.shape[1:])
 

@@ -176,6 +176,14 @@ class Objective:
             wanted |= set(LOCALITY_SLOTS)
         return tuple(slot for slot in batch.slots if slot in wanted)
 
+    def read(self, batch: EditBatch) -> Tensor | None:
+        """The positions `(E, K, T)` whose final states this objective reads; None: all."""
+        return None if self._reads_text else batch.predict_EKT
+
+    @property
+    def _reads_text(self) -> bool:
+        return self.config.name == "odedit" and self.config.positions == "text"
+
     def __call__(
         self,
         backbone: Backbone,
@@ -183,18 +191,18 @@ class Objective:
         params: EditParams,
         trace: Trace,
         batch: EditBatch,
-        hidden_EKSD: Tensor,
+        hidden: Tensor,
         base_EKTD: Tensor,
     ) -> Terms:
         """The terms at the states of a forward under `editor.applied`.
 
         Args:
-            hidden_EKSD: Final hidden states of the edited model.
+            hidden: Final hidden states of the edited model at the positions of `read`.
             base_EKTD: Those of the unedited model at `batch.predict_EKT`; a constant.
         """
         config, weights = self.config, self.config.weights
-        states_EKTD = gather_positions(hidden_EKSD, batch.predict_EKT)
-        zero_E = torch.zeros(batch.num_edits, device=hidden_EKSD.device)
+        states_EKTD = gather_positions(hidden, batch.predict_EKT) if self._reads_text else hidden
+        zero_E = torch.zeros(batch.num_edits, device=hidden.device)
         edit = batch.slots.index(EDIT)
         logits_ETV = backbone.head(states_EKTD[:, edit])
         target_ET, mask_ET = batch.target_EKT[:, edit], batch.target_mask_EKT[:, edit]
@@ -206,7 +214,7 @@ class Objective:
         if config.name != "native":
             locality = self._locality(backbone, batch, states_EKTD, base_EKTD)
         if config.name == "odedit":
-            generality = self._generality(batch, hidden_EKSD, states_EKTD)
+            generality = self._generality(batch, hidden, states_EKTD)
             regions = {"rel": reliability, "loc": locality, "gen": generality}
             if config.environments == "prompts":
                 del regions["gen"]
@@ -240,12 +248,12 @@ class Objective:
         )
         return _mean_over_slots(risk_EK, batch.present_EK[:, index])
 
-    def _generality(self, batch: EditBatch, hidden_EKSD: Tensor, states_EKTD: Tensor) -> Risk:
+    def _generality(self, batch: EditBatch, hidden: Tensor, states_EKTD: Tensor) -> Risk:
         """R_gen: edit against rephrases, in the states that `positions` names."""
         if self.config.positions == "target":
             states, mask = states_EKTD, batch.target_mask_EKT
         else:
-            states, mask = hidden_EKSD, batch.prompt_EKS & ~batch.image_EKS
+            states, mask = hidden, batch.prompt_EKS & ~batch.image_EKS
         edit = batch.slots.index(EDIT)
         others = [batch.slots.index(slot) for slot in REPHRASE_SLOTS if slot in batch.slots]
         x, x_mask = states[:, edit], mask[:, edit]
@@ -300,11 +308,11 @@ def calibrate(
     """
     supervision, _ = encode_requests(backbone, requests, template)
     batch = supervision.select((EDIT, *REPHRASE_SLOTS))
-    hidden = backbone.suffix(backbone.prefix(batch, f"layers.{backbone.num_layers - 1}.ffn.in"))
+    prefix = backbone.prefix(batch, f"layers.{backbone.num_layers - 1}.ffn.in", positionwise=True)
     if positions == "target":
-        states = gather_positions(hidden, batch.predict_EKT)[batch.target_mask_EKT]
+        states = backbone.suffix(prefix, batch.predict_EKT)[batch.target_mask_EKT]
     else:
-        states = hidden[batch.prompt_EKS & ~batch.image_EKS]
+        states = backbone.suffix(prefix)[batch.prompt_EKS & ~batch.image_EKS]
     distance = float(mmd.mean_squared_distance(states[:CALIBRATION_STATES].float()))
     if not distance > 0:
         raise ValueError("sigma_0^2 cannot be measured: all states of the calibration records are the same.")

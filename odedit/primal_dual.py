@@ -32,23 +32,24 @@ class State:
         moments: First and second moments by tensor name; empty for SGD.
         delta: Weights of the multiplier networks; empty unless lambda is learned.
         dual_steps_E: Dual steps taken.
-        dual_weight: Weight of the penalty in the last primal step; a dual step follows unless it was 0.
+        dual_weight_E: Weight of the penalty in the last primal step; a dual step follows unless it was 0.
     """
 
     steps_E: Tensor
+    dual_steps_E: Tensor
+    dual_weight_E: Tensor
     moments: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     delta: EditParams = field(default_factory=dict)
-    dual_steps_E: Tensor | None = None
-    dual_weight: float = 0.0
 
     def take(self, edits: Tensor) -> State:
         """The state of the edits with these rows, alone."""
         return replace(
             self,
             steps_E=self.steps_E[edits],
+            dual_steps_E=self.dual_steps_E[edits],
+            dual_weight_E=self.dual_weight_E[edits],
             moments={name: (first[edits], second[edits]) for name, (first, second) in self.moments.items()},
             delta={name: value[edits].detach().requires_grad_() for name, value in self.delta.items()},
-            dual_steps_E=None if self.dual_steps_E is None else self.dual_steps_E[edits],
         )
 
 
@@ -58,9 +59,11 @@ class PrimalDual:
     def __init__(self, editor: Editor, config: ObjectiveConfig, max_steps: int, seed: int = 0) -> None:
         self._editor = editor
         self._config = config
-        self._max_steps = max_steps
         self._seed = seed
         self._fixed = config.fixed_multiplier()
+        self._schedule = torch.tensor(
+            [penalty_schedule(step, max_steps, config.warmup, config.ramp) for step in range(max_steps + 1)]
+        )
 
     def init(self, params: EditParams) -> State:
         first = next(iter(params.values()))
@@ -72,10 +75,31 @@ class PrimalDual:
                 for name, value in params.items()
                 if name not in self._editor.frozen
             }
-        return State(steps_E=steps, moments=moments, dual_steps_E=steps.clone())
+        return State(steps, steps.clone(), torch.zeros(len(steps), device=steps.device), moments)
+
+    def joined(self, state: State, params: EditParams) -> State:
+        """The state with that of new edits behind it, whose phi_0 is `params`."""
+        new = self.init(params)
+        delta = {}
+        if state.delta:
+            num_new, width = len(new.steps_E), state.delta["weight_0"].shape[1]
+            first = MultiplierNetwork.init(self._config.multiplier, width, num_new, self._seed, new.steps_E.device)
+            delta = {
+                name: torch.cat([value, first[name]]).detach().requires_grad_() for name, value in state.delta.items()
+            }
+        return State(
+            steps_E=torch.cat([state.steps_E, new.steps_E]),
+            dual_steps_E=torch.cat([state.dual_steps_E, new.dual_steps_E]),
+            dual_weight_E=torch.cat([state.dual_weight_E, new.dual_weight_E]),
+            moments={
+                name: (torch.cat([first, new.moments[name][0]]), torch.cat([second, new.moments[name][1]]))
+                for name, (first, second) in state.moments.items()
+            },
+            delta=delta,
+        )
 
     def step(
-        self, params: EditParams, origin: EditParams, state: State, terms: Terms, active_E: Tensor, step: int
+        self, params: EditParams, origin: EditParams, state: State, terms: Terms, active_E: Tensor
     ) -> tuple[EditParams, State, dict[str, Tensor]]:
         """One dual step if one is due, then one primal step, of the active edits only.
 
@@ -83,17 +107,17 @@ class PrimalDual:
             params: phi_e, the leaves that `terms` was computed from.
             origin: phi_0.
             active_E: Edits that still move; the others keep parameters, moments and networks bit for bit.
-            step: 0-based.
 
         Returns:
             New parameters (leaves), new state, and `lambda` and `objective` of every edit.
         """
-        schedule = penalty_schedule(step, self._max_steps, self._config.warmup, self._config.ramp)
-        learned = self._fixed is None and (schedule > 0 or state.dual_weight > 0)
+        schedule_E = self._schedule.to(state.steps_E.device)[state.steps_E]
+        is_due = bool((state.dual_weight_E > 0).any())
+        learned = self._fixed is None and (is_due or bool((schedule_E > 0).any()))
         context = self._context(params, origin, terms) if learned else None
         if context is not None and not state.delta:
             state = replace(state, delta=self._init_delta(context))
-        if context is not None and state.dual_weight > 0:
+        if context is not None and is_due:
             state = self._dual_step(state, context.detach(), terms.penalty.detach(), active_E)
 
         if context is None:
@@ -101,9 +125,10 @@ class PrimalDual:
         else:
             multiplier_E = MultiplierNetwork.apply(self._config.multiplier, state.delta, context)
         objective_E = terms.total
-        if schedule > 0 and (context is not None or self._fixed):
-            objective_E = objective_E + schedule * multiplier_E * terms.penalty
-        log = {"lambda": multiplier_E.detach() * schedule, "objective": objective_E.detach()}
+        if context is not None or self._fixed:
+            penalty_E = schedule_E * multiplier_E * terms.penalty
+            objective_E = objective_E + torch.where(schedule_E > 0, penalty_E, 0.0)
+        log = {"lambda": multiplier_E.detach() * schedule_E, "objective": objective_E.detach()}
         if not bool(active_E.any()):
             return params, state, log
         names = [name for name in params if name not in self._editor.frozen]
@@ -124,7 +149,7 @@ class PrimalDual:
             state,
             steps_E=state.steps_E + active_E.long(),
             moments=moments,
-            dual_weight=0.0 if context is None else schedule,
+            dual_weight_E=torch.zeros_like(schedule_E) if context is None else schedule_E,
         )
         return params, state, log
 
@@ -147,12 +172,12 @@ class PrimalDual:
 
     def _dual_step(self, state: State, context_EI: Tensor, penalty_E: Tensor, active_E: Tensor) -> State:
         """`delta <- delta + gamma_2 * grad_delta G`, by default with the adaptive rate of the IRM-TV code."""
-        assert state.dual_steps_E is not None
+        active_E = active_E & (state.dual_weight_E > 0)
         names = list(state.delta)
         multiplier_E = MultiplierNetwork.apply(self._config.multiplier, state.delta, context_EI)
         # A fresh gradient each time; the public IRM-TV code lets them pile up over the steps.
         gradients = torch.autograd.grad(
-            (state.dual_weight * multiplier_E * penalty_E).sum(), [state.delta[name] for name in names]
+            (state.dual_weight_E * multiplier_E * penalty_E).sum(), [state.delta[name] for name in names]
         )
         rate_E = torch.full_like(penalty_E, self._config.dual_rate)
         if self._config.dual_schedule == "adaptive":

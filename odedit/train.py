@@ -19,7 +19,6 @@ from torch import Tensor
 from odedit.backbones.base import Backbone
 from odedit.editors.base import Editor, Estimating, Mergeable, Trainable, TrainingSettings
 from odedit.edits import EditBatch, EditParams
-from odedit.encoding import gather_positions
 from odedit.objective import Objective, Terms
 from odedit.shared_multiplier import SharedMultiplier
 from odedit.training_state import TrainingState, read_state, write_state
@@ -233,13 +232,13 @@ class _Trainer:
     def _terms(self, editor: Editor, batch: EditBatch) -> tuple[Terms, EditParams]:
         """The objective of records edited by these weights, and phi_e as the weights make it."""
         batch = batch.select(self._objective.slots(editor, batch))
-        prefix = self._backbone.prefix(batch, *editor.sites)
+        prefix = self._backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise)
         with torch.no_grad():
-            base_EKTD = gather_positions(self._backbone.suffix(prefix), batch.predict_EKT)
+            base_EKTD = self._backbone.suffix(prefix, batch.predict_EKT)
         params = editor.init(self._backbone, batch)
         with editor.applied(self._backbone, params, batch) as trace:
-            hidden_EKSD = self._backbone.suffix(prefix)
-        return self._objective(self._backbone, editor, params, trace, batch, hidden_EKSD, base_EKTD), params
+            hidden = self._backbone.suffix(prefix, self._objective.read(batch))
+        return self._objective(self._backbone, editor, params, trace, batch, hidden, base_EKTD), params
 
     def _check_finite(self, loss_E: Tensor, batch: EditBatch, step: int) -> None:
         wrong = [name for name, ok in zip(batch.edit_ids, torch.isfinite(loss_E).tolist(), strict=True) if not ok]

@@ -21,10 +21,10 @@ from odedit.backbones import Backbone, encode_requests, load_backbone
 from odedit.checkpoint import EditInfo, save_edit
 from odedit.editing import EditResult, edit
 from odedit.editors.base import Measuring
-from odedit.edits import REPHRASE_SLOTS, EditBatch, EditRequest
+from odedit.edits import REPHRASE_SLOTS, EditBatch, EditRequest, stack_params
 from odedit.errors import InputError
 from odedit.memory import peak_memory
-from odedit.metrics import evaluate, stack_params
+from odedit.metrics import evaluate
 from odedit.mmedit import RawRecord
 from odedit.objective import CALIBRATION_STATES, Objective, calibrate
 from odedit.pool import image_names, normal, scored_prompts

@@ -11,7 +11,6 @@ from torch import Tensor
 from odedit.backbones import Backbone, is_connector, load_backbone, names
 from odedit.checkpoint import load_edit, load_edits
 from odedit.edits import EditBatch, Probe
-from odedit.encoding import gather_positions
 from odedit.errors import InputError
 from odedit.images import ImageError, ImageReader
 from odedit.metrics import greedy
@@ -56,12 +55,12 @@ def answers(
     batch = backbone.encode(["question"], ["rel"], [[probe]], features, find_template(infos[0].template), before)
 
     def run(read: EditBatch) -> Tensor:
-        return backbone.suffix(backbone.prefix(read, *editor.sites))
+        return backbone.suffix(backbone.prefix(read, *editor.sites), read.predict_EKT)
 
     def run_edited(read: EditBatch) -> Tensor:
         prefix = backbone.prefix(read, *editor.sites)
         with editor.together(backbone, params, read):
-            return backbone.suffix(prefix)
+            return backbone.suffix(prefix, read.predict_EKT)
 
     return _generate(backbone, batch, run, max_tokens), _generate(backbone, batch, run_edited, max_tokens)
 
@@ -86,7 +85,7 @@ def load_backbone_of(
 
 def _generate(backbone: Backbone, batch: EditBatch, run: Callable[[EditBatch], Tensor], max_tokens: int) -> str:
     """Fills the placeholders of the target greedily; stops at the end token."""
-    first_EKT = backbone.head(gather_positions(run(batch), batch.predict_EKT)).argmax(dim=-1)
+    first_EKT = backbone.head(run(batch)).argmax(dim=-1)
     tokens = greedy(backbone, batch, run, first_EKT)[0, 0].tolist()[:max_tokens]
     tokenizer = backbone.processor.tokenizer
     if tokenizer.eos_token_id in tokens:

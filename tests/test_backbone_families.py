@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import reading
 import tiny_models
 import torch
 from made_up import TEMPLATE, make_picture, make_request
@@ -78,6 +79,12 @@ def test_prefix_and_suffix_equal_the_full_model(model, requests, batch, site):
             torch.testing.assert_close(logits[e, k, :length], expected, rtol=1e-4, atol=1e-4)
     assert pictures == {True, False}
     assert len(set(batch.real_EKS.sum(dim=-1).flatten().tolist())) > 2, "no sequence is padded"
+
+
+@pytest.mark.parametrize("positionwise", [True, False])
+@pytest.mark.parametrize("site", reading.SITES)
+def test_the_positions_that_are_read_are_those_of_the_whole(model, batch, site, positionwise):
+    reading.check(model, batch, site, positionwise)
 
 
 def test_padding_and_batch_mates_change_nothing(model, requests, batch):
@@ -232,7 +239,7 @@ def test_relatives_of_llama(kind):
         hidden = decoder.embed_positions(decoder.embed_tokens(ids))
         rotary = decoder.rotary(hidden, None)
         for layer in range(decoder.num_layers):
-            hidden = decoder.block(layer, hidden, rotary)
+            hidden = decoder.ffn_half(layer, decoder.attention_half(layer, hidden, rotary))
         torch.testing.assert_close(decoder.head(decoder.finish(hidden)), model(ids).logits, rtol=1e-4, atol=1e-5)
     if kind == "Mistral":
         with pytest.raises(ValueError, match="sequence of 17 positions, the text model takes 16"):

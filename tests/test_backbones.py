@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import reading
 import torch
 from made_up import TEMPLATE, make_request
 
@@ -30,6 +31,12 @@ def test_prefix_and_suffix_equal_the_full_model(backbone, batches, requests_8, s
                 pixels = torch.from_numpy(backbone.processor.process(picture).pixels)[None]
                 full = backbone.model(pixel_values=pixels, input_ids=ids).logits
             assert (full[0] - logits[e, k, :length]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("positionwise", [True, False])
+@pytest.mark.parametrize("site", reading.SITES)
+def test_the_positions_that_are_read_are_those_of_the_whole(backbone, batches, site, positionwise):
+    reading.check(backbone, batches[1], site, positionwise)
 
 
 def test_tokens_are_those_of_the_library_processor(backbone, batches, requests_8):

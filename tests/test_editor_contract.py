@@ -99,6 +99,20 @@ def test_applied_then_removed_is_bitwise_the_model_also_after_an_exception(backb
     assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
 
 
+def test_the_positions_that_are_read_are_those_of_the_whole(backbone, editor, encoded):
+    """Also for an editor that claims to look at each position alone, in whose layers the others may be missing."""
+    supervision, _ = encoded(editor)
+    params = editor.init(backbone, supervision)
+    params = {name: value if name in editor.frozen else value + 0.01 for name, value in params.items()}
+    states = []
+    with torch.no_grad(), editor.applied(backbone, params, supervision):
+        for positionwise, read in ((False, None), (editor.positionwise, supervision.predict_EKT)):
+            prefix = backbone.prefix(supervision, *editor.sites, positionwise=positionwise)
+            states.append(backbone.suffix(prefix, read))
+    whole = gather_positions(states[0], supervision.predict_EKT)
+    torch.testing.assert_close(states[1], whole, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_alone_equals_in_a_batch_of_8(backbone, editor, encoded, requests_8, sigma2_0, name):
     supervision, evaluation = encoded(editor)
@@ -120,6 +134,22 @@ def test_alone_equals_in_a_batch_of_8(backbone, editor, encoded, requests_8, sig
             assert curve == pytest.approx(together[index].curves[term], rel=2e-3, abs=2e-4), term
         (row,) = evaluate(backbone, editor, alone.params, alone_evaluation)
         assert row == {key: pytest.approx(value) for key, value in rows[index].items()}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_edits_that_wait_end_as_those_that_did_not(backbone, editor, encoded, sigma2_0, name):
+    """Three at a time: those that enter later have steps, moments, penalty and multiplier of their own."""
+    supervision, _ = encoded(editor)
+    objective = Objective(ObjectiveConfig(name=name, warmup=0.3, ramp=0.3), sigma2_0)
+    stopping = Stopping(max_steps=6, worst_token_nll=0.5)
+    at_once = edit(backbone, editor, objective, supervision, stopping)
+    in_turn = edit(backbone, editor, objective, supervision, stopping, width=3)
+    for one, other in zip(at_once, in_turn, strict=True):
+        assert (one.edit_id, one.steps, one.stop_reason) == (other.edit_id, other.steps, other.stop_reason)
+        both = stack_params([one.params, other.params])
+        assert all((a - b).norm() <= 1e-3 * a.norm() + 1e-6 for a, b in both.values())
+        for term, curve in one.curves.items():
+            assert curve == pytest.approx(other.curves[term], rel=2e-3, abs=2e-4), term
 
 
 def test_a_finished_edit_does_not_move_again(backbone, editor, encoded, sigma2_0):

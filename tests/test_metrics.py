@@ -72,12 +72,10 @@ def test_greedy_generation_equals_token_by_token(backbone, scored):
     def run(batch):
         prefix = backbone.prefix(batch, editor.sites[0])
         with editor.applied(backbone, params, batch):
-            return backbone.suffix(prefix)
+            return backbone.suffix(prefix, batch.predict_EKT)
 
     with torch.no_grad():
-        hidden = run(evaluation)
-        index = evaluation.predict_EKT.unsqueeze(-1).expand(-1, -1, -1, hidden.shape[-1])
-        first = backbone.head(hidden.gather(2, index)).argmax(-1)
+        first = backbone.head(run(evaluation)).argmax(-1)
         drafted = greedy(backbone, evaluation, run, first)
     for e in (0, 1, 4):
         for k, name in enumerate(evaluation.slots):

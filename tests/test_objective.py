@@ -33,7 +33,13 @@ def terms_at(backbone, forward, config, w=None):
     editor, params, trace, batch, hidden, base = forward
     if w is not None:
         hidden = hidden * w.reshape(-1, 1, 1, 1)
-    return Objective(config, sigma2_0=50.0)(backbone, editor, params, trace, batch, hidden, base)
+    objective = Objective(config, sigma2_0=50.0)
+    return objective(backbone, editor, params, trace, batch, what_is_read(objective, batch, hidden), base)
+
+
+def what_is_read(objective, batch, hidden):
+    read = objective.read(batch)
+    return hidden if read is None else gather_positions(hidden, read)
 
 
 @pytest.mark.parametrize("direction", ["edited_first", "base_first"])
@@ -79,6 +85,7 @@ def test_absent_sequences_count_for_nothing(backbone, forward):
     only_text = batch.select((EDIT, "text_rephrase", "text_locality"))
     keep = [batch.slots.index(slot) for slot in only_text.slots]
     objective = Objective(ObjectiveConfig(), sigma2_0=50.0)
+    hidden = gather_positions(hidden, batch.predict_EKT)
     reduced = objective(backbone, editor, params, trace, only_text, hidden[:, keep], base[:, keep])
     full = objective(backbone, editor, params, trace, batch, hidden, base)
     for name in ("rel", "loc", "gen"):
@@ -89,7 +96,7 @@ def test_absent_sequences_count_for_nothing(backbone, forward):
 def test_unedited_states_have_no_divergence(backbone, forward):
     editor, params, trace, batch, _, base = forward
     with torch.no_grad():
-        hidden = backbone.suffix(backbone.prefix(batch, editor.sites[0]))
+        hidden = backbone.suffix(backbone.prefix(batch, editor.sites[0]), batch.predict_EKT)
     terms = Objective(ObjectiveConfig(), sigma2_0=50.0)(backbone, editor, params, trace, batch, hidden, base)
     assert terms.risks["loc"].abs().max() < 1e-6
     assert terms.risks["gen"].min() > 0
@@ -142,7 +149,7 @@ def test_native_with_kl_is_the_native_loss_and_the_locality_risk(backbone, batch
         base = gather_positions(backbone.suffix(prefix), batch.predict_EKT)
         side = {"side": 0.05 * torch.randn(batch.num_edits, 512, 128, generator=torch.Generator().manual_seed(0))}
         with editor.applied(backbone, side, batch) as trace:
-            hidden = backbone.suffix(prefix)
+            hidden = backbone.suffix(prefix, batch.predict_EKT)
         terms[name] = objective(backbone, editor, side, trace, batch, hidden, base)
     native, with_kl = terms["native"], terms["native_kl"]
     assert bool((with_kl.risks["loc"] > 0).any()) and not native.risks["loc"].any()

@@ -47,8 +47,8 @@ def run(settings, config, steps=6, active=None, num_edits=3, penalty_weight=0.0)
     state = optimizer.init(params)
     active = torch.ones(num_edits, dtype=torch.bool) if active is None else active
     logs = []
-    for step in range(steps):
-        params, state, log = optimizer.step(params, origin, state, terms_of(params, penalty_weight), active, step)
+    for _ in range(steps):
+        params, state, log = optimizer.step(params, origin, state, terms_of(params, penalty_weight), active)
         logs.append(log)
     return params, state, logs
 
@@ -109,9 +109,9 @@ def test_dual_step_is_the_formula_at_the_updated_parameters(kind):
     params = {"weight": origin["weight"].clone().requires_grad_()}
     state = optimizer.init(params)
     active = torch.ones(3, dtype=torch.bool)
-    params, first, _ = optimizer.step(params, origin, state, terms_of(params, 1.0), active, 0)
+    params, first, _ = optimizer.step(params, origin, state, terms_of(params, 1.0), active)
     terms = terms_of(params, 1.0)
-    _, second, _ = optimizer.step(params, origin, first, terms, active, 1)
+    _, second, _ = optimizer.step(params, origin, first, terms, active)
 
     context = optimizer._context(params, origin, terms).detach()
     delta = {name: value.detach().clone().requires_grad_() for name, value in first.delta.items()}

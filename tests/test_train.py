@@ -167,12 +167,10 @@ def test_a_dual_step_is_ascent(backbone, records):
     params = editor.init(backbone, batch)
     objective = Objective(ODEDIT)
     prefix = backbone.prefix(batch, *editor.sites)
-    from odedit.encoding import gather_positions
-
     with torch.no_grad():
-        base = gather_positions(backbone.suffix(prefix), batch.predict_EKT)
+        base = backbone.suffix(prefix, batch.predict_EKT)
         with editor.applied(backbone, params, batch) as trace:
-            terms = objective(backbone, editor, params, trace, batch, backbone.suffix(prefix), base)
+            terms = objective(backbone, editor, params, trace, batch, backbone.suffix(prefix, batch.predict_EKT), base)
     shared = SharedMultiplier(ODEDIT, 6, 0)
     _, first_E, dual = shared.penalised(editor, params, terms, Dual(), 1, ascend=False)
     _, second_E, dual = shared.penalised(editor, params, terms, dual, 1, ascend=True)

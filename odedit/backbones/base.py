@@ -50,6 +50,7 @@ class Prefix:
         at_ffn: Whether it starts at that layer's feed-forward half, after attention.
         hidden_RSD: The residual stream there, R = E x K sequences; the embedded tokens where `connector` is given.
         shape: (E, K).
+        whole_layer: The highest layer in which an edit looks at whole sequences; -1: in none.
         rotary: Cosines and sines of the positions, for text models with rotary embeddings.
         connector: Given where the suffix starts at the connector.
     """
@@ -58,6 +59,7 @@ class Prefix:
     at_ffn: bool
     hidden_RSD: Tensor
     shape: tuple[int, int]
+    whole_layer: int
     rotary: tuple[Tensor, Tensor] | None = None
     connector: BeforeConnector | None = None
 
@@ -143,16 +145,24 @@ class Backbone(Protocol):
         """
         ...
 
-    def prefix(self, batch: EditBatch, *sites: str) -> Prefix:
+    def prefix(self, batch: EditBatch, *sites: str, positionwise: bool = False) -> Prefix:
         """Runs everything below the lowest of the sites, which may come in any order.
+
+        Args:
+            positionwise: Whether what an edit adds at a position depends on the states at this position alone.
 
         Raises:
             ValueError: A connector site, and a batch whose features have left the connector.
         """
         ...
 
-    def suffix(self, prefix: Prefix) -> Tensor:
-        """From the prefix to the hidden states after the final norm, `(E, K, S, D)`."""
+    def suffix(self, prefix: Prefix, read_EKT: Tensor | None = None) -> Tensor:
+        """From the prefix to the hidden states after the final norm, `(E, K, S, D)`.
+
+        Args:
+            read_EKT: The positions that are read; then `(E, K, T, D)`, and the last layer computes no other, unless an
+                edit there needs them.
+        """
         ...
 
     def head(self, hidden: Tensor) -> Tensor:

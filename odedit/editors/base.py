@@ -87,6 +87,8 @@ class Editor(Protocol):
         frozen: Tensors of phi_e that no step moves (a memory of states).
         label_smoothing: Share of it in the method's native likelihood; the ODEdit objective has none.
         starts_neutral: Whether applying phi_0 changes no logit.
+        positionwise: Whether what an edit adds at a position depends on the states at this position alone: then the
+            last layer may run at the positions that are read, and `applied` may see these only.
     """
 
     Config: ClassVar[type]
@@ -98,6 +100,7 @@ class Editor(Protocol):
     frozen: frozenset[str]
     label_smoothing: float
     starts_neutral: bool
+    positionwise: bool
 
     def check(self, backbone: Backbone) -> None:
         """Raises InputError if the settings do not fit the model: no such site, weights that must be trained first."""
@@ -145,6 +148,7 @@ class Plain:
     frozen: frozenset[str] = frozenset()
     label_smoothing: float = 0.0
     starts_neutral: bool = True
+    positionwise: bool = False
 
     def own_risk(self, params: EditParams, trace: Trace, batch: EditBatch) -> Tensor:
         return torch.zeros(batch.num_edits, device=batch.tokens_EKS.device)

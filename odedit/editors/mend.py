@@ -29,7 +29,6 @@ from odedit.backbones.base import Backbone
 from odedit.editor_weights import load_weights
 from odedit.editors.base import OptimizerSettings, Plain, Trace, TrainingSettings, check_range
 from odedit.edits import EDIT, LOCALITY_SLOTS, REPHRASE_SLOTS, EditBatch, EditParams
-from odedit.encoding import gather_positions
 from odedit.errors import InputError
 from odedit.hooks import Rewrite, rewritten
 
@@ -114,6 +113,7 @@ class MEND(Plain):
 
     Config: ClassVar[type] = MENDConfig
     starts_neutral = False
+    positionwise = True
     max_steps = 0
     trains_with_objective = True
 
@@ -170,9 +170,9 @@ class MEND(Plain):
 
             return rewrite
 
-        prefix = backbone.prefix(batch, *self.sites)
+        prefix = backbone.prefix(batch, *self.sites, positionwise=True)
         with torch.enable_grad(), rewritten({backbone.site(name): watch(name) for name in self.sites}):
-            states_ETD = gather_positions(backbone.suffix(prefix), batch.predict_EKT)[:, 0]
+            states_ETD = backbone.suffix(prefix, batch.predict_EKT)[:, 0]
             likelihood = risks.reliability(
                 backbone.head(states_ETD), batch.target_EKT[:, 0], batch.target_mask_EKT[:, 0]
             )
@@ -277,12 +277,11 @@ class MEND(Plain):
             return total_E
         params = self.init(backbone, batch)
         batch = batch.select(read)
-        prefix = backbone.prefix(batch, *self.sites)
+        prefix = backbone.prefix(batch, *self.sites, positionwise=True)
         with torch.no_grad():
-            base_EKTV = backbone.head(gather_positions(backbone.suffix(prefix), batch.predict_EKT))
+            base_EKTV = backbone.head(backbone.suffix(prefix, batch.predict_EKT))
         with self.applied(backbone, params, batch):
-            hidden_EKSD = backbone.suffix(prefix)
-        logits_EKTV = backbone.head(gather_positions(hidden_EKSD, batch.predict_EKT))
+            logits_EKTV = backbone.head(backbone.suffix(prefix, batch.predict_EKT))
         for k, slot in enumerate(read):
             mask_ET = batch.target_mask_EKT[:, k]
             if slot in LOCALITY_SLOTS:

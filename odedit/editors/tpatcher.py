@@ -137,6 +137,8 @@ class TPatcher(Plain):
         other = copy.copy(self)
         other._memory_MD = memory_MD[kept].float()
         other.own_slots = (EDIT,)
+        # Nothing but the record's own memory looks at other positions than those that are read.
+        other.positionwise = True
         return other
 
     def following(self, params: EditParams) -> TPatcher:

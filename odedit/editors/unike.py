@@ -118,6 +118,7 @@ class Unike(Plain):
 
     Config: ClassVar[type] = UnikeConfig
     starts_neutral = False
+    positionwise = True
     trains_with_objective = False
 
     def __init__(self, config: UnikeConfig, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -311,9 +312,9 @@ class Unike(Plain):
         """The same prompts, continued by what the unedited model generates."""
 
         def run(read: EditBatch) -> Tensor:
-            return backbone.suffix(backbone.prefix(read, *self.sites))
+            return backbone.suffix(backbone.prefix(read, *self.sites, positionwise=True), read.predict_EKT)
 
-        first_choice_EKT = backbone.head(gather_positions(run(edit), edit.predict_EKT)).argmax(dim=-1)
+        first_choice_EKT = backbone.head(run(edit)).argmax(dim=-1)
         answer_EKT = greedy(backbone, edit, run, first_choice_EKT)
         # Position 0 is never a target's; it takes what the mask leaves out and is then restored.
         tokens_EKS = edit.tokens_EKS.scatter(2, (edit.predict_EKT + 1) * edit.target_mask_EKT, answer_EKT)

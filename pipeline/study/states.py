@@ -13,7 +13,6 @@ from rich.console import Console
 from odedit.backbones import encode_requests, load_backbone
 from odedit.checkpoint import load_edits
 from odedit.edits import RELIABILITY, EditBatch
-from odedit.encoding import gather_positions
 from odedit.errors import InputError
 from odedit.metrics import MAIN
 from odedit.prompts import find_template
@@ -79,8 +78,7 @@ def _states(outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _first_token(backbone: Any, editor: Any, batch: EditBatch) -> np.ndarray:
-    hidden = backbone.suffix(backbone.prefix(batch, *editor.sites))
-    states_EKD = gather_positions(hidden, batch.predict_EKT)[:, :, 0]
+    states_EKD = backbone.suffix(backbone.prefix(batch, *editor.sites), batch.predict_EKT)[:, :, 0]
     return np.asarray(states_EKD.float().transpose(0, 1).cpu())
 
 

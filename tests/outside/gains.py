@@ -29,6 +29,7 @@ class Gains:
     frozen = frozenset()
     label_smoothing = 0.0
     starts_neutral = True
+    positionwise = False
     optimizer = OptimizerSettings("sgd", 0.1)
 
     def __init__(self, config):
