@@ -15,6 +15,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from odedit import mmd, risks
 from odedit.backbones import encode_requests
@@ -29,6 +30,8 @@ from odedit.risks import Risk
 Name = Literal["native", "native_kl", "odedit"]
 Kernel = Literal["rbf", "linear", "contrastive"]
 CALIBRATION_STATES = 256
+_TOKENS_AT_ONCE = 1024
+"""Tokens whose distributions over the vocabulary are held at a time."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,20 @@ class Terms:
     all_right: Tensor
 
 
+@dataclass(frozen=True)
+class Unedited:
+    """What R_loc compares with: the unedited model at the M tokens of the locality prompts' answers.
+
+    Attributes:
+        states_MD: Final hidden states.
+        log_q_MV: Log-probabilities; None where so many would not fit: then they are computed from the states each time,
+            some at a time.
+    """
+
+    states_MD: Tensor
+    log_q_MV: Tensor | None = None
+
+
 class Objective:
     """Computes `Terms`; holds settings and the bandwidths, no state."""
 
@@ -192,27 +209,27 @@ class Objective:
         trace: Trace,
         batch: EditBatch,
         hidden: Tensor,
-        base_EKTD: Tensor,
+        unedited: Unedited,
     ) -> Terms:
         """The terms at the states of a forward under `editor.applied`.
 
         Args:
             hidden: Final hidden states of the edited model at the positions of `read`.
-            base_EKTD: Those of the unedited model at `batch.predict_EKT`; a constant.
+            unedited: What the same batch is without edit.
         """
         config, weights = self.config, self.config.weights
         states_EKTD = gather_positions(hidden, batch.predict_EKT) if self._reads_text else hidden
         zero_E = torch.zeros(batch.num_edits, device=hidden.device)
         edit = batch.slots.index(EDIT)
-        logits_ETV = backbone.head(states_EKTD[:, edit])
         target_ET, mask_ET = batch.target_EKT[:, edit], batch.target_mask_EKT[:, edit]
+        logits_MV, target_M = backbone.head(states_EKTD[:, edit][mask_ET]), target_ET[mask_ET]
 
         smoothing = 0.0 if config.name == "odedit" else editor.label_smoothing
-        reliability = risks.reliability(logits_ETV, target_ET, mask_ET, smoothing)
+        reliability = risks.mean_of_tokens(risks.token_nll(logits_MV, target_M, smoothing), mask_ET)
         locality = generality = Risk(zero_E, zero_E)
         scale_gradients: dict[str, Tensor] = {}
         if config.name != "native":
-            locality = self._locality(backbone, batch, states_EKTD, base_EKTD)
+            locality = self._locality(backbone, batch, states_EKTD, unedited)
         if config.name == "odedit":
             generality = self._generality(batch, hidden, states_EKTD)
             regions = {"rel": reliability, "loc": locality, "gen": generality}
@@ -225,28 +242,51 @@ class Objective:
         own_E = editor.own_risk(params, trace, batch) if weights["own"] else zero_E
         values = {"rel": reliability.value, "loc": locality.value, "gen": generality.value, "own": own_E}
         total_E = torch.stack([weights[name] * value for name, value in values.items()]).sum(dim=0)
-        nll_ET = risks.target_nll(logits_ETV.detach(), target_ET)
+        nll_M = risks.target_nll(logits_MV.detach(), target_M)
+        wrong_M = logits_MV.detach().argmax(dim=-1) != target_M
         return Terms(
             risks=values,
             total=total_E,
             scale_gradients=scale_gradients,
             penalty=tv_penalty(list(scale_gradients.values())) if scale_gradients else zero_E,
-            worst_nll=nll_ET.masked_fill(~mask_ET, -torch.inf).amax(dim=-1),
-            all_right=((logits_ETV.argmax(dim=-1) == target_ET) | ~mask_ET).all(dim=-1),
+            worst_nll=nll_M.new_full(mask_ET.shape, -torch.inf).masked_scatter(mask_ET, nll_M).amax(dim=-1),
+            all_right=~torch.zeros_like(mask_ET).masked_scatter(mask_ET, wrong_M).any(dim=-1),
         )
 
-    def _locality(self, backbone: Backbone, batch: EditBatch, states_EKTD: Tensor, base_EKTD: Tensor) -> Risk:
-        """R_loc: KL at the answer positions, averaged over the locality prompts that the edit has."""
-        index = [batch.slots.index(slot) for slot in LOCALITY_SLOTS if slot in batch.slots]
+    def unedited(self, backbone: Backbone, batch: EditBatch, states_EKTD: Tensor) -> Unedited:
+        """What the terms compare with, from the unedited model's final states at `batch.predict_EKT`."""
+        if self.config.name == "native":
+            return Unedited(states_EKTD[:0])
+        index = _locality_index(batch)
+        states_MD = states_EKTD[:, index][batch.target_mask_EKT[:, index]]
+        if len(states_MD) > _TOKENS_AT_ONCE:
+            return Unedited(states_MD)
         with torch.no_grad():
-            base_logits = backbone.head(base_EKTD[:, index])
-        risk_EK = risks.locality(
-            backbone.head(states_EKTD[:, index]),
-            base_logits,
-            batch.target_mask_EKT[:, index],
-            self.config.locality_direction,
-        )
-        return _mean_over_slots(risk_EK, batch.present_EK[:, index])
+            return Unedited(states_MD, risks.log_probs(backbone.head(states_MD)))
+
+    def _locality(self, backbone: Backbone, batch: EditBatch, states_EKTD: Tensor, unedited: Unedited) -> Risk:
+        """R_loc: KL at the answer positions, averaged over the locality prompts that the edit has."""
+        index = _locality_index(batch)
+        mask_EKT = batch.target_mask_EKT[:, index]
+        states_MD = states_EKTD[:, index][mask_EKT]
+
+        def token_kl(part_MD: Tensor, base_MD: Tensor, log_q_MV: Tensor | None) -> Risk:
+            if log_q_MV is None:
+                with torch.no_grad():
+                    log_q_MV = risks.log_probs(backbone.head(base_MD))
+            return risks.token_kl(backbone.head(part_MD), log_q_MV, self.config.locality_direction)
+
+        if unedited.log_q_MV is not None:
+            tokens = token_kl(states_MD, unedited.states_MD, unedited.log_q_MV)
+        else:
+            parts = [
+                checkpoint(token_kl, part_MD, base_MD, None, use_reentrant=False)
+                for part_MD, base_MD in zip(
+                    states_MD.split(_TOKENS_AT_ONCE), unedited.states_MD.split(_TOKENS_AT_ONCE), strict=True
+                )
+            ]
+            tokens = Risk(*(torch.cat(values) for values in zip(*parts, strict=True)))
+        return _mean_over_slots(risks.mean_of_tokens(tokens, mask_EKT), batch.present_EK[:, index])
 
     def _generality(self, batch: EditBatch, hidden: Tensor, states_EKTD: Tensor) -> Risk:
         """R_gen: edit against rephrases, in the states that `positions` names."""
@@ -280,11 +320,14 @@ class Objective:
         gradients = {}
         for slot in REPHRASE_SLOTS:
             k = batch.slots.index(slot)
-            risk = risks.reliability(
-                backbone.head(states_EKTD[:, k]), batch.target_EKT[:, k], batch.target_mask_EKT[:, k]
-            )
-            gradients[slot] = risk.scale_gradient
+            mask_ET = batch.target_mask_EKT[:, k]
+            tokens = risks.token_nll(backbone.head(states_EKTD[:, k][mask_ET]), batch.target_EKT[:, k][mask_ET])
+            gradients[slot] = risks.mean_of_tokens(tokens, mask_ET).scale_gradient
         return gradients
+
+
+def _locality_index(batch: EditBatch) -> list[int]:
+    return [batch.slots.index(slot) for slot in LOCALITY_SLOTS if slot in batch.slots]
 
 
 def _mean_over_slots(risk_EK: Risk, present_EK: Tensor) -> Risk:

@@ -238,7 +238,8 @@ class _Trainer:
         params = editor.init(self._backbone, batch)
         with editor.applied(self._backbone, params, batch) as trace:
             hidden = self._backbone.suffix(prefix, self._objective.read(batch))
-        return self._objective(self._backbone, editor, params, trace, batch, hidden, base_EKTD), params
+        unedited = self._objective.unedited(self._backbone, batch, base_EKTD)
+        return self._objective(self._backbone, editor, params, trace, batch, hidden, unedited), params
 
     def _check_finite(self, loss_E: Tensor, batch: EditBatch, step: int) -> None:
         wrong = [name for name, ok in zip(batch.edit_ids, torch.isfinite(loss_E).tolist(), strict=True) if not ok]

@@ -34,7 +34,15 @@ def terms_at(backbone, forward, config, w=None):
     if w is not None:
         hidden = hidden * w.reshape(-1, 1, 1, 1)
     objective = Objective(config, sigma2_0=50.0)
-    return objective(backbone, editor, params, trace, batch, what_is_read(objective, batch, hidden), base)
+    return objective(
+        backbone,
+        editor,
+        params,
+        trace,
+        batch,
+        what_is_read(objective, batch, hidden),
+        objective.unedited(backbone, batch, base),
+    )
 
 
 def what_is_read(objective, batch, hidden):
@@ -79,6 +87,18 @@ def test_weights_scale_their_term_only(backbone, forward):
     assert set(weighted.scale_gradients) == {"rel", "loc"}
 
 
+def test_more_tokens_than_fit_at_once_have_the_same_risk_and_gradient(backbone, forward, monkeypatch):
+    w = torch.ones(8, requires_grad=True)
+    at_once = terms_at(backbone, forward, ObjectiveConfig(), w)
+    monkeypatch.setattr("odedit.objective._TOKENS_AT_ONCE", 3)
+    in_parts = terms_at(backbone, forward, ObjectiveConfig(), w)
+    torch.testing.assert_close(in_parts.risks["loc"], at_once.risks["loc"])
+    for read in (lambda terms: terms.risks["loc"], lambda terms: terms.penalty):
+        gradients = [torch.autograd.grad(read(terms).sum(), w, retain_graph=True)[0] for terms in (in_parts, at_once)]
+        assert gradients[0].any()
+        torch.testing.assert_close(*gradients)
+
+
 def test_absent_sequences_count_for_nothing(backbone, forward):
     """Locality is the mean over the prompts that an edit has, not over the slots."""
     editor, params, trace, batch, hidden, base = forward
@@ -86,8 +106,9 @@ def test_absent_sequences_count_for_nothing(backbone, forward):
     keep = [batch.slots.index(slot) for slot in only_text.slots]
     objective = Objective(ObjectiveConfig(), sigma2_0=50.0)
     hidden = gather_positions(hidden, batch.predict_EKT)
-    reduced = objective(backbone, editor, params, trace, only_text, hidden[:, keep], base[:, keep])
-    full = objective(backbone, editor, params, trace, batch, hidden, base)
+    unedited = objective.unedited(backbone, only_text, base[:, keep])
+    reduced = objective(backbone, editor, params, trace, only_text, hidden[:, keep], unedited)
+    full = objective(backbone, editor, params, trace, batch, hidden, objective.unedited(backbone, batch, base))
     for name in ("rel", "loc", "gen"):
         torch.testing.assert_close(reduced.risks[name][5], full.risks[name][5])
     assert not torch.allclose(reduced.risks["loc"][0], full.risks["loc"][0])
@@ -97,7 +118,8 @@ def test_unedited_states_have_no_divergence(backbone, forward):
     editor, params, trace, batch, _, base = forward
     with torch.no_grad():
         hidden = backbone.suffix(backbone.prefix(batch, editor.sites[0]), batch.predict_EKT)
-    terms = Objective(ObjectiveConfig(), sigma2_0=50.0)(backbone, editor, params, trace, batch, hidden, base)
+    objective = Objective(ObjectiveConfig(), sigma2_0=50.0)
+    terms = objective(backbone, editor, params, trace, batch, hidden, objective.unedited(backbone, batch, base))
     assert terms.risks["loc"].abs().max() < 1e-6
     assert terms.risks["gen"].min() > 0
 
@@ -150,7 +172,7 @@ def test_native_with_kl_is_the_native_loss_and_the_locality_risk(backbone, batch
         side = {"side": 0.05 * torch.randn(batch.num_edits, 512, 128, generator=torch.Generator().manual_seed(0))}
         with editor.applied(backbone, side, batch) as trace:
             hidden = backbone.suffix(prefix, batch.predict_EKT)
-        terms[name] = objective(backbone, editor, side, trace, batch, hidden, base)
+        terms[name] = objective(backbone, editor, side, trace, batch, hidden, objective.unedited(backbone, batch, base))
     native, with_kl = terms["native"], terms["native_kl"]
     assert bool((with_kl.risks["loc"] > 0).any()) and not native.risks["loc"].any()
     torch.testing.assert_close(with_kl.total, native.total + 2.0 * with_kl.risks["loc"])

@@ -34,6 +34,19 @@ def risk_of(name: str, logits_ETV: Tensor, data: dict[str, Tensor]) -> Risk:
 RISKS = ("reliability", *DIRECTIONS)
 
 
+def plain_value(name: str, logits_ETV: Tensor, data: dict[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
+    """The risk by its definition, which autograd can differentiate as often as it likes."""
+    log_p, log_q = logits_ETV.log_softmax(-1), data["base_ETV"].log_softmax(-1)
+    if name == "reliability":
+        chosen = log_p.gather(-1, data["target_ET"][..., None]).squeeze(-1)
+        values_ET = -(1 - label_smoothing) * chosen - label_smoothing * log_p.mean(-1)
+    elif name == "edited_first":
+        values_ET = (log_p.exp() * (log_p - log_q)).sum(-1)
+    else:
+        values_ET = (log_q.exp() * (log_q - log_p)).sum(-1)
+    return torch.where(data["mask_ET"], values_ET, 0.0).sum(-1) / data["mask_ET"].sum(-1)
+
+
 @pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("name", RISKS)
 def test_scale_gradient_is_the_derivative_with_respect_to_w(name: str, tokens: int) -> None:
@@ -41,22 +54,50 @@ def test_scale_gradient_is_the_derivative_with_respect_to_w(name: str, tokens: i
     w_E = torch.ones(E, dtype=torch.float64, requires_grad=True)
     logits_ETV = (w_E[:, None, None] * data["hidden_ETD"]) @ data["head_DV"]
     risk = risk_of(name, logits_ETV, data)
-    (expected_E,) = torch.autograd.grad(risk.value.sum(), w_E, create_graph=True)
+    (expected_E,) = torch.autograd.grad(plain_value(name, logits_ETV, data).sum(), w_E)
     torch.testing.assert_close(risk.scale_gradient, expected_E, rtol=0, atol=1e-10)
     assert expected_E.abs().min() > 1e-4
 
 
+@pytest.mark.parametrize("read", ["value", "scale_gradient", "both"])
 @pytest.mark.parametrize("name", RISKS)
-def test_gradient_of_the_scale_gradient_equals_double_backward(name: str) -> None:
+def test_closed_form_gradients_equal_autograd_and_double_backward(name: str, read: str) -> None:
     data = problem(4)
     hidden_ETD = data["hidden_ETD"].requires_grad_()
     w_E = torch.ones(E, dtype=torch.float64, requires_grad=True)
-    explicit = risk_of(name, (w_E[:, None, None] * hidden_ETD) @ data["head_DV"], data)
-    (slope_E,) = torch.autograd.grad(explicit.value.sum(), w_E, create_graph=True)
-    (expected,) = torch.autograd.grad(slope_E.square().sum(), hidden_ETD)
+    value_E = plain_value(name, (w_E[:, None, None] * hidden_ETD) @ data["head_DV"], data)
+    (slope_E,) = torch.autograd.grad(value_E.sum(), w_E, create_graph=True)
     closed = risk_of(name, hidden_ETD @ data["head_DV"], data)
-    (got,) = torch.autograd.grad(closed.scale_gradient.square().sum(), hidden_ETD)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+    def objective(value: Tensor, slope: Tensor) -> Tensor:
+        parts = {"value": value.exp(), "scale_gradient": slope.square(), "both": value.exp() + slope.square()}
+        return parts[read].sum()
+
+    (expected,) = torch.autograd.grad(objective(value_E, slope_E), hidden_ETD)
+    (got,) = torch.autograd.grad(objective(*closed), hidden_ETD)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", RISKS)
+def test_a_second_derivative_is_refused_rather_than_incomplete(name: str) -> None:
+    data = problem(4)
+    hidden_ETD = data["hidden_ETD"].requires_grad_()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(
+            risk_of(name, hidden_ETD @ data["head_DV"], data).value.sum(), hidden_ETD, create_graph=True
+        )
+
+
+def test_label_smoothing_has_the_closed_form_gradient_too() -> None:
+    data = problem(4)
+    hidden_ETD = data["hidden_ETD"].requires_grad_()
+    logits_ETV = hidden_ETD @ data["head_DV"]
+    smoothed = reliability(logits_ETV, data["target_ET"], data["mask_ET"], 0.2)
+    (expected,) = torch.autograd.grad(
+        plain_value("reliability", logits_ETV, data, 0.2).sum(), hidden_ETD, retain_graph=True
+    )
+    (got,) = torch.autograd.grad(smoothed.value.sum(), hidden_ETD)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_values_against_torch() -> None:
