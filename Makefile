@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test bench lint format clean
 
 help:      ## This list.
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -14,6 +14,11 @@ demo: $(VENV)/.ready      ## Edits the embedded model, prints the result, leaves
 
 test: $(VENV)/.ready-dev lint      ## Style, types, and every test.
 	$(BIN)/python -m pytest -q
+
+bench: $(VENV)/.ready-dev      ## What an edit and the pipeline cost; tables, JSON and plots in bench/ (about an hour).
+	$(BIN)/python -m tests.benchmarks.speed --size mid --out bench
+	$(BIN)/python -m tests.benchmarks.speed --size embedded --parts reference,batches --threads 1 --out bench
+	$(BIN)/python -m tests.benchmarks.scale --out bench/scale
 
 lint: $(VENV)/.ready-dev      ## Style and types.
 	$(BIN)/ruff check .

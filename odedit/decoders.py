@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from odedit.encoding import gather_positions
 from odedit.errors import InputError
+from odedit.key_values import KeyValues
 
 _SITE = re.compile(r"layers\.(-?\d+)\.([a-z.]+)")
 
@@ -46,14 +47,36 @@ class Decoder(Protocol):
         """Rotary embeddings of given positions, or of 0, 1, 2, ...; None for a model that adds its positions."""
         ...
 
-    def embed_positions(self, embedded_RSD: Tensor) -> Tensor:
-        """The residual stream that enters layer 0. ValueError: more positions than the model takes."""
+    def embed_positions(self, embedded_RSD: Tensor, positions_RS: Tensor | None = None) -> Tensor:
+        """The residual stream that enters layer 0; at positions 0, 1, 2, ... or at those given.
+
+        ValueError: more positions than the model takes.
+        """
         ...
 
     def attention_half(
-        self, layer: int, hidden_RSD: Tensor, rotary: Rotary | None, read_RT: Tensor | None = None
+        self,
+        layer: int,
+        hidden_RSD: Tensor,
+        rotary: Rotary | None,
+        read_RT: Tensor | None = None,
+        memory: KeyValues | None = None,
     ) -> Tensor:
-        """`(R, S, D)` behind attention; `(R, T, D)` at the positions `read_RT` alone, which attend to all before."""
+        """`(R, S, D)` behind attention; `(R, T, D)` at the positions `read_RT` alone, which attend to all before.
+
+        Args:
+            memory: Takes the layer's keys and values.
+        """
+        ...
+
+    def attention_half_behind(
+        self, layer: int, hidden_RTD: Tensor, rotary: Rotary | None, last_R: Tensor, memory: KeyValues
+    ) -> Tensor:
+        """`(R, T, D)` behind attention, of T positions in order that follow position `last_R` of what `memory` holds.
+
+        Args:
+            rotary: Of these positions, `(R, T, head width)`.
+        """
         ...
 
     def ffn_half(self, layer: int, hidden_RSD: Tensor) -> Tensor: ...
@@ -68,7 +91,7 @@ class Decoder(Protocol):
 
 
 class _Sites(ABC):
-    """Names of the linear modules of a stack of layers.
+    """Names of the linear modules of a stack of layers, and attention in all of its forms.
 
     Attributes:
         MODULES: Part of a layer to its module in `transformers`.
@@ -107,23 +130,76 @@ class _Sites(ABC):
     @abstractmethod
     def _nonlinearity(self, layer: int) -> Callable[[Tensor], Tensor]: ...
 
-    def _read(self, layer: int, normed_RSD: Tensor, rotary: Rotary | None, read_RT: Tensor) -> Tensor:
+    @abstractmethod
+    def _norm_before_attention(self, layer: int) -> nn.Module: ...
+
+    def attention_half(
+        self,
+        layer: int,
+        hidden_RSD: Tensor,
+        rotary: Rotary | None,
+        read_RT: Tensor | None = None,
+        memory: KeyValues | None = None,
+    ) -> Tensor:
+        normed_RSD = self._norm_before_attention(layer)(hidden_RSD)
+        if read_RT is None:
+            return hidden_RSD + self._whole(layer, normed_RSD, rotary, memory)
+        return gather_positions(hidden_RSD, read_RT) + self._read(layer, normed_RSD, rotary, read_RT, memory)
+
+    def attention_half_behind(
+        self, layer: int, hidden_RTD: Tensor, rotary: Rotary | None, last_R: Tensor, memory: KeyValues
+    ) -> Tensor:
+        normed_RTD = self._norm_before_attention(layer)(hidden_RTD)
+        return hidden_RTD + self._behind(layer, normed_RTD, rotary, last_R, memory)
+
+    def _whole(self, layer: int, normed_RSD: Tensor, rotary: Rotary | None, memory: KeyValues | None) -> Tensor:
+        """What causal attention adds at every position, as the library computes it."""
+        attended, _ = self._layers[layer].self_attn(
+            hidden_states=normed_RSD, position_embeddings=rotary, attention_mask=None, past_key_values=memory
+        )
+        return cast(Tensor, attended)
+
+    def _read(
+        self, layer: int, normed_RSD: Tensor, rotary: Rotary | None, read_RT: Tensor, memory: KeyValues | None
+    ) -> Tensor:
         """What causal attention adds at the positions `read_RT`, `(R, T, D)`: their queries, everybody's keys."""
-        attention = self._layers[layer].self_attn
-
-        def heads(part: str, states: Tensor) -> Tensor:
-            module = self._layers[layer].get_submodule(self.MODULES[f"attention.{part}"])
-            split: Tensor = module(states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-            return split
-
-        q, k, v = heads("q", gather_positions(normed_RSD, read_RT)), heads("k", normed_RSD), heads("v", normed_RSD)
         if rotary is not None:
             cos, sin = (part.expand(len(normed_RSD), -1, -1) for part in rotary)
-            k = _rotated(k, cos, sin)
-            q = _rotated(q, gather_positions(cos, read_RT), gather_positions(sin, read_RT))
+            rotary = cos, sin
+        k, v = self._heads(layer, "k", normed_RSD, rotary), self._heads(layer, "v", normed_RSD)
+        if memory is not None:
+            memory.update(k, v, layer)
+        at_them = (
+            None if rotary is None else (gather_positions(rotary[0], read_RT), gather_positions(rotary[1], read_RT))
+        )
+        q = self._heads(layer, "q", gather_positions(normed_RSD, read_RT), at_them)
         before_RTS = torch.arange(normed_RSD.shape[1], device=read_RT.device) <= read_RT.unsqueeze(-1)
+        return self._attended(layer, q, k, v, before_RTS)
+
+    def _behind(
+        self, layer: int, normed_RTD: Tensor, rotary: Rotary | None, last_R: Tensor, memory: KeyValues
+    ) -> Tensor:
+        """What causal attention adds at T positions behind position `last_R` of others, `(R, T, D)`."""
+        q, k = (self._heads(layer, part, normed_RTD, rotary) for part in "qk")
+        before_k, before_v = memory.of(layer)
+        num_rows, num_next, num_before = len(last_R), normed_RTD.shape[1], before_k.shape[2]
+        seen_RS = torch.arange(num_before, device=last_R.device) <= last_R.unsqueeze(-1)
+        among_TT = torch.ones(num_next, num_next, dtype=torch.bool, device=last_R.device).tril()
+        mask_RTS = torch.cat([seen_RS.unsqueeze(1).expand(-1, num_next, -1), among_TT.expand(num_rows, -1, -1)], dim=-1)
+        k = torch.cat([before_k, k], dim=2)
+        v = torch.cat([before_v, self._heads(layer, "v", normed_RTD)], dim=2)
+        return self._attended(layer, q, k, v, mask_RTS)
+
+    def _heads(self, layer: int, part: str, states: Tensor, rotary: Rotary | None = None) -> Tensor:
+        """Queries, keys or values `(R, heads, positions, head width)`, turned if there are rotary embeddings."""
+        module = self._layers[layer].get_submodule(self.MODULES[f"attention.{part}"])
+        width = self._layers[layer].self_attn.head_dim
+        split: Tensor = module(states).unflatten(-1, (-1, width)).transpose(1, 2)
+        return split if rotary is None else _rotated(split, *rotary)
+
+    def _attended(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask_RTS: Tensor) -> Tensor:
         attended = nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=before_RTS.unsqueeze(1), enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=mask_RTS.unsqueeze(1), enable_gqa=q.shape[1] != k.shape[1]
         )
         out = self._layers[layer].get_submodule(self.MODULES["attention.out"])
         return cast(Tensor, out(attended.transpose(1, 2).flatten(2)))
@@ -174,27 +250,19 @@ class OPTDecoder(_Sites):
     def rotary(self, embedded_RSD: Tensor, positions: Tensor | None) -> Rotary | None:
         return None
 
-    def embed_positions(self, embedded_RSD: Tensor) -> Tensor:
+    def embed_positions(self, embedded_RSD: Tensor, positions_RS: Tensor | None = None) -> Tensor:
         length = embedded_RSD.shape[1]
         if length > self._max_positions:
             raise ValueError(f"sequence of {length} positions, the text model takes {self._max_positions}.")
-        positions = torch.arange(length, device=embedded_RSD.device)
+        positions = torch.arange(length, device=embedded_RSD.device) if positions_RS is None else positions_RS
         if self._decoder.project_in is not None:
             embedded_RSD = self._decoder.project_in(embedded_RSD)
         # OPT's table has two unused rows in front, which its `offset` skips.
         table = self._decoder.embed_positions
         return embedded_RSD + nn.functional.embedding(positions + table.offset, table.weight)
 
-    def attention_half(
-        self, layer: int, hidden_RSD: Tensor, rotary: Rotary | None, read_RT: Tensor | None = None
-    ) -> Tensor:
-        block = self._decoder.layers[layer]
-        normed_RSD = block.self_attn_layer_norm(hidden_RSD)
-        if read_RT is not None:
-            return gather_positions(hidden_RSD, read_RT) + self._read(layer, normed_RSD, rotary, read_RT)
-        attended, _ = block.self_attn(hidden_states=normed_RSD, attention_mask=None)
-        out: Tensor = hidden_RSD + attended
-        return out
+    def _norm_before_attention(self, layer: int) -> nn.Module:
+        return cast(nn.Module, self._layers[layer].self_attn_layer_norm)
 
     def ffn_half(self, layer: int, hidden_RSD: Tensor) -> Tensor:
         block = self._decoder.layers[layer]
@@ -266,23 +334,15 @@ class LlamaDecoder(_Sites):
         cos, sin = self._decoder.rotary_emb(embedded_RSD, positions)
         return cos, sin
 
-    def embed_positions(self, embedded_RSD: Tensor) -> Tensor:
+    def embed_positions(self, embedded_RSD: Tensor, positions_RS: Tensor | None = None) -> Tensor:
         if embedded_RSD.shape[1] > self._max_positions:
             raise ValueError(
                 f"sequence of {embedded_RSD.shape[1]} positions, the text model takes {self._max_positions}."
             )
         return embedded_RSD
 
-    def attention_half(
-        self, layer: int, hidden_RSD: Tensor, rotary: Rotary | None, read_RT: Tensor | None = None
-    ) -> Tensor:
-        block = self._layers[layer]
-        normed_RSD = block.input_layernorm(hidden_RSD)
-        if read_RT is not None:
-            return gather_positions(hidden_RSD, read_RT) + self._read(layer, normed_RSD, rotary, read_RT)
-        attended, _ = block.self_attn(hidden_states=normed_RSD, position_embeddings=rotary, attention_mask=None)
-        out: Tensor = hidden_RSD + attended
-        return out
+    def _norm_before_attention(self, layer: int) -> nn.Module:
+        return cast(nn.Module, self._layers[layer].input_layernorm)
 
     def ffn_half(self, layer: int, hidden_RSD: Tensor) -> Tensor:
         block = self._layers[layer]

@@ -17,6 +17,7 @@ from odedit.editors.base import Editor, Trace
 from odedit.edits import EditBatch, EditParams, stack_params
 from odedit.objective import Objective, Terms
 from odedit.primal_dual import PrimalDual, State
+from odedit.stages import stage
 
 _FULL_ENOUGH = 0.75
 """Share of moving edits below which the finished ones leave the batch: copying the rest costs about one step."""
@@ -112,8 +113,8 @@ class _Run:
         self._finished: dict[int, EditParams] = {}
         # Of all edits. What follows is of those in the batch, axis 0 in the order of `progress.members`.
         self._all = batch.select(objective.slots(editor, batch))
-        self._all_prefix = backbone.prefix(self._all, *editor.sites, positionwise=editor.positionwise)
-        with torch.no_grad():
+        with stage("edit: prefix"), torch.no_grad():
+            self._all_prefix = backbone.prefix(self._all, *editor.sites, positionwise=editor.positionwise)
             self._all_base_EKTD = backbone.suffix(self._all_prefix, self._all.predict_EKT)
         self._origin: EditParams = {}
         self._params: EditParams = {}
@@ -127,14 +128,18 @@ class _Run:
         """One forward of all edits in the batch, and one step of those that move on."""
         assert self._state is not None
         progress = self._progress
-        with self._editor.applied(self._backbone, self._params, self._batch) as trace:
+        with stage("edit: forward"), self._editor.applied(self._backbone, self._params, self._batch) as trace:
             hidden = self._backbone.suffix(self._prefix, self._objective.read(self._batch))
-        terms = self._objective(self._backbone, self._editor, self._params, trace, self._batch, hidden, self._base_EKTD)
-        progress.observe(terms, trace, self._editor, self._state.steps_E)
+        with stage("edit: risks"):
+            terms = self._objective(
+                self._backbone, self._editor, self._params, trace, self._batch, hidden, self._unedited
+            )
+            progress.observe(terms, trace, self._editor, self._state.steps_E)
         forwarded = self._params
-        self._params, self._state, moved = self._optimizer.step(
-            forwarded, self._origin, self._state, terms, progress.active_E
-        )
+        with stage("edit: backward and update"):
+            self._params, self._state, moved = self._optimizer.step(
+                forwarded, self._origin, self._state, terms, progress.active_E
+            )
         progress.log(terms, moved)
         if int(progress.active_E.sum()) <= _FULL_ENOUGH * len(progress.members):
             self._let_go(forwarded, trace)
@@ -164,7 +169,7 @@ class _Run:
             return
         members = torch.tensor(progress.members, device=self._all.tokens_EKS.device)
         self._batch, self._prefix = self._all.take(members), self._all_prefix.take(members)
-        self._base_EKTD = self._all_base_EKTD[members]
+        self._unedited = self._objective.unedited(self._backbone, self._batch, self._all_base_EKTD[members])
         if len(members) > staying:
             new = _detached(self._editor.init(self._backbone, self._all.take(members[staying:])))
             if staying and self._state is not None:
@@ -241,9 +246,10 @@ class _Progress:
             **{f"g_{name}": gradient for name, gradient in terms.scale_gradients.items()},
             **moved,
         }
-        table = {name: value.detach().float().cpu().tolist() for name, value in columns.items()}
+        # One transfer from the device for all of them.
+        table = torch.stack([value.detach().float() for value in columns.values()]).cpu().tolist()
         for row in self._logged_E.nonzero().flatten().tolist():
-            for name, values in table.items():
+            for name, values in zip(columns, table, strict=True):
                 self._curves[self.members[row]].setdefault(name, []).append(values[row])
 
     def results(self, edit_ids: tuple[str, ...], finished: dict[int, EditParams], seconds: float) -> list[EditResult]:

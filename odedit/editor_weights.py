@@ -60,8 +60,8 @@ def load_weights(
     file = Path(path).expanduser()
     if not file.is_file():
         raise InputError(f"editor.checkpoint: no such file {path!r}; {hint}.")
-    modified = file.stat().st_mtime_ns
-    info, weights = _about(str(file), modified), _tensors(str(file), modified, device)
+    version = _version(file)
+    info, weights = _about(str(file), version), _tensors(str(file), version, device)
     wanted = {"editor": editor, "settings": json.loads(json.dumps(dict(settings))), "fingerprint": fingerprint}
     for name, value in wanted.items():
         if info.get(name) != value:
@@ -75,14 +75,20 @@ def load_weights(
 def trained_with(path: str) -> str:
     """Objective and supervision that a file of weights was trained with. Raises InputError as `load_weights` does."""
     file = Path(path).expanduser()
-    return str(_about(str(file), file.stat().st_mtime_ns).get("trained_with", ""))
+    return str(_about(str(file), _version(file)).get("trained_with", ""))
 
 
 _NAMES = {"editor": "editor", "settings": "setting of the editor", "fingerprint": "model (fingerprint of its weights)"}
 
 
+def _version(file: Path) -> tuple[int, int]:
+    """Tells a file from the one that has replaced it, also within a tick of the file system's clock."""
+    found = file.stat()
+    return found.st_mtime_ns, found.st_ino
+
+
 @lru_cache(maxsize=8)
-def _about(path: str, modified: int) -> dict[str, Any]:
+def _about(path: str, version: tuple[int, int]) -> dict[str, Any]:
     """What the file says about itself, without its tensors."""
     with _opened(path, "cpu") as stream:
         metadata = stream.metadata() or {}
@@ -95,7 +101,7 @@ def _about(path: str, modified: int) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=8)
-def _tensors(path: str, modified: int, device: str) -> dict[str, Tensor]:
+def _tensors(path: str, version: tuple[int, int], device: str) -> dict[str, Tensor]:
     with _opened(path, device) as stream:
         return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
 

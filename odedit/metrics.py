@@ -12,20 +12,22 @@ where prompt positions that an edit hardly reaches dilute the figure.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from odedit.backbones.base import Backbone
+from odedit.backbones.base import Backbone, Prefix
 from odedit.editors.base import Editor
 from odedit.edits import RELIABILITY, EditBatch, EditParams, is_locality
 from odedit.encoding import gather_positions
+from odedit.key_values import KeyValues
 
 MAIN = ("rel", "t_gen", "m_gen", "t_loc", "m_loc")
 TOP_K = 10
+_POSITIONS_AT_ONCE = 1024
 _ROUNDING = 1e-12
 Row = dict[str, float | str | None]
 
@@ -49,7 +51,7 @@ class _Readout:
 
     Attributes:
         top_EKTR: The first `TOP_K` choices at the positions that predict the target.
-        top_EKSR: The same at every position; None unless asked for.
+        top_EKSR: The same at every position of the probes of locality; None unless asked for.
         greedy_EKT: Greedily generated tokens, as many as the target has; None unless asked for.
     """
 
@@ -77,21 +79,23 @@ def evaluate(
         the record's own probe and its near one where there is one; `_far` and `_near` then tell them apart.
     """
 
-    def run(asked: EditBatch) -> Tensor:
-        prefix = backbone.prefix(asked, *editor.sites, positionwise=editor.positionwise)
-        return backbone.suffix(prefix, asked.predict_EKT)
-
-    def run_edited(asked: EditBatch) -> Tensor:
-        prefix = backbone.prefix(asked, *editor.sites, positionwise=editor.positionwise)
-        with editor.applied(backbone, params, asked):
-            return backbone.suffix(prefix, asked.predict_EKT)
-
     read_EKT = None if config.mmedit else batch.predict_EKT
-    prefix = backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise)
-    before = _read(backbone, batch, backbone.suffix(prefix, read_EKT), run, config)
+    memory = KeyValues()
+    prefix = backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise, memory=memory)
+
+    def read() -> _Readout:
+        own = memory.branch()
+        hidden = backbone.suffix(prefix, read_EKT, own)
+        states_EKTD = gather_positions(hidden, batch.predict_EKT) if config.mmedit else hidden
+        top_EKTR = _top(backbone, states_EKTD, batch.target_mask_EKT)
+        compared = torch.tensor([is_locality(name) for name in batch.slots], device=hidden.device)
+        everywhere = _top(backbone, hidden, batch.real_EKS & compared[:, None]) if config.mmedit else None
+        greedy_EKT = greedy(backbone, batch, prefix, own, top_EKTR[..., 0]) if config.generate else None
+        return _Readout(top_EKTR, everywhere, greedy_EKT)
+
+    before = read()
     with editor.applied(backbone, params, batch):
-        hidden = backbone.suffix(prefix, read_EKT)
-    after = _read(backbone, batch, hidden, run_edited, config)
+        after = read()
     rows: list[Row] = []
     for e in range(batch.num_edits):
         row: Row = {}
@@ -111,60 +115,44 @@ def evaluate(
     return rows
 
 
-def _read(
-    backbone: Backbone,
-    batch: EditBatch,
-    hidden: Tensor,
-    run: Callable[[EditBatch], Tensor],
-    config: EvaluationConfig,
-) -> _Readout:
-    """Takes final states at every position where all are asked for, else at `predict_EKT`."""
-    top_EKTR = _top(backbone, gather_positions(hidden, batch.predict_EKT) if config.mmedit else hidden)
-    top_EKSR = _top(backbone, hidden) if config.mmedit else None
-    greedy_EKT = greedy(backbone, batch, run, top_EKTR[..., 0]) if config.generate else None
-    return _Readout(top_EKTR, top_EKSR, greedy_EKT)
+def _top(backbone: Backbone, hidden: Tensor, mask: Tensor) -> Tensor:
+    """First choices `(..., TOP_K)` at the positions of the mask, zeros elsewhere."""
+    states_MD = hidden[mask]
+    # Logits of all positions at once would not fit a large vocabulary.
+    parts = [backbone.head(part).topk(TOP_K, dim=-1).indices for part in states_MD.split(_POSITIONS_AT_ONCE)]
+    top = torch.zeros(*mask.shape, TOP_K, dtype=torch.long, device=hidden.device)
+    top[mask] = torch.cat(parts) if parts else top[mask]
+    return top
 
 
-def _top(backbone: Backbone, hidden: Tensor) -> Tensor:
-    """First choices `(..., TOP_K)`, edit by edit: logits of all positions at once would not fit a large vocabulary."""
-    return torch.stack([backbone.head(one).topk(TOP_K, dim=-1).indices for one in hidden])
-
-
-def greedy(
-    backbone: Backbone, batch: EditBatch, run: Callable[[EditBatch], Tensor], first_choice_EKT: Tensor
-) -> Tensor:
+@torch.no_grad()
+def greedy(backbone: Backbone, batch: EditBatch, prefix: Prefix, memory: KeyValues, first_choice_EKT: Tensor) -> Tensor:
     """Greedily generated tokens for every probe, as many as its target has, `(E, K, T)`.
 
     By fixed-point iteration: feed a draft, replace it by the model's first choices, repeat. A token is final as soon
-    as all before it are, so T rounds give exactly the tokens of one-by-one decoding, and mostly two or three do.
+    as all before it are, so T rounds give exactly the tokens of one-by-one decoding, and mostly two or three do. A
+    round computes the target's positions alone, which attend to the prompt's keys and values.
 
     Args:
-        run: From a batch to its final hidden states at `predict_EKT`; called with the draft in the target's place.
+        memory: Of a forward of `prefix` and suffix, under the edit if there is one; this must be called inside the same
+            `applied` block.
         first_choice_EKT: The model's choices given the target, which is the first draft.
     """
+    mask_EKT = batch.target_mask_EKT
     draft_EKT, choice_EKT = batch.target_EKT, first_choice_EKT
     for _ in range(batch.target_EKT.shape[-1]):
-        changed = (choice_EKT != draft_EKT) & batch.target_mask_EKT
+        changed = (choice_EKT != draft_EKT) & mask_EKT
         # The last token is never fed back, so a change there alone needs no further round.
-        fed_back = changed & batch.target_mask_EKT.roll(-1, dims=-1)
+        fed_back = changed & mask_EKT.roll(-1, dims=-1)
         fed_back[..., -1] = False
         draft_EKT = torch.where(changed, choice_EKT, draft_EKT)
         if not bool(fed_back.any()):
             break
-        tokens_EKS = batch.tokens_EKS.scatter(
-            2, _target_positions(batch), torch.where(batch.target_mask_EKT, draft_EKT, _current(batch))
-        )
-        choice_EKT = backbone.head(run(replace(batch, tokens_EKS=tokens_EKS))).argmax(dim=-1)
+        states = backbone.behind(prefix, batch, draft_EKT, memory)
+        # The prompt's own choice does not depend on the draft.
+        choice_EKT = first_choice_EKT.clone()
+        choice_EKT[..., 1:][mask_EKT[..., 1:]] = backbone.head(states[mask_EKT[..., 1:]]).argmax(dim=-1)
     return draft_EKT
-
-
-def _target_positions(batch: EditBatch) -> Tensor:
-    """Where each target token stands; unused entries point at a position that is written back unchanged."""
-    return torch.where(batch.target_mask_EKT, batch.predict_EKT + 1, 0)
-
-
-def _current(batch: EditBatch) -> Tensor:
-    return batch.tokens_EKS.gather(2, _target_positions(batch))
 
 
 def _answer_columns(name: str, batch: EditBatch, before: _Readout, after: _Readout, e: int, k: int) -> Row:
@@ -235,7 +223,7 @@ class PairedDifference:
     n: int
 
 
-def estimate(values: Sequence[float], clusters: Sequence[str] | None = None) -> Estimate:
+def estimate(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
     """Mean and interval; the interval is the mean itself for one value, or when all are equal.
 
     Args:
@@ -256,7 +244,7 @@ def estimate(values: Sequence[float], clusters: Sequence[str] | None = None) -> 
     return Estimate(mean, mean - half, mean + half, n)
 
 
-def _standard_error(values: Sequence[float], mean: float, clusters: Sequence[str] | None) -> float:
+def _standard_error(values: Sequence[float], mean: float, clusters: Sequence[Hashable] | None) -> float:
     """Of the mean; with every value its own cluster it is the ordinary one."""
     groups = range(len(values)) if clusters is None else clusters
     sums: dict[Any, float] = {}
@@ -269,7 +257,7 @@ def _standard_error(values: Sequence[float], mean: float, clusters: Sequence[str
     return error if error > _ROUNDING * max(map(abs, values)) else 0.0
 
 
-def _num_clusters(values: Sequence[float], clusters: Sequence[str] | None) -> int:
+def _num_clusters(values: Sequence[float], clusters: Sequence[Hashable] | None) -> int:
     return len(values) if clusters is None else len(set(clusters))
 
 
@@ -294,7 +282,12 @@ def summarize(rows: Sequence[Mapping[str, Any]], facts: Sequence[str] | None = N
                 values, clusters = columns.setdefault(name, ([], []))
                 values.append(float(value))
                 clusters.append(str(number) if facts is None else facts[number])
-    return {name: _within_its_range(estimate(values, clusters), values) for name, (values, clusters) in columns.items()}
+    return {name: estimate_column(values, clusters) for name, (values, clusters) in columns.items()}
+
+
+def estimate_column(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
+    """As `estimate`, of finite values; of shares, whose interval lies between 0 and 1 as they do."""
+    return _within_its_range(estimate(values, clusters), values)
 
 
 def _within_its_range(found: Estimate, values: Sequence[float]) -> Estimate:

@@ -22,6 +22,7 @@ from odedit.decoders import Decoder
 from odedit.edits import EditBatch, Picture, Probe
 from odedit.encoding import TokenSequence, assemble, gather_positions
 from odedit.errors import InputError
+from odedit.key_values import KeyValues
 from odedit.pretrained import Architecture, PretrainedProcessor
 from odedit.prompts import Template
 
@@ -154,7 +155,9 @@ class MultimodalModel(ABC):
         return self._decoder.activation(site)
 
     @torch.no_grad()
-    def prefix(self, batch: EditBatch, *sites: str, positionwise: bool = False) -> Prefix:
+    def prefix(
+        self, batch: EditBatch, *sites: str, positionwise: bool = False, memory: KeyValues | None = None
+    ) -> Prefix:
         shape = (batch.tokens_EKS.shape[0], batch.tokens_EKS.shape[1])
         tokens_RS, image_RS = batch.tokens_EKS.flatten(0, 1), batch.image_EKS.flatten(0, 1)
         embedded_RSD = self._decoder.embed_tokens(tokens_RS)
@@ -173,9 +176,10 @@ class MultimodalModel(ABC):
         layer = min(layer for layer, _ in located)
         at_ffn = all(part.startswith("ffn") for at, part in located if at == layer)
         for index in range(layer):
-            hidden_RSD = self._decoder.ffn_half(index, self._decoder.attention_half(index, hidden_RSD, rotary))
+            hidden_RSD = self._decoder.attention_half(index, hidden_RSD, rotary, memory=memory)
+            hidden_RSD = self._decoder.ffn_half(index, hidden_RSD)
         if at_ffn:
-            hidden_RSD = self._decoder.attention_half(layer, hidden_RSD, rotary)
+            hidden_RSD = self._decoder.attention_half(layer, hidden_RSD, rotary, memory=memory)
         return Prefix(layer, at_ffn, hidden_RSD, shape, self._whole_layer(sites, positionwise), rotary)
 
     def _whole_layer(self, sites: Sequence[str], positionwise: bool) -> int:
@@ -183,7 +187,7 @@ class MultimodalModel(ABC):
             return -1
         return max((self._decoder.locate(site)[0] for site in sites if not is_connector(site)), default=-1)
 
-    def suffix(self, prefix: Prefix, read_EKT: Tensor | None = None) -> Tensor:
+    def suffix(self, prefix: Prefix, read_EKT: Tensor | None = None, memory: KeyValues | None = None) -> Tensor:
         read_RT = None if read_EKT is None else read_EKT.flatten(0, 1)
         last = self.num_layers - 1
         # Behind the last layer's keys and values nothing looks at another position.
@@ -195,7 +199,7 @@ class MultimodalModel(ABC):
         for index in range(prefix.layer, self.num_layers):
             read = early_RT if index == last else None
             if index > prefix.layer or not prefix.at_ffn:
-                hidden = self._decoder.attention_half(index, hidden, prefix.rotary, read)
+                hidden = self._decoder.attention_half(index, hidden, prefix.rotary, read, memory)
             elif read is not None:
                 hidden = gather_positions(hidden, read)
             hidden = self._decoder.ffn_half(index, hidden)
@@ -203,6 +207,22 @@ class MultimodalModel(ABC):
             hidden = gather_positions(hidden, read_RT)
         hidden = self._decoder.finish(hidden)
         return hidden.reshape(*prefix.shape, *hidden.shape[1:])
+
+    @torch.no_grad()
+    def behind(self, prefix: Prefix, batch: EditBatch, tokens_EKT: Tensor, memory: KeyValues) -> Tensor:
+        # A token stands where the one after it is predicted; the first is predicted by the prompt.
+        at_RT = batch.predict_EKT[..., 1:].flatten(0, 1)
+        last_R = batch.predict_EKT[..., 0].flatten()
+        rotary = None
+        if prefix.rotary is not None:
+            cos, sin = (gather_positions(part.expand(len(at_RT), -1, -1), at_RT) for part in prefix.rotary)
+            rotary = cos, sin
+        embedded_RTD = self._decoder.embed_tokens(tokens_EKT[..., :-1].flatten(0, 1))
+        hidden_RTD = self._decoder.embed_positions(embedded_RTD, at_RT)
+        for layer in range(self.num_layers):
+            hidden_RTD = self._decoder.attention_half_behind(layer, hidden_RTD, rotary, last_R, memory)
+            hidden_RTD = self._decoder.ffn_half(layer, hidden_RTD)
+        return self._decoder.finish(hidden_RTD).unflatten(0, prefix.shape)
 
     def head(self, hidden: Tensor) -> Tensor:
         return self._decoder.head(hidden)

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from odedit import editors
-from odedit.backbones import Backbone, encode_requests, load_backbone
+from odedit.backbones import Backbone, encode_requests
 from odedit.checkpoint import EditInfo, save_edit
 from odedit.editing import EditResult, edit
 from odedit.editors.base import Measuring
@@ -33,7 +33,9 @@ from odedit.supervision import rephrase_distance
 from pipeline import results, staging
 from pipeline.attempts import Ledger
 from pipeline.config import BackboneConfig
-from pipeline.prepare import Prepared, Preparer, located, one_sentence, write_traceback
+from pipeline.features import load_remembering
+from pipeline.prepare import Prepared, Preparer, located, one_sentence, write_note, write_traceback
+from pipeline.room import Room
 from pipeline.spec import Job
 from pipeline.workspace import read_json, write_once
 
@@ -54,8 +56,9 @@ class EditActor:
         config = job.config
         self._template = find_template(config.data.template)
         self._editor = editors.find(config.editor.name)(config.editor.settings)
-        self._backbone = _load(config.backbone, job.device)
+        self._backbone = _load(job)
         self._editor.check(self._backbone)
+        self._room = Room(config.pipeline.at_once, job.device, job.memory_share)
         self._lazy_objective: Objective | None = None
         self._is_measured = not isinstance(self._editor, Measuring)
 
@@ -67,7 +70,10 @@ class EditActor:
             InputError: The kernel's bandwidth cannot be measured.
         """
         part = self._job.workspace.part(prepared.group)
-        if not part.exists():
+        rows: Iterable[results.Row]
+        if part.exists():
+            rows = results.read_rows([part], results.PROGRESS_COLUMNS)
+        else:
             try:
                 rows = sorted([*prepared.rows, *self._rows(prepared)], key=lambda row: int(row["index"]))
                 results.write_part(part, rows)
@@ -76,10 +82,7 @@ class EditActor:
                 self._ledger(prepared.group).close()
                 raise
             self._ledger(prepared.group).close()
-        return [
-            {name: row.get(name) for name in results.PROGRESS_COLUMNS}
-            for row in results.read_rows([part], results.PROGRESS_COLUMNS)
-        ]
+        return [{name: row.get(name) for name in results.PROGRESS_COLUMNS} for row in rows]
 
     def _ledger(self, group: int) -> Ledger:
         path = self._job.workspace.attempts / f"group-{group:06d}.json"
@@ -125,7 +128,7 @@ class EditActor:
         return row
 
     def _edit_within_memory(self, records: Sequence[RawRecord], requests: Sequence[EditRequest]) -> list[results.Row]:
-        """Edits together, or in halves where memory does not suffice."""
+        """Edits a group; where memory does not suffice, fewer at once, or in the end the group in halves."""
         try:
             return self._edit(records, requests)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -134,6 +137,8 @@ class EditActor:
         # Outside of the handler, whose traceback would keep the tensors alive.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        if self._room.narrower(len(requests)):
+            return self._edit_within_memory(records, requests)
         middle = len(requests) // 2
         first = self._edit_within_memory(records[:middle], requests[:middle])
         return first + self._edit_within_memory(records[middle:], requests[middle:])
@@ -142,12 +147,16 @@ class EditActor:
         config = self._job.config
         supervision, evaluation = self._encode(requests)
         objective = self._objective()
-        edited = edit(self._backbone, self._editor, objective, supervision, config.stopping, config.seed)
+        width = self._room.width(len(requests), lambda: self._peak_bytes(objective, supervision, 1))
+        edited = edit(self._backbone, self._editor, objective, supervision, config.stopping, config.seed, width)
         memory = {}
         if config.pipeline.measure_memory:
-            memory = {"peak_bytes": self._peak_bytes(objective, supervision) / len(edited)}
-        params = stack_params([result.params for result in edited])
-        scores = evaluate(self._backbone, self._editor, params, evaluation, config.evaluation)
+            memory = {"peak_bytes": self._peak_bytes(objective, supervision, width) / width}
+        scores = []
+        for rows_E in torch.arange(len(edited)).split(width):
+            params = stack_params([edited[row].params for row in rows_E.tolist()])
+            part = evaluation.take(rows_E.to(evaluation.tokens_EKS.device))
+            scores += evaluate(self._backbone, self._editor, params, part, config.evaluation)
         rows = []
         for record, request, result, score in zip(records, requests, edited, scores, strict=True):
             known = memory | {"rephrase_distance": rephrase_distance(request)}
@@ -157,10 +166,11 @@ class EditActor:
             rows.append(row)
         return rows
 
-    def _peak_bytes(self, objective: Objective, supervision: EditBatch) -> int:
-        """The peak memory of the batch's loop, over its first steps once more: measuring takes time, which no edit's
+    def _peak_bytes(self, objective: Objective, supervision: EditBatch, width: int) -> int:
+        """The peak memory of the loop of so many edits, over its first steps: measuring takes time, which no edit's
         `seconds` shall hold, and no later step needs more than these do.
         """
+        supervision = supervision.take(torch.arange(width, device=supervision.tokens_EKS.device))
         config = self._job.config
         limit = self._editor.max_steps if config.stopping.max_steps is None else config.stopping.max_steps
         stopping = replace(config.stopping, max_steps=min(MEASURED_STEPS, limit))
@@ -302,15 +312,18 @@ class EditActor:
 _MEASURED: dict[Any, dict[str, Any]] = {}
 
 
-_LOADED: dict[tuple[BackboneConfig, str], Backbone] = {}
+_LOADED: dict[tuple[BackboneConfig, str, str | None], Backbone] = {}
 
 
-def _load(backbone: BackboneConfig, device: str) -> Backbone:
-    """Kept for the next run of the same worker, which mostly edits the same model; never two at once."""
-    key = (backbone, device)
+def _load(job: Job) -> Backbone:
+    """Kept for the next run of the same worker, which mostly edits the same model; never two at once.
+
+    It keeps the features of the pictures used last, so the arms of a study share them.
+    """
+    key = (job.config.backbone, job.device, job.config.pipeline.feature_store)
     if key not in _LOADED:
         _LOADED.clear()
-        _LOADED[key] = load_backbone(backbone.family, backbone.checkpoint, dtype=backbone.dtype, device=device)
+        _LOADED[key] = load_remembering(*key, warn=lambda text: write_note(job, "feature-store", text))
     return _LOADED[key]
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from odedit.backbones import Backbone, is_connector, load_backbone, names
+from odedit.backbones import Backbone, Prefix, is_connector, load_backbone, names
 from odedit.checkpoint import load_edit, load_edits
 from odedit.edits import EditBatch, Probe
 from odedit.errors import InputError
 from odedit.images import ImageError, ImageReader
+from odedit.key_values import KeyValues
 from odedit.metrics import greedy
 from odedit.prompts import find_template
 
@@ -54,15 +54,11 @@ def answers(
     features = backbone.image_features([picture] if picture else [], before)
     batch = backbone.encode(["question"], ["rel"], [[probe]], features, find_template(infos[0].template), before)
 
-    def run(read: EditBatch) -> Tensor:
-        return backbone.suffix(backbone.prefix(read, *editor.sites), read.predict_EKT)
-
-    def run_edited(read: EditBatch) -> Tensor:
-        prefix = backbone.prefix(read, *editor.sites)
-        with editor.together(backbone, params, read):
-            return backbone.suffix(prefix, read.predict_EKT)
-
-    return _generate(backbone, batch, run, max_tokens), _generate(backbone, batch, run_edited, max_tokens)
+    memory = KeyValues()
+    prefix = backbone.prefix(batch, *editor.sites, memory=memory)
+    unedited = _generate(backbone, batch, prefix, memory.branch(), max_tokens)
+    with editor.together(backbone, params, batch):
+        return unedited, _generate(backbone, batch, prefix, memory, max_tokens)
 
 
 def load_backbone_of(
@@ -83,10 +79,10 @@ def load_backbone_of(
     return load_backbone(info.family, checkpoint or info.checkpoint, dtype=dtype, device=device)
 
 
-def _generate(backbone: Backbone, batch: EditBatch, run: Callable[[EditBatch], Tensor], max_tokens: int) -> str:
+def _generate(backbone: Backbone, batch: EditBatch, prefix: Prefix, memory: KeyValues, max_tokens: int) -> str:
     """Fills the placeholders of the target greedily; stops at the end token."""
-    first_EKT = backbone.head(run(batch)).argmax(dim=-1)
-    tokens = greedy(backbone, batch, run, first_EKT)[0, 0].tolist()[:max_tokens]
+    first_EKT = backbone.head(backbone.suffix(prefix, batch.predict_EKT, memory)).argmax(dim=-1)
+    tokens = greedy(backbone, batch, prefix, memory, first_EKT)[0, 0].tolist()[:max_tokens]
     tokenizer = backbone.processor.tokenizer
     if tokenizer.eos_token_id in tokens:
         tokens = tokens[: tokens.index(tokenizer.eos_token_id)]

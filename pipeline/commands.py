@@ -64,7 +64,7 @@ def _show_plan(config: run_config.RunConfig, errors: Console) -> None:
 
     print(tracking.masked(config.to_yaml()))
     workspace = Workspace.of(config.out)
-    done = len(results.parts(workspace))
+    done = len(results.finished_groups(workspace))
     with tempfile.TemporaryDirectory() as folder:
         # Staged elsewhere: looking must not begin a run.
         ready = prepare(replace(config, out=str(Path(folder) / "out")))

@@ -107,11 +107,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """How the work is spread. Only `batch_size` is part of what the numbers depend on, in their last bits.
+    """How the work is spread. The numbers depend on `batch_size` and `at_once` in their last bits, on the rest not.
 
     Attributes:
         actors: Workers that hold the model; `auto`: one per GPU, else one per core for a small model.
-        batch_size: Edits optimised together; also what one crash can cost.
+        batch_size: Edits of a group, which are encoded, optimised and written together; also what one crash can cost.
+        at_once: Edits of a group that move together; the others wait, and take the places of those that have finished.
+            `auto`: as many as half of the free memory holds, by what one was measured to take; small models: all.
+            Halved whenever memory runs out all the same.
         device: `auto` takes GPUs if the cluster has any.
         gpus_per_actor: Share of a GPU; 0.5 puts two actors on one.
         threads_per_actor: Of one actor without GPU; `auto`: 1 for a small model, else the machine's cores.
@@ -120,10 +123,13 @@ class PipelineConfig:
         max_attempts: An edit that has ended its worker so often is given up as a failed row.
         measure_memory: Every row gets `peak_bytes`, the peak memory of its batch's loop divided by the batch's edits;
             see `odedit.memory`. Measured over the first steps of a second run of the loop, without warm-up.
+        feature_store: Folder or address where image features are kept for other workers and runs, which then do not
+            compute them; see `odedit.feature_store`. Null: a worker remembers those it used last, in memory.
     """
 
     actors: Literal["auto"] | int = AUTO
     batch_size: int = 8
+    at_once: Literal["auto"] | int = AUTO
     device: Literal["auto", "cpu", "cuda"] = AUTO
     gpus_per_actor: float = 1.0
     threads_per_actor: Literal["auto"] | int = AUTO
@@ -131,11 +137,12 @@ class PipelineConfig:
     ray_address: str | None = None
     max_attempts: int = 3
     measure_memory: bool = False
+    feature_store: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_attempts < 2:
             raise ValueError(f"max_attempts: got {self.max_attempts}, expected at least 2: with its group, and alone.")
-        for name in ("actors", "batch_size", "threads_per_actor", "preparers"):
+        for name in ("actors", "batch_size", "at_once", "threads_per_actor", "preparers"):
             value = getattr(self, name)
             if value != AUTO and value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1.")

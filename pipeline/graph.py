@@ -1,7 +1,8 @@
 """The Ray Data graph: groups -> prepare (CPU) -> edit (actors) -> reports. The actors write the results.
 
-One group is one block, because a block is what Ray schedules, retries and loses. The two stages ask for different
-resources, else Ray would fuse them and a GPU would wait for pictures.
+One group is one block, because a block is what Ray schedules, retries and loses. Only in a large run a block is
+several groups: Ray's driver remembers every block until the end. The two stages ask for different resources, else Ray
+would fuse them and a GPU would wait for pictures.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ from pipeline.prepare import Preparer, one_sentence, write_traceback
 from pipeline.request_cache import RequestCache
 from pipeline.results import Row
 from pipeline.spec import CPUS_PER_PREPARER, Job, Plan
+
+MAX_BLOCKS = 512
+"""Also how often a large run hears of its progress."""
+MAX_BLOCKS_PER_ACTOR = 64
+"""With many actors: what the last block keeps one of them at, while the others wait, is a small share of the run."""
 
 
 class GraphError(RuntimeError):
@@ -44,8 +50,9 @@ def run_graph(
     """
     _quiet()
     num_actors, num_preparers = (min(number, len(pending)) for number in (plan.num_actors, plan.num_preparers))
+    num_blocks = min(len(pending), max(MAX_BLOCKS, MAX_BLOCKS_PER_ACTOR * num_actors))
     reports = (
-        ray.data.from_items([{"job": job, "group": group} for job, group in pending], override_num_blocks=len(pending))
+        ray.data.from_items([{"job": job, "group": group} for job, group in pending], override_num_blocks=num_blocks)
         .map_batches(
             PrepareStage,
             fn_constructor_args=(tuple(jobs),),
@@ -95,6 +102,7 @@ class _Stage:
         self._jobs = jobs
         self._shared: tuple[Any, ...] = ()
         self._workers: dict[int, Any] = {}
+        self._fatal: dict[str, Any] = {}
 
     def _worker(self, index: int) -> Any:
         """The run's worker, or a report of why there is none."""
@@ -139,7 +147,8 @@ class EditStage(_Stage):
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         index, prepared = int(batch["job"][0]), cloudpickle.loads(batch["prepared"][0])
-        worker = self._worker(index)
+        # A block may hold further groups, and the driver hears of it only after them.
+        worker: Any = self._fatal or self._worker(index)
         fatal = next((found for found in (worker, prepared) if isinstance(found, dict)), {})
         rows: list[Row] = []
         try:
@@ -149,6 +158,7 @@ class EditStage(_Stage):
         except OSError as error:
             message = f"results cannot be written ({one_sentence(error)}). The same command goes on from there."
             fatal = {"fatal": message, "is_input": False}
+        self._fatal = fatal
         return {
             "job": [index],
             "group": [-1 if fatal else prepared.group],

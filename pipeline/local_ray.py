@@ -141,6 +141,8 @@ def _local_environment() -> dict[str, str]:
         # Ray warns on standard error about its own way of passing constructor arguments.
         "RAY_BACKEND_LOG_LEVEL": "fatal",
         "RAY_enable_metrics_collection": "0",
+        # Ray's own 15 would let everything else on the machine go first, and the run is what its user waits for.
+        "RAY_worker_niceness": "0",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONWARNINGS": "ignore",

@@ -54,9 +54,10 @@ class Preparer:
         self._made_from = (job.sources, config.supervision, config.backbone.family, config.backbone.checkpoint)
         self._processor = load_processor(job.config.backbone.family, job.config.backbone.checkpoint)
         self._pool = staging.read_pool(job.workspace, job.sources)
+        self._read_group = staging.GroupReader(job.workspace.records)
 
     def __call__(self, group: int) -> Prepared:
-        records = staging.read_group(self._job.workspace.records, group)
+        records = self._read_group(group)
         kept: list[RawRecord] = []
         requests: list[EditRequest] = []
         rows: list[results.Row] = []
@@ -146,7 +147,11 @@ def one_sentence(error: BaseException) -> str:
 
 def write_traceback(job: Job, name: str) -> None:
     """Keeps the whole story of an unexpected error for a developer; the row has its one sentence."""
+    write_note(job, name, masked(traceback.format_exc()))
+
+
+def write_note(job: Job, name: str, text: str) -> None:
+    """Keeps what a worker has to say besides its rows; nobody sees what it prints."""
     with suppress(OSError):  # a full disk must not hide the error itself
         job.workspace.errors.mkdir(exist_ok=True)
-        text = masked(traceback.format_exc())
         (job.workspace.errors / f"{name}.txt").write_text(text, encoding="utf-8", errors="replace")

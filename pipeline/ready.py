@@ -14,6 +14,7 @@ from odedit.locations import masked
 from pipeline import results, sources, staging, tracking
 from pipeline.checkpoints import editor_weights, with_absolute_checkpoints
 from pipeline.config import RunConfig
+from pipeline.features import with_checked_store
 from pipeline.sources import Sources
 from pipeline.staging import Staged
 from pipeline.version import code_version, software
@@ -47,7 +48,7 @@ def prepare(config: RunConfig, *, fresh: bool = False) -> Ready:
     """Checks what can be checked, stages the input, and finds out what is left to do."""
     workspace = Workspace.of(config.out)
     load_processor(config.backbone.family, config.backbone.checkpoint)
-    config = with_absolute_checkpoints(config)
+    config = with_checked_store(with_absolute_checkpoints(config))
     found = sources.resolve(config.data, workspace.out)
     found.reader.check_roots()
     settings = _settings(config, found)
@@ -56,9 +57,10 @@ def prepare(config: RunConfig, *, fresh: bool = False) -> Ready:
     before = _own_run(workspace)
     if before is None:
         _make_room(workspace, fresh=fresh)
-    elif not fresh:
+    elif not fresh and (results.parts(workspace) or settings == before["settings"]):
         _check_same_run(settings, before["settings"], workspace)
     else:
+        # Asked for, or other settings after a run that ended without any result: there is nothing to lose.
         with staging.aside(config, found, workspace):
             _clear(workspace)
     workspace.create()

@@ -214,18 +214,17 @@ def _write(path: Path, arms: Sequence[Arm]) -> Path:
 
 
 def _arm_view(arm: Arm) -> dict[str, Any]:
-    rows = list(islice(_rows(arm, worked=True), _MAX_EDITS))
     return {
         "name": arm.name,
         "summary": arm.summary,
         "counts": counts(arm.summary),
         "stop_reasons": ", ".join(f"{name} {count}" for name, count in arm.summary["stop_reasons"].items()),
-        "edits": rows,
-        "problems": list(islice(_rows(arm, worked=False), _MAX_PROBLEMS)),
+        "edits": _first_rows(arm, _MAX_EDITS, results.EDITED),
+        "problems": _first_rows(arm, _MAX_PROBLEMS, results.FAILED, results.SKIPPED),
         "config": arm.workspace.config.read_text(encoding="utf-8") if arm.workspace.config.exists() else "",
     }
 
 
-def _rows(arm: Arm, *, worked: bool) -> Any:
-    every = results.read_rows(results.parts(arm.workspace), _COLUMNS)
-    return ({name: row.get(name) for name in _COLUMNS} for row in every if (row["status"] == results.EDITED) == worked)
+def _first_rows(arm: Arm, count: int, *statuses: str) -> list[results.Row]:
+    found = islice(results.read_rows(results.parts(arm.workspace), _COLUMNS, statuses), count)
+    return [{name: row.get(name) for name in _COLUMNS} for row in found]

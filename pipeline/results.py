@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
-from pyarrow import parquet
+from pyarrow import compute, parquet
 
 from odedit.editor_weights import trained_with
 from odedit.locations import masked
-from odedit.metrics import MAIN, summarize
+from odedit.metrics import MAIN, Estimate, estimate_column
 from odedit.mmedit import RawRecord
 from pipeline.config import RunConfig
 from pipeline.workspace import Workspace, write_atomically
@@ -53,6 +54,11 @@ NOT_REPRODUCIBLE = ("seconds",)
 
 PROGRESS_COLUMNS = ("edit_id", "status", "error", "seconds", *MAIN)
 """What a worker reports of each row; the rest is in its file."""
+
+GROUPS_PER_FILE = 256
+"""Larger runs gather the rows of so many groups in one file once they are finished."""
+_ROWS_AT_ONCE = 512
+_VALUES_AT_ONCE = 2**19
 
 Row = dict[str, Any]
 
@@ -117,7 +123,21 @@ def _plain(value: Any) -> Any:
 
 
 def parts(workspace: Workspace) -> list[Path]:
-    return sorted(workspace.results.glob("part-*.parquet"))
+    """The result files in the order of their groups; those whose rows are in a larger one too are left out."""
+    spans = [(*_groups_of(path), path) for path in workspace.results.glob("part-*.parquet")]
+    kept: list[Path] = []
+    end = 0
+    for _, last, path in sorted(spans, key=lambda span: (span[0], -span[1])):
+        if last >= end:
+            kept.append(path)
+            end = last + 1
+    return kept
+
+
+def _groups_of(path: Path) -> tuple[int, int]:
+    """The first and the last group in a result file: `part-000007.parquet`, `part-000256-000511.parquet`."""
+    numbers = [int(number) for number in path.stem.removeprefix("part-").split("-")]
+    return numbers[0], numbers[-1]
 
 
 def digest(path: Path) -> str:
@@ -127,52 +147,95 @@ def digest(path: Path) -> str:
 
 
 def finished_groups(workspace: Workspace) -> set[int]:
-    return {int(path.stem.removeprefix("part-")) for path in parts(workspace)}
+    spans = map(_groups_of, parts(workspace))
+    return {group for first, last in spans for group in range(first, last + 1)}
 
 
-def read_rows(paths: Iterable[Path], columns: Sequence[str] | None = None) -> Iterator[Row]:
-    """Rows of result files, in order, a file at a time."""
+def read_rows(
+    paths: Iterable[Path], columns: Sequence[str] | None = None, statuses: Sequence[str] | None = None
+) -> Iterator[Row]:
+    """Rows of result files, in order, a file at a time; those of the given statuses, or all."""
     for path in paths:
-        file = parquet.ParquetFile(path)
-        wanted = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
-        for row in file.read(columns=wanted).to_pylist():
-            if row.get("losses") is not None:
-                row["losses"] = dict(row["losses"])
-            yield row
+        with parquet.ParquetFile(path) as file:
+            wanted = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
+            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=wanted):
+                if statuses is not None:
+                    batch = batch.filter(compute.is_in(batch.column("status"), pyarrow.array(statuses)))
+                for row in batch.to_pylist():
+                    if row.get("losses") is not None:
+                        row["losses"] = dict(row["losses"])
+                    yield row
 
 
 def unify(workspace: Workspace) -> None:
-    """Gives all result files the same columns: records differ in their further probes, readers go by the first file."""
+    """Puts the rows of many groups into one file each time, and gives all files the same columns.
+
+    Records differ in their further probes, and readers go by the first file. A few groups stay as they are.
+    """
     paths = parts(workspace)
+    if paths and _groups_of(paths[-1])[1] >= GROUPS_PER_FILE:
+        together: dict[int, list[Path]] = {}
+        for path in paths:
+            together.setdefault(_groups_of(path)[0] // GROUPS_PER_FILE, []).append(path)
+        for some in together.values():
+            _merge(workspace, some)
+        paths = parts(workspace)
+    _drop_repeated(workspace, paths)
     schemas = {path: parquet.read_schema(path).remove_metadata() for path in paths}
     if len({str(schema) for schema in schemas.values()}) < 2:
         return
-    types = {field.name: field.type for schema in schemas.values() for field in schema}
-    for schema in schemas.values():  # text wins: a column without any text in one file was taken for numbers
-        types |= {field.name: field.type for field in schema if field.type == pyarrow.string()}
-    extra = sorted(types.keys() - FIXED_COLUMNS.keys())
-    unified = pyarrow.schema([(name, types[name]) for name in (*FIXED_COLUMNS, *extra)])
+    unified = _unified(schemas.values())
     for path, schema in schemas.items():
         if schema != unified:
-            table = pyarrow.concat_tables(
-                [unified.empty_table(), parquet.read_table(path)], promote_options="permissive"
-            )
+            table = _with_schema(parquet.read_table(path), unified)
             write_atomically(path, lambda temporary, table=table: parquet.write_table(table, temporary))  # type: ignore[misc]
+
+
+def _merge(workspace: Workspace, paths: Sequence[Path]) -> None:
+    """Writes one file in the place of several. A kill before they are deleted leaves both: `parts` sees the larger."""
+    if len(paths) < 2:
+        return
+    target = workspace.results / f"part-{_groups_of(paths[0])[0]:06d}-{_groups_of(paths[-1])[1]:06d}.parquet"
+    tables = [parquet.ParquetFile(path).read() for path in paths]
+    schema = _unified(table.schema.remove_metadata() for table in tables)
+    table = pyarrow.concat_tables(_with_schema(table, schema) for table in tables)
+    write_atomically(target, lambda temporary: parquet.write_table(table, temporary))
+
+
+def _drop_repeated(workspace: Workspace, kept: Sequence[Path]) -> None:
+    """Deletes the files whose rows are in a larger one."""
+    for path in set(workspace.results.glob("part-*.parquet")) - set(kept):
+        path.unlink(missing_ok=True)
+
+
+def _unified(schemas: Iterable[pyarrow.Schema]) -> pyarrow.Schema:
+    fields = [field for schema in schemas for field in schema]
+    types = {field.name: field.type for field in fields}
+    # Text wins: a column without any text in one file was taken for numbers.
+    types |= {field.name: field.type for field in fields if field.type == pyarrow.string()}
+    extra = sorted(types.keys() - FIXED_COLUMNS.keys())
+    return pyarrow.schema([(name, types[name]) for name in (*FIXED_COLUMNS, *extra)])
+
+
+def _with_schema(table: pyarrow.Table, schema: pyarrow.Schema) -> pyarrow.Table:
+    """The table with nulls where it has no such column."""
+    return pyarrow.concat_tables(
+        [schema.empty_table(), table.replace_schema_metadata(None)], promote_options="permissive"
+    )
 
 
 def summarize_results(workspace: Workspace, config: RunConfig) -> dict[str, Any]:
     """Counts, and every figure's mean and 95% confidence interval over the edits that worked."""
+    paths = parts(workspace)
     counts = dict.fromkeys((EDITED, FAILED, SKIPPED), 0)
     reasons: Counter[str] = Counter()
-    numbers: list[dict[str, float]] = []
-    facts: list[str] = []
-    for row in read_rows(parts(workspace)):
+    facts = array("Q")
+    for row in read_rows(paths, ("status", "stop_reason", "fact", "edit_id")):
         counts[row["status"]] += 1
         if row["status"] == EDITED:
             reasons[row["stop_reason"] or "unknown"] += 1
-            facts.append(row.get("fact") or row["edit_id"])
-            numbers.append({name: value for name, value in row.items() if _is_figure(name, value)})
-    estimates = summarize(numbers, facts)
+            facts.append(_number(row.get("fact") or row["edit_id"]))
+    estimates = _estimates(paths, np.unique(facts, return_inverse=True)[1])
     names = [*MAIN, *sorted(estimates.keys() - set(MAIN))]
     return {
         "n": counts[EDITED],
@@ -191,8 +254,34 @@ def summarize_results(workspace: Workspace, config: RunConfig) -> dict[str, Any]
     }
 
 
-def _is_figure(name: str, value: Any) -> bool:
-    return name != "index" and isinstance(value, (int, float)) and math.isfinite(value)
+def _number(text: str) -> int:
+    """Stands for a fact in eight bytes: there may be as many as records."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def _estimates(paths: Sequence[Path], facts: np.ndarray) -> dict[str, Estimate]:
+    """Every figure's mean and interval over the edited rows; some columns at a time, so that memory stays small."""
+    names = [field.name for field in parquet.read_schema(paths[0]) if _is_figure(field)] if len(facts) else []
+    at_once = max(1, _VALUES_AT_ONCE // max(1, len(facts)))
+    found: dict[str, Estimate] = {}
+    # The files are read anew for each part of the columns: a small run's all at once.
+    for start in range(0, len(names), at_once):
+        columns = {name: array("d") for name in names[start : start + at_once]}
+        for path in paths:
+            table = parquet.read_table(path, columns=["status", *columns])
+            table = table.filter(compute.equal(table.column("status"), EDITED))
+            for name, values in columns.items():
+                values.frombytes(table.column(name).cast(pyarrow.float64()).to_numpy().tobytes())
+        for name, values in columns.items():
+            column = np.frombuffer(values)
+            finite = np.isfinite(column)
+            if finite.any():
+                found[name] = estimate_column(column[finite].tolist(), facts[finite].tolist())
+    return found
+
+
+def _is_figure(field: pyarrow.Field) -> bool:
+    return field.name != "index" and (pyarrow.types.is_floating(field.type) or pyarrow.types.is_integer(field.type))
 
 
 def to_json_row(row: Row) -> str:

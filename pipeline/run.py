@@ -190,7 +190,10 @@ def _edit(runs: Sequence[_OpenRun], pending: Sequence[tuple[int, int]], plan: Pl
 
     console.print(f"Plan: {plan}.", highlight=False, soft_wrap=True, markup=False)
     ready = [one.ready for one in runs]
-    jobs = [Job(one.config, one.sources, one.workspace, plan.device, plan.threads_per_actor) for one in ready]
+    jobs = [
+        Job(one.config, one.sources, one.workspace, plan.device, plan.threads_per_actor, plan.memory_share)
+        for one in ready
+    ]
     left = Counter(index for index, _ in pending)
     total = sum(one.staged.num_usable + one.staged.problems for one in ready)
     finished = [part for one in ready for part in results.parts(one.workspace)]

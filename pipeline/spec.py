@@ -23,13 +23,18 @@ GROUPS_PER_ACTOR = 8
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a worker needs besides the group it is handed; paths are absolute."""
+    """Everything a worker needs besides the group it is handed; paths are absolute.
+
+    Attributes:
+        memory_share: Of its device's memory.
+    """
 
     config: RunConfig
     sources: Sources
     workspace: Workspace
     device: str = "cpu"
     num_threads: int = 1
+    memory_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,11 @@ class Plan:
     def num_cpus(self) -> int:
         """Cores in Ray's accounts that this plan needs."""
         return math.ceil(self.num_actors * self.cpus_per_actor + self.num_preparers * CPUS_PER_PREPARER)
+
+    @property
+    def memory_share(self) -> float:
+        """Of a device's memory, for one actor; on CPUs as if all of them were on one machine."""
+        return min(self.gpus_per_actor, 1.0) if self.device == "cuda" else 1 / self.num_actors
 
     def __str__(self) -> str:
         actors = f"{self.num_actors} actor{'s' * (self.num_actors != 1)} on {self.device}"

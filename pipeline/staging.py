@@ -1,20 +1,23 @@
 """Reads the input once, before any worker starts, into groups of edits that never change afterwards.
 
 A group is the unit of scheduling, of retry and of output. Its members depend on the input and on `batch_size` alone,
-so the number of workers, crashes and resumed runs change no result. Each group is one row group of `records.parquet`,
-together with the unusable records between its members: a result file has one row per input record.
+so the number of workers, crashes and resumed runs change no result. A group holds the unusable records between its
+members too: a result file has one row per input record. `records.parquet` says of every record which group it is in;
+a row group of the file holds many groups, since a reader keeps what describes every row group in memory.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 from pyarrow import parquet
 
@@ -28,9 +31,10 @@ from pipeline.sources import Sources
 from pipeline.workspace import Workspace, write_atomically
 
 POOL_RECORDS = 256
-STAGED_SCHEMA = RECORDS_SCHEMA.with_metadata({"odedit": "staged"})
+STAGED_SCHEMA = RECORDS_SCHEMA.append(pyarrow.field("group", pyarrow.int64())).with_metadata({"odedit": "staged"})
 """Marked, so that a user's own Parquet file of the same name is never taken for one that may be deleted."""
 _PROBLEMS_PER_GROUP = 2000
+_ROWS_TOGETHER = 512
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def stage(config: RunConfig, sources: Sources, workspace: Workspace) -> Staged:
     """
     if not workspace.pool.exists() and sources.pool is not None:
         _stage_pool(config, sources, workspace.pool)
-    if not workspace.records.exists():
+    if not (_is_staged(workspace.records) and "group" in parquet.read_schema(workspace.records).names):
         write_atomically(workspace.records, lambda path: _write(config, sources, path))
     return read_staged(workspace.records)
 
@@ -107,21 +111,28 @@ def _is_staged(path: Path) -> bool:
 def _write(config: RunConfig, sources: Sources, path: Path) -> None:
     sources.reader.check_roots()
     has_pool = sources.pool is not None
-    num_groups = 0
-    writer = parquet.ParquetWriter(path, STAGED_SCHEMA)
-    try:
+    rows: list[dict[str, Any]] = []
+    num_rows = 0
+    with parquet.ParquetWriter(path, STAGED_SCHEMA) as writer:
         records = read_records(sources.path, task=config.data.task, limit=config.data.limit)
-        for group in _groups(records, config.pipeline.batch_size):
+        for number, group in enumerate(_groups(records, config.pipeline.batch_size)):
             if not has_pool:
                 for record in group:
                     _check_locality(record, config)
-            table = pyarrow.Table.from_pylist([record.to_row() for record in group], schema=STAGED_SCHEMA)
-            writer.write_table(table, row_group_size=len(group))
-            num_groups += 1
-    finally:
-        writer.close()
-    if not num_groups:
+            rows += (record.to_row() | {"group": number} for record in group)
+            num_rows += len(group)
+            if len(rows) >= _ROWS_TOGETHER:
+                _write_rows(writer, rows)
+                rows = []
+        _write_rows(writer, rows)
+    if not num_rows:
         raise InputError(f"data.path: {masked(config.data.path)} holds no record.")
+
+
+def _write_rows(writer: parquet.ParquetWriter, rows: Sequence[dict[str, Any]]) -> None:
+    if rows:
+        table = pyarrow.Table.from_pylist(rows, schema=STAGED_SCHEMA)
+        writer.write_table(table, row_group_size=len(rows))
 
 
 def _groups(records: Iterator[RawRecord], batch_size: int) -> Iterator[list[RawRecord]]:
@@ -158,7 +169,8 @@ def _stage_pool(config: RunConfig, sources: Sources, path: Path) -> None:
     pool = Pool.sample(
         sources.pool, sources.pool_reader, size=POOL_RECORDS, seed=config.supervision.seed, task=config.data.task
     )
-    table = pyarrow.Table.from_pylist([record.to_row() for record in pool.records], schema=STAGED_SCHEMA)
+    rows = [record.to_row() | {"group": 0} for record in pool.records]
+    table = pyarrow.Table.from_pylist(rows, schema=STAGED_SCHEMA)
     write_atomically(path, lambda temporary: parquet.write_table(table, temporary))
 
 
@@ -171,23 +183,53 @@ def read_pool(workspace: Workspace, sources: Sources) -> Pool | None:
 
 
 def read_staged(path: Path) -> Staged:
-    """Counts the groups; reads one column."""
-    file = parquet.ParquetFile(path)
-    usable, problems = [], 0
-    for index in range(file.metadata.num_row_groups):
-        column = file.read_row_group(index, columns=["problem"]).column("problem").to_pylist()
-        usable.append(sum(not problem for problem in column))
-        problems += len(column) - usable[-1]
+    """Counts the records of every group; reads two columns."""
+    usable: list[int] = []
+    problems = 0
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(columns=["group", "problem"]):
+            for group, problem in zip(*(batch.column(name).to_pylist() for name in ("group", "problem")), strict=True):
+                usable += [0] * (group + 1 - len(usable))
+                usable[group] += not problem
+                problems += bool(problem)
     return Staged(tuple(usable), problems)
 
 
-def read_group(path: Path | str, group: int) -> list[RawRecord]:
-    """The records of one group, the unusable ones included, in the order of the input."""
-    rows: Sequence[dict[str, Any]] = parquet.ParquetFile(path).read_row_group(group).to_pylist()
-    return [RawRecord.from_row(row) for row in rows]
+class GroupReader:
+    """Reads single groups; made for asking in about their order, and keeps the row group of the last one.
+
+    Args:
+        path: `records.parquet`, opened with the first group.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self._path = path
+        self._last_groups: list[int] = []
+        self._kept: tuple[int, pyarrow.Table] | None = None
+
+    def __call__(self, group: int) -> list[RawRecord]:
+        """The records of one group, the unusable ones included, in the order of the input."""
+        table = self._row_group(group)
+        numbers = table.column("group").to_numpy()
+        first, end = np.searchsorted(numbers, (group, group + 1))
+        return [RawRecord.from_row(row) for row in table.slice(first, end - first).to_pylist()]
+
+    def _row_group(self, group: int) -> pyarrow.Table:
+        if not self._last_groups:
+            metadata = parquet.read_metadata(self._path)
+            column = metadata.schema.names.index("group")
+            self._last_groups = [
+                metadata.row_group(index).column(column).statistics.max for index in range(metadata.num_row_groups)
+            ]
+        index = bisect_left(self._last_groups, group)
+        if self._kept is None or self._kept[0] != index:
+            with parquet.ParquetFile(self._path) as file:
+                self._kept = index, file.read_row_group(index)
+        return self._kept[1]
 
 
 def usable_records(path: Path) -> Iterator[RawRecord]:
-    """The usable records from the start, read a group at a time."""
-    for group in range(parquet.ParquetFile(path).metadata.num_row_groups):
-        yield from (record for record in read_group(path, group) if not record.problem)
+    """The usable records from the start, some at a time."""
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=_ROWS_TOGETHER):
+            yield from (RawRecord.from_row(row) for row in batch.to_pylist() if not row["problem"])

@@ -220,14 +220,16 @@ class Tracker:
 
     def _log_edits(self, workspace: Workspace, max_gib: float) -> tuple[int, int]:
         room, logged = max_gib * 2**30, 0
-        files = sorted(workspace.edits.glob("*.safetensors"))
-        for file in files:
+        # Names alone: there may be as many as records.
+        names = sorted(entry.name for entry in os.scandir(workspace.edits) if entry.name.endswith(".safetensors"))
+        for name in names:
+            file = workspace.edits / name
             room -= file.stat().st_size
             if room < 0:
                 break
             self.client.log_artifact(self.run_id, str(file), "edits")
             logged += 1
-        return logged, len(files) - logged
+        return logged, len(names) - logged
 
     def finish(self, status: str) -> None:
         """Closes the run as FINISHED, FAILED or KILLED; a store that is gone by now changes nothing for the results."""

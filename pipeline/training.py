@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from odedit import editors
-from odedit.backbones import load_backbone
 from odedit.backbones.base import Backbone
 from odedit.editor_weights import save_weights
 from odedit.editors.base import Trainable
@@ -33,6 +32,7 @@ from odedit.training_state import TrainingState, read_state
 from pipeline import sources, tracking
 from pipeline.checkpoints import with_absolute_checkpoints
 from pipeline.config import EMBEDDED, RunConfig
+from pipeline.features import load_remembering, with_checked_store
 from pipeline.prepare import located
 from pipeline.results import supervision_name
 from pipeline.run import terminate_as_interrupt
@@ -75,7 +75,7 @@ def run(config: RunConfig, out: Path | None, console: Console, *, fresh: bool) -
         TrainingError: The loss is not finite.
         TrackingError: The weights are there, but MLflow could not be written to.
     """
-    config = with_absolute_checkpoints(config)
+    config = with_checked_store(with_absolute_checkpoints(config))
     editor = editors.find(config.editor.name)(config.editor.settings)
     if not isinstance(editor, Trainable):
         raise InputError(f"editor {config.editor.name!r} learns nothing before it edits: there is nothing to train.")
@@ -93,9 +93,7 @@ def run(config: RunConfig, out: Path | None, console: Console, *, fresh: bool) -
     found = {part: _sources(config, part, files) for part in ("training", "validation")}
     identity = _identity(config, found)
     with terminate_as_interrupt():
-        backbone = load_backbone(
-            config.backbone.family, config.backbone.checkpoint, dtype=config.backbone.dtype, device=plan.device
-        )
+        backbone = load_remembering(config.backbone, plan.device, config.pipeline.feature_store, say)
         identity["backbone.weights"] = backbone.fingerprint
         # Its weights are what is to be made; everything else about it must fit the model.
         editor.with_weights({}).check(backbone)

@@ -52,7 +52,7 @@ class Workspace:
 
     @property
     def errors(self) -> Path:
-        """Tracebacks of unexpected errors, for developers."""
+        """Tracebacks of unexpected errors, for developers, and what else a worker has to say."""
         return self.out / "errors"
 
     @property

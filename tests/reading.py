@@ -1,15 +1,18 @@
-"""A forward at the positions that are read, against the whole forward."""
+"""Forwards of some positions, against the whole forward."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from odedit.edits import EditBatch
+from odedit.editors.base import Editor
+from odedit.edits import EditBatch, EditParams
 from odedit.encoding import gather_positions
 from odedit.hooks import rewritten
+from odedit.key_values import KeyValues
 
 SITES = ("layers.0.attention.q", "layers.0.ffn.in", "layers.-1.attention.q", "layers.-1.ffn.in")
 
@@ -34,3 +37,26 @@ def check(model: Any, batch: EditBatch, site: str, positionwise: bool) -> None:
     whole, read_alone = batch.tokens_EKS.shape[-1], batch.predict_EKT.shape[-1]
     leaves_out = positionwise and site.startswith("layers.-1")
     assert widths == [whole, read_alone if leaves_out else whole]
+
+
+@torch.no_grad()
+def check_behind(model: Any, batch: EditBatch, editor: Editor, params: EditParams) -> None:
+    """Whether the target's positions alone have the states that they have in whole sequences, also under edits."""
+    draft_EKT = batch.target_EKT.flip(0).clamp(min=5)
+    at_EKT = torch.where(batch.target_mask_EKT, batch.predict_EKT + 1, 0)
+    kept = batch.tokens_EKS.gather(2, at_EKT)
+    tokens_EKS = batch.tokens_EKS.scatter(2, at_EKT, torch.where(batch.target_mask_EKT, draft_EKT, kept))
+    other = replace(batch, tokens_EKS=tokens_EKS)
+    assert not torch.equal(other.tokens_EKS, batch.tokens_EKS)
+    mask = batch.target_mask_EKT[..., 1:]
+    for acting in (editor.applied, editor.together):
+        memory = KeyValues()
+        prefix = model.prefix(batch, *editor.sites, positionwise=editor.positionwise, memory=memory)
+        with acting(model, params, batch):
+            model.suffix(prefix, batch.predict_EKT, memory)
+            behind = model.behind(prefix, batch, draft_EKT, memory)
+        with acting(model, params, other):
+            whole = model.suffix(model.prefix(other, *editor.sites))
+        whole = gather_positions(whole, other.predict_EKT)[..., 1:, :]
+        assert bool(mask.any())
+        torch.testing.assert_close(behind[mask], whole[mask], rtol=2e-3, atol=2e-3)

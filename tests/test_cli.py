@@ -74,6 +74,8 @@ def test_help_everywhere(command: list[str]) -> None:
         ("pipeline.actors=-1", "pipeline.actors: got -1"),
         ("editor.max_steps", "expected key.sub=value"),
         ("out=s3://bucket/out", "out: got 's3://bucket/out'"),
+        (f"pipeline.feature_store={__file__}", "pipeline.feature_store: "),
+        ("pipeline.feature_store=gopher://x", "pipeline.feature_store: cannot use the address 'gopher://x'"),
     ],
 )
 def test_wrong_settings_exit_with_2(files: dict[str, Any], override: str, expected: str) -> None:

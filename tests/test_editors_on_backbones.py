@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import reading
 import tiny_models
 import torch
 from made_up import TEMPLATE, make_request
@@ -119,6 +120,10 @@ def test_phi_0_is_neutral_as_declared(pair):
         assert torch.equal(pair.logits_of(pair.supervision), pair.logits) == pair.editor.starts_neutral
 
 
+def test_positions_behind_a_prompt_are_those_of_the_whole(pair):
+    reading.check_behind(pair.model, pair.evaluation, pair.editor, pair.edited["native"])
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_an_edit_lowers_its_nll_and_leaves_nothing_behind(pair, objective):
     weights = {name: value.clone() for name, value in pair.model.model.state_dict().items()}
@@ -140,7 +145,9 @@ def test_an_edit_alone_is_the_edit_of_the_batch(pair, objective):
     (alone,) = edit(pair.model, pair.editor, OBJECTIVES[objective], supervision, STEPS)
     batched = {name: value[1:2] for name, value in pair.edited[objective].items()}
     for name, both in stack_params([alone.params, batched]).items():
-        assert (both[0] - both[1]).norm() <= 2e-3 * both[0].norm() + 1e-6, name
+        # Adam's steps of entries whose gradient is all rounding have either sign.
+        tolerance = 2e-3 if pair.editor.optimizer.kind == "sgd" else 0.1
+        assert (both[0] - both[1]).norm() <= tolerance * both[0].norm() + 1e-6, name
 
 
 def test_saved_and_read_back_it_scores_the_same(pair, tmp_path):

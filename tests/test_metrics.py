@@ -11,6 +11,7 @@ from made_up import TEMPLATE, make_request
 from scipy import stats
 
 from odedit import EvaluationConfig, encode_requests, evaluate, load_editor, paired, summarize
+from odedit.key_values import KeyValues
 from odedit.metrics import MAIN, Estimate, estimate, greedy
 
 
@@ -68,15 +69,11 @@ def test_every_figure_equals_the_plain_computation(backbone, scored):
 
 def test_greedy_generation_equals_token_by_token(backbone, scored):
     requests, evaluation, editor, params, _ = scored
-
-    def run(batch):
-        prefix = backbone.prefix(batch, editor.sites[0])
-        with editor.applied(backbone, params, batch):
-            return backbone.suffix(prefix, batch.predict_EKT)
-
-    with torch.no_grad():
-        first = backbone.head(run(evaluation)).argmax(-1)
-        drafted = greedy(backbone, evaluation, run, first)
+    memory = KeyValues()
+    with torch.no_grad(), editor.applied(backbone, params, evaluation):
+        prefix = backbone.prefix(evaluation, *editor.sites, memory=memory)
+        first = backbone.head(backbone.suffix(prefix, evaluation.predict_EKT, memory)).argmax(-1)
+        drafted = greedy(backbone, evaluation, prefix, memory, first)
     for e in (0, 1, 4):
         for k, name in enumerate(evaluation.slots):
             request = requests[e]

@@ -168,7 +168,7 @@ def test_a_dual_step_is_ascent(backbone, records):
     objective = Objective(ODEDIT)
     prefix = backbone.prefix(batch, *editor.sites)
     with torch.no_grad():
-        base = backbone.suffix(prefix, batch.predict_EKT)
+        base = objective.unedited(backbone, batch, backbone.suffix(prefix, batch.predict_EKT))
         with editor.applied(backbone, params, batch) as trace:
             terms = objective(backbone, editor, params, trace, batch, backbone.suffix(prefix, batch.predict_EKT), base)
     shared = SharedMultiplier(ODEDIT, 6, 0)

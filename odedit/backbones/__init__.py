@@ -12,6 +12,7 @@ from odedit import discovery
 from odedit.backbones.base import Backbone, Prefix, Processor, is_connector
 from odedit.edits import EDIT, RELIABILITY, SUPERVISION_SLOTS, EditBatch, EditRequest, Probe
 from odedit.prompts import Template
+from odedit.stages import stage
 
 __all__ = [
     "Backbone",
@@ -77,7 +78,8 @@ def encode_requests(
         that occurs, sorted).
     """
     before = any(is_connector(site) for site in sites)
-    features = backbone.image_features([picture for request in requests for picture in request.pictures()], before)
+    with stage("image features"):
+        features = backbone.image_features([picture for request in requests for picture in request.pictures()], before)
     edit_ids = [request.edit_id for request in requests]
     metrics = [RELIABILITY, *sorted({name for request in requests for name in request.probes})]
     evaluation: list[list[Probe | None]] = [

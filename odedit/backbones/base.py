@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from odedit.edits import EditBatch, Picture, Probe
 from odedit.encoding import TokenSequence
+from odedit.key_values import KeyValues
 from odedit.prompts import Template
 
 CONNECTOR = "connector."
@@ -145,23 +146,35 @@ class Backbone(Protocol):
         """
         ...
 
-    def prefix(self, batch: EditBatch, *sites: str, positionwise: bool = False) -> Prefix:
+    def prefix(
+        self, batch: EditBatch, *sites: str, positionwise: bool = False, memory: KeyValues | None = None
+    ) -> Prefix:
         """Runs everything below the lowest of the sites, which may come in any order.
 
         Args:
             positionwise: Whether what an edit adds at a position depends on the states at this position alone.
+            memory: Takes the keys and values, for `behind`.
 
         Raises:
             ValueError: A connector site, and a batch whose features have left the connector.
         """
         ...
 
-    def suffix(self, prefix: Prefix, read_EKT: Tensor | None = None) -> Tensor:
+    def suffix(self, prefix: Prefix, read_EKT: Tensor | None = None, memory: KeyValues | None = None) -> Tensor:
         """From the prefix to the hidden states after the final norm, `(E, K, S, D)`.
 
         Args:
             read_EKT: The positions that are read; then `(E, K, T, D)`, and the last layer computes no other, unless an
                 edit there needs them.
+            memory: Takes the keys and values, for `behind`.
+        """
+        ...
+
+    def behind(self, prefix: Prefix, batch: EditBatch, tokens_EKT: Tensor, memory: KeyValues) -> Tensor:
+        """Final states at the target's tokens but the last, `(E, K, T - 1, D)`, were `tokens_EKT` the target.
+
+        Only these positions run, after `prefix` and `suffix` have filled `memory`; under an edit inside the same
+        `applied` block.
         """
         ...
 

@@ -66,9 +66,17 @@ class Trace:
 
     Attributes:
         values: Named tensors, axis 0 the edit.
+        pending: Values that cost something and that nobody may ask for, as functions.
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
+    pending: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+
+    def value(self, name: str) -> Tensor:
+        """A named tensor, computed now if it is pending."""
+        if name in self.pending:
+            self.values[name] = self.pending.pop(name)()
+        return self.values[name]
 
 
 class Editor(Protocol):
@@ -112,6 +120,8 @@ class Editor(Protocol):
 
     def applied(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> AbstractContextManager[Trace]:
         """Inside, forwards over the E x K sequences of `batch` see phi_e; undone on any exit, bit for bit.
+
+        A forward over further positions of the same sequences (`Backbone.behind`) goes on from the last whole one.
 
         `params` as `init` made them: the edited path is always taken, so that gradients flow. As `finished` made them:
         the path that inference takes (WISE routes).

@@ -54,6 +54,7 @@ from odedit.encoding import gather_positions
 from odedit.errors import InputError
 from odedit.hooks import Rewrite, rewritten
 from odedit.key_value import attend, blend, last_positions, neurons, starting_keys, take
+from odedit.key_values import KeyValues
 from odedit.metrics import greedy
 
 KEYS, BIAS, VALUES, MEMORY = "keys", "bias", "values", "memory"
@@ -310,12 +311,10 @@ class Unike(Plain):
 
     def _with_old_answer(self, backbone: Backbone, edit: EditBatch) -> EditBatch:
         """The same prompts, continued by what the unedited model generates."""
-
-        def run(read: EditBatch) -> Tensor:
-            return backbone.suffix(backbone.prefix(read, *self.sites, positionwise=True), read.predict_EKT)
-
-        first_choice_EKT = backbone.head(run(edit)).argmax(dim=-1)
-        answer_EKT = greedy(backbone, edit, run, first_choice_EKT)
+        memory = KeyValues()
+        prefix = backbone.prefix(edit, *self.sites, positionwise=True, memory=memory)
+        first_choice_EKT = backbone.head(backbone.suffix(prefix, edit.predict_EKT, memory)).argmax(dim=-1)
+        answer_EKT = greedy(backbone, edit, prefix, memory, first_choice_EKT)
         # Position 0 is never a target's; it takes what the mask leaves out and is then restored.
         tokens_EKS = edit.tokens_EKS.scatter(2, (edit.predict_EKT + 1) * edit.target_mask_EKT, answer_EKT)
         tokens_EKS[..., 0] = edit.tokens_EKS[..., 0]

@@ -29,7 +29,7 @@ from odedit.hooks import rewritten
 SIDE = "side"
 LIVE = "side_live"
 THRESHOLD = "threshold"
-_DISTANCE = "distance_EK"
+_DISTANCE, _WINNER = "distance_EK", "winner_EK"
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,14 @@ class Wise(Plain):
                 num_edits, num_slots, -1, y.shape[-1]
             )
             main = y.reshape(change.shape)
-            distance_EK = _activation_distance(activation, main, main + change, batch.prompt_EKS)
-            trace.values[_DISTANCE] = distance_EK
-            if THRESHOLD in params:
-                to_side = distance_EK >= params[THRESHOLD].unsqueeze(1)
-                change = change * to_side[:, :, None, None]
-            return (main + change).reshape(y.shape)
+            side = main + change
+            if _is_whole(main, batch):
+                # The objective may have no use for it: then it is asked for once, in the end.
+                trace.pending[_DISTANCE] = lambda: _activation_distance(activation, main, side, batch.prompt_EKS)
+            if THRESHOLD not in params:
+                return side.reshape(y.shape)
+            to_side_EK = trace.value(_DISTANCE) >= params[THRESHOLD].unsqueeze(1)
+            return torch.where(to_side_EK[:, :, None, None], side, main).reshape(y.shape)
 
         with rewritten({backbone.site(self.config.site): rewrite}):
             yield trace
@@ -134,16 +136,21 @@ class Wise(Plain):
         def rewrite(x: Tensor, y: Tensor) -> Tensor:
             x_EKSI = x.reshape(*batch.present_EK.shape, -1, x.shape[-1])
             main = y.reshape(*x_EKSI.shape[:-1], y.shape[-1])
+            is_whole = _is_whole(main, batch)
             best_EK = torch.full(batch.present_EK.shape, -torch.inf, device=y.device)
+            winner_EK = torch.full_like(best_EK, -1) if is_whole else trace.values[_WINNER]
             chosen = torch.zeros_like(main)
             for memory in range(num_memories):
                 one = {name: value[memory : memory + 1] for name, value in params.items()}
                 change = x_EKSI @ self._side(backbone, one)[0].to(x.dtype).T
-                distance_EK = _activation_distance(activation, main, main + change, batch.prompt_EKS)
-                wins = (distance_EK >= params[THRESHOLD][memory]) & (distance_EK > best_EK)
-                best_EK = torch.where(wins, distance_EK, best_EK)
-                chosen = torch.where(wins[:, :, None, None], change, chosen)
-            trace.values[_DISTANCE] = best_EK
+                if is_whole:
+                    distance_EK = _activation_distance(activation, main, main + change, batch.prompt_EKS)
+                    wins = (distance_EK >= params[THRESHOLD][memory]) & (distance_EK > best_EK)
+                    best_EK = torch.where(wins, distance_EK, best_EK)
+                    winner_EK = winner_EK.masked_fill(wins, memory)
+                chosen = torch.where((winner_EK == memory)[:, :, None, None], change, chosen)
+            if is_whole:
+                trace.values |= {_DISTANCE: best_EK, _WINNER: winner_EK}
             return (main + chosen).reshape(y.shape)
 
         with rewritten({backbone.site(self.config.site): rewrite}):
@@ -151,7 +158,7 @@ class Wise(Plain):
 
     def own_risk(self, params: EditParams, trace: Trace, batch: EditBatch) -> Tensor:
         """Eq. 3, averaged over the unrelated prompts that the edit has."""
-        distance_EK = trace.values[_DISTANCE]
+        distance_EK = trace.value(_DISTANCE)
         inside_E = distance_EK[:, batch.slots.index(EDIT)]
         outside = torch.tensor([is_locality(slot) for slot in batch.slots], device=distance_EK.device)
         valid_EK = batch.present_EK & outside
@@ -170,7 +177,8 @@ class Wise(Plain):
         return settled & (loss_E <= self.config.stop_loss)
 
     def finished(self, params: EditParams, trace: Trace, batch: EditBatch) -> EditParams:
-        inside_E = trace.values[_DISTANCE][:, batch.slots.index(EDIT)]
+        with torch.no_grad():
+            inside_E = trace.value(_DISTANCE)[:, batch.slots.index(EDIT)]
         # An edit that never moved has distance 0 everywhere; the tiniest positive threshold keeps it off the side path.
         threshold = (self.config.routing_ratio * inside_E).clamp(min=torch.finfo(torch.float32).tiny)
         return {
@@ -207,6 +215,11 @@ class Wise(Plain):
     def _live(self, shape: torch.Size, device: torch.device) -> Tensor:
         """Flat indices of the entries that may change."""
         return self._mask(shape, device).flatten().nonzero().squeeze(1)
+
+
+def _is_whole(main_EKSO: Tensor, batch: EditBatch) -> bool:
+    """Whether these are whole sequences; else positions behind them, which go where their prompts went."""
+    return main_EKSO.shape[2] == batch.prompt_EKS.shape[2]
 
 
 def _activation_distance(

@@ -55,22 +55,28 @@ def test_an_edit_that_cannot_be_saved_ends_the_run_and_is_done_again(
 
 
 @pytest.mark.parametrize("expected", [graph.GraphError, InputError])
-def test_a_worker_tells_in_one_sentence_what_ends_the_run(expected: type[Exception]) -> None:
+def test_a_worker_tells_in_one_sentence_what_ends_the_run_and_edits_no_further(expected: type[Exception]) -> None:
+    tried = []
+
     class Failing:
         def __init__(self, job: object) -> None:
             pass
 
         def __call__(self, prepared: Prepared) -> None:
+            tried.append(prepared.group)
             raise OSError(28, "No space left") if expected is graph.GraphError else InputError("No space left")
 
     class Stage(graph.EditStage):
         Worker = Failing
 
     job: Any = SimpleNamespace(config=SimpleNamespace(backbone=None))
-    batch = {"job": [0], "prepared": [cloudpickle.dumps(Prepared(0, (), (), ()))]}
-    report = {name: values[0] for name, values in Stage([job])(batch).items()}
-    with pytest.raises(expected, match="No space left"):
-        graph.raise_fatal(report, [None])
+    stage = Stage([job])
+    for group in range(3):  # of one block
+        batch = {"job": [0], "prepared": [cloudpickle.dumps(Prepared(group, (), (), ()))]}
+        report = {name: values[0] for name, values in stage(batch).items()}
+        with pytest.raises(expected, match="No space left"):
+            graph.raise_fatal(report, [None])
+    assert tried == [0]
 
 
 def test_settings_that_do_not_fit_the_model_are_the_users_error(settings: dict[str, Any]) -> None:

@@ -147,12 +147,26 @@ def test_a_relative_checkpoint_is_made_absolute_and_other_weights_are_another_ru
     shutil.copytree(world.CHECKPOINTS / "blip2", folder)
     monkeypatch.chdir(tmp_path)
     local = settings | {"backbone": {"checkpoint": "models/small"}}
-    assert prepared(local).config.backbone.checkpoint == str(folder)
+    first = prepared(local)
+    assert first.config.backbone.checkpoint == str(folder)
+    first.workspace.part(0).touch()
     (weights,) = folder.glob("*.safetensors")
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
     with pytest.raises(InputError, match=r"backbone\.weights: was"):
         prepared(local)
+
+
+def test_a_run_that_ended_without_a_result_gives_way_to_other_settings(settings: dict[str, Any]) -> None:
+    """A setting that only the workers found to be wrong is corrected, and the same folder used."""
+    first = prepared(settings | {"seed": 1})
+    (first.workspace.attempts / "group-000000.json").write_text("{}")
+    assert (prepared(settings | {"seed": 1}).workspace.attempts / "group-000000.json").exists()
+    corrected = prepared(settings | {"seed": 2})
+    assert corrected.config.seed == 2 and not (corrected.workspace.attempts / "group-000000.json").exists()
+    corrected.workspace.part(0).touch()
+    with pytest.raises(InputError, match="seed: was 2, now 3"):
+        prepared(settings | {"seed": 3})
 
 
 def test_paths_are_printed_as_they_are(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

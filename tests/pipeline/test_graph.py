@@ -15,7 +15,7 @@ import pytest
 from mmedit_files import record, write_array
 from rich.console import Console
 
-from pipeline import local_ray, results
+from pipeline import graph, local_ray, results
 from pipeline.config import from_dict
 from pipeline.progress import Progress
 from pipeline.run import run
@@ -57,6 +57,9 @@ def test_two_actors_edit_at_once_and_give_the_rows_that_one_gives(
     assert [row["status"] for row in one] == ["edited"] * 5
     (own,) = list(folder.iterdir())
     own.unlink()
+    # Three groups in two blocks, as in a large run.
+    monkeypatch.setattr(graph, "MAX_BLOCKS", 2)
+    monkeypatch.setattr(graph, "MAX_BLOCKS_PER_ACTOR", 1)
     two = rows_of(signing(2), "two", actors=2, preparers=1)
     assert [results.to_json_row(row) for row in one] == [results.to_json_row(row) for row in two]
     assert len(list(folder.iterdir())) == 2
@@ -69,18 +72,21 @@ def test_two_actors_edit_at_once_and_give_the_rows_that_one_gives(
     assert listening <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
 
 
+@pytest.mark.parametrize(("batch_size", "group"), [(4, 0), (1, 1)], ids=["in a group", "in a block of groups"])
 def test_an_edit_that_kills_its_worker_is_a_failed_row(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, batch_size: int, group: int
 ) -> None:
+    for name in ("MAX_BLOCKS", "MAX_BLOCKS_PER_ACTOR"):
+        monkeypatch.setattr(graph, name, 1)
     records = [record(number, edit_id=edit_id) for number, edit_id in enumerate(["good-1", "exit-1", "good-2"])]
     write_array(Path(settings["data"]["path"]), records)
     editor = {"name": "outside_editors.poisoned", "sites": ["layers.2.ffn.in"], "max_steps": 1}
     deadly = settings | {"editor": editor, "objective": {"name": "native"}}
     # As if it had ended one worker already, together with its group: every further death takes a new worker's start.
-    attempts = Path(f"{settings['out']}-deadly") / "attempts" / "group-000000.json"
+    attempts = Path(f"{settings['out']}-deadly") / "attempts" / f"group-{group:06d}.json"
     attempts.parent.mkdir(parents=True)
     attempts.write_text('{"whole": 1, "single": {}}')
-    rows = rows_of(deadly, "deadly", actors=1, preparers=1, batch_size=4, max_attempts=2)
+    rows = rows_of(deadly, "deadly", actors=1, preparers=1, batch_size=batch_size, max_attempts=2)
     assert [row["status"] for row in rows] == ["edited", "failed", "edited"]
     assert "given up" in rows[1]["error"]
 

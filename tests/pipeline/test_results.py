@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from odedit.metrics import summarize
 from odedit.mmedit import RawRecord
 from pipeline import results
 from pipeline.attempts import Ledger
@@ -55,6 +58,92 @@ def test_the_summary_counts_every_row_and_averages_those_that_worked(workspace: 
     assert summary["metrics"]["rel"]["mean"] == 0.5
     assert summary["metrics"]["seconds"]["n"] == 2
     assert "index" not in summary["metrics"]
+
+
+def finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def a_run(workspace: Workspace, groups: int) -> list[results.Row]:
+    """Groups of rows that differ in their columns, with failures, nulls, repeated facts and values without end."""
+    rng = random.Random(groups)
+    written = []
+    for group in range(groups):
+        rows = []
+        for index in range(3 * group, 3 * group + 3):
+            status = results.FAILED if index % 7 == 3 else results.EDITED
+            columns: dict[str, object] = {"fact": f"fact-{index % 5}", "losses": {"rel": [1.0] * (index % 3)}}
+            if status == results.EDITED:
+                columns |= {"rel": rng.random(), "steps": index, "seconds": rng.expovariate(1.0)}
+                columns |= {"lambda": math.nan if index % 4 else None, "stop_reason": ("a", "b", None)[index % 3]}
+                columns |= {"text_gen": rng.random()} if group % 2 else {"answer_after": "yes"}
+                columns |= {"worst_nll": math.inf} if index == 0 else {"worst_nll": rng.gauss(0, 3)}
+            rows.append(row(index, status, **columns))
+        results.write_part(workspace.part(group), rows)
+        written += rows
+    return written
+
+
+@pytest.mark.parametrize("values_at_once", [1, 10**6])
+def test_the_summary_by_columns_is_that_of_the_rows(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, values_at_once: int
+) -> None:
+    monkeypatch.setattr(results, "_VALUES_AT_ONCE", values_at_once)
+    edited = [row for row in a_run(workspace, 9) if row["status"] == results.EDITED]
+    numbers = [{k: v for k, v in row.items() if k != "index" and finite(v)} for row in edited]
+    expected = {name: vars(one) for name, one in summarize(numbers, [str(row["fact"]) for row in edited]).items()}
+    results.unify(workspace)
+    found = results.summarize_results(workspace, from_dict({}))
+    assert found["metrics"] == expected
+    assert (found["n"], found["failed"]) == (len(edited), 27 - len(edited))
+    assert sum(found["stop_reasons"].values()) == len(edited) and found["stop_reasons"]["unknown"]
+
+
+def test_a_large_run_is_gathered_in_few_files_with_the_same_rows(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "GROUPS_PER_FILE", 4)
+    a_run(workspace, 10)
+    before = [results.to_json_row(one) for one in columns_of(workspace)]
+    results.unify(workspace)
+    names = [path.name for path in sorted(workspace.results.iterdir())]
+    assert names == [f"part-{first:06d}-{last:06d}.parquet" for first, last in ((0, 3), (4, 7), (8, 9))]
+    assert [results.to_json_row(one) for one in columns_of(workspace)] == before
+    assert results.finished_groups(workspace) == set(range(10))
+    assert parquet.read_table(workspace.results).num_rows == 30
+    results.unify(workspace)
+    assert [path.name for path in sorted(workspace.results.iterdir())] == names
+
+
+def test_a_kill_while_files_are_gathered_repeats_no_row(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "GROUPS_PER_FILE", 4)
+    a_run(workspace, 10)
+    before = [results.to_json_row(one) for one in columns_of(workspace)]
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "_drop_repeated", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            results.unify(workspace)
+    assert len(list(workspace.results.iterdir())) == 13
+    assert [results.to_json_row(one) for one in columns_of(workspace)] == before
+    # A group of its own among them, as another kill may leave it.
+    (workspace.results / "part-000004-000007.parquet").unlink()
+    assert results.finished_groups(workspace) == set(range(10))
+    results.unify(workspace)
+    assert len(list(workspace.results.iterdir())) == 3
+    assert [results.to_json_row(one) for one in columns_of(workspace)] == before
+
+
+def columns_of(workspace: Workspace) -> list[results.Row]:
+    """Every row with every column that any has, as readers of the unified files see them."""
+    rows = list(results.read_rows(results.parts(workspace)))
+    names = sorted({name for one in rows for name in one})
+    return [{name: one.get(name) for name in names} for one in rows]
+
+
+def test_rows_of_one_status_are_read_alone(workspace: Workspace) -> None:
+    written = a_run(workspace, 4)
+    found = results.read_rows(results.parts(workspace), ("index", "status"), (results.FAILED,))
+    assert [one["index"] for one in found] == [one["index"] for one in written if one["status"] == results.FAILED]
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def test_the_timed_edit_is_not_measured_and_the_measured_one_is_short_with_the_m
         "objective": {"sigma2_0": 10.0, "warmup": 0.2},
         "stopping": {"max_steps": 5, "worst_token_nll": 1e-9},
         "data": settings["data"] | {"limit": 2},
-        "pipeline": {"batch_size": 2, "measure_memory": True},
+        "pipeline": {"batch_size": 2, "at_once": 2, "measure_memory": True},
     }
     rows = rows_of(inline(from_dict(settings | changed)))
     assert [row["steps"] for row in rows] == [5] * 2
@@ -209,7 +209,7 @@ def test_no_later_step_needs_more_memory_than_the_measured_ones(
             "objective": {"sigma2_0": 10.0},
             "stopping": {"max_steps": 6, "worst_token_nll": 1e-9},
             "data": settings["data"] | {"limit": 1},
-            "pipeline": {"batch_size": 2, "measure_memory": True},
+            "pipeline": {"batch_size": 2, "at_once": 2, "measure_memory": True},
             "out": f"{settings['out']}-{steps}",
         }
         peaks.append(rows_of(inline(from_dict(settings | changed)))[0]["peak_bytes"])

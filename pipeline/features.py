@@ -1,0 +1,39 @@
+"""The model as a run loads it: it remembers the features of its pictures, in the store that the run names if any."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+from odedit.backbones import Backbone, load_backbone
+from odedit.feature_memory import remembering
+from odedit.feature_store import FeatureStore, Warn
+from pipeline.config import BackboneConfig, RunConfig
+
+SETTING = "pipeline.feature_store"
+
+
+def with_checked_store(config: RunConfig) -> RunConfig:
+    """The full path of a local store: workers run elsewhere.
+
+    Raises:
+        InputError: What the run names cannot be a store.
+    """
+    text = config.pipeline.feature_store
+    if text is None:
+        return config
+    FeatureStore.at(text, SETTING)
+    path = text if "://" in text else os.path.abspath(os.path.expanduser(text))
+    return replace(config, pipeline=replace(config.pipeline, feature_store=path))
+
+
+def load_remembering(backbone: BackboneConfig, device: str, store: str | None, warn: Warn) -> Backbone:
+    """Loads a model. Raises InputError as `load_backbone` and `FeatureStore.at` do.
+
+    Args:
+        store: Where features are kept; None: in memory alone.
+        warn: As of `FeatureStore`.
+    """
+    opened = None if store is None else FeatureStore.at(store, SETTING, warn)
+    loaded = load_backbone(backbone.family, backbone.checkpoint, dtype=backbone.dtype, device=device)
+    return remembering(loaded, opened)

@@ -1,0 +1,260 @@
+"""An edit's time against the straightforward loop, against the arithmetic it needs, against its base editor, and by the
+number of edits that move together.
+
+    python -m tests.benchmarks.speed [--size mid|embedded] [--parts reference,floor,overhead,batches] [--out DIR]
+
+Every ratio is of two figures measured in this one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from odedit import EditRequest, Objective, ObjectiveConfig, Stopping, calibrate, edit, evaluate, load_editor, stages
+from odedit.backbones import encode_requests
+from odedit.editors.base import Measuring
+from odedit.edits import stack_params
+from odedit.memory import peak_memory
+from pipeline.prepare import process
+from tests.benchmarks import models
+from tests.benchmarks.floor import Floor, product_rate
+from tests.benchmarks.reference import TEMPLATE, Reference
+from tests.benchmarks.tables import bars, show
+from tests.made_up import make_request
+
+EDITORS = ("wise", "tpatcher", "ftl", "lora")
+STEPS = {"wise": 10, "tpatcher": 40, "ftl": 15, "lora": 15}
+MOVING = ("edit: forward", "edit: risks", "edit: backward and update")
+COMPARED = {"m_loc": "m_loc_far", "m_loc_mmedit": "m_loc_far_mmedit", "m_loc_generated": "m_loc_far_generated"}
+
+
+@dataclass
+class Measured:
+    """One way of editing: seconds per edit by stage, and what came of it."""
+
+    seconds: dict[str, float]
+    results: list[Any]
+    rows: list[dict[str, Any]]
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+class Bench:
+    """A model, its editors, and requests without end."""
+
+    def __init__(self, size: str, device: str = "cpu", dtype: str = "float32") -> None:
+        self.backbone: Any = models.load(size, device=device, dtype=dtype)
+        self.device = device
+        self.sigma2_0 = calibrate(self.backbone, self.requests(8, 5000), TEMPLATE)
+
+    def requests(self, count: int, first: int = 0) -> list[EditRequest]:
+        """With processed pictures, as the CPU stage of the pipeline hands them over."""
+        return [process(make_request(first + i), self.backbone.processor, {}) for i in range(count)]
+
+    def editor(self, name: str) -> Any:
+        layers = self.backbone.num_layers
+        # The published site of BLIP-2, at the same height: layer 23 of 32.
+        settings: dict[str, dict[str, Any]] = {
+            "wise": {"site": f"layers.{layers * 23 // 32}.ffn.in"},
+            "ftl": {"sites": ("layers.-1.ffn.out",), "learning_rate": 1e-3},
+            "lora": {"learning_rate": 1e-3},
+        }
+        editor: Any = load_editor(name, settings.get(name, {}))
+        if isinstance(editor, Measuring):
+            editor = editor.measured(self.backbone, encode_requests(self.backbone, self.requests(8, 6000), TEMPLATE)[0])
+        return editor
+
+    def objective(self, name: str) -> Objective:
+        return Objective(ObjectiveConfig(name=name, sigma2_0=self.sigma2_0))  # type: ignore[arg-type]
+
+    def run(
+        self, editor: Any, objective: Objective, requests: Sequence[EditRequest], steps: int, width: int
+    ) -> Measured:
+        """Edits and scores, `width` at a time; every edit takes all the steps."""
+        seconds: dict[str, float] = {}
+        results: list[Any] = []
+        rows: list[dict[str, Any]] = []
+        stopping = Stopping(max_steps=steps, worst_token_nll=1e-9)
+        for start in range(0, len(requests), width):
+            part = requests[start : start + width]
+            with stages.measured() as account:
+                supervision, evaluation = encode_requests(self.backbone, part, TEMPLATE, editor.sites)
+                edited = edit(self.backbone, editor, objective, supervision, stopping)
+                with stages.stage("evaluation"):
+                    params = stack_params([result.params for result in edited])
+                    rows += evaluate(self.backbone, editor, params, evaluation)
+            for name, value in account.seconds.items():
+                seconds[name] = seconds.get(name, 0.0) + value / len(requests)
+            results += edited
+        return Measured(seconds, results, rows)
+
+
+def against_reference(bench: Bench, out: Path, width: int = 8) -> None:
+    """The same edits, the same settings, evaluation included."""
+    table = []
+    for name in ("wise", "tpatcher"):
+        editor, objective, steps = bench.editor(name), bench.objective("odedit"), STEPS[name]
+        requests = bench.requests(width)
+        bench.run(editor, objective, requests[:2], 2, 2)  # warm-up
+        ours = bench.run(editor, objective, requests, steps, width)
+        plain = Reference(bench.backbone, editor, objective)
+        index = 1
+        started = time.perf_counter()
+        params, terms = plain.edit(requests[index], steps)
+        row = plain.score(requests[index], params)
+        seconds = time.perf_counter() - started
+        curves, shown = ours.results[index].curves, ours.rows[index]
+        apart = max(
+            abs(float(at.risks[risk].detach()) - curves[risk][step]) / max(1.0, abs(curves[risk][step]))
+            for step, at in enumerate(terms)
+            for risk in ("rel", "loc", "gen")
+        )
+        same = sum(abs(value - shown[COMPARED.get(key, key)]) < 1e-6 for key, value in row.items())
+        table.append([name, steps, width, seconds, ours.total, seconds / ours.total, apart, f"{same} of {len(row)}"])
+    columns = ["editor", "steps", "E", "reference s/edit", "s/edit", "times faster", "risks apart by", "equal figures"]
+    show("ODEdit against the straightforward loop", columns, table, out, "reference")
+    bars("Seconds per edit", [f"{row[0]} {way}" for row in table for way in ("reference", "odedit")],
+         {"s": [row[3 + i] for row in table for i in range(2)]}, "s", out / "reference.png")  # fmt: skip
+
+
+def against_floor(bench: Bench, out: Path, width: int = 8) -> None:
+    """Time per edit over the operations it needs at the speed of this machine's matrix products."""
+    table, labels, stacked = [], [], []
+    for name in EDITORS:
+        editor = bench.editor(name)
+        for objective_name in ("native", "odedit"):
+            objective, requests = bench.objective(objective_name), bench.requests(width)
+            bench.run(editor, objective, requests[:2], 1, 2)
+            rate = product_rate(bench.device)
+            found = bench.run(editor, objective, requests, STEPS[name], width)
+            rate = max(rate, product_rate(bench.device))
+            supervision, evaluation = encode_requests(bench.backbone, requests, TEMPLATE)
+            read = supervision.select(objective.slots(editor, supervision))
+            floor = Floor(bench.backbone.model, editor, read, evaluation, STEPS[name])
+            parts = [floor.features(), floor.prefix(), floor.steps(), floor.evaluation()]
+            at_best = floor.total() / rate
+            table.append([f"{name} {objective_name}", STEPS[name], rate / 1e9, floor.total() / 1e9, at_best,
+                          found.total, found.total / at_best])  # fmt: skip
+            labels += [f"{name} {objective_name}", "  its floor"]
+            got = found.seconds
+            moving = sum(
+                value for stage, value in got.items() if stage.startswith("edit: ") and stage != "edit: prefix"
+            )
+            stacked += [
+                [got["image features"], got["edit: prefix"], moving, got["evaluation"]],
+                [p / rate for p in parts],
+            ]
+    columns = ["editor", "steps", "GFLOP/s", "GFLOP/edit", "floor s/edit", "s/edit", "times the floor"]
+    show("Time per edit against its arithmetic", columns, table, out, "floor")
+    names = ("image features", "prefix", "steps", "evaluation")
+    bars(
+        "Seconds per edit",
+        labels,
+        {n: [row[i] for row in stacked] for i, n in enumerate(names)},
+        "s",
+        out / "floor.png",
+    )
+
+
+def overhead(bench: Bench, out: Path, width: int = 8) -> None:
+    """What ODEdit adds to its base editor at the same number of steps: time of the whole edit, and peak memory."""
+    weights = sum(p.numel() * p.element_size() for p in bench.backbone.model.parameters())
+    table = []
+    for name in EDITORS:
+        editor, requests = bench.editor(name), bench.requests(width)
+        seconds: dict[str, list[float]] = {"native": [], "odedit": []}
+        moving: dict[str, list[float]] = {"native": [], "odedit": []}
+        peaks = {}
+        for _ in range(3):  # in turn, so that both see the same machine
+            for objective_name in seconds:
+                found = bench.run(editor, bench.objective(objective_name), requests, STEPS[name], width)
+                seconds[objective_name].append(found.total)
+                moving[objective_name].append(sum(v for k, v in found.seconds.items() if k.startswith("edit: ")))
+        for objective_name in seconds:
+            supervision, _ = encode_requests(bench.backbone, requests, TEMPLATE, editor.sites)
+            with peak_memory(bench.device) as peak:
+                edit(
+                    bench.backbone,
+                    editor,
+                    bench.objective(objective_name).without_warmup(),
+                    supervision,
+                    Stopping(3, 1e-9),
+                )
+            peaks[objective_name] = peak.bytes
+        best = {key: min(values) for key, values in seconds.items()}
+        steps = {key: min(values) for key, values in moving.items()}
+        more = (weights + peaks["odedit"]) / (weights + peaks["native"]) - 1
+        table.append([name, STEPS[name], best["native"], best["odedit"], best["odedit"] / best["native"],
+                      steps["odedit"] / steps["native"], (weights + peaks["native"]) / 2**20,
+                      (weights + peaks["odedit"]) / 2**20, f"{100 * more:+.1f} %"])  # fmt: skip
+    columns = [
+        "editor",
+        "steps",
+        "native s/edit",
+        "odedit s/edit",
+        "times",
+        "times, loop alone",
+        "native MiB",
+        "odedit MiB",
+        "memory",
+    ]
+    show("What ODEdit costs", columns, table, out, "overhead")
+
+
+def batches(bench: Bench, out: Path, sizes: Sequence[int] = (1, 4, 16, 64)) -> None:
+    """Time per edit by the number of edits that move together."""
+    table, lines = [], {}
+    for name in EDITORS:
+        editor, objective = bench.editor(name), bench.objective("odedit")
+        bench.run(editor, objective, bench.requests(2), 2, 2)
+        seconds = []
+        for size in sizes:
+            count = max(size, 8)
+            found = [bench.run(editor, objective, bench.requests(count), STEPS[name], size).total for _ in range(2)]
+            seconds.append(min(found))
+        lines[name] = seconds
+        table.append([name, *(1e3 * s for s in seconds), *(seconds[0] / s for s in seconds[1:])])
+    columns = ["editor", *(f"E={size} ms/edit" for size in sizes), *(f"E={size} times" for size in sizes[1:])]
+    show("Edits that move together", columns, table, out, "batches")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name, values in lines.items():
+        axes.plot(sizes, [1e3 * value for value in values], marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="edits that move together", ylabel="ms per edit", title="Time per edit")
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.legend(frameon=False)
+    figure.savefig(out / "batches.png", dpi=130)
+    pyplot.close(figure)
+
+
+PARTS = {"reference": against_reference, "floor": against_floor, "overhead": overhead, "batches": batches}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="mid", choices=("embedded", "mid"))
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=Path("bench"))
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    bench = Bench(chosen.size)
+    for part in chosen.parts.split(","):
+        PARTS[part](bench, chosen.out / chosen.size)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""How many edits move together: what memory holds, less when it runs out, and the same edits however many it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import actor, results, room
+from pipeline.config import RunConfig, from_dict
+from pipeline.room import Room
+from pipeline.run import Outcome
+
+Inline = Callable[[RunConfig], Outcome]
+
+
+def test_as_many_as_half_of_the_free_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "free_bytes", lambda device: 1000)
+    assert Room("auto", "cpu").width(64, lambda: 100) == 5
+    assert Room("auto", "cpu", share=0.5).width(64, lambda: 100) == 2
+    assert Room("auto", "cpu").width(3, lambda: 100) == 3
+    assert Room("auto", "cpu").width(64, lambda: 10**6) == 1, "one edit moves, whatever it takes"
+    asked: list[int] = []
+    known = Room("auto", "cpu")
+    assert known.width(1, lambda: asked.append(1) or 100) == 1 and not asked
+    assert [known.width(64, lambda: asked.append(1) or 100) for _ in range(2)] == [5, 5] and asked == [1]
+    assert Room(4, "cpu").width(64, lambda: 10**6) == 4
+
+
+def test_the_memory_of_a_container_counts_where_it_is_less(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(room, "_CGROUP", tmp_path)
+    of_machine = room.free_bytes(torch.device("cpu"))
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert room.free_bytes(torch.device("cpu")) > of_machine // 2
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert room.free_bytes(torch.device("cpu")) == 4000
+
+
+def test_a_width_is_halved_until_it_is_one() -> None:
+    one = Room("auto", "cpu")
+    widths = []
+    while one.narrower(8):
+        widths.append(one.width(8, lambda: 1))
+    assert widths == [4, 2, 1]
+
+
+def test_memory_that_runs_out_costs_width_and_no_edit(
+    settings: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same rows as without the accident, and the worker remembers what fits."""
+    changed = {"data": settings["data"] | {"limit": 4}, "pipeline": {"batch_size": 4, "at_once": 4}}
+    plain = inline(from_dict(settings | changed))
+    widths: list[int] = []
+    original = actor.edit
+
+    def edit(*arguments: Any) -> Any:
+        widths.append(arguments[6])
+        if widths[-1] > 1:
+            raise torch.OutOfMemoryError("no room")
+        return original(*arguments)
+
+    monkeypatch.setattr(actor, "edit", edit)
+    narrow = inline(from_dict(settings | changed | {"out": f"{settings['out']}-narrow"}))
+    assert widths == [4, 2, 1]
+    both = [list(results.read_rows(results.parts(one.workspace))) for one in (plain, narrow)]
+    assert [row["status"] for row in both[1]] == ["edited"] * 4
+    for one, other in zip(*both, strict=True):
+        assert (one["edit_id"], one["steps"]) == (other["edit_id"], other["steps"])
+        for metric in ("rel", "t_gen", "m_gen", "t_loc", "m_loc"):
+            assert one[metric] == other[metric]
+        assert one["worst_nll"] == pytest.approx(other["worst_nll"], rel=1e-3)
