@@ -175,6 +175,28 @@ def study(
 
 
 @app.command()
+def tune(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that override the file.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML of the search; the demo that ships if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; searches/NAME-OF-THE-FILE if not given.")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with the search in this folder.")] = None,
+) -> None:
+    """Searches for settings with Ray Tune and Optuna, and runs the best beside the defaults on other records.
+
+    Results: OUT/best.yaml for `odedit edit`, OUT/summary.md, OUT/trials.csv, pictures, and in MLflow a run with a child
+    for each trial. A search that was interrupted goes on with --resume, to as many trials as were asked for.
+
+    Example: odedit tune --config search.yaml trials=200 concurrent=8
+    """
+    with _explained():
+        from tune import commands
+
+        commands.tune(config, overrides or [], out, resume)
+
+
+@app.command()
 def apply(
     edits: Annotated[list[str], typer.Argument(metavar="EDIT...", help="Edit files; several are applied together.")],
     prompt: Annotated[str, typer.Option(help="The question, or the beginning of a caption.")],

@@ -6,9 +6,10 @@ import hashlib
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pyarrow.fs import FileType
 
@@ -17,6 +18,8 @@ from odedit.errors import InputError
 from odedit.images import ImageReader
 from odedit.locations import locate, masked
 from pipeline.config import DataConfig
+
+_ROOTS = ("image_root", "rephrase_root", "pool")
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,13 @@ def build_embedded(folder: Path, seed: int = 0) -> None:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def with_absolute_paths(data: DataConfig) -> DataConfig:
+    """Full paths, for a configuration that is read somewhere else; the embedded benchmark keeps its name."""
+    names = _ROOTS if data.split is not None else ("path", *_ROOTS)
+    found: dict[str, Any] = {name: _absolute(value) for name in names if (value := getattr(data, name)) is not None}
+    return replace(data, **found)
 
 
 def _absolute(text: str) -> str:

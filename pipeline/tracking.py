@@ -6,17 +6,20 @@ One run of the pipeline is one MLflow run; resuming continues it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from odedit.errors import InputError
 from odedit.locations import masked
@@ -26,6 +29,9 @@ from pipeline.config import RunConfig, TrackingConfig
 from pipeline.workspace import Workspace
 
 METRICS_PER_CALL = 1000
+PARAMETERS_PER_CALL = 100
+_LOCKED_S = 120.0
+"""How long a write waits for other writers of a sqlite file, beyond what the database waits itself."""
 _EDITS_SHOWN = 3
 PARENT_TAG = "mlflow.parentRunId"
 _TABLE_COLUMNS = (
@@ -40,6 +46,9 @@ _TABLE_COLUMNS = (
     "steps",
     "seconds",
 )
+
+
+T = TypeVar("T")
 
 
 class TrackingError(RuntimeError):
@@ -82,6 +91,34 @@ def open_command(uri: str) -> str:
     return f"{beside_us} ui --backend-store-uri {masked(uri)}"
 
 
+def patiently(call: Callable[..., T], *arguments: Any, **named: Any) -> T:
+    """Calls MLflow again while the store is locked by another writer."""
+    started, pause = time.monotonic(), 0.1
+    while True:
+        try:
+            return call(*arguments, **named)
+        except Exception as error:
+            if "database is locked" not in str(error) or time.monotonic() - started > _LOCKED_S:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, 3.0)
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Inside, no other process creates the same database file: two at once would both fill in its tables."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    import fcntl
+
+    digest = hashlib.blake2b(os.path.realpath(uri.removeprefix("sqlite:///")).encode(), digest_size=8).hexdigest()
+    # Not beside the database, where it would stay; the system lets go of it whatever becomes of this process.
+    with open(Path(tempfile.gettempdir()) / f"odedit-{os.getuid()}-{digest}.lock", "w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
 def _client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # A wrong address should fail in seconds.
@@ -95,8 +132,9 @@ def _client(uri: str) -> Any:
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     try:
-        client = MlflowClient(tracking_uri=uri)
-        client.search_experiments(max_results=1)
+        with _alone(uri):
+            client = MlflowClient(tracking_uri=uri)
+            client.search_experiments(max_results=1)
     except Exception as error:
         raise InputError(f"tracking.uri: {masked(uri)!r} cannot be used ({_sentence(error)}).") from error
     return client
@@ -132,22 +170,35 @@ class Tracker:
         uri = store_uri(config.tracking, workspace.out)
         client = _client(uri)
         if run_id is not None and _exists(client, run_id):
-            client.update_run(run_id, status="RUNNING")
+            patiently(client.update_run, run_id, status="RUNNING")
             return cls(client, uri, run_id)
         name = config.tracking.run_name or f"{config.editor.name}-{config.objective.name}"
         experiment = _experiment(client, uri, config.tracking.experiment)
         tags = _tags(config, code) | ({PARENT_TAG: parent_run} if parent_run else {})
-        run = client.create_run(experiment, run_name=name, tags=tags)
+        run = patiently(client.create_run, experiment, run_name=name, tags=tags)
         tracker = cls(client, uri, run.info.run_id)
         tracker._log_settings(config, dataset)
         return tracker
 
     def log_parameters(self, config: RunConfig) -> None:
         """Every setting, as a parameter of the run."""
+        self.log_values(flatten(config.to_dict()))
+
+    def log_values(self, values: Mapping[str, Any]) -> None:
+        """Parameters of the run, without secrets. MLflow refuses another value for one that is there."""
         from mlflow.entities import Param
 
-        flat = flatten(masked_values(config.to_dict()))
-        self.client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in flat.items()])
+        parameters = iter([Param(key, str(masked_values(value))) for key, value in values.items()])
+        while chunk := list(islice(parameters, PARAMETERS_PER_CALL)):
+            patiently(self.client.log_batch, self.run_id, params=chunk)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Tags of the run, without secrets."""
+        from mlflow.entities import RunTag
+
+        patiently(
+            self.client.log_batch, self.run_id, tags=[RunTag(key, masked(value)[:5000]) for key, value in tags.items()]
+        )
 
     def _log_settings(self, config: RunConfig, dataset: Mapping[str, Any]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -203,13 +254,13 @@ class Tracker:
             for step, value in enumerate(values)
         )
 
-    def log_points(self, points: Iterator[tuple[str, float, int]]) -> None:
+    def log_points(self, points: Iterable[tuple[str, float, int]]) -> None:
         """Metrics: name, value and step."""
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
-        while chunk := [Metric(name, value, now, step) for name, value, step in islice(points, METRICS_PER_CALL)]:
-            self.client.log_batch(self.run_id, metrics=chunk)
+        now, rest = int(time.time() * 1000), iter(points)
+        while chunk := [Metric(name, value, now, step) for name, value, step in islice(rest, METRICS_PER_CALL)]:
+            patiently(self.client.log_batch, self.run_id, metrics=chunk)
 
     def _log_tables(self, workspace: Workspace) -> None:
         rows = list(islice(results.read_rows(results.parts(workspace), _TABLE_COLUMNS), METRICS_PER_CALL))
@@ -234,7 +285,7 @@ class Tracker:
     def finish(self, status: str) -> None:
         """Closes the run as FINISHED, FAILED or KILLED; a store that is gone by now changes nothing for the results."""
         try:
-            self.client.set_terminated(self.run_id, status=status)
+            patiently(self.client.set_terminated, self.run_id, status=status)
         except Exception as error:
             logging.getLogger(__name__).warning("MLflow run %s could not be closed: %s", self.run_id, _sentence(error))
 
@@ -316,7 +367,7 @@ class StudyRun:
     def finish(self, status: str) -> None:
         """Closes the run as FINISHED, FAILED or KILLED."""
         try:
-            self.client.set_terminated(self.run_id, status=status)
+            patiently(self.client.set_terminated, self.run_id, status=status)
         except Exception as error:
             logging.getLogger(__name__).warning("MLflow run %s could not be closed: %s", self.run_id, _sentence(error))
 
@@ -366,7 +417,14 @@ def _experiment(client: Any, uri: str, name: str) -> str:
     if uri.startswith("sqlite:///"):
         # MLflow's default would be the working directory of whoever logs first.
         location = (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
-    return str(client.create_experiment(name, artifact_location=location))
+    try:
+        return str(patiently(client.create_experiment, name, artifact_location=location))
+    except Exception:
+        # Another run may have created it in the meantime.
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            raise
+        return str(experiment.experiment_id)
 
 
 def _tags(config: RunConfig, code: str) -> dict[str, str]:

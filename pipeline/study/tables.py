@@ -63,7 +63,7 @@ def cells(study: StudyConfig, arms: Sequence[Arm], rows: Mapping[str, Sequence[R
             if (base := baseline_of(study, arm, arms)) is not None
         }
         corrected = {
-            column: _holm({a: c[column].p for a, c in comparisons.items() if column in c}) for column in columns
+            column: holm({a: c[column].p for a, c in comparisons.items() if column in c}) for column in columns
         }
         for arm in arms:
             mine = list(edited[arm.folder].values())
@@ -96,10 +96,10 @@ def baseline_of(study: StudyConfig, arm: Arm, arms: Sequence[Arm]) -> Arm | None
     return next((other for other in arms if other.labels == wanted), None)
 
 
-def _holm(p: Mapping[str, float]) -> dict[str, float]:
+def holm(p: Mapping[str, float]) -> dict[str, float]:
     """Holm's step-down correction (1979); NaN where there is no test.
 
-    >>> _holm({"a": 0.01, "b": 0.04, "c": 0.03})
+    >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
     {'a': 0.03, 'c': 0.06, 'b': 0.06}
     """
     known = sorted((value, name) for name, value in p.items() if not math.isnan(value))

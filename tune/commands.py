@@ -1,0 +1,33 @@
+"""What `odedit tune` does, behind the front door."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from odedit.errors import InputError
+from pipeline import tracking
+from tune import config as search_config
+from tune import run as runner
+
+
+def tune(path: Path | None, overrides: Sequence[str], out: Path | None, resume: Path | None) -> None:
+    """Runs or resumes a search and prints what it found."""
+    if resume is not None and out is not None:
+        raise InputError("--resume, --out: give one of them; a search that is resumed stays in its folder.")
+    errors = Console(stderr=True)
+    if resume is not None and path is None:
+        config = runner.resumed(resume, list(overrides))
+    else:
+        config = search_config.load(path, overrides)
+    folder = resume or out or Path("searches") / (path.stem if path is not None else "demo")
+    found = runner.run(config, folder, errors, resume=resume is not None)
+    print(found.markdown)
+    lines = [f"Best settings: odedit edit --config {folder / 'best.yaml'}"]
+    lines.append(f"Search:        {folder} (summary.md, summary.json, trials.csv, pictures)")
+    if found.tracking_uri is not None:
+        lines.append(f"MLflow:        {tracking.open_command(found.tracking_uri)}")
+    for line in lines:
+        errors.print(line, highlight=False, soft_wrap=True, markup=False)

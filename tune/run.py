@@ -1,0 +1,401 @@
+"""A search from its configuration to its summary: check, try points, run the best beside the defaults, report."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
+import time
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from odedit.backbones import load_processor
+from odedit.errors import InputError, NothingUsable
+from odedit.locations import masked
+from pipeline import local_ray, sources, tracking
+from pipeline.checkpoints import with_absolute_checkpoints
+from pipeline.config import RunConfig, read_yaml
+from pipeline.features import with_checked_store
+from pipeline.run import Outcome, run_many, terminate_as_interrupt
+from pipeline.search_tracking import KIND, SearchRun
+from pipeline.spec import Job, Plan
+from pipeline.version import code_version
+from pipeline.workspace import CONFIG_HEADER, Workspace, read_json, write_json, write_text
+from tune import points, records, report
+from tune.config import Search, SearchConfig, check, from_values, override
+from tune.points import Points, Trial
+
+STATE, CONFIG = "search.json", "search.yaml"
+_TUNE_FOLDER = ".tune-"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What lies where in the folder of a search."""
+
+    out: Path
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the search is, for resuming it; empty if there is none."""
+        found = read_json(self.out / STATE)
+        return found if isinstance(found, dict) and "search_id" in found else {}
+
+    @property
+    def validation(self) -> Path:
+        return self.out / "validation"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.out / "evaluation"
+
+    def update(self, **values: Any) -> None:
+        write_json(self.out / STATE, self.state | values)
+
+
+def resumed(folder: Path, overrides: list[str]) -> SearchConfig:
+    """The configuration of the search in a folder.
+
+    Raises:
+        InputError: There is none, or it had passwords, which are not kept.
+    """
+    state = Folder(folder).state
+    if not state:
+        raise InputError(f"--resume: {folder} holds no search; expected the folder that `odedit tune` wrote.")
+    if state.get("had_secrets"):
+        raise InputError(f"--resume: the passwords of {folder / CONFIG} were not kept; add --config with the file.")
+    values = read_yaml(folder / CONFIG)
+    for text in overrides:
+        override(values, text)
+    return from_values(values)
+
+
+def run(config: SearchConfig, out: Path, console: Console, *, resume: bool = False) -> report.Finished:
+    """Runs or resumes a search in `out`.
+
+    Args:
+        resume: There has to be one.
+
+    Raises:
+        InputError: A setting is wrong, a store cannot be used, or `out` holds something else.
+        NothingUsable: No trial came to its end.
+        TrackingError: The search is complete, but MLflow could not be written to.
+    """
+    search = check(config)
+    folder = Folder(Workspace.of(str(out)).out)
+    _check_folder(search, folder, resume=resume)
+    with _alone(folder), terminate_as_interrupt(), local_ray.shared():
+        base, found = _prepared(search, folder)
+        _remember(search, folder, found)
+        state = folder.state
+        asked = Points(config, search.space, folder.out, state["search_id"], state["study"])
+        tracker = _tracker(search, folder)
+        try:
+            return _run(search, folder, Job(base, found, Workspace(folder.validation)), asked, tracker, console)
+        except BaseException as error:
+            if tracker is not None:
+                tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+
+
+def _run(
+    search: Search, folder: Folder, job: Job, asked: Points, tracker: SearchRun | None, console: Console
+) -> report.Finished:
+    from tune.search import Running
+
+    config = search.config
+    groups = records.stage(job.config, job.sources, folder.validation, config.rungs.sizes, config.seed)
+    running = Running(search, asked, folder.out, tracker, console)
+    before = asked.trials()
+    done = sum(trial.state != points.RUNNING for trial in before)
+    _say(console, f"{config.title}: {done} of {config.trials} trials done in {folder.out}")
+    if done < len(before) or done < config.trials:
+        started = time.monotonic()
+        try:
+            _try_points(search, folder, job, groups, running, before, console)
+        finally:
+            folder.update(seconds=folder.state.get("seconds", 0.0) + time.monotonic() - started)
+    if running.problem is not None:
+        raise running.problem
+    running.catch_up()
+    every = asked.trials()
+    if len(every) < config.trials:
+        _say(console, f"The space holds {len(every)} different points, and all were tried.")
+    best = points.best(every, config)
+    if best is None:
+        reasons = next((f" The first: {trial.error}" for trial in every if trial.error), "")
+        raise NothingUsable(f"No trial came to its end ({len(every)} tried).{reasons}")
+    changed = _evaluation_config(search, folder, best)
+    write_text(folder.out / "best.yaml", _best_yaml(changed, best))
+    outcomes = _evaluate(search, folder, changed, best, console)
+    finished = report.write(search, folder.out, asked.study, every, best, outcomes, folder.state.get("seconds", 0.0))
+    if tracker is not None:
+        _log(search, tracker, every, best, outcomes, finished)
+        if tracker.failed is not None:
+            # Once more, now that the store answers again.
+            running.catch_up()
+        tracker.end("FINISHED")
+    return finished
+
+
+def _check_folder(search: Search, folder: Folder, *, resume: bool) -> None:
+    """Raises InputError if `out` belongs to something else."""
+    out, state = folder.out, folder.state
+    if resume and not state:
+        raise InputError(f"--resume: {out} holds no search; expected the folder that `odedit tune` wrote.")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out: {out} is a file. Choose a folder.")
+    if not state and out.exists() and any(out.iterdir()):
+        raise InputError(f"--out: {out} is not empty and holds no search. Choose another folder.")
+    if state:
+        then, now = (tracking.flatten(one) for one in (state["identity"], _identity(search)))
+        changed = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
+        if changed:
+            lines = "\n".join(f"  {name}: was {then.get(name)!r}, now {now.get(name)!r}" for name in changed)
+            raise InputError(f"{'--resume' if resume else '--out'}: {out} holds another search:\n{lines}\n"
+                             "Choose another folder, or give that search's configuration.")  # fmt: skip
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "trials").mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: {str(out)!r} cannot be written to: {error.strerror}.") from error
+
+
+def _identity(search: Search) -> dict[str, Any]:
+    found = tracking.masked_values(search.config.to_dict() | search.config.identity())
+    return {name: found[name] for name in search.config.identity()}
+
+
+@contextmanager
+def _alone(folder: Folder) -> Iterator[None]:
+    """Inside, no other process runs this search. The lock goes with the process, however that ends.
+
+    Raises:
+        InputError: Another one does.
+    """
+    with open(folder.out / ".lock", "a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            stream.seek(0)
+            number = stream.read().strip()
+            raise InputError(
+                f"--out: the search in {folder.out} is running (process {number or 'unknown'})."
+            ) from error
+        stream.truncate(0)
+        stream.write(str(os.getpid()))
+        stream.flush()
+        for left in folder.out.glob(f"{_TUNE_FOLDER}*"):  # of a driver that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+def _prepared(search: Search, folder: Folder) -> tuple[RunConfig, sources.Sources]:
+    """The run that trials are variants of, and where its records are."""
+    config = search.trial
+    load_processor(config.backbone.family, config.backbone.checkpoint)
+    config = with_checked_store(with_absolute_checkpoints(config))
+    # As if it were one of the runs on the evaluation records: an embedded benchmark is written once for all.
+    found = sources.resolve(config.data, folder.evaluation / "trials")
+    found.reader.check_roots()
+    return config, found
+
+
+def _remember(search: Search, folder: Folder, found: sources.Sources) -> None:
+    """Writes down what the search is. Raises InputError if its records are other files than they were."""
+    state, inputs = folder.state, {name: masked(text) for name, text in found.identity().items()}
+    for name, then in state.get("inputs", {}).items():
+        if inputs.get(name) != then:
+            raise InputError(f"validation: {name} was {then}, and is {inputs.get(name)} now. Choose another folder.")
+    text = yaml.safe_dump(search.config.to_dict(), sort_keys=False, allow_unicode=True)
+    public = yaml.safe_dump(tracking.masked_values(search.config.to_dict()), sort_keys=False, allow_unicode=True)
+    search_id = state.get("search_id") or uuid.uuid4().hex
+    folder.update(
+        search_id=search_id,
+        study=state.get("study") or f"{folder.out.name}-{search_id[:8]}",
+        identity=_identity(search),
+        inputs=inputs,
+        had_secrets=text != public,
+        code=state.get("code") or code_version(),
+    )
+    write_text(folder.out / CONFIG, f"{CONFIG_HEADER} {code_version()}\n{public}")
+
+
+def _tracker(search: Search, folder: Folder) -> SearchRun | None:
+    settings = search.trial.tracking
+    if not settings.enabled:
+        return None
+    state, config = folder.state, search.config
+    tracker = SearchRun.start(
+        tracking.store_uri(settings, folder.evaluation),
+        settings.experiment,
+        settings.run_name or folder.out.name,
+        state["search_id"],
+        tracking.flatten({name: value for name, value in config.to_dict().items() if name != "storage"}),
+        {
+            "odedit.version": code_version(),
+            "odedit.study_name": state["study"],
+            "odedit.editor": search.trial.editor.name,
+            "odedit.objective": search.trial.objective.name,
+            "odedit.sampler": config.sampler,
+            "odedit.objectives": ", ".join(config.objectives),
+        },
+        state.get("run_id"),
+    )
+    folder.update(run_id=tracker.run_id)
+    return tracker
+
+
+def _try_points(
+    search: Search,
+    folder: Folder,
+    job: Job,
+    groups: list[list[int]],
+    running: Any,
+    before: list[Trial],
+    console: Console,
+) -> None:
+    config = search.config
+    spread = replace(job.config.pipeline, actors=config.concurrent, preparers=1)
+    for trial in before:
+        if trial.state == points.RUNNING:
+            # That its worker was ended with the search is no attempt of an edit.
+            shutil.rmtree(folder.out / "trials" / trial.key / "attempts", ignore_errors=True)
+    try:
+        # Ray first: it puts a handler of its own in place, which would end the process at once.
+        with local_ray.connected(spread, job.config.backbone, config.concurrent) as plan, terminate_as_interrupt():
+            _fit(search, folder, _on(job, plan), groups, running, before, plan, console)
+    except InputError as error:
+        raise InputError(str(error).replace("pipeline.actors", "concurrent")) from error
+
+
+def _on(job: Job, plan: Plan) -> Job:
+    """The job on the device and with the threads of the plan."""
+    return replace(job, device=plan.device, num_threads=plan.threads_per_actor, memory_share=plan.memory_share)
+
+
+def _fit(
+    search: Search,
+    folder: Folder,
+    job: Job,
+    groups: list[list[int]],
+    running: Any,
+    before: list[Trial],
+    plan: Plan,
+    console: Console,
+) -> None:
+    """Lets Tune run trials until there are enough."""
+    os.environ |= {
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would end the search without a word, as if it were complete
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from ray import tune
+
+        from tune.search import Asking, Listening, scheduler
+        from tune.trainable import EditTrial
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    config = search.config
+    takes = f"{plan.gpus_per_actor:g} GPU" if plan.device == "cuda" else f"{plan.threads_per_actor} CPU thread"
+    edits = ", ".join(map(str, config.rungs.sizes))
+    _say(console, f"Plan: {config.concurrent} at a time on {takes} each, scored on {edits} edits. Starting workers ...")
+    trainable = tune.with_parameters(
+        EditTrial,
+        job=job,
+        rungs=groups,
+        sizes=config.rungs.sizes,
+        folder=folder.out,
+        judged_by=config.judged_by,
+    )
+    with tempfile.TemporaryDirectory(prefix=_TUNE_FOLDER, dir=folder.out, ignore_cleanup_errors=True) as temporary:
+        tune.Tuner(
+            tune.with_resources(trainable, {"cpu": plan.cpus_per_actor, "gpu": plan.gpus_per_actor}),
+            tune_config=tune.TuneConfig(
+                search_alg=Asking(running),
+                scheduler=scheduler(search, before),
+                num_samples=-1,  # until `Asking` says that there are enough
+                max_concurrent_trials=config.concurrent,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name="trials",
+                storage_path=temporary,
+                failure_config=tune.FailureConfig(max_failures=config.retries),
+                # A trial's checkpoint is the files that it has written.
+                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+                callbacks=[Listening(running)],
+                verbose=0,
+            ),
+        ).fit()
+
+
+def _evaluation_config(search: Search, folder: Folder, trial: Trial) -> RunConfig:
+    """The run of a point on the evaluation records, with full paths."""
+    return _named(search, folder, search.space.config(trial.point), f"trial-{trial.number}")
+
+
+def _named(search: Search, folder: Folder, config: RunConfig, name: str) -> RunConfig:
+    uri = tracking.store_uri(config.tracking, folder.evaluation)
+    return replace(
+        with_absolute_checkpoints(config),
+        data=sources.with_absolute_paths(config.data),
+        out=str(folder.evaluation / name),
+        tracking=replace(config.tracking, uri=uri, run_name=name.replace("-", " ")),
+    )
+
+
+def _best_yaml(config: RunConfig, trial: Trial) -> str:
+    """The best trial's run, for `odedit edit`; passwords are not written down."""
+    values: Mapping[str, Any] = config.to_dict()
+    public = tracking.masked_values(values)
+    if public["tracking"]["uri"] != values["tracking"]["uri"]:
+        public["tracking"]["uri"] = None
+    text = yaml.safe_dump(public, sort_keys=False, allow_unicode=True)
+    note = "" if public == values else "# Addresses are without their passwords; tracking.uri has to be given again.\n"
+    return f"# The settings of trial {trial.number}, on the evaluation records.\n{note}{text}"
+
+
+def _evaluate(search: Search, folder: Folder, changed: RunConfig, best: Trial, console: Console) -> dict[str, Outcome]:
+    """The defaults and the best settings on the evaluation records; the defaults alone if nothing was better."""
+    configs = {"defaults": _named(search, folder, search.defaults, "defaults")}
+    if search.space.defaults() != best.point:
+        configs["best"] = changed
+    _say(console, f"Best on the validation records: trial {best.number}. Now on the evaluation records:")
+    return dict(zip(configs, run_many(list(configs.values()), console), strict=True))
+
+
+def _log(
+    search: Search,
+    tracker: SearchRun,
+    every: list[Trial],
+    best: Trial,
+    outcomes: Mapping[str, Outcome],
+    finished: report.Finished,
+) -> None:
+    """What the search found, on the parent's page."""
+    for name, outcome in outcomes.items():
+        tracker.tag_run(outcome.run_id, {KIND: "evaluation", "odedit.arm": name})
+    settings = {f"best.{path}": str(value) for path, value in search.space.settings(best.point).items()}
+    run_id = tracker.trials.get(best.key, "")
+    tracker.log_search(
+        finished.files, finished.metrics, settings | {"best.trial": str(best.number), "best.run_id": run_id}
+    )
+    for trial in every:
+        if trial.key in tracker.trials and trial in finished.front:
+            tracker.tag_run(tracker.trials[trial.key], {"odedit.best": "true" if trial is best else "front"})
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)

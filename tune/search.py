@@ -1,0 +1,254 @@
+"""A search while it runs: hands points to Ray Tune, takes their reports, and tells Optuna, MLflow and the user.
+
+`Asking` and `Listening` are all that Tune sees of it. Tune's own state is thrown away: what a search is resumed from is
+Optuna's storage and the files of the trials.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ray.tune import Callback
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+from rich.console import Console
+
+from odedit.errors import InputError
+from odedit.metrics import MAIN
+from pipeline import results
+from pipeline.checkpoints import with_absolute_checkpoints
+from pipeline.config import RunConfig
+from pipeline.search_tracking import SearchRun
+from pipeline.study.tables import number
+from pipeline.tracking import flatten
+from tune import points, scoring
+from tune.config import SCORE, Search
+from tune.points import COMPLETE, FAILED, PRUNED, Points, Trial
+from tune.records import TrialWorkspace
+from tune.scoring import Report
+from tune.trainable import EDITS, JUDGED
+
+
+class Running:
+    """What the driver knows of the trials that run.
+
+    Args:
+        tracker: None: nothing is logged to MLflow.
+        console: Standard error.
+    """
+
+    def __init__(
+        self, search: Search, asked: Points, folder: Path, tracker: SearchRun | None, console: Console
+    ) -> None:
+        self._search, self._points, self._folder = search, asked, folder
+        self._tracker, self._console = tracker, console
+        self._trials: dict[str, Trial] = {}
+        self._started = time.monotonic()
+        self.problem: InputError | None = None
+
+    def ask(self, trial_id: str) -> dict[str, Any] | None:
+        """The configuration of a new Tune trial, or None if there are enough."""
+        try:
+            trial = self._points.ask()
+        except InputError as error:
+            self.problem = error
+            return None
+        if trial is None:
+            return None
+        self._trials[trial_id] = trial
+        config = with_absolute_checkpoints(self._search.space.config(trial.point))
+        if self._tracker is not None:
+            self._tracker.open_trial(trial.key, trial.number, self._parameters(trial), _tags(config))
+        # As the run has them: a worker would look for a relative path elsewhere.
+        flat = flatten(config.to_dict())
+        settings = self._search.space.settings(trial.point)
+        return {"key": trial.key, "settings": {path: flat.get(path, value) for path, value in settings.items()}}
+
+    def _parameters(self, trial: Trial) -> dict[str, Any]:
+        """The point, and what it means where that is another thing."""
+        return trial.point | self._search.space.settings(trial.point)
+
+    def report(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        """Takes what a trial says at a rung; what it says again, after it was taken up again, is passed over."""
+        trial = self._trials[trial_id]
+        if "report" not in result:
+            return
+        found: Report = json.loads(result["report"])
+        if found["edits"] in trial.reports:
+            return
+        self._points.report(trial, found)
+        trial.reports[found["edits"]] = found
+        if self._tracker is not None:
+            self._tracker.log_rung(trial.key, found["edits"], found)
+        if found["edits"] < self._search.config.rungs.sizes[-1]:
+            self._say(f"{_name(trial)} {self._figures(found)}")
+
+    def complete(self, trial_id: str, error: str = "") -> None:
+        """A trial has ended: with all its edits, stopped before, or failed."""
+        trial = self._trials.pop(trial_id)
+        last = max(trial.reports, default=0)
+        is_whole = last >= self._search.config.rungs.sizes[-1]
+        self.close(trial, FAILED if error else COMPLETE if is_whole else PRUNED, error)
+
+    def close(self, trial: Trial, state: str, error: str = "") -> None:
+        """Writes down how a trial ended."""
+        self._points.finish(trial, state, error)
+        if self._tracker is not None:
+            self._log_end(trial, state, error)
+        if state == COMPLETE and trial.last is not None:
+            self._say(f"{_name(trial)} {self._figures(trial.last)}  done  {self.progress()}")
+        elif state == PRUNED:
+            self._say(f"{_name(trial)} stopped at {max(trial.reports, default=0)} edits  {self.progress()}")
+        else:
+            self._say(f"{_name(trial)} failed: {error}  {self.progress()}")
+
+    def _log_end(self, trial: Trial, state: str, error: str) -> None:
+        assert self._tracker is not None
+        workspace = TrialWorkspace(self._folder / "trials" / trial.key, self._folder / "validation")
+        rows = list(results.read_rows(results.parts(workspace), ("status", "losses")))
+        tags = {"odedit.edits": str(max(trial.reports, default=0))} | ({"odedit.error": error} if error else {})
+        self._tracker.close_trial(trial.key, state, tags, scoring.curves(rows))
+
+    def catch_up(self) -> None:
+        """Writes to MLflow what an earlier part of the search, or a store that was gone, has left out."""
+        if self._tracker is None:
+            return
+        for trial in self._points.trials():
+            if trial.state == points.RUNNING or self._tracker.is_closed(trial.key):
+                continue
+            config = self._search.space.config(trial.point)
+            self._tracker.open_trial(trial.key, trial.number, self._parameters(trial), _tags(config))
+            for edits, found in trial.reports.items():
+                self._tracker.log_rung(trial.key, edits, found)
+            self._log_end(trial, trial.state, trial.error)
+
+    def retried(self, trial_id: str) -> None:
+        """A worker has died or given up, and the trial is taken up again."""
+        if trial_id in self._trials:
+            self._say(f"{_name(self._trials[trial_id])} broke off; it goes on behind its last finished group")
+
+    def progress(self) -> str:
+        """`| best so far: trial 3, .871 | 5 of 20 trials, 1:32`."""
+        config = self._search.config
+        every = self._points.trials()
+        done = sum(trial.state != points.RUNNING for trial in every)
+        seconds = round(time.monotonic() - self._started)
+        leader = points.best(every, config)
+        text = ""
+        if leader is not None and leader.last is not None:
+            shown = config.objectives if len(config.objectives) == 1 else (SCORE, *config.objectives)
+            figures = ", ".join(f"{name} {number(leader.last.get(name, 0.0))}" for name in shown)
+            text = f"| best so far: trial {leader.number}, {figures} "
+        return f"{text}| {done} of {config.trials} trials, {seconds // 60}:{seconds % 60:02d}"
+
+    def _figures(self, found: Report) -> str:
+        """`24 edits  score .842  rel 1.000 ...`."""
+        names = dict.fromkeys((SCORE, *self._search.config.objectives, *MAIN))
+        shown = "  ".join(f"{name} {number(found[name])}" for name in names if name in found)
+        failed = f" ({found['failed']} failed)" if found.get("failed") else ""
+        return f"{found['edits']} edits{failed}  {shown}"
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _name(trial: Trial) -> str:
+    return f"trial {trial.number}"
+
+
+def _tags(config: RunConfig) -> dict[str, str]:
+    return {
+        "odedit.editor": config.editor.name,
+        "odedit.objective": config.objective.name,
+        "odedit.backbone": f"{config.backbone.family}:{config.backbone.checkpoint}",
+        "odedit.supervision": results.supervision_name(config),
+    }
+
+
+class _Unsaved:
+    """Tune writes down what it is handed; of these nothing is worth it."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class Asking(_Unsaved, Searcher):
+    """Where Tune gets its points from."""
+
+    def __init__(self, running: Running) -> None:
+        super().__init__(metric=JUDGED, mode="max")
+        self._running = running
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        return self._running.ask(trial_id) or Searcher.FINISHED
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Told by `Listening`, which knows why."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Optuna's storage has everything."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Never called: every part of a search is another experiment to Tune."""
+
+
+class Listening(_Unsaved, Callback):
+    """What Tune tells of its trials."""
+
+    def __init__(self, running: Running) -> None:
+        self._running = running
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        self._running.report(trial.trial_id, result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._running.complete(trial.trial_id, (trial.last_result or {}).get("error", ""))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._running.complete(trial.trial_id, _why(trial))
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._running.retried(trial.trial_id)
+
+
+def _why(trial: Any) -> str:
+    """The last line of what Tune knows of an error."""
+    error = trial.get_error()
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] if error is not None else []
+    cause = getattr(error, "cause", None)
+    if cause is not None:
+        return f"{type(cause).__name__}: {cause}"[:500]
+    died = [line for line in lines if "died unexpectedly" in line or "Worker unexpectedly exits" in line]
+    return (died[0] if died else lines[-1] if lines else "its worker ended without a word")[:500]
+
+
+def scheduler(search: Search, earlier: Sequence[Trial]) -> TrialScheduler:
+    """Asynchronous successive halving over the rungs; it has heard of the trials of earlier parts of the search."""
+    rungs = search.config.rungs
+    if rungs.number == 1:
+        return FIFOScheduler()
+    halving = AsyncHyperBandScheduler(
+        time_attr=EDITS,
+        metric=JUDGED,
+        mode="max",
+        grace_period=rungs.edits,
+        max_t=rungs.sizes[-1],
+        reduction_factor=rungs.factor,
+    )
+    for trial in earlier:
+        if trial.state not in (COMPLETE, PRUNED):
+            continue
+        known = SimpleNamespace(trial_id=trial.key)
+        halving.on_trial_add(None, known)
+        for found in trial.reports.values():
+            judged = found.get(search.config.judged_by, 0.0)
+            halving.on_trial_result(None, known, {EDITS: found["edits"], JUDGED: judged})
+        halving.on_trial_remove(None, known)
+    return halving

@@ -1,0 +1,121 @@
+"""A trial as Ray Tune runs it: one step is one rung, and what is written to disk is its checkpoint.
+
+A worker that Tune hands the next trial keeps the model, the features of its pictures and the prepared requests. Every
+group of edits is written as soon as it is done, so a trial that is taken up again, by another worker or after the
+search was killed, goes on behind its last group.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ray.tune import Trainable
+
+from odedit.errors import InputError
+from pipeline import results
+from pipeline.actor import EditActor
+from pipeline.config import from_dict
+from pipeline.prepare import Preparer
+from pipeline.request_cache import RequestCache
+from pipeline.spec import Job
+from pipeline.study.spec import merged
+from pipeline.workspace import read_json, write_json
+from tune import scoring
+from tune.records import TrialWorkspace
+from tune.space import nested
+
+EDITS, JUDGED = "edits", "judged"
+"""In every result: how many edits, and what decides whether the trial goes on."""
+_REQUESTS = RequestCache()
+
+
+class EditTrial(Trainable):
+    """Edits the validation records with one point's settings, rung by rung."""
+
+    def setup(
+        self,
+        config: Mapping[str, Any],
+        job: Job,
+        rungs: Sequence[Sequence[int]],
+        sizes: Sequence[int],
+        folder: Path,
+        judged_by: str,
+    ) -> None:
+        """
+        Args:
+            config: `key` and `settings` (path -> value) of the point.
+            job: Of the defaults, on the validation records.
+            rungs: Groups of each rung.
+            sizes: Edits of each rung.
+            folder: Of the search.
+            judged_by: The figure that decides whether a trial goes on.
+        """
+        self._base, self._rungs, self._sizes, self._folder = job, rungs, sizes, folder
+        self._judged_by = judged_by
+        self._begin(config)
+
+    def reset_config(self, new_config: Mapping[str, Any]) -> bool:
+        """Takes the next point: what the process has loaded stays."""
+        self._begin(new_config)
+        return True
+
+    def _begin(self, config: Mapping[str, Any]) -> None:
+        self._key, self._settings = config["key"], config["settings"]
+        workspace = TrialWorkspace(self._folder / "trials" / self._key, self._folder / "validation")
+        workspace.create()
+        self._workspace = workspace
+        self._workers: tuple[Preparer, EditActor] | None = None
+        self._done = sum(read_json(workspace.rung(place)) is not None for place in range(len(self._rungs)))
+        # Scheduler and sampler may not have heard of the last finished rung.
+        self._repeat = self._done > 0
+
+    def step(self) -> dict[str, Any]:
+        """Finishes the next rung. What is wrong with the settings ends the trial, and no other worker would help."""
+        try:
+            report = self._report()
+        except InputError as error:
+            return {"error": str(error), EDITS: 0, JUDGED: 0.0, "done": True}
+        is_last = self._done == len(self._rungs)
+        failed = report["failed"] == report["edits"]
+        return {
+            EDITS: report["edits"],
+            JUDGED: report.get(self._judged_by, 0.0),
+            "report": json.dumps(report),
+            "error": self._first_error() if failed else "",
+            "done": is_last or failed,
+        }
+
+    def _report(self) -> scoring.Report:
+        if self._repeat:
+            self._repeat = False
+            return dict(read_json(self._workspace.rung(self._done - 1)))
+        for group in self._rungs[self._done]:
+            if not self._workspace.part(group).exists():
+                self._edit(group)
+        found = scoring.report(self._rows(), self._sizes[self._done])
+        write_json(self._workspace.rung(self._done), found)
+        self._done += 1
+        return found
+
+    def _edit(self, group: int) -> None:
+        if self._workers is None:
+            values = merged(self._base.config.to_dict(), nested(self._settings))
+            job = replace(self._base, config=from_dict(values), workspace=self._workspace)
+            self._workers = Preparer(job, _REQUESTS), EditActor(job)
+        preparer, actor = self._workers
+        actor(preparer(group))
+
+    def _rows(self) -> list[results.Row]:
+        groups = [group for rung in self._rungs[: self._done + 1] for group in rung]
+        return list(results.read_rows(self._workspace.part(group) for group in groups))
+
+    def _first_error(self) -> str:
+        error = next((row["error"] for row in results.read_rows(results.parts(self._workspace)) if row["error"]), "")
+        return f"none of the edits worked; first: {error}"
+
+    def cleanup(self) -> None:
+        self._workers = None
