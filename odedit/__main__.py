@@ -197,6 +197,26 @@ def tune(
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Folder of a run, study or search, or an MLflow run's id.")
+    ],
+    uri: Annotated[str | None, typer.Option(help="MLflow store of the ids, as tracking.uri.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the tables as a page.")] = None,
+) -> None:
+    """Compares runs with the first: settings that differ, metrics, and paired tests on the records they share.
+
+    Prints Markdown.
+
+    Example: odedit compare runs/native runs/wise-odedit studies/table4 --html comparison.html
+    """
+    with _explained():
+        from pipeline import commands
+
+        commands.compare(runs, uri, html)
+
+
+@app.command()
 def apply(
     edits: Annotated[list[str], typer.Argument(metavar="EDIT...", help="Edit files; several are applied together.")],
     prompt: Annotated[str, typer.Option(help="The question, or the beginning of a caption.")],

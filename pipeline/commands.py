@@ -115,6 +115,18 @@ def study(name: str, config: Path | None, overrides: Sequence[str], out: Path | 
         _line(Console(stderr=True), line)
 
 
+def compare(names: Sequence[str], uri: str | None, html: Path | None) -> None:
+    """`odedit compare`."""
+    from pipeline import compare as comparing
+
+    with comparing.sides(names, uri) as sides:
+        found = comparing.compare(sides)
+        print(comparing.to_markdown(found))
+        if html is not None:
+            comparing.write_html(found, html)
+            _line(Console(stderr=True), f"Page: {html}")
+
+
 def apply(
     edits: Sequence[str],
     prompt: str,

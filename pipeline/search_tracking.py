@@ -14,7 +14,8 @@ from typing import Any
 
 from odedit.locations import masked
 from pipeline import tracking
-from pipeline.tracking import PARENT_TAG, Tracker, TrackingError, patiently
+from pipeline.sharing import patiently
+from pipeline.tracking import PARENT_TAG, Tracker, TrackingError
 
 KIND, SEARCH, POINT, NUMBER, STATE = "odedit.kind", "odedit.search", "odedit.point", "odedit.trial", "odedit.state"
 _PAGE = 1000

@@ -6,32 +6,28 @@ One run of the pipeline is one MLflow run; resuming continues it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from odedit.errors import InputError
 from odedit.locations import masked
 from odedit.metrics import MAIN
 from pipeline import results
 from pipeline.config import RunConfig, TrackingConfig
+from pipeline.sharing import alone, patiently
 from pipeline.workspace import Workspace
 
 METRICS_PER_CALL = 1000
 PARAMETERS_PER_CALL = 100
-_LOCKED_S = 120.0
-"""How long a write waits for other writers of a sqlite file, beyond what the database waits itself."""
 _EDITS_SHOWN = 3
 PARENT_TAG = "mlflow.parentRunId"
 _TABLE_COLUMNS = (
@@ -46,9 +42,6 @@ _TABLE_COLUMNS = (
     "steps",
     "seconds",
 )
-
-
-T = TypeVar("T")
 
 
 class TrackingError(RuntimeError):
@@ -91,34 +84,6 @@ def open_command(uri: str) -> str:
     return f"{beside_us} ui --backend-store-uri {masked(uri)}"
 
 
-def patiently(call: Callable[..., T], *arguments: Any, **named: Any) -> T:
-    """Calls MLflow again while the store is locked by another writer."""
-    started, pause = time.monotonic(), 0.1
-    while True:
-        try:
-            return call(*arguments, **named)
-        except Exception as error:
-            if "database is locked" not in str(error) or time.monotonic() - started > _LOCKED_S:
-                raise
-        time.sleep(pause)
-        pause = min(2 * pause, 3.0)
-
-
-@contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """Inside, no other process creates the same database file: two at once would both fill in its tables."""
-    if not uri.startswith("sqlite:///"):
-        yield
-        return
-    import fcntl
-
-    digest = hashlib.blake2b(os.path.realpath(uri.removeprefix("sqlite:///")).encode(), digest_size=8).hexdigest()
-    # Not beside the database, where it would stay; the system lets go of it whatever becomes of this process.
-    with open(Path(tempfile.gettempdir()) / f"odedit-{os.getuid()}-{digest}.lock", "w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
 def _client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # A wrong address should fail in seconds.
@@ -132,7 +97,7 @@ def _client(uri: str) -> Any:
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _alone(uri):
+        with alone(uri):
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
     except Exception as error:

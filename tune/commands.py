@@ -11,6 +11,7 @@ from odedit.errors import InputError
 from pipeline import tracking
 from tune import config as search_config
 from tune import run as runner
+from tune.folder import resumed
 
 
 def tune(path: Path | None, overrides: Sequence[str], out: Path | None, resume: Path | None) -> None:
@@ -19,7 +20,7 @@ def tune(path: Path | None, overrides: Sequence[str], out: Path | None, resume: 
         raise InputError("--resume, --out: give one of them; a search that is resumed stays in its folder.")
     errors = Console(stderr=True)
     if resume is not None and path is None:
-        config = runner.resumed(resume, list(overrides))
+        config = resumed(resume, list(overrides))
     else:
         config = search_config.load(path, overrides)
     folder = resume or out or Path("searches") / (path.stem if path is not None else "demo")

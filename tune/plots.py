@@ -13,8 +13,8 @@ from optuna.trial import TrialState
 
 from pipeline.study.plots import COLOURS, figure, to_png
 from tune.config import SCORE, Search
+from tune.dimensions import Parameter, label
 from tune.points import COMPLETE, FAILED, PRUNED, Trial, pareto
-from tune.space import Parameter, label
 
 _GREY, _GRID = "#9aa5b1", "#e4e7eb"
 _RING: dict[str, Any] = {"facecolors": "none", "edgecolors": COLOURS[1], "linewidth": 1.6}

@@ -22,8 +22,9 @@ from optuna.trial import FrozenTrial, TrialState
 from odedit.errors import InputError
 from odedit.locations import masked
 from tune.config import SearchConfig
+from tune.dimensions import label
 from tune.scoring import Report
-from tune.space import Point, Space, key_of, label
+from tune.space import Point, Space, key_of
 
 KEY, VALUES, ERROR, SEARCH, REPEATED = "key", "settings", "error", "odedit.search", "repeated"
 RUNG = "rung:"

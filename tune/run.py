@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
 import tempfile
 import time
-import uuid
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,63 +18,19 @@ from rich.console import Console
 
 from odedit.backbones import load_processor
 from odedit.errors import InputError, NothingUsable
-from odedit.locations import masked
 from pipeline import local_ray, sources, tracking
 from pipeline.checkpoints import with_absolute_checkpoints
-from pipeline.config import RunConfig, read_yaml
+from pipeline.config import RunConfig
 from pipeline.features import with_checked_store
 from pipeline.run import Outcome, run_many, terminate_as_interrupt
 from pipeline.search_tracking import KIND, SearchRun
 from pipeline.spec import Job, Plan
 from pipeline.version import code_version
-from pipeline.workspace import CONFIG_HEADER, Workspace, read_json, write_json, write_text
+from pipeline.workspace import Workspace, write_text
 from tune import points, records, report
-from tune.config import Search, SearchConfig, check, from_values, override
+from tune.config import Search, SearchConfig, check
+from tune.folder import TUNE_FOLDER, Folder, alone, check_folder, remember
 from tune.points import Points, Trial
-
-STATE, CONFIG = "search.json", "search.yaml"
-_TUNE_FOLDER = ".tune-"
-
-
-@dataclass(frozen=True)
-class Folder:
-    """What lies where in the folder of a search."""
-
-    out: Path
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """What the search is, for resuming it; empty if there is none."""
-        found = read_json(self.out / STATE)
-        return found if isinstance(found, dict) and "search_id" in found else {}
-
-    @property
-    def validation(self) -> Path:
-        return self.out / "validation"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.out / "evaluation"
-
-    def update(self, **values: Any) -> None:
-        write_json(self.out / STATE, self.state | values)
-
-
-def resumed(folder: Path, overrides: list[str]) -> SearchConfig:
-    """The configuration of the search in a folder.
-
-    Raises:
-        InputError: There is none, or it had passwords, which are not kept.
-    """
-    state = Folder(folder).state
-    if not state:
-        raise InputError(f"--resume: {folder} holds no search; expected the folder that `odedit tune` wrote.")
-    if state.get("had_secrets"):
-        raise InputError(f"--resume: the passwords of {folder / CONFIG} were not kept; add --config with the file.")
-    values = read_yaml(folder / CONFIG)
-    for text in overrides:
-        override(values, text)
-    return from_values(values)
 
 
 def run(config: SearchConfig, out: Path, console: Console, *, resume: bool = False) -> report.Finished:
@@ -93,10 +46,10 @@ def run(config: SearchConfig, out: Path, console: Console, *, resume: bool = Fal
     """
     search = check(config)
     folder = Folder(Workspace.of(str(out)).out)
-    _check_folder(search, folder, resume=resume)
-    with _alone(folder), terminate_as_interrupt(), local_ray.shared():
+    check_folder(search, folder, resume=resume)
+    with alone(folder), terminate_as_interrupt(), local_ray.shared():
         base, found = _prepared(search, folder)
-        _remember(search, folder, found)
+        remember(search, folder, found)
         state = folder.state
         asked = Points(config, search.space, folder.out, state["search_id"], state["study"])
         tracker = _tracker(search, folder)
@@ -148,58 +101,6 @@ def _run(
     return finished
 
 
-def _check_folder(search: Search, folder: Folder, *, resume: bool) -> None:
-    """Raises InputError if `out` belongs to something else."""
-    out, state = folder.out, folder.state
-    if resume and not state:
-        raise InputError(f"--resume: {out} holds no search; expected the folder that `odedit tune` wrote.")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out: {out} is a file. Choose a folder.")
-    if not state and out.exists() and any(out.iterdir()):
-        raise InputError(f"--out: {out} is not empty and holds no search. Choose another folder.")
-    if state:
-        then, now = (tracking.flatten(one) for one in (state["identity"], _identity(search)))
-        changed = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
-        if changed:
-            lines = "\n".join(f"  {name}: was {then.get(name)!r}, now {now.get(name)!r}" for name in changed)
-            raise InputError(f"{'--resume' if resume else '--out'}: {out} holds another search:\n{lines}\n"
-                             "Choose another folder, or give that search's configuration.")  # fmt: skip
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "trials").mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out: {str(out)!r} cannot be written to: {error.strerror}.") from error
-
-
-def _identity(search: Search) -> dict[str, Any]:
-    found = tracking.masked_values(search.config.to_dict() | search.config.identity())
-    return {name: found[name] for name in search.config.identity()}
-
-
-@contextmanager
-def _alone(folder: Folder) -> Iterator[None]:
-    """Inside, no other process runs this search. The lock goes with the process, however that ends.
-
-    Raises:
-        InputError: Another one does.
-    """
-    with open(folder.out / ".lock", "a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            stream.seek(0)
-            number = stream.read().strip()
-            raise InputError(
-                f"--out: the search in {folder.out} is running (process {number or 'unknown'})."
-            ) from error
-        stream.truncate(0)
-        stream.write(str(os.getpid()))
-        stream.flush()
-        for left in folder.out.glob(f"{_TUNE_FOLDER}*"):  # of a driver that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        yield
-
-
 def _prepared(search: Search, folder: Folder) -> tuple[RunConfig, sources.Sources]:
     """The run that trials are variants of, and where its records are."""
     config = search.trial
@@ -209,26 +110,6 @@ def _prepared(search: Search, folder: Folder) -> tuple[RunConfig, sources.Source
     found = sources.resolve(config.data, folder.evaluation / "trials")
     found.reader.check_roots()
     return config, found
-
-
-def _remember(search: Search, folder: Folder, found: sources.Sources) -> None:
-    """Writes down what the search is. Raises InputError if its records are other files than they were."""
-    state, inputs = folder.state, {name: masked(text) for name, text in found.identity().items()}
-    for name, then in state.get("inputs", {}).items():
-        if inputs.get(name) != then:
-            raise InputError(f"validation: {name} was {then}, and is {inputs.get(name)} now. Choose another folder.")
-    text = yaml.safe_dump(search.config.to_dict(), sort_keys=False, allow_unicode=True)
-    public = yaml.safe_dump(tracking.masked_values(search.config.to_dict()), sort_keys=False, allow_unicode=True)
-    search_id = state.get("search_id") or uuid.uuid4().hex
-    folder.update(
-        search_id=search_id,
-        study=state.get("study") or f"{folder.out.name}-{search_id[:8]}",
-        identity=_identity(search),
-        inputs=inputs,
-        had_secrets=text != public,
-        code=state.get("code") or code_version(),
-    )
-    write_text(folder.out / CONFIG, f"{CONFIG_HEADER} {code_version()}\n{public}")
 
 
 def _tracker(search: Search, folder: Folder) -> SearchRun | None:
@@ -319,7 +200,7 @@ def _fit(
         folder=folder.out,
         judged_by=config.judged_by,
     )
-    with tempfile.TemporaryDirectory(prefix=_TUNE_FOLDER, dir=folder.out, ignore_cleanup_errors=True) as temporary:
+    with tempfile.TemporaryDirectory(prefix=TUNE_FOLDER, dir=folder.out, ignore_cleanup_errors=True) as temporary:
         tune.Tuner(
             tune.with_resources(trainable, {"cpu": plan.cpus_per_actor, "gpu": plan.gpus_per_actor}),
             tune_config=tune.TuneConfig(
@@ -373,7 +254,9 @@ def _evaluate(search: Search, folder: Folder, changed: RunConfig, best: Trial, c
     if search.space.defaults() != best.point:
         configs["best"] = changed
     _say(console, f"Best on the validation records: trial {best.number}. Now on the evaluation records:")
-    return dict(zip(configs, run_many(list(configs.values()), console), strict=True))
+    outcomes = dict(zip(configs, run_many(list(configs.values()), console), strict=True))
+    folder.update(evaluated=[Path(one.out).name for one in configs.values()])
+    return outcomes
 
 
 def _log(

@@ -1,0 +1,140 @@
+"""The folder of a search: what lies where, whose it is, and that one process at a time works in it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from odedit.errors import InputError
+from odedit.locations import masked
+from pipeline import sources, tracking
+from pipeline.config import read_yaml
+from pipeline.version import code_version
+from pipeline.workspace import CONFIG_HEADER, read_json, write_json, write_text
+from tune.config import Search, SearchConfig, from_values, override
+
+STATE, CONFIG = "search.json", "search.yaml"
+TUNE_FOLDER = ".tune-"
+"""How the folders begin in which Tune keeps its own state while a search runs."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What lies where in the folder of a search."""
+
+    out: Path
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the search is, for resuming it; empty if there is none."""
+        found = read_json(self.out / STATE)
+        return found if isinstance(found, dict) and "search_id" in found else {}
+
+    @property
+    def validation(self) -> Path:
+        return self.out / "validation"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.out / "evaluation"
+
+    def update(self, **values: Any) -> None:
+        write_json(self.out / STATE, self.state | values)
+
+
+def resumed(folder: Path, overrides: list[str]) -> SearchConfig:
+    """The configuration of the search in a folder.
+
+    Raises:
+        InputError: There is none, or it had passwords, which are not kept.
+    """
+    state = Folder(folder).state
+    if not state:
+        raise InputError(f"--resume: {folder} holds no search; expected the folder that `odedit tune` wrote.")
+    if state.get("had_secrets"):
+        raise InputError(f"--resume: the passwords of {folder / CONFIG} were not kept; add --config with the file.")
+    values = read_yaml(folder / CONFIG)
+    for text in overrides:
+        override(values, text)
+    return from_values(values)
+
+
+def check_folder(search: Search, folder: Folder, *, resume: bool) -> None:
+    """Raises InputError if `out` belongs to something else."""
+    out, state = folder.out, folder.state
+    if resume and not state:
+        raise InputError(f"--resume: {out} holds no search; expected the folder that `odedit tune` wrote.")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out: {out} is a file. Choose a folder.")
+    if not state and out.exists() and any(out.iterdir()):
+        raise InputError(f"--out: {out} is not empty and holds no search. Choose another folder.")
+    if state:
+        then, now = (tracking.flatten(one) for one in (state["identity"], _identity(search)))
+        changed = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
+        if changed:
+            lines = "\n".join(f"  {name}: was {then.get(name)!r}, now {now.get(name)!r}" for name in changed)
+            raise InputError(f"{'--resume' if resume else '--out'}: {out} holds another search:\n{lines}\n"
+                             "Choose another folder, or give that search's configuration.")  # fmt: skip
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "trials").mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: {str(out)!r} cannot be written to: {error.strerror}.") from error
+
+
+def _identity(search: Search) -> dict[str, Any]:
+    found = tracking.masked_values(search.config.to_dict() | search.config.identity())
+    return {name: found[name] for name in search.config.identity()}
+
+
+@contextmanager
+def alone(folder: Folder) -> Iterator[None]:
+    """Inside, no other process runs this search. The lock goes with the process, however that ends.
+
+    Raises:
+        InputError: Another one does.
+    """
+    with open(folder.out / ".lock", "a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            stream.seek(0)
+            number = stream.read().strip()
+            raise InputError(
+                f"--out: the search in {folder.out} is running (process {number or 'unknown'})."
+            ) from error
+        stream.truncate(0)
+        stream.write(str(os.getpid()))
+        stream.flush()
+        for left in folder.out.glob(f"{TUNE_FOLDER}*"):  # of a driver that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+def remember(search: Search, folder: Folder, found: sources.Sources) -> None:
+    """Writes down what the search is. Raises InputError if its records are other files than they were."""
+    state, inputs = folder.state, {name: masked(text) for name, text in found.identity().items()}
+    for name, then in state.get("inputs", {}).items():
+        if inputs.get(name) != then:
+            raise InputError(f"validation: {name} was {then}, and is {inputs.get(name)} now. Choose another folder.")
+    text = yaml.safe_dump(search.config.to_dict(), sort_keys=False, allow_unicode=True)
+    public = yaml.safe_dump(tracking.masked_values(search.config.to_dict()), sort_keys=False, allow_unicode=True)
+    search_id = state.get("search_id") or uuid.uuid4().hex
+    folder.update(
+        search_id=search_id,
+        study=state.get("study") or f"{folder.out.name}-{search_id[:8]}",
+        identity=_identity(search),
+        inputs=inputs,
+        had_secrets=text != public,
+        code=state.get("code") or code_version(),
+    )
+    write_text(folder.out / CONFIG, f"{CONFIG_HEADER} {code_version()}\n{public}")
