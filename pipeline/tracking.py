@@ -94,9 +94,9 @@ def _client(uri: str) -> Any:
         warnings.simplefilter("ignore")
         from mlflow import MlflowClient
 
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     try:
+        if uri.startswith("sqlite:///"):
+            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         with alone(uri):
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)

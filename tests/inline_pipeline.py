@@ -14,22 +14,24 @@ from pipeline.prepare import Preparer
 from pipeline.spec import Job, Plan, make_plan
 
 
+def run_graph(
+    jobs: Sequence[Job], plan: Plan, pending: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, int, list[dict[str, Any]]]]:
+    """Takes the place of `pipeline.graph.run_graph`."""
+    workers: dict[int, Any] = {}
+    for job, group in pending:
+        if job not in workers:
+            workers[job] = Preparer(jobs[job]), EditActor(jobs[job])
+        preparer, actor = workers[job]
+        yield job, group, actor(preparer(group))
+
+
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces the graph and the connection to Ray for one test."""
 
     @contextmanager
     def connected(pipeline: Any, backbone: Any, num_groups: int) -> Iterator[Plan]:
         yield make_plan(pipeline, backbone, 1, 0, num_groups)
-
-    def run_graph(
-        jobs: Sequence[Job], plan: Plan, pending: Sequence[tuple[int, int]]
-    ) -> Iterator[tuple[int, int, list[dict[str, Any]]]]:
-        workers: dict[int, Any] = {}
-        for job, group in pending:
-            if job not in workers:
-                workers[job] = Preparer(jobs[job]), EditActor(jobs[job])
-            preparer, actor = workers[job]
-            yield job, group, actor(preparer(group))
 
     monkeypatch.setattr(local_ray, "connected", connected)
     monkeypatch.setattr(graph, "run_graph", run_graph)

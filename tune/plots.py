@@ -18,6 +18,7 @@ from tune.points import COMPLETE, FAILED, PRUNED, Trial, pareto
 
 _GREY, _GRID = "#9aa5b1", "#e4e7eb"
 _RING: dict[str, Any] = {"facecolors": "none", "edgecolors": COLOURS[1], "linewidth": 1.6}
+_BEHIND: dict[str, Any] = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.7}
 _SEED = 0
 _LEAST = 4
 """Complete trials below which importance means nothing."""
@@ -177,7 +178,9 @@ def _parallel(search: Search, every: Sequence[Trial], best: Trial) -> Any:
     for place, one in enumerate(parameters):
         axes.axvline(place, color="#52606d", linewidth=0.8, zorder=1)
         for y, text in _ticks(one):
-            axes.text(place - 0.03, y, text, ha="right", va="center", fontsize=7, color="#52606d", zorder=5)
+            axes.text(
+                place - 0.03, y, text, ha="right", va="center", fontsize=7, color="#52606d", zorder=5, bbox=_BEHIND
+            )
     axes.set_xlim(-0.45, len(parameters) - 0.8)
     axes.set_ylim(-0.04, 1.04)
     axes.set_xticks(range(len(parameters)), [_broken(one.name) for one in parameters], fontsize=8)
@@ -193,7 +196,7 @@ def _parallel(search: Search, every: Sequence[Trial], best: Trial) -> Any:
 
 def _broken(name: str) -> str:
     """A path in lines: axes stand close to each other."""
-    return name.replace(".", ".\n").replace("_", "_\n") if len(name) > 14 else name
+    return name.replace(".", ".\n") if len(name) > 14 else name
 
 
 def _pareto(search: Search, every: Sequence[Trial], best: Trial) -> Any:

@@ -224,10 +224,12 @@ def _fit(
 
 def _evaluation_config(search: Search, folder: Folder, trial: Trial) -> RunConfig:
     """The run of a point on the evaluation records, with full paths."""
-    return _named(search, folder, search.space.config(trial.point), f"trial-{trial.number}")
+    if search.space.defaults() == trial.point:
+        return _named(folder, search.defaults, "defaults")
+    return _named(folder, search.space.config(trial.point), f"trial-{trial.number}")
 
 
-def _named(search: Search, folder: Folder, config: RunConfig, name: str) -> RunConfig:
+def _named(folder: Folder, config: RunConfig, name: str) -> RunConfig:
     uri = tracking.store_uri(config.tracking, folder.evaluation)
     return replace(
         with_absolute_checkpoints(config),
@@ -250,8 +252,8 @@ def _best_yaml(config: RunConfig, trial: Trial) -> str:
 
 def _evaluate(search: Search, folder: Folder, changed: RunConfig, best: Trial, console: Console) -> dict[str, Outcome]:
     """The defaults and the best settings on the evaluation records; the defaults alone if nothing was better."""
-    configs = {"defaults": _named(search, folder, search.defaults, "defaults")}
-    if search.space.defaults() != best.point:
+    configs = {"defaults": _named(folder, search.defaults, "defaults")}
+    if changed != configs["defaults"]:
         configs["best"] = changed
     _say(console, f"Best on the validation records: trial {best.number}. Now on the evaluation records:")
     outcomes = dict(zip(configs, run_many(list(configs.values()), console), strict=True))

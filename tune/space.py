@@ -110,7 +110,8 @@ class Space:
                     is_named = one.dimension.choices is None or len(one.dimension.choices) > 1
                     at = f" at {strict.show(value)}" if is_named else ""
                     for line in str(error).splitlines():
-                        is_unknown = line.startswith(f"{one.name}: unknown key")
+                        where, _, what = line.partition(": ")
+                        is_unknown = what.startswith("unknown key") and f"{one.name}.".startswith(f"{where}.")
                         problems[f"space.{line}" if is_unknown else f"space.{one.name}{at}: {line}"] = None
         return list(problems)
 
@@ -128,7 +129,8 @@ class Space:
 
     def settings(self, point: Mapping[str, Any]) -> dict[str, Any]:
         """Setting -> value: what a point means."""
-        found = {name: value for name, value in point.items() if name.rpartition(".")[0] not in self._lists}
+        names = [one.name for one in self.parameters if one.name in point]
+        found = {name: point[name] for name in names if name.rpartition(".")[0] not in self._lists}
         for path, one in self._lists.items():
             if f"{path}.scale" in point and f"{path}.number" in point:
                 found[path] = one.values(float(point[f"{path}.scale"]), int(point[f"{path}.number"]))

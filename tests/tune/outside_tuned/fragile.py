@@ -1,0 +1,45 @@
+"""Plain fine-tuning whose worker dies as its settings say. Named by module in tests."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from odedit.editors.ftl import FTL, FTLConfig
+from odedit.edits import EditBatch, EditParams
+
+
+@dataclass(frozen=True)
+class FragileConfig(FTLConfig):
+    """Adds: `always` dies at once, `once` when it first sees an edit, `raise` fails with every edit; and pauses."""
+
+    mode: str = "well"
+    edit: str = ""
+    marker: str = ""
+    pause_s: float = 0.0
+
+
+class Fragile(FTL):
+    Config: ClassVar[type] = FragileConfig
+    own_slots = ("edit",)
+
+    def own_risk(self, params: EditParams, trace: Any, batch: EditBatch) -> Tensor:
+        config: Any = self.config
+        if config.mode == "always":
+            os._exit(1)
+        if config.mode == "once" and config.edit in batch.edit_ids and not Path(config.marker).exists():
+            Path(config.marker).touch()
+            os._exit(1)
+        if config.mode == "raise":
+            raise ArithmeticError("a number that is none")
+        time.sleep(config.pause_s)
+        return torch.zeros(batch.num_edits)
+
+
+EDITOR = Fragile

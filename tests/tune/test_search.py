@@ -1,0 +1,225 @@
+"""Whole searches with a Ray of their own: killed and resumed, with trials that crash, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import inline_pipeline
+import optuna
+import psutil
+import pytest
+import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from odedit.__main__ import app
+from pipeline import graph, tracking
+from pipeline.results import read_rows
+from pipeline.search_tracking import KIND, POINT, STATE
+from pipeline.tracking import PARENT_TAG
+from tune import points
+from tune.config import from_values
+from tune.run import run
+
+ROOT = Path(__file__).parent.parent.parent
+PATIENCE_S = 120.0
+FRAGILE = {"name": "outside_tuned.fragile", "sites": ["layers.2.ffn.out"], "max_steps": 2}
+
+
+def odedit(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def written(values: dict[str, Any], folder: Path) -> Path:
+    path = folder / "search.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def started(*arguments: object) -> subprocess.Popen[str]:
+    paths = [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, "-m", "odedit", "tune", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def study_in(out: Path) -> Any:
+    name = json.loads((out / "search.json").read_text())["study"]
+    return optuna.load_study(study_name=name, storage=JournalStorage(JournalFileBackend(str(out / "optuna.journal"))))
+
+
+def states(out: Path) -> Counter[str]:
+    return Counter(trial.state.name for trial in study_in(out).trials)
+
+
+def children(out: Path) -> tuple[Any, list[Any]]:
+    """The parent's run and its children's, with what they belong to checked."""
+    client = tracking._client(f"sqlite:///{out}/mlflow.db")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    every = client.search_runs(experiments)
+    (parent,) = [run for run in every if run.data.tags.get(KIND) == "search"]
+    mine = [run for run in every if run.data.tags.get(PARENT_TAG)]
+    assert {run.data.tags[PARENT_TAG] for run in mine} == {parent.info.run_id}
+    rest = [run for run in every if run is not parent and run not in mine]
+    assert {run.data.tags[KIND] for run in rest} <= {"evaluation"}
+    return parent, mine
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+
+
+def wait_until(condition: Any, what: str, running: subprocess.Popen[str] | None = None) -> None:
+    begun = time.monotonic()
+    while not condition():
+        assert running is None or running.poll() is None, running.communicate() if running else ""
+        assert time.monotonic() - begun < PATIENCE_S, f"waited in vain until {what}"
+        time.sleep(0.1)
+
+
+def test_a_search_whose_driver_is_killed_goes_on_to_as_many_trials_as_were_asked_for(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    values["settings"]["editor"] = FRAGILE | {"max_steps": 8, "pause_s": 0.05}
+    values["space"] = {"editor.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}
+    values["settings"]["objective"] = {"name": "native", "own_weight": 1.0}
+    values["rungs"] = {"edits": 4, "factor": 2, "number": 2}
+    values["trials"] = 6
+    out = tmp_path / "out"
+    search = started("--config", written(values, tmp_path), "--out", out)
+    wait_until(lambda: (out / "search.json").exists() and (out / "optuna.journal").exists(), "there is a study", search)
+    wait_until(lambda: states(out)["COMPLETE"] >= 2 and states(out)["RUNNING"] >= 1, "some trials are done", search)
+    family = psutil.Process(search.pid).children(recursive=True)
+    busy = odedit("tune", "--resume", out)
+    assert busy.exit_code == 2 and f"is running (process {search.pid})" in busy.stderr
+    search.kill()
+    search.communicate()
+    finished = {trial.number for trial in study_in(out).trials if trial.state.is_finished()}
+    before = {path: path.stat().st_mtime_ns for path in out.glob("trials/*/results/*.parquet")}
+    wait_until(lambda: gone(family), "the killed search's workers are gone")
+
+    # Another search is refused, and this one goes on.
+    other = odedit("tune", "--resume", out, "--config", tmp_path / "search.yaml", "seed=7")
+    assert other.exit_code == 2 and "holds another search:\n  seed: was 0, now 7" in other.stderr
+    again = started("--resume", out)
+    stdout, stderr = again.communicate(timeout=PATIENCE_S)
+    assert again.returncode == 0, stderr
+    study = study_in(out)
+    tried = [trial for trial in study.trials if points.REPEATED not in trial.user_attrs]
+    assert len(tried) == len({trial.user_attrs["key"] for trial in tried}) == 6
+    assert len({json.dumps(trial.params) for trial in tried}) == 6
+    assert all(trial.state.is_finished() for trial in study.trials)
+    after = {path: path.stat().st_mtime_ns for path in out.glob("trials/*/results/*.parquet")}
+    assert {path: after[path] for path in before} == before, "nothing is edited twice"
+    assert f"{len(finished)} of 6 trials done" in stderr
+
+    parent, runs = children(out)
+    assert len(runs) == len({run.data.tags[POINT] for run in runs}) == 6
+    assert parent.info.status == "FINISHED" and {run.info.status for run in runs} == {"FINISHED"}
+    assert {run.data.tags[POINT] for run in runs} == {trial.user_attrs["key"] for trial in tried}
+    client = tracking._client(f"sqlite:///{out}/mlflow.db")
+    for child in runs:
+        history = client.get_metric_history(child.info.run_id, "score")
+        assert [point.step for point in sorted(history, key=lambda point: point.step)] == (
+            [4, 8] if child.data.tags[STATE] == "complete" else [4]
+        )
+        assert float(child.data.params["editor.learning_rate"]) > 0
+        assert "loss/rel" in child.data.metrics and "curves/rel" in child.data.metrics
+    names = {item.path for item in client.list_artifacts(parent.info.run_id)}
+    assert {"best.yaml", "summary.md", "history.png", "parallel.png", "trials.csv", "search.yaml"} <= names
+    assert float(parent.data.tags["best.editor.learning_rate"]) > 0
+    assert "best so far: trial" in stderr and "On the evaluation records" in stdout
+    assert not list(out.glob(".tune-*"))
+
+    # Nothing is left to do; what is asked for on top is done.
+    runs_before = {run.info.run_id for run in runs}
+    done = odedit("tune", "--resume", out)
+    assert done.exit_code == 0 and len(study_in(out).trials) == len(study.trials)
+    assert {run.info.run_id for run in children(out)[1]} == runs_before
+    dry = odedit("edit", "--config", out / "best.yaml", "--dry-run", "out=" + str(tmp_path / "again"))
+    assert dry.exit_code == 0 and "4 usable records" in dry.stdout
+    edited = odedit("edit", "--config", out / "best.yaml")
+    assert edited.exit_code == 0 and "is finished" in edited.stderr
+
+
+def test_trials_that_crash_are_taken_up_again_and_then_fail_while_the_others_complete(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = tmp_path / "died-once"
+    values["settings"]["editor"] = FRAGILE | {"edit": "validation-000003", "marker": str(marker)}
+    values["settings"]["objective"] = {"name": "native", "own_weight": 1.0}
+    values["space"] = {"editor.mode": {"choices": ["well", "always", "once", "raise"]}}
+    monkeypatch.setattr(graph, "run_graph", inline_pipeline.run_graph)  # the evaluation; trials have real workers
+    values["rungs"] = {"edits": 4, "factor": 2, "number": 2}
+    values |= {"trials": 9, "retries": 1}
+    out = tmp_path / "out"
+    lines = tmp_path / "lines.txt"
+    with lines.open("w") as stream:
+        found = run(from_values(values), out, Console(file=stream, width=200))
+    text = lines.read_text()
+    by_mode = {
+        trial.params["editor.mode"]: trial for trial in study_in(out).trials if points.REPEATED not in trial.user_attrs
+    }
+    assert {mode: trial.state.name for mode, trial in by_mode.items()} | {"well": "", "once": ""} == {
+        "always": "FAIL",
+        "raise": "FAIL",
+        "well": "",
+        "once": "",
+    }
+    assert {by_mode[mode].state.name for mode in ("well", "once")} <= {"COMPLETE", "PRUNED"}
+    assert marker.exists() and text.count("broke off") == 2
+    assert "a number that is none" in by_mode["raise"].user_attrs["error"]
+    assert by_mode["always"].user_attrs["error"]
+    assert "The space holds 4 different points, and all were tried." in text
+    _, runs = children(out)
+    assert Counter(run.info.status for run in runs) == {"FAILED": 2, "FINISHED": 2}
+    assert Counter(run.data.tags[STATE] for run in runs)["failed"] == 2
+    assert found.best.point["editor.mode"] in ("well", "once")
+    rows = list(read_rows(sorted((out / "trials" / by_mode["once"].user_attrs["key"] / "results").glob("*"))))
+    assert len(rows) == len({row["edit_id"] for row in rows}) and {row["status"] for row in rows} == {"edited"}
+    assert "2 failed" in found.markdown
+
+
+@pytest.mark.parametrize("kind", ["empty", "other", "file"])
+def test_a_folder_that_is_no_search_is_refused(kind: str, values: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    if kind == "file":
+        folder.write_text("")
+    else:
+        folder.mkdir()
+    if kind == "other":
+        (folder / "search.json").write_text('{"study": "table1"}')
+    resumed = odedit("tune", "--resume", folder, "--config", written(values, tmp_path))
+    assert resumed.exit_code == 2 and "holds no search" in resumed.stderr
+    if kind != "empty":
+        fresh = odedit("tune", "--out", folder, "--config", written(values, tmp_path))
+        assert fresh.exit_code == 2 and ("is a file" in fresh.stderr or "is not empty" in fresh.stderr)
+    both = odedit("tune", "--out", folder, "--resume", folder)
+    assert both.exit_code == 2 and "give one of them" in both.stderr
+
+
+def test_what_cannot_work_is_said_before_any_worker_starts(values: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = written(values, tmp_path)
+    for place, (override, expected) in enumerate(
+        {
+            f"storage={tmp_path}/file/x": "storage: ",
+            f"settings.tracking.uri=sqlite:///{tmp_path}/file/x.db": "tracking.uri: ",
+            "rungs.edits=3": "rungs: the last one takes 12 validation records, and there are 8",
+            "validation.path=none.json": "data.path: there is no file",
+            "settings.pipeline.ray_address=127.0.0.1:1": "pipeline.ray_address: no Ray answers",
+            "settings.pipeline.actors=2": "'concurrent' says how many run at a time",
+        }.items()
+    ):
+        done = odedit("tune", "--config", config, override, "--out", tmp_path / f"out-{place}")
+        assert done.exit_code == 2 and expected in done.stderr, (override, done.output, done.exception)
+        assert "Traceback" not in done.output
