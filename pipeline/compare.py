@@ -238,7 +238,9 @@ def _change(found: Difference | None) -> str:
         return ""
     change = found.found
     sign = (" ▲" if change.mean > 0 else " ▼") if found.is_clear else ""
-    return f"{change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}], p {p_value(found.p_holm)}{sign}"
+    digits = 3 if abs(change.mean) < 10 else 1
+    interval = f"[{change.low:+.{digits}f}, {change.high:+.{digits}f}]"
+    return f"{change.mean:+.{digits}f} {interval}, p {p_value(found.p_holm)}{sign}"
 
 
 def to_markdown(found: Comparison) -> str:

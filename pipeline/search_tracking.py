@@ -19,6 +19,8 @@ from pipeline.tracking import PARENT_TAG, Tracker, TrackingError
 
 KIND, SEARCH, POINT, NUMBER, STATE = "odedit.kind", "odedit.search", "odedit.point", "odedit.trial", "odedit.state"
 _PAGE = 1000
+Rungs = Mapping[int, Mapping[str, float]]
+"""Edits -> metric -> value."""
 _log = logging.getLogger(__name__)
 
 
@@ -33,7 +35,7 @@ class SearchRun:
         experiment: Id.
         run_id: Of the parent.
         trials: Runs of the trials, by the key of their points.
-        failed: The first thing that could not be written; the rest goes on, and `check` tells in the end.
+        failed: Why something could not be written; the search goes on, and `check` tells in the end.
     """
 
     client: Any
@@ -92,8 +94,9 @@ class SearchRun:
         try:
             call()
         except Exception as error:
-            self.failed = self.failed or tracking._sentence(error)
-            _log.warning("MLflow could not be written to: %s", self.failed)
+            if self.failed is None:
+                self.failed = tracking._sentence(error)
+                _log.warning("MLflow cannot be written to for now: %s", self.failed)
 
     def open_trial(self, key: str, number: int, parameters: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         """The run of a point: a new one, or the one that it has."""
@@ -110,28 +113,36 @@ class SearchRun:
 
         self._try(call)
 
-    def log_rung(self, key: str, edits: int, values: Mapping[str, float]) -> None:
-        """A trial's metrics after so many edits, unless they are there."""
+    def log_rungs(self, key: str, rungs: Rungs) -> None:
+        """A trial's metrics after so many edits; those that are there stay."""
+        self._try(lambda: self._log_rungs(key, rungs))
 
-        def call() -> None:
-            if edits not in self._logged(key):
-                self._trial(key).log_points((name, value, edits) for name, value in values.items())
-
-        self._try(call)
-
-    def _logged(self, key: str) -> set[int]:
-        return {point.step for point in self.client.get_metric_history(self.trials[key], "edits")}
+    def _log_rungs(self, key: str, rungs: Rungs) -> None:
+        logged = {point.step for point in self.client.get_metric_history(self.trials[key], "edits")}
+        self._trial(key).log_points(
+            (name, value, edits)
+            for edits, values in rungs.items()
+            if edits not in logged
+            for name, value in values.items()
+        )
 
     def close_trial(
-        self, key: str, state: str, tags: Mapping[str, str], curves: Mapping[str, Sequence[tuple[int, float]]]
+        self,
+        key: str,
+        state: str,
+        rungs: Rungs,
+        tags: Mapping[str, str],
+        curves: Mapping[str, Sequence[tuple[int, float]]],
     ) -> None:
         """Ends a trial's run: FAILED if its state is `failed`, else FINISHED.
 
         Args:
+            rungs: All of them; those that are missing are logged.
             curves: Steps and values by name.
         """
 
         def call() -> None:
+            self._log_rungs(key, rungs)
             run = self._trial(key)
             run.log_points((f"curves/{name}", value, step) for name, curve in curves.items() for step, value in curve)
             run.set_tags({STATE: state} | dict(tags))
@@ -141,8 +152,22 @@ class SearchRun:
         self._try(call)
 
     def is_closed(self, key: str) -> bool:
-        """Whether a trial's run has its final state."""
-        return key in self.trials and STATE in self.client.get_run(self.trials[key]).data.tags
+        """Whether a trial's run has its final state, as far as the store can be asked."""
+        found: dict[str, str] = {}
+        if key in self.trials:
+            self._try(lambda: found.update(self.client.get_run(self.trials[key]).data.tags))
+        return STATE in found
+
+    def check(self) -> None:
+        """Raises TrackingError if something that was tried since `failed` was last None is missing."""
+        if self.failed is not None:
+            raise self._error(self.failed)
+
+    def _error(self, reason: str) -> TrackingError:
+        return TrackingError(
+            f"MLflow at {masked(self.uri)} could not be written to ({reason}). The search is complete; the same "
+            "command logs it once it can."
+        )
 
     def tag_run(self, run_id: str | None, tags: Mapping[str, str]) -> None:
         """Links another run to the search."""
@@ -161,19 +186,20 @@ class SearchRun:
             for file in files:
                 patiently(self.client.log_artifact, self.run_id, str(file))
         except Exception as error:
-            raise TrackingError(
-                f"MLflow at {masked(self.uri)} could not be written to ({tracking._sentence(error)}). The search is "
-                "complete; the same command logs it once it can."
-            ) from error
+            raise self._error(tracking._sentence(error)) from error
 
     def end(self, status: str) -> None:
         """Closes the parent, and the trials that are still open, as FINISHED, FAILED or KILLED."""
         self._parent.finish(status)
         if status == "FINISHED":
             return
-        for run in _search(self.client, self.experiment, self.search_id, "trial"):
-            if run.info.status == "RUNNING":
-                Tracker(self.client, self.uri, run.info.run_id).finish(status)
+
+        def close() -> None:
+            for run in _search(self.client, self.experiment, self.search_id, "trial"):
+                if run.info.status == "RUNNING":
+                    Tracker(self.client, self.uri, run.info.run_id).finish(status)
+
+        self._try(close)
 
 
 def _log_missing(run: Tracker, parameters: Mapping[str, Any]) -> None:

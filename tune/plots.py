@@ -217,6 +217,9 @@ def _pareto(search: Search, every: Sequence[Trial], best: Trial) -> Any:
         axes.set_ylabel(y, fontsize=9)
         axes.grid(color=_GRID, zorder=0)
         axes.set_axisbelow(True)
+        for limits, set_limits in ((axes.get_xlim(), axes.set_xlim), (axes.get_ylim(), axes.set_ylim)):
+            low, high = limits
+            set_limits(low, min(high, 1.0 + 0.06 * (1.0 - low)))  # no share is above 1
         _plain(axes)
     handles, labels = picture.axes[0].get_legend_handles_labels()
     picture.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8)

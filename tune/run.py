@@ -94,9 +94,10 @@ def _run(
     finished = report.write(search, folder.out, asked.study, every, best, outcomes, folder.state.get("seconds", 0.0))
     if tracker is not None:
         _log(search, tracker, every, best, outcomes, finished)
-        if tracker.failed is not None:
-            # Once more, now that the store answers again.
-            running.catch_up()
+        # What was missed while the store was gone; it answers now.
+        tracker.failed = None
+        running.catch_up()
+        tracker.check()
         tracker.end("FINISHED")
     return finished
 
@@ -213,7 +214,8 @@ def _fit(
             run_config=tune.RunConfig(
                 name="trials",
                 storage_path=temporary,
-                failure_config=tune.FailureConfig(max_failures=config.retries),
+                # `Running` hands out a trial again itself: Tune gives up one whose worker dies while it is handed over.
+                failure_config=tune.FailureConfig(max_failures=0),
                 # A trial's checkpoint is the files that it has written.
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
                 callbacks=[Listening(running)],

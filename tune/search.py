@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ray.exceptions import RayActorError
 from ray.tune import Callback
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -23,6 +25,7 @@ from odedit.metrics import MAIN
 from pipeline import results
 from pipeline.checkpoints import with_absolute_checkpoints
 from pipeline.config import RunConfig
+from pipeline.prepare import one_sentence
 from pipeline.search_tracking import SearchRun
 from pipeline.study.tables import number
 from pipeline.tracking import flatten
@@ -48,13 +51,20 @@ class Running:
         self._search, self._points, self._folder = search, asked, folder
         self._tracker, self._console = tracker, console
         self._trials: dict[str, Trial] = {}
+        self._broken: list[Trial] = []
+        self._failures: Counter[str] = Counter()
         self._started = time.monotonic()
         self.problem: InputError | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no trial runs: one that does may break off and be asked for once more."""
+        return not self._trials and not self._broken
 
     def ask(self, trial_id: str) -> dict[str, Any] | None:
         """The configuration of a new Tune trial, or None if there are enough."""
         try:
-            trial = self._points.ask()
+            trial = self._broken.pop(0) if self._broken else self._points.ask()
         except InputError as error:
             self.problem = error
             return None
@@ -84,7 +94,7 @@ class Running:
         self._points.report(trial, found)
         trial.reports[found["edits"]] = found
         if self._tracker is not None:
-            self._tracker.log_rung(trial.key, found["edits"], found)
+            self._tracker.log_rungs(trial.key, {found["edits"]: found})
         if found["edits"] < self._search.config.rungs.sizes[-1]:
             self._say(f"{_name(trial)} {self._figures(found)}")
 
@@ -112,7 +122,7 @@ class Running:
         workspace = TrialWorkspace(self._folder / "trials" / trial.key, self._folder / "validation")
         rows = list(results.read_rows(results.parts(workspace), ("status", "losses")))
         tags = {"odedit.edits": str(max(trial.reports, default=0))} | ({"odedit.error": error} if error else {})
-        self._tracker.close_trial(trial.key, state, tags, scoring.curves(rows))
+        self._tracker.close_trial(trial.key, state, trial.reports, tags, scoring.curves(rows))
 
     def catch_up(self) -> None:
         """Writes to MLflow what an earlier part of the search, or a store that was gone, has left out."""
@@ -123,14 +133,17 @@ class Running:
                 continue
             config = self._search.space.config(trial.point)
             self._tracker.open_trial(trial.key, trial.number, self._parameters(trial), _tags(config))
-            for edits, found in trial.reports.items():
-                self._tracker.log_rung(trial.key, edits, found)
             self._log_end(trial, trial.state, trial.error)
 
-    def retried(self, trial_id: str) -> None:
-        """A worker has died or given up, and the trial is taken up again."""
-        if trial_id in self._trials:
-            self._say(f"{_name(self._trials[trial_id])} broke off; it goes on behind its last finished group")
+    def broke_off(self, trial_id: str, why: str) -> None:
+        """A worker has died or given up: another one takes up the trial, or it has failed."""
+        trial = self._trials[trial_id]
+        self._failures[trial.key] += 1
+        if self._failures[trial.key] > self._search.config.retries:
+            self.complete(trial_id, why)
+            return
+        self._broken.append(self._trials.pop(trial_id))
+        self._say(f"{_name(trial)} broke off ({why}); it goes on behind its last finished group")
 
     def progress(self) -> str:
         """`| best so far: trial 3, .871 | 5 of 20 trials, 1:32`."""
@@ -184,8 +197,9 @@ class Asking(_Unsaved, Searcher):
         super().__init__(metric=JUDGED, mode="max")
         self._running = running
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        return self._running.ask(trial_id) or Searcher.FINISHED
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        found = self._running.ask(trial_id)
+        return found if found is not None else Searcher.FINISHED if self._running.is_done else None
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Told by `Listening`, which knows why."""
@@ -212,21 +226,39 @@ class Listening(_Unsaved, Callback):
         self._running.complete(trial.trial_id, (trial.last_result or {}).get("error", ""))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._running.complete(trial.trial_id, _why(trial))
-
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._running.retried(trial.trial_id)
+        self._running.broke_off(trial.trial_id, _why(trial))
 
 
 def _why(trial: Any) -> str:
-    """The last line of what Tune knows of an error."""
+    """What Tune knows of an error, on one line."""
     error = trial.get_error()
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] if error is not None else []
+    if isinstance(error, RayActorError) or error is None:
+        return "its worker died"
     cause = getattr(error, "cause", None)
     if cause is not None:
-        return f"{type(cause).__name__}: {cause}"[:500]
-    died = [line for line in lines if "died unexpectedly" in line or "Worker unexpectedly exits" in line]
-    return (died[0] if died else lines[-1] if lines else "its worker ended without a word")[:500]
+        return one_sentence(cause)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "its worker died"
+
+
+class _Halving(AsyncHyperBandScheduler):
+    """Knows trials by their points: one that is taken up again is the same, though it is another one to Tune."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, _by_point(trial))
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        return str(super().on_trial_result(tune_controller, _by_point(trial), result))
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        super().on_trial_complete(tune_controller, _by_point(trial), result)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_remove(tune_controller, _by_point(trial))
+
+
+def _by_point(trial: Any) -> Any:
+    return SimpleNamespace(trial_id=trial.config["key"])
 
 
 def scheduler(search: Search, earlier: Sequence[Trial]) -> TrialScheduler:
@@ -234,7 +266,7 @@ def scheduler(search: Search, earlier: Sequence[Trial]) -> TrialScheduler:
     rungs = search.config.rungs
     if rungs.number == 1:
         return FIFOScheduler()
-    halving = AsyncHyperBandScheduler(
+    halving = _Halving(
         time_attr=EDITS,
         metric=JUDGED,
         mode="max",
@@ -243,9 +275,7 @@ def scheduler(search: Search, earlier: Sequence[Trial]) -> TrialScheduler:
         reduction_factor=rungs.factor,
     )
     for trial in earlier:
-        if trial.state not in (COMPLETE, PRUNED):
-            continue
-        known = SimpleNamespace(trial_id=trial.key)
+        known = SimpleNamespace(config={"key": trial.key})
         halving.on_trial_add(None, known)
         for found in trial.reports.values():
             judged = found.get(search.config.judged_by, 0.0)

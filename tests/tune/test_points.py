@@ -120,10 +120,10 @@ def test_halving_has_heard_of_the_earlier_trials(values: dict[str, Any]) -> None
     search = check(from_values(values))
     earlier = [points.Trial(n, str(n), {}, COMPLETE, {2: said(2, 0.8), 4: said(4, 0.8)}) for n in range(2)]
     halving = scheduler(search, earlier)
-    trial: Any = SimpleNamespace(trial_id="new")
+    trial: Any = SimpleNamespace(config={"key": "new"})
     halving.on_trial_add(None, trial)
     assert halving.on_trial_result(None, trial, {"edits": 2, JUDGED: 0.5}) == "STOP"
-    other: Any = SimpleNamespace(trial_id="other")
+    other: Any = SimpleNamespace(config={"key": "other"})
     halving.on_trial_add(None, other)
     assert halving.on_trial_result(None, other, {"edits": 2, JUDGED: 0.9}) == "CONTINUE"
     alone = check(from_values(values | {"rungs": {"edits": 8, "number": 1}}))

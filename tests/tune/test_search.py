@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -61,6 +62,25 @@ def states(out: Path) -> Counter[str]:
     return Counter(trial.state.name for trial in study_in(out).trials)
 
 
+def done(out: Path) -> int:
+    """Trials that have ended."""
+    found = states(out) if (out / "search.json").exists() else Counter()
+    return found["COMPLETE"] + found["PRUNED"]
+
+
+def workers(search: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The processes that hold a trial."""
+    family = psutil.Process(search.pid).children(recursive=True) if search.poll() is None else []
+    return [process for process in family if any("EditTrial" in part for part in command_of(process))]
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has just ended
+        return []
+
+
 def children(out: Path) -> tuple[Any, list[Any]]:
     """The parent's run and its children's, with what they belong to checked."""
     client = tracking._client(f"sqlite:///{out}/mlflow.db")
@@ -86,18 +106,29 @@ def wait_until(condition: Any, what: str, running: subprocess.Popen[str] | None 
         time.sleep(0.1)
 
 
-def test_a_search_whose_driver_is_killed_goes_on_to_as_many_trials_as_were_asked_for(
+def test_a_search_that_is_interrupted_and_killed_goes_on_to_as_many_trials_as_were_asked_for(
     values: dict[str, Any], tmp_path: Path
 ) -> None:
     values["settings"]["editor"] = FRAGILE | {"max_steps": 8, "pause_s": 0.05}
     values["space"] = {"editor.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}
     values["settings"]["objective"] = {"name": "native", "own_weight": 1.0}
     values["rungs"] = {"edits": 4, "factor": 2, "number": 2}
-    values["trials"] = 6
+    values["trials"] = 9
     out = tmp_path / "out"
+
+    # Ctrl-C.
     search = started("--config", written(values, tmp_path), "--out", out)
-    wait_until(lambda: (out / "search.json").exists() and (out / "optuna.journal").exists(), "there is a study", search)
-    wait_until(lambda: states(out)["COMPLETE"] >= 2 and states(out)["RUNNING"] >= 1, "some trials are done", search)
+    wait_until(lambda: (out / "optuna.journal").exists() and done(out) >= 2, "two trials are done", search)
+    search.send_signal(signal.SIGINT)
+    _, stderr = search.communicate(timeout=PATIENCE_S)
+    assert search.returncode == 130 and "goes on from there" in stderr, stderr
+    parent, runs = children(out)
+    assert parent.info.status == "KILLED" and {run.info.status for run in runs} <= {"FINISHED", "KILLED"}
+
+    # SIGKILL of the driver.
+    before_kill = done(out)
+    search = started("--resume", out)
+    wait_until(lambda: done(out) >= before_kill + 2 and states(out)["RUNNING"] >= 1, "two more are done", search)
     family = psutil.Process(search.pid).children(recursive=True)
     busy = odedit("tune", "--resume", out)
     assert busy.exit_code == 2 and f"is running (process {search.pid})" in busy.stderr
@@ -111,19 +142,22 @@ def test_a_search_whose_driver_is_killed_goes_on_to_as_many_trials_as_were_asked
     other = odedit("tune", "--resume", out, "--config", tmp_path / "search.yaml", "seed=7")
     assert other.exit_code == 2 and "holds another search:\n  seed: was 0, now 7" in other.stderr
     again = started("--resume", out)
+    # SIGKILL of a worker.
+    wait_until(lambda: workers(again), "a trial has a worker", again)
+    wait_until(lambda: any(gone([one]) or one.kill() is None for one in workers(again)[:1]), "it is killed", again)
     stdout, stderr = again.communicate(timeout=PATIENCE_S)
     assert again.returncode == 0, stderr
     study = study_in(out)
     tried = [trial for trial in study.trials if points.REPEATED not in trial.user_attrs]
-    assert len(tried) == len({trial.user_attrs["key"] for trial in tried}) == 6
-    assert len({json.dumps(trial.params) for trial in tried}) == 6
+    assert len(tried) == len({trial.user_attrs["key"] for trial in tried}) == 9
+    assert len({json.dumps(trial.params) for trial in tried}) == 9
     assert all(trial.state.is_finished() for trial in study.trials)
     after = {path: path.stat().st_mtime_ns for path in out.glob("trials/*/results/*.parquet")}
     assert {path: after[path] for path in before} == before, "nothing is edited twice"
-    assert f"{len(finished)} of 6 trials done" in stderr
+    assert f"{len(finished)} of 9 trials done" in stderr and "broke off" in stderr
 
     parent, runs = children(out)
-    assert len(runs) == len({run.data.tags[POINT] for run in runs}) == 6
+    assert len(runs) == len({run.data.tags[POINT] for run in runs}) == 9
     assert parent.info.status == "FINISHED" and {run.info.status for run in runs} == {"FINISHED"}
     assert {run.data.tags[POINT] for run in runs} == {trial.user_attrs["key"] for trial in tried}
     client = tracking._client(f"sqlite:///{out}/mlflow.db")
@@ -142,8 +176,8 @@ def test_a_search_whose_driver_is_killed_goes_on_to_as_many_trials_as_were_asked
 
     # Nothing is left to do; what is asked for on top is done.
     runs_before = {run.info.run_id for run in runs}
-    done = odedit("tune", "--resume", out)
-    assert done.exit_code == 0 and len(study_in(out).trials) == len(study.trials)
+    nothing = odedit("tune", "--resume", out)
+    assert nothing.exit_code == 0 and len(study_in(out).trials) == len(study.trials)
     assert {run.info.run_id for run in children(out)[1]} == runs_before
     dry = odedit("edit", "--config", out / "best.yaml", "--dry-run", "out=" + str(tmp_path / "again"))
     assert dry.exit_code == 0 and "4 usable records" in dry.stdout
@@ -216,10 +250,24 @@ def test_what_cannot_work_is_said_before_any_worker_starts(values: dict[str, Any
             f"settings.tracking.uri=sqlite:///{tmp_path}/file/x.db": "tracking.uri: ",
             "rungs.edits=3": "rungs: the last one takes 12 validation records, and there are 8",
             "validation.path=none.json": "data.path: there is no file",
-            "settings.pipeline.ray_address=127.0.0.1:1": "pipeline.ray_address: no Ray answers",
+            "settings.pipeline.ray_address='127.0.0.1:1'": "pipeline.ray_address: no Ray answers",
             "settings.pipeline.actors=2": "'concurrent' says how many run at a time",
         }.items()
     ):
-        done = odedit("tune", "--config", config, override, "--out", tmp_path / f"out-{place}")
-        assert done.exit_code == 2 and expected in done.stderr, (override, done.output, done.exception)
-        assert "Traceback" not in done.output
+        wrong = odedit("tune", "--config", config, override, "--out", tmp_path / f"out-{place}")
+        assert wrong.exit_code == 2 and expected in wrong.stderr, (override, wrong.output, wrong.exception)
+        assert "Traceback" not in wrong.output
+
+
+def test_passwords_are_not_kept_and_asked_for_again(values: dict[str, Any], tmp_path: Path) -> None:
+    values["storage"] = "postgresql+psycopg://me:secret@127.0.0.1:1/name"
+    config = written(values, tmp_path)
+    out = tmp_path / "out"
+    refused = odedit("tune", "--config", config, "--out", out)
+    assert refused.exit_code == 2 and "storage: 'postgresql+psycopg://***@127.0.0.1:1/name'" in refused.stderr
+    assert not any("me:secret" in path.read_text() for path in out.glob("search.*"))
+    again = odedit("tune", "--resume", out)
+    assert again.exit_code == 2 and "add --config with the file" in again.stderr
+    (tmp_path / "file").write_text("")
+    moved = odedit("tune", "--resume", out, "--config", config, f"storage={tmp_path}/file/x", "trials=1")
+    assert moved.exit_code == 2 and "/file/x' cannot be written to" in moved.stderr, "where it is kept may change"

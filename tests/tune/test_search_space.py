@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,11 @@ def test_a_parameter_is_overridden_and_taken_out_by_its_name(tmp_path: Path) -> 
     )
     found = search_config.load(file, ["space.objective.dual_rate.high=0.5", "space.seed=null"])
     assert found.space == {"objective.dual_rate": {"low": 1e-4, "high": 0.5}}
+
+
+def test_the_search_shown_in_the_readme_is_a_valid_one() -> None:
+    readme = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
+    start = readme.index("    settings: {editor:")
+    search = check(from_values(yaml.safe_load(textwrap.dedent(readme[start : readme.index("\n\n", start)]))))
+    assert [one.name for one in search.space.parameters][-1] == "editor.learning_rate"
+    assert search.config.rungs.sizes == (24, 48, 96)

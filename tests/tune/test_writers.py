@@ -33,8 +33,8 @@ def write(uri: str, writer: int) -> None:
         key = f"{writer}-{trial}"
         search.open_trial(key, trial, {f"setting.{name}": trial for name in range(20)}, {})
         for edits in RUNGS:
-            search.log_rung(key, edits, {"edits": edits, "score": writer + trial / 10 + edits / 1000})
-        search.close_trial(key, "complete", {}, {"rel": [(step, float(step)) for step in range(50)]})
+            search.log_rungs(key, {edits: {"edits": edits, "score": writer + trial / 10 + edits / 1000}})
+        search.close_trial(key, "complete", {}, {}, {"rel": [(step, float(step)) for step in range(50)]})
     search.log_search([], {"best": float(writer)}, {"best.trial": "0"})
     search.end("FINISHED")
     assert search.failed is None, search.failed
