@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,7 +33,9 @@ from tune.config import from_values
 from tune.run import run
 
 ROOT = Path(__file__).parent.parent.parent
-PATIENCE_S = 120.0
+PATIENCE_S = 240.0
+_TRIAL = re.compile("EditTrial|ResourceTrainable")
+"""How Ray calls the processes of trials, idle or at work."""
 FRAGILE = {"name": "outside_tuned.fragile", "sites": ["layers.2.ffn.out"], "max_steps": 2}
 
 
@@ -71,7 +74,7 @@ def done(out: Path) -> int:
 def workers(search: subprocess.Popen[str]) -> list[psutil.Process]:
     """The processes that hold a trial."""
     family = psutil.Process(search.pid).children(recursive=True) if search.poll() is None else []
-    return [process for process in family if any("EditTrial" in part for part in command_of(process))]
+    return [process for process in family if any(_TRIAL.search(part) for part in command_of(process))]
 
 
 def command_of(process: psutil.Process) -> list[str]:

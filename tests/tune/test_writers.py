@@ -14,12 +14,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline import tracking
 from pipeline.search_tracking import POINT, SearchRun
 from pipeline.tracking import PARENT_TAG
+from tune.config import check, from_values
+from tune.points import COMPLETE, Points
 
 WRITERS, TRIALS, RUNGS = 8, 3, (2, 4, 8)
 PATIENCE_S = 120.0
@@ -74,6 +77,18 @@ def test_eight_writers_of_a_file_that_is_not_there_yet(tmp_path: Path) -> None:
 def test_eight_writers_through_a_server(tmp_path: Path) -> None:
     with database(tmp_path) as backend, server(backend, tmp_path) as uri:
         check_together(uri)
+
+
+def test_a_search_kept_in_the_database_goes_on(values: dict[str, Any], tmp_path: Path) -> None:
+    with database(tmp_path) as address:
+        search = check(from_values(values | {"storage": address}))
+        asked = Points(search.config, search.space, tmp_path, "id", "study")
+        first, second = asked.ask(), asked.ask()
+        assert first and second
+        asked.report(first, {"edits": 8, "score": 0.5})
+        asked.finish(first, COMPLETE)
+        again = Points(search.config, search.space, tmp_path, "id", "study")
+        assert again.ask() == second and [trial.state for trial in again.trials()] == ["complete", "running"]
 
 
 def free_port() -> int:
