@@ -23,6 +23,8 @@ from pipeline.workspace import CONFIG_HEADER, read_json, write_json, write_text
 from tune.config import Search, SearchConfig, from_values, override
 
 STATE, CONFIG = "search.json", "search.yaml"
+_BEFORE_IT_BEGINS = {".lock", "trials", "validation", "evaluation"}
+"""What is there of a search whose records turned out not to be."""
 TUNE_FOLDER = ".tune-"
 """How the folders begin in which Tune keeps its own state while a search runs."""
 
@@ -75,8 +77,14 @@ def check_folder(search: Search, folder: Folder, *, resume: bool) -> None:
         raise InputError(f"--resume: {out} holds no search; expected the folder that `odedit tune` wrote.")
     if out.exists() and not out.is_dir():
         raise InputError(f"--out: {out} is a file. Choose a folder.")
-    if not state and out.exists() and any(out.iterdir()):
+    if not state and out.exists() and {path.name for path in out.iterdir()} - _BEFORE_IT_BEGINS:
         raise InputError(f"--out: {out} is not empty and holds no search. Choose another folder.")
+    if state and not any((out / "trials").glob("*")) and state["identity"] != _identity(search) and not resume:
+        # It ended before its first trial, and with other settings there is nothing to lose.
+        (out / STATE).unlink()
+        state = {}
+    if not state:
+        shutil.rmtree(out / "validation", ignore_errors=True)
     if state:
         then, now = (tracking.flatten(one) for one in (state["identity"], _identity(search)))
         changed = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]

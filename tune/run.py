@@ -19,7 +19,7 @@ from rich.console import Console
 from odedit.backbones import load_processor
 from odedit.errors import InputError, NothingUsable
 from pipeline import local_ray, sources, tracking
-from pipeline.checkpoints import with_absolute_checkpoints
+from pipeline.checkpoints import editor_weights, with_absolute_checkpoints
 from pipeline.config import RunConfig
 from pipeline.features import with_checked_store
 from pipeline.run import Outcome, run_many, terminate_as_interrupt
@@ -49,12 +49,14 @@ def run(config: SearchConfig, out: Path, console: Console, *, resume: bool = Fal
     check_folder(search, folder, resume=resume)
     with alone(folder), terminate_as_interrupt(), local_ray.shared():
         base, found = _prepared(search, folder)
+        groups = records.stage(base, found, folder.validation, config.rungs.sizes, config.seed)
         remember(search, folder, found)
         state = folder.state
         asked = Points(config, search.space, folder.out, state["search_id"], state["study"])
         tracker = _tracker(search, folder)
         try:
-            return _run(search, folder, Job(base, found, Workspace(folder.validation)), asked, tracker, console)
+            job = Job(base, found, Workspace(folder.validation))
+            return _run(search, folder, job, groups, asked, tracker, console)
         except BaseException as error:
             if tracker is not None:
                 tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
@@ -62,12 +64,17 @@ def run(config: SearchConfig, out: Path, console: Console, *, resume: bool = Fal
 
 
 def _run(
-    search: Search, folder: Folder, job: Job, asked: Points, tracker: SearchRun | None, console: Console
+    search: Search,
+    folder: Folder,
+    job: Job,
+    groups: list[list[int]],
+    asked: Points,
+    tracker: SearchRun | None,
+    console: Console,
 ) -> report.Finished:
     from tune.search import Running
 
     config = search.config
-    groups = records.stage(job.config, job.sources, folder.validation, config.rungs.sizes, config.seed)
     running = Running(search, asked, folder.out, tracker, console)
     before = asked.trials()
     done = sum(trial.state != points.RUNNING for trial in before)
@@ -107,10 +114,18 @@ def _prepared(search: Search, folder: Folder) -> tuple[RunConfig, sources.Source
     config = search.trial
     load_processor(config.backbone.family, config.backbone.checkpoint)
     config = with_checked_store(with_absolute_checkpoints(config))
-    # As if it were one of the runs on the evaluation records: an embedded benchmark is written once for all.
-    found = sources.resolve(config.data, folder.evaluation / "trials")
-    found.reader.check_roots()
-    return config, found
+    editor_weights(config)
+    found = {}
+    # Both now: after hours of trials it would be late to miss the other records.
+    for name, one in (("evaluation", search.defaults), ("validation", config)):
+        try:
+            # An embedded benchmark is written once for both.
+            found[name] = sources.resolve(one.data, folder.evaluation / name)
+            found[name].identity()
+            found[name].reader.check_roots()
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+    return config, found["validation"]
 
 
 def _tracker(search: Search, folder: Folder) -> SearchRun | None:

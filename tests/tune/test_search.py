@@ -252,14 +252,36 @@ def test_what_cannot_work_is_said_before_any_worker_starts(values: dict[str, Any
             f"storage={tmp_path}/file/x": "storage: ",
             f"settings.tracking.uri=sqlite:///{tmp_path}/file/x.db": "tracking.uri: ",
             "rungs.edits=3": "rungs: the last one takes 12 validation records, and there are 8",
-            "validation.path=none.json": "data.path: there is no file",
-            "settings.pipeline.ray_address='127.0.0.1:1'": "pipeline.ray_address: no Ray answers",
+            "validation.path=none.json": "validation: data.path: there is no file",
+            "evaluation.path=none.json": "evaluation: data.path: there is no file",
+            "evaluation.image_root=none": "evaluation: ",
             "settings.pipeline.actors=2": "'concurrent' says how many run at a time",
         }.items()
     ):
         wrong = odedit("tune", "--config", config, override, "--out", tmp_path / f"out-{place}")
         assert wrong.exit_code == 2 and expected in wrong.stderr, (override, wrong.output, wrong.exception)
         assert "Traceback" not in wrong.output
+
+
+def test_a_search_that_could_not_begin_is_tried_again_in_its_folder(values: dict[str, Any], tmp_path: Path) -> None:
+    config, out = written(values, tmp_path), tmp_path / "out"
+    (tmp_path / "file").write_text("")
+    stop = f"storage={tmp_path}/file/x"  # every time, so that no worker starts
+    for override, expected in (
+        ("validation.path=none.json", "there is no file"),
+        ("rungs.edits=3", "there are 8 that can be used"),
+        ("seed=1", "storage: "),
+        ("seed=2", "storage: "),
+    ):
+        wrong = odedit("tune", "--config", config, override, stop, "--out", out)
+        assert wrong.exit_code == 2 and expected in wrong.stderr, (override, wrong.output, wrong.exception)
+    assert yaml.safe_load((out / "search.yaml").read_text())["seed"] == 2
+    (out / "trials" / "0123456789abcdef").mkdir()
+    other = odedit("tune", "--config", config, "seed=3", stop, "--out", out)
+    assert other.exit_code == 2 and "holds another search" in other.stderr
+    (out / "search.json").unlink()
+    stranger = odedit("tune", "--config", config, stop, "--out", out)
+    assert stranger.exit_code == 2 and "is not empty and holds no search" in stranger.stderr
 
 
 def test_passwords_are_not_kept_and_asked_for_again(values: dict[str, Any], tmp_path: Path) -> None:
