@@ -101,7 +101,7 @@ def test_means_differences_and_tests_equal_those_of_scipy() -> None:
 
 
 def test_holm_on_the_example_of_a_textbook_and_without_a_test() -> None:
-    found = tables._holm({"a": 0.01, "b": 0.005, "c": 0.03, "d": 0.04, "e": math.nan})
+    found = tables.holm({"a": 0.01, "b": 0.005, "c": 0.03, "d": 0.04, "e": math.nan})
     assert [found[name] for name in "abcd"] == pytest.approx([0.03, 0.02, 0.06, 0.06]) and math.isnan(found["e"])
 
 
