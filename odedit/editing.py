@@ -171,7 +171,8 @@ class _Run:
         self._batch, self._prefix = self._all.take(members), self._all_prefix.take(members)
         self._unedited = self._objective.unedited(self._backbone, self._batch, self._all_base_EKTD[members])
         if len(members) > staying:
-            new = _detached(self._editor.init(self._backbone, self._all.take(members[staying:])))
+            with stage("edit: start"):
+                new = _detached(self._editor.init(self._backbone, self._all.take(members[staying:])))
             if staying and self._state is not None:
                 self._origin, self._params = (stack_params([old, new]) for old in (self._origin, self._params))
                 self._state = self._optimizer.joined(self._state, new)

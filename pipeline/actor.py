@@ -29,12 +29,14 @@ from odedit.mmedit import RawRecord
 from odedit.objective import CALIBRATION_STATES, Objective, calibrate
 from odedit.pool import image_names, normal, scored_prompts
 from odedit.prompts import find_template
+from odedit.stages import stage
 from odedit.supervision import rephrase_distance
 from pipeline import results, staging
 from pipeline.attempts import Ledger
 from pipeline.config import BackboneConfig
 from pipeline.features import load_remembering
 from pipeline.prepare import Prepared, Preparer, located, one_sentence, write_note, write_traceback
+from pipeline.profile import LOADING
 from pipeline.room import Room
 from pipeline.spec import Job
 from pipeline.workspace import read_json, write_once
@@ -76,7 +78,8 @@ class EditActor:
         else:
             try:
                 rows = sorted([*prepared.rows, *self._rows(prepared)], key=lambda row: int(row["index"]))
-                results.write_part(part, rows)
+                with stage("write results"):
+                    results.write_part(part, rows)
             except OSError:
                 # This worker lives: what ends the run here must not count against the group's edits.
                 self._ledger(prepared.group).close()
@@ -91,7 +94,8 @@ class EditActor:
     def _rows(self, prepared: Prepared) -> list[results.Row]:
         if not prepared.requests:
             return []
-        self._objective()  # what is wrong with the settings is not the first edits' fault
+        with stage(LOADING):
+            self._objective()  # what is wrong with the settings is not the first edits' fault
         ledger = self._ledger(prepared.group)
         if ledger.begin_whole():
             try:
@@ -145,7 +149,8 @@ class EditActor:
 
     def _edit(self, records: Sequence[RawRecord], requests: Sequence[EditRequest]) -> list[results.Row]:
         config = self._job.config
-        supervision, evaluation = self._encode(requests)
+        with stage("encode"):
+            supervision, evaluation = self._encode(requests)
         objective = self._objective()
         width = self._room.width(len(requests), lambda: self._peak_bytes(objective, supervision, 1))
         edited = edit(self._backbone, self._editor, objective, supervision, config.stopping, config.seed, width)
@@ -153,16 +158,18 @@ class EditActor:
         if config.pipeline.measure_memory:
             memory = {"peak_bytes": self._peak_bytes(objective, supervision, width) / width}
         scores = []
-        for rows_E in torch.arange(len(edited)).split(width):
-            params = stack_params([edited[row].params for row in rows_E.tolist()])
-            part = evaluation.take(rows_E.to(evaluation.tokens_EKS.device))
-            scores += evaluate(self._backbone, self._editor, params, part, config.evaluation)
+        with stage("evaluation"):
+            for rows_E in torch.arange(len(edited)).split(width):
+                params = stack_params([edited[row].params for row in rows_E.tolist()])
+                part = evaluation.take(rows_E.to(evaluation.tokens_EKS.device))
+                scores += evaluate(self._backbone, self._editor, params, part, config.evaluation)
         rows = []
         for record, request, result, score in zip(records, requests, edited, scores, strict=True):
             known = memory | {"rephrase_distance": rephrase_distance(request)}
             row = self._row(record, result) | known | ({} if result.error else score)
             if not result.error and config.keep_edits:
-                self._save(record, result, score)
+                with stage("write edits"):
+                    self._save(record, result, score)
             rows.append(row)
         return rows
 

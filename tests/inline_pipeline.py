@@ -22,7 +22,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         yield make_plan(pipeline, backbone, 1, 0, num_groups)
 
     def run_graph(
-        jobs: Sequence[Job], plan: Plan, pending: Sequence[tuple[int, int]]
+        jobs: Sequence[Job], plan: Plan, pending: Sequence[tuple[int, int]], profile: Any = None
     ) -> Iterator[tuple[int, int, list[dict[str, Any]]]]:
         workers: dict[int, Any] = {}
         for job, group in pending:

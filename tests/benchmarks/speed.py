@@ -19,7 +19,7 @@ import torch
 
 from odedit import EditRequest, Objective, ObjectiveConfig, Stopping, calibrate, edit, evaluate, load_editor, stages
 from odedit.backbones import encode_requests
-from odedit.editors.base import Measuring
+from odedit.editors.base import Measuring, Trainable
 from odedit.edits import stack_params
 from odedit.memory import peak_memory
 from pipeline.prepare import process
@@ -29,8 +29,10 @@ from tests.benchmarks.reference import TEMPLATE, Reference
 from tests.benchmarks.tables import bars, show
 from tests.made_up import make_request
 
-EDITORS = ("wise", "tpatcher", "ftl", "lora")
-STEPS = {"wise": 10, "tpatcher": 40, "ftl": 15, "lora": 15}
+EDITORS = ("wise", "tpatcher", "mend", "unike", "ftl", "ftv", "lora")
+STEPS = {"wise": 10, "tpatcher": 40, "mend": 0, "unike": 20, "ftl": 15, "ftv": 15, "lora": 15}
+REPEATS = 3
+"""Of what is compared, in turns; the least counts, since a shared machine only ever adds."""
 MOVING = ("edit: forward", "edit: risks", "edit: backward and update")
 COMPARED = {"m_loc": "m_loc_far", "m_loc_mmedit": "m_loc_far_mmedit", "m_loc_generated": "m_loc_far_generated"}
 
@@ -69,6 +71,9 @@ class Bench:
             "lora": {"learning_rate": 1e-3},
         }
         editor: Any = load_editor(name, settings.get(name, {}))
+        if isinstance(editor, Trainable):
+            # Untrained weights cost what trained ones do.
+            editor = editor.with_weights(editor.initial_weights(self.backbone, 0))
         if isinstance(editor, Measuring):
             editor = editor.measured(self.backbone, encode_requests(self.backbone, self.requests(8, 6000), TEMPLATE)[0])
         return editor
@@ -134,12 +139,14 @@ def against_floor(bench: Bench, out: Path, width: int = 8) -> None:
         for objective_name in ("native", "odedit"):
             objective, requests = bench.objective(objective_name), bench.requests(width)
             bench.run(editor, objective, requests[:2], 1, 2)
-            rate = product_rate(bench.device)
-            found = bench.run(editor, objective, requests, STEPS[name], width)
-            rate = max(rate, product_rate(bench.device))
+            rate, runs = product_rate(bench.device), []
+            for _ in range(REPEATS):
+                runs.append(bench.run(editor, objective, requests, STEPS[name], width))
+                rate = max(rate, product_rate(bench.device))
+            found = min(runs, key=lambda run: run.total)
             supervision, evaluation = encode_requests(bench.backbone, requests, TEMPLATE)
             read = supervision.select(objective.slots(editor, supervision))
-            floor = Floor(bench.backbone.model, editor, read, evaluation, STEPS[name])
+            floor = Floor(bench.backbone, editor, read, evaluation, STEPS[name])
             parts = [floor.features(), floor.prefix(), floor.steps(), floor.evaluation()]
             at_best = floor.total() / rate
             table.append([f"{name} {objective_name}", STEPS[name], rate / 1e9, floor.total() / 1e9, at_best,
@@ -174,7 +181,7 @@ def overhead(bench: Bench, out: Path, width: int = 8) -> None:
         seconds: dict[str, list[float]] = {"native": [], "odedit": []}
         moving: dict[str, list[float]] = {"native": [], "odedit": []}
         peaks = {}
-        for _ in range(3):  # in turn, so that both see the same machine
+        for _ in range(REPEATS):
             for objective_name in seconds:
                 found = bench.run(editor, bench.objective(objective_name), requests, STEPS[name], width)
                 seconds[objective_name].append(found.total)
