@@ -15,9 +15,12 @@ import torch
 
 from odedit.backbones import is_connector
 from odedit.edits import EDIT, EditBatch, is_locality
+from odedit.metrics import EvaluationConfig
 
 FORWARD, BACKWARD = 2, 2
 """Operations of a multiplication with its addition, forward; and backward through a weight that is frozen."""
+
+EVERYTHING = EvaluationConfig()
 
 
 @dataclass(frozen=True)
@@ -88,25 +91,27 @@ class Floor:
             total += 2 * sum(self._whole_above(length) for length in _lengths(edit))
         return self._per_edit(total)
 
-    def evaluation(self) -> float:
-        """Teacher-forced figures before and after, the published locality at every position, one round of greedy
-        generation before and after.
+    def evaluation(self, config: EvaluationConfig = EVERYTHING) -> float:
+        """Teacher-forced figures before and after; if asked for, the published locality at every position, and a round
+        of greedy generation before and after.
         """
         batch, s = self._evaluation, self._shapes
         below = sum(self._below(length) for length in _lengths(batch))
         above = sum(self._whole_above(length) for length in _lengths(batch))
         compared = [k for k, name in enumerate(batch.slots) if is_locality(name)]
-        everywhere = int(batch.real_EKS[:, compared].sum())
+        where = batch.real_EKS if config.mmedit else batch.target_mask_EKT
+        everywhere = int(where[:, compared].sum())
         others = int(batch.target_mask_EKT.sum()) - int(batch.target_mask_EKT[:, compared].sum())
         heads = FORWARD * (everywhere + others) * s.width * s.vocabulary
         fed = int(batch.target_mask_EKT[..., 1:].sum())
         generation = FORWARD * (
             s.layers * _layer(fed, s.width, s.ffn, batch.tokens_EKS.shape[-1]) + fed * s.width * s.vocabulary
         )
+        generation *= config.generate
         return self._per_edit(below + 2 * (above + heads + generation) + FORWARD * self._own(batch))
 
-    def total(self) -> float:
-        return self.features() + self.prefix() + self.steps() + self.evaluation()
+    def total(self, config: EvaluationConfig = EVERYTHING) -> float:
+        return self.features() + self.prefix() + self.steps() + self.evaluation(config)
 
     def _per_edit(self, operations: float) -> float:
         return operations / self._supervision.num_edits

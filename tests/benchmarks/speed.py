@@ -2,6 +2,7 @@
 number of edits that move together.
 
     python -m tests.benchmarks.speed [--size mid|embedded] [--parts reference,floor,overhead,batches] [--out DIR]
+    python -m tests.benchmarks.speed --size opt-2.7b --device cuda --dtype bfloat16 --parts throughput
 
 Every ratio is of two figures measured in this one run.
 """
@@ -17,14 +18,25 @@ from typing import Any
 
 import torch
 
-from odedit import EditRequest, Objective, ObjectiveConfig, Stopping, calibrate, edit, evaluate, load_editor, stages
+from odedit import (
+    EditRequest,
+    EvaluationConfig,
+    Objective,
+    ObjectiveConfig,
+    Stopping,
+    calibrate,
+    edit,
+    evaluate,
+    load_editor,
+    stages,
+)
 from odedit.backbones import encode_requests
 from odedit.editors.base import Measuring, Trainable
 from odedit.edits import stack_params
 from odedit.memory import peak_memory
 from pipeline.prepare import process
 from tests.benchmarks import models
-from tests.benchmarks.floor import Floor, product_rate
+from tests.benchmarks.floor import EVERYTHING, Floor, product_rate
 from tests.benchmarks.reference import TEMPLATE, Reference
 from tests.benchmarks.tables import bars, show
 from tests.made_up import make_request
@@ -82,7 +94,13 @@ class Bench:
         return Objective(ObjectiveConfig(name=name, sigma2_0=self.sigma2_0))  # type: ignore[arg-type]
 
     def run(
-        self, editor: Any, objective: Objective, requests: Sequence[EditRequest], steps: int, width: int
+        self,
+        editor: Any,
+        objective: Objective,
+        requests: Sequence[EditRequest],
+        steps: int,
+        width: int,
+        evaluation_config: EvaluationConfig = EVERYTHING,
     ) -> Measured:
         """Edits and scores, `width` at a time; every edit takes all the steps."""
         seconds: dict[str, float] = {}
@@ -96,7 +114,7 @@ class Bench:
                 edited = edit(self.backbone, editor, objective, supervision, stopping)
                 with stages.stage("evaluation"):
                     params = stack_params([result.params for result in edited])
-                    rows += evaluate(self.backbone, editor, params, evaluation)
+                    rows += evaluate(self.backbone, editor, params, evaluation, evaluation_config)
             for name, value in account.seconds.items():
                 seconds[name] = seconds.get(name, 0.0) + value / len(requests)
             results += edited
@@ -217,6 +235,42 @@ def overhead(bench: Bench, out: Path, width: int = 8) -> None:
     show("What ODEdit costs", columns, table, out, "overhead")
 
 
+def throughput(bench: Bench, out: Path, width: int = 16) -> None:
+    """Edits per second from pictures to teacher-forced figures, share of what the device can multiply, and memory."""
+    config = EvaluationConfig(generate=False, mmedit=False)
+    weights = sum(p.numel() * p.element_size() for p in bench.backbone.model.parameters())
+    dtype = next(bench.backbone.model.parameters()).dtype
+    rate = product_rate(bench.device, dtype, 8192 if bench.device != "cpu" else 2048)
+    table, shown = [], []
+    for name in EDITORS:
+        editor, peaks = bench.editor(name), {}
+        # An edit of the connector is all its weights.
+        at_once = 2 if name == "ftv" else width
+        for objective_name in ("native", "odedit"):
+            objective, requests = bench.objective(objective_name), bench.requests(2 * width)
+            bench.run(editor, objective, requests[:at_once], STEPS[name], at_once, config)
+            with peak_memory(bench.device) as peak:
+                bench.run(editor, objective, requests[:at_once], min(STEPS[name], 3), at_once, config)
+            peaks[objective_name] = weights + peak.bytes
+            found = min(
+                (bench.run(editor, objective, requests, STEPS[name], at_once, config) for _ in range(REPEATS)),
+                key=lambda run: run.total,
+            )
+            supervision, evaluation = encode_requests(bench.backbone, requests, TEMPLATE, editor.sites)
+            read = supervision.select(objective.slots(editor, supervision))
+            operations = Floor(bench.backbone, editor, read, evaluation, STEPS[name]).total(config)
+            more = f"{100 * (peaks['odedit'] / peaks['native'] - 1):+.1f} %" if len(peaks) == 2 else ""
+            table.append([f"{name} {objective_name}", STEPS[name], at_once, 1 / found.total,
+                          operations / found.total / rate, peaks[objective_name] / 2**30, more])  # fmt: skip
+            shown.append(found.seconds)
+    columns = ["editor", "steps", "E", "edits/s", "share of peak", "peak GiB", "memory"]
+    title = f"{bench.device}, {dtype}: matrix products at {rate / 1e12:.3g} TFLOP/s"
+    show(title, columns, table, out, "throughput")
+    names = dict.fromkeys(stage for seconds in shown for stage in seconds)
+    parts = {name: [seconds.get(name, 0.0) for seconds in shown] for name in names}
+    bars("Seconds per edit", [row[0] for row in table], parts, "s", out / "throughput.png")
+
+
 def batches(bench: Bench, out: Path, sizes: Sequence[int] = (1, 4, 16, 64)) -> None:
     """Time per edit by the number of edits that move together."""
     table, lines = [], {}
@@ -247,18 +301,27 @@ def batches(bench: Bench, out: Path, sizes: Sequence[int] = (1, 4, 16, 64)) -> N
     pyplot.close(figure)
 
 
-PARTS = {"reference": against_reference, "floor": against_floor, "overhead": overhead, "batches": batches}
+PARTS = {
+    "reference": against_reference,
+    "floor": against_floor,
+    "overhead": overhead,
+    "batches": batches,
+    "throughput": throughput,
+}
+"""The last is for a GPU: elsewhere it says little that the others do not."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="mid", choices=("embedded", "mid"))
-    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--size", default="mid", choices=("embedded", *models.SIZES))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--parts", default=",".join(list(PARTS)[:-1]))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("bench"))
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    bench = Bench(chosen.size)
+    bench = Bench(chosen.size, chosen.device, chosen.dtype)
     for part in chosen.parts.split(","):
         PARTS[part](bench, chosen.out / chosen.size)
 
