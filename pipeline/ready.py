@@ -123,7 +123,7 @@ def _clear(workspace: Workspace) -> None:
             path.unlink(missing_ok=True)
         with suppress(OSError):  # not there, or it holds something else
             folder.rmdir()
-    for name in ("records", "pool", "calibration", "config", "summary", "report", "run"):
+    for name in ("records", "pool", "calibration", "config", "summary", "profile", "report", "run"):
         getattr(workspace, name).unlink(missing_ok=True)
 
 
