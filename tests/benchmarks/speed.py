@@ -74,7 +74,7 @@ class Bench:
         """With processed pictures, as the CPU stage of the pipeline hands them over."""
         return [process(make_request(first + i), self.backbone.processor, {}) for i in range(count)]
 
-    def editor(self, name: str) -> Any:
+    def editor(self, name: str, **changes: Any) -> Any:
         layers = self.backbone.num_layers
         # The published site of BLIP-2, at the same height: layer 23 of 32.
         settings: dict[str, dict[str, Any]] = {
@@ -82,7 +82,7 @@ class Bench:
             "ftl": {"sites": ("layers.-1.ffn.out",), "learning_rate": 1e-3},
             "lora": {"learning_rate": 1e-3},
         }
-        editor: Any = load_editor(name, settings.get(name, {}))
+        editor: Any = load_editor(name, settings.get(name, {}) | changes)
         if isinstance(editor, Trainable):
             # Untrained weights cost what trained ones do.
             editor = editor.with_weights(editor.initial_weights(self.backbone, 0))
@@ -233,6 +233,8 @@ def overhead(bench: Bench, out: Path, width: int = 8) -> None:
         "memory",
     ]
     show("What ODEdit costs", columns, table, out, "overhead")
+    labels = [f"{row[0]} {way}" for row in table for way in ("native", "odedit")]
+    bars("Seconds per edit", labels, {"s": [row[2 + i] for row in table for i in range(2)]}, "s", out / "overhead.png")
 
 
 def throughput(bench: Bench, out: Path, width: int = 16) -> None:
@@ -274,16 +276,17 @@ def throughput(bench: Bench, out: Path, width: int = 16) -> None:
 def batches(bench: Bench, out: Path, sizes: Sequence[int] = (1, 4, 16, 64)) -> None:
     """Time per edit by the number of edits that move together."""
     table, lines = [], {}
-    for name in EDITORS:
-        editor, objective = bench.editor(name), bench.objective("odedit")
+    arms = [(name, name, {}) for name in ("wise", "tpatcher", "mend", "ftl", "lora")]
+    for title, name, changes in [*arms, ("wise, last layer", "wise", {"site": "layers.-1.ffn.in"})]:
+        editor, objective = bench.editor(name, **changes), bench.objective("odedit")
         bench.run(editor, objective, bench.requests(2), 2, 2)
         seconds = []
         for size in sizes:
             count = max(size, 8)
             found = [bench.run(editor, objective, bench.requests(count), STEPS[name], size).total for _ in range(2)]
             seconds.append(min(found))
-        lines[name] = seconds
-        table.append([name, *(1e3 * s for s in seconds), *(seconds[0] / s for s in seconds[1:])])
+        lines[title] = seconds
+        table.append([title, *(1e3 * s for s in seconds), *(seconds[0] / s for s in seconds[1:])])
     columns = ["editor", *(f"E={size} ms/edit" for size in sizes), *(f"E={size} times" for size in sizes[1:])]
     show("Edits that move together", columns, table, out, "batches")
     import matplotlib
