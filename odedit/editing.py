@@ -48,7 +48,7 @@ class EditResult:
     """One finished edit.
 
     Attributes:
-        params: phi_e of this edit alone (axis 0 has length 1), as `Editor.finished` made it.
+        params: phi_e of this edit alone (axis 0 has length 1), as `Editor.finished` made it; on the CPU.
         steps: Primal steps taken.
         stop_reason: `worst_token_nll`, `converged`, `max_steps` or `failed`.
         seconds: Wall-clock time of the whole loop, divided by its edits.
@@ -152,7 +152,8 @@ class _Run:
         steps = self._state.steps_E.tolist()
         for row in (~self._progress.active_E).nonzero().flatten().tolist():
             member = self._progress.members[row]
-            self._finished[member] = {name: value[row : row + 1].clone() for name, value in finished.items()}
+            # On the host: the finished edits of a long group must not crowd out those that move.
+            self._finished[member] = {name: value[row : row + 1].cpu().clone() for name, value in finished.items()}
             self._progress.steps[member] = steps[row]
         stay = self._progress.active_E.nonzero().flatten()
         self._progress.keep(stay)

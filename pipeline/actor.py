@@ -34,7 +34,7 @@ from odedit.supervision import rephrase_distance
 from pipeline import results, staging
 from pipeline.attempts import Ledger
 from pipeline.config import BackboneConfig
-from pipeline.features import load_remembering
+from pipeline.features import load_remembering, warn_anew
 from pipeline.prepare import Prepared, Preparer, located, one_sentence, write_note, write_traceback
 from pipeline.profile import LOADING
 from pipeline.room import Room
@@ -143,6 +143,8 @@ class EditActor:
             torch.cuda.empty_cache()
         if self._room.narrower(len(requests)):
             return self._edit_within_memory(records, requests)
+        # Not the width was at fault, but what all edits of the group take: the next group may be as wide as before.
+        self._room.restore()
         middle = len(requests) // 2
         first = self._edit_within_memory(records[:middle], requests[:middle])
         return first + self._edit_within_memory(records[middle:], requests[middle:])
@@ -160,9 +162,7 @@ class EditActor:
         scores = []
         with stage("evaluation"):
             for rows_E in torch.arange(len(edited)).split(width):
-                params = stack_params([edited[row].params for row in rows_E.tolist()])
-                part = evaluation.take(rows_E.to(evaluation.tokens_EKS.device))
-                scores += evaluate(self._backbone, self._editor, params, part, config.evaluation)
+                scores += self._scores(edited, evaluation, rows_E)
         rows = []
         for record, request, result, score in zip(records, requests, edited, scores, strict=True):
             known = memory | {"rephrase_distance": rephrase_distance(request)}
@@ -172,6 +172,19 @@ class EditActor:
                     self._save(record, result, score)
             rows.append(row)
         return rows
+
+    def _scores(self, edited: Sequence[EditResult], evaluation: EditBatch, rows_E: torch.Tensor) -> list[Any]:
+        """Of some edits together, or in halves where memory does not suffice: the edits themselves are made."""
+        try:
+            params = stack_params([edited[row].params for row in rows_E.tolist()])
+            part = evaluation.take(rows_E.to(evaluation.tokens_EKS.device))
+            return evaluate(self._backbone, self._editor, params, part, self._job.config.evaluation)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if len(rows_E) == 1 or not _is_out_of_memory(error):
+                raise
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return [score for half in rows_E.chunk(2) for score in self._scores(edited, evaluation, half)]
 
     def _peak_bytes(self, objective: Objective, supervision: EditBatch, width: int) -> int:
         """The peak memory of the loop of so many edits, over its first steps: measuring takes time, which no edit's
@@ -328,9 +341,15 @@ def _load(job: Job) -> Backbone:
     It keeps the features of the pictures used last, so the arms of a study share them.
     """
     key = (job.config.backbone, job.device, job.config.pipeline.feature_store)
+
+    def warn(text: str) -> None:
+        write_note(job, "feature-store", text)
+
     if key not in _LOADED:
         _LOADED.clear()
-        _LOADED[key] = load_remembering(*key, warn=lambda text: write_note(job, "feature-store", text))
+        _LOADED[key] = load_remembering(*key, warn=warn)
+    else:
+        warn_anew(_LOADED[key], warn)
     return _LOADED[key]
 
 

@@ -30,7 +30,7 @@ def edit(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: bool, pr
     measured = Profile() if profile else None
     outcome = run(config, errors, fresh=fresh, profile=measured)
     show_outcome(outcome)
-    if measured is not None:
+    if measured is not None and measured.records:
         Console().print(measured.table())
     if not outcome.summary["n"]:
         counts = ", ".join(f"{outcome.summary[status]} {status}" for status in ("failed", "skipped"))

@@ -130,8 +130,7 @@ class _Stage(ABC):
         if index not in self._workers:
             # Runs come one after the other, but for a straggler. What a run of another model holds is let go of first:
             # two models may not fit.
-            backbone = self._jobs[index].config.backbone
-            alike = [one for one in self._workers if self._jobs[one].config.backbone == backbone]
+            alike = [one for one in self._workers if _model(self._jobs[one]) == _model(self._jobs[index])]
             self._workers = {one: self._workers[one] for one in alike[-1:]}
             with stage(LOADING):
                 self._workers[index] = self._made(index)
@@ -143,6 +142,11 @@ class _Stage(ABC):
         except Exception as error:
             write_traceback(self._jobs[index], self.Worker.__name__)
             return {"fatal": one_sentence(error), "is_input": isinstance(error, InputError)}
+
+
+def _model(job: Job) -> tuple[object, ...]:
+    """What a worker has loaded for a run, alike for runs that share it."""
+    return job.config.backbone, job.config.pipeline.feature_store
 
 
 class PrepareStage(_Stage):

@@ -49,10 +49,11 @@ def run(config: RunConfig, console: Console, *, fresh: bool = False, profile: Pr
     """
     ready = prepare(config, fresh=fresh)
     announce(ready, console)
-    outcome = _run_ready([ready], console, parent_run=None, profile=profile)[0]
-    if profile is not None:
-        write_json(outcome.workspace.profile, profile.to_json())
-    return outcome
+    try:
+        return _run_ready([ready], console, parent_run=None, profile=profile)[0]
+    finally:
+        if profile is not None and profile.records:
+            write_json(ready.workspace.profile, profile.to_json())
 
 
 def run_many(
@@ -144,12 +145,14 @@ class _OpenRun:
         self._outcome: Outcome | None = None
 
     def __enter__(self) -> _OpenRun:
+        update(self.ready.workspace, ended=False)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._keep_time()
+        update(self.ready.workspace, ended=True)
         if self._tracker is not None and self._outcome is None:
             self._tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
 

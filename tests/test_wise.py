@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from library_forward import copy_of, library_logits, library_nll
@@ -224,3 +226,20 @@ def test_a_factored_edit_is_smaller_and_answers_alone_as_together(backbone, enco
         unedited = backbone.suffix(prefix)
     torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-4)
     assert (alone - unedited).abs().max() > 1e-3
+
+
+def test_a_factored_edit_does_not_depend_on_how_long_its_mates_are(backbone):
+    """The multiplier's sketch least of all: what padding adds stands behind every weight."""
+    editor = load_editor("wise", {**SETTINGS, "mask": "columns", "mask_ratio": 0.5, "clamp": None})
+    objective = Objective(ObjectiveConfig(name="odedit", sigma2_0=50.0))
+    long = "which of the many people that we know of is said to own this old digit here?"
+    mate = replace(REQUESTS[0], edit_id="mate", edit=replace(REQUESTS[0].edit, prompt=long))
+
+    def first(*requests):
+        supervision, _ = encode_requests(backbone, requests, TEMPLATE)
+        return edit(backbone, editor, objective, supervision, Stopping(8, 1e-9))[0]
+
+    alone, both = first(REQUESTS[0]), first(REQUESTS[0], mate)
+    assert alone.curves["lambda"][-1] > 0
+    for name in ("lambda", "rel", "objective"):
+        assert alone.curves[name] == pytest.approx(both.curves[name], rel=1e-5)

@@ -35,7 +35,7 @@ from odedit.edits import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_localit
 from odedit.hooks import rewritten
 
 SIDE = "side"
-ROWS, INPUTS = "side_rows", "side_inputs"
+ROWS, INPUTS, THERE = "side_rows", "side_inputs", "side_there"
 LIVE = "side_live"
 THRESHOLD = "threshold"
 _DISTANCE, _WINNER = "distance_EK", "winner_EK"
@@ -97,7 +97,8 @@ class Wise(Plain):
 
     While it trains, `side` holds `W' - W`. Finished, `side_live` holds only the entries that the mask lets change, a
     fifth of them by default, and `threshold` the distance above which the side memory answers. Factored, `side_rows`
-    holds A while it trains; finished, its rows that are not zero, and `side_inputs` what entered the matrix there.
+    holds A while it trains, and `side_there` where no padding is; finished, its rows that are not zero, and
+    `side_inputs` what entered the matrix there.
     """
 
     Config: ClassVar[type] = WiseConfig
@@ -109,6 +110,8 @@ class Wise(Plain):
         self.max_steps = config.max_steps
         self.optimizer = OptimizerSettings("sgd", config.learning_rate, config.weight_decay)
         self.is_factored = config.clamp is None and (config.mask == "columns" or config.mask_ratio == 1.0)
+        self.length_varies = self.is_factored
+        self.frozen = frozenset({THERE}) if self.is_factored else frozenset()
 
     def check(self, backbone: Backbone) -> None:
         backbone.site(self.config.site)
@@ -116,16 +119,22 @@ class Wise(Plain):
 
     def init(self, backbone: Backbone, batch: EditBatch) -> EditParams:
         out, width = backbone.site(self.config.site).weight.shape
-        name, length = (ROWS, batch.tokens_EKS[0].numel()) if self.is_factored else (SIDE, out)
-        wide = out if self.is_factored else width
-        return {name: torch.zeros(batch.num_edits, length, wide, device=batch.tokens_EKS.device)}
+        device = batch.tokens_EKS.device
+        if not self.is_factored:
+            return {SIDE: torch.zeros(batch.num_edits, out, width, device=device)}
+        # Position by position, all slots of each: what a longer batch adds stands behind, where nothing reads it.
+        _, slots, positions = batch.tokens_EKS.shape
+        return {
+            ROWS: torch.zeros(batch.num_edits, positions, slots * out, device=device),
+            THERE: batch.real_EKS.transpose(1, 2).float(),
+        }
 
     @contextmanager
     def applied(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> Iterator[Trace]:
         trace = Trace()
         activation = backbone.activation(self.config.site)
         num_edits, num_slots = batch.present_EK.shape
-        change_of = self._change(backbone, params, trace)
+        change_of = self._change(backbone, params, num_slots, trace)
 
         def rewrite(x: Tensor, y: Tensor) -> Tensor:
             change = change_of(x.reshape(num_edits, -1, x.shape[-1])).reshape(num_edits, num_slots, -1, y.shape[-1])
@@ -159,7 +168,7 @@ class Wise(Plain):
             for memory in range(num_memories):
                 # One at a time: all of the matrices together may not fit.
                 change_of = self._change(
-                    backbone, {name: value[memory : memory + 1] for name, value in params.items()}, trace
+                    backbone, {name: value[memory : memory + 1] for name, value in params.items()}, 1, trace
                 )
                 change = change_of(x_EKSI.reshape(1, -1, x.shape[-1])).reshape(main.shape)
                 if is_whole:
@@ -190,7 +199,10 @@ class Wise(Plain):
     def constrain(self, params: EditParams) -> EditParams:
         # Masked here as well: what the multiplier network reads must be what the model computes with.
         if self.is_factored:
-            return params
+            # The model has no gradient at padding, but a learned multiplier of the penalty reads all of A.
+            there_ESK1 = params[THERE].unsqueeze(-1)
+            rows_ESKO = params[ROWS].unflatten(2, (there_ESK1.shape[2], -1)) * there_ESK1
+            return params | {ROWS: rows_ESKO.flatten(2)}
         side_EOI, clamp = self._masked(params[SIDE]), self.config.clamp
         return {SIDE: side_EOI if clamp is None else side_EOI.clamp(-clamp, clamp)}
 
@@ -204,7 +216,8 @@ class Wise(Plain):
         # An edit that never moved has distance 0 everywhere; the tiniest positive threshold keeps it off the side path.
         threshold = (self.config.routing_ratio * inside_E).clamp(min=torch.finfo(torch.float32).tiny)
         if self.is_factored:
-            return _nonzero_rows(params[ROWS], trace.values[INPUTS]) | {THRESHOLD: threshold}
+            rows_ENO = _by_slot(params[ROWS], batch.present_EK.shape[1])
+            return _nonzero_rows(rows_ENO, trace.values[INPUTS]) | {THRESHOLD: threshold}
         return {LIVE: self._entries(params[SIDE]), THRESHOLD: threshold}
 
     def merged_memories(self, params: EditParams) -> EditParams:
@@ -219,7 +232,9 @@ class Wise(Plain):
             THRESHOLD: params[THRESHOLD].amin(dim=0, keepdim=True),
         }
 
-    def _change(self, backbone: Backbone, params: EditParams, trace: Trace) -> Callable[[Tensor], Tensor]:
+    def _change(
+        self, backbone: Backbone, params: EditParams, num_slots: int, trace: Trace
+    ) -> Callable[[Tensor], Tensor]:
         """What the side memory adds, `(E, N, in) -> (E, N, out)`, from training or from finished parameters."""
         if INPUTS in params:
             return lambda x_ENI: torch.bmm(
@@ -227,11 +242,12 @@ class Wise(Plain):
             )
         if ROWS in params:
             mask_1I = self._mask(backbone.site(self.config.site).weight.shape, params[ROWS].device)[:1]
+            rows_ENO = _by_slot(params[ROWS], num_slots)
 
             def factored(x_ENI: Tensor) -> Tensor:
                 masked_ENI = x_ENI * mask_1I.to(x_ENI.dtype)
                 trace.values[INPUTS] = masked_ENI.detach()
-                change: Tensor = _Factored.apply(params[ROWS], torch.bmm(x_ENI, masked_ENI.transpose(1, 2)))
+                change: Tensor = _Factored.apply(rows_ENO, torch.bmm(x_ENI, masked_ENI.transpose(1, 2)))
                 return change
 
             return factored
@@ -274,6 +290,11 @@ class _Factored(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0].to(ctx.dtype), None
+
+
+def _by_slot(rows: Tensor, num_slots: int) -> Tensor:
+    """A as it trains, `(E, S, K * O)`, in the order of the sequences, `(E, K * S, O)`."""
+    return rows.unflatten(2, (num_slots, -1)).transpose(1, 2).flatten(1, 2)
 
 
 def _nonzero_rows(rows_ENO: Tensor, inputs_ENI: Tensor) -> EditParams:

@@ -80,12 +80,12 @@ class Floor:
 
     def steps(self) -> float:
         """The loop, and what an editor computes before it."""
-        forward, backward = self._above(self._supervision)
-        total = (self._steps + 1) * forward + self._steps * backward
+        forward, backward, once = self._above(self._supervision)
+        total = once + (self._steps + 1) * forward + self._steps * backward
         edit = self._supervision.select((EDIT,))
         if self._name == "MEND":
             # One gradient of the edit, and the hypernetwork on every token that has one.
-            total += sum(self._above(edit)) + self._hypernetwork(int(edit.real_EKS.sum()))
+            total += sum(self._above(edit)) - 2 * FORWARD * self._own(edit) + self._hypernetwork(edit)
         if self._name == "Unike":
             # The demonstration, without and with its memories.
             total += 2 * sum(self._whole_above(length) for length in _lengths(edit))
@@ -97,10 +97,15 @@ class Floor:
         """
         batch, s = self._evaluation, self._shapes
         below = sum(self._below(length) for length in _lengths(batch))
-        above = sum(self._whole_above(length) for length in _lengths(batch))
         compared = [k for k, name in enumerate(batch.slots) if is_locality(name)]
         where = batch.real_EKS if config.mmedit else batch.target_mask_EKT
         everywhere = int(where[:, compared].sum())
+        above = 0.0
+        for name in batch.slots:
+            is_whole = config.mmedit and is_locality(name)
+            one = batch.select((name,))
+            for length, tokens in zip(_lengths(one), _targets(one), strict=True):
+                above += self._read_above(length, length if is_whole else tokens)
         others = int(batch.target_mask_EKT.sum()) - int(batch.target_mask_EKT[:, compared].sum())
         heads = FORWARD * (everywhere + others) * s.width * s.vocabulary
         fed = int(batch.target_mask_EKT[..., 1:].sum())
@@ -123,25 +128,31 @@ class Floor:
         attention = length * (4 * s.width**2 + (length + 1) * s.width) if self._at_ffn else 0
         return FORWARD * (whole + attention)
 
+    def _read_above(self, length: int, read: int) -> float:
+        """From the site to the end, where only so many positions of the last layer are read."""
+        s = self._shapes
+        if self._layer == s.layers - 1 and self._at_ffn:
+            return FORWARD * read * 2 * s.width * s.ffn
+        spared = (length - read) * (2 * s.width**2 + 2 * s.width * s.ffn + (length + 1) * s.width)
+        # The last layer is whole in its keys and values only.
+        return self._whole_above(length) - FORWARD * spared
+
     def _whole_above(self, length: int) -> float:
         s = self._shapes
         first = length * 2 * s.width * s.ffn if self._at_ffn else _layer(length, s.width, s.ffn, (length + 1) / 2)
         rest = (s.layers - 1 - self._layer) * _layer(length, s.width, s.ffn, (length + 1) / 2)
         return FORWARD * (first + rest)
 
-    def _above(self, batch: EditBatch) -> tuple[float, float]:
-        """Forward and backward of one step: from the site to the head, at the positions that matter."""
+    def _above(self, batch: EditBatch) -> tuple[float, float, float]:
+        """Forward and backward of one step, from the site to the head, at the positions that matter; and what is
+        multiplied once for all steps.
+        """
         s = self._shapes
         read = int(batch.target_mask_EKT.sum())
         is_last = self._at_ffn and self._layer == s.layers - 1
-        frozen = 0.0
-        if is_last:  # only what is read
-            frozen += FORWARD * read * 2 * s.width * s.ffn
-        else:
-            for length, tokens in zip(_lengths(batch), _targets(batch), strict=True):
-                frozen += self._whole_above(length)
-                # The last layer is whole in its keys and values only.
-                frozen -= FORWARD * (length - tokens) * (2 * s.width**2 + 2 * s.width * s.ffn + (length + 1) * s.width)
+        frozen = sum(
+            self._read_above(length, tokens) for length, tokens in zip(_lengths(batch), _targets(batch), strict=True)
+        )
         edit = batch.slots.index(EDIT)
         compared = [k for k, slot in enumerate(batch.slots) if is_locality(slot)]
         head = FORWARD * int(batch.target_mask_EKT[:, [edit, *compared]].sum()) * s.width * s.vocabulary
@@ -150,7 +161,9 @@ class Floor:
         positions = read if is_last else int(batch.real_EKS.sum())
         below_site = {"ffn.in": 1, "ffn.out": 2}.get(self._lowest_part(), 0) * s.width * s.ffn
         through = frozen - FORWARD * positions * below_site
-        return frozen + head + own, through + head + own
+        # What is frozen up to the edited matrix, its own product included, gives the same in every step.
+        same = FORWARD * positions * below_site
+        return frozen - same + head + own, through + head + own, same
 
     def _lowest_part(self) -> str:
         if self._name in ("TPatcher", "Unike"):
@@ -176,20 +189,23 @@ class Floor:
             out, width = self._backbone.site(site).weight.shape
             positions = read if int(site.split(".")[1]) % s.layers == last and "ffn" in site else whole
             if self._name in ("LoRA", "MEND"):
-                inner = self._editor.config.rank if self._name == "LoRA" else self._tokens_of_edit()
+                inner = self._editor.config.rank if self._name == "LoRA" else self._tokens_of_edit(positions == read)
                 total += positions * inner * (out + width)
             else:
                 total += positions * out * width
         return total
 
-    def _tokens_of_edit(self) -> float:
-        """Tokens of the mean edit that have a gradient, below the last layer."""
-        return self._per_edit(int(self._supervision.select((EDIT,)).real_EKS.sum()))
+    def _tokens_of_edit(self, is_last: bool) -> float:
+        """Tokens of the mean edit that have a gradient."""
+        edit = self._supervision.select((EDIT,))
+        return self._per_edit(int((edit.target_mask_EKT if is_last else edit.real_EKS).sum()))
 
-    def _hypernetwork(self, tokens: int) -> float:
+    def _hypernetwork(self, edit: EditBatch) -> float:
         total = 0.0
         for site in self._editor.sites:
             width = sum(self._backbone.site(site).weight.shape)
+            is_last = int(site.split(".")[1]) % self._shapes.layers == self._shapes.layers - 1
+            tokens = int((edit.target_mask_EKT if is_last else edit.real_EKS).sum())
             total += FORWARD * tokens * 2 * 2 * min(self._editor.config.rank, width) * width
         return total
 

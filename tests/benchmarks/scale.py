@@ -159,6 +159,7 @@ def bare_loop(values: dict[str, Any]) -> tuple[Any, list[Any], Any]:
     from odedit.backbones import encode_requests, load_backbone
     from odedit.editing import edit
     from odedit.edits import stack_params
+    from odedit.feature_memory import remembering
     from odedit.metrics import evaluate
     from odedit.objective import Objective
     from odedit.prompts import find_template
@@ -173,7 +174,8 @@ def bare_loop(values: dict[str, Any]) -> tuple[Any, list[Any], Any]:
     job = Job(config, found.sources, found.workspace)
     preparer = Preparer(job)
     groups = [preparer(group) for group in range(len(found.staged.usable))]
-    backbone = load_backbone(config.backbone.family, config.backbone.checkpoint)
+    # As a worker does: pictures that come again are not computed again.
+    backbone = remembering(load_backbone(config.backbone.family, config.backbone.checkpoint))
     editor = editors.find(config.editor.name)(config.editor.settings)
     objective, template = Objective(config.objective, config.objective.sigma2_0), find_template(config.data.template)
 

@@ -127,14 +127,15 @@ def against_reference(bench: Bench, out: Path, width: int = 8) -> None:
     for name in ("wise", "tpatcher"):
         editor, objective, steps = bench.editor(name), bench.objective("odedit"), STEPS[name]
         requests = bench.requests(width)
-        bench.run(editor, objective, requests[:2], 2, 2)  # warm-up
-        ours = bench.run(editor, objective, requests, steps, width)
-        plain = Reference(bench.backbone, editor, objective)
-        index = 1
-        started = time.perf_counter()
-        params, terms = plain.edit(requests[index], steps)
-        row = plain.score(requests[index], params)
-        seconds = time.perf_counter() - started
+        plain, index, seconds, total = Reference(bench.backbone, editor, objective), 1, float("inf"), float("inf")
+        bench.run(editor, objective, requests[:2], 2, 2)  # warm-up of both
+        plain.edit(requests[0], 1)
+        for _ in range(2):
+            ours = bench.run(editor, objective, requests, steps, width)
+            started = time.perf_counter()
+            params, terms = plain.edit(requests[index], steps)
+            row = plain.score(requests[index], params)
+            seconds, total = min(seconds, time.perf_counter() - started), min(total, ours.total)
         curves, shown = ours.results[index].curves, ours.rows[index]
         apart = max(
             abs(float(at.risks[risk].detach()) - curves[risk][step]) / max(1.0, abs(curves[risk][step]))
@@ -142,7 +143,7 @@ def against_reference(bench: Bench, out: Path, width: int = 8) -> None:
             for risk in ("rel", "loc", "gen")
         )
         same = sum(abs(value - shown[COMPARED.get(key, key)]) < 1e-6 for key, value in row.items())
-        table.append([name, steps, width, seconds, ours.total, seconds / ours.total, apart, f"{same} of {len(row)}"])
+        table.append([name, steps, width, seconds, total, seconds / total, apart, f"{same} of {len(row)}"])
     columns = ["editor", "steps", "E", "reference s/edit", "s/edit", "times faster", "risks apart by", "equal figures"]
     show("ODEdit against the straightforward loop", columns, table, out, "reference")
     bars("Seconds per edit", [f"{row[0]} {way}" for row in table for way in ("reference", "odedit")],
