@@ -69,7 +69,7 @@ def test_a_worker_tells_in_one_sentence_what_ends_the_run_and_edits_no_further(e
     class Stage(graph.EditStage):
         Worker = Failing
 
-    job: Any = SimpleNamespace(config=SimpleNamespace(backbone=None))
+    job: Any = SimpleNamespace(config=SimpleNamespace(backbone=None), profile=False)
     stage = Stage([job])
     for group in range(3):  # of one block
         batch = {"job": [0], "prepared": [cloudpickle.dumps(Prepared(group, (), (), ()))]}
