@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
@@ -53,7 +53,8 @@ def run(config: RunConfig, console: Console, *, fresh: bool = False, profile: Pr
         return _run_ready([ready], console, parent_run=None, profile=profile)[0]
     finally:
         if profile is not None and profile.records:
-            write_json(ready.workspace.profile, profile.to_json())
+            with suppress(OSError):  # a full disk must not hide how the run ended
+                write_json(ready.workspace.profile, profile.to_json())
 
 
 def run_many(
@@ -151,8 +152,9 @@ class _OpenRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._keep_time()
-        update(self.ready.workspace, ended=True)
+        with suppress(OSError):  # a full disk must not hide the error itself
+            self._keep_time()
+            update(self.ready.workspace, ended=True)
         if self._tracker is not None and self._outcome is None:
             self._tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
 
