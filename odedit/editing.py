@@ -153,7 +153,9 @@ class _Run:
         for row in (~self._progress.active_E).nonzero().flatten().tolist():
             member = self._progress.members[row]
             # On the host: the finished edits of a long group must not crowd out those that move.
-            self._finished[member] = {name: value[row : row + 1].cpu().clone() for name, value in finished.items()}
+            self._finished[member] = {
+                name: value[row : row + 1].to("cpu", copy=True) for name, value in finished.items()
+            }
             self._progress.steps[member] = steps[row]
         stay = self._progress.active_E.nonzero().flatten()
         self._progress.keep(stay)

@@ -26,13 +26,15 @@ class KeyValues:
         return keys, values
 
     def extended(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of a layer with T others behind them, `(R, heads, S + T, head width)`; valid until the next call.
+        """Those of a layer with T others behind them, `(R, heads, S + T, head width)`.
+
+        Valid until the next call, whose T is the same.
 
         KeyError: no forward has been there.
         """
         if layer not in self._extended:
-            pairs = zip(self._layers[layer], (keys, values), strict=True)
-            self._extended[layer] = tuple(torch.cat(pair, dim=2) for pair in pairs)  # type: ignore[assignment]
+            before_keys, before_values = self._layers[layer]
+            self._extended[layer] = torch.cat([before_keys, keys], dim=2), torch.cat([before_values, values], dim=2)
         else:
             # What is in front stays; copying it again would take longer than the attention.
             for whole, behind in zip(self._extended[layer], (keys, values), strict=True):

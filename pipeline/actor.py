@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
@@ -133,14 +133,9 @@ class EditActor:
 
     def _edit_within_memory(self, records: Sequence[RawRecord], requests: Sequence[EditRequest]) -> list[results.Row]:
         """Edits a group; where memory does not suffice, fewer at once, or in the end the group in halves."""
-        try:
-            return self._edit(records, requests)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if len(requests) == 1 or not _is_out_of_memory(error):
-                raise
-        # Outside of the handler, whose traceback would keep the tensors alive.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        rows = _unless_out_of_memory(lambda: self._edit(records, requests), len(requests))
+        if rows is not None:
+            return rows
         if self._room.narrower(len(requests)):
             return self._edit_within_memory(records, requests)
         # Not the width was at fault, but what all edits of the group take: the next group may be as wide as before.
@@ -175,15 +170,15 @@ class EditActor:
 
     def _scores(self, edited: Sequence[EditResult], evaluation: EditBatch, rows_E: torch.Tensor) -> list[Any]:
         """Of some edits together, or in halves where memory does not suffice: the edits themselves are made."""
-        try:
+
+        def scores() -> list[Any]:
             params = stack_params([edited[row].params for row in rows_E.tolist()])
             part = evaluation.take(rows_E.to(evaluation.tokens_EKS.device))
             return evaluate(self._backbone, self._editor, params, part, self._job.config.evaluation)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if len(rows_E) == 1 or not _is_out_of_memory(error):
-                raise
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+
+        found = _unless_out_of_memory(scores, len(rows_E))
+        if found is not None:
+            return found
         return [score for half in rows_E.chunk(2) for score in self._scores(edited, evaluation, half)]
 
     def _peak_bytes(self, objective: Objective, supervision: EditBatch, width: int) -> int:
@@ -351,6 +346,19 @@ def _load(job: Job) -> Backbone:
     else:
         warn_anew(_LOADED[key], warn)
     return _LOADED[key]
+
+
+def _unless_out_of_memory(work: Callable[[], list[Any]], num_edits: int) -> list[Any] | None:
+    """What it returns; None if memory ran out and fewer than so many edits may fit."""
+    try:
+        return work()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if num_edits == 1 or not _is_out_of_memory(error):
+            raise
+    # Outside of the handler, whose traceback would keep the tensors alive.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

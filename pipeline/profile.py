@@ -37,7 +37,7 @@ class Clock:
 
 @dataclass
 class Profile:
-    """Seconds by kind of worker and stage, and how many groups they are of."""
+    """Seconds by kind of worker and stage, and how many records they are of."""
 
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     records: int = 0

@@ -80,12 +80,13 @@ class Floor:
 
     def steps(self) -> float:
         """The loop, and what an editor computes before it."""
-        forward, backward, once = self._above(self._supervision)
-        total = once + (self._steps + 1) * forward + self._steps * backward
+        one_way, once = self._above(self._supervision)
+        total = once + (2 * self._steps + 1) * one_way
         edit = self._supervision.select((EDIT,))
         if self._name == "MEND":
             # One gradient of the edit, and the hypernetwork on every token that has one.
-            total += sum(self._above(edit)) - 2 * FORWARD * self._own(edit) + self._hypernetwork(edit)
+            one_way, once = self._above(edit)
+            total += once + 2 * (one_way - FORWARD * self._own(edit)) + self._hypernetwork(edit)
         if self._name == "Unike":
             # The demonstration, without and with its memories.
             total += 2 * sum(self._whole_above(length) for length in _lengths(edit))
@@ -143,8 +144,8 @@ class Floor:
         rest = (s.layers - 1 - self._layer) * _layer(length, s.width, s.ffn, (length + 1) / 2)
         return FORWARD * (first + rest)
 
-    def _above(self, batch: EditBatch) -> tuple[float, float, float]:
-        """Forward and backward of one step, from the site to the head, at the positions that matter; and what is
+    def _above(self, batch: EditBatch) -> tuple[float, float]:
+        """One step's forward, from the site to the head at the positions that matter, and as much backward; and what is
         multiplied once for all steps.
         """
         s = self._shapes
@@ -160,10 +161,9 @@ class Floor:
         # Gradients pass through everything frozen above what is trained, and to the trained weights once more.
         positions = read if is_last else int(batch.real_EKS.sum())
         below_site = {"ffn.in": 1, "ffn.out": 2}.get(self._lowest_part(), 0) * s.width * s.ffn
-        through = frozen - FORWARD * positions * below_site
         # What is frozen up to the edited matrix, its own product included, gives the same in every step.
         same = FORWARD * positions * below_site
-        return frozen - same + head + own, through + head + own, same
+        return frozen - same + head + own, same
 
     def _lowest_part(self) -> str:
         if self._name in ("TPatcher", "Unike"):

@@ -45,7 +45,6 @@ EDITORS = ("wise", "tpatcher", "mend", "unike", "ftl", "ftv", "lora")
 STEPS = {"wise": 10, "tpatcher": 40, "mend": 0, "unike": 20, "ftl": 15, "ftv": 15, "lora": 15}
 REPEATS = 3
 """Of what is compared, in turns; the least counts, since a shared machine only ever adds."""
-MOVING = ("edit: forward", "edit: risks", "edit: backward and update")
 COMPARED = {"m_loc": "m_loc_far", "m_loc_mmedit": "m_loc_far_mmedit", "m_loc_generated": "m_loc_far_generated"}
 
 
