@@ -18,6 +18,7 @@ test: $(VENV)/.ready-dev lint      ## Style, types, and every test.
 bench: $(VENV)/.ready-dev      ## What an edit and the pipeline cost; tables, JSON and plots in bench/ (about an hour).
 	$(BIN)/python -m tests.benchmarks.speed --size mid --out bench
 	$(BIN)/python -m tests.benchmarks.speed --size embedded --parts reference,batches --threads 1 --out bench
+	$(BIN)/python -m tests.benchmarks.actors --out bench/actors
 	$(BIN)/python -m tests.benchmarks.scale --out bench/scale
 
 lint: $(VENV)/.ready-dev      ## Style and types.

@@ -115,6 +115,9 @@ def edit(
         bool, typer.Option("--dry-run", help="Print the resolved configuration and the plan, and stop.")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in `out` first.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also print where the time went, stage by stage; OUT/profile.json.")
+    ] = False,
 ) -> None:
     """Edits the records of a file, one edit each, and scores every edit before and after.
 
@@ -126,7 +129,7 @@ def edit(
     with _explained():
         from pipeline import commands
 
-        commands.edit(config, overrides or [], dry_run=dry_run, fresh=fresh)
+        commands.edit(config, overrides or [], dry_run=dry_run, fresh=fresh, profile=profile)
 
 
 @app.command()

@@ -90,7 +90,7 @@ def load_edits(
     loaded = [load_edit(path, device) for path in paths]
     first = loaded[0][1]
     for path, (_, info) in zip(paths, loaded, strict=True):
-        if (info.editor, info.editor_config) != (first.editor, first.editor_config):
+        if info.editor != first.editor or _settings(info) != _settings(first):
             raise InputError(
                 f"edit {str(path)!r} was made by {info.editor!r} with other settings than {str(paths[0])!r} "
                 f"({first.editor!r}); edits applied together must share editor and settings."
@@ -108,6 +108,13 @@ def load_edits(
         )
     editor = editors.load_editor(first.editor, first.editor_config)
     return editor, stack_params([params for params, _ in loaded]), [info for _, info in loaded]
+
+
+def _settings(info: EditInfo) -> Any:
+    """The editor's settings, those that are newer than the edit at their defaults."""
+    if info.editor not in editors.names():
+        return info.editor_config
+    return editors.load_editor(info.editor, info.editor_config).config
 
 
 def export(backbone: Any, editor: Editor, params: EditParams, directory: Path) -> None:

@@ -181,13 +181,12 @@ class _Sites(ABC):
     ) -> Tensor:
         """What causal attention adds at T positions behind position `last_R` of others, `(R, T, D)`."""
         q, k = (self._heads(layer, part, normed_RTD, rotary) for part in "qk")
-        before_k, before_v = memory.of(layer)
-        num_rows, num_next, num_before = len(last_R), normed_RTD.shape[1], before_k.shape[2]
+        k, v = memory.extended(layer, k, self._heads(layer, "v", normed_RTD))
+        num_rows, num_next = normed_RTD.shape[:2]
+        num_before = k.shape[2] - num_next
         seen_RS = torch.arange(num_before, device=last_R.device) <= last_R.unsqueeze(-1)
         among_TT = torch.ones(num_next, num_next, dtype=torch.bool, device=last_R.device).tril()
         mask_RTS = torch.cat([seen_RS.unsqueeze(1).expand(-1, num_next, -1), among_TT.expand(num_rows, -1, -1)], dim=-1)
-        k = torch.cat([before_k, k], dim=2)
-        v = torch.cat([before_v, self._heads(layer, "v", normed_RTD)], dim=2)
         return self._attended(layer, q, k, v, mask_RTS)
 
     def _heads(self, layer: int, part: str, states: Tensor, rotary: Rotary | None = None) -> Tensor:

@@ -48,7 +48,7 @@ class EditResult:
     """One finished edit.
 
     Attributes:
-        params: phi_e of this edit alone (axis 0 has length 1), as `Editor.finished` made it.
+        params: phi_e of this edit alone (axis 0 has length 1), as `Editor.finished` made it; on the CPU.
         steps: Primal steps taken.
         stop_reason: `worst_token_nll`, `converged`, `max_steps` or `failed`.
         seconds: Wall-clock time of the whole loop, divided by its edits.
@@ -152,7 +152,10 @@ class _Run:
         steps = self._state.steps_E.tolist()
         for row in (~self._progress.active_E).nonzero().flatten().tolist():
             member = self._progress.members[row]
-            self._finished[member] = {name: value[row : row + 1].clone() for name, value in finished.items()}
+            # On the host: the finished edits of a long group must not crowd out those that move.
+            self._finished[member] = {
+                name: value[row : row + 1].to("cpu", copy=True) for name, value in finished.items()
+            }
             self._progress.steps[member] = steps[row]
         stay = self._progress.active_E.nonzero().flatten()
         self._progress.keep(stay)
@@ -171,7 +174,8 @@ class _Run:
         self._batch, self._prefix = self._all.take(members), self._all_prefix.take(members)
         self._unedited = self._objective.unedited(self._backbone, self._batch, self._all_base_EKTD[members])
         if len(members) > staying:
-            new = _detached(self._editor.init(self._backbone, self._all.take(members[staying:])))
+            with stage("edit: start"):
+                new = _detached(self._editor.init(self._backbone, self._all.take(members[staying:])))
             if staying and self._state is not None:
                 self._origin, self._params = (stack_params([old, new]) for old in (self._origin, self._params))
                 self._state = self._optimizer.joined(self._state, new)

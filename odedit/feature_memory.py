@@ -44,6 +44,10 @@ class _Remembering:
         self._recent: Recent[Tensor] = Recent(memory_bytes)
         self._about = made_with(backbone) if store is not None else {}
 
+    @property
+    def store(self) -> FeatureStore | None:
+        return self._store
+
     def __getattr__(self, name: str) -> Any:
         if name == "_backbone":  # not there yet: while a copy is made
             raise AttributeError(name)

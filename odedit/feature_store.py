@@ -72,6 +72,11 @@ class FeatureStore:
             raise InputError(f"{setting}: {root.text!r} is or lies under a file, expected a folder or none yet.")
         return cls(root, warn)
 
+    def tell(self, warn: Warn) -> None:
+        """From now on somebody else, who has been told nothing yet."""
+        self._warn = warn
+        self._is_told.clear()
+
     def read(self, folder: str, keys: Iterable[str]) -> dict[str, Tensor]:
         """The features that are there and whole, on the CPU, in the order of the keys."""
         found = _in_threads(partial(self._read_one, folder), keys)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -16,15 +17,29 @@ class KeyValues:
 
     def __init__(self) -> None:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._extended: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Keeps them, and gives them back as attention is to see them."""
         self._layers[layer] = keys, values
+        self._extended.pop(layer, None)
         return keys, values
 
-    def of(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Those of a layer. KeyError: no forward has been there."""
-        return self._layers[layer]
+    def extended(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of a layer with T others behind them, `(R, heads, S + T, head width)`.
+
+        Valid until the next call, whose T is the same.
+
+        KeyError: no forward has been there.
+        """
+        if layer not in self._extended:
+            before_keys, before_values = self._layers[layer]
+            self._extended[layer] = torch.cat([before_keys, keys], dim=2), torch.cat([before_values, values], dim=2)
+        else:
+            # What is in front stays; copying it again would take longer than the attention.
+            for whole, behind in zip(self._extended[layer], (keys, values), strict=True):
+                whole[:, :, -behind.shape[2] :] = behind
+        return self._extended[layer]
 
     def branch(self) -> KeyValues:
         """A copy that shares what is there, for a forward that goes another way from here on."""

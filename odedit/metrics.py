@@ -71,7 +71,7 @@ def evaluate(
     """Scores E finished edits on the probes of an evaluation batch, before and after.
 
     Args:
-        params: As `Editor.finished` made them, stacked over the edits of `batch`.
+        params: As `Editor.finished` made them, stacked over the edits of `batch`; on any device.
 
     Returns:
         One row per edit: `rel`, `<probe>` and, for each, `_exact`, `_generated` and `_before` variants; for locality
@@ -80,17 +80,18 @@ def evaluate(
     """
 
     read_EKT = None if config.mmedit else batch.predict_EKT
-    memory = KeyValues()
+    params = {name: value.to(batch.tokens_EKS.device) for name, value in params.items()}
+    memory = KeyValues() if config.generate else None
     prefix = backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise, memory=memory)
 
     def read() -> _Readout:
-        own = memory.branch()
+        own = None if memory is None else memory.branch()
         hidden = backbone.suffix(prefix, read_EKT, own)
         states_EKTD = gather_positions(hidden, batch.predict_EKT) if config.mmedit else hidden
         top_EKTR = _top(backbone, states_EKTD, batch.target_mask_EKT)
         compared = torch.tensor([is_locality(name) for name in batch.slots], device=hidden.device)
         everywhere = _top(backbone, hidden, batch.real_EKS & compared[:, None]) if config.mmedit else None
-        greedy_EKT = greedy(backbone, batch, prefix, own, top_EKTR[..., 0]) if config.generate else None
+        greedy_EKT = None if own is None else greedy(backbone, batch, prefix, own, top_EKTR[..., 0])
         return _Readout(top_EKTR, everywhere, greedy_EKT)
 
     before = read()

@@ -8,6 +8,7 @@ with the penalty that the next forward computes anyway: the same sequence of val
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from odedit.editors.base import Editor, OptimizerSettings
-from odedit.edits import EditParams
+from odedit.edits import EditParams, stack_params
+from odedit.errors import InputError
 from odedit.irm_tv import DUAL_DECAY, CountSketch, MultiplierNetwork, features, flat_input, penalty_schedule
 from odedit.objective import ObjectiveConfig, Terms
 
@@ -61,6 +63,11 @@ class PrimalDual:
         self._config = config
         self._seed = seed
         self._fixed = config.fixed_multiplier()
+        if self._fixed is None and config.multiplier.input == "flat" and editor.length_varies:
+            raise InputError(
+                "objective.multiplier.input: got 'flat', but with these settings of the editor an edit is as long as "
+                "its batch's sequences; use 'sketch'."
+            )
         self._schedule = torch.tensor(
             [penalty_schedule(step, max_steps, config.warmup, config.ramp) for step in range(max_steps + 1)]
         )
@@ -91,10 +98,7 @@ class PrimalDual:
             steps_E=torch.cat([state.steps_E, new.steps_E]),
             dual_steps_E=torch.cat([state.dual_steps_E, new.dual_steps_E]),
             dual_weight_E=torch.cat([state.dual_weight_E, new.dual_weight_E]),
-            moments={
-                name: (torch.cat([first, new.moments[name][0]]), torch.cat([second, new.moments[name][1]]))
-                for name, (first, second) in state.moments.items()
-            },
+            moments=_joined(state.moments, new.moments),
             delta=delta,
         )
 
@@ -217,6 +221,17 @@ def _primal_step(
             moved[name] = kept - rate * (first / _broadcast(correction1_E, p)) / root
             moments[name] = (first, second)
         return moved, moments
+
+
+def _joined(
+    old: Mapping[str, tuple[Tensor, Tensor]], new: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Moments of both, padded as the parameters are."""
+    first, second = (
+        stack_params([{name: pair[order] for name, pair in moments.items()} for moments in (old, new)])
+        for order in (0, 1)
+    )
+    return {name: (first[name], second[name]) for name in old}
 
 
 def _broadcast(values_E: Tensor, like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
@@ -29,12 +29,14 @@ from odedit.mmedit import RawRecord
 from odedit.objective import CALIBRATION_STATES, Objective, calibrate
 from odedit.pool import image_names, normal, scored_prompts
 from odedit.prompts import find_template
+from odedit.stages import stage
 from odedit.supervision import rephrase_distance
 from pipeline import results, staging
 from pipeline.attempts import Ledger
 from pipeline.config import BackboneConfig
-from pipeline.features import load_remembering
+from pipeline.features import load_remembering, warn_anew
 from pipeline.prepare import Prepared, Preparer, located, one_sentence, write_note, write_traceback
+from pipeline.profile import LOADING
 from pipeline.room import Room
 from pipeline.spec import Job
 from pipeline.workspace import read_json, write_once
@@ -76,7 +78,8 @@ class EditActor:
         else:
             try:
                 rows = sorted([*prepared.rows, *self._rows(prepared)], key=lambda row: int(row["index"]))
-                results.write_part(part, rows)
+                with stage("write results"):
+                    results.write_part(part, rows)
             except OSError:
                 # This worker lives: what ends the run here must not count against the group's edits.
                 self._ledger(prepared.group).close()
@@ -91,7 +94,8 @@ class EditActor:
     def _rows(self, prepared: Prepared) -> list[results.Row]:
         if not prepared.requests:
             return []
-        self._objective()  # what is wrong with the settings is not the first edits' fault
+        with stage(LOADING):
+            self._objective()  # what is wrong with the settings is not the first edits' fault
         ledger = self._ledger(prepared.group)
         if ledger.begin_whole():
             try:
@@ -129,23 +133,21 @@ class EditActor:
 
     def _edit_within_memory(self, records: Sequence[RawRecord], requests: Sequence[EditRequest]) -> list[results.Row]:
         """Edits a group; where memory does not suffice, fewer at once, or in the end the group in halves."""
-        try:
-            return self._edit(records, requests)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if len(requests) == 1 or not _is_out_of_memory(error):
-                raise
-        # Outside of the handler, whose traceback would keep the tensors alive.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        rows = _unless_out_of_memory(lambda: self._edit(records, requests), len(requests))
+        if rows is not None:
+            return rows
         if self._room.narrower(len(requests)):
             return self._edit_within_memory(records, requests)
+        # Not the width was at fault, but what all edits of the group take: the next group may be as wide as before.
+        self._room.restore()
         middle = len(requests) // 2
         first = self._edit_within_memory(records[:middle], requests[:middle])
         return first + self._edit_within_memory(records[middle:], requests[middle:])
 
     def _edit(self, records: Sequence[RawRecord], requests: Sequence[EditRequest]) -> list[results.Row]:
         config = self._job.config
-        supervision, evaluation = self._encode(requests)
+        with stage("encode"):
+            supervision, evaluation = self._encode(requests)
         objective = self._objective()
         width = self._room.width(len(requests), lambda: self._peak_bytes(objective, supervision, 1))
         edited = edit(self._backbone, self._editor, objective, supervision, config.stopping, config.seed, width)
@@ -153,18 +155,31 @@ class EditActor:
         if config.pipeline.measure_memory:
             memory = {"peak_bytes": self._peak_bytes(objective, supervision, width) / width}
         scores = []
-        for rows_E in torch.arange(len(edited)).split(width):
-            params = stack_params([edited[row].params for row in rows_E.tolist()])
-            part = evaluation.take(rows_E.to(evaluation.tokens_EKS.device))
-            scores += evaluate(self._backbone, self._editor, params, part, config.evaluation)
+        with stage("evaluation"):
+            for rows_E in torch.arange(len(edited)).split(width):
+                scores += self._scores(edited, evaluation, rows_E)
         rows = []
         for record, request, result, score in zip(records, requests, edited, scores, strict=True):
             known = memory | {"rephrase_distance": rephrase_distance(request)}
             row = self._row(record, result) | known | ({} if result.error else score)
             if not result.error and config.keep_edits:
-                self._save(record, result, score)
+                with stage("write edits"):
+                    self._save(record, result, score)
             rows.append(row)
         return rows
+
+    def _scores(self, edited: Sequence[EditResult], evaluation: EditBatch, rows_E: torch.Tensor) -> list[Any]:
+        """Of some edits together, or in halves where memory does not suffice: the edits themselves are made."""
+
+        def scores() -> list[Any]:
+            params = stack_params([edited[row].params for row in rows_E.tolist()])
+            part = evaluation.take(rows_E.to(evaluation.tokens_EKS.device))
+            return evaluate(self._backbone, self._editor, params, part, self._job.config.evaluation)
+
+        found = _unless_out_of_memory(scores, len(rows_E))
+        if found is not None:
+            return found
+        return [score for half in rows_E.chunk(2) for score in self._scores(edited, evaluation, half)]
 
     def _peak_bytes(self, objective: Objective, supervision: EditBatch, width: int) -> int:
         """The peak memory of the loop of so many edits, over its first steps: measuring takes time, which no edit's
@@ -321,10 +336,29 @@ def _load(job: Job) -> Backbone:
     It keeps the features of the pictures used last, so the arms of a study share them.
     """
     key = (job.config.backbone, job.device, job.config.pipeline.feature_store)
+
+    def warn(text: str) -> None:
+        write_note(job, "feature-store", text)
+
     if key not in _LOADED:
         _LOADED.clear()
-        _LOADED[key] = load_remembering(*key, warn=lambda text: write_note(job, "feature-store", text))
+        _LOADED[key] = load_remembering(*key, warn=warn)
+    else:
+        warn_anew(_LOADED[key], warn)
     return _LOADED[key]
+
+
+def _unless_out_of_memory(work: Callable[[], list[Any]], num_edits: int) -> list[Any] | None:
+    """What it returns; None if memory ran out and fewer than so many edits may fit."""
+    try:
+        return work()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if num_edits == 1 or not _is_out_of_memory(error):
+            raise
+    # Outside of the handler, whose traceback would keep the tensors alive.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -15,19 +15,23 @@ from rich.table import Table
 from odedit.errors import InputError, NothingUsable
 from pipeline import config as run_config
 from pipeline import report, tracking
+from pipeline.profile import Profile
 from pipeline.ready import prepare
 from pipeline.run import Outcome, run
 
 
-def edit(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: bool) -> None:
+def edit(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: bool, profile: bool = False) -> None:
     """`odedit edit`."""
     config = run_config.load(path, overrides)
     errors = Console(stderr=True)
     if dry_run:
         _show_plan(config, errors)
         return
-    outcome = run(config, errors, fresh=fresh)
+    measured = Profile() if profile else None
+    outcome = run(config, errors, fresh=fresh, profile=measured)
     show_outcome(outcome)
+    if measured is not None and measured.records:
+        Console().print(measured.table())
     if not outcome.summary["n"]:
         counts = ", ".join(f"{outcome.summary[status]} {status}" for status in ("failed", "skipped"))
         raise NothingUsable(f"No record was edited ({counts}); {outcome.workspace.results} says why, row by row.")

@@ -121,8 +121,9 @@ class PipelineConfig:
         preparers: Workers that read and resize pictures; `auto`: half the cores.
         ray_address: A running cluster, e.g. `auto`; null starts one on this machine, for this run only.
         max_attempts: An edit that has ended its worker so often is given up as a failed row.
-        measure_memory: Every row gets `peak_bytes`, the peak memory of its batch's loop divided by the batch's edits;
-            see `odedit.memory`. Measured over the first steps of a second run of the loop, without warm-up.
+        measure_memory: Every row gets `peak_bytes`, the peak memory of the loop of its group's first edits, as many
+            as move together, divided by their number; see `odedit.memory`. Measured over the first steps of a second
+            run of the loop, without warm-up.
         feature_store: Folder or address where image features are kept for other workers and runs, which then do not
             compute them; see `odedit.feature_store`. Null: a worker remembers those it used last, in memory.
     """

@@ -27,6 +27,13 @@ def with_checked_store(config: RunConfig) -> RunConfig:
     return replace(config, pipeline=replace(config.pipeline, feature_store=path))
 
 
+def warn_anew(backbone: Backbone, warn: Warn) -> None:
+    """For the next run of a worker, which has files of its own."""
+    store = getattr(backbone, "store", None)
+    if store is not None:
+        store.tell(warn)
+
+
 def load_remembering(backbone: BackboneConfig, device: str, store: str | None, warn: Warn) -> Backbone:
     """Loads a model. Raises InputError as `load_backbone` and `FeatureStore.at` do.
 

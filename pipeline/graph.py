@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,10 @@ from ray import cloudpickle
 from ray.data import ActorPoolStrategy, DataContext
 
 from odedit.errors import InputError
+from odedit.stages import stage
 from pipeline.actor import EditActor
 from pipeline.prepare import Preparer, one_sentence, write_traceback
+from pipeline.profile import EDIT, LOADING, OTHER, PREPARE, Clock, Profile
 from pipeline.request_cache import RequestCache
 from pipeline.results import Row
 from pipeline.spec import CPUS_PER_PREPARER, Job, Plan
@@ -34,7 +37,7 @@ class GraphError(RuntimeError):
 
 
 def run_graph(
-    jobs: Sequence[Job], plan: Plan, pending: Sequence[tuple[int, int]]
+    jobs: Sequence[Job], plan: Plan, pending: Sequence[tuple[int, int]], profile: Profile | None = None
 ) -> Iterator[tuple[int, int, list[Row]]]:
     """Edits groups of one or many runs; yields each one's run, number and reported rows as it is finished.
 
@@ -43,6 +46,7 @@ def run_graph(
 
     Args:
         pending: Groups to edit, as the index of their job and their number in it; edited in about this order.
+        profile: Takes where the time went, if the jobs are to say so.
 
     Raises:
         InputError: A worker found that the settings do not fit the model.
@@ -71,7 +75,10 @@ def run_graph(
     )
     for report in _rows(reports):
         raise_fatal(report, jobs)
-        yield int(report["job"]), int(report["group"]), json.loads(report["rows"])
+        rows = json.loads(report["rows"])
+        if profile is not None:
+            profile.add(report["seconds"], len(rows))
+        yield int(report["job"]), int(report["group"]), rows
 
 
 def raise_fatal(report: Mapping[str, Any], jobs: Sequence[Job]) -> None:
@@ -89,7 +96,7 @@ def _rows(reports: Any) -> Iterator[dict[str, Any]]:
         raise GraphError(f"Ray ended the run: {one_sentence(error)}") from error
 
 
-class _Stage:
+class _Stage(ABC):
     """Workers of a kind, one for each run, made when the run's first group comes.
 
     A worker that cannot be made tells so with the group: an exception in a constructor would reach the user as a page
@@ -97,22 +104,36 @@ class _Stage:
     """
 
     Worker: type
+    KIND: str
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._jobs = jobs
         self._shared: tuple[Any, ...] = ()
         self._workers: dict[int, Any] = {}
         self._fatal: dict[str, Any] = {}
+        self._clock = Clock()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        if not self._jobs[int(batch["job"][0])].profile:
+            return self._work(batch) | {"seconds": ["{}"]}
+        with self._clock.call() as account, stage(OTHER):
+            result = self._work(batch)
+        before = json.loads(batch["seconds"][0]) if "seconds" in batch else {}
+        return result | {"seconds": [json.dumps(before | {self.KIND: account.seconds})]}
+
+    @abstractmethod
+    def _work(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """One group; what of the batch is passed on, and what came of it."""
 
     def _worker(self, index: int) -> Any:
         """The run's worker, or a report of why there is none."""
         if index not in self._workers:
             # Runs come one after the other, but for a straggler. What a run of another model holds is let go of first:
             # two models may not fit.
-            backbone = self._jobs[index].config.backbone
-            alike = [one for one in self._workers if self._jobs[one].config.backbone == backbone]
+            alike = [one for one in self._workers if _model(self._jobs[one]) == _model(self._jobs[index])]
             self._workers = {one: self._workers[one] for one in alike[-1:]}
-            self._workers[index] = self._made(index)
+            with stage(LOADING):
+                self._workers[index] = self._made(index)
         return self._workers[index]
 
     def _made(self, index: int) -> Any:
@@ -123,20 +144,27 @@ class _Stage:
             return {"fatal": one_sentence(error), "is_input": isinstance(error, InputError)}
 
 
+def _model(job: Job) -> tuple[object, ...]:
+    """What a worker has loaded for a run, alike for runs that share it."""
+    return job.config.backbone, job.config.pipeline.feature_store
+
+
 class PrepareStage(_Stage):
     """`{"job", "group"}` -> `{"job", "prepared"}`: pickled, since a request is a nest of objects and not a table."""
 
     Worker = Preparer
+    KIND = PREPARE
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         super().__init__(jobs)
         # A single run prepares every record once.
         self._shared = (RequestCache(),) if len(jobs) > 1 else ()
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def _work(self, batch: dict[str, Any]) -> dict[str, Any]:
         index, group = int(batch["job"][0]), int(batch["group"][0])
         worker = self._worker(index)
-        prepared = worker if isinstance(worker, dict) else worker(group)
+        with stage("records and pictures"):
+            prepared = worker if isinstance(worker, dict) else worker(group)
         return {"job": [index], "prepared": [cloudpickle.dumps(prepared, protocol=5)]}
 
 
@@ -144,8 +172,9 @@ class EditStage(_Stage):
     """`{"job", "prepared"}` -> one report per group."""
 
     Worker = EditActor
+    KIND = EDIT
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def _work(self, batch: dict[str, Any]) -> dict[str, Any]:
         index, prepared = int(batch["job"][0]), cloudpickle.loads(batch["prepared"][0])
         # A block may hold further groups, and the driver hears of it only after them.
         worker: Any = self._fatal or self._worker(index)

@@ -13,7 +13,7 @@ from odedit.errors import InputError
 from odedit.locations import masked
 from pipeline import results, sources, staging, tracking
 from pipeline.checkpoints import editor_weights, with_absolute_checkpoints
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, from_dict
 from pipeline.features import with_checked_store
 from pipeline.sources import Sources
 from pipeline.staging import Staged
@@ -57,10 +57,10 @@ def prepare(config: RunConfig, *, fresh: bool = False) -> Ready:
     before = _own_run(workspace)
     if before is None:
         _make_room(workspace, fresh=fresh)
-    elif not fresh and (results.parts(workspace) or settings == before["settings"]):
+    elif not fresh and (results.parts(workspace) or settings == before["settings"] or not before.get("ended")):
         _check_same_run(settings, before["settings"], workspace)
     else:
-        # Asked for, or other settings after a run that ended without any result: there is nothing to lose.
+        # Asked for, or other settings after a run that has ended without any result: there is nothing to lose.
         with staging.aside(config, found, workspace):
             _clear(workspace)
     workspace.create()
@@ -123,7 +123,7 @@ def _clear(workspace: Workspace) -> None:
             path.unlink(missing_ok=True)
         with suppress(OSError):  # not there, or it holds something else
             folder.rmdir()
-    for name in ("records", "pool", "calibration", "config", "summary", "report", "run"):
+    for name in ("records", "pool", "calibration", "config", "summary", "profile", "report", "run"):
         getattr(workspace, name).unlink(missing_ok=True)
 
 
@@ -155,6 +155,8 @@ def _told_apart(value: Any) -> Any:
 
 def _check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], workspace: Workspace) -> None:
     """Raises InputError if `out` holds the results of other settings or other input files."""
+    # A setting that is newer than the run had its default then.
+    then = {key: value for key, value in _defaults(now).items() if key in now} | dict(then)
     changed = [
         f"  {key}: was {then.get(key)!r}, now {now.get(key)!r}"
         for key in sorted({*then, *now})
@@ -168,6 +170,11 @@ def _check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], workspace: 
         )
 
 
+def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting of a run with that editor, as if none had been given."""
+    return tracking.flatten(from_dict({"editor": {"name": settings["editor.name"]}}).to_dict())
+
+
 def _remember(workspace: Workspace, settings: Mapping[str, Any], code: str) -> None:
     before = read_json(workspace.run) or {}
     now = {
@@ -177,6 +184,7 @@ def _remember(workspace: Workspace, settings: Mapping[str, Any], code: str) -> N
         "run_id": before.get("run_id"),
         "logged": before.get("logged", False),
         "seconds": before.get("seconds", 0.0),
+        "ended": before.get("ended", False),
     }
     write_json(workspace.run, now)
 

@@ -26,6 +26,7 @@ class Room:
 
     def __init__(self, at_once: Literal["auto"] | int, device: str, share: float = 1.0) -> None:
         self._limit = None if at_once == AUTO else int(at_once)
+        self._before: int | None = self._limit
         self._device, self._share = torch.device(device), share
 
     def width(self, num_edits: int, bytes_of_one: Callable[[], int]) -> int:
@@ -37,7 +38,9 @@ class Room:
         if num_edits == 1:
             return 1
         if self._limit is None:
-            self._limit = max(1, int(self._share * _SHARE_OF_FREE * free_bytes(self._device) / max(bytes_of_one(), 1)))
+            self._limit = self._before = max(
+                1, int(self._share * _SHARE_OF_FREE * free_bytes(self._device) / max(bytes_of_one(), 1))
+            )
         return min(self._limit, num_edits)
 
     def narrower(self, num_edits: int) -> bool:
@@ -48,6 +51,10 @@ class Room:
         self._limit = width // 2
         return True
 
+    def restore(self) -> None:
+        """Takes back what `narrower` has done: it did not help."""
+        self._limit = self._before
+
 
 def free_bytes(device: torch.device) -> int:
     """Memory that further tensors can take: of a GPU, or of this machine or container."""
@@ -57,7 +64,19 @@ def free_bytes(device: torch.device) -> int:
         return free + unused
     free = psutil.virtual_memory().available
     limit, used = (_number(_CGROUP / name) for name in ("memory.max", "memory.current"))
+    if used is not None:
+        used -= _file_cache()
     return free if limit is None or used is None else max(0, min(free, limit - used))
+
+
+def _file_cache() -> int:
+    """Bytes of files that are kept only while nobody needs the room, which count as used."""
+    try:
+        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    values = dict(line.split(maxsplit=1) for line in lines if " " in line)
+    return sum(int(values.get(name, 0)) for name in ("active_file", "inactive_file"))
 
 
 def _number(path: Path) -> int | None:

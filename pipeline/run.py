@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
@@ -17,6 +17,7 @@ from rich.console import Console
 from odedit.errors import InputError
 from pipeline import local_ray, results, tracking
 from pipeline.config import RunConfig
+from pipeline.profile import Profile
 from pipeline.progress import Progress
 from pipeline.ready import Ready, prepare, update
 from pipeline.spec import Job, Plan
@@ -33,12 +34,13 @@ class Outcome:
     run_id: str | None
 
 
-def run(config: RunConfig, console: Console, *, fresh: bool = False) -> Outcome:
+def run(config: RunConfig, console: Console, *, fresh: bool = False, profile: Profile | None = None) -> Outcome:
     """Runs or resumes; `out` may hold an earlier part of the same run.
 
     Args:
         console: For progress; standard error.
         fresh: Delete what `out` holds of an earlier run first, once the input and the settings have proved right.
+        profile: Takes where the time of this part of the run went; stored as `profile.json`.
 
     Raises:
         InputError: The input or the settings are wrong, or `out` holds another run.
@@ -47,7 +49,12 @@ def run(config: RunConfig, console: Console, *, fresh: bool = False) -> Outcome:
     """
     ready = prepare(config, fresh=fresh)
     announce(ready, console)
-    return _run_ready([ready], console, parent_run=None)[0]
+    try:
+        return _run_ready([ready], console, parent_run=None, profile=profile)[0]
+    finally:
+        if profile is not None and profile.records:
+            with suppress(OSError):  # a full disk must not hide how the run ended
+                write_json(ready.workspace.profile, profile.to_json())
 
 
 def run_many(
@@ -76,7 +83,9 @@ def _prepared(config: RunConfig, *, fresh: bool) -> Ready:
         raise InputError(f"{config.name}: {error}") from error
 
 
-def _run_ready(ready: Sequence[Ready], console: Console, parent_run: str | None) -> list[Outcome]:
+def _run_ready(
+    ready: Sequence[Ready], console: Console, parent_run: str | None, profile: Profile | None = None
+) -> list[Outcome]:
     pending = [(index, group) for index, one in enumerate(ready) for group in one.pending]
     with terminate_as_interrupt(), ExitStack() as stack:
         for one in ready:
@@ -89,7 +98,7 @@ def _run_ready(ready: Sequence[Ready], console: Console, parent_run: str | None)
             plan = stack.enter_context(local_ray.connected(first.pipeline, first.backbone, len(pending)))
             # Again, because Ray puts a handler of its own in place, which ends the process at once.
             stack.enter_context(terminate_as_interrupt())
-            _edit(runs, pending, plan, console)
+            _edit(runs, pending, plan, console, profile)
         return [one.finish(console) for one in runs]
 
 
@@ -137,12 +146,15 @@ class _OpenRun:
         self._outcome: Outcome | None = None
 
     def __enter__(self) -> _OpenRun:
+        update(self.ready.workspace, ended=False)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._keep_time()
+        with suppress(OSError):  # a full disk must not hide the error itself
+            self._keep_time()
+            update(self.ready.workspace, ended=True)
         if self._tracker is not None and self._outcome is None:
             self._tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
 
@@ -185,13 +197,27 @@ class _OpenRun:
         return self._outcome
 
 
-def _edit(runs: Sequence[_OpenRun], pending: Sequence[tuple[int, int]], plan: Plan, console: Console) -> None:
+def _edit(
+    runs: Sequence[_OpenRun],
+    pending: Sequence[tuple[int, int]],
+    plan: Plan,
+    console: Console,
+    profile: Profile | None,
+) -> None:
     from pipeline import graph
 
     console.print(f"Plan: {plan}.", highlight=False, soft_wrap=True, markup=False)
     ready = [one.ready for one in runs]
     jobs = [
-        Job(one.config, one.sources, one.workspace, plan.device, plan.threads_per_actor, plan.memory_share)
+        Job(
+            one.config,
+            one.sources,
+            one.workspace,
+            plan.device,
+            plan.threads_per_actor,
+            plan.memory_share,
+            profile is not None,
+        )
         for one in ready
     ]
     left = Counter(index for index, _ in pending)
@@ -200,7 +226,7 @@ def _edit(runs: Sequence[_OpenRun], pending: Sequence[tuple[int, int]], plan: Pl
     with Progress(console, total) as progress:
         progress.include(results.read_rows(finished, results.PROGRESS_COLUMNS))
         last = time.monotonic()
-        for index, _, rows in graph.run_graph(jobs, plan, pending):
+        for index, _, rows in graph.run_graph(jobs, plan, pending, profile):
             runs[index].start()
             now = time.monotonic()
             runs[index].seconds, last = runs[index].seconds + now - last, now

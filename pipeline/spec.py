@@ -27,6 +27,7 @@ class Job:
 
     Attributes:
         memory_share: Of its device's memory.
+        profile: Whether it reports where its time goes.
     """
 
     config: RunConfig
@@ -35,6 +36,7 @@ class Job:
     device: str = "cpu"
     num_threads: int = 1
     memory_share: float = 1.0
+    profile: bool = False
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,10 @@ class Workspace:
         return self.out / "summary.json"
 
     @property
+    def profile(self) -> Path:
+        return self.out / "profile.json"
+
+    @property
     def report(self) -> Path:
         return self.out / "report.html"
 

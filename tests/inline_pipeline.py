@@ -15,7 +15,7 @@ from pipeline.spec import Job, Plan, make_plan
 
 
 def run_graph(
-    jobs: Sequence[Job], plan: Plan, pending: Sequence[tuple[int, int]]
+    jobs: Sequence[Job], plan: Plan, pending: Sequence[tuple[int, int]], profile: Any = None
 ) -> Iterator[tuple[int, int, list[dict[str, Any]]]]:
     """Takes the place of `pipeline.graph.run_graph`."""
     workers: dict[int, Any] = {}

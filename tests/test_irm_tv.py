@@ -374,3 +374,11 @@ def test_dual_ascent_raises_lambda() -> None:
 def test_config_refuses_bad_values(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(MultiplierConfig(), **change)  # type: ignore[arg-type]
+
+
+def test_the_cells_of_a_tensor_do_not_depend_on_what_follows() -> None:
+    """An edit that is padded to a longer one is sketched as it is alone."""
+    delta = torch.randn(2, 5, 300)
+    padded = torch.cat([delta, torch.zeros(2, 7, 300)], dim=1)
+    short, long = (CountSketch({"weight": x[0].numel()}, dim=64)({"weight": x}) for x in (delta, padded))
+    torch.testing.assert_close(short, long, rtol=1e-6, atol=1e-6)

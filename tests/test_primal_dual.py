@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from odedit.editors.base import OptimizerSettings
+from odedit.errors import InputError
 from odedit.irm_tv import MultiplierConfig, MultiplierNetwork
 from odedit.objective import ObjectiveConfig, Terms
 from odedit.primal_dual import PrimalDual
@@ -17,6 +20,7 @@ class PlainEditor:
     """Only what the optimiser asks of an editor."""
 
     frozen: frozenset[str] = frozenset()
+    length_varies = False
 
     def __init__(self, optimizer: OptimizerSettings) -> None:
         self.optimizer = optimizer
@@ -151,6 +155,28 @@ def test_an_edit_moves_as_if_alone(penalty):
     together, _, _ = run(settings, config, penalty_weight=1.0)
     alone, _, _ = run(settings, config, penalty_weight=1.0, num_edits=1)
     torch.testing.assert_close(alone["weight"][0], together["weight"][0], rtol=1e-5, atol=1e-7)
+
+
+def test_the_state_of_edits_that_join_is_padded_as_they_are():
+    """The new edit is longer, or shorter: what it adds to the others' moments is nothing."""
+    optimizer = PrimalDual(PlainEditor(OptimizerSettings("adam", 0.1)), ObjectiveConfig(name="native"), 5)
+    for old, new in ((2, 3), (3, 2)):
+        state = optimizer.init({"weight": torch.ones(2, old, 4)})
+        moments = {"weight": (torch.full((2, old, 4), 0.5), torch.full((2, old, 4), 0.25))}
+        joined = optimizer.joined(replace(state, moments=moments), {"weight": torch.ones(1, new, 4)})
+        first, second = joined.moments["weight"]
+        assert first.shape == second.shape == (3, 3, 4)
+        assert (first[:2, :old] == 0.5).all() and (second[:2, :old] == 0.25).all()
+        assert first[:2, old:].abs().sum() == first[2].abs().sum() == 0
+
+
+def test_a_flat_multiplier_wants_edits_of_one_length():
+    editor = PlainEditor(OptimizerSettings("sgd", 0.1))
+    editor.length_varies = True
+    flat = ObjectiveConfig(multiplier=MultiplierConfig(input="flat"))
+    with pytest.raises(InputError, match=r"multiplier\.input: got 'flat'.*use 'sketch'"):
+        PrimalDual(editor, flat, 5)
+    PrimalDual(editor, replace(flat, penalty="none"), 5)
 
 
 @pytest.mark.parametrize(

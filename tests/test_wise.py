@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from library_forward import copy_of, library_logits, library_nll
 from made_up import TEMPLATE, make_request
 from torch import Tensor
 
-from odedit import Objective, ObjectiveConfig, Stopping, edit, encode_requests, load_editor, stack_params
+from odedit import Objective, ObjectiveConfig, Stopping, edit, encode_requests, evaluate, load_editor, stack_params
 from odedit.edits import LOCALITY_SLOTS
 
 SETTINGS = {"site": "layers.2.ffn.in", "margin_in": 2.0, "margin_out": 0.01, "margin_gap": 1.0}
@@ -181,3 +183,63 @@ def test_one_memory_merged_whole_is_itself_and_a_merged_one_can_be_applied(backb
             after = backbone.suffix(backbone.prefix(evaluation, editor.config.site))
     rel = evaluation.slots.index("rel")
     assert (after != before)[:, rel].flatten(1).any(dim=1).any()
+
+
+@pytest.mark.parametrize(
+    "objective", [NATIVE, Objective(ObjectiveConfig(name="odedit", penalty="fixed:0.01", sigma2_0=50.0))]
+)
+@pytest.mark.parametrize("mask", [{"mask": "columns", "mask_ratio": 0.3}, {"mask_ratio": 1.0}])
+def test_the_factored_edit_is_the_edit_of_the_matrix(backbone, encoded, objective, mask):
+    supervision, evaluation = encoded
+    settings = {**SETTINGS, **mask, "weight_decay": 0.05, "learning_rate": 0.5}
+    rows = {}
+    for name, clamp in (("whole", 1e6), ("factored", None)):
+        editor = load_editor("wise", {**settings, "clamp": clamp})
+        results = edit(backbone, editor, objective, supervision, Stopping(max_steps=5, worst_token_nll=1e-9))
+        params = stack_params([result.params for result in results])
+        assert editor.is_factored == (name == "factored")
+        rows[name] = params, results, evaluate(backbone, editor, params, evaluation), editor.merged_memories(params)
+    (whole, results, scores, merged), (factored, others, other_scores, other_merged) = rows["whole"], rows["factored"]
+    sides = factored["side_rows"].transpose(1, 2) @ factored["side_inputs"]
+    assert "side_inputs" in factored and "side_live" in whole
+    live = editor._entries(sides)
+    assert (live - whole["side_live"]).norm() < 1e-3 * live.norm()
+    assert live.abs().max() > 1e-3
+    torch.testing.assert_close(factored["threshold"], whole["threshold"], rtol=1e-4, atol=1e-6)
+    for result, other in zip(results, others, strict=True):
+        assert result.curves["objective"] == pytest.approx(other.curves["objective"], rel=1e-4)
+    assert scores == other_scores
+    assert (merged["side_live"] - other_merged["side_live"]).norm() < 1e-2 * merged["side_live"].norm()
+
+
+def test_a_factored_edit_is_smaller_and_answers_alone_as_together(backbone, encoded):
+    supervision, _ = encoded
+    editor = load_editor("wise", {**SETTINGS, "mask": "columns", "mask_ratio": 1.0, "clamp": None})
+    results = edit(backbone, editor, NATIVE, supervision, Stopping(max_steps=4, worst_token_nll=1e-9))
+    params = results[0].params
+    prefix = backbone.prefix(supervision.take(torch.tensor([0])), *editor.sites)
+    with torch.no_grad():
+        with editor.applied(backbone, params, supervision.take(torch.tensor([0]))):
+            alone = backbone.suffix(prefix)
+        with editor.together(backbone, params, supervision.take(torch.tensor([0]))):
+            together = backbone.suffix(prefix)
+        unedited = backbone.suffix(prefix)
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-4)
+    assert (alone - unedited).abs().max() > 1e-3
+
+
+def test_a_factored_edit_does_not_depend_on_how_long_its_mates_are(backbone):
+    """The multiplier's sketch least of all: what padding adds stands behind every weight."""
+    editor = load_editor("wise", {**SETTINGS, "mask": "columns", "mask_ratio": 0.5, "clamp": None})
+    objective = Objective(ObjectiveConfig(name="odedit", sigma2_0=50.0))
+    long = "which of the many people that we know of is said to own this old digit here?"
+    mate = replace(REQUESTS[0], edit_id="mate", edit=replace(REQUESTS[0].edit, prompt=long))
+
+    def first(*requests):
+        supervision, _ = encode_requests(backbone, requests, TEMPLATE)
+        return edit(backbone, editor, objective, supervision, Stopping(8, 1e-9))[0]
+
+    alone, both = first(REQUESTS[0]), first(REQUESTS[0], mate)
+    assert alone.curves["lambda"][-1] > 0
+    for name in ("lambda", "rel", "objective"):
+        assert alone.curves[name] == pytest.approx(both.curves[name], rel=1e-5)

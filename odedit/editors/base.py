@@ -97,6 +97,7 @@ class Editor(Protocol):
         starts_neutral: Whether applying phi_0 changes no logit.
         positionwise: Whether what an edit adds at a position depends on the states at this position alone: then the
             last layer may run at the positions that are read, and `applied` may see these only.
+        length_varies: Whether axis 1 of phi_e depends on the batch while an edit moves.
     """
 
     Config: ClassVar[type]
@@ -109,6 +110,7 @@ class Editor(Protocol):
     label_smoothing: float
     starts_neutral: bool
     positionwise: bool
+    length_varies: bool
 
     def check(self, backbone: Backbone) -> None:
         """Raises InputError if the settings do not fit the model: no such site, weights that must be trained first."""
@@ -159,6 +161,7 @@ class Plain:
     label_smoothing: float = 0.0
     starts_neutral: bool = True
     positionwise: bool = False
+    length_varies: bool = False
 
     def own_risk(self, params: EditParams, trace: Trace, batch: EditBatch) -> Tensor:
         return torch.zeros(batch.num_edits, device=batch.tokens_EKS.device)

@@ -15,9 +15,12 @@ import torch
 
 from odedit.backbones import is_connector
 from odedit.edits import EDIT, EditBatch, is_locality
+from odedit.metrics import EvaluationConfig
 
 FORWARD, BACKWARD = 2, 2
 """Operations of a multiplication with its addition, forward; and backward through a weight that is frozen."""
+
+EVERYTHING = EvaluationConfig()
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Shapes:
     ffn: int
     layers: int
     vocabulary: int
-    image: float  # operations of one picture, tower to projection
+    tower: float  # multiplications of one picture
+    connector: float  # Q-Former and projection, of one picture
 
     @classmethod
     def of(cls, model: Any) -> Shapes:
@@ -42,7 +46,7 @@ class Shapes:
         # Cross-attention: queries and outputs of the queries, keys and values of the patches.
         q += crossing * (2 * queries * wide**2 + 2 * patches * vision.hidden_size * wide + 2 * queries * patches * wide)
         q += queries * wide * text.hidden_size
-        return cls(text.hidden_size, text.ffn_dim, text.num_hidden_layers, text.vocab_size, FORWARD * (tower + q))
+        return cls(text.hidden_size, text.ffn_dim, text.num_hidden_layers, text.vocab_size, tower, q)
 
 
 def _layer(positions: float, width: int, ffn: int, seen: float) -> float:
@@ -58,43 +62,62 @@ class Floor:
         steps: Primal steps; one more forward sees where they led.
     """
 
-    def __init__(self, model: Any, editor: Any, supervision: EditBatch, evaluation: EditBatch, steps: int) -> None:
-        if any(is_connector(site) for site in editor.sites):
-            raise ValueError("sites of the connector are not counted here.")
-        self._shapes, self._editor, self._steps = Shapes.of(model), editor, steps
+    def __init__(self, backbone: Any, editor: Any, supervision: EditBatch, evaluation: EditBatch, steps: int) -> None:
+        self._shapes, self._backbone, self._editor, self._steps = Shapes.of(backbone.model), backbone, editor, steps
         self._supervision, self._evaluation = supervision, evaluation
-        number, self._at_ffn = editor_layer(editor, self._shapes.layers)
-        self._layer = number
+        self._name = type(editor).__name__
+        self._is_connector = any(is_connector(site) for site in editor.sites)
+        # UniKE's memories, before the network of its lowest layer, stay as they are: they belong below.
+        self._layer, self._at_ffn = lowest(editor, self._shapes.layers)
 
     def features(self) -> float:
-        return self._per_edit(len(self._evaluation.features_NLD) * self._shapes.image)
+        s, pictures = self._shapes, len(self._evaluation.features_NLD)
+        # An edit of the connector computes it in every step.
+        return self._per_edit(FORWARD * pictures * (s.tower + (0 if self._is_connector else s.connector)))
 
     def prefix(self) -> float:
         return self._per_edit(sum(self._below(length) for length in _lengths(self._supervision)))
 
     def steps(self) -> float:
-        forward, backward = self._above(self._supervision)
-        return self._per_edit((self._steps + 1) * forward + self._steps * backward)
+        """The loop, and what an editor computes before it."""
+        one_way, once = self._above(self._supervision)
+        total = once + (2 * self._steps + 1) * one_way
+        edit = self._supervision.select((EDIT,))
+        if self._name == "MEND":
+            # One gradient of the edit, and the hypernetwork on every token that has one.
+            one_way, once = self._above(edit)
+            total += once + 2 * (one_way - FORWARD * self._own(edit)) + self._hypernetwork(edit)
+        if self._name == "Unike":
+            # The demonstration, without and with its memories.
+            total += 2 * sum(self._whole_above(length) for length in _lengths(edit))
+        return self._per_edit(total)
 
-    def evaluation(self) -> float:
-        """Teacher-forced figures before and after, the published locality at every position, one round of greedy
-        generation before and after.
+    def evaluation(self, config: EvaluationConfig = EVERYTHING) -> float:
+        """Teacher-forced figures before and after; if asked for, the published locality at every position, and a round
+        of greedy generation before and after.
         """
         batch, s = self._evaluation, self._shapes
         below = sum(self._below(length) for length in _lengths(batch))
-        above = sum(self._whole_above(length) for length in _lengths(batch))
         compared = [k for k, name in enumerate(batch.slots) if is_locality(name)]
-        everywhere = int(batch.real_EKS[:, compared].sum())
+        where = batch.real_EKS if config.mmedit else batch.target_mask_EKT
+        everywhere = int(where[:, compared].sum())
+        above = 0.0
+        for name in batch.slots:
+            is_whole = config.mmedit and is_locality(name)
+            one = batch.select((name,))
+            for length, tokens in zip(_lengths(one), _targets(one), strict=True):
+                above += self._read_above(length, length if is_whole else tokens)
         others = int(batch.target_mask_EKT.sum()) - int(batch.target_mask_EKT[:, compared].sum())
         heads = FORWARD * (everywhere + others) * s.width * s.vocabulary
         fed = int(batch.target_mask_EKT[..., 1:].sum())
         generation = FORWARD * (
             s.layers * _layer(fed, s.width, s.ffn, batch.tokens_EKS.shape[-1]) + fed * s.width * s.vocabulary
         )
-        return self._per_edit(below + 2 * (above + heads + generation))
+        generation *= config.generate
+        return self._per_edit(below + 2 * (above + heads + generation) + FORWARD * self._own(batch))
 
-    def total(self) -> float:
-        return self.features() + self.prefix() + self.steps() + self.evaluation()
+    def total(self, config: EvaluationConfig = EVERYTHING) -> float:
+        return self.features() + self.prefix() + self.steps() + self.evaluation(config)
 
     def _per_edit(self, operations: float) -> float:
         return operations / self._supervision.num_edits
@@ -106,6 +129,15 @@ class Floor:
         attention = length * (4 * s.width**2 + (length + 1) * s.width) if self._at_ffn else 0
         return FORWARD * (whole + attention)
 
+    def _read_above(self, length: int, read: int) -> float:
+        """From the site to the end, where only so many positions of the last layer are read."""
+        s = self._shapes
+        if self._layer == s.layers - 1 and self._at_ffn:
+            return FORWARD * read * 2 * s.width * s.ffn
+        spared = (length - read) * (2 * s.width**2 + 2 * s.width * s.ffn + (length + 1) * s.width)
+        # The last layer is whole in its keys and values only.
+        return self._whole_above(length) - FORWARD * spared
+
     def _whole_above(self, length: int) -> float:
         s = self._shapes
         first = length * 2 * s.width * s.ffn if self._at_ffn else _layer(length, s.width, s.ffn, (length + 1) / 2)
@@ -113,44 +145,78 @@ class Floor:
         return FORWARD * (first + rest)
 
     def _above(self, batch: EditBatch) -> tuple[float, float]:
-        """Forward and backward of one step: from the site to the head, at the positions that matter."""
-        s, name = self._shapes, type(self._editor).__name__
-        read = int(batch.target_mask_EKT.sum())
-        frozen = 0.0
-        if self._layer == s.layers - 1:  # only what is read
-            frozen += FORWARD * read * 2 * s.width * s.ffn
-        else:
-            for length in _lengths(batch):
-                frozen += self._whole_above(length)
-            # The last layer is whole in its keys and values only.
-            for length, tokens in zip(_lengths(batch), _targets(batch), strict=True):
-                spared = length - tokens
-                frozen -= FORWARD * spared * (2 * s.width**2 + 2 * s.width * s.ffn + (length + 1) * s.width)
-        edit = batch.slots.index(EDIT)
-        compared = [k for k, slot in enumerate(batch.slots) if is_locality(slot)] if len(batch.slots) > 1 else []
-        rows = int(batch.target_mask_EKT[:, [edit, *compared]].sum())
-        head = FORWARD * rows * s.width * s.vocabulary
-        positions = read if self._layer == s.layers - 1 else int(batch.real_EKS.sum())
-        own = FORWARD * positions * self._own_weights(name)
-        # Gradients pass through everything frozen above the site once, and to the edit's own weights once more;
-        # T-Patcher stands beside the network, which needs no gradient.
-        through = 0.0 if name == "TPatcher" else frozen - FORWARD * positions * s.width * s.ffn
-        return frozen + head + own, through + head + own
-
-    def _own_weights(self, name: str) -> float:
+        """One step's forward, from the site to the head at the positions that matter, and as much backward; and what is
+        multiplied once for all steps.
+        """
         s = self._shapes
-        if name == "TPatcher":
-            return 2 * self._editor.config.max_neurons * s.width
-        if name == "LoRA":
-            return (s.width + s.ffn) * self._editor.config.rank
-        return s.width * s.ffn
+        read = int(batch.target_mask_EKT.sum())
+        is_last = self._at_ffn and self._layer == s.layers - 1
+        frozen = sum(
+            self._read_above(length, tokens) for length, tokens in zip(_lengths(batch), _targets(batch), strict=True)
+        )
+        edit = batch.slots.index(EDIT)
+        compared = [k for k, slot in enumerate(batch.slots) if is_locality(slot)]
+        head = FORWARD * int(batch.target_mask_EKT[:, [edit, *compared]].sum()) * s.width * s.vocabulary
+        own = FORWARD * self._own(batch)
+        # Gradients pass through everything frozen above what is trained, and to the trained weights once more.
+        positions = read if is_last else int(batch.real_EKS.sum())
+        below_site = {"ffn.in": 1, "ffn.out": 2}.get(self._lowest_part(), 0) * s.width * s.ffn
+        # What is frozen up to the edited matrix, its own product included, gives the same in every step.
+        same = FORWARD * positions * below_site
+        return frozen - same + head + own, same
+
+    def _lowest_part(self) -> str:
+        if self._name in ("TPatcher", "Unike"):
+            return "ffn.out"  # their neurons stand beside the network and add to what it gives
+        parts = [site.split(".", 2)[2] for site in self._editor.sites if not is_connector(site)]
+        return min(parts) if parts and self._at_ffn else ""
+
+    def _own(self, batch: EditBatch) -> float:
+        """Multiplications with what an edit brings, over the positions that it is asked at."""
+        s, last = self._shapes, self._shapes.layers - 1
+        whole, read = int(batch.real_EKS.sum()), int(batch.target_mask_EKT.sum())
+        if self._name == "TPatcher":
+            return float(read * 2 * self._editor.config.max_neurons * s.width)
+        if self._name == "Unike":
+            config = self._editor.config
+            encoders = 2 * (s.width * config.encoder_width + config.encoder_width * config.code_width)
+            each = 2 * config.neurons * s.width + 2 * config.memory * s.width + encoders
+            return float((whole * (config.num_layers - 1) + read) * each)
+        if self._is_connector:
+            return float(int(batch.image_EKS.any(-1).sum()) * s.connector)
+        total = 0.0
+        for site in self._editor.sites:
+            out, width = self._backbone.site(site).weight.shape
+            positions = read if int(site.split(".")[1]) % s.layers == last and "ffn" in site else whole
+            if self._name in ("LoRA", "MEND"):
+                inner = self._editor.config.rank if self._name == "LoRA" else self._tokens_of_edit(positions == read)
+                total += positions * inner * (out + width)
+            else:
+                total += positions * out * width
+        return total
+
+    def _tokens_of_edit(self, is_last: bool) -> float:
+        """Tokens of the mean edit that have a gradient."""
+        edit = self._supervision.select((EDIT,))
+        return self._per_edit(int((edit.target_mask_EKT if is_last else edit.real_EKS).sum()))
+
+    def _hypernetwork(self, edit: EditBatch) -> float:
+        total = 0.0
+        for site in self._editor.sites:
+            width = sum(self._backbone.site(site).weight.shape)
+            is_last = int(site.split(".")[1]) % self._shapes.layers == self._shapes.layers - 1
+            tokens = int((edit.target_mask_EKT if is_last else edit.real_EKS).sum())
+            total += FORWARD * tokens * 2 * 2 * min(self._editor.config.rank, width) * width
+        return total
 
 
-def editor_layer(editor: Any, layers: int) -> tuple[int, bool]:
-    """The lowest edited layer, and whether it is edited behind its attention."""
+def lowest(editor: Any, layers: int) -> tuple[int, bool]:
+    """The lowest edited layer, and whether it is edited behind its attention; of a connector's edit: the first."""
+    if any(is_connector(site) for site in editor.sites):
+        return 0, False
     located = [(int(site.split(".")[1]) % layers, site.split(".")[2]) for site in editor.sites]
-    lowest = min(number for number, _ in located)
-    return lowest, all(part == "ffn" for number, part in located if number == lowest)
+    first = min(number for number, _ in located)
+    return first, type(editor).__name__ == "Unike" or all(part == "ffn" for number, part in located if number == first)
 
 
 def _lengths(batch: EditBatch) -> list[int]:

@@ -149,10 +149,9 @@ def _samples(
     process.wait()
 
 
-def group_seconds(values: dict[str, Any]) -> tuple[float, float]:
-    """Median seconds per group, of a plain loop over requests that are prepared already, and of a worker's call.
-
-    In turns in one process, since the load of a shared machine changes what either takes.
+def bare_loop(values: dict[str, Any]) -> tuple[Any, list[Any], Any]:
+    """A run's job, its groups as the CPU stage hands them over, and a function that edits and scores a group's requests
+    on one thread, with nothing around it.
     """
     import torch
 
@@ -160,11 +159,11 @@ def group_seconds(values: dict[str, Any]) -> tuple[float, float]:
     from odedit.backbones import encode_requests, load_backbone
     from odedit.editing import edit
     from odedit.edits import stack_params
+    from odedit.feature_memory import remembering
     from odedit.metrics import evaluate
     from odedit.objective import Objective
     from odedit.prompts import find_template
     from pipeline import ready
-    from pipeline.actor import EditActor
     from pipeline.config import from_dict
     from pipeline.prepare import Preparer
     from pipeline.spec import Job
@@ -173,17 +172,31 @@ def group_seconds(values: dict[str, Any]) -> tuple[float, float]:
     config = from_dict(values)
     found = ready.prepare(config)
     job = Job(config, found.sources, found.workspace)
-    preparer, actor = Preparer(job), EditActor(job)
-    groups = [preparer(group) for group in range(BARE_GROUPS)]
-    backbone = load_backbone(config.backbone.family, config.backbone.checkpoint)
+    preparer = Preparer(job)
+    groups = [preparer(group) for group in range(len(found.staged.usable))]
+    # As a worker does: pictures that come again are not computed again.
+    backbone = remembering(load_backbone(config.backbone.family, config.backbone.checkpoint))
     editor = editors.find(config.editor.name)(config.editor.settings)
-    objective, template = Objective(config.objective, None), find_template(config.data.template)
+    objective, template = Objective(config.objective, config.objective.sigma2_0), find_template(config.data.template)
 
     def work(requests: Any) -> None:
         supervision, evaluation = encode_requests(backbone, requests, template, editor.sites)
         edited = edit(backbone, editor, objective, supervision, config.stopping, config.seed)
         params = stack_params([one.params for one in edited])
         evaluate(backbone, editor, params, evaluation, config.evaluation)
+
+    return job, groups, work
+
+
+def group_seconds(values: dict[str, Any]) -> tuple[float, float]:
+    """Median seconds per group, of a plain loop over requests that are prepared already, and of a worker's call.
+
+    In turns in one process, since the load of a shared machine changes what either takes.
+    """
+    from pipeline.actor import EditActor
+
+    job, groups, work = bare_loop(values)
+    actor = EditActor(job)
 
     def timed(function: Any, *arguments: Any) -> float:
         begun = time.perf_counter()
@@ -197,7 +210,7 @@ def group_seconds(values: dict[str, Any]) -> tuple[float, float]:
     return statistics.median(in_loop), statistics.median(in_worker)
 
 
-def _in_own_process(function: Any, *arguments: Any) -> Any:
+def in_own_process(function: Any, *arguments: Any) -> Any:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -269,7 +282,7 @@ def main() -> None:
     found: list[Measured] = []
     shutil.rmtree(out / "bare", ignore_errors=True)
     (out / "bare").mkdir()
-    bare, worker = _in_own_process(group_seconds, settings(out / "bare", model, BATCH * BARE_GROUPS, arguments.actors))
+    bare, worker = in_own_process(group_seconds, settings(out / "bare", model, BATCH * BARE_GROUPS, arguments.actors))
     console.print(f"a group of {BATCH}: bare loop {1000 * bare:.1f} ms, worker {1000 * worker:.1f} ms", highlight=False)
     for size in map(int, arguments.sizes.split(",")):
         folder = out / f"{size}"

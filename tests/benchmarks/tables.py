@@ -38,6 +38,7 @@ def bars(title: str, labels: Sequence[str], parts: dict[str, Sequence[float]], u
         left = [start + value for start, value in zip(left, values, strict=True)]
     axes.invert_yaxis()
     axes.set(title=title, xlabel=unit)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=4, frameon=False)
+    if len(parts) > 1:
+        figure.legend(loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

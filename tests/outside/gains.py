@@ -30,6 +30,7 @@ class Gains:
     label_smoothing = 0.0
     starts_neutral = True
     positionwise = False
+    length_varies = False
     optimizer = OptimizerSettings("sgd", 0.1)
 
     def __init__(self, config):

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from odedit.errors import InputError
 from pipeline import actor, graph, results
+from pipeline import run as runner
 from pipeline.config import from_dict
 from pipeline.prepare import Prepared, write_traceback
 from pipeline.ready import prepare
@@ -69,7 +70,7 @@ def test_a_worker_tells_in_one_sentence_what_ends_the_run_and_edits_no_further(e
     class Stage(graph.EditStage):
         Worker = Failing
 
-    job: Any = SimpleNamespace(config=SimpleNamespace(backbone=None))
+    job: Any = SimpleNamespace(config=SimpleNamespace(backbone=None), profile=False)
     stage = Stage([job])
     for group in range(3):  # of one block
         batch = {"job": [0], "prepared": [cloudpickle.dumps(Prepared(group, (), (), ()))]}
@@ -77,6 +78,20 @@ def test_a_worker_tells_in_one_sentence_what_ends_the_run_and_edits_no_further(e
         with pytest.raises(expected, match="No space left"):
             graph.raise_fatal(report, [None])
     assert tried == [0]
+
+
+def test_a_full_disk_does_not_hide_why_a_run_ended(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run's last note about itself cannot be written: the error is still the first one, and the run is closed."""
+    closed: list[str] = []
+
+    def full(*arguments: Any, **values: Any) -> None:
+        raise OSError(28, "No space left")
+
+    with pytest.raises(graph.GraphError, match="the first"), runner._OpenRun(prepare(from_dict(settings)), None) as one:
+        one._tracker = SimpleNamespace(finish=closed.append)  # type: ignore[assignment]
+        monkeypatch.setattr(runner, "update", full)
+        raise graph.GraphError("the first")
+    assert closed == ["FAILED"]
 
 
 def test_settings_that_do_not_fit_the_model_are_the_users_error(settings: dict[str, Any]) -> None:

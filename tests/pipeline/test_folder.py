@@ -15,7 +15,7 @@ from odedit import world
 from odedit.errors import InputError
 from pipeline import ready, sources, staging
 from pipeline.config import from_dict
-from pipeline.ready import Ready, prepare
+from pipeline.ready import Ready, prepare, update
 from pipeline.run import announce
 
 
@@ -161,12 +161,29 @@ def test_a_run_that_ended_without_a_result_gives_way_to_other_settings(settings:
     """A setting that only the workers found to be wrong is corrected, and the same folder used."""
     first = prepared(settings | {"seed": 1})
     (first.workspace.attempts / "group-000000.json").write_text("{}")
+    with pytest.raises(InputError, match="seed: was 1, now 2"):
+        prepared(settings | {"seed": 2})  # it may still be at work
+    update(first.workspace, ended=True)
     assert (prepared(settings | {"seed": 1}).workspace.attempts / "group-000000.json").exists()
     corrected = prepared(settings | {"seed": 2})
     assert corrected.config.seed == 2 and not (corrected.workspace.attempts / "group-000000.json").exists()
     corrected.workspace.part(0).touch()
     with pytest.raises(InputError, match="seed: was 2, now 3"):
         prepared(settings | {"seed": 3})
+
+
+def test_a_setting_that_is_newer_than_the_run_had_its_default(settings: dict[str, Any]) -> None:
+    workspace = prepared(settings).workspace
+    state = json.loads(workspace.run.read_text())
+    del state["settings"]["editor.mask"], state["settings"]["pipeline.batch_size"]
+    workspace.run.write_text(json.dumps(state))
+    workspace.part(0).touch()
+    with pytest.raises(InputError, match="editor.mask: was 'entries', now 'columns'"):
+        prepared(settings | {"editor": settings["editor"] | {"mask": "columns"}})
+    with pytest.raises(InputError, match=r"pipeline.batch_size: was 8, now"):
+        prepared(settings)  # whose batch size is not the default
+    update(workspace, settings=state["settings"] | {"pipeline.batch_size": settings["pipeline"]["batch_size"]})
+    prepared(settings)
 
 
 def test_paths_are_printed_as_they_are(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,8 @@ Every worker takes seconds to start, so the other side of each comparison runs i
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,10 @@ import pytest
 from mmedit_files import record, write_array
 from rich.console import Console
 
+from odedit.stages import stage
 from pipeline import graph, local_ray, results
 from pipeline.config import from_dict
+from pipeline.profile import WAITING, Clock, Profile
 from pipeline.progress import Progress
 from pipeline.run import run
 from pipeline.spec import Plan, make_plan
@@ -32,9 +36,11 @@ def one_ray() -> Iterator[None]:
         yield
 
 
-def rows_of(settings: dict[str, Any], name: str, **pipeline: Any) -> list[dict[str, Any]]:
+def rows_of(
+    settings: dict[str, Any], name: str, profile: Profile | None = None, **pipeline: Any
+) -> list[dict[str, Any]]:
     changed = settings | {"out": f"{settings['out']}-{name}", "pipeline": settings["pipeline"] | pipeline}
-    outcome = run(from_dict(changed), QUIET)
+    outcome = run(from_dict(changed), QUIET, profile=profile)
     return list(results.read_rows(results.parts(outcome.workspace)))
 
 
@@ -60,9 +66,16 @@ def test_two_actors_edit_at_once_and_give_the_rows_that_one_gives(
     # Three groups in two blocks, as in a large run.
     monkeypatch.setattr(graph, "MAX_BLOCKS", 2)
     monkeypatch.setattr(graph, "MAX_BLOCKS_PER_ACTOR", 1)
-    two = rows_of(signing(2), "two", actors=2, preparers=1)
+    profile = Profile()
+    two = rows_of(signing(2), "two", profile, actors=2, preparers=1)
     assert [results.to_json_row(row) for row in one] == [results.to_json_row(row) for row in two]
     assert len(list(folder.iterdir())) == 2
+    stored = json.loads(Path(f"{settings['out']}-two", "profile.json").read_text())
+    assert stored == {"records": 5, "seconds": profile.seconds}
+    assert {"start: model, measurements", "image features", "edit: forward", "evaluation", "write results"} <= set(
+        stored["seconds"]["edit"]
+    )
+    assert stored["seconds"]["prepare"]["records and pictures"] > 0
     listening = {
         connection.laddr.ip
         for process in psutil.Process().children(recursive=True)
@@ -104,6 +117,27 @@ def test_an_edit_that_kills_its_worker_is_a_failed_row(
 def test_the_plan_fills_the_machine(settings_of_plan: dict, machine: tuple[int, int, int], expected: Plan) -> None:
     config = from_dict({"pipeline": settings_of_plan})
     assert make_plan(config.pipeline, config.backbone, *machine) == expected
+
+
+def test_stages_of_a_call_add_up_to_it_and_waiting_stands_apart() -> None:
+    clock, profile = Clock(), Profile()
+    for _ in range(2):
+        begun = time.perf_counter()
+        with clock.call() as account, stage("outer"):
+            time.sleep(0.01)
+            with stage("inner"):
+                time.sleep(0.02)
+        elapsed = time.perf_counter() - begun
+        work = {name: seconds for name, seconds in account.seconds.items() if name != WAITING}
+        assert set(work) == {"outer", "inner"} and work["inner"] >= 0.02 and work["outer"] >= 0.01
+        assert sum(work.values()) == pytest.approx(elapsed, abs=5e-3)
+        profile.add(json.dumps({"edit": account.seconds}), 4)
+        time.sleep(0.01)
+    assert account.seconds[WAITING] >= 0.01
+    assert profile.records == 8 and profile.seconds["edit"]["inner"] >= 0.04
+    table = profile.table()
+    assert table.row_count == 3
+    assert list(table.columns[1].cells) == ["inner", "outer", WAITING], "the longest first, waiting last"
 
 
 def test_progress_counts_records_and_averages_those_that_worked() -> None:

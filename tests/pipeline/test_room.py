@@ -37,6 +37,8 @@ def test_the_memory_of_a_container_counts_where_it_is_less(monkeypatch: pytest.M
     assert room.free_bytes(torch.device("cpu")) > of_machine // 2
     (tmp_path / "memory.max").write_text("5000\n")
     assert room.free_bytes(torch.device("cpu")) == 4000
+    (tmp_path / "memory.stat").write_text("anon 300\nactive_file 100\ninactive_file 500\n")
+    assert room.free_bytes(torch.device("cpu")) == 4600, "files that were read make room"
 
 
 def test_a_width_is_halved_until_it_is_one() -> None:
@@ -45,6 +47,40 @@ def test_a_width_is_halved_until_it_is_one() -> None:
     while one.narrower(8):
         widths.append(one.width(8, lambda: 1))
     assert widths == [4, 2, 1]
+    one.restore()
+    assert one.width(8, lambda: 1) == 8
+    two = Room(4, "cpu")
+    assert two.narrower(8) and two.width(8, lambda: 1) == 2
+    two.restore()
+    assert two.width(8, lambda: 1) == 4
+
+
+def test_an_evaluation_that_does_not_fit_is_halved_and_no_edit_made_again(
+    settings: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = {"data": settings["data"] | {"limit": 4}, "pipeline": {"batch_size": 4, "at_once": 4}}
+    plain = inline(from_dict(settings | changed))
+    evaluated: list[int] = []
+    edited: list[int] = []
+    evaluate, edit = actor.evaluate, actor.edit
+
+    def narrow(backbone: Any, editor: Any, params: Any, batch: Any, config: Any) -> Any:
+        evaluated.append(batch.num_edits)
+        if evaluated[-1] > 1:
+            raise torch.OutOfMemoryError("no room")
+        return evaluate(backbone, editor, params, batch, config)
+
+    def counted(*arguments: Any) -> Any:
+        edited.append(arguments[6])
+        return edit(*arguments)
+
+    monkeypatch.setattr(actor, "evaluate", narrow)
+    monkeypatch.setattr(actor, "edit", counted)
+    other = inline(from_dict(settings | changed | {"out": f"{settings['out']}-narrow"}))
+    assert edited == [4] and evaluated == [4, 2, 1, 1, 2, 1, 1]
+    both = [list(results.read_rows(results.parts(one.workspace))) for one in (plain, other)]
+    for one, two in zip(*both, strict=True):
+        assert (one["edit_id"], one["steps"], one["m_gen"]) == (two["edit_id"], two["steps"], two["m_gen"])
 
 
 def test_memory_that_runs_out_costs_width_and_no_edit(
