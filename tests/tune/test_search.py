@@ -73,9 +73,14 @@ def done(out: Path) -> int:
 
 
 def kill_a_worker() -> None:
-    """Ends one of the processes of this one that hold a trial, as soon as there is one."""
-    wait_until(workers, "a trial has a worker")
-    workers()[0].kill()
+    """Ends one of the processes of this one that hold a trial, as soon as it is at work."""
+    wait_until(at_work, "a trial is at work")
+    at_work()[0].kill()
+
+
+def at_work() -> list[psutil.Process]:
+    """The processes of trials that are in the middle of a rung; one that is only being set up is replaced by Ray."""
+    return [process for process in workers() if any(".train" in part for part in command_of(process))]
 
 
 def workers(driver: int | None = None) -> list[psutil.Process]:
