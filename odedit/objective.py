@@ -23,6 +23,7 @@ from odedit.backbones.base import Backbone
 from odedit.editors.base import Editor, Trace
 from odedit.edits import EDIT, LOCALITY_SLOTS, REPHRASE_SLOTS, EditBatch, EditParams, EditRequest
 from odedit.encoding import gather_positions
+from odedit.errors import InputError
 from odedit.irm_tv import MultiplierConfig, tv_penalty
 from odedit.prompts import Template
 from odedit.risks import Risk
@@ -90,6 +91,14 @@ class ObjectiveConfig:
         _require("bandwidths", self.bandwidths, len(self.bandwidths) > 0, "at least one number")
         _require("sigma2_0", self.sigma2_0, self.sigma2_0 is None or self.sigma2_0 > 0, "a number > 0 or null")
         self.fixed_multiplier()
+
+    def check(self, editor: Editor) -> None:
+        """Raises InputError if the editor's edits are nothing that lambda could read."""
+        if self.fixed_multiplier() is None and self.multiplier.input == "flat" and editor.length_varies:
+            raise InputError(
+                "objective.multiplier.input: got 'flat', but with these settings of the editor an edit is as long as "
+                "its batch's sequences; use 'sketch'."
+            )
 
     def fixed_multiplier(self) -> float | None:
         """The value of a fixed lambda, 0 for no penalty, None if lambda is learned."""

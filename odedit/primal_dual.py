@@ -17,7 +17,6 @@ from torch import Tensor
 
 from odedit.editors.base import Editor, OptimizerSettings
 from odedit.edits import EditParams, stack_params
-from odedit.errors import InputError
 from odedit.irm_tv import DUAL_DECAY, CountSketch, MultiplierNetwork, features, flat_input, penalty_schedule
 from odedit.objective import ObjectiveConfig, Terms
 
@@ -63,11 +62,7 @@ class PrimalDual:
         self._config = config
         self._seed = seed
         self._fixed = config.fixed_multiplier()
-        if self._fixed is None and config.multiplier.input == "flat" and editor.length_varies:
-            raise InputError(
-                "objective.multiplier.input: got 'flat', but with these settings of the editor an edit is as long as "
-                "its batch's sequences; use 'sketch'."
-            )
+        config.check(editor)
         self._schedule = torch.tensor(
             [penalty_schedule(step, max_steps, config.warmup, config.ramp) for step in range(max_steps + 1)]
         )

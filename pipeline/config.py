@@ -288,7 +288,9 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
     except InputError as error:
         problems.extend(str(error).splitlines())
     strict.raise_problems(problems)
-    return RunConfig(**accepted)
+    run = RunConfig(**accepted)
+    run.objective.check(editors.find(run.editor.name)(run.editor.settings))
+    return run
 
 
 def _check_family(name: str, problems: list[str]) -> None:

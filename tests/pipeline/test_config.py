@@ -51,6 +51,8 @@ def test_a_resolved_configuration_builds_itself_again(tmp_path: Path) -> None:
         ({"data": {"template": "mmedt"}}, "data.template: Unknown prompt template 'mmedt'. Did you mean 'mmedit'?"),
         ({"data": 3}, "data: got 3, expected a section"),
         ({"supervision": {"locality_source": "records"}}, "supervision.locality_source: got 'records'"),
+        ({"editor": {"clamp": None, "mask_ratio": 1.0}, "objective": {"multiplier": {"input": "flat"}}},
+         "objective.multiplier.input: got 'flat', but with these settings of the editor"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_with_what_is_right(values: dict, expected: str) -> None:
