@@ -57,7 +57,9 @@ def _options(
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def _explained(
+    interrupted: str = "Interrupted. What is finished is kept: the same command goes on from there.",
+) -> Iterator[None]:
     """Turns what can go wrong into one message and an exit code."""
     try:
         yield
@@ -65,7 +67,7 @@ def _explained() -> Iterator[None]:
         _say(str(error))
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
-        _say("Interrupted. What is finished is kept: the same command goes on from there.")
+        _say(interrupted)
         raise typer.Exit(130) from error
     except NothingUsable as error:
         _say(str(error))
@@ -217,6 +219,61 @@ def compare(
         from pipeline import commands
 
         commands.compare(runs, uri, html)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def submit(
+    command: Annotated[
+        list[str] | None, typer.Argument(metavar="COMMAND...", help="edit, tune, study or train, with its options.")
+    ] = None,
+    address: Annotated[
+        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Dashboard of the cluster.")
+    ] = "http://127.0.0.1:8265",
+    wait: Annotated[bool, typer.Option(help="Show the job's log until it ends, and end with its exit code.")] = True,
+    env: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="Variable that the job gets as it is here; repeatable.")
+    ] = None,
+    include: Annotated[
+        list[Path] | None, typer.Option(metavar="PATH", help="More files to take along; repeatable.")
+    ] = None,
+    install: Annotated[bool, typer.Option(help="Let pip install the dependencies for the job.")] = False,
+    stop: Annotated[str | None, typer.Option(metavar="ID", help="End a job, as Ctrl-C would.")] = None,
+    follow: Annotated[str | None, typer.Option(metavar="ID", help="Show the log of a job until it ends.")] = None,
+) -> None:
+    """Runs a command as a job of a Ray cluster.
+
+    The code and the files that the settings name below the current folder are sent; full paths and addresses are read
+    where the job runs. Prints the job's log.
+
+    Example: odedit submit --address http://head:8265 --env MLFLOW_TRACKING_TOKEN -- edit --config run.yaml
+    out=/shared/runs/one
+    """
+    from rich.console import Console
+
+    chosen = sum(one is not None for one in (command or None, stop, follow))
+    with _explained("Interrupted."):
+        if chosen != 1:
+            raise InputError(
+                "Give a command, such as `-- edit --config run.yaml`, or one of --follow ID and --stop ID."
+            )
+        from cluster import submit as jobs
+
+        console = Console(stderr=True)
+        if stop is not None:
+            code = jobs.stop(stop, address, console)
+        elif follow is not None:
+            code = jobs.follow(follow, address, console)
+        else:
+            code = jobs.submit(
+                command or [],
+                address,
+                console,
+                wait=wait,
+                environment=env or [],
+                include=include or [],
+                install=install,
+            )[1]
+        raise typer.Exit(code)
 
 
 @app.command()

@@ -28,18 +28,27 @@ def connected(pipeline: PipelineConfig, backbone: BackboneConfig, num_groups: in
     """Inside, Ray runs; yields how the work is spread over it.
 
     Without an address, Ray is started here, for this process only, reachable from this machine only and with a secret
-    that nothing else knows; it ends with the block. A running cluster is left as it was.
+    that nothing else knows; it ends with the block. A running cluster is left as it was. Inside a job of a cluster,
+    no address means that cluster.
 
     Raises:
         InputError: The cluster cannot be reached, or cannot hold what is asked for.
     """
-    if pipeline.ray_address is None:
+    address = pipeline.ray_address or _address_of_job()
+    if address is None:
         plan = make_plan(pipeline, backbone, machine_cpus(), machine_gpus(), num_groups)
         with _environment(_local_environment() | _authentication()), _local(plan):
             yield plan
     else:
-        with _cluster(pipeline.ray_address):
+        with _cluster(address):
             yield _cluster_plan(pipeline, backbone, num_groups)
+
+
+def _address_of_job() -> str | None:
+    """The cluster that this process is a job of, if it is one; Ray tells its jobs."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    # A shell that submits jobs may have the dashboard's there.
+    return None if address in ("", "local") or "://" in address else address
 
 
 _keep_running = False

@@ -81,6 +81,8 @@ def open_command(uri: str) -> str:
         return f"open {masked(uri)}"
     program = Path(sys.executable).with_name("mlflow")
     beside_us = os.path.relpath(program) if program.exists() else "mlflow"
+    if beside_us.startswith(os.pardir):
+        beside_us = "mlflow"
     return f"{beside_us} ui --backend-store-uri {masked(uri)}"
 
 

@@ -1,0 +1,196 @@
+"""`odedit submit`: a command of odedit as a job of a Ray cluster. Needs neither torch nor transformers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shlex
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cluster import packing
+from odedit.errors import InputError
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+LOST = 1
+"""Exit code of a job that has none of its own: it was stopped, or could not be started."""
+_POLL_S = 1.0
+_QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
+"""What of Ray's own messages would stand between the job's."""
+
+
+def submit(
+    arguments: Sequence[str],
+    address: str,
+    console: Console,
+    *,
+    wait: bool = True,
+    environment: Sequence[str] = (),
+    include: Sequence[Path] = (),
+    install: bool = False,
+) -> tuple[str, int]:
+    """Sends a command to a cluster; the job's name and, if waited for, its exit code.
+
+    Args:
+        arguments: `edit`, `tune`, `study` or `train` and what follows.
+        address: Of the cluster's dashboard.
+        environment: Names of variables that the job gets as they are here.
+        include: Files and folders below the current one to take along as well.
+        install: Let pip install the project's dependencies for the job, instead of finding them on the cluster.
+
+    Raises:
+        InputError: The command would not work there, or no cluster answers.
+    """
+    missing = [name for name in environment if name not in os.environ]
+    if missing:
+        raise InputError(f"--env: {', '.join(missing)} not set here. Set it, or leave it out.")
+    with tempfile.TemporaryDirectory(prefix="odedit-job-") as temporary:
+        parcel = packing.pack(arguments, Path(temporary), Path.cwd(), include)
+        runtime: dict[str, Any] = {
+            "working_dir": temporary,
+            "env_vars": _QUIET | {name: os.environ[name] for name in environment},
+        }
+        if install:
+            runtime["pip"] = packing.requirements()
+        for note in parcel.notes:
+            _say(console, f"Note: {note}")
+        client = _client(address)
+        _say(console, f"Sending {parcel.num_bytes / 2**20:.1f} MiB to {address} ...")
+        try:
+            job = client.submit_job(
+                entrypoint=shlex.join(["python", "-m", "odedit", *parcel.arguments]), runtime_env=runtime
+            )
+        except _troubles() as error:
+            raise _explained(address, error) from error
+    _say(console, f"Job {job}. Follow it with: odedit submit --follow {job}; end it with: odedit submit --stop {job}")
+    return job, follow(job, address, console) if wait else 0
+
+
+def follow(job: str, address: str, console: Console) -> int:
+    """Shows the log of a job until it ends; its exit code.
+
+    A connection that breaks is made anew, and the log goes on where it was.
+
+    Raises:
+        InputError: No cluster answers, or it knows no such job.
+        KeyboardInterrupt: The user has seen enough; the job goes on.
+    """
+    client, shown, failures = _client(address), 0, 0
+    details = _details(client, job, address)
+    try:
+        while True:
+            shown = asyncio.run(_tail(client, job, shown))
+            try:
+                details, failures = client.get_job_info(job), 0
+            except _troubles() as error:
+                failures += 1
+                if failures > 30:
+                    raise _explained(address, error) from error
+                time.sleep(_POLL_S)
+                continue
+            if details.status.is_terminal():
+                break
+            time.sleep(_POLL_S)
+    except KeyboardInterrupt:
+        _say(
+            console,
+            f"Job {job} goes on. Follow it with: odedit submit --follow {job}; end it with: odedit submit --stop {job}",
+        )
+        raise
+    asyncio.run(_tail(client, job, shown))
+    return _outcome(job, details, console)
+
+
+def stop(job: str, address: str, console: Console) -> int:
+    """Ends a job as Ctrl-C would, and waits until it has ended; 0 if it had not ended before.
+
+    Raises:
+        InputError: No cluster answers, or it knows no such job.
+    """
+    client = _client(address)
+    if _details(client, job, address).status.is_terminal():
+        _say(console, f"Job {job} had ended already ({_details(client, job, address).status}).")
+        return LOST
+    client.stop_job(job)
+    while not (details := _details(client, job, address)).status.is_terminal():
+        time.sleep(_POLL_S)
+    _say(console, f"Job {job}: {details.status}. What was finished is kept; the same command goes on from there.")
+    return 0
+
+
+async def _tail(client: Any, job: str, shown: int) -> int:
+    """Prints what a job has written since, as long as the connection holds; how much has been shown now."""
+    seen = 0
+    try:
+        async for text in client.tail_job_logs(job):
+            new = text[max(0, shown - seen) :]
+            seen += len(text)
+            print(new, end="", flush=True)
+    except (RuntimeError, OSError):
+        pass  # asked for again
+    return max(seen, shown)
+
+
+def _outcome(job: str, details: Any, console: Console) -> int:
+    status, code = str(details.status), details.driver_exit_code
+    _say(console, f"Job {job}: {status}" + (f", exit code {code}." if code is not None else "."))
+    if status == "SUCCEEDED":
+        return 0
+    if code is None or code == 0:
+        if details.message and status == "FAILED":
+            _say(console, str(details.message).strip())
+        return LOST
+    # A process that a signal ended has a negative one.
+    return int(code) if code > 0 else 128 - int(code)
+
+
+def _client(address: str) -> Any:
+    # Never left unset: with Ray 2.60 that means no token here but one there, and from 2.61 always a token.
+    has_token = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")
+    from ray.job_submission import JobSubmissionClient
+
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("ray.dashboard", "ray._private.runtime_env")):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        return JobSubmissionClient(address)
+    except _troubles() as error:
+        raise _explained(address, error) from error
+
+
+def _troubles() -> tuple[type[Exception], ...]:
+    """What Ray's client raises if a cluster is not there, does not answer, or refuses."""
+    from ray.exceptions import RayError
+
+    return RayError, RuntimeError, OSError, ValueError
+
+
+def _details(client: Any, job: str, address: str) -> Any:
+    try:
+        return client.get_job_info(job)
+    except _troubles() as error:
+        if "does not exist" in str(error) or "404" in str(error):
+            raise InputError(f"The cluster at {address} knows no job {job!r}.") from error
+        raise _explained(address, error) from error
+
+
+def _explained(address: str, error: BaseException) -> InputError:
+    text = str(error)
+    if any(sign in text for sign in ("401", "403", "uthentication", "nauthorized")):
+        return InputError(
+            f"--address: the cluster at {address} refuses without its token. Set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH "
+            "to it."
+        )
+    reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)[:300]
+    return InputError(f"--address: no cluster takes jobs at {address} ({reason}). Give the address of its dashboard.")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
