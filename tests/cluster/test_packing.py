@@ -1,0 +1,130 @@
+"""What a job takes along, and what is refused before it is sent."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from cluster import packing
+from odedit.__main__ import app
+from odedit.errors import InputError
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    folder = tmp_path / "here"
+    (folder / "pictures").mkdir(parents=True)
+    (folder / "pictures" / "one.png").write_bytes(b"png")
+    (folder / "records.json").write_text("[]")
+    (folder / "mine").mkdir()
+    (folder / "mine" / "editor.py").write_text("")
+    (folder / ".gitignore").write_text("*\n")
+    return folder
+
+
+def packed(here: Path, *arguments: str, values: dict | None = None, include: tuple[Path, ...] = ()) -> packing.Parcel:
+    extra = []
+    if values is not None:
+        (here / "run.yaml").write_text(yaml.safe_dump(values))
+        extra = ["--config", "run.yaml"]
+    folder = here.parent / "parcel"
+    folder.mkdir()
+    return packing.pack([arguments[0], *extra, *arguments[1:]], folder, here, include)
+
+
+def test_files_that_settings_name_arrive_also_where_git_ignores_them(here: Path) -> None:
+    values = {"data": {"path": "records.json", "image_root": "pictures"}, "editor": {"name": "mine.editor"}}
+    parcel = packed(here, "edit", "out=/shared/x", values=values)
+    for name in ("records.json", "pictures/one.png", "mine/editor.py", "run.yaml", "odedit/__main__.py", "tune/run.py"):
+        assert (parcel.folder / name).is_file(), name
+    assert parcel.arguments == ["edit", "--config", "run.yaml", "out=/shared/x"]
+    assert not list(parcel.folder.rglob("__pycache__")) and not parcel.notes
+    assert list((parcel.folder / "odedit").rglob("*.safetensors")), "the embedded models"
+
+
+def test_the_code_that_is_sent_runs_by_itself(here: Path) -> None:
+    parcel = packed(here, "edit", "out=/shared/x")
+    command = [sys.executable, "-P", "-c", f"import sys; sys.path[:0] = [{str(parcel.folder)!r}]; import odedit, "
+               "pipeline.run, tune.run, cluster.submit; print(odedit.__file__, tune.run.__file__)"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout.split() == [str(parcel.folder / "odedit/__init__.py"), str(parcel.folder / "tune/run.py")]
+
+
+def test_overrides_and_files_on_request_are_taken_as_well(here: Path) -> None:
+    parcel = packed(here, "edit", "data.path=records.json", "out=/shared/x", include=(Path("pictures/one.png"),))
+    assert (parcel.folder / "records.json").is_file() and (parcel.folder / "pictures/one.png").is_file()
+
+
+def test_a_configuration_from_elsewhere_arrives_under_its_name(here: Path) -> None:
+    far = here.parent / "far.yaml"
+    far.write_text("seed: 3\n")
+    parcel = packed(here, "tune", f"--config={far}", "--out", "/shared/search")
+    assert parcel.arguments == ["tune", "--config=far.yaml", "--out", "/shared/search"]
+    assert (parcel.folder / "far.yaml").read_text() == "seed: 3\n"
+
+
+def test_what_is_read_there_is_told(here: Path) -> None:
+    values = {"data": {"path": "/data/vqa.json", "pool": "s3://bucket/pool.json"}, "out": "/shared/x"}
+    values |= {"editor": {"name": "elsewhere.editor"}, "backbone": {"checkpoint": "Salesforce/blip2-opt-2.7b"}}
+    notes = packed(here, "edit", values=values).notes
+    assert notes == [
+        "data.path: /data/vqa.json is read where the job runs; it is not sent.",
+        "editor.name: 'elsewhere' is not in the current folder; it has to be installed where the job runs.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["demo"], "Unknown command of a job 'demo'"),
+        (["edit"], "The results of `edit` would be written into the job's own folder"),
+        (["tune"], "every node has mounted: --out /shared/name"),
+        (["tune", "--out", "searches/x"], "--out: 'searches/x' would be written into the job's own folder"),
+        (["tune", "--resume=searches/x"], "--resume: 'searches/x' would be written"),
+        (["edit", "out=runs/x"], "out: 'runs/x' would be written into the job's own folder"),
+        (["edit", "out=/x", "pipeline.feature_store=features"], "pipeline.feature_store: 'features' would be written"),
+        (["edit", "out=/x", "data.path=none.json"], "data.path: there is no 'none.json' here"),
+        (["edit", "out=/x", "data.image_root=.."], "data.image_root: '..' lies outside of the current folder"),
+        (["edit", "out=/x", "--config", "none.yaml"], "--config: 'none.yaml' cannot be read (No such file"),
+    ],
+)  # fmt: skip
+def test_what_would_not_arrive_or_be_lost_is_refused(here: Path, arguments: list[str], expected: str) -> None:
+    with pytest.raises(InputError, match=".*") as caught:
+        packed(here, *arguments)
+    assert expected in str(caught.value)
+
+
+def test_too_much_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "MAX_BYTES", 1000)
+    with pytest.raises(InputError, match=r"more than 0 \(the largest file: odedit/"):
+        packed(here, "edit", "out=/shared/x")
+
+
+def test_dependencies_are_the_projects_without_ray_and_development() -> None:
+    names = packing.requirements()
+    assert any(line.startswith("torch") for line in names) and any(line.startswith("optuna") for line in names)
+    assert not any(line.startswith(("ray", "pytest", "mypy")) for line in names)
+
+
+def test_submitting_loads_no_model_library() -> None:
+    code = (
+        "import sys, odedit.__main__, cluster.submit; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_a_cluster_that_is_not_there_and_mistakes_are_a_sentence() -> None:
+    for arguments, expected in (
+        (["edit", "out=/x"], "--address: no cluster takes jobs at http://127.0.0.1:9"),
+        (["--stop", "job"], "--address: no cluster takes jobs"),
+        ([], "Give a command"),
+        (["--env", "ODEDIT_NOT_SET", "edit", "out=/x"], "--env: ODEDIT_NOT_SET not set here"),
+        (["--stop", "job", "edit", "out=/x"], "Give a command"),
+    ):
+        found = CliRunner().invoke(app, ["submit", "--address", "http://127.0.0.1:9", *arguments])
+        assert found.exit_code == 2 and expected in found.stderr, (arguments, found.output, found.exception)
