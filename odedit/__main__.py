@@ -33,6 +33,8 @@ data_app = typer.Typer(
 convert_app = typer.Typer(
     help="Models that are published in pieces, as one checkpoint.", no_args_is_help=True, rich_markup_mode=None
 )
+mlflow_app = typer.Typer(help="What MLflow is to know.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(mlflow_app, name="mlflow")
 app.add_typer(convert_app, name="convert")
 app.add_typer(world_app, name="world")
 app.add_typer(data_app, name="data")
@@ -416,6 +418,24 @@ def data_pack(
         from pipeline import commands
 
         commands.pack_data(path, out, image_root, rephrase_root, task)
+
+
+@mlflow_app.callback()
+def _mlflow() -> None:
+    """What MLflow is to know."""
+
+
+@mlflow_app.command("sync")
+def mlflow_sync(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs (out).")],
+    uri: Annotated[str | None, typer.Option(help="Log to this store instead of the one that the run names.")] = None,
+) -> None:
+    """Logs runs that the store did not take when they ended; edits nothing."""
+    with _explained():
+        from pipeline.sync import sync
+
+        for folder in runs:
+            print(sync(folder, uri))
 
 
 @convert_app.callback()

@@ -201,7 +201,7 @@ class Tracker:
         except Exception as error:
             raise TrackingError(
                 f"MLflow at {masked(self.uri)} could not be written to ({_sentence(error)}). The results are complete "
-                f"in {workspace.out}; the same command logs them once it can."
+                f"in {workspace.out}; the same command, or `odedit mlflow sync {workspace.out}`, logs them once it can."
             ) from error
 
     def _log_metrics(self, summary: Mapping[str, Any]) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from odedit.__main__ import app
 from odedit.backbones import Backbone, encode_requests
 from odedit.checkpoint import load_edits
 from odedit.errors import InputError
@@ -21,6 +23,7 @@ from pipeline.prepare import Preparer
 from pipeline.run import Outcome
 from pipeline.sources import resolve
 from pipeline.spec import Job
+from pipeline.sync import sync
 from pipeline.workspace import Workspace
 
 
@@ -74,6 +77,44 @@ def test_a_run_is_logged_once_and_its_edits_reproduce_their_scores(
     _, evaluation = encode_requests(backbone, requests, find_template(config.data.template))
     (scores,) = evaluate(backbone, editor, params, evaluation, config.evaluation)
     assert {name: scores[name] for name in MAIN} == {name: row[name] for name in MAIN}
+
+
+def test_a_store_that_was_gone_at_the_end_is_given_the_run_later(
+    tracked: dict[str, Any], inline: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = from_dict(tracked)
+    out = Path(config.out)
+
+    def gone(*arguments: Any) -> None:
+        raise ConnectionError("refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking.Tracker, "_log_metrics", gone)
+        with pytest.raises(tracking.TrackingError, match=f"odedit mlflow sync {out}"):
+            inline(config)
+        with pytest.raises(tracking.TrackingError):
+            sync(out)
+    rows = {path: path.stat().st_mtime_ns for path in out.glob("results/*")}
+    client = tracking._client(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
+    assert run.info.status == "FAILED" and "rel" not in run.data.metrics
+    assert CliRunner().invoke(app, ["mlflow", "sync", str(out)]).stdout.strip() == (
+        f"{out} is logged, as run {run.info.run_id}."
+    )
+    run = client.get_run(run.info.run_id)
+    assert run.info.status == "FINISHED" and run.data.metrics["n"] == 5
+    assert {item.path for item in client.list_artifacts(run.info.run_id)} >= {"results", "edits", "edits_table.json"}
+    assert {path: path.stat().st_mtime_ns for path in rows} == rows
+    assert "is logged already" in sync(out)
+    # Another store has a run of its own.
+    assert "is logged" in sync(out, f"sqlite:///{tmp_path}/other.db")
+    other = tracking._client(f"sqlite:///{tmp_path}/other.db")
+    (copy,) = other.search_runs([other.get_experiment_by_name("test").experiment_id])
+    assert copy.data.metrics == run.data.metrics and copy.data.params["editor.max_steps"] == "2"
+    for folder, expected in ((tmp_path, "holds no run"), (out, "is not finished")):
+        (out / "summary.json").unlink(missing_ok=True)
+        found = CliRunner().invoke(app, ["mlflow", "sync", str(folder)])
+        assert found.exit_code == 2 and expected in found.stderr
 
 
 def test_a_store_that_cannot_be_used_is_told_before_any_work(
