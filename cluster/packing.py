@@ -18,8 +18,6 @@ from typing import Any
 
 import yaml
 
-from odedit.errors import InputError, unknown_name
-
 COMMANDS = ("edit", "study", "train", "tune")
 MAX_BYTES = 400 * 2**20
 """Ray refuses more than 512 MiB; what is this large belongs on storage that the cluster reads."""
@@ -32,6 +30,10 @@ _WRITTEN = ("out", "feature_store", "storage")
 _FOLDER_OPTIONS = {"edit": (), "study": ("--out",), "train": ("--out",), "tune": ("--out", "--resume")}
 _LIBRARIES_OF_THE_CLUSTER = ("ray",)
 """A job cannot bring another version of these."""
+
+
+class JobError(ValueError):
+    """The user's mistake, or a cluster that does not answer, in a sentence. The package imports nothing of odedit's."""
 
 
 @dataclass
@@ -63,12 +65,14 @@ def pack(arguments: Sequence[str], folder: Path, here: Path, include: Sequence[P
         include: More files and folders below `here`.
 
     Raises:
-        InputError: The command is none of those, a file is not there or lies elsewhere, its results would be lost with
+        JobError: The command is none of those, a file is not there or lies elsewhere, its results would be lost with
             the job, or it is too much.
     """
     if not arguments or arguments[0] not in COMMANDS:
         got = arguments[0] if arguments else "nothing"
-        raise InputError(f"{unknown_name('command of a job', got, COMMANDS)} Such as: odedit submit -- edit --config F")
+        raise JobError(
+            f"A job runs one of {', '.join(COMMANDS)}; got {got!r}. Such as: odedit submit -- edit --config F"
+        )
     parcel = Parcel(folder, list(arguments))
     for name in _CODE:
         _copy_code(name, folder)
@@ -81,7 +85,7 @@ def pack(arguments: Sequence[str], folder: Path, here: Path, include: Sequence[P
     _check_results(parcel.arguments, places)
     if parcel.num_bytes > MAX_BYTES:
         largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-        raise InputError(
+        raise JobError(
             f"The job would take {parcel.num_bytes / 2**20:.0f} MiB along, more than {MAX_BYTES / 2**20:.0f} "
             f"(the largest file: {largest.relative_to(folder)}). Put records, pictures and weights where the cluster "
             "reads them, and name that place; `odedit data pack` writes to s3:// and gs://."
@@ -94,7 +98,7 @@ def requirements() -> list[str]:
     try:
         found = requires("odedit") or []
     except PackageNotFoundError as error:
-        raise InputError("--install: odedit is not installed here, so its dependencies are not known.") from error
+        raise JobError("--install: odedit is not installed here, so its dependencies are not known.") from error
     needed = [line for line in found if "extra ==" not in line]
     return [line for line in needed if re.split(r"[\[<>=!~; ]", line)[0] not in _LIBRARIES_OF_THE_CLUSTER]
 
@@ -102,7 +106,7 @@ def requirements() -> list[str]:
 def _copy_code(name: str, folder: Path) -> None:
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise InputError(f"The package {name!r} of this project is not installed here.")
+        raise JobError(f"The package {name!r} of this project is not installed here.")
     source = Path(next(iter(spec.submodule_search_locations)))
     shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
 
@@ -118,7 +122,7 @@ def _take_config(parcel: Parcel, here: Path) -> Mapping[str, Any]:
         values = yaml.safe_load(content)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise InputError(f"--config: {text!r} cannot be read ({reason}).") from error
+        raise JobError(f"--config: {text!r} cannot be read ({reason}).") from error
     # Its name says what a search or study is called.
     (parcel.folder / path.name).write_text(content, encoding="utf-8")
     _set_option(parcel.arguments, index, "--config", path.name)
@@ -178,7 +182,7 @@ def _place(where: str, value: object, parcel: Parcel, here: Path) -> None:
         else:
             _take(where, value, parcel, here)
     elif name in _WRITTEN and "://" not in value and not Path(value).is_absolute():
-        raise InputError(
+        raise JobError(
             f"{where}: {value!r} would be written into the job's own folder and be lost with it. Give a full path on "
             "storage that every node has mounted" + ("." if name == "out" else ", or an address.")
         )
@@ -188,12 +192,12 @@ def _take(where: str, value: str, parcel: Parcel, here: Path) -> None:
     path = Path(value)
     source = here / path
     if not source.exists():
-        raise InputError(
+        raise JobError(
             f"{where}: there is no {value!r} here to be taken along. What the cluster has is named by its full path "
             "or address."
         )
     if path.is_absolute() or not source.resolve().is_relative_to(here.resolve()):
-        raise InputError(
+        raise JobError(
             f"{where}: {value!r} lies outside of the current folder, so it would not arrive. Submit from a folder "
             "above it, or name a place that the cluster reads."
         )
@@ -218,19 +222,19 @@ def _take_module(where: str, name: str, parcel: Parcel, here: Path) -> None:
 
 
 def _check_results(arguments: Sequence[str], places: Sequence[tuple[str, object]]) -> None:
-    """Raises InputError if nobody said where the results go."""
+    """Raises JobError if nobody said where the results go."""
     command = arguments[0]
     given = [(option, value) for option in _FOLDER_OPTIONS[command] if (value := _option(arguments, option)[1])]
     for option, value in given:
         if "://" not in value and not Path(value).is_absolute():
-            raise InputError(
+            raise JobError(
                 f"{option}: {value!r} would be written into the job's own folder and be lost with it. Give a full path "
                 "on storage that every node has mounted."
             )
     if given or (command == "edit" and any(where == "out" for where, _ in places)):
         return
     wanted = "out=/shared/runs/name" if command == "edit" else "--out /shared/name"
-    raise InputError(
+    raise JobError(
         f"The results of `{command}` would be written into the job's own folder and be lost with it. Say where they "
         f"go, on storage that every node has mounted: {wanted}"
     )

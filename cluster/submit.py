@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from cluster import packing
-from odedit.errors import InputError
+from cluster.packing import JobError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 LOST = 1
@@ -45,11 +45,11 @@ def submit(
         install: Let pip install the project's dependencies for the job, instead of finding them on the cluster.
 
     Raises:
-        InputError: The command would not work there, or no cluster answers.
+        JobError: The command would not work there, or no cluster answers.
     """
     missing = [name for name in environment if name not in os.environ]
     if missing:
-        raise InputError(f"--env: {', '.join(missing)} not set here. Set it, or leave it out.")
+        raise JobError(f"--env: {', '.join(missing)} not set here. Set it, or leave it out.")
     with tempfile.TemporaryDirectory(prefix="odedit-job-") as temporary:
         parcel = packing.pack(arguments, Path(temporary), Path.cwd(), include)
         runtime: dict[str, Any] = {
@@ -78,7 +78,7 @@ def follow(job: str, address: str, console: Console) -> int:
     A connection that breaks is made anew, and the log goes on where it was.
 
     Raises:
-        InputError: No cluster answers, or it knows no such job.
+        JobError: No cluster answers, or it knows no such job.
         KeyboardInterrupt: The user has seen enough; the job goes on.
     """
     client, shown, failures = _client(address), 0, 0
@@ -111,7 +111,7 @@ def stop(job: str, address: str, console: Console) -> int:
     """Ends a job as Ctrl-C would, and waits until it has ended; 0 if it had not ended before.
 
     Raises:
-        InputError: No cluster answers, or it knows no such job.
+        JobError: No cluster answers, or it knows no such job.
     """
     client = _client(address)
     if _details(client, job, address).status.is_terminal():
@@ -177,19 +177,19 @@ def _details(client: Any, job: str, address: str) -> Any:
         return client.get_job_info(job)
     except _troubles() as error:
         if "does not exist" in str(error) or "404" in str(error):
-            raise InputError(f"The cluster at {address} knows no job {job!r}.") from error
+            raise JobError(f"The cluster at {address} knows no job {job!r}.") from error
         raise _explained(address, error) from error
 
 
-def _explained(address: str, error: BaseException) -> InputError:
+def _explained(address: str, error: BaseException) -> JobError:
     text = str(error)
     if any(sign in text for sign in ("401", "403", "uthentication", "nauthorized")):
-        return InputError(
+        return JobError(
             f"--address: the cluster at {address} refuses without its token. Set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH "
             "to it."
         )
     reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)[:300]
-    return InputError(f"--address: no cluster takes jobs at {address} ({reason}). Give the address of its dashboard.")
+    return JobError(f"--address: no cluster takes jobs at {address} ({reason}). Give the address of its dashboard.")
 
 
 def _say(console: Console, text: str) -> None:

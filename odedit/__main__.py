@@ -261,20 +261,23 @@ def submit(
         from cluster import submit as jobs
 
         console = Console(stderr=True)
-        if stop is not None:
-            code = jobs.stop(stop, address, console)
-        elif follow is not None:
-            code = jobs.follow(follow, address, console)
-        else:
-            code = jobs.submit(
-                command or [],
-                address,
-                console,
-                wait=wait,
-                environment=env or [],
-                include=include or [],
-                install=install,
-            )[1]
+        try:
+            if stop is not None:
+                code = jobs.stop(stop, address, console)
+            elif follow is not None:
+                code = jobs.follow(follow, address, console)
+            else:
+                code = jobs.submit(
+                    command or [],
+                    address,
+                    console,
+                    wait=wait,
+                    environment=env or [],
+                    include=include or [],
+                    install=install,
+                )[1]
+        except jobs.JobError as error:
+            raise InputError(str(error)) from error
         raise typer.Exit(code)
 
 

@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 
 from cluster import packing
 from odedit.__main__ import app
-from odedit.errors import InputError
 
 
 @pytest.fixture
@@ -81,7 +80,7 @@ def test_what_is_read_there_is_told(here: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["demo"], "Unknown command of a job 'demo'"),
+        (["demo"], "A job runs one of edit, study, train, tune; got 'demo'"),
         (["edit"], "The results of `edit` would be written into the job's own folder"),
         (["tune"], "every node has mounted: --out /shared/name"),
         (["tune", "--out", "searches/x"], "--out: 'searches/x' would be written into the job's own folder"),
@@ -94,14 +93,14 @@ def test_what_is_read_there_is_told(here: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_would_not_arrive_or_be_lost_is_refused(here: Path, arguments: list[str], expected: str) -> None:
-    with pytest.raises(InputError, match=".*") as caught:
+    with pytest.raises(packing.JobError, match=".*") as caught:
         packed(here, *arguments)
     assert expected in str(caught.value)
 
 
 def test_too_much_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "MAX_BYTES", 1000)
-    with pytest.raises(InputError, match=r"more than 0 \(the largest file: odedit/"):
+    with pytest.raises(packing.JobError, match=r"more than 0 \(the largest file: odedit/"):
         packed(here, "edit", "out=/shared/x")
 
 
