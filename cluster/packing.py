@@ -76,8 +76,10 @@ def pack(arguments: Sequence[str], folder: Path, here: Path, include: Sequence[P
     parcel = Parcel(folder, list(arguments))
     for name in _CODE:
         _copy_code(name, folder)
-    values = _take_config(parcel, here)
-    places = [*_named("", values), *_overrides(parcel.arguments)]
+    overrides = list(_overrides(parcel.arguments))
+    replaced = {where for where, _ in overrides}
+    settings = _named("", _take_config(parcel, here))
+    places = [*((where, value) for where, value in settings if where not in replaced), *overrides]
     for where, value in places:
         _place(where, value, parcel, here)
     for path in include:
@@ -162,7 +164,10 @@ def _overrides(arguments: Sequence[str]) -> Iterator[tuple[str, object]]:
     for text in arguments[1:]:
         key, equals, value = text.partition("=")
         if equals and not key.startswith("-"):
-            yield key, yaml.safe_load(value) if value else value
+            try:
+                yield from _named(key, yaml.safe_load(value))
+            except yaml.YAMLError as error:
+                raise JobError(f"{text!r}: the value is not valid YAML.") from error
 
 
 def _place(where: str, value: object, parcel: Parcel, here: Path) -> None:
@@ -172,20 +177,16 @@ def _place(where: str, value: object, parcel: Parcel, here: Path) -> None:
         return
     if (name == "name" and where.split(".")[-2:-1] == ["editor"]) or name == "family":
         _take_module(where, value, parcel, here)
+    elif "://" in value:
+        pass  # an address means the same everywhere
     elif name in _READ:
-        is_elsewhere = "://" in value or Path(value).is_absolute() or value.startswith("~")
-        if is_elsewhere:
-            if "://" not in value:
-                parcel.notes.append(f"{where}: {value} is read where the job runs; it is not sent.")
-        elif name == "checkpoint" and not (here / value).exists() and value.count("/") <= 1:
-            pass  # a model of a hub
-        else:
+        is_of_hub = name == "checkpoint" and value.count("/") <= 1 and not (here / value).exists()
+        if Path(value).is_absolute() or value.startswith("~"):
+            parcel.notes.append(f"{where}: {value} is read where the job runs; it is not sent.")
+        elif not is_of_hub:
             _take(where, value, parcel, here)
-    elif name in _WRITTEN and "://" not in value and not Path(value).is_absolute():
-        raise JobError(
-            f"{where}: {value!r} would be written into the job's own folder and be lost with it. Give a full path on "
-            "storage that every node has mounted" + ("." if name == "out" else ", or an address.")
-        )
+    elif name in _WRITTEN:
+        _check_outlives(where, value, "." if name == "out" else ", or an address.")
 
 
 def _take(where: str, value: str, parcel: Parcel, here: Path) -> None:
@@ -221,16 +222,22 @@ def _take_module(where: str, name: str, parcel: Parcel, here: Path) -> None:
     parcel.notes.append(f"{where}: {top!r} is not in the current folder; it has to be installed where the job runs.")
 
 
+def _check_outlives(where: str, value: str, end: str = ".") -> None:
+    """Raises JobError if what is written to a place is gone with the job."""
+    if not Path(value).is_absolute():
+        raise JobError(
+            f"{where}: {value!r} would be written into the job's own folder and be lost with it. Give a full path on "
+            f"storage that every node has mounted{end}"
+        )
+
+
 def _check_results(arguments: Sequence[str], places: Sequence[tuple[str, object]]) -> None:
     """Raises JobError if nobody said where the results go."""
     command = arguments[0]
     given = [(option, value) for option in _FOLDER_OPTIONS[command] if (value := _option(arguments, option)[1])]
     for option, value in given:
-        if "://" not in value and not Path(value).is_absolute():
-            raise JobError(
-                f"{option}: {value!r} would be written into the job's own folder and be lost with it. Give a full path "
-                "on storage that every node has mounted."
-            )
+        if "://" not in value:
+            _check_outlives(option, value)
     if given or (command == "edit" and any(where == "out" for where, _ in places)):
         return
     wanted = "out=/shared/runs/name" if command == "edit" else "--out /shared/name"

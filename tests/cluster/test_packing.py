@@ -59,6 +59,13 @@ def test_overrides_and_files_on_request_are_taken_as_well(here: Path) -> None:
     assert (parcel.folder / "records.json").is_file() and (parcel.folder / "pictures/one.png").is_file()
 
 
+def test_what_an_override_replaces_is_neither_taken_nor_refused(here: Path) -> None:
+    values = {"data": {"path": "records.json"}, "out": "runs/x"}
+    parcel = packed(here, "edit", "data={path: /data/other.json}", "out=/shared/x", values=values)
+    assert not (parcel.folder / "records.json").exists()
+    assert parcel.notes == ["data.path: /data/other.json is read where the job runs; it is not sent."]
+
+
 def test_a_configuration_from_elsewhere_arrives_under_its_name(here: Path) -> None:
     far = here.parent / "far.yaml"
     far.write_text("seed: 3\n")
@@ -89,6 +96,7 @@ def test_what_is_read_there_is_told(here: Path) -> None:
         (["edit", "out=/x", "pipeline.feature_store=features"], "pipeline.feature_store: 'features' would be written"),
         (["edit", "out=/x", "data.path=none.json"], "data.path: there is no 'none.json' here"),
         (["edit", "out=/x", "data.image_root=.."], "data.image_root: '..' lies outside of the current folder"),
+        (["edit", "out=/x", "data.path=["], "'data.path=[': the value is not valid YAML."),
         (["edit", "out=/x", "--config", "none.yaml"], "--config: 'none.yaml' cannot be read (No such file"),
     ],
 )  # fmt: skip
