@@ -17,7 +17,6 @@ from rich.console import Console
 from cluster import packing
 from cluster.packing import JobError
 
-DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 LOST = 1
 """Exit code of a job that has none of its own: it was stopped, or could not be started."""
 _POLL_S = 1.0
@@ -34,8 +33,8 @@ def submit(
     environment: Sequence[str] = (),
     include: Sequence[Path] = (),
     install: bool = False,
-) -> tuple[str, int]:
-    """Sends a command to a cluster; the job's name and, if waited for, its exit code.
+) -> int:
+    """Sends a command to a cluster; the job's exit code, or 0 if it is not waited for.
 
     Args:
         arguments: `edit`, `tune`, `study` or `train` and what follows.
@@ -68,8 +67,8 @@ def submit(
             )
         except _troubles() as error:
             raise _explained(address, error) from error
-    _say(console, f"Job {job}. Follow it with: odedit submit --follow {job}; end it with: odedit submit --stop {job}")
-    return job, follow(job, address, console) if wait else 0
+    _say(console, f"Job {job}. {_handles(job)}")
+    return follow(job, address, console) if wait else 0
 
 
 def follow(job: str, address: str, console: Console) -> int:
@@ -82,7 +81,7 @@ def follow(job: str, address: str, console: Console) -> int:
         KeyboardInterrupt: The user has seen enough; the job goes on.
     """
     client, shown, failures = _client(address), 0, 0
-    details = _details(client, job, address)
+    _details(client, job, address)
     try:
         while True:
             shown = asyncio.run(_tail(client, job, shown))
@@ -98,13 +97,14 @@ def follow(job: str, address: str, console: Console) -> int:
                 break
             time.sleep(_POLL_S)
     except KeyboardInterrupt:
-        _say(
-            console,
-            f"Job {job} goes on. Follow it with: odedit submit --follow {job}; end it with: odedit submit --stop {job}",
-        )
+        _say(console, f"Job {job} goes on. {_handles(job)}")
         raise
     asyncio.run(_tail(client, job, shown))
     return _outcome(job, details, console)
+
+
+def _handles(job: str) -> str:
+    return f"Follow it with: odedit submit --follow {job}; end it with: odedit submit --stop {job}"
 
 
 def stop(job: str, address: str, console: Console) -> int:
@@ -114,8 +114,9 @@ def stop(job: str, address: str, console: Console) -> int:
         JobError: No cluster answers, or it knows no such job.
     """
     client = _client(address)
-    if _details(client, job, address).status.is_terminal():
-        _say(console, f"Job {job} had ended already ({_details(client, job, address).status}).")
+    details = _details(client, job, address)
+    if details.status.is_terminal():
+        _say(console, f"Job {job} had ended already ({details.status}).")
         return LOST
     client.stop_job(job)
     while not (details := _details(client, job, address)).status.is_terminal():

@@ -275,7 +275,7 @@ def submit(
                     environment=env or [],
                     include=include or [],
                     install=install,
-                )[1]
+                )
         except jobs.JobError as error:
             raise InputError(str(error)) from error
         raise typer.Exit(code)

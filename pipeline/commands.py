@@ -61,7 +61,7 @@ def _show_plan(config: run_config.RunConfig, errors: Console) -> None:
     import tempfile
     from dataclasses import replace
 
-    from pipeline import results
+    from pipeline import local_ray, results
     from pipeline.sources import resolve
     from pipeline.spec import machine_cpus, machine_gpus, make_plan
     from pipeline.workspace import Workspace
@@ -76,10 +76,11 @@ def _show_plan(config: run_config.RunConfig, errors: Console) -> None:
     if config.data.split is None:
         resolve(config.data, workspace.out).reader.check_roots()
     print(f"# input: {usable} usable records in {groups} groups of {config.pipeline.batch_size}, {problems} skipped")
-    if config.pipeline.ray_address is None:
+    address = local_ray.address_of(config.pipeline)
+    if address is None:
         print(f"# plan: {make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), groups)}")
     else:
-        print(f"# plan: on the cluster at {config.pipeline.ray_address}")
+        print(f"# plan: on the cluster at {address}")
     print(f"# results: {workspace.out}" + (f" (finished groups there: {done})" if done else ""))
     if config.tracking.enabled:
         print(f"# MLflow: {tracking.masked(tracking.store_uri(config.tracking, workspace.out))}")

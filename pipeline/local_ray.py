@@ -34,7 +34,7 @@ def connected(pipeline: PipelineConfig, backbone: BackboneConfig, num_groups: in
     Raises:
         InputError: The cluster cannot be reached, or cannot hold what is asked for.
     """
-    address = pipeline.ray_address or _address_of_job()
+    address = address_of(pipeline)
     if address is None:
         plan = make_plan(pipeline, backbone, machine_cpus(), machine_gpus(), num_groups)
         with _environment(_local_environment() | _authentication()), _local(plan):
@@ -44,10 +44,12 @@ def connected(pipeline: PipelineConfig, backbone: BackboneConfig, num_groups: in
             yield _cluster_plan(pipeline, backbone, num_groups)
 
 
-def _address_of_job() -> str | None:
-    """The cluster that this process is a job of, if it is one; Ray tells its jobs."""
+def address_of(pipeline: PipelineConfig) -> str | None:
+    """The cluster that a run uses: the one it names, or the one that this process is a job of; None: its own Ray."""
+    if pipeline.ray_address is not None:
+        return pipeline.ray_address
+    # Ray tells its jobs; a shell that submits jobs may have the dashboard's there.
     address = os.environ.get("RAY_ADDRESS", "")
-    # A shell that submits jobs may have the dashboard's there.
     return None if address in ("", "local") or "://" in address else address
 
 

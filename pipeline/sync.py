@@ -37,9 +37,8 @@ def sync(folder: Path, uri: str | None = None) -> str:
         "usable": summary["n"] + summary["failed"],
         "problems": summary["skipped"],
     }
-    # Another store knows nothing of the run that was begun in the first.
-    run_id = state.get("run_id") if uri is None else None
-    tracker = tracking.Tracker.start(config, workspace, run_id, state["code"], dataset)
+    # A store that does not know the run makes another one.
+    tracker = tracking.Tracker.start(config, workspace, state.get("run_id"), state["code"], dataset)
     update(workspace, run_id=tracker.run_id)
     try:
         tracker.log_results(config, workspace, summary)

@@ -107,6 +107,23 @@ def test_a_dry_run_prints_the_configuration_and_the_plan_and_writes_nothing(file
     assert not Path(files["values"]["out"]).exists()
 
 
+@pytest.mark.parametrize(
+    ("of_job", "expected"),
+    [
+        ("10.0.0.1:6379", "on the cluster at 10.0.0.1:6379"),
+        ("http://127.0.0.1:8265", "1 actor on"),
+        ("local", "1 actor on"),
+    ],
+)
+def test_a_job_of_a_cluster_runs_on_it(
+    files: dict[str, Any], monkeypatch: pytest.MonkeyPatch, of_job: str, expected: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", of_job)
+    expect(odedit("edit", "--config", files["config"], "--dry-run"), 0, f"# plan: {expected}")
+    named = odedit("edit", "--config", files["config"], "--dry-run", "pipeline.ray_address=10.0.0.2:6379")
+    expect(named, 0, "# plan: on the cluster at 10.0.0.2:6379")
+
+
 def test_edit_and_apply(files: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     inline_pipeline.install(monkeypatch)
     expect(odedit("edit", "--config", files["config"]), 0, "reliability", "3 edits, 0 failed, 0 skipped")
