@@ -334,7 +334,8 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)|[-+]?\d+\.\d*|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+    # Whole: `10.0.0.2:6379` begins like a number.
+    re.compile(r"^(?:[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)|[-+]?\d+\.\d*|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
     list("-+0123456789."),
 )
 

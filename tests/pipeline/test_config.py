@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from odedit.errors import InputError
-from pipeline.config import RunConfig, from_dict, load
+from pipeline.config import RunConfig, apply_override, from_dict, load
 from pipeline.tracking import masked_values
 
 
@@ -70,6 +71,13 @@ def test_overrides_are_yaml_and_reach_any_depth(tmp_path: Path) -> None:
     config = load(path, ["editor.learning_rate=1e-3", "data.limit=7", "objective.multiplier.depth=2", "data.pool="])
     assert config.editor.settings.learning_rate == 1e-3
     assert (config.data.limit, config.objective.multiplier.depth, config.data.pool) == (7, 2, None)
+
+
+@pytest.mark.parametrize("text", ["10.0.0.2:6379", "1.2.3", "1e5x", "1.5 GiB", "-1.0-2"])
+def test_what_only_begins_like_a_number_is_text(text: str) -> None:
+    values: dict[str, Any] = {}
+    apply_override(values, f"pipeline.ray_address={text}")
+    assert values == {"pipeline": {"ray_address": text}}
 
 
 @pytest.mark.parametrize(
