@@ -20,6 +20,7 @@ from cluster.packing import JobError
 LOST = 1
 """Exit code of a job that has none of its own: it was stopped, or could not be started."""
 _POLL_S = 1.0
+_READY_S = 60.0
 _QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
 """What of Ray's own messages would stand between the job's."""
 
@@ -61,14 +62,21 @@ def submit(
             _say(console, f"Note: {note}")
         client = _client(address)
         _say(console, f"Sending {parcel.num_bytes / 2**20:.1f} MiB to {address} ...")
-        try:
-            job = client.submit_job(
-                entrypoint=shlex.join(["python", "-m", "odedit", *parcel.arguments]), runtime_env=runtime
-            )
-        except _troubles() as error:
-            raise _explained(address, error) from error
+        job = _sent(client, address, shlex.join(["python", "-m", "odedit", *parcel.arguments]), runtime)
     _say(console, f"Job {job}. {_handles(job)}")
     return follow(job, address, console) if wait else 0
+
+
+def _sent(client: Any, address: str, command: str, runtime: dict[str, Any]) -> str:
+    """The job's id. A cluster that has just been started is given a minute to be ready for jobs."""
+    begun = time.monotonic()
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=command, runtime_env=runtime))
+        except _troubles() as error:
+            if "No available agent" not in str(error) or time.monotonic() - begun > _READY_S:
+                raise _explained(address, error) from error
+        time.sleep(_POLL_S)
 
 
 def follow(job: str, address: str, console: Console) -> int:
