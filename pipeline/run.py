@@ -227,6 +227,7 @@ def _edit(
         progress.include(results.read_rows(finished, results.PROGRESS_COLUMNS))
         last = time.monotonic()
         for index, _, rows in graph.run_graph(jobs, plan, pending, profile):
+            raise_if_interrupted()
             runs[index].start()
             now = time.monotonic()
             runs[index].seconds, last = runs[index].seconds + now - last, now
@@ -261,18 +262,37 @@ def _finish(ready: Ready, tracker: tracking.Tracker | None, console: Console | N
     return Outcome(workspace, summary, uri, (read_json(workspace.run) or {}).get("run_id"))
 
 
+_is_interrupted = False
+
+
 @contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
-    """Inside, SIGTERM ends the run as Ctrl-C does: Ray is stopped, the MLflow run closed, and no result is lost."""
+    """Inside, SIGTERM ends the run as Ctrl-C does: Ray is stopped, the MLflow run closed, and no result is lost.
+
+    A signal may come while code of some library runs that lets no exception out, such as a destructor; it is not
+    forgotten: see `raise_if_interrupted`.
+    """
+    global _is_interrupted
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        global _is_interrupted
+        _is_interrupted = True
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if before[signal.SIGINT] is signal.default_int_handler:  # the outermost: what was asked for is done
+            _is_interrupted = False
+
+
+def raise_if_interrupted() -> None:
+    """Raises KeyboardInterrupt if the user has asked for the end, and whoever heard of it first kept it to himself."""
+    if _is_interrupted:
+        raise KeyboardInterrupt

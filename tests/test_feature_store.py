@@ -42,6 +42,16 @@ def equal(one, other) -> bool:
     return list(one) == list(other) and all(same)
 
 
+def close(one, other) -> bool:
+    """Equal up to rounding: a product's depends on how many pictures there are, on some processors."""
+    return list(one) == list(other) and all(torch.allclose(one[key], other[key], atol=1e-5) for key in one)
+
+
+def alone(model) -> dict[str, Tensor]:
+    """The features, each computed by itself."""
+    return {key: feature for one in PICTURES for key, feature in model.image_features([one]).items()}
+
+
 def refuse(text: str) -> None:
     raise AssertionError(text)
 
@@ -83,13 +93,14 @@ def test_batches_with_a_store_are_those_without(backbone, batches, requests_8, s
 
 def test_in_memory_a_picture_is_computed_once_within_the_bytes(backbone, monkeypatch):
     expected = backbone.image_features(PICTURES)
+    first_two = backbone.image_features(PICTURES[:2])
     counted = Counted(backbone, monkeypatch)
     size = next(iter(expected.values())).nbytes
     model = remembering(backbone, memory_bytes=2 * size)
-    assert equal(model.image_features(PICTURES[:2]), dict(list(expected.items())[:2]))
+    assert equal(model.image_features(PICTURES[:2]), first_two)
     model.image_features(PICTURES[1:3])
     assert counted.calls == [2, 1], "the second was remembered"
-    assert equal(model.image_features(PICTURES), expected)
+    assert close(model.image_features(PICTURES), expected)
     assert counted.calls == [2, 1, 3], "the first had to go"
     model.image_features(PICTURES[4:], before_connector=True)
     assert counted.calls[3:] == [1], "the other side of the connector is another feature"
@@ -148,7 +159,7 @@ def test_another_program_makes_other_features(backbone, store, tmp_path, monkeyp
     ids=["empty", "no header", "half a header", "cut", "longer", "bit", "noise", "format", "another picture's"],
 )
 def test_a_damaged_file_is_computed_again_and_replaced(backbone, store, tmp_path, monkeypatch, damage):
-    expected = remembering(backbone, store).image_features(PICTURES)
+    expected = alone(remembering(backbone, store))
     file, other = files_of(tmp_path / "store")[:2]
     whole = file.read_bytes()
     file.write_bytes(damage(whole, other.read_bytes()))

@@ -26,6 +26,7 @@ from pipeline import results
 from pipeline.checkpoints import with_absolute_checkpoints
 from pipeline.config import RunConfig
 from pipeline.prepare import one_sentence
+from pipeline.run import raise_if_interrupted
 from pipeline.search_tracking import SearchRun
 from pipeline.study.tables import number
 from pipeline.tracking import flatten
@@ -63,6 +64,7 @@ class Running:
 
     def ask(self, trial_id: str) -> dict[str, Any] | None:
         """The configuration of a new Tune trial, or None if there are enough."""
+        raise_if_interrupted()
         try:
             trial = self._broken.pop(0) if self._broken else self._points.ask()
         except InputError as error:
@@ -85,6 +87,7 @@ class Running:
 
     def report(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """Takes what a trial says at a rung; what it says again, after it was taken up again, is passed over."""
+        raise_if_interrupted()
         trial = self._trials[trial_id]
         if "report" not in result:
             return

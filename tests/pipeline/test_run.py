@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from odedit.memory import Peak
 from odedit.metrics import MAIN
 from pipeline import actor, results
 from pipeline.config import from_dict
-from pipeline.run import Outcome
+from pipeline.run import Outcome, raise_if_interrupted, terminate_as_interrupt
 
 Inline = Callable[..., Outcome]
 
@@ -214,3 +215,22 @@ def test_no_later_step_needs_more_memory_than_the_measured_ones(
         }
         peaks.append(rows_of(inline(from_dict(settings | changed)))[0]["peak_bytes"])
     assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_that_comes_where_no_exception_gets_out_is_not_forgotten(number: signal.Signals) -> None:
+    class Closing:
+        def __del__(self) -> None:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+
+    handler = signal.getsignal(number)
+    raise_if_interrupted()
+    with terminate_as_interrupt():
+        with terminate_as_interrupt():
+            closing = Closing()
+            del closing
+        with pytest.raises(KeyboardInterrupt):
+            raise_if_interrupted()
+    raise_if_interrupted()
+    assert signal.getsignal(number) is handler
