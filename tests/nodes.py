@@ -54,6 +54,12 @@ class Cluster:
         """The processes of the actors that run a stage of the graph, on both nodes."""
         return [process for process in self._processes() if stage in _name(process)]
 
+    def is_on_second(self, process: psutil.Process) -> bool:
+        try:
+            return self.second.pid in (above.pid for above in process.parents())
+        except psutil.NoSuchProcess:
+            return False
+
     def lose_second(self) -> None:
         """SIGKILL for everything on the second node at once, as if its power had gone."""
         for process in [*psutil.Process(self.second.pid).children(recursive=True), psutil.Process(self.second.pid)]:
