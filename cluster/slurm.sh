@@ -27,6 +27,8 @@ fi
 # Ray's ports are open to the network: who comes in has to know a secret, which is this job's own.
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+# When nodes are told to end, the run has ended: there is nothing to wait for.
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 # This script runs on the first node. ODEDIT_HEAD_IP names another of its network cards.
@@ -34,6 +36,7 @@ ip=${ODEDIT_HEAD_IP:-$(python -c 'import ray; print(ray.util.get_node_ip_address
 port=$((20000 + SLURM_JOB_ID % 10000))
 
 steps=()
+# shellcheck disable=SC2329  # the trap calls it
 finish() {
   trap - EXIT
   if ((${#steps[@]})); then
@@ -66,15 +69,15 @@ END
 }
 deadline=$((SECONDS + 600))
 until number=$(joined) && ((number >= ${#nodes[@]})); do
-  for step in "${steps[@]}"; do
-    if ! kill -0 "$step" 2>/dev/null || ((SECONDS > deadline)); then
+  for pid in "${steps[@]}"; do
+    if ! kill -0 "$pid" 2>/dev/null || ((SECONDS > deadline)); then
       echo "Ray: ${number:-0} of ${#nodes[@]} nodes have joined, and the others ended or took too long." >&2
       exit 1
     fi
   done
   sleep 2
 done
-echo "Ray: ${#nodes[@]} nodes have joined." >&2
+echo "Ray: $number of ${#nodes[@]} nodes have joined." >&2
 
 RAY_ADDRESS=$ip:$port python -m odedit "$@" &
 run=$!
