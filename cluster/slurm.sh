@@ -13,6 +13,7 @@
 #SBATCH --exclusive
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=8
+#SBATCH --mem=0
 #SBATCH --gpus-per-node=1
 #SBATCH --time=12:00:00
 # Two minutes before the end, to close the run.

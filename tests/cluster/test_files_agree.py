@@ -149,7 +149,7 @@ def secrets_in(content: str) -> list[str]:
     return [
         found
         for found in (match[0] for match in SECRET.finditer(content))
-        if found not in ("auth_token: ~/.ray/auth_token", "HttpTokens: required")
+        if found not in ("auth_token: ~/.ray/auth_token", "HttpTokens: required}")
     ]
 
 
@@ -178,3 +178,13 @@ def test_every_file_ships_with_the_package() -> None:
     patterns = PROJECT["tool"]["setuptools"]["package-data"]["cluster"]
     left = [path.name for path in FILES if not any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)]
     assert left == [] and len(FILES) >= 9
+
+
+def test_the_readme_says_what_each_file_is_for() -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("### On a cluster")[1].split("\n## ")[0]
+    named = {
+        name for cell in re.findall(r"^\| (`[^|]*) \|", section, flags=re.M) for name in re.findall(r"`([^`]+)`", cell)
+    }
+    assert named == {path.name for path in FILES} - {"Dockerfile.dockerignore"}
+    for variable in ("RAY_AUTH_MODE=token", *CREDENTIALS):
+        assert variable in section, variable

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -33,8 +32,8 @@ while true; do sleep 0.1; done
 """
 PYTHON = f"""#!/usr/bin/env bash
 case "$*" in
-  "-m odedit"*) echo "$RAY_ADDRESS ${{*:3}}" > "$CALLED"
-    trap 'echo ended >> "$CALLED"; exit 3' TERM
+  "-m odedit"*) trap 'echo ended >> "$CALLED"; exit 3' TERM
+    echo "$RAY_ADDRESS ${{*:3}}" > "$CALLED"
     for _ in {{1..300}}; do [[ -n ${{ENDLESS:-}} ]] && sleep 0.1; done
     exit 7 ;;
   "- "*) cat > /dev/null; echo asked >> "$ASKED"; wc -l < "$ASKED" ;;
@@ -148,7 +147,7 @@ def test_the_end_of_the_time_is_handed_on_and_the_run_may_finish_what_it_does(al
     deadline = time.monotonic() + 60
     while not (allocation.folder / "called").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    time.sleep(0.3)  # until it listens
+    time.sleep(0.3)  # the script starts the run a moment before it listens
     script.send_signal(signal.SIGTERM)
     assert script.wait(timeout=60) == 3
     assert allocation.read("called").endswith("ended\n") and allocation.left() == []
@@ -164,4 +163,4 @@ def test_a_real_ray_is_started_used_and_ended(tmp_path: Path) -> None:
         assert "Ray: 1 of 1 nodes have joined." in ended.stderr and "Did you mean 'wise'?" in ended.stderr
         assert allocation.left() == []
     finally:
-        shutil.rmtree(Path(tempfile.gettempdir()) / f"ray-{allocation.job}", ignore_errors=True)
+        shutil.rmtree(f"/tmp/ray-{allocation.job}", ignore_errors=True)
