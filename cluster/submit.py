@@ -16,6 +16,7 @@ from rich.console import Console
 
 from cluster import packing
 from cluster.packing import JobError
+from pipeline.interrupts import raise_if_interrupted, terminate_as_interrupt
 
 LOST = 1
 """Exit code of a job that has none of its own: it was stopped, or could not be started."""
@@ -92,7 +93,9 @@ def follow(job: str, address: str, console: Console) -> int:
     _details(client, job, address)
     try:
         while True:
-            shown = asyncio.run(_tail(client, job, shown))
+            with terminate_as_interrupt():
+                shown = asyncio.run(_tail(client, job, shown))
+                raise_if_interrupted()  # its client may take the end of the connection for an ordinary one
             try:
                 details, failures = client.get_job_info(job), 0
             except _troubles() as error:

@@ -9,7 +9,8 @@ from rich.console import Console
 import odedit
 from pipeline import local_ray, report, tracking
 from pipeline.config import RunConfig, from_dict, read_yaml
-from pipeline.run import run, terminate_as_interrupt
+from pipeline.interrupts import terminate_as_interrupt
+from pipeline.run import run
 
 ARMS = {"WISE": "demo-wise", "WISE + ODEdit": "demo-wise-odedit"}
 

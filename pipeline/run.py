@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +15,7 @@ from rich.console import Console
 from odedit.errors import InputError
 from pipeline import local_ray, results, tracking
 from pipeline.config import RunConfig
+from pipeline.interrupts import raise_if_interrupted, terminate_as_interrupt
 from pipeline.profile import Profile
 from pipeline.progress import Progress
 from pipeline.ready import Ready, prepare, update
@@ -260,39 +259,3 @@ def _finish(ready: Ready, tracker: tracking.Tracker | None, console: Console | N
         update(workspace, logged=True)
     uri = tracking.store_uri(config.tracking, workspace.out) if config.tracking.enabled else None
     return Outcome(workspace, summary, uri, (read_json(workspace.run) or {}).get("run_id"))
-
-
-_is_interrupted = False
-
-
-@contextmanager
-def terminate_as_interrupt() -> Iterator[None]:
-    """Inside, SIGTERM ends the run as Ctrl-C does: Ray is stopped, the MLflow run closed, and no result is lost.
-
-    A signal may come while code of some library runs that lets no exception out, such as a destructor; it is not
-    forgotten: see `raise_if_interrupted`.
-    """
-    global _is_interrupted
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        global _is_interrupted
-        _is_interrupted = True
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if before[signal.SIGINT] is signal.default_int_handler:  # the outermost: what was asked for is done
-            _is_interrupted = False
-
-
-def raise_if_interrupted() -> None:
-    """Raises KeyboardInterrupt if the user has asked for the end, and whoever heard of it first kept it to himself."""
-    if _is_interrupted:
-        raise KeyboardInterrupt

@@ -33,9 +33,9 @@ from pipeline import sources, tracking
 from pipeline.checkpoints import with_absolute_checkpoints
 from pipeline.config import EMBEDDED, RunConfig
 from pipeline.features import load_remembering, with_checked_store
+from pipeline.interrupts import terminate_as_interrupt
 from pipeline.prepare import located
 from pipeline.results import supervision_name
-from pipeline.run import terminate_as_interrupt
 from pipeline.sources import Sources
 from pipeline.spec import machine_cpus, machine_gpus, make_plan
 from pipeline.staging import POOL_RECORDS

@@ -22,7 +22,8 @@ from pipeline import local_ray, sources, tracking
 from pipeline.checkpoints import editor_weights, with_absolute_checkpoints
 from pipeline.config import RunConfig
 from pipeline.features import with_checked_store
-from pipeline.run import Outcome, run_many, terminate_as_interrupt
+from pipeline.interrupts import terminate_as_interrupt
+from pipeline.run import Outcome, run_many
 from pipeline.search_tracking import KIND, SearchRun
 from pipeline.spec import Job, Plan
 from pipeline.version import code_version

@@ -25,8 +25,8 @@ from odedit.metrics import MAIN
 from pipeline import results
 from pipeline.checkpoints import with_absolute_checkpoints
 from pipeline.config import RunConfig
+from pipeline.interrupts import raise_if_interrupted
 from pipeline.prepare import one_sentence
-from pipeline.run import raise_if_interrupted
 from pipeline.search_tracking import SearchRun
 from pipeline.study.tables import number
 from pipeline.tracking import flatten

@@ -13,7 +13,8 @@ from rich.console import Console
 from odedit.errors import InputError, NothingUsable
 from pipeline import local_ray, results, tracking
 from pipeline.config import RunConfig
-from pipeline.run import Outcome, run_many, terminate_as_interrupt
+from pipeline.interrupts import terminate_as_interrupt
+from pipeline.run import Outcome, run_many
 from pipeline.study import data, plots, states, tables, weights
 from pipeline.study.spec import Arm, StudyConfig, arms, run_config
 from pipeline.version import code_version

@@ -25,7 +25,7 @@ from odedit.errors import InputError
 from odedit.train import TrainingError, train
 from pipeline import training
 from pipeline.config import EMBEDDED, DataConfig, RunConfig
-from pipeline.run import terminate_as_interrupt
+from pipeline.interrupts import terminate_as_interrupt
 from pipeline.spec import machine_cpus, machine_gpus, make_plan
 
 _SECONDS_BETWEEN_LOOKS = 0.2

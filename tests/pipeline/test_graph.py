@@ -24,6 +24,7 @@ from pipeline.profile import WAITING, Clock, Profile
 from pipeline.progress import Progress
 from pipeline.run import run
 from pipeline.spec import Plan, make_plan
+from tests.rows import assert_same
 
 pytestmark = pytest.mark.ray
 
@@ -68,7 +69,7 @@ def test_two_actors_edit_at_once_and_give_the_rows_that_one_gives(
     monkeypatch.setattr(graph, "MAX_BLOCKS_PER_ACTOR", 1)
     profile = Profile()
     two = rows_of(signing(2), "two", profile, actors=2, preparers=1)
-    assert [results.to_json_row(row) for row in one] == [results.to_json_row(row) for row in two]
+    assert_same(two, one)
     assert len(list(folder.iterdir())) == 2
     stored = json.loads(Path(f"{settings['out']}-two", "profile.json").read_text())
     assert stored == {"records": 5, "seconds": profile.seconds}

@@ -20,7 +20,9 @@ from odedit.memory import Peak
 from odedit.metrics import MAIN
 from pipeline import actor, results
 from pipeline.config import from_dict
-from pipeline.run import Outcome, raise_if_interrupted, terminate_as_interrupt
+from pipeline.interrupts import raise_if_interrupted, terminate_as_interrupt
+from pipeline.run import Outcome
+from tests.rows import assert_same
 
 Inline = Callable[..., Outcome]
 
@@ -117,7 +119,7 @@ def test_an_edit_that_ends_its_worker_is_given_up(settings: dict[str, Any], inli
 
 def test_a_resumed_run_equals_an_uninterrupted_one(settings: dict[str, Any], inline: Inline) -> None:
     whole = inline(from_dict(settings))
-    expected = [results.to_json_row(row) for row in rows_of(whole)]
+    expected = rows_of(whole)
     out = Path(settings["out"])
     # As a kill in the second group leaves it: its edits partly written, begun but without rows.
     whole.workspace.part(1).unlink()
@@ -125,7 +127,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(settings: dict[str, Any], inl
     (out / "results" / ".part-000001.parquet.host.1.tmp").write_bytes(b"half")
     before = whole.workspace.part(0).stat().st_mtime_ns
     again = inline(from_dict(settings))
-    assert [results.to_json_row(row) for row in rows_of(again)] == expected
+    assert_same(rows_of(again), expected)
     assert again.workspace.part(0).stat().st_mtime_ns == before
 
 
