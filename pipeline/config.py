@@ -29,6 +29,8 @@ from pipeline import strict
 EMBEDDED = "embedded"
 SPLITS = ("train", "validation", "evaluation")
 AUTO: Literal["auto"] = "auto"
+MAX_VALUES = 100_000
+"""More are no configuration."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -357,7 +359,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(f"{where}{place}: this is not valid YAML: {error.problem}.") from error
@@ -365,6 +367,24 @@ def _parse(text: str, where: str) -> Any:
         raise InputError(f"{where}: this is not valid YAML.") from error
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
+    except ValueError as error:  # a day that no calendar has, a number of thousands of digits
+        raise InputError(f"{where}: a value cannot be read: {error}.") from error
+    if _count(values) > MAX_VALUES:
+        raise InputError(f"{where}: it holds more than {MAX_VALUES:,} values, aliases followed (or one holds itself).")
+    return values
+
+
+def _count(values: Any) -> int:
+    """How many values there are, aliases followed, as far as matters: a few lines can stand for billions."""
+    rest, number = [values], 0
+    while rest and number <= MAX_VALUES:
+        one = rest.pop()
+        number += 1
+        if isinstance(one, list | tuple | set | frozenset):
+            rest.extend(one)
+        elif isinstance(one, dict):
+            rest.extend(one.values())
+    return number
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

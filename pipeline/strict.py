@@ -21,7 +21,7 @@ from odedit.errors import InputError
 _WORDS: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
-    float: "a number",
+    float: "a finite number",
     str: "text",
     type(None): "nothing (null)",
     Any: "anything",
@@ -49,7 +49,8 @@ def raise_problems(problems: Iterable[str]) -> None:
     """Raises one InputError with a line per problem, if there is any."""
     lines = list(problems)
     if lines:
-        raise InputError("\n".join(lines))
+        # A lone surrogate, which YAML can write, cannot be printed.
+        raise InputError("\n".join(lines).encode("utf-8", "backslashreplace").decode())
 
 
 def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
@@ -94,7 +95,7 @@ def _scalar(annotation: Any, value: Any, where: str, problems: list[str]) -> Any
 
 @lru_cache(maxsize=256)
 def _adapter(annotation: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+    return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
 
 
 def unknown_key(where: str, key: str, allowed: Iterable[str]) -> str:
