@@ -24,10 +24,15 @@ Rotary = tuple[Tensor, Tensor]
 
 
 class Decoder(Protocol):
-    """A text model, run from any half of a layer on."""
+    """A text model, run from any half of a layer on.
+
+    Attributes:
+        max_positions: Of its longest sequence.
+    """
 
     num_layers: int
     hidden_size: int
+    max_positions: int
 
     def site(self, name: str) -> nn.Linear:
         """The linear module of `layers.<n>.<part>`; InputError names the parts there are."""
@@ -48,10 +53,7 @@ class Decoder(Protocol):
         ...
 
     def embed_positions(self, embedded_RSD: Tensor, positions_RS: Tensor | None = None) -> Tensor:
-        """The residual stream that enters layer 0; at positions 0, 1, 2, ... or at those given.
-
-        ValueError: more positions than the model takes.
-        """
+        """The residual stream that enters layer 0; at positions 0, 1, 2, ... or at those given."""
         ...
 
     def attention_half(
@@ -235,7 +237,7 @@ class OPTDecoder(_Sites):
         self._decoder: Any = model.model.decoder
         self._layers = self._decoder.layers
         self._head = model.lm_head
-        self._max_positions: int = int(model.config.max_position_embeddings)
+        self.max_positions = int(model.config.max_position_embeddings)
         self.num_layers = len(self._decoder.layers)
         self.hidden_size = int(model.config.hidden_size)
 
@@ -250,15 +252,13 @@ class OPTDecoder(_Sites):
         return None
 
     def embed_positions(self, embedded_RSD: Tensor, positions_RS: Tensor | None = None) -> Tensor:
-        length = embedded_RSD.shape[1]
-        if length > self._max_positions:
-            raise ValueError(f"sequence of {length} positions, the text model takes {self._max_positions}.")
-        positions = torch.arange(length, device=embedded_RSD.device) if positions_RS is None else positions_RS
+        if positions_RS is None:
+            positions_RS = torch.arange(embedded_RSD.shape[1], device=embedded_RSD.device)
         if self._decoder.project_in is not None:
             embedded_RSD = self._decoder.project_in(embedded_RSD)
         # OPT's table has two unused rows in front, which its `offset` skips.
         table = self._decoder.embed_positions
-        return embedded_RSD + nn.functional.embedding(positions + table.offset, table.weight)
+        return embedded_RSD + nn.functional.embedding(positions_RS + table.offset, table.weight)
 
     def _norm_before_attention(self, layer: int) -> nn.Module:
         return cast(nn.Module, self._layers[layer].self_attn_layer_norm)
@@ -313,7 +313,7 @@ class LlamaDecoder(_Sites):
         self._decoder: Any = model
         self._layers = model.layers
         self._head: nn.Linear = head
-        self._max_positions: int = min(
+        self.max_positions = min(
             int(config.max_position_embeddings),
             int(getattr(config, "sliding_window", None) or config.max_position_embeddings),
         )
@@ -334,10 +334,6 @@ class LlamaDecoder(_Sites):
         return cos, sin
 
     def embed_positions(self, embedded_RSD: Tensor, positions_RS: Tensor | None = None) -> Tensor:
-        if embedded_RSD.shape[1] > self._max_positions:
-            raise ValueError(
-                f"sequence of {embedded_RSD.shape[1]} positions, the text model takes {self._max_positions}."
-            )
         return embedded_RSD
 
     def _norm_before_attention(self, layer: int) -> nn.Module:

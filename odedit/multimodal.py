@@ -45,6 +45,7 @@ class MultimodalModel(ABC):
         self._decoder = self.make_decoder()
         self.num_layers = self._decoder.num_layers
         self.hidden_size = self._decoder.hidden_size
+        self.max_positions = self._decoder.max_positions
         self._connector_linears = {
             f"{CONNECTOR}{name}.{path}".rstrip("."): linear
             for name, module in self.connector().items()
@@ -124,6 +125,13 @@ class MultimodalModel(ABC):
     ) -> EditBatch:
         tokenizer = self.processor.tokenizer
         cells = [[None if probe is None else self.sequence(probe, template) for probe in row] for row in grid]
+        for edit_id, row in zip(edit_ids, cells, strict=True):
+            for slot, cell in zip(slots, row, strict=True):
+                if cell is not None and len(cell.tokens) > self.max_positions:
+                    raise InputError(
+                        f"{edit_id}, {slot}: its {len(cell.tokens):,} tokens are more than the {self.max_positions:,} "
+                        "positions that the text model takes."
+                    )
         pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
         width = self.vision_width if before_connector else self.hidden_size
         batch = assemble(edit_ids, slots, cells, features, pad, width, self.device)

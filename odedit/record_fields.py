@@ -18,6 +18,8 @@ FIELDS = (
     "src", "pred", "alt", "rephrase", "image", "image_rephrase", "loc", "loc_ans", "m_loc", "m_loc_q", "m_loc_a",
 )  # fmt: skip
 STANDARD_PROBES = ("t_gen", "m_gen", "t_loc", "m_loc")
+MAX_CHARACTERS = 50_000
+"""Of one text; more fills no model's context with anything that is meant."""
 REPHRASE_PREFIX = "rephrase:"
 """Before an image's path: it lies under the rephrase root. `image_rephrase` always does, with or without."""
 
@@ -166,6 +168,8 @@ def _text_problem(values: Mapping[str, Any], name: str, where: str, *, may_be_em
         yield f"wrong type: {where} is {type_name(text)}, expected text"
     elif not text.strip() and not may_be_empty:
         yield f"empty field: {where} is empty"
+    elif len(text) > MAX_CHARACTERS:
+        yield f"text too long: {where} has {len(text):,} characters, expected at most {MAX_CHARACTERS:,}"
     elif not _is_unicode(text):
         yield f"invalid text: {where} holds half of a surrogate pair, which no tokenizer or table can store"
 

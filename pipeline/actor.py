@@ -276,11 +276,23 @@ class EditActor:
 
     def _calibration_requests(self, records: Iterable[RawRecord], setting: str) -> list[EditRequest]:
         problems: list[str] = []
-        requests = list(islice(Preparer(self._job).calibration_requests(records, problems), CALIBRATION_RECORDS))
+        usable = filter(self._fits, Preparer(self._job).calibration_requests(records, problems))
+        requests = list(islice(usable, CALIBRATION_RECORDS))
         if not requests:
-            first = problems[0] if problems else "there is none."
+            first = problems[0] if problems else "there is none that the model takes."
             raise InputError(f"{setting}: no calibration record can be used; first: {first}")
         return requests
+
+    def _fits(self, request: EditRequest) -> bool:
+        """Whether the model takes what of a request is measured; one that it does not take fails when it is edited."""
+        try:
+            cells = [
+                self._backbone.sequence(probe, self._template)
+                for probe in (request.edit, *request.supervision.values())
+            ]
+        except ValueError:  # a target without a token
+            return False
+        return all(len(cell.tokens) <= self._backbone.max_positions for cell in cells)
 
     def _num_states(self, request: EditRequest) -> int:
         """How many states one request gives the measurement, as `odedit.objective.calibrate` selects them."""

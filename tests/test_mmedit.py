@@ -147,6 +147,7 @@ PROBE = {"prompt": "p", "target": "t", "image": "x.png"}
         ("probes", {"far_gen": {"prompt": "p"}}, "missing field: probes['far_gen'].target"),
         ("probes", {"far_gen": PROBE | {"image": 3}}, "wrong type: probes['far_gen'].image is a number"),
         ("probes", {"far_gen": PROBE | {"image": ""}}, "empty field: probes['far_gen'].image"),
+        ("probes", {"far_gen": PROBE | {"prompt": "x" * 60_000}}, "text too long: probes['far_gen'].prompt has 60,000"),
         ("probes", {"far_gen": PROBE | {"img": "x"}}, "unknown key: probes['far_gen'] has 'img'"),
         ("held_out", {"locality": PROBE}, "unknown slot: held_out has 'locality'"),
         ("held_out", {"edit": PROBE}, "unknown slot: held_out has 'edit'"),

@@ -105,6 +105,7 @@ class Backbone(Protocol):
     processor: Processor
     num_layers: int
     hidden_size: int
+    max_positions: int
 
     def image_features(self, pictures: Sequence[Picture], before_connector: bool = False) -> Mapping[str, Tensor]:
         """Features `(L, hidden)` of each distinct picture, by its key; `(patches, width)` before the connector."""
@@ -127,6 +128,10 @@ class Backbone(Protocol):
 
         Args:
             before_connector: How `features` were made by `image_features`.
+
+        Raises:
+            InputError: A probe has more tokens than `max_positions`.
+            ValueError: A target has no token.
         """
         ...
 

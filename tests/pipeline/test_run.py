@@ -236,3 +236,12 @@ def test_an_interruption_that_comes_where_no_exception_gets_out_is_not_forgotten
             raise_if_interrupted()
     raise_if_interrupted()
     assert signal.getsignal(number) is handler
+
+
+def test_a_question_longer_than_the_model_takes_fails_alone(settings: dict[str, Any], inline: Inline) -> None:
+    records = [record(number) for number in range(3)]
+    records[1]["src"] = "what is it " * 200
+    write_array(Path(settings["data"]["path"]), records)
+    rows = rows_of(inline(from_dict(settings | {"objective": {"name": "odedit"}, "data": settings["data"]})))
+    assert [row["status"] for row in rows] == ["edited", "failed", "edited"]
+    assert "tokens are more than the" in rows[1]["error"] and "positions that the text model takes" in rows[1]["error"]
