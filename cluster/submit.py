@@ -6,17 +6,18 @@ import asyncio
 import logging
 import os
 import shlex
+import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
 
 from cluster import packing
 from cluster.packing import JobError
-from pipeline.interrupts import raise_if_interrupted, terminate_as_interrupt
 
 LOST = 1
 """Exit code of a job that has none of its own: it was stopped, or could not be started."""
@@ -93,9 +94,7 @@ def follow(job: str, address: str, console: Console) -> int:
     _details(client, job, address)
     try:
         while True:
-            with terminate_as_interrupt():
-                shown = asyncio.run(_tail(client, job, shown))
-                raise_if_interrupted()  # its client may take the end of the connection for an ordinary one
+            shown = _run(_tail(client, job, shown))
             try:
                 details, failures = client.get_job_info(job), 0
             except _troubles() as error:
@@ -110,7 +109,7 @@ def follow(job: str, address: str, console: Console) -> int:
     except KeyboardInterrupt:
         _say(console, f"Job {job} goes on. {_handles(job)}")
         raise
-    asyncio.run(_tail(client, job, shown))
+    _run(_tail(client, job, shown))
     return _outcome(job, details, console)
 
 
@@ -134,6 +133,19 @@ def stop(job: str, address: str, console: Console) -> int:
         time.sleep(_POLL_S)
     _say(console, f"Job {job}: {details.status}. What was finished is kept; the same command goes on from there.")
     return 0
+
+
+def _run(tail: Coroutine[Any, Any, int]) -> int:
+    """As `asyncio.run`, whose own Ctrl-C only cancels: a library may take that for the end of its connection."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        return asyncio.run(tail)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 async def _tail(client: Any, job: str, shown: int) -> int:
