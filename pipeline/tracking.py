@@ -103,7 +103,10 @@ def _client(uri: str) -> Any:
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
     except Exception as error:
-        raise InputError(f"tracking.uri: {masked(uri)!r} cannot be used ({_sentence(error)}).") from error
+        hint = ""
+        if getattr(error, "error_code", "") in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+            hint = " Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
+        raise InputError(f"tracking.uri: {masked(uri)!r} cannot be used ({_sentence(error)}).{hint}") from error
     return client
 
 

@@ -24,12 +24,21 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(backend: str, folder: Path) -> Iterator[str]:
-    """`mlflow server` on this machine alone."""
+def server(backend: str, folder: Path, password: str | None = None) -> Iterator[str]:
+    """`mlflow server` on this machine alone; with a password, for the user `admin` alone."""
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", backend, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--workers", "2", "--artifacts-destination", str(folder / "artifacts")]
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    if password is not None:
+        config = folder / "auth.ini"
+        config.write_text(
+            "[mlflow]\ndefault_permission = NO_PERMISSIONS\nadmin_username = admin\n"
+            f"admin_password = {password}\ndatabase_uri = sqlite:///{folder / 'users.db'}\n"
+            "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+        )
+        command += ["--app-name", "basic-auth"]
+        environment |= {"MLFLOW_AUTH_CONFIG_PATH": str(config), "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16)}
     with (folder / "server.txt").open("w") as log:
         running = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:

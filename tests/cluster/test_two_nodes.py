@@ -6,6 +6,7 @@ What is submitted finds its files, loses a worker on the way, and leaves what an
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,8 @@ from tests.services import server
 RECORDS = 12
 EDITOR = {"name": "outside_tuned.fragile", "sites": ["layers.2.ffn.out"], "max_steps": 3}
 JOB_S = 400.0
+PASSWORD = secrets.token_hex(16)
+LOGIN = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": PASSWORD}
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -57,7 +60,8 @@ class Site:
         )
 
     def submit(self, *arguments: object) -> subprocess.Popen[str]:
-        return self.odedit("submit", "--address", self.cluster.address, *arguments)
+        login = [f"--env={name}" for name in LOGIN if "--" in arguments]
+        return self.odedit("submit", "--address", self.cluster.address, *login, *arguments, **LOGIN)
 
 
 def ended(process: subprocess.Popen[str], code: int) -> str:
@@ -86,7 +90,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     write_array(folder / "records.json", records)
     write_array(folder / "others.json", others)
     shutil.copytree(Path(__file__).parents[1] / "tune" / "outside_tuned", folder / "outside_tuned")
-    with two_nodes() as cluster, server(f"sqlite:///{folder / 'mlflow.db'}", folder) as mlflow:
+    store = folder / "server"
+    store.mkdir()
+    with two_nodes() as cluster, server(f"sqlite:///{store / 'mlflow.db'}", store, PASSWORD) as mlflow:
         values = {
             "data": {
                 "path": "records.json",
@@ -131,13 +137,15 @@ def test_an_edit_job_loses_a_worker_and_leaves_what_an_undisturbed_run_leaves(
     run(from_dict(calm | {"out": str(tmp_path / "calm")}), Console(quiet=True))
     assert_same(rows(out), rows(tmp_path / "calm"))
 
+    for name, value in LOGIN.items():
+        monkeypatch.setenv(name, value)
     client = tracking._client(site.mlflow)
     (found,) = client.search_runs([client.get_experiment_by_name("jobs").experiment_id])
     assert found.info.status == "FINISHED"
     assert found.data.metrics["rel"] == pytest.approx(summary["metrics"]["rel"]["mean"])
 
 
-def test_a_search_is_a_job_as_well(site: Site, tmp_path: Path) -> None:
+def test_a_search_is_a_job_as_well(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (site.folder / "search.yaml").write_text(
         yaml.safe_dump(
             {
@@ -159,6 +167,8 @@ def test_a_search_is_a_job_as_well(site: Site, tmp_path: Path) -> None:
     assert "SUCCEEDED" in text
     best = yaml.safe_load((out / "best.yaml").read_text())
     assert 1e-4 <= best["editor"]["learning_rate"] <= 1e-2
+    for name, value in LOGIN.items():
+        monkeypatch.setenv(name, value)
     client = tracking._client(site.mlflow)
     kinds = [
         found.data.tags.get(KIND)
@@ -184,6 +194,21 @@ def test_a_job_is_left_followed_and_ended(site: Site, tmp_path: Path) -> None:
     quick = [text.replace("pause_s=10", "pause_s=0") for text in slow]
     text = ended(site.submit(*quick), 2)
     assert "editor.pause_s: was 10.0, now 0.0" in text or "editor.pause_s: was 10, now 0" in text
+
+
+def test_without_its_password_the_server_is_not_used(site: Site, tmp_path: Path) -> None:
+    text = ended(site.odedit("edit", "--config", "run.yaml", f"out={tmp_path / 'out'}"), 2)
+    assert "cannot be used" in text and "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in text
+
+
+def test_the_password_is_written_nowhere(site: Site, tmp_path: Path) -> None:
+    """After jobs that had it: not among results, settings, logs of jobs, nor in MLflow."""
+    files = [file for file in tmp_path.parent.rglob("*") if file.is_file() and file.name != "auth.ini"]
+    logs = list(Path(site.cluster.environment["RAY_TMPDIR_OF_TEST"]).rglob("job-driver-*.log"))
+    assert logs
+    files += logs
+    assert len(files) > 50
+    assert not [file for file in files if PASSWORD.encode() in file.read_bytes()]
 
 
 def test_rays_own_command_does_it_too_and_without_the_token_nobody(site: Site, tmp_path: Path) -> None:
