@@ -162,6 +162,8 @@ def _local_environment() -> dict[str, str]:
 
 def _authentication() -> dict[str, str]:
     """A secret for this Ray alone. Never left unset: Ray 2.60 would write a token file that later ones trip over."""
+    if os.environ.get("RAY_AUTH_MODE") == "disabled":
+        return {}
     if "ray" in sys.modules:
         # Ray reads its mode when it is imported; another one for the server than for this process would never connect.
         from ray._private.authentication.authentication_utils import is_token_auth_enabled
