@@ -245,3 +245,13 @@ def test_a_question_longer_than_the_model_takes_fails_alone(settings: dict[str, 
     rows = rows_of(inline(from_dict(settings | {"objective": {"name": "odedit"}, "data": settings["data"]})))
     assert [row["status"] for row in rows] == ["edited", "failed", "edited"]
     assert "tokens are more than the" in rows[1]["error"] and "positions that the text model takes" in rows[1]["error"]
+
+
+def test_what_fails_because_of_an_interruption_is_one() -> None:
+    with pytest.raises(KeyboardInterrupt), terminate_as_interrupt():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            raise FileNotFoundError("a lock that was not held yet")
+    with pytest.raises(FileNotFoundError), terminate_as_interrupt():
+        raise FileNotFoundError("nobody has interrupted")
