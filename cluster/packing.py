@@ -186,7 +186,7 @@ def _place(where: str, value: object, parcel: Parcel, here: Path) -> None:
         elif not is_of_hub:
             _take(where, value, parcel, here)
     elif name in _WRITTEN:
-        _check_outlives(where, value, "." if name == "out" else ", or an address.")
+        _check_outlives(where, value)
 
 
 def _take(where: str, value: str, parcel: Parcel, here: Path) -> None:
@@ -222,12 +222,12 @@ def _take_module(where: str, name: str, parcel: Parcel, here: Path) -> None:
     parcel.notes.append(f"{where}: {top!r} is not in the current folder; it has to be installed where the job runs.")
 
 
-def _check_outlives(where: str, value: str, end: str = ".") -> None:
+def _check_outlives(where: str, value: str) -> None:
     """Raises JobError if what is written to a place is gone with the job."""
     if not Path(value).is_absolute():
         raise JobError(
             f"{where}: {value!r} would be written into the job's own folder and be lost with it. Give a full path on "
-            f"storage that every node has mounted{end}"
+            "storage that every node has mounted, or an address."
         )
 
 
@@ -243,5 +243,5 @@ def _check_results(arguments: Sequence[str], places: Sequence[tuple[str, object]
     wanted = "out=/shared/runs/name" if command == "edit" else "--out /shared/name"
     raise JobError(
         f"The results of `{command}` would be written into the job's own folder and be lost with it. Say where they "
-        f"go, on storage that every node has mounted: {wanted}"
+        f"go, on storage that every node has mounted or at an address: {wanted}"
     )

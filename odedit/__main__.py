@@ -143,7 +143,9 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that override the file.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="File of the weights; beside the folder `out` if not given.")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="File of the weights or its address; beside the folder `out` if not given.")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over, and replace the file.")] = False,
 ) -> None:
     """Trains the weights that an editor needs before its first edit; prints their file.
@@ -165,7 +167,7 @@ def study(
         list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that override the files.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML with what differs from the study that ships.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder; studies/NAME if not given.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder or address; studies/NAME if not given.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the results of an earlier run first.")] = False,
 ) -> None:
     """Runs many arms that differ in a few settings, and compares them on the same records.
@@ -187,8 +189,8 @@ def tune(
         list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that override the file.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML of the search; the demo that ships if not given.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder; searches/NAME-OF-THE-FILE if not given.")] = None,
-    resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with the search in this folder.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder or address; searches/NAME-OF-THE-FILE if not given.")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="DIR", help="Go on with the search in this folder.")] = None,
 ) -> None:
     """Searches for settings with Ray Tune and Optuna, and runs the best beside the defaults on other records.
 
@@ -206,10 +208,11 @@ def tune(
 @app.command()
 def compare(
     runs: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Folder of a run, study or search, or an MLflow run's id.")
+        list[str],
+        typer.Argument(metavar="RUN...", help="Folder or address of a run, study or search, or an MLflow run's id."),
     ],
     uri: Annotated[str | None, typer.Option(help="MLflow store of the ids, as tracking.uri.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Also write the tables as a page.")] = None,
+    html: Annotated[str | None, typer.Option(help="Also write the tables as a page.")] = None,
 ) -> None:
     """Compares runs with the first: settings that differ, metrics, and paired tests on the records they share.
 
@@ -283,7 +286,9 @@ def submit(
 
 @app.command()
 def apply(
-    edits: Annotated[list[str], typer.Argument(metavar="EDIT...", help="Edit files; several are applied together.")],
+    edits: Annotated[
+        list[str], typer.Argument(metavar="EDIT...", help="Edit files or addresses; several are applied together.")
+    ],
     prompt: Annotated[str, typer.Option(help="The question, or the beginning of a caption.")],
     image: Annotated[Path | None, typer.Option(help="Picture that the question is about.")] = None,
     caption: Annotated[bool, typer.Option("--caption", help="Continue the prompt as it stands.")] = False,
@@ -430,7 +435,7 @@ def _mlflow() -> None:
 
 @mlflow_app.command("sync")
 def mlflow_sync(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs (out).")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders or addresses of finished runs (out).")],
     uri: Annotated[str | None, typer.Option(help="Log to this store instead of the one that the run names.")] = None,
 ) -> None:
     """Logs runs that the store did not take when they ended; edits nothing."""

@@ -8,16 +8,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import SafetensorError
 
 from odedit import editors
+from odedit.addresses import masked
 from odedit.backbones.base import Backbone
 from odedit.editors.base import Editor, Mergeable
 from odedit.edits import EditParams, stack_params
 from odedit.errors import InputError
-from odedit.files import write_atomically
+from odedit.locations import Place, at
+from odedit.tensor_files import read_tensors, write_tensors
 
 FORMAT = "odedit-edit-1"
 
@@ -47,37 +47,37 @@ class EditInfo:
     metrics: dict[str, Any] = field(default_factory=dict)
 
 
-def save_edit(path: Path, params: EditParams, info: EditInfo) -> None:
+def save_edit(path: Place, params: EditParams, info: EditInfo) -> None:
     """Writes one edit; a reader sees the whole file or none."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in params.items()}
     metadata = {"format": FORMAT, "info": json.dumps(asdict(info), sort_keys=True)}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    write_tensors(at(path), tensors, metadata)
 
 
-def load_edit(path: Path | str, device: str = "cpu") -> tuple[EditParams, EditInfo]:
+def load_edit(path: Place, device: str = "cpu") -> tuple[EditParams, EditInfo]:
     """Reads an edit file.
 
     Raises:
         InputError: Missing, damaged, or not an edit.
     """
-    if not Path(path).is_file():
-        raise InputError(f"edit {str(path)!r}: no such file.")
+    place = at(path, "edit")
+    name = repr(place.text)
     try:
-        with safe_open(path, framework="pt", device=device) as stream:
-            metadata = stream.metadata() or {}
-            params: dict[str, Tensor] = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+        if not place.is_file():
+            raise InputError(f"edit {name}: no such file.")
+        params, metadata = read_tensors(place, device)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"edit {str(path)!r} cannot be read as safetensors: {error}.") from error
+        raise InputError(f"edit {name} cannot be read as safetensors: {masked(str(error))}.") from error
     if metadata.get("format") != FORMAT:
-        raise InputError(f"edit {str(path)!r}: format is {metadata.get('format')!r}, expected {FORMAT!r}.")
+        raise InputError(f"edit {name}: format is {metadata.get('format')!r}, expected {FORMAT!r}.")
     try:
         return params, EditInfo(**json.loads(metadata["info"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"edit {str(path)!r}: what it says about itself is damaged ({error}).") from error
+        raise InputError(f"edit {name}: what it says about itself is damaged ({error}).") from error
 
 
 def load_edits(
-    paths: Sequence[Path | str], backbone: Backbone, device: str = "cpu"
+    paths: Sequence[Place], backbone: Backbone, device: str = "cpu"
 ) -> tuple[Editor, EditParams, list[EditInfo]]:
     """Reads edits that are to be applied together.
 
@@ -88,22 +88,23 @@ def load_edits(
     if not paths:
         raise InputError("no edit given: name at least one .safetensors file.")
     loaded = [load_edit(path, device) for path in paths]
+    names = [repr(at(path, "edit").text) for path in paths]
     first = loaded[0][1]
-    for path, (_, info) in zip(paths, loaded, strict=True):
+    for name, (_, info) in zip(names, loaded, strict=True):
         if info.editor != first.editor or _settings(info) != _settings(first):
             raise InputError(
-                f"edit {str(path)!r} was made by {info.editor!r} with other settings than {str(paths[0])!r} "
+                f"edit {name} was made by {info.editor!r} with other settings than {names[0]} "
                 f"({first.editor!r}); edits applied together must share editor and settings."
             )
         if info.fingerprint != backbone.fingerprint:
             raise InputError(
-                f"edit {str(path)!r} belongs to {info.checkpoint!r} (fingerprint {info.fingerprint}), "
+                f"edit {name} belongs to {info.checkpoint!r} (fingerprint {info.fingerprint}), "
                 f"the loaded model is {backbone.checkpoint!r} ({backbone.fingerprint})."
             )
     if first.editor not in editors.names():
         # A dotted name would import whatever module the file asks for.
         raise InputError(
-            f"edit {str(paths[0])!r} was made by the editor {first.editor!r}, which is not one of "
+            f"edit {names[0]} was made by the editor {first.editor!r}, which is not one of "
             f"{', '.join(editors.names())}; load edits of editors outside the package in Python."
         )
     editor = editors.load_editor(first.editor, first.editor_config)

@@ -6,24 +6,27 @@ The file says which editor, settings and backbone it was trained for, and is ref
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pyarrow.fs import FileType
+from safetensors import SafetensorError
 from torch import Tensor
 
+from odedit.addresses import masked, reason
 from odedit.errors import InputError
-from odedit.files import write_atomically
+from odedit.locations import Location, Place, at, locate
+from odedit.tensor_files import read_metadata, read_tensors, write_tensors
 
 FORMAT = "odedit-editor-1"
 
+T = TypeVar("T")
+
 
 def save_weights(
-    path: Path,
+    path: Place,
     weights: Mapping[str, Tensor],
     editor: str,
     settings: Mapping[str, Any],
@@ -42,7 +45,7 @@ def save_weights(
     info = json.dumps(about, sort_keys=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     metadata = {"format": FORMAT, "info": info}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    write_tensors(at(path), tensors, metadata)
 
 
 def load_weights(
@@ -57,16 +60,13 @@ def load_weights(
     hint = f"`odedit train {editor} --config F --out FILE` makes one"
     if path is None:
         raise InputError(f"editor.checkpoint: {editor} learns before it edits and needs its weights; {hint}.")
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise InputError(f"editor.checkpoint: no such file {path!r}; {hint}.")
-    version = _version(file)
-    info, weights = _about(str(file), version), _tensors(str(file), version, device)
+    version = _version(path, hint)
+    info, weights = _about(path, version), _tensors(path, version, device)
     wanted = {"editor": editor, "settings": json.loads(json.dumps(dict(settings))), "fingerprint": fingerprint}
     for name, value in wanted.items():
         if info.get(name) != value:
             raise InputError(
-                f"editor.checkpoint {path!r} was trained for another {_NAMES[name]}: {info.get(name)!r}, "
+                f"editor.checkpoint {masked(path)!r} was trained for another {_NAMES[name]}: {info.get(name)!r}, "
                 f"this run has {value!r}; {hint} for it."
             )
     return weights
@@ -74,42 +74,50 @@ def load_weights(
 
 def trained_with(path: str) -> str:
     """Objective and supervision that a file of weights was trained with. Raises InputError as `load_weights` does."""
-    file = Path(path).expanduser()
-    return str(_about(str(file), _version(file)).get("trained_with", ""))
+    return str(_about(path, _version(path, "`odedit train` makes one")).get("trained_with", ""))
 
 
 _NAMES = {"editor": "editor", "settings": "setting of the editor", "fingerprint": "model (fingerprint of its weights)"}
 
 
-def _version(file: Path) -> tuple[int, int]:
-    """Tells a file from the one that has replaced it, also within a tick of the file system's clock."""
-    found = file.stat()
-    return found.st_mtime_ns, found.st_ino
+def _version(path: str, hint: str) -> tuple[int | None, int | None]:
+    """Tells a file from the one that has replaced it, also within a tick of this machine's clock."""
+    place = locate(path, "editor.checkpoint")
+    try:
+        found = place.info()
+        if found.type != FileType.File:
+            raise InputError(f"editor.checkpoint: no such file {place.text!r}; {hint}.")
+        return found.mtime_ns, os.stat(place).st_ino if place.is_local else found.size
+    except OSError as error:
+        raise InputError(f"editor.checkpoint: cannot look at {place.text!r} ({reason(error)}).") from error
 
 
 @lru_cache(maxsize=8)
-def _about(path: str, version: tuple[int, int]) -> dict[str, Any]:
+def _about(path: str, version: tuple[int | None, int | None]) -> dict[str, Any]:
     """What the file says about itself, without its tensors."""
-    with _opened(path, "cpu") as stream:
-        metadata = stream.metadata() or {}
+    metadata = _read(path, read_metadata)
     if metadata.get("format") != FORMAT:
-        raise InputError(f"editor.checkpoint {path!r}: format is {metadata.get('format')!r}, expected {FORMAT!r}.")
+        raise InputError(
+            f"editor.checkpoint {masked(path)!r}: format is {metadata.get('format')!r}, expected {FORMAT!r}."
+        )
     try:
         return dict(json.loads(metadata["info"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"editor.checkpoint {path!r}: what it says about itself is damaged ({error}).") from error
+        raise InputError(
+            f"editor.checkpoint {masked(path)!r}: what it says about itself is damaged ({error})."
+        ) from error
 
 
 @lru_cache(maxsize=8)
-def _tensors(path: str, version: tuple[int, int], device: str) -> dict[str, Tensor]:
-    with _opened(path, device) as stream:
-        return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+def _tensors(path: str, version: tuple[int | None, int | None], device: str) -> dict[str, Tensor]:
+    return _read(path, lambda place: read_tensors(place, device)[0])
 
 
-@contextmanager
-def _opened(path: str, device: str) -> Iterator[Any]:
+def _read(path: str, read: Callable[[Location], T]) -> T:
+    place = locate(path, "editor.checkpoint")
     try:
-        with safe_open(path, framework="pt", device=device) as stream:
-            yield stream
+        return read(place)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"editor.checkpoint {path!r} cannot be read as safetensors: {error}.") from error
+        raise InputError(
+            f"editor.checkpoint {place.text!r} cannot be read as safetensors: {masked(str(error))}."
+        ) from error

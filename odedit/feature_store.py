@@ -27,9 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from odedit.addresses import masked
 from odedit.errors import InputError
-from odedit.files import write_atomically
-from odedit.locations import Location, locate, masked
+from odedit.locations import Location, locate
 
 FORMAT = "odedit-features-1"
 _NAME_LENGTH = 32
@@ -61,7 +61,8 @@ class FeatureStore:
         Raises:
             InputError: It cannot be a folder: a file is in its place, or the address is of no known kind.
         """
-        root = locate(text, setting)
+        # What is tried again here would make an edit wait.
+        root = locate(text, setting).with_patience(0)
         try:
             # Of what is not there yet, the folders above it may still be files.
             above = Path(root.path).parents if root.is_local else ()
@@ -93,12 +94,12 @@ class FeatureStore:
         _in_threads(lambda key: self._write_one(folder, key, features[key], note), features)
 
     def _read_one(self, folder: str, key: str) -> Tensor | None:
-        data = self._attempt("read", lambda: _read_bytes(self._file(folder, key)))
+        data = self._attempt("read", lambda: _read(self._file(folder, key)))
         return None if data is None else _unpacked(data, key)
 
     def _write_one(self, folder: str, key: str, feature: Tensor, note: Mapping[str, str]) -> None:
         data = _packed(feature, {"picture": key, **note})
-        self._attempt("written", lambda: _write_bytes(self._file(folder, key), data))
+        self._attempt("written", lambda: _write(self._file(folder, key), data))
 
     def _file(self, folder: str, key: str) -> Location:
         # A key may be anything; its hash is a name everywhere, and spreads evenly over 256 folders.
@@ -134,32 +135,17 @@ def _in_threads(act: Callable[[str], Any], keys: Iterable[str]) -> dict[str, Any
         return dict(zip(names, pool.map(act, names), strict=True))
 
 
-def _read_bytes(file: Location) -> bytes | None:
+def _read(file: Location) -> bytes | None:
     """The file's content, None if it is not there."""
     try:
-        with file.open() as stream:
-            return bytes(stream.read())
+        return file.read_bytes()
     except FileNotFoundError:
         return None
 
 
-def _write_bytes(file: Location, data: bytes) -> None:
-    if file.is_local:
-        path = Path(file.path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: temporary.write_bytes(data))
-        return
-    try:
-        _upload(file, data)
-    except FileNotFoundError:  # where folders are more than a part of the name
-        file.filesystem.create_dir(file.path.rpartition("/")[0], recursive=True)
-        _upload(file, data)
-
-
-def _upload(file: Location, data: bytes) -> None:
-    """An object appears whole; where a file system shows what there is so far (HDFS), the checksum tells."""
-    with file.filesystem.open_output_stream(file.path) as stream:
-        stream.write(data)
+def _write(file: Location, data: bytes) -> None:
+    file.parent.make_folder()
+    file.write_bytes(data)
 
 
 def _packed(feature: Tensor, note: Mapping[str, str]) -> bytes:

@@ -12,10 +12,11 @@ from typing import Any
 
 from pyarrow.fs import FileType
 
+from odedit.addresses import masked
 from odedit.edits import Picture
 from odedit.errors import InputError
 from odedit.image_decoding import ImageError, decode
-from odedit.locations import Location, locate, masked
+from odedit.locations import Location, locate
 from odedit.pack_format import PackedImages, is_pack, is_pack_reference, original_path, unreadable_reason
 from odedit.record_fields import Root, shorten
 from odedit.record_files import check_is_file

@@ -6,9 +6,9 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from odedit.addresses import masked
 from odedit.errors import InputError
 from odedit.images import ImageReader
-from odedit.locations import masked
 from odedit.mmedit import RawRecord, read_records
 from odedit.pack_format import original_path
 from odedit.record_fields import REPHRASE_PREFIX, edit_text, probe_texts, request_images

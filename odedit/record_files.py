@@ -26,6 +26,7 @@ MAX_LINE_BYTES = 16 * 2**20
 BAD_LINE = "invalid JSON: line"
 """How the problem of a line that is no JSON begins; its number follows."""
 _BATCH_ROWS = 256
+_BYTES_AT_ONCE = 2**20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -74,7 +75,7 @@ def _read_array(stream: Any, text: str) -> Iterator[Entry]:
         stream.seek(0)
     num_read = 0
     try:
-        for value in _array_items(ijson.basic_parse(stream), text):
+        for value in _array_items(ijson.basic_parse(io.BufferedReader(stream, _BYTES_AT_ONCE)), text):
             yield Entry(value)
             num_read += 1
     except InputError:
@@ -115,7 +116,7 @@ def _array_items(events: Iterator[tuple[str, Any]], text: str) -> Iterator[Any]:
 
 
 def _read_lines(stream: Any, text: str) -> Iterator[Entry]:
-    lines = io.BufferedReader(stream)
+    lines = io.BufferedReader(stream, _BYTES_AT_ONCE)
     number = 0
     while True:
         try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from odedit.backbones.base import Backbone
 from odedit.editors.base import Editor, Estimating, Mergeable, Trainable, TrainingSettings
 from odedit.edits import EditBatch, EditParams
+from odedit.locations import Place, at
 from odedit.objective import Objective, Terms
 from odedit.shared_multiplier import SharedMultiplier
 from odedit.training_state import TrainingState, read_state, write_state
@@ -66,7 +66,7 @@ def train(
     validation: TrainingRecords,
     *,
     seed: int = 0,
-    path: Path | None = None,
+    path: Place | None = None,
     identity: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Trained:
@@ -90,15 +90,15 @@ def train(
     if not len(records) or not len(validation):
         raise ValueError("training needs at least one training record and one validation record.")
     trainer = _Trainer(backbone, editor, objective, records, validation, seed)
-    known = dict(identity or {})
+    known, place = dict(identity or {}), None if path is None else at(path)
     device = str(records.batch([0]).tokens_EKS.device)
-    state = read_state(path, known, device) if path is not None and path.exists() else trainer.first_state()
+    state = read_state(place, known, device) if place is not None and place.exists() else trainer.first_state()
     try:
         while not state.stop_reason:
             if state.step % editor.training.validate_every == 0 and state.looked_at != state.step:
                 state = trainer.look(state)
-                if path is not None:
-                    write_state(path, state, known)
+                if place is not None:
+                    write_state(place, state, known)
                 if progress is not None:
                     progress(state, {})
             state = trainer.stopped(state)
@@ -107,11 +107,11 @@ def train(
                 if progress is not None:
                     progress(state, figures)
     except KeyboardInterrupt:
-        if path is not None:
-            write_state(path, state, known)
+        if place is not None:
+            write_state(place, state, known)
         raise
-    if path is not None:
-        write_state(path, state, known)
+    if place is not None:
+        write_state(place, state, known)
     return Trained(state.best, state)
 
 

@@ -6,17 +6,17 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
+from odedit.addresses import masked
 from odedit.errors import InputError
-from odedit.files import write_atomically
+from odedit.locations import Location, Place, at
 from odedit.shared_multiplier import Dual
+from odedit.tensor_files import read_tensors, write_tensors
 
 FORMAT = "odedit-training-1"
 _GROUPS = ("weights", "first", "second", "best")
@@ -67,7 +67,7 @@ class TrainingState:
         return sum(step > self.best_step for step, _ in self.looks)
 
 
-def write_state(path: Path, state: TrainingState, identity: Mapping[str, Any]) -> None:
+def write_state(path: Place, state: TrainingState, identity: Mapping[str, Any]) -> None:
     """Writes the state; a reader sees the whole file or none. A finished training keeps its best weights alone."""
     groups = _GROUPS if not state.stop_reason else ("best",)
     tensors = {f"{group}/{name}": value for group in groups for name, value in getattr(state, group).items()}
@@ -86,29 +86,31 @@ def write_state(path: Path, state: TrainingState, identity: Mapping[str, Any]) -
     # Copies, because tensors of one file may not share memory: the best weights may be the present ones.
     stored = {name: value.detach().cpu().clone() for name, value in tensors.items()}
     metadata = {"format": FORMAT, "info": json.dumps(info)}
-    write_atomically(path, lambda temporary: save_file(stored, temporary, metadata=metadata))
+    write_tensors(at(path), stored, metadata)
 
 
-def read_state(path: Path, identity: Mapping[str, Any], device: str = "cpu") -> TrainingState:
+def read_state(path: Place, identity: Mapping[str, Any], device: str = "cpu") -> TrainingState:
     """Reads a state that `write_state` wrote.
 
     Raises:
         InputError: It cannot be read, or belongs to a training of other settings, records or model.
     """
+    place = at(path)
     groups: dict[str, dict[str, Tensor]] = {group: {} for group in (*_GROUPS, "dual")}
     try:
-        with safe_open(path, framework="pt", device=device) as stream:
-            metadata = stream.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise InputError(f"{path}: format is {metadata.get('format')!r}, expected {FORMAT!r}. Remove it.")
-            info = json.loads(metadata["info"])
-            for key in stream.keys():  # noqa: SIM118
-                group, _, name = key.partition("/")
-                # A copy lies where torch would put it: sums over memory of another alignment differ in the last bit.
-                groups[group][name] = stream.get_tensor(key).clone()
+        tensors, metadata = read_tensors(place, device)
+        if metadata.get("format") != FORMAT:
+            raise InputError(f"{place}: format is {metadata.get('format')!r}, expected {FORMAT!r}. Remove it.")
+        info = json.loads(metadata["info"])
+        for key, value in tensors.items():
+            group, _, name = key.partition("/")
+            # A copy lies where torch would put it: sums over memory of another alignment differ in the last bit.
+            groups[group][name] = value.clone()
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: this state of a training is damaged ({error}). Remove it to start over.") from error
-    _check_identity(path, json.loads(json.dumps(dict(identity))), info["identity"])
+        raise InputError(
+            f"{place}: this state of a training is damaged ({masked(str(error))}). Remove it to start over."
+        ) from error
+    _check_identity(place, json.loads(json.dumps(dict(identity))), info["identity"])
     delta = {name: value.requires_grad_() for name, value in groups["dual"].items()}
     return TrainingState(
         **{group: groups[group] for group in _GROUPS},
@@ -122,7 +124,7 @@ def read_state(path: Path, identity: Mapping[str, Any], device: str = "cpu") -> 
     )
 
 
-def _check_identity(path: Path, now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+def _check_identity(place: Location, now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
     changed = [
         f"  {key}: was {then.get(key)!r}, now {now.get(key)!r}"
         for key in sorted({*now, *then})
@@ -130,6 +132,6 @@ def _check_identity(path: Path, now: Mapping[str, Any], then: Mapping[str, Any])
     ]
     if changed:
         raise InputError(
-            f"{path} holds a training with other settings or records:\n" + "\n".join(changed) + "\n"
+            f"{place} holds a training with other settings or records:\n" + "\n".join(changed) + "\n"
             "Write to another file (--out), or add --fresh to start over."
         )

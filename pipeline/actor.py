@@ -39,7 +39,7 @@ from pipeline.prepare import Prepared, Preparer, located, one_sentence, write_no
 from pipeline.profile import LOADING
 from pipeline.room import Room
 from pipeline.spec import Job
-from pipeline.workspace import read_json, write_once
+from pipeline.workspace import read_json
 
 CALIBRATION_RECORDS = 64
 MEASURED_STEPS = 3
@@ -318,7 +318,7 @@ class EditActor:
             if key not in _MEASURED:
                 _MEASURED[key] = self._measure_bandwidth()
             # The first worker's value counts for all, whatever kind of machine it runs on.
-            write_once(path, json.dumps(_MEASURED[key], indent=2) + "\n")
+            path.write_once(json.dumps(_MEASURED[key], indent=2) + "\n")
         return float(read_json(path)["sigma2_0"])
 
     def _measure_bandwidth(self) -> dict[str, Any]:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 
+from odedit.addresses import masked
 from odedit.backbones import Backbone, Prefix, is_connector, load_backbone, names
 from odedit.checkpoint import load_edit, load_edits
 from odedit.edits import EditBatch, Probe
 from odedit.errors import InputError
 from odedit.images import ImageError, ImageReader
 from odedit.key_values import KeyValues
+from odedit.locations import Place
 from odedit.metrics import greedy
 from odedit.prompts import find_template
 
@@ -21,7 +23,7 @@ _PLACEHOLDER = " x"
 
 @torch.no_grad()
 def answers(
-    edits: Sequence[Path | str],
+    edits: Sequence[Place],
     prompt: str,
     image: Path | None = None,
     *,
@@ -62,7 +64,7 @@ def answers(
 
 
 def load_backbone_of(
-    edit: Path | str, checkpoint: str | None = None, *, dtype: str = "float32", device: str = "cpu"
+    edit: Place, checkpoint: str | None = None, *, dtype: str = "float32", device: str = "cpu"
 ) -> Backbone:
     """The model that an edit file was made for, or another checkpoint of its family.
 
@@ -74,7 +76,9 @@ def load_backbone_of(
     _, info = load_edit(edit)
     if info.family not in names():
         # A dotted name would import whatever module the file asks for.
-        raise InputError(f"edit {str(edit)!r}: unknown model family {info.family!r}; known: {', '.join(names())}.")
+        raise InputError(
+            f"edit {masked(str(edit))!r}: unknown model family {info.family!r}; known: {', '.join(names())}."
+        )
     logging.disable_progress_bar()
     return load_backbone(info.family, checkpoint or info.checkpoint, dtype=dtype, device=device)
 

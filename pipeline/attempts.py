@@ -1,4 +1,4 @@
-"""Counts on disk how often an edit was begun, so that one that ends its worker is not tried for ever.
+"""Counts beside the results how often an edit was begun, so that one that ends its worker is not tried for ever.
 
 Ray restarts a worker that dies and hands it the same group again, without end. So each begin is written down *before*
 the work, and struck off after it. A group is first edited as a whole; after two tries that did not end, its edits
@@ -8,8 +8,8 @@ go one at a time, and one that was alone when its worker died often enough is gi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
+from odedit.locations import Location
 from pipeline.workspace import read_json, write_json
 
 _WHOLE_ATTEMPTS = 2
@@ -24,7 +24,7 @@ class Ledger:
         max_attempts: Tries after which an edit is given up, those of the whole group included.
     """
 
-    path: Path
+    path: Location
     max_attempts: int
     whole: int = 0
 
@@ -61,7 +61,7 @@ class Ledger:
 
     def close(self) -> None:
         """The group is done."""
-        self.path.unlink(missing_ok=True)
+        self.path.delete()
 
     def _write(self) -> None:
         write_json(self.path, {"whole": self.whole, "single": self._single})

@@ -10,6 +10,7 @@ from odedit import editors
 from odedit.backbones import fingerprint
 from odedit.editor_weights import load_weights
 from odedit.editors.base import Trainable
+from odedit.locations import locate
 from pipeline.config import EMBEDDED, RunConfig
 
 
@@ -19,7 +20,7 @@ def with_absolute_checkpoints(config: RunConfig) -> RunConfig:
     if config.backbone.checkpoint != EMBEDDED and path.is_dir():
         config = replace(config, backbone=replace(config.backbone, checkpoint=str(path.absolute())))
     weights = getattr(config.editor.settings, "checkpoint", None)
-    if isinstance(weights, str):
+    if isinstance(weights, str) and "://" not in weights:
         settings = replace(config.editor.settings, checkpoint=str(Path(weights).expanduser().absolute()))
         config = replace(config, editor=replace(config.editor, settings=settings))
     return config
@@ -38,5 +39,5 @@ def editor_weights(config: RunConfig) -> dict[str, str]:
     path = config.editor.settings.checkpoint
     model = fingerprint(config.backbone.family, config.backbone.checkpoint)
     load_weights(path, config.editor.name, editor.weight_settings, model)
-    with Path(path).open("rb") as stream:
+    with locate(path, "editor.checkpoint").open() as stream:
         return {"editor.weights": hashlib.file_digest(stream, "sha256").hexdigest()[:16]}

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from odedit.errors import InputError, NothingUsable
+from odedit.locations import Location, locate
 from pipeline import config as run_config
 from pipeline import report, tracking
 from pipeline.profile import Profile
@@ -37,7 +38,7 @@ def edit(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: bool, pr
         raise NothingUsable(f"No record was edited ({counts}); {outcome.workspace.results} says why, row by row.")
 
 
-def train(editor: str, path: Path, overrides: Sequence[str], out: Path | None, *, fresh: bool) -> Path:
+def train(editor: str, path: Path, overrides: Sequence[str], out: str | None, *, fresh: bool) -> Location:
     """`odedit train`."""
     from pipeline import training
 
@@ -68,13 +69,14 @@ def _show_plan(config: run_config.RunConfig, errors: Console) -> None:
 
     print(tracking.masked(config.to_yaml()))
     workspace = Workspace.of(config.out)
+    uri = tracking.store_uri(config.tracking, workspace.out) if config.tracking.enabled else None
     done = len(results.finished_groups(workspace))
     with tempfile.TemporaryDirectory() as folder:
         # Staged elsewhere: looking must not begin a run.
         ready = prepare(replace(config, out=str(Path(folder) / "out")))
         groups, usable, problems = len(ready.staged.usable), ready.staged.num_usable, ready.staged.problems
     if config.data.split is None:
-        resolve(config.data, workspace.out).reader.check_roots()
+        resolve(config.data, config.out).reader.check_roots()
     print(f"# input: {usable} usable records in {groups} groups of {config.pipeline.batch_size}, {problems} skipped")
     address = local_ray.address_of(config.pipeline)
     if address is None:
@@ -82,8 +84,8 @@ def _show_plan(config: run_config.RunConfig, errors: Console) -> None:
     else:
         print(f"# plan: on the cluster at {address}")
     print(f"# results: {workspace.out}" + (f" (finished groups there: {done})" if done else ""))
-    if config.tracking.enabled:
-        print(f"# MLflow: {tracking.masked(tracking.store_uri(config.tracking, workspace.out))}")
+    if uri is not None:
+        print(f"# MLflow: {tracking.masked(uri)}")
     if not usable:
         raise NothingUsable("None of the records can be used; `odedit data check` says why.")
 
@@ -102,7 +104,7 @@ def _line(console: Console, text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-def study(name: str, config: Path | None, overrides: Sequence[str], out: Path | None, *, fresh: bool) -> None:
+def study(name: str, config: Path | None, overrides: Sequence[str], out: str | None, *, fresh: bool) -> None:
     """Runs a study and prints its tables; `list` names the studies there are."""
     from pipeline.study import run as runner
     from pipeline.study import spec
@@ -113,14 +115,14 @@ def study(name: str, config: Path | None, overrides: Sequence[str], out: Path | 
             _line(console, f"{one:10} {spec.load(one, None).title}")
         return
     found_study = spec.load(name, config, overrides)
-    folder = out if out is not None else Path("studies") / name
+    folder = out if out is not None else f"studies/{name}"
     found = runner.run(name, found_study, folder, Console(stderr=True), fresh=fresh)
     print(found.markdown)
-    for line in runner.describe(found, folder):
+    for line in runner.describe(found, locate(folder, "--out")):
         _line(Console(stderr=True), line)
 
 
-def compare(names: Sequence[str], uri: str | None, html: Path | None) -> None:
+def compare(names: Sequence[str], uri: str | None, html: str | None) -> None:
     """`odedit compare`."""
     from pipeline import compare as comparing
 
@@ -128,8 +130,9 @@ def compare(names: Sequence[str], uri: str | None, html: Path | None) -> None:
         found = comparing.compare(sides)
         print(comparing.to_markdown(found))
         if html is not None:
-            comparing.write_html(found, html)
-            _line(Console(stderr=True), f"Page: {html}")
+            page = locate(html, "--html")
+            comparing.write_html(found, page)
+            _line(Console(stderr=True), f"Page: {page.text}")
 
 
 def apply(

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from odedit.addresses import masked, reason
 from odedit.errors import InputError
+from odedit.locations import Location, locate
 from odedit.metrics import MAIN, Estimate, PairedDifference, paired, summarize
 from odedit.score import paired_score, score
 from pipeline import fetching, results, tracking
@@ -18,7 +20,7 @@ from pipeline.config import read_yaml
 from pipeline.report import LABELS, p_value
 from pipeline.results import EDITED, FAILED, SKIPPED, Row
 from pipeline.study.tables import SIGNIFICANT, holm, number
-from pipeline.workspace import CONFIG_HEADER, Workspace, read_json, write_text
+from pipeline.workspace import CONFIG_HEADER, Workspace, read_json
 
 SCORE = "score"
 METRICS = (*MAIN, "steps", "seconds")
@@ -104,39 +106,44 @@ def _told_apart(found: Sequence[Side]) -> list[Side]:
 
 
 def _named(name: str, uri: str | None, folder: Path) -> list[Side]:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return [_side(label, out) for label, out in _of_folder(path)]
+    place = locate(name, "RUN")
+    if place.is_folder():
+        return [_side(label, out) for label, out in _of_folder(place)]
     if _RUN_ID.fullmatch(name):
         if uri is None:
             raise InputError(f"--uri: is missing; {name!r} is an MLflow run, and nothing says in which store.")
         return [_side(label, out) for label, out in fetching.fetch_results(uri, name, folder)]
-    raise InputError(f"RUN: there is no folder {name!r}; expected a run's, study's or search's, or an MLflow run's id.")
+    raise InputError(
+        f"RUN: there is no folder {masked(name)!r}; expected a run's, study's or search's, or an MLflow run's id."
+    )
 
 
-def _of_folder(path: Path) -> list[tuple[str, Path]]:
+def _of_folder(place: Location) -> list[tuple[str, Location]]:
     """The runs in a folder, by name."""
-    workspace = Workspace(path)
-    if workspace.run.is_file():
-        return [(path.resolve().name, path)]
-    if (path / "study.json").is_file():
-        parts = sorted(out for out in (path / "arms").glob("*") if Workspace(out).run.is_file())
+    if Workspace(place).run.exists():
+        return [(_name(place), place)]
+    if (place / "study.json").exists():
+        parts = [out for out in (place / "arms").glob() if Workspace(out).run.exists()]
         names = [(read_yaml(Workspace(out).config).get("tracking") or {}).get("run_name") or out.name for out in parts]
         if parts:
             return list(zip(names, parts, strict=True))
-    state = read_json(path / "search.json")
+    state = read_json(place / "search.json")
     if isinstance(state, dict):
-        parts = [path / "evaluation" / name for name in state.get("evaluated", ())]
+        parts = [place / "evaluation" / name for name in state.get("evaluated", ())]
         if parts:
-            return [(f"{path.resolve().name}, {out.name}", out) for out in parts]
-        raise InputError(f"RUN: the search in {path} is not finished; `odedit tune --resume {path}` goes on.")
-    raise InputError(f"RUN: {path} holds no run, study or search.")
+            return [(f"{_name(place)}, {out.name}", out) for out in parts]
+        raise InputError(f"RUN: the search in {place} is not finished; `odedit tune --resume {place}` goes on.")
+    raise InputError(f"RUN: {place} holds no run, study or search.")
 
 
-def _side(name: str, out: Path) -> Side:
+def _name(place: Location) -> str:
+    return Path(place).resolve().name if place.is_local else place.name
+
+
+def _side(name: str, out: Location) -> Side:
     workspace = Workspace(out)
     parts = results.parts(workspace)
-    if not parts or not workspace.config.is_file():
+    if not parts or not workspace.config.exists():
         raise InputError(f"RUN: {name} has no results yet.")
     counts = dict.fromkeys((EDITED, FAILED, SKIPPED), 0)
     rows = {}
@@ -144,7 +151,7 @@ def _side(name: str, out: Path) -> Side:
         counts[row["status"]] += 1
         if row["status"] == EDITED:
             rows["\n".join(map(str, (row["edit_id"], row["prompt"], row["target"])))] = row
-    first = workspace.config.read_text(encoding="utf-8").partition("\n")[0]
+    first = workspace.config.read_text().partition("\n")[0]
     settings = tracking.flatten(read_yaml(workspace.config))
     return Side(name, settings | {"code": first.removeprefix(CONFIG_HEADER).strip()}, rows, counts)
 
@@ -262,7 +269,7 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def write_html(found: Comparison, path: Path) -> None:
+def write_html(found: Comparison, place: Location) -> None:
     """The same as one page.
 
     Raises:
@@ -280,7 +287,7 @@ def write_html(found: Comparison, path: Path) -> None:
         labels=LABELS,
     )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
+        place.parent.make_folder()
+        place.write_text(text)
     except OSError as error:
-        raise InputError(f"--html: {str(path)!r} cannot be written to: {error.strerror}.") from error
+        raise InputError(f"--html: {str(place)!r} cannot be written to: {reason(error)}.") from error

@@ -18,8 +18,10 @@ from typing import Any, Literal
 import yaml
 
 from odedit import backbones, editors
+from odedit.addresses import reason
 from odedit.editing import Stopping
 from odedit.errors import InputError, unknown_name
+from odedit.locations import Place, at
 from odedit.metrics import EvaluationConfig
 from odedit.objective import ObjectiveConfig
 from odedit.prompts import find_template
@@ -159,7 +161,8 @@ class TrackingConfig:
 
     Attributes:
         enabled: Whether the run is logged.
-        uri: Tracking server or database; null: `mlflow.db` in the parent folder of `out`.
+        uri: Tracking server or database; null: `mlflow.db` in the parent folder of `out`, which
+            has to be a folder then.
         experiment: Its runs are compared with each other.
         run_name: Null: editor and objective.
         curves: Number of edits whose loss curves are logged step by step.
@@ -223,7 +226,7 @@ class RunConfig:
     Attributes:
         seed: Every edit draws from this and its own id.
         keep_edits: Write every edit to `out/edits`; a comparison of settings may only need the scores.
-        out: Folder of the results.
+        out: Folder or address of the results.
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -243,7 +246,7 @@ class RunConfig:
     @property
     def name(self) -> str:
         """What the run is called among others: its name in MLflow, or its folder's."""
-        return self.tracking.run_name or Path(self.out).name
+        return self.tracking.run_name or Path(self.out.partition("?")[0] if "://" in self.out else self.out).name
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values of every setting, as YAML and JSON have them."""
@@ -266,7 +269,7 @@ def _plain(value: Any) -> Any:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
-def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+def load(path: Place | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML, applies `key.sub=value` overrides, and checks everything.
 
     Raises:
@@ -342,18 +345,19 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: Place) -> dict[str, Any]:
     """The mapping in a YAML file. Raises InputError if there is none."""
+    place = at(path, "--config")
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = place.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InputError(f"{path}: the configuration cannot be read: {reason}.") from error
-    values = _parse(text, str(path))
+        why = reason(error) if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InputError(f"{place.text}: the configuration cannot be read: {why}.") from error
+    values = _parse(text, place.text)
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise InputError(f"{path}: got {strict.show(values)}, expected sections such as 'editor:' and 'data:'.")
+        raise InputError(f"{place.text}: got {strict.show(values)}, expected sections such as 'editor:' and 'data:'.")
     return values
 
 

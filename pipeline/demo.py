@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 import odedit
+from odedit.locations import locate
 from pipeline import local_ray, report, tracking
 from pipeline.config import RunConfig, from_dict, read_yaml
 from pipeline.interrupts import terminate_as_interrupt
@@ -33,11 +34,11 @@ def main(out: Path, edits: int, *, fresh: bool) -> None:
             outcome = run(config, errors, fresh=fresh)
             arms.append(report.Arm(name, outcome.workspace, outcome.summary))
             uri = outcome.tracking_uri
-    page = report.write_comparison(out, arms)
+    page = report.write_comparison(locate(str(out), "--out"), arms)
     console.print(report.comparison_table(*arms))
     for arm in arms:
         console.print(f"{arm.name}: {report.counts(arm.summary)}", highlight=False)
-    lines = [f"Report:  {page.absolute()}", f"Results: {', '.join(str(arm.workspace.out) for arm in arms)}"]
+    lines = [f"Report:  {page}", f"Results: {', '.join(str(arm.workspace.out) for arm in arms)}"]
     if uri is not None:
         lines.append(f"MLflow:  {tracking.open_command(uri)}")
     for line in lines:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from odedit.addresses import masked
 from odedit.errors import InputError
-from odedit.locations import masked
+from odedit.locations import Location, locate
 from pipeline.tracking import PARENT_TAG, _client, _exists
 
 
-def fetch_results(uri: str, run_id: str, folder: Path) -> list[tuple[str, Path]]:
+def fetch_results(uri: str, run_id: str, folder: Path) -> list[tuple[str, Location]]:
     """Downloads a run's settings and rows, or those of the runs of a study or search; returns names and folders.
 
     Raises:
@@ -36,7 +37,7 @@ def fetch_results(uri: str, run_id: str, folder: Path) -> list[tuple[str, Path]]
             target.mkdir(parents=True, exist_ok=True)
             for name in ("results", "config.yaml"):
                 client.download_artifacts(one.info.run_id, name, str(target))
-            found.append((one.info.run_name, target))
+            found.append((one.info.run_name, locate(str(target), "RUN")))
     if not found:
         raise InputError(f"RUN: the run {run_id!r} holds no results of edits; a trial of a search has none of its own.")
     return found

@@ -17,7 +17,8 @@ def terminate_as_interrupt() -> Iterator[None]:
     """Inside, SIGTERM ends the run as Ctrl-C does: Ray is stopped, the MLflow run closed, and no result is lost.
 
     A signal may come while code of some library runs that lets no exception out, such as a destructor; it is not
-    forgotten until the outermost of these blocks ends: see `raise_if_interrupted`.
+    forgotten until the outermost of these blocks ends: see `raise_if_interrupted`. What fails because of
+    it, such as a lock that is let go of before it was held, is taken for the interruption that it is.
     """
     global _depth, _is_interrupted
     if threading.current_thread() is not threading.main_thread():
@@ -33,6 +34,10 @@ def terminate_as_interrupt() -> Iterator[None]:
     _depth += 1
     try:
         yield
+    except Exception as error:
+        if _is_interrupted:
+            raise KeyboardInterrupt from error
+        raise
     finally:
         _depth -= 1
         for number, handler in before.items():

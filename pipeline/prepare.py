@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from odedit.addresses import masked
 from odedit.backbones import Processor, load_processor
 from odedit.edits import REPHRASE_SLOTS, EditRequest, Picture, Probe
 from odedit.errors import InputError
 from odedit.images import ImageError
-from odedit.locations import masked
 from odedit.mmedit import RawRecord
 from odedit.supervision import build_request
 from pipeline import results, staging
@@ -153,5 +153,5 @@ def write_traceback(job: Job, name: str) -> None:
 def write_note(job: Job, name: str, text: str) -> None:
     """Keeps what a worker has to say besides its rows; nobody sees what it prints."""
     with suppress(OSError):  # a full disk must not hide the error itself
-        job.workspace.errors.mkdir(exist_ok=True)
-        (job.workspace.errors / f"{name}.txt").write_text(text, encoding="utf-8", errors="replace")
+        job.workspace.errors.make_folder()
+        (job.workspace.errors / f"{name}.txt").write_bytes(text.encode("utf-8", errors="replace"))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from odedit.addresses import masked, reason
 from odedit.backbones import fingerprint, load_processor
 from odedit.errors import InputError
-from odedit.locations import masked
+from odedit.locations import delete_all
 from pipeline import results, sources, staging, tracking
 from pipeline.checkpoints import editor_weights, with_absolute_checkpoints
 from pipeline.config import RunConfig, from_dict
@@ -18,7 +20,7 @@ from pipeline.features import with_checked_store
 from pipeline.sources import Sources
 from pipeline.staging import Staged
 from pipeline.version import code_version, software
-from pipeline.workspace import CONFIG_HEADER, Workspace, read_json, write_json, write_text
+from pipeline.workspace import CONFIG_HEADER, Workspace, check_access, read_json, write_json
 
 _NOT_COMPARED = ("tracking.", "training.", "out", "pipeline.")
 _COMPARED_ANYWAY = ("pipeline.batch_size",)
@@ -36,20 +38,25 @@ class Ready:
 
     @property
     def pending(self) -> list[int]:
+        """Groups without a result, as the folder has it at this moment."""
         done = results.finished_groups(self.workspace)
         return [group for group in range(len(self.staged.usable)) if group not in done]
 
-    def num_done(self) -> int:
-        pending = set(self.pending)
-        return sum(count for group, count in enumerate(self.staged.usable) if group not in pending)
+    def num_done(self, pending: Sequence[int]) -> int:
+        """Usable records of the groups that are not pending."""
+        left = set(pending)
+        return sum(count for group, count in enumerate(self.staged.usable) if group not in left)
 
 
 def prepare(config: RunConfig, *, fresh: bool = False) -> Ready:
     """Checks what can be checked, stages the input, and finds out what is left to do."""
     workspace = Workspace.of(config.out)
+    if config.tracking.enabled:
+        tracking.store_uri(config.tracking, workspace.out)
     load_processor(config.backbone.family, config.backbone.checkpoint)
     config = with_checked_store(with_absolute_checkpoints(config))
-    found = sources.resolve(config.data, workspace.out)
+    check_access(workspace.out, "out")
+    found = sources.resolve(config.data, config.out)
     found.reader.check_roots()
     settings = _settings(config, found)
     _check_config_is_ours(workspace)
@@ -68,19 +75,19 @@ def prepare(config: RunConfig, *, fresh: bool = False) -> Ready:
     code = code_version()
     ready = Ready(config, workspace, found, staged, code)
     _remember(workspace, settings, code)
-    write_text(workspace.config, f"{CONFIG_HEADER} {code}\n{_public_yaml(config)}")
+    workspace.config.write_text(f"{CONFIG_HEADER} {code}\n{_public_yaml(config)}")
     return ready
 
 
 def _check_config_is_ours(workspace: Workspace) -> None:
     """Raises InputError if the run's copy of its configuration would replace a file that the user wrote."""
     try:
-        with workspace.config.open(encoding="utf-8", errors="replace") as stream:
-            is_ours = stream.read(len(CONFIG_HEADER)) == CONFIG_HEADER
+        with workspace.config.open() as stream:
+            is_ours = stream.read(len(CONFIG_HEADER)) == CONFIG_HEADER.encode()
     except FileNotFoundError:
         return
     except OSError as error:
-        raise InputError(f"out: {workspace.config} cannot be read: {error.strerror}.") from error
+        raise InputError(f"out: {workspace.config} cannot be read: {reason(error)}.") from error
     if not is_ours:
         raise InputError(
             f"out: {workspace.config} was not written by odedit and would be replaced. Choose another folder (out=...)."
@@ -102,29 +109,30 @@ def _make_room(workspace: Workspace, *, fresh: bool) -> None:
     if results.parts(workspace):
         raise InputError(f"out: {workspace.out} holds results without run.json. Choose another folder (out=...).")
     staging.remove_leftovers(workspace)
-    stranger = next((path for path in workspace.out.rglob("*") if not path.is_dir()), None) if fresh else None
+    stranger = workspace.out.first_file_below() if fresh else None
     if stranger is not None:
+        name = stranger.rpartition("/")[2]
         raise InputError(
-            f"--fresh: {workspace.out} holds {stranger.name!r}, but no run.json: it is not a run's folder. "
+            f"--fresh: {workspace.out} holds {name!r}, but no run.json: it is not a run's folder. "
             "Choose another folder (out=...), or leave out --fresh."
         )
 
 
 def _clear(workspace: Workspace) -> None:
     """Deletes a run's own files, and nothing else that may lie there; run.json last, so that a kill can be repeated."""
-    written = {
-        workspace.results: ("part-*.parquet", ".part-*.tmp"),
-        workspace.edits: ("*.safetensors", ".*.safetensors.*.tmp"),
-        workspace.attempts: ("group-*.json", ".group-*.tmp"),
-        workspace.errors: ("*.txt",),
-    }
-    for folder, patterns in written.items():
-        for path in (path for pattern in patterns for path in folder.glob(pattern)):
-            path.unlink(missing_ok=True)
-        with suppress(OSError):  # not there, or it holds something else
-            folder.rmdir()
+    written = (
+        (workspace.results, ("part-*.parquet", ".part-*.tmp")),
+        (workspace.edits, ("*.safetensors", ".*.safetensors.*.tmp")),
+        (workspace.attempts, ("group-*.json", ".group-*.tmp")),
+        (workspace.errors, ("*.txt",)),
+    )
+    for folder, patterns in written:
+        delete_all([file for pattern in patterns for file in folder.glob(pattern)])
+        if folder.is_local:
+            with suppress(OSError):  # not there, or it holds something else
+                os.rmdir(folder)
     for name in ("records", "pool", "calibration", "config", "summary", "profile", "report", "run"):
-        getattr(workspace, name).unlink(missing_ok=True)
+        getattr(workspace, name).delete()
 
 
 def _public_yaml(config: RunConfig) -> str:

@@ -7,14 +7,14 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from odedit.locations import Location
 from odedit.metrics import MAIN, PairedDifference, paired, summarize
 from pipeline import results
-from pipeline.workspace import Workspace, write_atomically, write_text
+from pipeline.workspace import Workspace
 
 LABELS = {
     "rel": "reliability",
@@ -176,20 +176,19 @@ def draw(arms: Sequence[Arm]) -> bytes:
     return buffer.getvalue()
 
 
-def write_run_report(workspace: Workspace, summary: Mapping[str, Any]) -> Path:
+def write_run_report(workspace: Workspace, summary: Mapping[str, Any]) -> Location:
     """`report.html` of one run."""
     arm = Arm(f"{summary['editor']}, {summary['objective']} objective", workspace, summary)
     return _write(workspace.report, [arm])
 
 
-def write_comparison(folder: Path, arms: Sequence[Arm]) -> Path:
+def write_comparison(folder: Location, arms: Sequence[Arm]) -> Location:
     """`comparison.png` and `report.html` of several runs, the first one the baseline."""
-    image = draw(arms)
-    write_atomically(folder / "comparison.png", lambda temporary: temporary.write_bytes(image))
+    (folder / "comparison.png").write_bytes(draw(arms))
     return _write(folder / "report.html", arms)
 
 
-def _write(path: Path, arms: Sequence[Arm]) -> Path:
+def _write(path: Location, arms: Sequence[Arm]) -> Location:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -209,7 +208,7 @@ def _write(path: Path, arms: Sequence[Arm]) -> Path:
         labels=LABELS,
         image=base64.b64encode(draw(arms)).decode(),
     )
-    write_text(path, text)
+    path.write_text(text)
     return path
 
 
@@ -221,7 +220,7 @@ def _arm_view(arm: Arm) -> dict[str, Any]:
         "stop_reasons": ", ".join(f"{name} {count}" for name, count in arm.summary["stop_reasons"].items()),
         "edits": _first_rows(arm, _MAX_EDITS, results.EDITED),
         "problems": _first_rows(arm, _MAX_PROBLEMS, results.FAILED, results.SKIPPED),
-        "config": arm.workspace.config.read_text(encoding="utf-8") if arm.workspace.config.exists() else "",
+        "config": arm.workspace.config.read_text() if arm.workspace.config.exists() else "",
     }
 
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow
-from pyarrow import compute, parquet
+from pyarrow import compute
 
+from odedit.addresses import masked
 from odedit.editor_weights import trained_with
-from odedit.locations import masked
+from odedit.locations import Location, delete_all
 from odedit.metrics import MAIN, Estimate, estimate_column
 from odedit.mmedit import RawRecord
 from pipeline.config import RunConfig
-from pipeline.workspace import Workspace, write_atomically
+from pipeline.workspace import Workspace, parquet_file, read_schema, write_table
 
 EDITED, FAILED, SKIPPED = "edited", "failed", "skipped"
 CURVES = pyarrow.map_(pyarrow.string(), pyarrow.list_(pyarrow.float64()))
@@ -58,6 +59,7 @@ PROGRESS_COLUMNS = ("edit_id", "status", "error", "seconds", *MAIN)
 GROUPS_PER_FILE = 256
 """Larger runs gather the rows of so many groups in one file once they are finished."""
 _ROWS_AT_ONCE = 512
+_BYTES_AT_ONCE = 2**22
 _VALUES_AT_ONCE = 2**19
 
 Row = dict[str, Any]
@@ -103,10 +105,9 @@ def _text(value: Any) -> str | None:
     return value.encode("utf-8", errors="replace").decode()
 
 
-def write_part(path: Path, rows: Sequence[Row]) -> None:
+def write_part(place: Location, rows: Sequence[Row]) -> None:
     """Writes the rows of one group, all or nothing."""
-    table = to_table(rows)
-    write_atomically(path, lambda temporary: parquet.write_table(table, temporary))
+    write_table(place, to_table(rows))
 
 
 def to_table(rows: Sequence[Row]) -> pyarrow.Table:
@@ -122,10 +123,10 @@ def _plain(value: Any) -> Any:
     return sorted(value.items()) if isinstance(value, Mapping) else value
 
 
-def parts(workspace: Workspace) -> list[Path]:
+def parts(workspace: Workspace) -> list[Location]:
     """The result files in the order of their groups; those whose rows are in a larger one too are left out."""
     spans = [(*_groups_of(path), path) for path in workspace.results.glob("part-*.parquet")]
-    kept: list[Path] = []
+    kept: list[Location] = []
     end = 0
     for _, last, path in sorted(spans, key=lambda span: (span[0], -span[1])):
         if last >= end:
@@ -134,15 +135,15 @@ def parts(workspace: Workspace) -> list[Path]:
     return kept
 
 
-def _groups_of(path: Path) -> tuple[int, int]:
+def _groups_of(path: Location) -> tuple[int, int]:
     """The first and the last group in a result file: `part-000007.parquet`, `part-000256-000511.parquet`."""
     numbers = [int(number) for number in path.stem.removeprefix("part-").split("-")]
     return numbers[0], numbers[-1]
 
 
-def digest(path: Path) -> str:
+def digest(place: Location) -> str:
     """Names the content of a file, in MLflow's length for data sets."""
-    with path.open("rb") as stream:
+    with io.BufferedReader(place.open(), _BYTES_AT_ONCE) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
 
 
@@ -152,11 +153,11 @@ def finished_groups(workspace: Workspace) -> set[int]:
 
 
 def read_rows(
-    paths: Iterable[Path], columns: Sequence[str] | None = None, statuses: Sequence[str] | None = None
+    places: Iterable[Location], columns: Sequence[str] | None = None, statuses: Sequence[str] | None = None
 ) -> Iterator[Row]:
     """Rows of result files, in order, a file at a time; those of the given statuses, or all."""
-    for path in paths:
-        with parquet.ParquetFile(path) as file:
+    for place in places:
+        with parquet_file(place) as file:
             wanted = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=wanted):
                 if statuses is not None:
@@ -174,38 +175,41 @@ def unify(workspace: Workspace) -> None:
     """
     paths = parts(workspace)
     if paths and _groups_of(paths[-1])[1] >= GROUPS_PER_FILE:
-        together: dict[int, list[Path]] = {}
+        together: dict[int, list[Location]] = {}
         for path in paths:
             together.setdefault(_groups_of(path)[0] // GROUPS_PER_FILE, []).append(path)
         for some in together.values():
             _merge(workspace, some)
         paths = parts(workspace)
     _drop_repeated(workspace, paths)
-    schemas = {path: parquet.read_schema(path).remove_metadata() for path in paths}
-    if len({str(schema) for schema in schemas.values()}) < 2:
+    schemas = [read_schema(path).remove_metadata() for path in paths]
+    if len({str(schema) for schema in schemas}) < 2:
         return
-    unified = _unified(schemas.values())
-    for path, schema in schemas.items():
+    unified = _unified(schemas)
+    for path, schema in zip(paths, schemas, strict=True):
         if schema != unified:
-            table = _with_schema(parquet.read_table(path), unified)
-            write_atomically(path, lambda temporary, table=table: parquet.write_table(table, temporary))  # type: ignore[misc]
+            write_table(path, _with_schema(_read_table(path), unified))
 
 
-def _merge(workspace: Workspace, paths: Sequence[Path]) -> None:
+def _read_table(place: Location, columns: Sequence[str] | None = None) -> pyarrow.Table:
+    with parquet_file(place) as file:
+        return file.read(columns)
+
+
+def _merge(workspace: Workspace, paths: Sequence[Location]) -> None:
     """Writes one file in the place of several. A kill before they are deleted leaves both: `parts` sees the larger."""
     if len(paths) < 2:
         return
     target = workspace.results / f"part-{_groups_of(paths[0])[0]:06d}-{_groups_of(paths[-1])[1]:06d}.parquet"
-    tables = [parquet.ParquetFile(path).read() for path in paths]
+    tables = [_read_table(path) for path in paths]
     schema = _unified(table.schema.remove_metadata() for table in tables)
-    table = pyarrow.concat_tables(_with_schema(table, schema) for table in tables)
-    write_atomically(target, lambda temporary: parquet.write_table(table, temporary))
+    write_table(target, pyarrow.concat_tables(_with_schema(table, schema) for table in tables))
 
 
-def _drop_repeated(workspace: Workspace, kept: Sequence[Path]) -> None:
+def _drop_repeated(workspace: Workspace, kept: Sequence[Location]) -> None:
     """Deletes the files whose rows are in a larger one."""
-    for path in set(workspace.results.glob("part-*.parquet")) - set(kept):
-        path.unlink(missing_ok=True)
+    names = {path.name for path in kept}
+    delete_all([path for path in workspace.results.glob("part-*.parquet") if path.name not in names])
 
 
 def _unified(schemas: Iterable[pyarrow.Schema]) -> pyarrow.Schema:
@@ -259,16 +263,16 @@ def _number(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
-def _estimates(paths: Sequence[Path], facts: np.ndarray) -> dict[str, Estimate]:
+def _estimates(paths: Sequence[Location], facts: np.ndarray) -> dict[str, Estimate]:
     """Every figure's mean and interval over the edited rows; some columns at a time, so that memory stays small."""
-    names = [field.name for field in parquet.read_schema(paths[0]) if _is_figure(field)] if len(facts) else []
+    names = [field.name for field in read_schema(paths[0]) if _is_figure(field)] if len(facts) else []
     at_once = max(1, _VALUES_AT_ONCE // max(1, len(facts)))
     found: dict[str, Estimate] = {}
     # The files are read anew for each part of the columns: a small run's all at once.
     for start in range(0, len(names), at_once):
         columns = {name: array("d") for name in names[start : start + at_once]}
         for path in paths:
-            table = parquet.read_table(path, columns=["status", *columns])
+            table = _read_table(path, ["status", *columns])
             table = table.filter(compute.equal(table.column("status"), EDITED))
             for name, values in columns.items():
                 values.frombytes(table.column(name).cast(pyarrow.float64()).to_numpy().tobytes())

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from odedit.errors import InputError
+from odedit.locations import delete_all
 from pipeline import local_ray, results, tracking
 from pipeline.config import RunConfig
 from pipeline.interrupts import raise_if_interrupted, terminate_as_interrupt
@@ -69,7 +70,7 @@ def run_many(
         As `run`, with the name of the run; what is finished by then is kept.
     """
     ready = [_prepared(config, fresh=fresh) for config in configs]
-    done, total = (sum(one.num_done() for one in ready), sum(one.staged.num_usable for one in ready))
+    done, total = (sum(one.num_done(one.pending) for one in ready), sum(one.staged.num_usable for one in ready))
     console.print(f"{len(ready)} runs: {done} of {total} usable records done.", highlight=False)
     return _run_ready(ready, console, parent_run)
 
@@ -107,24 +108,25 @@ def _forgiving(workspace: Workspace) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        for path in workspace.attempts.glob("group-*.json"):
-            path.unlink(missing_ok=True)
+        with suppress(OSError):  # storage that is out must not hold up the end
+            delete_all(workspace.attempts.with_patience(0).glob("group-*.json"))
         raise
 
 
 def announce(ready: Ready, console: Console) -> None:
     """Says whether the run is new, goes on, or is finished."""
-    total, done = ready.staged.num_usable, ready.num_done()
+    pending, total = ready.pending, ready.staged.num_usable
+    done = ready.num_done(pending)
     skipped = f", {ready.staged.problems} skipped" if ready.staged.problems else ""
-    if not ready.pending:
+    if not pending:
         text = f"{ready.workspace.out} is finished ({total} usable records{skipped}). Add --fresh to start over."
-    elif ready.pending and len(ready.pending) < len(ready.staged.usable):
+    elif len(pending) < len(ready.staged.usable):
         text = f"Resuming {ready.workspace.out}: {done} of {total} usable records done{skipped}."
     else:
         text = f"New run in {ready.workspace.out}: {total} usable records{skipped}."
     console.print(text, highlight=False, soft_wrap=True, markup=False)
     before = read_json(ready.workspace.run) or {}
-    if ready.pending and done and before.get("code") != ready.code:
+    if pending and done and before.get("code") != ready.code:
         console.print(
             f"Note: the edits there were made by code version {before.get('code')}, this is {ready.code}.",
             highlight=False,
@@ -241,8 +243,9 @@ def _finish(ready: Ready, tracker: tracking.Tracker | None, console: Console | N
     from pipeline import report
 
     workspace, config = ready.workspace, ready.config
-    if ready.pending:
-        raise RuntimeError(f"{len(ready.pending)} groups of edits have no result; run the same command again.")
+    pending = ready.pending
+    if pending:
+        raise RuntimeError(f"{len(pending)} groups of edits have no result; run the same command again.")
     results.unify(workspace)
     state = read_json(workspace.run)
     summary = results.summarize_results(workspace, config) | {

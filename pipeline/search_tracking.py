@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from odedit.locations import masked
+from odedit.addresses import masked
+from odedit.locations import Location
 from pipeline import tracking
 from pipeline.sharing import patiently
 from pipeline.tracking import PARENT_TAG, Tracker, TrackingError
@@ -174,7 +174,7 @@ class SearchRun:
         if run_id is not None:
             self._try(lambda: Tracker(self.client, self.uri, run_id).set_tags({SEARCH: self.search_id} | dict(tags)))
 
-    def log_search(self, files: Iterable[Path], metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
+    def log_search(self, files: Iterable[Location], metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
         """What the search found: metrics, tags, files.
 
         Raises:
@@ -184,7 +184,8 @@ class SearchRun:
             self._parent.log_points((name, value, 0) for name, value in metrics.items())
             self._parent.set_tags(tags)
             for file in files:
-                patiently(self.client.log_artifact, self.run_id, str(file))
+                with file.local_copy() as path:
+                    patiently(self.client.log_artifact, self.run_id, str(path))
         except Exception as error:
             raise self._error(tracking._sentence(error)) from error
 

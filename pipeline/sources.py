@@ -14,12 +14,14 @@ from typing import Any
 from pyarrow.fs import FileType
 
 from odedit import world
+from odedit.addresses import above, below, masked
 from odedit.errors import InputError
 from odedit.images import ImageReader
-from odedit.locations import locate, masked
+from odedit.locations import Place, at, copy_folder, locate
 from pipeline.config import DataConfig
 
 _ROOTS = ("image_root", "rephrase_root", "pool")
+_WRITTEN_LAST = "evaluation.json"
 
 
 @dataclass(frozen=True)
@@ -54,39 +56,56 @@ class Sources:
         return {name: _identity(path, name) for name, path in files.items() if path is not None}
 
 
-def resolve(data: DataConfig, out: Path) -> Sources:
-    """Finds the inputs, writing the embedded benchmark beside `out` if it is asked for and not there yet."""
+def resolve(data: DataConfig, out: Path | str) -> Sources:
+    """Finds the inputs, writing the embedded benchmark beside `out` if it is asked for and not there yet.
+
+    Args:
+        out: Path or address, with what is secret in it.
+
+    Raises:
+        OSError: The benchmark cannot be written.
+    """
     if data.split is None:
         return Sources(
-            path=_absolute(data.path),
-            image_root=_absolute(data.image_root) if data.image_root else None,
-            rephrase_root=_absolute(data.rephrase_root) if data.rephrase_root else None,
-            pool=_absolute(data.pool) if data.pool else None,
+            path=absolute(data.path),
+            image_root=absolute(data.image_root) if data.image_root else None,
+            rephrase_root=absolute(data.rephrase_root) if data.rephrase_root else None,
+            pool=absolute(data.pool) if data.pool else None,
             max_pixels=data.max_pixels,
             max_bytes=data.max_bytes,
         )
-    folder = embedded_folder(out.parent, data.split_seed)
+    folder = below(above(absolute(str(out))), embedded_name(data.split_seed))
     build_embedded(folder, data.split_seed)
     return Sources(
-        path=str(folder / f"{data.split}.json"),
-        image_root=str(folder / "images"),
-        rephrase_root=str(folder / "images_rephrase"),
-        pool=_absolute(data.pool) if data.pool else str(folder / "train.json"),
+        path=below(folder, f"{data.split}.json"),
+        image_root=below(folder, "images"),
+        rephrase_root=below(folder, "images_rephrase"),
+        pool=absolute(data.pool) if data.pool else below(folder, "train.json"),
         max_pixels=data.max_pixels,
         max_bytes=data.max_bytes,
     )
 
 
-def embedded_folder(parent: Path, seed: int = 0) -> Path:
-    """Where the benchmark lies; another version of the code that draws it has another folder."""
+def embedded_name(seed: int = 0) -> str:
+    """What the benchmark's folder is called; another version of the code that draws it has another folder."""
     digest = hashlib.sha256()
     for file in sorted(Path(world.__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
-    return parent / (f"world-{digest.hexdigest()[:8]}" + (f"-seed{seed}" if seed else ""))
+    return f"world-{digest.hexdigest()[:8]}" + (f"-seed{seed}" if seed else "")
 
 
-def build_embedded(folder: Path, seed: int = 0) -> None:
+def build_embedded(place: Place, seed: int = 0) -> None:
     """Writes the benchmark unless it is there; two runs that start at once do not disturb each other."""
+    location = at(place, "out")
+    if location.is_local:
+        _build_local(Path(location), seed)
+    elif not (location / _WRITTEN_LAST).exists():
+        with tempfile.TemporaryDirectory() as folder:
+            world.build(folder, seed)
+            copy_folder(Path(folder), location, _WRITTEN_LAST)
+
+
+def _build_local(folder: Path, seed: int) -> None:
     if folder.is_dir():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -106,11 +125,12 @@ def build_embedded(folder: Path, seed: int = 0) -> None:
 def with_absolute_paths(data: DataConfig) -> DataConfig:
     """Full paths, for a configuration that is read somewhere else; the embedded benchmark keeps its name."""
     names = _ROOTS if data.split is not None else ("path", *_ROOTS)
-    found: dict[str, Any] = {name: _absolute(value) for name in names if (value := getattr(data, name)) is not None}
+    found: dict[str, Any] = {name: absolute(value) for name in names if (value := getattr(data, name)) is not None}
     return replace(data, **found)
 
 
-def _absolute(text: str) -> str:
+def absolute(text: str) -> str:
+    """The full path, or the address as it is."""
     return text if "://" in text else os.path.abspath(os.path.expanduser(text))
 
 

@@ -8,7 +8,6 @@ a row group of the file holds many groups, since a reader keeps what describes e
 
 from __future__ import annotations
 
-import os
 import tempfile
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -21,14 +20,15 @@ import numpy as np
 import pyarrow
 from pyarrow import parquet
 
+from odedit.addresses import masked
 from odedit.errors import InputError
-from odedit.locations import masked
+from odedit.locations import Location, locate
 from odedit.mmedit import RawRecord, read_records
 from odedit.pack_format import RECORDS_SCHEMA
 from odedit.pool import Pool
 from pipeline.config import RunConfig
 from pipeline.sources import Sources
-from pipeline.workspace import Workspace, write_atomically
+from pipeline.workspace import Workspace, parquet_file, read_schema, write_table
 
 POOL_RECORDS = 256
 STAGED_SCHEMA = RECORDS_SCHEMA.append(pyarrow.field("group", pyarrow.int64())).with_metadata({"odedit": "staged"})
@@ -62,8 +62,8 @@ def stage(config: RunConfig, sources: Sources, workspace: Workspace) -> Staged:
     """
     if not workspace.pool.exists() and sources.pool is not None:
         _stage_pool(config, sources, workspace.pool)
-    if not (_is_staged(workspace.records) and "group" in parquet.read_schema(workspace.records).names):
-        write_atomically(workspace.records, lambda path: _write(config, sources, path))
+    if not (_is_staged(workspace.records) and "group" in read_schema(workspace.records).names):
+        workspace.records.write_with(lambda path: _write(config, sources, path))
     return read_staged(workspace.records)
 
 
@@ -74,13 +74,14 @@ def aside(config: RunConfig, sources: Sources, workspace: Workspace) -> Iterator
     Raises:
         InputError: As `stage` does, before the block is entered.
     """
-    with tempfile.TemporaryDirectory(prefix=".staging-", dir=workspace.out) as folder:
-        new = Workspace(Path(folder))
+    beside = workspace.out if workspace.out.is_local else None
+    with tempfile.TemporaryDirectory(prefix=".staging-", dir=beside) as folder:
+        new = Workspace(locate(folder, "out"))
         stage(config, sources, new)
         yield
         for name in ("records", "pool"):
             if getattr(new, name).exists():
-                os.replace(getattr(new, name), getattr(workspace, name))
+                getattr(workspace, name).take(Path(getattr(new, name)))
 
 
 def remove_leftovers(workspace: Workspace) -> None:
@@ -96,13 +97,13 @@ def remove_leftovers(workspace: Workspace) -> None:
                 f"out: {path} was not written by a run and would be replaced. Choose another folder (out=...)."
             )
     for path in found:
-        path.unlink(missing_ok=True)
-    workspace.calibration.unlink(missing_ok=True)
+        path.delete()
+    workspace.calibration.delete()
 
 
-def _is_staged(path: Path) -> bool:
+def _is_staged(place: Location) -> bool:
     try:
-        metadata = parquet.read_schema(path).metadata or {}
+        metadata = read_schema(place).metadata or {}
     except (pyarrow.ArrowException, OSError):
         return False
     return bool(metadata.get(b"odedit") == b"staged")
@@ -164,29 +165,29 @@ def _check_locality(record: RawRecord, config: RunConfig) -> None:
         )
 
 
-def _stage_pool(config: RunConfig, sources: Sources, path: Path) -> None:
+def _stage_pool(config: RunConfig, sources: Sources, place: Location) -> None:
     assert sources.pool is not None
     pool = Pool.sample(
         sources.pool, sources.pool_reader, size=POOL_RECORDS, seed=config.supervision.seed, task=config.data.task
     )
     rows = [record.to_row() | {"group": 0} for record in pool.records]
-    table = pyarrow.Table.from_pylist(rows, schema=STAGED_SCHEMA)
-    write_atomically(path, lambda temporary: parquet.write_table(table, temporary))
+    write_table(place, pyarrow.Table.from_pylist(rows, schema=STAGED_SCHEMA))
 
 
 def read_pool(workspace: Workspace, sources: Sources) -> Pool | None:
     """The staged pool, or None if the run has none."""
     if not workspace.pool.exists():
         return None
-    rows = parquet.read_table(workspace.pool).to_pylist()
+    with parquet_file(workspace.pool) as file:
+        rows = file.read().to_pylist()
     return Pool(tuple(RawRecord.from_row(row) for row in rows), sources.pool_reader)
 
 
-def read_staged(path: Path) -> Staged:
+def read_staged(place: Location) -> Staged:
     """Counts the records of every group; reads two columns."""
     usable: list[int] = []
     problems = 0
-    with parquet.ParquetFile(path) as file:
+    with parquet_file(place) as file:
         for batch in file.iter_batches(columns=["group", "problem"]):
             for group, problem in zip(*(batch.column(name).to_pylist() for name in ("group", "problem")), strict=True):
                 usable += [0] * (group + 1 - len(usable))
@@ -199,11 +200,11 @@ class GroupReader:
     """Reads single groups; made for asking in about their order, and keeps the row group of the last one.
 
     Args:
-        path: `records.parquet`, opened with the first group.
+        place: `records.parquet`, opened with the first group.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self._path = path
+    def __init__(self, place: Location) -> None:
+        self._place = place
         self._last_groups: list[int] = []
         self._kept: tuple[int, pyarrow.Table] | None = None
 
@@ -216,20 +217,21 @@ class GroupReader:
 
     def _row_group(self, group: int) -> pyarrow.Table:
         if not self._last_groups:
-            metadata = parquet.read_metadata(self._path)
+            with parquet_file(self._place) as file:
+                metadata = file.metadata
             column = metadata.schema.names.index("group")
             self._last_groups = [
                 metadata.row_group(index).column(column).statistics.max for index in range(metadata.num_row_groups)
             ]
         index = bisect_left(self._last_groups, group)
         if self._kept is None or self._kept[0] != index:
-            with parquet.ParquetFile(self._path) as file:
+            with parquet_file(self._place) as file:
                 self._kept = index, file.read_row_group(index)
         return self._kept[1]
 
 
-def usable_records(path: Path) -> Iterator[RawRecord]:
+def usable_records(place: Location) -> Iterator[RawRecord]:
     """The usable records from the start, some at a time."""
-    with parquet.ParquetFile(path) as file:
+    with parquet_file(place) as file:
         for batch in file.iter_batches(batch_size=_ROWS_TOGETHER):
             yield from (RawRecord.from_row(row) for row in batch.to_pylist() if not row["problem"])

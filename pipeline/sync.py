@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
+from odedit.addresses import masked
 from odedit.errors import InputError
 from pipeline import results, tracking
 from pipeline.config import RunConfig, load
@@ -12,8 +12,8 @@ from pipeline.ready import update
 from pipeline.workspace import Workspace, read_json
 
 
-def sync(folder: Path, uri: str | None = None) -> str:
-    """Logs the finished run in a folder, unless it is logged; what became of it, in a sentence.
+def sync(folder: str, uri: str | None = None) -> str:
+    """Logs the finished run in a folder or at an address, unless it is logged; what became of it, in a sentence.
 
     Args:
         uri: Another store than the one that the run names.
@@ -22,7 +22,8 @@ def sync(folder: Path, uri: str | None = None) -> str:
         InputError: There is no finished run, or the store cannot be reached.
         TrackingError: The store does not take it.
     """
-    workspace = Workspace.of(str(folder))
+    workspace = Workspace.of(folder)
+    folder = masked(folder)
     state, summary = read_json(workspace.run), read_json(workspace.summary)
     if state is None or not workspace.config.exists():
         raise InputError(f"{folder} holds no run; expected the folder that `odedit edit` wrote to (out).")
@@ -50,7 +51,7 @@ def sync(folder: Path, uri: str | None = None) -> str:
     return f"{folder} is logged, as run {tracker.run_id}."
 
 
-def _reachable(config: RunConfig, folder: Path, uri: str | None) -> RunConfig:
+def _reachable(config: RunConfig, folder: str, uri: str | None) -> RunConfig:
     """The configuration with a store to log to; the file has addresses without their passwords."""
     if uri is not None:
         return replace(config, tracking=replace(config.tracking, uri=uri, enabled=True))

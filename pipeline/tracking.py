@@ -18,8 +18,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from odedit.addresses import masked
 from odedit.errors import InputError
-from odedit.locations import masked
+from odedit.locations import Location, Place, at
 from odedit.metrics import MAIN
 from pipeline import results
 from pipeline.config import RunConfig, TrackingConfig
@@ -48,9 +49,21 @@ class TrackingError(RuntimeError):
     """MLflow could not be written to; the results themselves are complete on disk."""
 
 
-def store_uri(tracking: TrackingConfig, out: Path) -> str:
-    """Address of the store: the configured one, or a database in the parent folder of `out`."""
-    return tracking.uri or f"sqlite:///{(out.parent / 'mlflow.db').as_posix()}"
+def store_uri(tracking: TrackingConfig, out: Place) -> str:
+    """Address of the store: the configured one, or a database in the parent folder of `out`.
+
+    Raises:
+        InputError: None is configured, and beside an address there is no place for a database.
+    """
+    if tracking.uri:
+        return tracking.uri
+    place = at(out, "out")
+    if not place.is_local:
+        raise InputError(
+            f"tracking.uri: has to be given where results go to an address ({place}): a server, or a database on this "
+            "machine such as sqlite:///mlflow.db. Without MLflow: tracking.enabled=false."
+        )
+    return f"sqlite:///{place.parent / 'mlflow.db'}"
 
 
 def masked_values(value: Any) -> Any:
@@ -194,10 +207,11 @@ class Tracker:
             self._log_metrics(summary)
             self._log_curves(workspace, config.tracking.curves)
             self._log_tables(workspace)
-            for path in (workspace.config, workspace.summary, workspace.calibration, workspace.out / "report.html"):
+            for path in (workspace.config, workspace.summary, workspace.calibration, workspace.report):
                 if path.exists():
-                    self.client.log_artifact(self.run_id, str(path))
-            self.client.log_artifacts(self.run_id, str(workspace.results), "results")
+                    self._log_file(path)
+            for path in results.parts(workspace):
+                self._log_file(path, "results")
             logged, left_out = self._log_edits(workspace, config.tracking.edits_gib)
             self.client.set_tag(self.run_id, "odedit.edits_logged", str(logged))
             self.client.set_tag(self.run_id, "odedit.edits_left_out", str(left_out))
@@ -242,15 +256,19 @@ class Tracker:
     def _log_edits(self, workspace: Workspace, max_gib: float) -> tuple[int, int]:
         room, logged = max_gib * 2**30, 0
         # Names alone: there may be as many as records.
-        names = sorted(entry.name for entry in os.scandir(workspace.edits) if entry.name.endswith(".safetensors"))
+        names = [name for name in workspace.edits.names("*.safetensors") if not name.startswith(".")]
         for name in names:
-            file = workspace.edits / name
-            room -= file.stat().st_size
-            if room < 0:
-                break
-            self.client.log_artifact(self.run_id, str(file), "edits")
+            with (workspace.edits / name).local_copy() as file:
+                room -= file.stat().st_size
+                if room < 0:
+                    break
+                self.client.log_artifact(self.run_id, str(file), "edits")
             logged += 1
         return logged, len(names) - logged
+
+    def _log_file(self, place: Location, folder: str | None = None) -> None:
+        with place.local_copy() as file:
+            self.client.log_artifact(self.run_id, str(file), folder)
 
     def finish(self, status: str) -> None:
         """Closes the run as FINISHED, FAILED or KILLED; a store that is gone by now changes nothing for the results."""
@@ -261,7 +279,11 @@ class Tracker:
 
 
 def log_training(
-    config: RunConfig, code: str, curves: Mapping[str, Sequence[tuple[int, float]]], out: Path, notes: Mapping[str, str]
+    config: RunConfig,
+    code: str,
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+    out: Location,
+    notes: Mapping[str, str],
 ) -> str:
     """Logs the training of an editor's weights as one run; returns the address of the store.
 
@@ -316,7 +338,7 @@ class StudyRun:
         client.log_dict(run.info.run_id, masked_values(study), "study.json")
         return cls(client, run.info.run_id)
 
-    def log_study(self, files: Sequence[Path], metrics: Mapping[str, float]) -> None:
+    def log_study(self, files: Sequence[Location], metrics: Mapping[str, float]) -> None:
         """Tables, picture, and one figure for each arm, task and column.
 
         Raises:
@@ -330,7 +352,8 @@ class StudyRun:
             while chunk := list(islice(points, METRICS_PER_CALL)):
                 self.client.log_batch(self.run_id, metrics=chunk)
             for file in files:
-                self.client.log_artifact(self.run_id, str(file))
+                with file.local_copy() as path:
+                    self.client.log_artifact(self.run_id, str(path))
         except Exception as error:
             raise TrackingError(f"MLflow could not be written to ({_sentence(error)}).") from error
 

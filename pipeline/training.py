@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from odedit import editors
+from odedit.addresses import above, below, reason
 from odedit.backbones.base import Backbone
 from odedit.editor_weights import save_weights
 from odedit.editors.base import Trainable
 from odedit.edits import EditRequest
 from odedit.errors import InputError
 from odedit.images import ImageError
+from odedit.locations import Location, locate
 from odedit.mmedit import read_records
 from odedit.objective import Objective, calibrate
 from odedit.pool import Pool
@@ -36,15 +39,17 @@ from pipeline.features import load_remembering, with_checked_store
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.prepare import located
 from pipeline.results import supervision_name
-from pipeline.sources import Sources
+from pipeline.sources import Sources, absolute
 from pipeline.spec import machine_cpus, machine_gpus, make_plan
 from pipeline.staging import POOL_RECORDS
 from pipeline.version import code_version
+from pipeline.workspace import check_access
 
 _RECORDS_AT_ONCE = 64
 _SECONDS_BETWEEN_LINES = 5.0
 _COMPARED = ("backbone", "editor", "objective", "supervision", "training", "seed")
 _COMPARED_DATA = ("task", "template", "max_pixels", "max_bytes", "pool")
+_SUFFIX = ".safetensors"
 _SHOWN = ("rel", "gen", "loc", "lambda")
 
 Say = Callable[[str], None]
@@ -54,19 +59,24 @@ Say = Callable[[str], None]
 class Files:
     """Where a training's weights go, and where it keeps what it needs to go on."""
 
-    weights: Path
+    path: str
+    """Or address."""
+
+    @cached_property
+    def weights(self) -> Location:
+        return locate(self.path, "--out")
 
     @property
-    def state(self) -> Path:
-        return self.weights.with_suffix(".training" + self.weights.suffix)
+    def state(self) -> Location:
+        return self.weights.parent / f"{self.weights.stem}.training{_SUFFIX}"
 
 
-def run(config: RunConfig, out: Path | None, console: Console, *, fresh: bool) -> Path:
+def run(config: RunConfig, out: Path | str | None, console: Console, *, fresh: bool) -> Location:
     """Trains, or goes on with a training that was interrupted; returns the file of the weights.
 
     Args:
         config: Its editor is the one that is trained.
-        out: File of the weights; None: beside the folder that `config.out` names.
+        out: File of the weights, or its address; None: beside the folder that `config.out` names.
         console: For progress; standard error.
         fresh: Start over where `out` already is or has been begun.
 
@@ -80,7 +90,9 @@ def run(config: RunConfig, out: Path | None, console: Console, *, fresh: bool) -
     if not isinstance(editor, Trainable):
         raise InputError(f"editor {config.editor.name!r} learns nothing before it edits: there is nothing to train.")
     name = f"{config.editor.name}-{config.objective.name}-{config.backbone.family}.safetensors"
-    files = Files((out or Path(config.out).absolute().parent / name).expanduser().absolute())
+    files = Files(absolute(str(out or below(above(absolute(config.out)), name))))
+    if config.tracking.enabled:
+        tracking.store_uri(config.tracking, files.weights)
     _check_out(files, fresh=fresh)
 
     def say(text: str) -> None:
@@ -98,7 +110,7 @@ def run(config: RunConfig, out: Path | None, console: Console, *, fresh: bool) -
         # Its weights are what is to be made; everything else about it must fit the model.
         editor.with_weights({}).check(backbone)
         if fresh:
-            files.state.unlink(missing_ok=True)
+            files.state.delete()
         elif files.state.exists():
             before = read_state(files.state, identity)
             say(f"{files.state}: finished at step {before.step}." if before.stop_reason
@@ -118,14 +130,15 @@ def run(config: RunConfig, out: Path | None, console: Console, *, fresh: bool) -
 
 def _check_out(files: Files, *, fresh: bool) -> None:
     """Raises InputError if the weights would replace a file that this training did not begin, or cannot be written."""
+    check_access(files.weights.parent, "--out")
     if files.weights.exists() and not files.state.exists() and not fresh:
         raise InputError(f"--out: {files.weights} is there already. Name another file, or add --fresh to replace it.")
-    if files.weights.is_dir() or files.weights.suffix != ".safetensors":
+    if (files.weights.is_local and files.weights.is_folder()) or not files.weights.name.endswith(_SUFFIX):
         raise InputError(f"--out: got {str(files.weights)!r}, expected a file that ends in .safetensors.")
     try:
-        files.weights.parent.mkdir(parents=True, exist_ok=True)
+        files.weights.parent.make_folder()
     except OSError as error:
-        raise InputError(f"--out: {str(files.weights)!r} cannot be written: {error.strerror}.") from error
+        raise InputError(f"--out: {str(files.weights)!r} cannot be written: {reason(error)}.") from error
 
 
 def _sources(config: RunConfig, part: str, files: Files) -> Sources:
@@ -143,7 +156,7 @@ def _sources(config: RunConfig, part: str, files: Files) -> Sources:
         )
     except ValueError as error:
         raise InputError(f"training.{'path' if part == 'training' else 'validation'}: {error}") from error
-    return sources.resolve(data, files.weights)
+    return sources.resolve(data, files.path)
 
 
 def _identity(config: RunConfig, found: dict[str, Sources]) -> dict[str, Any]:

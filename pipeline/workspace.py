@@ -3,126 +3,147 @@
 from __future__ import annotations
 
 import json
-import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import pyarrow
+from pyarrow import parquet
+
+from odedit.addresses import reason
 from odedit.errors import InputError
-from odedit.files import temporary_beside
-from odedit.files import write_atomically as write_atomically
+from odedit.locations import Location, Place, at
 
 CONFIG_HEADER = "# odedit"
 """How a configuration that a run wrote begins; a version follows."""
+_PATIENCE_AT_START_S = 5.0
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Paths under `out`. On a cluster it lies on storage that all nodes see under the same name."""
+    """Places under `out`. On a cluster it lies on storage that all nodes see under the same name."""
 
-    out: Path
+    out: Location
 
     @classmethod
-    def of(cls, out: str) -> Workspace:
-        """The workspace at `out`, a local path; made absolute because workers run elsewhere."""
-        if "://" in out:
-            raise InputError(f"out: got {out!r}, expected a folder on a file system that this machine has mounted.")
-        return cls(Path(out).expanduser().absolute())
+    def of(cls, out: Place) -> Workspace:
+        """The workspace at `out`, a path or an address; a path is made absolute because workers run elsewhere.
+
+        Raises:
+            InputError: The address is none that pyarrow reads.
+        """
+        return cls(at(out, "out"))
 
     @property
-    def records(self) -> Path:
+    def records(self) -> Location:
         """Every input record, one row group for each group of edits."""
         return self.out / "records.parquet"
 
     @property
-    def pool(self) -> Path:
+    def pool(self) -> Location:
         return self.out / "pool.parquet"
 
     @property
-    def results(self) -> Path:
+    def results(self) -> Location:
         return self.out / "results"
 
     @property
-    def edits(self) -> Path:
+    def edits(self) -> Location:
         return self.out / "edits"
 
     @property
-    def attempts(self) -> Path:
+    def attempts(self) -> Location:
         return self.out / "attempts"
 
     @property
-    def errors(self) -> Path:
+    def errors(self) -> Location:
         """Tracebacks of unexpected errors, for developers, and what else a worker has to say."""
         return self.out / "errors"
 
     @property
-    def calibration(self) -> Path:
+    def calibration(self) -> Location:
         return self.out / "calibration.json"
 
     @property
-    def run(self) -> Path:
+    def run(self) -> Location:
         """What the run is, for resuming it."""
         return self.out / "run.json"
 
     @property
-    def config(self) -> Path:
+    def config(self) -> Location:
         return self.out / "config.yaml"
 
     @property
-    def summary(self) -> Path:
+    def summary(self) -> Location:
         return self.out / "summary.json"
 
     @property
-    def profile(self) -> Path:
+    def profile(self) -> Location:
         return self.out / "profile.json"
 
     @property
-    def report(self) -> Path:
+    def report(self) -> Location:
         return self.out / "report.html"
 
-    def part(self, group: int) -> Path:
+    def part(self, group: int) -> Location:
         """The result rows of one group of edits."""
         return self.results / f"part-{group:06d}.parquet"
 
-    def edit(self, edit_id: str) -> Path:
+    def edit(self, edit_id: str) -> Location:
         return self.edits / f"{edit_id}.safetensors"
 
     def create(self) -> None:
         """Makes the folders. Raises InputError if that is not possible."""
         try:
             for folder in (self.results, self.edits, self.attempts):
-                folder.mkdir(parents=True, exist_ok=True)
+                folder.make_folder()
         except OSError as error:
-            raise InputError(f"out: {str(self.out)!r} cannot be written to: {error.strerror}.") from error
+            raise InputError(f"out: {str(self.out)!r} cannot be written to: {reason(error)}.") from error
 
 
-def write_once(path: Path, text: str) -> None:
-    """Writes a file unless it is there; of several writers at once the first wins, and all read the same afterwards."""
-    temporary = temporary_beside(path)
+def check_access(folder: Location, setting: str) -> None:
+    """Raises InputError if an address cannot be written to and deleted from: better said before any work."""
+    if folder.is_local:
+        return
+    probe = (folder / f".access-{uuid.uuid4().hex[:8]}").with_patience(_PATIENCE_AT_START_S)
     try:
-        temporary.write_text(text, encoding="utf-8")
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return
-        except OSError:  # no hard links on this file system: the narrow race that is left does no harm
-            if not path.exists():
-                os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        probe.write_bytes(b"odedit")
+        probe.delete()
+    except OSError as error:
+        raise InputError(
+            f"{setting}: {folder} cannot be written to ({reason(error)}). Check the name and the credentials."
+        ) from error
 
 
-def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def write_json(place: Location, value: Any) -> None:
+    place.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
+def read_json(place: Location) -> Any:
     """The file's content, or None if it is not there or was cut off."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return json.loads(place.read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+
+
+def write_table(place: Location, table: pyarrow.Table) -> None:
+    """Writes a Parquet file."""
+    data = pyarrow.BufferOutputStream()
+    parquet.write_table(table, data)
+    place.write_bytes(data.getvalue())
+
+
+@contextmanager
+def parquet_file(place: Location) -> Iterator[parquet.ParquetFile]:
+    """A Parquet file that is open inside the block."""
+    with place.open() as stream, parquet.ParquetFile(stream) as file:
+        yield file
+
+
+def read_schema(place: Location) -> pyarrow.Schema:
+    """The columns of a Parquet file."""
+    with parquet_file(place) as file:
+        return file.schema_arrow

@@ -8,7 +8,9 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -17,7 +19,10 @@ from made_up import TEMPLATE, make_request
 from odedit import EditRequest, load_backbone, world
 from odedit.backbones import Backbone, encode_requests
 from odedit.edits import EditBatch
-from pipeline.sources import embedded_folder
+from pipeline.sources import embedded_name
+
+if TYPE_CHECKING:
+    from tests.object_store import ObjectStore
 
 # Two cores are shared by everything that runs; tiny matrices gain nothing from more threads.
 torch.set_num_threads(1)
@@ -35,7 +40,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Path
     Writing one takes ten seconds.
     """
     parent = tmp_path_factory.mktemp("worlds")
-    return {seed: world.build(embedded_folder(parent, seed), seed) for seed in (0, 1)}
+    return {seed: world.build(parent / embedded_name(seed), seed) for seed in (0, 1)}
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +52,12 @@ def requests_8() -> list[EditRequest]:
 @pytest.fixture(scope="session")
 def batches(backbone: Backbone, requests_8: list[EditRequest]) -> tuple[EditBatch, EditBatch]:
     return encode_requests(backbone, requests_8, TEMPLATE)
+
+
+@pytest.fixture
+def bucket() -> Iterator[ObjectStore]:
+    """A server of objects with an empty bucket, which the environment names: `s3://odedit/...`."""
+    from tests.object_store import object_store  # takes a second to import
+
+    with object_store() as store:
+        yield store

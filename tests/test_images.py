@@ -11,9 +11,10 @@ from PIL import Image
 from pyarrow.fs import FileSystem, LocalFileSystem
 
 from odedit import locations
+from odedit.addresses import masked
 from odedit.errors import InputError
 from odedit.images import ImageError, ImageReader
-from odedit.locations import locate, masked
+from odedit.locations import locate
 from odedit.mmedit import read_records
 from odedit.pool import Pool
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from odedit.addresses import below, masked
 from odedit.errors import InputError
 from pipeline import tracking
 from tune import config as search_config
@@ -14,7 +15,7 @@ from tune import run as runner
 from tune.folder import resumed
 
 
-def tune(path: Path | None, overrides: Sequence[str], out: Path | None, resume: Path | None) -> None:
+def tune(path: Path | None, overrides: Sequence[str], out: str | None, resume: str | None) -> None:
     """Runs or resumes a search and prints what it found."""
     if resume is not None and out is not None:
         raise InputError("--resume, --out: give one of them; a search that is resumed stays in its folder.")
@@ -23,11 +24,11 @@ def tune(path: Path | None, overrides: Sequence[str], out: Path | None, resume: 
         config = resumed(resume, list(overrides))
     else:
         config = search_config.load(path, overrides)
-    folder = resume or out or Path("searches") / (path.stem if path is not None else "demo")
+    folder = resume or out or f"searches/{path.stem if path is not None else 'demo'}"
     found = runner.run(config, folder, errors, resume=resume is not None)
     print(found.markdown)
-    lines = [f"Best settings: odedit edit --config {folder / 'best.yaml'}"]
-    lines.append(f"Search:        {folder} (summary.md, summary.json, trials.csv, pictures)")
+    lines = [f"Best settings: odedit edit --config {below(masked(folder), 'best.yaml')}"]
+    lines.append(f"Search:        {masked(folder)} (summary.md, summary.json, trials.csv, pictures)")
     if found.tracking_uri is not None:
         lines.append(f"MLflow:        {tracking.open_command(found.tracking_uri)}")
     for line in lines:

@@ -81,7 +81,8 @@ class SearchConfig:
         concurrent: Trials at a time.
         rungs: Edits of a trial.
         sampler: `tpe`, `random`, `cmaes` (one objective), `nsga2` (several).
-        storage: Where Optuna keeps the search: a database's address, or a journal file; null: OUT/optuna.journal.
+        storage: Where Optuna keeps the search: a database's address, or a journal file; null: OUT/optuna.journal,
+            where OUT is a folder.
         retries: How often a trial whose worker died is taken up again before it counts as failed.
         defaults_first: The first trial changes nothing, if the space holds that point.
         seed: Of the sampler, and of the order of the validation records.

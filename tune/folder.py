@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
-import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from odedit.addresses import below, masked, reason
 from odedit.errors import InputError
-from odedit.locations import masked
+from odedit.locations import Location, delete_all, locate
 from pipeline import sources, tracking
 from pipeline.config import read_yaml
 from pipeline.version import code_version
-from pipeline.workspace import CONFIG_HEADER, read_json, write_json, write_text
+from pipeline.workspace import CONFIG_HEADER, check_access, read_json, write_json
 from tune.config import Search, SearchConfig, from_values, override
 
 STATE, CONFIG = "search.json", "search.yaml"
@@ -33,7 +36,21 @@ TUNE_FOLDER = ".tune-"
 class Folder:
     """What lies where in the folder of a search."""
 
-    out: Path
+    address: str
+    """The whole path or address."""
+
+    @classmethod
+    def of(cls, out: Path | str) -> Folder:
+        """The folder that a user names."""
+        return cls(sources.absolute(str(out)))
+
+    @cached_property
+    def out(self) -> Location:
+        return locate(self.address, "--out")
+
+    def run_out(self, name: str) -> str:
+        """`out` of a final run."""
+        return below(self.address, f"evaluation/{name}")
 
     @property
     def state(self) -> dict[str, Any]:
@@ -42,24 +59,25 @@ class Folder:
         return found if isinstance(found, dict) and "search_id" in found else {}
 
     @property
-    def validation(self) -> Path:
+    def validation(self) -> Location:
         return self.out / "validation"
 
     @property
-    def evaluation(self) -> Path:
+    def evaluation(self) -> Location:
         return self.out / "evaluation"
 
     def update(self, **values: Any) -> None:
         write_json(self.out / STATE, self.state | values)
 
 
-def resumed(folder: Path, overrides: list[str]) -> SearchConfig:
+def resumed(address: str, overrides: list[str]) -> SearchConfig:
     """The configuration of the search in a folder.
 
     Raises:
         InputError: There is none, or it had passwords, which are not kept.
     """
-    state = Folder(folder).state
+    folder = Folder.of(address).out
+    state = Folder.of(address).state
     if not state:
         raise InputError(f"--resume: {folder} holds no search; expected the folder that `odedit tune` wrote.")
     if state.get("had_secrets"):
@@ -71,20 +89,27 @@ def resumed(folder: Path, overrides: list[str]) -> SearchConfig:
 
 
 def check_folder(search: Search, folder: Folder, *, resume: bool) -> None:
-    """Raises InputError if `out` belongs to something else."""
-    out, state = folder.out, folder.state
+    """Raises InputError if `out` belongs to something else, or cannot hold a search."""
+    out = folder.out
+    if not out.is_local and search.config.storage is None:
+        raise InputError(
+            f"storage: has to be given where a search is kept at an address ({out}): Optuna writes to a database, such "
+            "as postgresql+psycopg://user@host/name, or to a file on this machine."
+        )
+    check_access(out, "--out")
+    state = folder.state
     if resume and not state:
         raise InputError(f"--resume: {out} holds no search; expected the folder that `odedit tune` wrote.")
-    if out.exists() and not out.is_dir():
+    if out.is_file():
         raise InputError(f"--out: {out} is a file. Choose a folder.")
-    if not state and out.exists() and {path.name for path in out.iterdir()} - _BEFORE_IT_BEGINS:
+    if not state and set(out.names()) - _BEFORE_IT_BEGINS:
         raise InputError(f"--out: {out} is not empty and holds no search. Choose another folder.")
-    if state and not any((out / "trials").glob("*")) and state["identity"] != _identity(search) and not resume:
+    if state and not (out / "trials").names() and state["identity"] != _identity(search) and not resume:
         # It ended before its first trial, and with other settings there is nothing to lose.
-        (out / STATE).unlink()
+        (out / STATE).delete()
         state = {}
     if not state:
-        shutil.rmtree(out / "validation", ignore_errors=True)
+        delete_all((out / "validation").glob())
     if state:
         then, now = (tracking.flatten(one) for one in (state["identity"], _identity(search)))
         changed = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
@@ -93,10 +118,9 @@ def check_folder(search: Search, folder: Folder, *, resume: bool) -> None:
             raise InputError(f"{'--resume' if resume else '--out'}: {out} holds another search:\n{lines}\n"
                              "Choose another folder, or give that search's configuration.")  # fmt: skip
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "trials").mkdir(exist_ok=True)
+        (out / "trials").make_folder()
     except OSError as error:
-        raise InputError(f"--out: {str(out)!r} cannot be written to: {error.strerror}.") from error
+        raise InputError(f"--out: {str(out)!r} cannot be written to: {reason(error)}.") from error
 
 
 def _identity(search: Search) -> dict[str, Any]:
@@ -106,12 +130,14 @@ def _identity(search: Search) -> dict[str, Any]:
 
 @contextmanager
 def alone(folder: Folder) -> Iterator[None]:
-    """Inside, no other process runs this search. The lock goes with the process, however that ends.
+    """Inside, no other process of this machine, or of those that share the folder, runs this search.
+
+    The lock goes with the process, however that ends.
 
     Raises:
         InputError: Another one does.
     """
-    with open(folder.out / ".lock", "a+") as stream:
+    with open(_lock_file(folder), "a+") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -124,8 +150,21 @@ def alone(folder: Folder) -> Iterator[None]:
         stream.write(str(os.getpid()))
         stream.flush()
         for left in folder.out.glob(f"{TUNE_FOLDER}*"):  # of a driver that was killed
-            shutil.rmtree(left, ignore_errors=True)
+            remove_folder(left)
         yield
+
+
+def _lock_file(folder: Folder) -> Path:
+    if folder.out.is_local:
+        return Path(folder.out / ".lock")
+    digest = hashlib.blake2b(folder.address.encode(), digest_size=8).hexdigest()
+    return Path(tempfile.gettempdir()) / f"odedit-{os.getuid()}-{digest}.lock"
+
+
+def remove_folder(folder: Location) -> None:
+    """Deletes what Tune keeps of a search, as far as that is possible."""
+    with suppress(OSError):
+        folder.filesystem.delete_dir(folder.path)
 
 
 def remember(search: Search, folder: Folder, found: sources.Sources) -> None:
@@ -145,4 +184,4 @@ def remember(search: Search, folder: Folder, found: sources.Sources) -> None:
         had_secrets=text != public,
         code=state.get("code") or code_version(),
     )
-    write_text(folder.out / CONFIG, f"{CONFIG_HEADER} {code_version()}\n{public}")
+    (folder.out / CONFIG).write_text(f"{CONFIG_HEADER} {code_version()}\n{public}")

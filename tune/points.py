@@ -19,8 +19,9 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from odedit.addresses import masked
 from odedit.errors import InputError
-from odedit.locations import masked
+from odedit.locations import Location
 from tune.config import SearchConfig
 from tune.dimensions import label
 from tune.scoring import Report
@@ -61,7 +62,7 @@ class Trial:
         return self.reports[max(self.reports)] if self.reports else None
 
 
-def open_storage(config: SearchConfig, out: Path) -> BaseStorage:
+def open_storage(config: SearchConfig, out: Location) -> BaseStorage:
     """The storage that the search names.
 
     Raises:
@@ -85,9 +86,9 @@ def open_storage(config: SearchConfig, out: Path) -> BaseStorage:
         ) from error
 
 
-def journal(config: SearchConfig, out: Path) -> Path:
+def journal(config: SearchConfig, out: Location) -> Path:
     """The journal file of a search that is kept in one."""
-    return Path(config.storage).expanduser().absolute() if config.storage is not None else out / "optuna.journal"
+    return Path(config.storage).expanduser().absolute() if config.storage is not None else Path(out / "optuna.journal")
 
 
 def _sentence(error: BaseException) -> str:
@@ -105,7 +106,7 @@ class Points:
         InputError: The storage cannot be written to, or its study of that name belongs to another search.
     """
 
-    def __init__(self, config: SearchConfig, space: Space, out: Path, search_id: str, study_name: str) -> None:
+    def __init__(self, config: SearchConfig, space: Space, out: Location, search_id: str, study_name: str) -> None:
         self._config, self._space = config, space
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with warnings.catch_warnings():

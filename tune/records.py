@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow
-from pyarrow import parquet
 
 from odedit.errors import InputError
+from odedit.locations import Location
 from odedit.mmedit import RawRecord
 from pipeline import staging
 from pipeline.config import RunConfig
 from pipeline.sources import Sources
-from pipeline.workspace import Workspace, write_atomically
+from pipeline.workspace import Workspace, write_table
 
 Group = list[RawRecord]
 
@@ -24,29 +23,29 @@ Group = list[RawRecord]
 class TrialWorkspace(Workspace):
     """The folder of a trial; its records are those of the search."""
 
-    shared: Path
+    shared: Location
 
     @property
-    def records(self) -> Path:
+    def records(self) -> Location:
         return self.shared / "rungs.parquet"
 
     @property
-    def pool(self) -> Path:
+    def pool(self) -> Location:
         return self.shared / "pool.parquet"
 
-    def rung(self, place: int) -> Path:
+    def rung(self, place: int) -> Location:
         """What the trial says at a rung; there once all its edits are."""
         return self.out / f"rung-{place}.json"
 
 
-def stage(config: RunConfig, sources: Sources, folder: Path, sizes: Sequence[int], seed: int) -> list[list[int]]:
+def stage(config: RunConfig, sources: Sources, folder: Location, sizes: Sequence[int], seed: int) -> list[list[int]]:
     """Writes the records of all rungs in groups; returns the numbers of each rung's groups.
 
     Raises:
         InputError: The records cannot be read, or there are too few.
     """
     workspace = Workspace(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.make_folder()
     staged = staging.stage(config, sources, workspace)
     if staged.num_usable < sizes[-1]:
         raise InputError(
@@ -66,8 +65,7 @@ def stage(config: RunConfig, sources: Sources, folder: Path, sizes: Sequence[int
             number += 1
         rungs.append(of_rung)
     table = pyarrow.Table.from_pylist(rows, schema=staging.STAGED_SCHEMA)
-    path = TrialWorkspace(folder, folder).records
-    write_atomically(path, lambda temporary: parquet.write_table(table, temporary))
+    write_table(TrialWorkspace(folder, folder).records, table)
     return rungs
 
 

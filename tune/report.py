@@ -7,15 +7,15 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from odedit.locations import Location
 from odedit.metrics import MAIN, PairedDifference, paired, summarize
 from odedit.score import paired_score, score
 from pipeline.report import Arm, p_value
 from pipeline.run import Outcome
 from pipeline.study.tables import SIGNIFICANT, holm, number
-from pipeline.workspace import write_atomically, write_json, write_text
+from pipeline.workspace import write_json
 from tune import plots, points
 from tune.config import SCORE, Search
 from tune.points import COMPLETE, FAILED, PRUNED, Trial
@@ -37,14 +37,14 @@ class Finished:
     best: Trial
     front: Sequence[Trial]
     markdown: str
-    files: Sequence[Path]
+    files: Sequence[Location]
     metrics: Mapping[str, float]
     tracking_uri: str | None
 
 
 def write(
     search: Search,
-    out: Path,
+    out: Location,
     study: Any,
     every: Sequence[Trial],
     best: Trial,
@@ -88,12 +88,12 @@ def write(
         "verdict": verdict_text,
         "importance": importance,
     }
-    write_text(out / "summary.md", markdown + "\n")
+    (out / "summary.md").write_text(markdown + "\n")
     write_json(out / "summary.json", _finite(summary))
-    write_text(out / "trials.csv", to_csv(search, every))
+    (out / "trials.csv").write_text(to_csv(search, every))
     pictures = plots.draw(search, list(every), best, importance)
     for name, image in pictures.items():
-        write_atomically(out / name, lambda temporary, image=image: temporary.write_bytes(image))  # type: ignore[misc]
+        (out / name).write_bytes(image)
     names = ("best.yaml", "summary.md", "summary.json", "trials.csv", "search.yaml", *pictures)
     metrics = {f"trials_{state}": float(count) for state, count in counts.items()}
     metrics |= {f"validation_{name}": float((best.last or {}).get(name, 0.0)) for name in (SCORE, *MAIN)}

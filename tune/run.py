@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
 import time
+import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rich.console import Console
 
 from odedit.backbones import load_processor
 from odedit.errors import InputError, NothingUsable
+from odedit.locations import Location, delete_all, locate
 from pipeline import local_ray, sources, tracking
 from pipeline.checkpoints import editor_weights, with_absolute_checkpoints
 from pipeline.config import RunConfig
@@ -27,15 +28,15 @@ from pipeline.run import Outcome, run_many
 from pipeline.search_tracking import KIND, SearchRun
 from pipeline.spec import Job, Plan
 from pipeline.version import code_version
-from pipeline.workspace import Workspace, write_text
+from pipeline.workspace import Workspace
 from tune import points, records, report
 from tune.config import Search, SearchConfig, check
-from tune.folder import TUNE_FOLDER, Folder, alone, check_folder, remember
+from tune.folder import TUNE_FOLDER, Folder, alone, check_folder, remember, remove_folder
 from tune.points import Points, Trial
 
 
-def run(config: SearchConfig, out: Path, console: Console, *, resume: bool = False) -> report.Finished:
-    """Runs or resumes a search in `out`.
+def run(config: SearchConfig, out: Path | str, console: Console, *, resume: bool = False) -> report.Finished:
+    """Runs or resumes a search in `out`, a folder or an address.
 
     Args:
         resume: There has to be one.
@@ -46,7 +47,9 @@ def run(config: SearchConfig, out: Path, console: Console, *, resume: bool = Fal
         TrackingError: The search is complete, but MLflow could not be written to.
     """
     search = check(config)
-    folder = Folder(Workspace.of(str(out)).out)
+    folder = Folder.of(out)
+    if search.trial.tracking.enabled:
+        tracking.store_uri(search.trial.tracking, folder.evaluation)
     check_folder(search, folder, resume=resume)
     with alone(folder), terminate_as_interrupt(), local_ray.shared():
         base, found = _prepared(search, folder)
@@ -97,7 +100,7 @@ def _run(
         reasons = next((f" The first: {trial.error}" for trial in every if trial.error), "")
         raise NothingUsable(f"No trial came to its end ({len(every)} tried).{reasons}")
     changed = _evaluation_config(search, folder, best)
-    write_text(folder.out / "best.yaml", _best_yaml(changed, best))
+    (folder.out / "best.yaml").write_text(_best_yaml(changed, best))
     outcomes = _evaluate(search, folder, changed, best, console)
     finished = report.write(search, folder.out, asked.study, every, best, outcomes, folder.state.get("seconds", 0.0))
     if tracker is not None:
@@ -121,7 +124,7 @@ def _prepared(search: Search, folder: Folder) -> tuple[RunConfig, sources.Source
     for name, one in (("evaluation", search.defaults), ("validation", config)):
         try:
             # An embedded benchmark is written once for both.
-            found[name] = sources.resolve(one.data, folder.evaluation / name)
+            found[name] = sources.resolve(one.data, folder.run_out(name))
             found[name].identity()
             found[name].reader.check_roots()
         except InputError as error:
@@ -168,7 +171,7 @@ def _try_points(
     for trial in before:
         if trial.state == points.RUNNING:
             # That its worker was ended with the search is no attempt of an edit.
-            shutil.rmtree(folder.out / "trials" / trial.key / "attempts", ignore_errors=True)
+            delete_all((folder.out / "trials" / trial.key / "attempts").glob())
     try:
         # Ray first: it puts a handler of its own in place, which would end the process at once.
         with local_ray.connected(spread, job.config.backbone, config.concurrent) as plan, terminate_as_interrupt():
@@ -217,7 +220,7 @@ def _fit(
         folder=folder.out,
         judged_by=config.judged_by,
     )
-    with tempfile.TemporaryDirectory(prefix=TUNE_FOLDER, dir=folder.out, ignore_cleanup_errors=True) as temporary:
+    with _tune_folder(folder) as temporary:
         tune.Tuner(
             tune.with_resources(trainable, {"cpu": plan.cpus_per_actor, "gpu": plan.gpus_per_actor}),
             tune_config=tune.TuneConfig(
@@ -229,7 +232,8 @@ def _fit(
             ),
             run_config=tune.RunConfig(
                 name="trials",
-                storage_path=temporary,
+                storage_path=temporary.path,
+                storage_filesystem=None if temporary.is_local else temporary.filesystem,
                 # `Running` hands out a trial again itself: Tune gives up one whose worker dies while it is handed over.
                 failure_config=tune.FailureConfig(max_failures=0),
                 # A trial's checkpoint is the files that it has written.
@@ -240,6 +244,17 @@ def _fit(
         ).fit()
 
 
+@contextmanager
+def _tune_folder(folder: Folder) -> Iterator[Location]:
+    """Where Tune keeps its own state, which nobody needs after it has ended."""
+    place = folder.out / f"{TUNE_FOLDER}{uuid.uuid4().hex[:8]}"
+    place.make_folder()
+    try:
+        yield place
+    finally:
+        remove_folder(place)
+
+
 def _evaluation_config(search: Search, folder: Folder, trial: Trial) -> RunConfig:
     """The run of a point on the evaluation records, with full paths."""
     if search.space.defaults() == trial.point:
@@ -248,11 +263,11 @@ def _evaluation_config(search: Search, folder: Folder, trial: Trial) -> RunConfi
 
 
 def _named(folder: Folder, config: RunConfig, name: str) -> RunConfig:
-    uri = tracking.store_uri(config.tracking, folder.evaluation)
+    uri = tracking.store_uri(config.tracking, folder.evaluation) if config.tracking.enabled else config.tracking.uri
     return replace(
         with_absolute_checkpoints(config),
         data=sources.with_absolute_paths(config.data),
-        out=str(folder.evaluation / name),
+        out=folder.run_out(name),
         tracking=replace(config.tracking, uri=uri, run_name=name.replace("-", " ")),
     )
 
@@ -275,7 +290,7 @@ def _evaluate(search: Search, folder: Folder, changed: RunConfig, best: Trial, c
         configs["best"] = changed
     _say(console, f"Best on the validation records: trial {best.number}. Now on the evaluation records:")
     outcomes = dict(zip(configs, run_many(list(configs.values()), console), strict=True))
-    folder.update(evaluated=[Path(one.out).name for one in configs.values()])
+    folder.update(evaluated=[locate(one.out, "out").name for one in configs.values()])
     return outcomes
 
 

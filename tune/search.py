@@ -10,7 +10,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +20,7 @@ from ray.tune.search import Searcher
 from rich.console import Console
 
 from odedit.errors import InputError
+from odedit.locations import Location
 from odedit.metrics import MAIN
 from pipeline import results
 from pipeline.checkpoints import with_absolute_checkpoints
@@ -47,7 +47,7 @@ class Running:
     """
 
     def __init__(
-        self, search: Search, asked: Points, folder: Path, tracker: SearchRun | None, console: Console
+        self, search: Search, asked: Points, folder: Location, tracker: SearchRun | None, console: Console
     ) -> None:
         self._search, self._points, self._folder = search, asked, folder
         self._tracker, self._console = tracker, console

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ray.tune import Trainable
 
 from odedit.errors import InputError
+from odedit.locations import Location
 from pipeline import results
 from pipeline.actor import EditActor
 from pipeline.config import from_dict
@@ -42,7 +42,7 @@ class EditTrial(Trainable):
         job: Job,
         rungs: Sequence[Sequence[int]],
         sizes: Sequence[int],
-        folder: Path,
+        folder: Location,
         judged_by: str,
     ) -> None:
         """

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from odedit.addresses import below
 from odedit.errors import InputError
-from pipeline.sources import build_embedded, embedded_folder
+from odedit.locations import Location, at
+from pipeline.sources import build_embedded, embedded_name
 from pipeline.study.spec import Draw
-from pipeline.workspace import write_text
 
 _POOL_SEED = 0
 _REPHRASE = "rephrase:"
@@ -17,26 +18,30 @@ _REPHRASE = "rephrase:"
 Record = dict[str, Any]
 
 
-def write(draw: Draw, folder: Path) -> dict[str, str]:
+def write(draw: Draw, folder: Path | str) -> dict[str, str]:
     """Writes the records under `folder` and returns the `data` section of a run that edits them.
 
     Edits of different seeds have different ids and name their facts alike, so that tests over seeds are clustered by
     fact: all facts, where so many are drawn, else those that come first in each seed's order.
 
+    Args:
+        folder: Path or address.
+
     Raises:
         InputError: The split has fewer edits of a task.
     """
-    records = [record for seed in draw.seeds for record in _of_seed(draw, seed, folder)]
+    place = at(folder)
+    records = [record for seed in draw.seeds for record in _of_seed(draw, seed, place)]
     seeds = "-".join(str(seed) for seed in draw.seeds)
-    path = folder / f"{draw.split}-seeds-{seeds}-{draw.per_task}.json"
-    pool = folder / "pool.json"
-    _write_json(path, records)
-    name = embedded_folder(folder, _POOL_SEED).name
-    _write_json(pool, [_moved(record, name) for record in _read(folder, _POOL_SEED, "train")])
-    return {"path": str(path), "image_root": str(folder), "rephrase_root": str(folder), "pool": str(pool)}
+    name = f"{draw.split}-seeds-{seeds}-{draw.per_task}.json"
+    _write_json(place / name, records)
+    of_pool = [_moved(record, embedded_name(_POOL_SEED)) for record in _read(place, _POOL_SEED, "train")]
+    _write_json(place / "pool.json", of_pool)
+    root = str(folder)
+    return {"path": below(root, name), "image_root": root, "rephrase_root": root, "pool": below(root, "pool.json")}
 
 
-def _of_seed(draw: Draw, seed: int, folder: Path) -> list[Record]:
+def _of_seed(draw: Draw, seed: int, folder: Location) -> list[Record]:
     """So many edits of each task: first one of every fact, then a second one, in the benchmark's own order."""
     records = _read(folder, seed, draw.split)
     rounds: dict[str, int] = {}
@@ -54,14 +59,14 @@ def _of_seed(draw: Draw, seed: int, folder: Path) -> list[Record]:
                 f"draw.per_task: got {draw.per_task}; the {draw.split} split has {len(of_task)} edits of task {task!r}."
             )
         chosen += of_task[: draw.per_task]
-    name = embedded_folder(folder, seed).name
+    name = embedded_name(seed)
     return [_moved(record, name) | {"edit_id": f"s{seed}-{record['edit_id']}"} for record in chosen]
 
 
-def _read(folder: Path, seed: int, split: str) -> list[Record]:
-    benchmark = embedded_folder(folder, seed)
+def _read(folder: Location, seed: int, split: str) -> list[Record]:
+    benchmark = folder / embedded_name(seed)
     build_embedded(benchmark, seed)
-    records: list[Record] = json.loads((benchmark / f"{split}.json").read_text(encoding="utf-8"))
+    records: list[Record] = json.loads((benchmark / f"{split}.json").read_text())
     return records
 
 
@@ -88,8 +93,8 @@ def _moved(record: Record, benchmark: str) -> Record:
     }
 
 
-def _write_json(path: Path, records: list[Record]) -> None:
+def _write_json(place: Location, records: list[Record]) -> None:
     """Leaves a file of the same content alone: a run is told apart by its input file's time as well."""
     text = json.dumps(records, indent=1) + "\n"
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        write_text(path, text)
+    if not place.exists() or place.read_text() != text:
+        place.write_text(text)

@@ -10,15 +10,18 @@ from typing import Any
 
 from rich.console import Console
 
+from odedit.addresses import above, below, reason
 from odedit.errors import InputError, NothingUsable
+from odedit.locations import Location, at
 from pipeline import local_ray, results, tracking
 from pipeline.config import RunConfig
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.run import Outcome, run_many
+from pipeline.sources import absolute
 from pipeline.study import data, plots, states, tables, weights
 from pipeline.study.spec import Arm, StudyConfig, arms, run_config
 from pipeline.version import code_version
-from pipeline.workspace import read_json, write_atomically, write_json, write_text
+from pipeline.workspace import check_access, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,12 @@ class Finished:
 
     cells: Sequence[tables.Cell]
     markdown: str
-    files: Sequence[Path]
+    files: Sequence[Location]
     tracking_uri: str | None
 
 
-def run(name: str, study: StudyConfig, out: Path, console: Console, *, fresh: bool = False) -> Finished:
-    """Runs or resumes a study in `out`.
+def run(name: str, study: StudyConfig, out: Path | str, console: Console, *, fresh: bool = False) -> Finished:
+    """Runs or resumes a study in `out`, a folder or an address.
 
     Raises:
         InputError: An arm's settings are wrong, or `out` cannot be used.
@@ -47,18 +50,19 @@ def run(name: str, study: StudyConfig, out: Path, console: Console, *, fresh: bo
     """
     every = arms(study)
     for arm in every:
-        run_config(arm, out, None)  # before anything is written
-    _check_folder(out, name)
-    section = data.write(study.draw, out / "data") if study.draw is not None else None
+        _named(run_config(arm, out, None), arm, out)  # before anything is written
+    place = at(out, "--out")
+    _check_folder(place, name)
+    section = data.write(study.draw, below(str(out), "data")) if study.draw is not None else None
     configs = [_named(run_config(arm, out, section), arm, out) for arm in every]
     with terminate_as_interrupt(), local_ray.shared():
-        parent = _open_parent(name, study, out, configs[0], fresh=fresh)
+        parent = _open_parent(name, study, place, configs[0], fresh=fresh)
         try:
             # Beside the studies, which may share them.
-            folder = out.absolute().parent / "weights"
+            folder = below(above(absolute(str(out))), "weights")
             configs = weights.with_weights(configs, [arm.name for arm in every], folder, console)
             outcomes = run_many(configs, console, fresh=fresh, parent_run=parent.run_id if parent else None)
-            found = _write(study, every, outcomes, out, console)
+            found = _write(study, every, outcomes, place, console)
             if parent is not None:
                 parent.log_study(found.files, metrics_of(found.cells))
         except BaseException as error:
@@ -70,36 +74,41 @@ def run(name: str, study: StudyConfig, out: Path, console: Console, *, fresh: bo
     return found
 
 
-def _check_folder(out: Path, name: str) -> None:
-    """Raises InputError if `out` belongs to something else."""
-    if out.exists() and not out.is_dir():
+def _check_folder(out: Location, name: str) -> None:
+    """Raises InputError if `out` belongs to something else, or cannot be written to."""
+    check_access(out, "--out")
+    if out.is_file():
         raise InputError(f"--out: {out} is a file. Choose a folder.")
     state = _state(out)
-    if not state and out.exists() and any(out.iterdir()):
+    if not state and out.names():
         raise InputError(f"--out: {out} is not empty and holds no study. Choose another folder.")
     if state and state.get("study") != name:
         raise InputError(f"--out: {out} holds the study {state.get('study')!r}, not {name!r}. Choose another folder.")
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        out.make_folder()
         write_json(out / "study.json", state | {"study": name})
     except OSError as error:
-        raise InputError(f"--out: {str(out)!r} cannot be written to: {error.strerror}.") from error
+        raise InputError(f"--out: {str(out)!r} cannot be written to: {reason(error)}.") from error
 
 
-def _state(out: Path) -> dict[str, Any]:
+def _state(out: Location) -> dict[str, Any]:
     """What study.json says; nothing if it is not there or something else's."""
     found = read_json(out / "study.json")
     return found if isinstance(found, dict) else {}
 
 
-def _named(config: RunConfig, arm: Arm, out: Path) -> RunConfig:
-    """In the study's own store unless another is given, under the arm's name."""
-    uri = tracking.store_uri(config.tracking, out.absolute() / "arms")
+def _named(config: RunConfig, arm: Arm, out: Path | str) -> RunConfig:
+    """In the study's own store unless another is given, under the arm's name.
+
+    Raises:
+        InputError: `out` is an address, and no store is given.
+    """
+    uri = tracking.store_uri(config.tracking, at(out) / "arms") if config.tracking.enabled else config.tracking.uri
     return replace(config, tracking=replace(config.tracking, uri=uri, run_name=arm.name))
 
 
 def _open_parent(
-    name: str, study: StudyConfig, out: Path, config: RunConfig, *, fresh: bool
+    name: str, study: StudyConfig, out: Location, config: RunConfig, *, fresh: bool
 ) -> tracking.StudyRun | None:
     if not config.tracking.enabled:
         return None
@@ -117,7 +126,7 @@ def _open_parent(
 
 
 def _write(
-    study: StudyConfig, every: Sequence[Arm], outcomes: Sequence[Outcome], out: Path, console: Console
+    study: StudyConfig, every: Sequence[Arm], outcomes: Sequence[Outcome], out: Location, console: Console
 ) -> Finished:
     rows = {
         arm.folder: list(results.read_rows(results.parts(outcome.workspace)))
@@ -129,8 +138,8 @@ def _write(
         tables_of.append(tables.correlations(study, every, rows))
     texts = [f"# {study.title}", *tables_of, tables.legend(study), *([study.note.strip()] if study.note else [])]
     markdown = "\n\n".join(text.strip() for text in texts) + "\n"
-    write_text(out / "table.md", markdown)
-    write_text(out / "table.csv", tables.to_csv(study, found))
+    (out / "table.md").write_text(markdown)
+    (out / "table.csv").write_text(tables.to_csv(study, found))
     if not any(cell.n for cell in found):
         raise NothingUsable(f"No record was edited; the rows under {out / 'arms'} say why, arm by arm.")
     wanted = dict.fromkeys((*study.columns, *study.further, *study.plot.columns))
@@ -140,7 +149,7 @@ def _write(
         console.print(text, highlight=False, soft_wrap=True, markup=False)
     is_of_states = study.plot.kind == "states"
     image = states.draw(study, every, outcomes, console) if is_of_states else plots.draw(study, found)
-    write_atomically(out / "plot.png", lambda temporary: temporary.write_bytes(image))
+    (out / "plot.png").write_bytes(image)
     uri = next((outcome.tracking_uri for outcome in outcomes if outcome.tracking_uri), None)
     return Finished(found, markdown, [out / "table.md", out / "table.csv", out / "plot.png"], uri)
 
@@ -152,7 +161,7 @@ def metrics_of(cells: Sequence[tables.Cell]) -> Mapping[str, float]:
     }
 
 
-def describe(found: Finished, out: Path) -> list[str]:
+def describe(found: Finished, out: Location) -> list[str]:
     """Where everything is, line by line."""
     lines: list[Any] = [f"Tables:  {out / 'table.md'}, {out / 'table.csv'}", f"Picture: {out / 'plot.png'}"]
     if found.tracking_uri is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import odedit
+from odedit.addresses import below
 from odedit.errors import InputError, unknown_name
 from odedit.metrics import MAIN
 from pipeline import strict
@@ -257,10 +258,10 @@ def _settings(study: StudyConfig, labels: Labels) -> dict[str, Any]:
     return values
 
 
-def run_config(arm: Arm, out: Path, data: Mapping[str, Any] | None) -> RunConfig:
+def run_config(arm: Arm, out: Path | str, data: Mapping[str, Any] | None) -> RunConfig:
     """The arm's run. Raises InputError, which names the arm."""
     values = merged(arm.values, {"data": data} if data else {})
     try:
-        return from_dict(values | {"out": str(out / "arms" / arm.folder)})
+        return from_dict(values | {"out": below(str(out), f"arms/{arm.folder}")})
     except InputError as error:
         raise InputError(f"{arm.name}: {error}") from error

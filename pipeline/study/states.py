@@ -51,7 +51,7 @@ def _states(outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
     config = from_dict(read_yaml(outcome.workspace.config))
     backbone = load_backbone(config.backbone.family, config.backbone.checkpoint, dtype=config.backbone.dtype)
     found: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    job = Job(config, resolve(config.data, outcome.workspace.out), outcome.workspace)
+    job = Job(config, resolve(config.data, config.out), outcome.workspace)
     prepare = Preparer(job)
     staged = staging.read_staged(outcome.workspace.records)
     edited = {
@@ -62,7 +62,7 @@ def _states(outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
     for group in range(len(staged.usable)):
         requests = [request for request in prepare(group).requests if request.edit_id in edited]
         paths = [outcome.workspace.edit(request.edit_id) for request in requests]
-        if not all(path.is_file() for path in paths):
+        if not all(path.exists() for path in paths):
             raise InputError("settings.keep_edits: this picture is made from the edits; set it to true.")
         if not requests:
             continue

@@ -20,12 +20,15 @@ from typing import Any
 from rich.console import Console
 
 from odedit import editors
+from odedit.addresses import below
 from odedit.backbones import fingerprint
 from odedit.errors import InputError
+from odedit.locations import at
 from odedit.train import TrainingError, train
 from pipeline import training
 from pipeline.config import EMBEDDED, DataConfig, RunConfig
 from pipeline.interrupts import terminate_as_interrupt
+from pipeline.sources import absolute
 from pipeline.spec import machine_cpus, machine_gpus, make_plan
 
 _SECONDS_BETWEEN_LOOKS = 0.2
@@ -37,12 +40,12 @@ class Training:
 
     Attributes:
         config: The run whose editor learns.
-        path: File of the weights.
+        path: File of the weights, or its address.
         arm: The first arm that needs them.
     """
 
     config: RunConfig
-    path: Path
+    path: str
     arm: str
 
     @property
@@ -50,22 +53,24 @@ class Training:
         return f"{self.config.editor.name} for {self.arm}"
 
 
-def with_weights(configs: Sequence[RunConfig], names: Sequence[str], folder: Path, console: Console) -> list[RunConfig]:
+def with_weights(
+    configs: Sequence[RunConfig], names: Sequence[str], folder: Path | str, console: Console
+) -> list[RunConfig]:
     """The runs with trained weights, for every editor that learns before it edits and was given none.
 
     Weights that are there, or have been begun, are gone on with; runs whose weights depend on the same share them.
 
     Args:
         names: Of the runs, for people.
-        folder: Of the weights.
+        folder: Of the weights; a path or an address.
 
     Raises:
         InputError: A training's settings or records are wrong.
         TrainingError: A loss is not finite, or a training's process was ended from outside.
         TrackingError: Weights are there, but MLflow could not be written to.
     """
-    wanted = [_training(config, name, folder) for config, name in zip(configs, names, strict=True)]
-    missing = {one.path: one for one in reversed(wanted) if one is not None and not one.path.exists()}
+    wanted = [_training(config, name, absolute(str(folder))) for config, name in zip(configs, names, strict=True)]
+    missing = {one.path: one for one in reversed(wanted) if one is not None and not at(one.path).exists()}
     run_all([missing[path] for path in reversed(missing)], console)
     return [
         config if one is None else _with_checkpoint(config, one.path)
@@ -73,7 +78,7 @@ def with_weights(configs: Sequence[RunConfig], names: Sequence[str], folder: Pat
     ]
 
 
-def _training(config: RunConfig, name: str, folder: Path) -> Training | None:
+def _training(config: RunConfig, name: str, folder: str) -> Training | None:
     kind = editors.find(config.editor.name)
     settings = config.editor.settings
     if not hasattr(kind, "native_training_loss") or settings.checkpoint is not None:
@@ -93,9 +98,10 @@ def _training(config: RunConfig, name: str, folder: Path) -> Training | None:
     if data:
         depends_on["data"] = data
     key = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()[:10]
-    path = (folder / f"{config.editor.name}-{key}.safetensors").absolute()
+    out = below(folder, f"{config.editor.name}-{key}")
+    path = below(folder, f"{config.editor.name}-{key}.safetensors")
     tracking = replace(config.tracking, run_name=f"train {config.editor.name} for {name}")
-    return Training(replace(config, tracking=tracking, out=str(path.with_suffix(""))), path, name)
+    return Training(replace(config, tracking=tracking, out=out), path, name)
 
 
 def _code(kind: Any) -> str:
@@ -112,8 +118,8 @@ def _training_data(config: RunConfig) -> DataConfig:
     return data
 
 
-def _with_checkpoint(config: RunConfig, path: Path) -> RunConfig:
-    settings = replace(config.editor.settings, checkpoint=str(path))
+def _with_checkpoint(config: RunConfig, path: str) -> RunConfig:
+    settings = replace(config.editor.settings, checkpoint=path)
     return replace(config, editor=replace(config.editor, settings=settings))
 
 
@@ -121,7 +127,7 @@ def run_all(wanted: Sequence[Training], console: Console) -> None:
     """Trains everything; in processes of their own if there are several and the machine has room for two."""
     for one in wanted:
         console.print(f"Training {one.name}", highlight=False, soft_wrap=True, markup=False)
-        one.path.parent.mkdir(parents=True, exist_ok=True)
+        at(one.path).parent.make_folder()
     room = min((_room(one.config, len(wanted)) for one in wanted), default=1)
     if min(room, len(wanted)) > 1:
         _run_together(wanted, min(room, len(wanted)), console)

@@ -74,6 +74,21 @@ def test_a_configuration_from_elsewhere_arrives_under_its_name(here: Path) -> No
     assert (parcel.folder / "far.yaml").read_text() == "seed: 3\n"
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["edit", "out=s3://bucket/runs/one"],
+        ["tune", "--out", "s3://bucket/searches/one"],
+        ["tune", "--resume=s3://bucket/searches/one"],
+        ["study", "table4", "--out", "gs://bucket/studies/one"],
+        ["train", "mend", "--out=s3://bucket/mend.safetensors"],
+    ],
+)
+def test_results_may_go_to_an_address(here: Path, arguments: list[str]) -> None:
+    parcel = packed(here, *arguments)
+    assert parcel.notes == [] and parcel.arguments[-1] == arguments[-1]
+
+
 def test_what_is_read_there_is_told(here: Path) -> None:
     values = {"data": {"path": "/data/vqa.json", "pool": "s3://bucket/pool.json"}, "out": "/shared/x"}
     values |= {"editor": {"name": "elsewhere.editor"}, "backbone": {"checkpoint": "Salesforce/blip2-opt-2.7b"}}
@@ -89,7 +104,7 @@ def test_what_is_read_there_is_told(here: Path) -> None:
     [
         (["demo"], "A job runs one of edit, study, train, tune; got 'demo'"),
         (["edit"], "The results of `edit` would be written into the job's own folder"),
-        (["tune"], "every node has mounted: --out /shared/name"),
+        (["tune"], "every node has mounted or at an address: --out /shared/name"),
         (["tune", "--out", "searches/x"], "--out: 'searches/x' would be written into the job's own folder"),
         (["tune", "--resume=searches/x"], "--resume: 'searches/x' would be written"),
         (["edit", "out=runs/x"], "out: 'runs/x' would be written into the job's own folder"),

@@ -29,11 +29,11 @@ def finished(settings: dict[str, Any]) -> Path:
     workspace = prepared(settings).workspace
     workspace.part(0).write_bytes(b"rows")
     workspace.edit("one").write_bytes(b"edit")
-    workspace.errors.mkdir()
+    workspace.errors.make_folder()
     (workspace.errors / "one.txt").write_text("trace")
     (workspace.results / "thesis.txt").write_text("mine")
     (workspace.out / "notes.md").write_text("mine")
-    return workspace.out
+    return Path(workspace.out)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_relative_checkpoint_is_made_absolute_and_other_weights_are_another_ru
     local = settings | {"backbone": {"checkpoint": "models/small"}}
     first = prepared(local)
     assert first.config.backbone.checkpoint == str(folder)
-    first.workspace.part(0).touch()
+    first.workspace.part(0).write_bytes(b"")
     (weights,) = folder.glob("*.safetensors")
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
@@ -167,7 +167,7 @@ def test_a_run_that_ended_without_a_result_gives_way_to_other_settings(settings:
     assert (prepared(settings | {"seed": 1}).workspace.attempts / "group-000000.json").exists()
     corrected = prepared(settings | {"seed": 2})
     assert corrected.config.seed == 2 and not (corrected.workspace.attempts / "group-000000.json").exists()
-    corrected.workspace.part(0).touch()
+    corrected.workspace.part(0).write_bytes(b"")
     with pytest.raises(InputError, match="seed: was 2, now 3"):
         prepared(settings | {"seed": 3})
 
@@ -177,7 +177,7 @@ def test_a_setting_that_is_newer_than_the_run_had_its_default(settings: dict[str
     state = json.loads(workspace.run.read_text())
     del state["settings"]["editor.mask"], state["settings"]["pipeline.batch_size"]
     workspace.run.write_text(json.dumps(state))
-    workspace.part(0).touch()
+    workspace.part(0).write_bytes(b"")
     with pytest.raises(InputError, match="editor.mask: was 'entries', now 'columns'"):
         prepared(settings | {"editor": settings["editor"] | {"mask": "columns"}})
     with pytest.raises(InputError, match=r"pipeline.batch_size: was 8, now"):

@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from odedit.files import write_atomically
+from odedit.locations import locate
 from odedit.metrics import summarize
 from odedit.mmedit import RawRecord
 from pipeline import results
 from pipeline.attempts import Ledger
 from pipeline.config import RunConfig, from_dict
-from pipeline.workspace import Workspace, write_atomically, write_once
+from pipeline.workspace import Workspace, read_schema
 
 
 @pytest.fixture
@@ -47,7 +49,7 @@ def test_files_with_different_probes_become_one_table(workspace: Workspace) -> N
     table = parquet.read_table(workspace.results)
     assert table.column("text_gen").to_pylist() == [0.5, None, None]
     assert table.column("answer_after").to_pylist() == [None, None, "x"]
-    assert len({str(parquet.read_schema(path)) for path in results.parts(workspace)}) == 1
+    assert len({str(read_schema(path)) for path in results.parts(workspace)}) == 1
 
 
 def test_the_summary_counts_every_row_and_averages_those_that_worked(workspace: Workspace) -> None:
@@ -106,13 +108,13 @@ def test_a_large_run_is_gathered_in_few_files_with_the_same_rows(
     a_run(workspace, 10)
     before = [results.to_json_row(one) for one in columns_of(workspace)]
     results.unify(workspace)
-    names = [path.name for path in sorted(workspace.results.iterdir())]
+    names = workspace.results.names()
     assert names == [f"part-{first:06d}-{last:06d}.parquet" for first, last in ((0, 3), (4, 7), (8, 9))]
     assert [results.to_json_row(one) for one in columns_of(workspace)] == before
     assert results.finished_groups(workspace) == set(range(10))
     assert parquet.read_table(workspace.results).num_rows == 30
     results.unify(workspace)
-    assert [path.name for path in sorted(workspace.results.iterdir())] == names
+    assert workspace.results.names() == names
 
 
 def test_a_kill_while_files_are_gathered_repeats_no_row(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,13 +125,13 @@ def test_a_kill_while_files_are_gathered_repeats_no_row(workspace: Workspace, mo
         patch.setattr(results, "_drop_repeated", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             results.unify(workspace)
-    assert len(list(workspace.results.iterdir())) == 13
+    assert len(workspace.results.names()) == 13
     assert [results.to_json_row(one) for one in columns_of(workspace)] == before
     # A group of its own among them, as another kill may leave it.
-    (workspace.results / "part-000004-000007.parquet").unlink()
+    (workspace.results / "part-000004-000007.parquet").delete()
     assert results.finished_groups(workspace) == set(range(10))
     results.unify(workspace)
-    assert len(list(workspace.results.iterdir())) == 3
+    assert len(workspace.results.names()) == 3
     assert [results.to_json_row(one) for one in columns_of(workspace)] == before
 
 
@@ -161,8 +163,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_the_first_of_several_writers_wins(tmp_path: Path) -> None:
-    write_once(tmp_path / "file", "first")
-    write_once(tmp_path / "file", "second")
+    place = locate(str(tmp_path / "file"), "out")
+    place.write_once("first")
+    place.write_once("second")
     assert (tmp_path / "file").read_text() == "first"
 
 
@@ -172,7 +175,7 @@ def test_every_edit_is_tried_at_most_so_often_and_only_killers_are_given_up(
     tmp_path_factory: pytest.TempPathFactory, max_attempts: int, killers: set[int]
 ) -> None:
     """A worker that dies with every edit in `killers`, restarted until the group is through."""
-    path = tmp_path_factory.mktemp("attempts") / "group.json"
+    path = locate(str(tmp_path_factory.mktemp("attempts")), "out") / "group.json"
     deaths = dict.fromkeys(range(4), 0)
 
     def work() -> list[int] | None:
@@ -202,7 +205,7 @@ def test_every_edit_is_tried_at_most_so_often_and_only_killers_are_given_up(
 
 
 def test_a_cut_off_count_starts_again(tmp_path: Path) -> None:
-    path = tmp_path / "group.json"
+    path = locate(str(tmp_path), "out") / "group.json"
     path.write_text('{"whole": ')
     assert Ledger(path, 3).begin_whole()
 

@@ -55,7 +55,7 @@ def test_every_record_has_a_row_and_every_edit_a_file(settings: dict[str, Any], 
     summary = json.loads(outcome.workspace.summary.read_text())
     assert (summary["n"], sum(summary["stop_reasons"].values())) == (5, 5)
     assert "wise" in outcome.workspace.config.read_text()
-    assert not list(outcome.workspace.attempts.iterdir())
+    assert not outcome.workspace.attempts.names()
     assert "http" not in (outcome.workspace.out / "report.html").read_text().replace("http-equiv", "")
 
 
@@ -122,13 +122,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(settings: dict[str, Any], inl
     expected = rows_of(whole)
     out = Path(settings["out"])
     # As a kill in the second group leaves it: its edits partly written, begun but without rows.
-    whole.workspace.part(1).unlink()
+    whole.workspace.part(1).delete()
     (out / "attempts" / "group-000001.json").write_text('{"whole": 1, "single": {}}')
     (out / "results" / ".part-000001.parquet.host.1.tmp").write_bytes(b"half")
-    before = whole.workspace.part(0).stat().st_mtime_ns
+    before = whole.workspace.part(0).info().mtime_ns
     again = inline(from_dict(settings))
     assert_same(rows_of(again), expected)
-    assert again.workspace.part(0).stat().st_mtime_ns == before
+    assert again.workspace.part(0).info().mtime_ns == before
 
 
 def test_a_finished_run_is_not_repeated_and_another_one_is_refused(settings: dict[str, Any], inline: Inline) -> None:
@@ -152,7 +152,7 @@ def test_where_the_work_runs_may_change_between_resumed_runs(settings: dict[str,
 
 def test_results_without_their_run_are_not_overwritten(settings: dict[str, Any], inline: Inline) -> None:
     outcome = inline(from_dict(settings))
-    outcome.workspace.run.unlink()
+    outcome.workspace.run.delete()
     with pytest.raises(InputError, match=r"without run\.json"):
         inline(from_dict(settings))
     shutil.rmtree(outcome.workspace.out)
@@ -245,3 +245,13 @@ def test_a_question_longer_than_the_model_takes_fails_alone(settings: dict[str, 
     rows = rows_of(inline(from_dict(settings | {"objective": {"name": "odedit"}, "data": settings["data"]})))
     assert [row["status"] for row in rows] == ["edited", "failed", "edited"]
     assert "tokens are more than the" in rows[1]["error"] and "positions that the text model takes" in rows[1]["error"]
+
+
+def test_what_fails_because_of_an_interruption_is_one() -> None:
+    with pytest.raises(KeyboardInterrupt), terminate_as_interrupt():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            raise FileNotFoundError("a lock that was not held yet")
+    with pytest.raises(FileNotFoundError), terminate_as_interrupt():
+        raise FileNotFoundError("nobody has interrupted")

@@ -62,7 +62,7 @@ def outcome_of(outcome: Outcome) -> tuple[list[dict[str, Any]], dict[str, dict[s
         {name: value for name, value in row.items() if name != "seconds"}
         for row in results.read_rows(results.parts(outcome.workspace))
     ]
-    return rows, {path.name: load_file(path) for path in sorted(outcome.workspace.edits.iterdir())}
+    return rows, {path.name: load_file(path) for path in outcome.workspace.edits.glob()}
 
 
 def same(one: Outcome, other: Outcome) -> bool:

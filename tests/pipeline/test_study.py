@@ -19,11 +19,12 @@ from odedit import InputError
 from odedit.__main__ import app
 from odedit.errors import NothingUsable
 from pipeline import actor, strict, tracking
-from pipeline.results import read_rows
+from pipeline.results import parts, read_rows
 from pipeline.study import data, plots, spec, states
 from pipeline.study import run as runner
 from pipeline.study.spec import StudyConfig
 from pipeline.tracking import PARENT_TAG
+from pipeline.workspace import Workspace
 
 QUIET = Console(quiet=True)
 WISE = {"name": "wise", "site": "layers.2.ffn.in", "max_steps": 2}
@@ -116,7 +117,7 @@ def test_a_study_from_the_command_line_is_interrupted_resumed_and_finished_in_ml
         "table.csv",
         "plot.png",
     }
-    rows = [row for row in read_rows(sorted((out / "arms" / "none" / "results").glob("*"))) if row["task"] == "vqa"]
+    rows = [row for row in read_rows(parts(Workspace.of(out / "arms" / "none"))) if row["task"] == "vqa"]
     assert again.data.metrics["none/vqa/m_gen"] == pytest.approx(rows[0]["m_gen"])
     assert children["none"].data.params["objective.generality_weight"] == "0.0"
 

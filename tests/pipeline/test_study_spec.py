@@ -14,6 +14,7 @@ from odedit import InputError, editors, load_backbone
 from odedit.backbones import Backbone
 from odedit.editors.base import Trainable
 from pipeline import strict
+from pipeline.sources import embedded_name
 from pipeline.study import data, spec
 from pipeline.study.spec import Draw, StudyConfig, arms, load, run_config
 
@@ -192,7 +193,7 @@ def test_every_picture_of_drawn_records_and_of_the_pool_is_there(drawn: Any) -> 
 
 def test_the_pool_is_the_training_split(drawn: Any) -> None:
     folder, section, _ = drawn
-    training = json.loads((data.embedded_folder(folder) / "train.json").read_text())
+    training = json.loads((folder / embedded_name() / "train.json").read_text())
     pool = json.loads(Path(section["pool"]).read_text())
     assert [record["edit_id"] for record in pool] == [record["edit_id"] for record in training]
 

@@ -97,8 +97,8 @@ def test_weights_are_trained_once_for_all_arms_that_share_them_and_reused(
 
 
 def test_what_weights_depend_on_names_their_file(values: dict[str, Any], tmp_path: Path) -> None:
-    def file(changes: dict[str, Any], **objective: Any) -> Path:
-        found = weights._training(config_of(values | changes, **objective), "arm", tmp_path)
+    def file(changes: dict[str, Any], **objective: Any) -> str:
+        found = weights._training(config_of(values | changes, **objective), "arm", str(tmp_path))
         assert found is not None
         return found.path
 

@@ -93,7 +93,7 @@ def test_a_store_that_was_gone_at_the_end_is_given_the_run_later(
         with pytest.raises(tracking.TrackingError, match=f"odedit mlflow sync {out}"):
             inline(config)
         with pytest.raises(tracking.TrackingError):
-            sync(out)
+            sync(str(out))
     rows = {path: path.stat().st_mtime_ns for path in out.glob("results/*")}
     client = tracking._client(f"sqlite:///{tmp_path}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
@@ -105,9 +105,9 @@ def test_a_store_that_was_gone_at_the_end_is_given_the_run_later(
     assert run.info.status == "FINISHED" and run.data.metrics["n"] == 5
     assert {item.path for item in client.list_artifacts(run.info.run_id)} >= {"results", "edits", "edits_table.json"}
     assert {path: path.stat().st_mtime_ns for path in rows} == rows
-    assert "is logged already" in sync(out)
+    assert "is logged already" in sync(str(out))
     # Another store has a run of its own.
-    assert "is logged" in sync(out, f"sqlite:///{tmp_path}/other.db")
+    assert "is logged" in sync(str(out), f"sqlite:///{tmp_path}/other.db")
     other = tracking._client(f"sqlite:///{tmp_path}/other.db")
     (copy,) = other.search_runs([other.get_experiment_by_name("test").experiment_id])
     assert copy.data.metrics == run.data.metrics and copy.data.params["editor.max_steps"] == "2"

@@ -68,9 +68,9 @@ def test_trained_weights_edit(
     values["editor"] = MEND | {"checkpoint": "weights/mend.safetensors"}
     outcome = inline(from_dict(values))
     assert outcome.summary["n"] == 5 and not outcome.summary["failed"]
-    _, info = load_edit(next(outcome.workspace.edits.glob("*.safetensors")))
+    _, info = load_edit(outcome.workspace.edits.glob("*.safetensors")[0])
     assert info.editor_config["checkpoint"] == str(weights)
-    rows = list(read_rows(sorted(outcome.workspace.results.glob("*.parquet")), ["steps", "stop_reason"]))
+    rows = list(read_rows(outcome.workspace.results.glob("*.parquet"), ["steps", "stop_reason"]))
     assert {row["steps"] for row in rows} == {0}
 
 
@@ -108,7 +108,7 @@ def test_weights_of_other_settings_are_not_replaced(values: dict[str, Any], tmp_
     before = load_file(out)
     training.run(from_dict(values), out, quiet, fresh=True)
     assert any(not torch.equal(value, before[name]) for name, value in load_file(out).items())
-    training.Files(out).state.unlink()
+    training.Files(str(out)).state.delete()
     with pytest.raises(InputError, match="is there already"):
         training.run(from_dict(values), out, quiet, fresh=False)
 

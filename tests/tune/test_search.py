@@ -26,9 +26,10 @@ from typer.testing import CliRunner, Result
 
 from odedit.__main__ import app
 from pipeline import graph, tracking
-from pipeline.results import read_rows
+from pipeline.results import parts, read_rows
 from pipeline.search_tracking import KIND, POINT, STATE
 from pipeline.tracking import PARENT_TAG
+from pipeline.workspace import Workspace
 from tune import points
 from tune.config import from_values
 from tune.run import run
@@ -239,7 +240,7 @@ def test_trials_that_crash_are_taken_up_again_and_then_fail_while_the_others_com
     assert Counter(run.info.status for run in runs) == {"FAILED": 2, "FINISHED": 2}
     assert Counter(run.data.tags[STATE] for run in runs)["failed"] == 2
     assert found.best.point["editor.mode"] in ("well", "once")
-    rows = list(read_rows(sorted((out / "trials" / by_mode["once"].user_attrs["key"] / "results").glob("*"))))
+    rows = list(read_rows(parts(Workspace.of(out / "trials" / by_mode["once"].user_attrs["key"]))))
     assert len(rows) == len({row["edit_id"] for row in rows}) and {row["status"] for row in rows} == {"edited"}
     assert "2 failed" in found.markdown
 

@@ -23,11 +23,12 @@ from tune.trainable import EDITS, JUDGED, EditTrial
 def trial_of(values: dict[str, Any], folder: Path, point: dict[str, Any]) -> EditTrial:
     """A trial as Tune sets it up, without an actor around it."""
     search = check(from_values(values))
-    base, found = _prepared(search, Folder(folder))
-    rungs = records.stage(base, found, folder / "validation", search.config.rungs.sizes, 0)
+    place = Folder.of(folder)
+    base, found = _prepared(search, place)
+    rungs = records.stage(base, found, place.validation, search.config.rungs.sizes, 0)
     trial = EditTrial.__new__(EditTrial)
-    job = Job(base, found, Workspace(folder / "validation"))
-    trial.setup(config_of(point), job, rungs, search.config.rungs.sizes, folder, search.config.judged_by)
+    job = Job(base, found, Workspace(place.validation))
+    trial.setup(config_of(point), job, rungs, search.config.rungs.sizes, place.out, search.config.judged_by)
     return trial
 
 
@@ -77,7 +78,7 @@ def test_a_trial_that_is_taken_up_again_goes_on_behind_its_last_group(values: di
     out = tmp_path / "out"
     trial = trial_of(values, out, point)
     first, second = trial.step(), trial.step()
-    workspace = Workspace(out / "trials" / key_of(point))
+    workspace = Workspace.of(out / "trials" / key_of(point))
     third = trial._rungs[2][0]
     trial._edit(third)  # killed in the middle of the last rung
     before = parts(out, point)

@@ -1,0 +1,56 @@
+"""Paths and addresses as text: what lies below and above them, and what of them may be shown."""
+
+from __future__ import annotations
+
+import re
+
+# `user:password@`, also where a password was not encoded and has an `@` or, if there is no port before it, a `/`.
+# Both patterns are written so that no text, which may be a record's, takes more than linear time.
+_USER_INFO = re.compile(r"(?<=://)(?:[^/\s]*|[^/\s:]*:(?!\d*/)\S{0,500})@")
+_SECRET_PARAMETER = re.compile(
+    r"""(?<=[?&])(?=[^=&?\s]*=)([^=&?\s]*(?:key|secret|token|password|sas|sig|credential)[^=&?\s]*)=[^&\s'"<>]*""",
+    re.IGNORECASE,
+)
+
+
+def masked(text: str) -> str:
+    """The text without user names, passwords and access keys in its addresses: what is shown or stored.
+
+    >>> masked("https://me:secret@mlflow.example/api")
+    'https://***@mlflow.example/api'
+    >>> masked("abfs://records@account/coco?sas_token=secret&region=x")
+    'abfs://***@account/coco?sas_token=***&region=x'
+    """
+    return _SECRET_PARAMETER.sub(r"\1=***", _USER_INFO.sub("***@", text))
+
+
+def below(text: str, relative: str) -> str:
+    """The path or address `relative` below another one, whose parameters stay at its end.
+
+    >>> below("s3://bucket/runs?region=x", "one"), below("runs/", "one")
+    ('s3://bucket/runs/one?region=x', 'runs/one')
+    """
+    base, mark, query = _split(text)
+    return f"{base.removesuffix('/')}/{relative}{mark}{query}"
+
+
+def above(text: str) -> str:
+    """The folder that a path or address lies in.
+
+    >>> above("s3://bucket/runs/one?region=x"), above("/runs/one")
+    ('s3://bucket/runs?region=x', '/runs')
+    """
+    base, mark, query = _split(text)
+    folder, slash, _ = base.rstrip("/").rpartition("/")
+    is_top = not folder or folder.endswith("/")  # of a file system, or a bucket
+    return (base if is_top and "://" in base else folder or slash or ".") + mark + query
+
+
+def _split(text: str) -> tuple[str, str, str]:
+    """The text before and after the `?` of an address; a path may have one in a name."""
+    return text.partition("?") if "://" in text else (text, "", "")
+
+
+def reason(error: OSError) -> str:
+    """Why a file system refused, in a line without secrets."""
+    return error.strerror or masked(" ".join(str(error).split())[:300]).rstrip(".")
