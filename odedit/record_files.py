@@ -22,7 +22,7 @@ from odedit.locations import Location
 
 MAX_DEPTH = 32
 """Deepest nesting accepted in a JSON array. Records need four levels; a file of opening brackets would fill memory."""
-MAX_LINE_BYTES = 16 * 2**20
+MAX_RECORD_BYTES = 16 * 2**20
 BAD_LINE = "invalid JSON: line"
 """How the problem of a line that is no JSON begins; its number follows."""
 _BATCH_ROWS = 256
@@ -73,20 +73,42 @@ def check_is_file(location: Location) -> None:
 def _read_array(stream: Any, text: str) -> Iterator[Entry]:
     if stream.read(len(_BYTE_ORDER_MARK)) != _BYTE_ORDER_MARK:
         stream.seek(0)
-    num_read = 0
+    metered = _Metered(io.BufferedReader(stream, _BYTES_AT_ONCE), text)
     try:
-        for value in _array_items(ijson.basic_parse(io.BufferedReader(stream, _BYTES_AT_ONCE)), text):
+        for value in _array_items(ijson.basic_parse(metered), text):
             yield Entry(value)
-            num_read += 1
+            metered.end_record()
     except InputError:
         raise
     # SystemError: for a whole number of thousands of digits, ijson fails without saying so, and the next call does.
     except (ijson.JSONError, ValueError, OSError, SystemError) as error:
-        where = f"after record {num_read - 1}" if num_read else "before the first record"
+        where = f"after record {metered.num_read - 1}" if metered.num_read else "before the first record"
         raise InputError(
             f"{text}: not valid JSON {where} ({_first_line(_said_by(error))}). The file is damaged or was cut off; "
             "fetch it again and compare its size."
         ) from error
+
+
+class _Metered:
+    """A stream that refuses to give a record of more than `MAX_RECORD_BYTES`.
+
+    The parser reads ahead, so some kB of a record may count for the one before it.
+    """
+
+    def __init__(self, stream: Any, text: str) -> None:
+        self._stream, self._text = stream, text
+        self.num_read, self._num_bytes = 0, 0
+
+    def end_record(self) -> None:
+        self.num_read, self._num_bytes = self.num_read + 1, 0
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self._stream.read(size)
+        self._num_bytes += len(data)
+        if self._num_bytes > MAX_RECORD_BYTES:
+            limit = f"{MAX_RECORD_BYTES // 2**20} MiB"
+            raise InputError(f"{self._text}: record {self.num_read} is larger than {limit}; no record needs so much.")
+        return data
 
 
 def _array_items(events: Iterator[tuple[str, Any]], text: str) -> Iterator[Any]:
@@ -120,15 +142,15 @@ def _read_lines(stream: Any, text: str) -> Iterator[Entry]:
     number = 0
     while True:
         try:
-            line = lines.readline(MAX_LINE_BYTES)
+            line = lines.readline(MAX_RECORD_BYTES)
         except OSError as error:
             raise InputError(f"{text}: reading failed after line {number} ({error}).") from error
         if not line:
             return
         number += 1
-        if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+        if len(line) == MAX_RECORD_BYTES and not line.endswith(b"\n"):
             raise InputError(
-                f"{text}: line {number} is longer than {MAX_LINE_BYTES // 2**20} MiB. "
+                f"{text}: line {number} is longer than {MAX_RECORD_BYTES // 2**20} MiB. "
                 "A file that holds one JSON array must be named .json."
             )
         line = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line

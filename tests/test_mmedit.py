@@ -256,11 +256,21 @@ def test_bad_lines_are_records_with_a_problem(tmp_path):
 
 
 def test_endless_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("odedit.record_files.MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr("odedit.record_files.MAX_RECORD_BYTES", 1000)
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps([record(number) for number in range(9)]))
     with pytest.raises(InputError, match=r"line 1 is longer.*\.json"):
         list(read_records(str(path)))
+
+
+def test_a_record_without_end(tmp_path):
+    path = tmp_path / "a.json"
+    large = record(2) | {"of no use": "x" * 17 * 2**20}
+    path.write_text(json.dumps([record(0), record(1) | {"of no use": "x" * 15 * 2**20}, large, record(3)]))
+    records = read_records(str(path))
+    assert [next(records).index, next(records).index] == [0, 1]
+    with pytest.raises(InputError, match=r"record 2 is larger than 16 MiB"):
+        next(records)
 
 
 @pytest.mark.parametrize(
