@@ -54,6 +54,15 @@ def save_edit(path: Path, params: EditParams, info: EditInfo) -> None:
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a file of tensors is there, and as long as its header says; the tensors themselves are not read."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, FileNotFoundError):
+        return False
+
+
 def load_edit(path: Path | str, device: str = "cpu") -> tuple[EditParams, EditInfo]:
     """Reads an edit file.
 

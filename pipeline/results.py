@@ -105,8 +105,12 @@ def _text(value: Any) -> str | None:
 
 def write_part(path: Path, rows: Sequence[Row]) -> None:
     """Writes the rows of one group, all or nothing."""
-    table = to_table(rows)
-    write_atomically(path, lambda temporary: parquet.write_table(table, temporary))
+    _write(path, to_table(rows))
+
+
+def _write(path: Path, table: pyarrow.Table) -> None:
+    # With checksums: a part that was damaged afterwards is found when the run is resumed.
+    write_atomically(path, lambda temporary: parquet.write_table(table, temporary, write_page_checksum=True))
 
 
 def to_table(rows: Sequence[Row]) -> pyarrow.Table:
@@ -124,7 +128,7 @@ def _plain(value: Any) -> Any:
 
 def parts(workspace: Workspace) -> list[Path]:
     """The result files in the order of their groups; those whose rows are in a larger one too are left out."""
-    spans = [(*_groups_of(path), path) for path in workspace.results.glob("part-*.parquet")]
+    spans = [(*groups_of(path), path) for path in workspace.results.glob("part-*.parquet")]
     kept: list[Path] = []
     end = 0
     for _, last, path in sorted(spans, key=lambda span: (span[0], -span[1])):
@@ -134,7 +138,7 @@ def parts(workspace: Workspace) -> list[Path]:
     return kept
 
 
-def _groups_of(path: Path) -> tuple[int, int]:
+def groups_of(path: Path) -> tuple[int, int]:
     """The first and the last group in a result file: `part-000007.parquet`, `part-000256-000511.parquet`."""
     numbers = [int(number) for number in path.stem.removeprefix("part-").split("-")]
     return numbers[0], numbers[-1]
@@ -147,7 +151,7 @@ def digest(path: Path) -> str:
 
 
 def finished_groups(workspace: Workspace) -> set[int]:
-    spans = map(_groups_of, parts(workspace))
+    spans = map(groups_of, parts(workspace))
     return {group for first, last in spans for group in range(first, last + 1)}
 
 
@@ -173,10 +177,10 @@ def unify(workspace: Workspace) -> None:
     Records differ in their further probes, and readers go by the first file. A few groups stay as they are.
     """
     paths = parts(workspace)
-    if paths and _groups_of(paths[-1])[1] >= GROUPS_PER_FILE:
+    if paths and groups_of(paths[-1])[1] >= GROUPS_PER_FILE:
         together: dict[int, list[Path]] = {}
         for path in paths:
-            together.setdefault(_groups_of(path)[0] // GROUPS_PER_FILE, []).append(path)
+            together.setdefault(groups_of(path)[0] // GROUPS_PER_FILE, []).append(path)
         for some in together.values():
             _merge(workspace, some)
         paths = parts(workspace)
@@ -187,25 +191,37 @@ def unify(workspace: Workspace) -> None:
     unified = _unified(schemas.values())
     for path, schema in schemas.items():
         if schema != unified:
-            table = _with_schema(parquet.read_table(path), unified)
-            write_atomically(path, lambda temporary, table=table: parquet.write_table(table, temporary))  # type: ignore[misc]
+            _write(path, _with_schema(parquet.read_table(path), unified))
 
 
 def _merge(workspace: Workspace, paths: Sequence[Path]) -> None:
     """Writes one file in the place of several. A kill before they are deleted leaves both: `parts` sees the larger."""
     if len(paths) < 2:
         return
-    target = workspace.results / f"part-{_groups_of(paths[0])[0]:06d}-{_groups_of(paths[-1])[1]:06d}.parquet"
+    target = workspace.results / f"part-{groups_of(paths[0])[0]:06d}-{groups_of(paths[-1])[1]:06d}.parquet"
     tables = [parquet.ParquetFile(path).read() for path in paths]
     schema = _unified(table.schema.remove_metadata() for table in tables)
     table = pyarrow.concat_tables(_with_schema(table, schema) for table in tables)
-    write_atomically(target, lambda temporary: parquet.write_table(table, temporary))
+    _write(target, table)
 
 
 def _drop_repeated(workspace: Workspace, kept: Sequence[Path]) -> None:
     """Deletes the files whose rows are in a larger one."""
     for path in set(workspace.results.glob("part-*.parquet")) - set(kept):
         path.unlink(missing_ok=True)
+
+
+def take_out(workspace: Workspace, path: Path, numbers: np.ndarray, groups: set[int]) -> None:
+    """Deletes the rows of some groups; those of the others in the same file get files of their own.
+
+    Args:
+        numbers: Group of every row.
+    """
+    table = parquet.ParquetFile(path).read()
+    for group in sorted(set(numbers.tolist()) - groups):
+        first, end = np.searchsorted(numbers, (group, group + 1))
+        _write(workspace.part(group), table.slice(first, end - first))
+    path.unlink()
 
 
 def _unified(schemas: Iterable[pyarrow.Schema]) -> pyarrow.Schema:
