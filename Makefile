@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test bench faults lint format clean
 
 help:      ## This list.
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -20,6 +20,9 @@ bench: $(VENV)/.ready-dev      ## What an edit and the pipeline cost; tables, JS
 	$(BIN)/python -m tests.benchmarks.speed --size embedded --parts reference,batches --threads 1 --out bench
 	$(BIN)/python -m tests.benchmarks.actors --out bench/actors
 	$(BIN)/python -m tests.benchmarks.scale --out bench/scale
+
+faults: $(VENV)/.ready-dev      ## Kills, fills, cuts off and damages what a run needs; a table of what that costs (a quarter of an hour).
+	$(BIN)/python -m tests.faults.table --out bench
 
 lint: $(VENV)/.ready-dev      ## Style and types.
 	$(BIN)/ruff check .

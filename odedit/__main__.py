@@ -82,7 +82,7 @@ def _explained(
         first = (str(error).strip().splitlines() or ["no further explanation"])[0]
         name = (
             ""
-            if type(error).__name__ in ("GraphError", "TrackingError", "TrainingError")
+            if type(error).__name__ in ("GraphError", "StorageError", "TrackingError", "TrainingError")
             else f"{type(error).__name__}: "
         )
         _say(f"Failed: {name}{first}" + ("" if _debug else "\n(odedit --debug ... shows where.)"))

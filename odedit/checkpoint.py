@@ -17,7 +17,7 @@ from odedit.editors.base import Editor, Mergeable
 from odedit.edits import EditParams, stack_params
 from odedit.errors import InputError
 from odedit.locations import Place, at
-from odedit.tensor_files import read_tensors, write_tensors
+from odedit.tensor_files import read_metadata, read_tensors, write_tensors
 
 FORMAT = "odedit-edit-1"
 
@@ -52,6 +52,15 @@ def save_edit(path: Place, params: EditParams, info: EditInfo) -> None:
     tensors = {name: value.detach().cpu().contiguous() for name, value in params.items()}
     metadata = {"format": FORMAT, "info": json.dumps(asdict(info), sort_keys=True)}
     write_tensors(at(path), tensors, metadata)
+
+
+def is_whole(path: Place) -> bool:
+    """Whether a file of tensors is there, and as long as its header says; the tensors themselves are not read."""
+    try:
+        read_metadata(at(path))
+    except (SafetensorError, FileNotFoundError):
+        return False
+    return True
 
 
 def load_edit(path: Place, device: str = "cpu") -> tuple[EditParams, EditInfo]:

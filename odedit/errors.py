@@ -1,4 +1,4 @@
-"""Exceptions whose message is for the user: the input is wrong, or nothing could be done with it."""
+"""Exceptions whose message is for the user: the input is wrong or out of reach, or nothing could be done with it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Iterable
 
 class InputError(ValueError):
     """What the user gave cannot be used. The message is the whole explanation; commands exit with code 2."""
+
+
+class StorageError(Exception):
+    """Something cannot be read because its storage refuses, not because it is wrong: it may work later."""
 
 
 class NothingUsable(Exception):

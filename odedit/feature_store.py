@@ -30,6 +30,7 @@ from torch import Tensor
 from odedit.addresses import masked
 from odedit.errors import InputError
 from odedit.locations import Location, locate
+from odedit.retries import is_passing
 
 FORMAT = "odedit-features-1"
 _NAME_LENGTH = 32
@@ -55,8 +56,13 @@ class FeatureStore:
         self._resumes: dict[str, float] = {}
 
     @classmethod
-    def at(cls, text: str, setting: str = "feature store", warn: Warn | None = None) -> Self:
+    def at(
+        cls, text: str, setting: str = "feature store", warn: Warn | None = None, *, must_answer: bool = True
+    ) -> Self:
         """The store at a path or address, which need not be there yet.
+
+        Args:
+            must_answer: Whether storage that refuses for now is an error.
 
         Raises:
             InputError: It cannot be a folder: a file is in its place, or the address is of no known kind.
@@ -68,6 +74,8 @@ class FeatureStore:
             above = Path(root.path).parents if root.is_local else ()
             is_file = root.is_file() or any(folder.is_file() for folder in above)
         except OSError as error:
+            if not must_answer and is_passing(error):
+                return cls(root, warn)
             raise InputError(f"{setting}: cannot look at {root.text!r} ({masked(str(error))}).") from None
         if is_file:
             raise InputError(f"{setting}: {root.text!r} is or lies under a file, expected a folder or none yet.")

@@ -14,12 +14,13 @@ from pyarrow.fs import FileType
 
 from odedit.addresses import masked
 from odedit.edits import Picture
-from odedit.errors import InputError
+from odedit.errors import InputError, StorageError
 from odedit.image_decoding import ImageError, decode
 from odedit.locations import Location, locate
 from odedit.pack_format import PackedImages, is_pack, is_pack_reference, original_path, unreadable_reason
 from odedit.record_fields import Root, shorten
 from odedit.record_files import check_is_file
+from odedit.retries import is_passing
 
 __all__ = ["ImageError", "ImageReader"]
 
@@ -100,23 +101,31 @@ class ImageReader:
 
         Raises:
             ImageError: It is not there, not allowed, or not an image; the message names it.
+            StorageError: Its storage has refused for a minute, which says nothing of the image.
         """
         data = self.read_bytes(path, root)
         key = hashlib.sha256(data).hexdigest()[:KEY_LENGTH]
         return Picture(key, decode(data, image_name(path), self.max_pixels))
 
     def read_bytes(self, path: str, root: Root = "image") -> bytes:
-        """The file's content, not yet decoded. Raises ImageError as `read` does."""
+        """The file's content, not yet decoded. Raises ImageError and StorageError as `read` does."""
         name = image_name(path)
         try:
             data = self._packed_bytes(path, name) if is_pack_reference(path) else self._file_bytes(path, root, name)
         except OSError as error:
+            # A bad disk refuses one file for ever, an object store that is away refuses all of them for a while.
+            if is_passing(error) and not self._is_local(path, root):
+                raise StorageError(f"{name}: cannot be read ({_reason(error)}).") from error
             raise ImageError(f"{name}: cannot be read ({_reason(error)}).", "unreadable image") from error
         if not data:
             raise ImageError(f"{name}: the file is empty.", "empty image")
         if len(data) > self.max_bytes:
             raise self._too_many_bytes(name, len(data))
         return data
+
+    def _is_local(self, path: str, root: Root) -> bool:
+        place = self._packed if is_pack_reference(path) else self._roots.get(root)
+        return place is None or place.is_local
 
     def _packed_bytes(self, reference: str, name: str) -> bytes:
         reason = unreadable_reason(reference)

@@ -22,6 +22,7 @@ from pyarrow import parquet
 
 from odedit.errors import InputError
 from odedit.locations import Location
+from odedit.retries import is_passing
 
 PACK_VERSION = 1
 MANIFEST = "pack.json"
@@ -121,11 +122,20 @@ class PackedImages:
         self._files: OrderedDict[str, parquet.ParquetFile] = OrderedDict()
         self._row_groups: OrderedDict[tuple[str, int], pyarrow.ChunkedArray] = OrderedDict()
 
+    @property
+    def is_local(self) -> bool:
+        return self._location.is_local
+
     def __getstate__(self) -> dict[str, Any]:
         return {"_location": self._location, "_files": OrderedDict(), "_row_groups": OrderedDict()}
 
     def read(self, reference: str) -> bytes:
-        """The bytes of one image. Raises ValueError if the pack has no such place or is damaged."""
+        """The bytes of one image.
+
+        Raises:
+            ValueError: The pack has no such place or is damaged.
+            OSError: Its storage refuses, which may pass.
+        """
         match = _REFERENCE.fullmatch(reference)
         if match is None:
             raise ValueError(f"{reference[:80]!r} is not a place in a pack (pack:<file>#<row group>/<row>?<path>).")
@@ -133,11 +143,17 @@ class PackedImages:
         try:
             column = self._row_group(file, row_group)
             return bytes(column[row].as_py())
-        except (pyarrow.ArrowException, OSError, IndexError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{file}, row group {row_group}, row {row} of the pack {self._location.text!r} "
-                f"cannot be read ({error})."
-            ) from error
+        except OSError as error:
+            if is_passing(error):
+                raise
+            raise self._unreadable(file, row_group, row, error) from error
+        except (pyarrow.ArrowException, IndexError, KeyError, TypeError) as error:
+            raise self._unreadable(file, row_group, row, error) from error
+
+    def _unreadable(self, file: str, row_group: int, row: int, error: Exception) -> ValueError:
+        return ValueError(
+            f"{file}, row group {row_group}, row {row} of the pack {self._location.text!r} cannot be read ({error})."
+        )
 
     def _row_group(self, file: str, row_group: int) -> pyarrow.ChunkedArray:
         key = (file, row_group)

@@ -41,6 +41,7 @@ def load_remembering(backbone: BackboneConfig, device: str, store: str | None, w
         store: Where features are kept; None: in memory alone.
         warn: As of `FeatureStore`.
     """
-    opened = None if store is None else FeatureStore.at(store, SETTING, warn)
+    # The run was not begun before the store had answered: a refusal now is one that passes.
+    opened = None if store is None else FeatureStore.at(store, SETTING, warn, must_answer=False)
     loaded = load_backbone(backbone.family, backbone.checkpoint, dtype=backbone.dtype, device=device)
     return remembering(loaded, opened)

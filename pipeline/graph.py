@@ -17,7 +17,7 @@ import ray
 from ray import cloudpickle
 from ray.data import ActorPoolStrategy, DataContext
 
-from odedit.errors import InputError
+from odedit.errors import InputError, StorageError
 from odedit.stages import stage
 from pipeline.actor import EditActor
 from pipeline.prepare import Preparer, one_sentence, write_traceback
@@ -164,8 +164,14 @@ class PrepareStage(_Stage):
         index, group = int(batch["job"][0]), int(batch["group"][0])
         worker = self._worker(index)
         with stage("records and pictures"):
-            prepared = worker if isinstance(worker, dict) else worker(group)
+            prepared = worker if isinstance(worker, dict) else self._prepared(worker, group)
         return {"job": [index], "prepared": [cloudpickle.dumps(prepared, protocol=5)]}
+
+    def _prepared(self, worker: Any, group: int) -> Any:
+        try:
+            return worker(group)
+        except StorageError as error:
+            return _out_of_reach(error)
 
 
 class EditStage(_Stage):
@@ -184,6 +190,8 @@ class EditStage(_Stage):
             rows = [] if fatal else worker(prepared)
         except InputError as error:
             fatal = {"fatal": str(error), "is_input": True}
+        except StorageError as error:
+            fatal = _out_of_reach(error)
         except OSError as error:
             message = f"results cannot be written ({one_sentence(error)}). The same command goes on from there."
             fatal = {"fatal": message, "is_input": False}
@@ -195,6 +203,10 @@ class EditStage(_Stage):
             "fatal": [fatal.get("fatal", "")],
             "is_input": [bool(fatal.get("is_input", False))],
         }
+
+
+def _out_of_reach(error: StorageError) -> dict[str, Any]:
+    return {"fatal": f"{error} The same command goes on from there.", "is_input": False}
 
 
 def _quiet() -> None:

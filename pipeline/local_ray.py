@@ -7,6 +7,8 @@ import os
 import secrets
 import sys
 import tempfile
+import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +23,8 @@ from pipeline.spec import Plan, check_fits, machine_cpus, machine_gpus, make_pla
 
 _OBJECT_STORE_BYTES = 2 * 2**30
 _LOOPBACK = "127.0.0.1"
+_READ_AHEAD = ("iter_threaded", "StreamingExecutor")
+_READ_AHEAD_S = 10.0
 
 
 @contextmanager
@@ -66,7 +70,7 @@ def shared() -> Iterator[None]:
     finally:
         _keep_running = before
         if "ray" in sys.modules and not before:
-            sys.modules["ray"].shutdown()
+            _stop(sys.modules["ray"])
 
 
 @contextmanager
@@ -79,11 +83,24 @@ def _local(plan: Plan) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if is_ours:  # also where runs share it: no worker may still write once the run has ended
-            ray.shutdown()
+            _stop(ray)
         raise
     finally:
         if is_ours and not _keep_running:
-            ray.shutdown()
+            _stop(ray)
+
+
+def _stop(ray: Any) -> None:
+    """Ends Ray, or the connection, after the threads of Ray Data that read ahead.
+
+    They end by themselves soon after the last result is taken. One that came to Ray after its end would end this
+    process on the spot, with nothing said and an exit code of Ray's own.
+    """
+    until = time.monotonic() + _READ_AHEAD_S
+    for thread in threading.enumerate():
+        if thread.name.startswith(_READ_AHEAD):
+            thread.join(max(0.0, until - time.monotonic()))
+    ray.shutdown()
 
 
 def _start(ray: Any, plan: Plan) -> None:
@@ -113,7 +130,7 @@ def _cluster(address: str) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()  # ends the connection, not the cluster
+        _stop(ray)  # ends the connection, not the cluster
 
 
 def _cluster_plan(pipeline: PipelineConfig, backbone: BackboneConfig, num_groups: int) -> Plan:

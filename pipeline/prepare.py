@@ -1,6 +1,6 @@
 """The CPU stage: reads one group's pictures, resizes them for the model, and says what is wrong with a record.
 
-A picture that cannot be used makes its record a skipped row; nothing here ends a run.
+A picture that cannot be used makes its record a skipped row; nothing here ends a run but a storage that stays away.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from odedit.addresses import masked
 from odedit.backbones import Processor, load_processor
 from odedit.edits import REPHRASE_SLOTS, EditRequest, Picture, Probe
-from odedit.errors import InputError
+from odedit.errors import InputError, StorageError
 from odedit.images import ImageError
 from odedit.mmedit import RawRecord
 from odedit.supervision import build_request
@@ -72,7 +72,7 @@ class Preparer:
         return Prepared(group, tuple(kept), tuple(requests), tuple(rows))
 
     def _request(self, record: RawRecord, shared: dict[str, Picture]) -> EditRequest | results.Row:
-        """The edit, or the row that says why there is none."""
+        """The edit, or the row that says why there is none. Raises StorageError as `ImageReader.read` does."""
         config = self._job.config
         if record.problem:
             return results.base_row(record, config, results.SKIPPED, located(record, record.problem))
@@ -88,6 +88,8 @@ class Preparer:
             return results.base_row(record, config, results.SKIPPED, located(record, str(error)))
         except InputError as error:
             return results.base_row(record, config, results.FAILED, str(error))
+        except StorageError:
+            raise
         except Exception as error:
             # Whatever a record's data can provoke must cost this record only.
             write_traceback(self._job, record.edit_id)

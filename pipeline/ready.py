@@ -13,9 +13,9 @@ from odedit.addresses import masked, reason
 from odedit.backbones import fingerprint, load_processor
 from odedit.errors import InputError
 from odedit.locations import delete_all
-from pipeline import results, sources, staging, tracking
+from pipeline import intact, results, sources, staging, tracking
 from pipeline.checkpoints import editor_weights, with_absolute_checkpoints
-from pipeline.config import RunConfig, from_dict
+from pipeline.config import RunConfig, from_dict, load
 from pipeline.features import with_checked_store
 from pipeline.sources import Sources
 from pipeline.staging import Staged
@@ -28,13 +28,18 @@ _COMPARED_ANYWAY = ("pipeline.batch_size",)
 
 @dataclass(frozen=True)
 class Ready:
-    """A run that has passed every check that needs no worker."""
+    """A run that has passed every check that needs no worker.
+
+    Attributes:
+        notes: What the user should know of the folder's earlier part of the run.
+    """
 
     config: RunConfig
     workspace: Workspace
     sources: Sources
     staged: Staged
     code: str
+    notes: tuple[str, ...] = ()
 
     @property
     def pending(self) -> list[int]:
@@ -61,7 +66,7 @@ def prepare(config: RunConfig, *, fresh: bool = False) -> Ready:
     settings = _settings(config, found)
     _check_config_is_ours(workspace)
     # Only now: a mistake in the settings must not cost the results of an earlier run.
-    before = _own_run(workspace)
+    before, notes = _own_run(workspace, found)
     if before is None:
         _make_room(workspace, fresh=fresh)
     elif not fresh and (results.parts(workspace) or settings == before["settings"] or not before.get("ended")):
@@ -72,8 +77,9 @@ def prepare(config: RunConfig, *, fresh: bool = False) -> Ready:
             _clear(workspace)
     workspace.create()
     staged = staging.stage(config, found, workspace)
+    damage = intact.repair(workspace, staged, keep_edits=config.keep_edits)
     code = code_version()
-    ready = Ready(config, workspace, found, staged, code)
+    ready = Ready(config, workspace, found, staged, code, (*notes, *([damage] if damage else [])))
     _remember(workspace, settings, code)
     workspace.config.write_text(f"{CONFIG_HEADER} {code}\n{_public_yaml(config)}")
     return ready
@@ -83,7 +89,8 @@ def _check_config_is_ours(workspace: Workspace) -> None:
     """Raises InputError if the run's copy of its configuration would replace a file that the user wrote."""
     try:
         with workspace.config.open() as stream:
-            is_ours = stream.read(len(CONFIG_HEADER)) == CONFIG_HEADER.encode()
+            # A file that lost its content with the machine's power may be replaced.
+            is_ours = stream.read(len(CONFIG_HEADER)).strip(b"\0") in (CONFIG_HEADER.encode(), b"")
     except FileNotFoundError:
         return
     except OSError as error:
@@ -94,14 +101,26 @@ def _check_config_is_ours(workspace: Workspace) -> None:
         )
 
 
-def _own_run(workspace: Workspace) -> dict[str, Any] | None:
-    """What the folder's run.json says, or None if there is none. Raises InputError if it is something else's."""
-    found = read_json(workspace.run)
-    if isinstance(found, dict) and isinstance(found.get("settings"), dict):
-        return found
+def _own_run(workspace: Workspace, found: Sources) -> tuple[dict[str, Any] | None, list[str]]:
+    """What the folder's run.json says, or None if there is none, and what the user should know of it.
+
+    A file that was cut off is made up for by the settings in config.yaml.
+
+    Raises:
+        InputError: It is something else's.
+    """
+    state = read_json(workspace.run)
+    if isinstance(state, dict) and isinstance(state.get("settings"), dict):
+        return state, []
+    if state is None and workspace.run.exists() and workspace.config.info().size:
+        note = (
+            f"{workspace.run} is damaged. {workspace.config.name} says what the settings were; whether the input files "
+            "are still the same cannot be checked."
+        )
+        return {"settings": _settings(load(workspace.config), found)}, [note]
     if workspace.run.exists():
         raise InputError(f"out: {workspace.run} was not written by odedit. Choose another folder (out=...).")
-    return None
+    return None, []
 
 
 def _make_room(workspace: Workspace, *, fresh: bool) -> None:

@@ -125,7 +125,7 @@ def _plain(value: Any) -> Any:
 
 def parts(workspace: Workspace) -> list[Location]:
     """The result files in the order of their groups; those whose rows are in a larger one too are left out."""
-    spans = [(*_groups_of(path), path) for path in workspace.results.glob("part-*.parquet")]
+    spans = [(*groups_of(path), path) for path in workspace.results.glob("part-*.parquet")]
     kept: list[Location] = []
     end = 0
     for _, last, path in sorted(spans, key=lambda span: (span[0], -span[1])):
@@ -135,7 +135,7 @@ def parts(workspace: Workspace) -> list[Location]:
     return kept
 
 
-def _groups_of(path: Location) -> tuple[int, int]:
+def groups_of(path: Location) -> tuple[int, int]:
     """The first and the last group in a result file: `part-000007.parquet`, `part-000256-000511.parquet`."""
     numbers = [int(number) for number in path.stem.removeprefix("part-").split("-")]
     return numbers[0], numbers[-1]
@@ -148,7 +148,7 @@ def digest(place: Location) -> str:
 
 
 def finished_groups(workspace: Workspace) -> set[int]:
-    spans = map(_groups_of, parts(workspace))
+    spans = map(groups_of, parts(workspace))
     return {group for first, last in spans for group in range(first, last + 1)}
 
 
@@ -174,10 +174,10 @@ def unify(workspace: Workspace) -> None:
     Records differ in their further probes, and readers go by the first file. A few groups stay as they are.
     """
     paths = parts(workspace)
-    if paths and _groups_of(paths[-1])[1] >= GROUPS_PER_FILE:
+    if paths and groups_of(paths[-1])[1] >= GROUPS_PER_FILE:
         together: dict[int, list[Location]] = {}
         for path in paths:
-            together.setdefault(_groups_of(path)[0] // GROUPS_PER_FILE, []).append(path)
+            together.setdefault(groups_of(path)[0] // GROUPS_PER_FILE, []).append(path)
         for some in together.values():
             _merge(workspace, some)
         paths = parts(workspace)
@@ -200,7 +200,7 @@ def _merge(workspace: Workspace, paths: Sequence[Location]) -> None:
     """Writes one file in the place of several. A kill before they are deleted leaves both: `parts` sees the larger."""
     if len(paths) < 2:
         return
-    target = workspace.results / f"part-{_groups_of(paths[0])[0]:06d}-{_groups_of(paths[-1])[1]:06d}.parquet"
+    target = workspace.results / f"part-{groups_of(paths[0])[0]:06d}-{groups_of(paths[-1])[1]:06d}.parquet"
     tables = [_read_table(path) for path in paths]
     schema = _unified(table.schema.remove_metadata() for table in tables)
     write_table(target, pyarrow.concat_tables(_with_schema(table, schema) for table in tables))
@@ -210,6 +210,19 @@ def _drop_repeated(workspace: Workspace, kept: Sequence[Location]) -> None:
     """Deletes the files whose rows are in a larger one."""
     names = {path.name for path in kept}
     delete_all([path for path in workspace.results.glob("part-*.parquet") if path.name not in names])
+
+
+def take_out(workspace: Workspace, path: Location, numbers: np.ndarray, groups: set[int]) -> None:
+    """Deletes the rows of some groups; those of the others in the same file get files of their own.
+
+    Args:
+        numbers: Group of every row.
+    """
+    table = _read_table(path)
+    for group in sorted(set(numbers.tolist()) - groups):
+        first, end = np.searchsorted(numbers, (group, group + 1))
+        write_table(workspace.part(group), table.slice(first, end - first))
+    path.delete()
 
 
 def _unified(schemas: Iterable[pyarrow.Schema]) -> pyarrow.Schema:

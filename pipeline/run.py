@@ -14,7 +14,7 @@ from rich.console import Console
 
 from odedit.errors import InputError
 from odedit.locations import delete_all
-from pipeline import local_ray, results, tracking
+from pipeline import intact, local_ray, results, tracking
 from pipeline.config import RunConfig
 from pipeline.interrupts import raise_if_interrupted, terminate_as_interrupt
 from pipeline.profile import Profile
@@ -72,6 +72,8 @@ def run_many(
     ready = [_prepared(config, fresh=fresh) for config in configs]
     done, total = (sum(one.num_done(one.pending) for one in ready), sum(one.staged.num_usable for one in ready))
     console.print(f"{len(ready)} runs: {done} of {total} usable records done.", highlight=False)
+    for one in ready:
+        _say_notes(one, console)
     return _run_ready(ready, console, parent_run)
 
 
@@ -125,6 +127,7 @@ def announce(ready: Ready, console: Console) -> None:
     else:
         text = f"New run in {ready.workspace.out}: {total} usable records{skipped}."
     console.print(text, highlight=False, soft_wrap=True, markup=False)
+    _say_notes(ready, console)
     before = read_json(ready.workspace.run) or {}
     if pending and done and before.get("code") != ready.code:
         console.print(
@@ -133,6 +136,11 @@ def announce(ready: Ready, console: Console) -> None:
             soft_wrap=True,
             markup=False,
         )
+
+
+def _say_notes(ready: Ready, console: Console) -> None:
+    for note in ready.notes:
+        console.print(f"Note: {note}", highlight=False, soft_wrap=True, markup=False)
 
 
 class _OpenRun:
@@ -246,6 +254,7 @@ def _finish(ready: Ready, tracker: tracking.Tracker | None, console: Console | N
     pending = ready.pending
     if pending:
         raise RuntimeError(f"{len(pending)} groups of edits have no result; run the same command again.")
+    intact.remove_temporaries(workspace)
     results.unify(workspace)
     state = read_json(workspace.run)
     summary = results.summarize_results(workspace, config) | {

@@ -43,24 +43,33 @@ class Staged:
 
     Attributes:
         usable: Usable records of every group.
-        problems: Unusable records in all.
+        records: Records of every group, the unusable ones included.
     """
 
     usable: tuple[int, ...]
-    problems: int
+    records: tuple[int, ...]
 
     @property
     def num_usable(self) -> int:
         return sum(self.usable)
 
+    @property
+    def problems(self) -> int:
+        """Unusable records in all."""
+        return sum(self.records) - self.num_usable
+
+    def size(self, group: int) -> int:
+        """Records of one group; none if there is no such group."""
+        return self.records[group] if group < len(self.records) else 0
+
 
 def stage(config: RunConfig, sources: Sources, workspace: Workspace) -> Staged:
-    """Writes `records.parquet` and `pool.parquet` unless they are there.
+    """Writes `records.parquet` and `pool.parquet` unless they are there and whole.
 
     Raises:
         InputError: The input cannot be read, or held-out locality needs a pool and there is none.
     """
-    if not workspace.pool.exists() and sources.pool is not None:
+    if sources.pool is not None and not _is_staged(workspace.pool):
         _stage_pool(config, sources, workspace.pool)
     if not (_is_staged(workspace.records) and "group" in read_schema(workspace.records).names):
         workspace.records.write_with(lambda path: _write(config, sources, path))
@@ -186,14 +195,15 @@ def read_pool(workspace: Workspace, sources: Sources) -> Pool | None:
 def read_staged(place: Location) -> Staged:
     """Counts the records of every group; reads two columns."""
     usable: list[int] = []
-    problems = 0
+    records: list[int] = []
     with parquet_file(place) as file:
         for batch in file.iter_batches(columns=["group", "problem"]):
             for group, problem in zip(*(batch.column(name).to_pylist() for name in ("group", "problem")), strict=True):
-                usable += [0] * (group + 1 - len(usable))
+                for counts in (usable, records):
+                    counts += [0] * (group + 1 - len(counts))
                 usable[group] += not problem
-                problems += bool(problem)
-    return Staged(tuple(usable), problems)
+                records[group] += 1
+    return Staged(tuple(usable), tuple(records))
 
 
 class GroupReader:

@@ -130,9 +130,9 @@ def read_json(place: Location) -> Any:
 
 
 def write_table(place: Location, table: pyarrow.Table) -> None:
-    """Writes a Parquet file."""
+    """Writes a Parquet file, with checksums: what is damaged afterwards is found when a run is resumed."""
     data = pyarrow.BufferOutputStream()
-    parquet.write_table(table, data)
+    parquet.write_table(table, data, write_page_checksum=True)
     place.write_bytes(data.getvalue())
 
 

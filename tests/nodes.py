@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -34,12 +34,14 @@ class Cluster:
         gcs: What a driver connects to.
         environment: Of whoever may use it; holds the token.
         second: The process of the node that may be lost.
+        add: Starts one more node, which is the second one from then on.
     """
 
     address: str
     gcs: str
     environment: Mapping[str, str]
     second: subprocess.Popen[bytes]
+    add: Callable[[], None] = lambda: None
 
     def alive(self) -> int:
         """Nodes that the head believes to be there."""
@@ -63,7 +65,8 @@ class Cluster:
     def lose_second(self) -> None:
         """SIGKILL for everything on the second node at once, as if its power had gone."""
         for process in [*psutil.Process(self.second.pid).children(recursive=True), psutil.Process(self.second.pid)]:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self.second.wait(30)
 
     def _processes(self) -> Iterator[psutil.Process]:
@@ -84,8 +87,12 @@ def _name(process: psutil.Process) -> str:
 
 
 @contextmanager
-def two_nodes(cpus: int = 2) -> Iterator[Cluster]:
-    """A head and a second node, each with so many CPUs (the machine may have fewer)."""
+def two_nodes(cpus: int = 2, head_cpus: int | None = None, **variables: str) -> Iterator[Cluster]:
+    """A head and a second node, each with so many CPUs (the machine may have fewer), the head perhaps with others.
+
+    Args:
+        variables: More of the environment that Ray is started in.
+    """
     with ExitStack() as stack:
         # Sockets have short names; pytest's folders are deep.
         home = Path(tempfile.mkdtemp(prefix="odedit-ray-", dir="/tmp"))
@@ -98,21 +105,29 @@ def two_nodes(cpus: int = 2) -> Iterator[Cluster]:
             "RAY_USAGE_STATS_ENABLED": "0",
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            **variables,
         }
         gcs, dashboard = free_port(), free_port()
-        common = ["--block", "--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", "--num-gpus=0"]
+        common = ["--block", "--node-ip-address=127.0.0.1", "--num-gpus=0"]
         # Ports of its own for the agents: two nodes on one machine would want the same.
         common += ["--object-store-memory=200000000", "--disable-usage-stats", "--dashboard-agent-listen-port=0"]
         head = ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+        head.append(f"--num-cpus={cpus if head_cpus is None else head_cpus}")
         start = [sys.executable, "-m", "ray.scripts.scripts", "start", *common]
         logs = stack.enter_context((home / "log.txt").open("wb"))
         first = stack.enter_context(_running([*start, *head, f"--temp-dir={home / 'one'}"], environment, logs))
         address = f"http://127.0.0.1:{dashboard}"
         cluster = Cluster(address, f"127.0.0.1:{gcs}", environment, first)
         wait_for(lambda: cluster.alive() >= 1, first, home / "log.txt")
-        more = [f"--address=127.0.0.1:{gcs}", f"--temp-dir={home / 'two'}"]
-        cluster.second = stack.enter_context(_running([*start, *more], environment, logs))
-        wait_for(lambda: cluster.alive() >= 2, cluster.second, home / "log.txt")
+
+        def add() -> None:
+            number = cluster.alive()
+            more = [f"--address=127.0.0.1:{gcs}", f"--num-cpus={cpus}", f"--temp-dir={home / str(number)}"]
+            cluster.second = stack.enter_context(_running([*start, *more], environment, logs))
+            wait_for(lambda: cluster.alive() > number, cluster.second, home / "log.txt")
+
+        cluster.add = add
+        add()
         yield cluster
 
 
@@ -123,16 +138,19 @@ def _running(command: list[str], environment: Mapping[str, str], log: IO[bytes])
         yield process
     finally:
         family: list[psutil.Process] = []
+        patience_s = 5.0
         if process.poll() is None:
             family = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
+                process.wait(5)
+            except subprocess.TimeoutExpired:  # a head that has lost a node takes half a minute
                 process.kill()
                 process.wait()
-        for left in psutil.wait_procs(family, timeout=5)[1]:
-            left.kill()
+                patience_s = 0.0
+        for left in psutil.wait_procs(family, timeout=patience_s)[1]:
+            with suppress(psutil.NoSuchProcess):
+                left.kill()
 
 
 def wait_for(is_so: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:

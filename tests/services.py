@@ -26,32 +26,55 @@ def free_port() -> int:
 @contextmanager
 def server(backend: str, folder: Path, password: str | None = None) -> Iterator[str]:
     """`mlflow server` on this machine alone; with a password, for the user `admin` alone."""
-    port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", backend, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--workers", "2", "--artifacts-destination", str(folder / "artifacts")]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    if password is not None:
-        config = folder / "auth.ini"
-        config.write_text(
-            "[mlflow]\ndefault_permission = NO_PERMISSIONS\nadmin_username = admin\n"
-            f"admin_password = {password}\ndatabase_uri = sqlite:///{folder / 'users.db'}\n"
-            "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-        )
-        command += ["--app-name", "basic-auth"]
-        environment |= {"MLFLOW_AUTH_CONFIG_PATH": str(config), "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16)}
-    with (folder / "server.txt").open("w") as log:
-        running = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            uri = f"http://127.0.0.1:{port}"
-            begun = time.monotonic()
-            while not answers(f"{uri}/health"):
-                assert running.poll() is None, (folder / "server.txt").read_text()
-                assert time.monotonic() - begun < PATIENCE_S, "the server does not answer"
-                time.sleep(0.2)
-            yield uri
-        finally:
-            os.killpg(running.pid, 15)
-            running.wait(30)
+    one = Server(backend, folder, password)
+    try:
+        one.start()
+        yield one.uri
+    finally:
+        one.stop()
+
+
+class Server:
+    """As `server`; it can be stopped and started again, at the same address."""
+
+    def __init__(self, backend: str, folder: Path, password: str | None = None) -> None:
+        port = free_port()
+        self.uri = f"http://127.0.0.1:{port}"
+        self._log = folder / "server.txt"
+        self._command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", backend]
+        self._command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "2"]
+        self._command += ["--artifacts-destination", str(folder / "artifacts")]
+        self._environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        self._running: subprocess.Popen[bytes] | None = None
+        if password is not None:
+            config = folder / "auth.ini"
+            config.write_text(
+                "[mlflow]\ndefault_permission = NO_PERMISSIONS\nadmin_username = admin\n"
+                f"admin_password = {password}\ndatabase_uri = sqlite:///{folder / 'users.db'}\n"
+                "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+            )
+            self._command += ["--app-name", "basic-auth"]
+            self._environment["MLFLOW_AUTH_CONFIG_PATH"] = str(config)
+            self._environment["MLFLOW_FLASK_SERVER_SECRET_KEY"] = secrets.token_hex(16)
+
+    def start(self) -> None:
+        with self._log.open("w") as log:
+            self._running = subprocess.Popen(
+                self._command, env=self._environment, stdout=log, stderr=log, start_new_session=True
+            )
+        begun = time.monotonic()
+        while not answers(f"{self.uri}/health"):
+            assert self._running.poll() is None, self._log.read_text()
+            assert time.monotonic() - begun < PATIENCE_S, "the server does not answer"
+            time.sleep(0.2)
+
+    def stop(self, number: int = 15) -> None:
+        """Ends all its processes with a signal; nothing if it does not run."""
+        if self._running is not None:
+            if self._running.poll() is None:
+                os.killpg(self._running.pid, number)
+            self._running.wait(30)
+            self._running = None
 
 
 def answers(address: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +15,13 @@ from outside_editors.poisoned import WorkerDeath
 from ray import cloudpickle
 from safetensors import SafetensorError
 
-from odedit.errors import InputError
-from pipeline import actor, graph, results
+from odedit.errors import InputError, StorageError
+from odedit.images import ImageReader
+from odedit.locations import Location
+from pipeline import actor, graph, local_ray, results
 from pipeline import run as runner
-from pipeline.config import from_dict
+from pipeline.config import BackboneConfig, from_dict
+from pipeline.features import load_remembering, with_checked_store
 from pipeline.prepare import Prepared, write_traceback
 from pipeline.ready import prepare
 from pipeline.run import Outcome
@@ -141,3 +145,53 @@ def test_a_traceback_that_cannot_be_written_hides_nothing(settings: dict[str, An
     ready = prepare(from_dict(settings))
     ready.workspace.errors.write_text("a file where the folder should be")
     write_traceback(Job(ready.config, ready.sources, ready.workspace), "name")
+
+
+def test_a_storage_that_stays_away_ends_the_run_and_skips_no_record(
+    settings: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = from_dict(settings)
+    ready = prepare(config)
+    tried: list[str] = []
+
+    def refused(reader: ImageReader, path: str, *arguments: Any) -> bytes:
+        tried.append(path)
+        raise OSError("When reading information for key: AWS Error SERVICE_UNAVAILABLE during HeadObject operation")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageReader, "_file_bytes", refused)
+        patch.setattr(ImageReader, "_is_local", lambda *_: False)
+        job = Job(ready.config, ready.sources, ready.workspace)
+        prepared = graph.PrepareStage([job])({"job": [0], "group": [0]})
+        report = {name: values[0] for name, values in graph.EditStage([job])(prepared).items()}
+        with pytest.raises(graph.GraphError, match=r"cannot be read \(.*The same command goes on from there"):
+            graph.raise_fatal(report, [job])
+        assert len(tried) == 1, "nothing is read after it"
+        with pytest.raises(StorageError):
+            inline(config)
+    assert not ready.workspace.results.names()
+    assert statuses(inline(config)) == ["edited"] * 5
+
+
+def test_a_feature_store_that_refuses_when_a_worker_starts_costs_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(location: Location) -> bool:
+        raise OSError("AWS Error UNKNOWN (HTTP status 503) during HeadObject operation: No response body.")
+
+    monkeypatch.setattr(Location, "is_file", refused)
+    told: list[str] = []
+    load_remembering(BackboneConfig(), "cpu", str(tmp_path / "store"), told.append)
+    with pytest.raises(InputError, match="cannot look at"):
+        with_checked_store(from_dict({"pipeline": {"feature_store": str(tmp_path / "store")}}))
+
+
+def test_ray_is_ended_after_the_threads_that_read_ahead() -> None:
+    """One that came to Ray after its end would end the process before it has said why the run failed."""
+    reading = threading.Event()
+    ahead = threading.Thread(target=reading.wait, args=(20,), name="iter_threaded")
+    ahead.start()
+    threading.Timer(0.3, reading.set).start()
+    alive: list[bool] = []
+    local_ray._stop(SimpleNamespace(shutdown=lambda: alive.append(ahead.is_alive())))
+    assert alive == [False]

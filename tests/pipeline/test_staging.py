@@ -30,7 +30,7 @@ def with_records(settings: dict[str, Any], records: list[Any], **data: Any) -> R
 def test_groups_hold_batch_size_usable_records_and_the_bad_ones_between(settings: dict[str, Any]) -> None:
     records = [record(0), {"src": 1}, record(1, alt=""), record(2), record(3), "no record", record(4)]
     found, workspace = staged(with_records(settings, records))
-    assert found == staging.Staged(usable=(2, 2), problems=3)
+    assert found == staging.Staged(usable=(2, 2), records=(4, 3)) and found.problems == 3
     read = staging.GroupReader(workspace.records)
     groups = [read(group) for group in range(2)]
     assert [[r.index for r in group] for group in groups] == [[0, 1, 2, 3], [4, 5, 6]]
@@ -77,7 +77,7 @@ def test_a_group_is_found_among_several_row_groups_in_any_order(
     monkeypatch.setattr(staging, "_ROWS_TOGETHER", 3)
     records = [record(0), {"src": 1}, *(record(number) for number in range(1, 8)), "no record"]
     found, workspace = staged(with_records(settings, records))
-    assert found == staging.Staged(usable=(2, 2, 2, 2, 0), problems=2)
+    assert found == staging.Staged(usable=(2, 2, 2, 2, 0), records=(3, 2, 2, 2, 1)) and found.problems == 2
     assert parquet.read_metadata(workspace.records).num_row_groups == 3
     read = staging.GroupReader(workspace.records)
     expected = [[0, 1, 2], [3, 4], [5, 6], [7, 8], [9]]

@@ -1,0 +1,258 @@
+"""A small run that meets faults: its records, and the ways to run it.
+
+Every scenario gives the same command, but for its folder `out`; what differs lies in the folder of orders that the
+editor obeys. So the rows and edits of all of them are those of the undisturbed run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import inline_pipeline
+import psutil
+import pytest
+import yaml
+from mmedit_files import record, write_array, write_images
+from typer.testing import CliRunner
+
+from odedit.__main__ import app
+from pipeline import graph
+from pipeline.spec import Job, Plan
+from tests.faults.obedient import GROUP, HOLD
+
+ROOT = Path(__file__).resolve().parents[2]
+EDITS = 12
+SKIPPED = f"edit-{EDITS}"
+PATIENCE_S = 180.0
+ALL_DONE = f"{EDITS} edits, 0 failed, 1 skipped"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that has ended: its exit code, what it printed, and its seconds."""
+
+    code: int
+    text: str
+    seconds: float
+
+    def expect(self, code: int, *parts: str) -> Ended:
+        """Raises AssertionError unless it ended with the code and said each of the parts."""
+        assert self.code == code and all(part in self.text for part in parts), f"{self.code}, {parts}:\n{self.text}"
+        assert "Traceback" not in self.text, self.text
+        return self
+
+
+class Bench:
+    """Where the scenarios are run.
+
+    Args:
+        quick: Whether commands that need no worker of their own run in this process, without Ray, and nothing is timed.
+    """
+
+    def __init__(self, folder: Path, *, quick: bool) -> None:
+        self.folder, self.quick = folder, quick
+        self.orders = folder / "orders"
+        self.orders.mkdir()
+        self.inputs = folder / "inputs"
+        self.inputs.mkdir()
+        records = [record(number, edit_id=f"edit-{number:02d}") for number in range(EDITS)]
+        image_root, rephrase_root = write_images(self.inputs, records)
+        records.append(record(EDITS, edit_id=SKIPPED, alt=""))
+        self.ids = [one["edit_id"] for one in records]
+        self.config = folder / "run.yaml"
+        values = {
+            "data": {
+                "path": str(write_array(self.inputs / "records.json", records)),
+                "image_root": str(image_root),
+                "rephrase_root": str(rephrase_root),
+            },
+            "supervision": {"locality_source": "record"},
+            "editor": {
+                "name": "tests.faults.obedient",
+                "sites": ["layers.2.ffn.in"],
+                "max_steps": 3,
+                "learning_rate": 0.01,
+                "orders": str(self.orders),
+            },
+            "objective": {"name": "native"},
+            "evaluation": {"generate": False},
+            "pipeline": {
+                "batch_size": GROUP,
+                "at_once": GROUP,
+                "actors": 1,
+                "threads_per_actor": 1,
+                "preparers": 1,
+                "device": "cpu",
+            },
+            "tracking": {"enabled": False},
+        }
+        self.config.write_text(yaml.safe_dump(values))
+        self._references: dict[tuple[str, ...], Path] = {}
+
+    def reference(self, *settings: str) -> Path:
+        """The folder of a run without any fault; not timed, and made in this process."""
+        if settings not in self._references:
+            out = self.folder / f"reference-{len(self._references)}"
+            self._inline(out, settings).expect(0, ALL_DONE)
+            self._references[settings] = out
+        return self._references[settings]
+
+    def undisturbed(self, *settings: str, environment: Mapping[str, str] | None = None) -> float:
+        """Seconds of the run without the fault, just before it is run with it."""
+        if self.quick:
+            return 0.0
+        out = self.folder / f"undisturbed-{time.monotonic_ns()}"
+        return self.command(out, *settings, environment=environment).expect(0, ALL_DONE).seconds
+
+    def edit(self, out: Path, *settings: str) -> Ended:
+        """`odedit edit`, where it does not matter that its workers are processes of their own."""
+        return self._inline(out, settings) if self.quick else self.command(out, *settings)
+
+    def command(self, out: Path, *settings: str, environment: Mapping[str, str] | None = None) -> Ended:
+        """`odedit edit` as a user gives it, with a Ray of its own unless a setting names another."""
+        return _ended(self.started(out, *settings, environment=environment))
+
+    def started(self, out: Path, *settings: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+        return self._started(self._arguments(out, settings), os.environ if environment is None else environment)
+
+    def _started(self, arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "odedit", *arguments],
+            cwd=self.folder,
+            env={**environment, **PYTHON_PATH},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def odedit(self, *arguments: object) -> Ended:
+        """Another command."""
+        return odedit(*arguments) if self.quick else _ended(self._started([str(one) for one in arguments], os.environ))
+
+    def _inline(self, out: Path, settings: Sequence[str]) -> Ended:
+        with pytest.MonkeyPatch.context() as patch:
+            inline_pipeline.install(patch)
+            patch.setattr(graph, "run_graph", run_stages)
+            return odedit(*self._arguments(out, settings))
+
+    def _arguments(self, out: Path, settings: Sequence[str]) -> list[str]:
+        return ["edit", "--config", str(self.config), f"out={out}", *settings]
+
+    @contextmanager
+    def ordered(self, *orders: str) -> Iterator[None]:
+        """Inside, the editor has these orders."""
+        for order in orders:
+            (self.orders / order).touch()
+        try:
+            yield
+        finally:
+            for path in self.orders.iterdir():
+                path.unlink(missing_ok=True)
+
+    @contextmanager
+    def held(self, happens: Callable[[int], object]) -> Iterator[None]:
+        """Inside, the second group waits in the middle of its edits until something has happened.
+
+        Args:
+            happens: Called with the process that edits.
+        """
+        with self.ordered(HOLD):
+
+            def meanwhile() -> None:
+                try:
+                    happens(self.wait_for_worker())
+                finally:
+                    (self.orders / HOLD).unlink(missing_ok=True)
+
+            with _beside(meanwhile):
+                yield
+
+    def wait_for_worker(self) -> int:
+        """The process that waits in the middle of the second group, once one does."""
+        found: list[Path] = []
+        wait_until(lambda: found.extend(self.orders.glob("at-*")) or found, "the second group is begun")
+        return int(found[0].name.rpartition("-")[2])
+
+
+PYTHON_PATH = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+
+
+def _ended(process: subprocess.Popen[str]) -> Ended:
+    begun = time.monotonic()
+    text, _ = process.communicate(timeout=2 * PATIENCE_S)
+    return Ended(process.returncode, text, time.monotonic() - begun)
+
+
+def odedit(*arguments: object) -> Ended:
+    """A command in this process."""
+    begun = time.monotonic()
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return Ended(result.exit_code, result.output, time.monotonic() - begun)
+
+
+def run_stages(
+    jobs: Sequence[Job], plan: Plan, pending: Sequence[tuple[int, int]], profile: Any = None
+) -> Iterator[tuple[int, int, list[dict[str, Any]]]]:
+    """Takes the place of `pipeline.graph.run_graph`: the stages as Ray would call them, one after the other."""
+    prepare, edit = graph.PrepareStage(tuple(jobs)), graph.EditStage(tuple(jobs))
+    for job, group in pending:
+        report = {name: values[0] for name, values in edit(prepare({"job": [job], "group": [group]})).items()}
+        graph.raise_fatal(report, jobs)
+        yield job, group, json.loads(report["rows"])
+
+
+@contextmanager
+def _beside(work: Callable[[], object]) -> Iterator[None]:
+    """Does something in a thread while the block runs; an error in there is raised at its end."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join(2 * PATIENCE_S)
+        if errors:
+            raise errors[0]
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    begun = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begun < PATIENCE_S, f"waited in vain until {what}"
+        time.sleep(0.05)
+
+
+def workers_of(driver: int) -> list[psutil.Process]:
+    """The processes that prepare and edit for a driver with a Ray of its own."""
+    family = psutil.Process(driver).children(recursive=True)
+    return [process for process in family if re.match(r"ray::.*(Prepare|Edit)Stage", _title(process))]
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return ""
+
+
+def wait_until_gone(processes: Sequence[psutil.Process]) -> None:
+    _, left = psutil.wait_procs(processes, PATIENCE_S)
+    assert not left, left

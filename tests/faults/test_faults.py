@@ -1,0 +1,34 @@
+"""What a run survives: every scenario ends with one row per record, and the rows and edits of the undisturbed run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.faults.bench import ROOT, Bench
+from tests.faults.lossless import check
+from tests.faults.scenarios import FAULTS, Fault
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("faults"), quick=True)
+
+
+# tests/cluster/test_two_nodes.py kills a worker, tests/pipeline/test_graph.py has a record that does.
+@pytest.mark.parametrize(
+    "fault", [fault for fault in FAULTS if not fault.is_tested_elsewhere], ids=lambda fault: fault.face.__name__
+)
+def test_a_run_survives(fault: Fault, bench: Bench, tmp_path: Path) -> None:
+    check(bench, fault.face(bench, tmp_path / "out"))
+
+
+def test_the_readme_has_the_table() -> None:
+    """As `make faults` made it: every fault, and nothing lost."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for fault in FAULTS:
+        assert re.search(rf"^\| {re.escape(f'{fault.name} | {fault.answer}')} \| -?\d+ s \| 0 \|$", text, re.MULTILINE)
