@@ -53,6 +53,7 @@ class Measured:
         rate: Records per second while the workers worked, as the run's own last line has it.
         peak_mb, start_mb: Memory that the driver process has to itself (USS), in MiB: at most, and when the first
             group was finished.
+        driver_ms: Processor time of the driver for a record, from the first finished group on.
         rows: Result rows; `distinct` of them differ in their record.
     """
 
@@ -61,6 +62,7 @@ class Measured:
     rate: float
     start_mb: float
     peak_mb: float
+    driver_ms: float
     rows: int
     distinct: int
     samples: list[tuple[float, float]]
@@ -113,7 +115,8 @@ def measure(folder: Path, values: dict[str, Any], count: int, console: Console) 
     seconds = time.monotonic() - begun
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{log.read_text()[-4000:]}")
-    working = [mb for _, mb, works in samples if works]
+    working = [mb for _, mb, works, _ in samples if works]
+    busy = [cpu for *_, works, cpu in samples if works]
     found = _SPEED.findall(log.read_text())
     table = dataset.dataset(f"{values['out']}/results").to_table(columns=["index", "edit_id"])
     return Measured(
@@ -122,25 +125,27 @@ def measure(folder: Path, values: dict[str, Any], count: int, console: Console) 
         rate=float(found[-1][2]),
         start_mb=working[0],
         peak_mb=max(working),
+        driver_ms=1000 * (busy[-1] - busy[0]) / count,
         rows=table.num_rows,
         distinct=len(set(table["index"].to_pylist()) & set(range(count))),
-        samples=[(round(at, 1), round(mb, 1)) for at, mb, _ in samples[:: max(1, len(samples) // 200)]],
+        samples=[(round(at, 1), round(mb, 1)) for at, mb, *_ in samples[:: max(1, len(samples) // 200)]],
     )
 
 
 def _samples(
     process: subprocess.Popen[Any], begun: float, results: Path, log: Path, console: Console
-) -> Iterator[tuple[float, float, bool]]:
-    """Seconds since the start, MiB, and whether a first group is finished, until the process ends."""
+) -> Iterator[tuple[float, float, bool, float]]:
+    """Seconds since the start, MiB, whether a first group is finished, processor seconds; until the process ends."""
     driver, works, said = psutil.Process(process.pid), False, begun
     while process.poll() is None:
         try:
             mb = driver.memory_full_info().uss / 2**20
+            cpu = sum(driver.cpu_times()[:2])
         except (psutil.NoSuchProcess, psutil.AccessDenied):  # it is ending
             break
         works = works or (results.is_dir() and next(results.glob("part-*"), None) is not None)
         now = time.monotonic()
-        yield now - begun, mb, works
+        yield now - begun, mb, works, cpu
         if now - said > _SAY_EVERY_S:
             said = now
             last = (log.read_text().strip().splitlines() or ["starting"])[-1]
@@ -220,10 +225,10 @@ def show(found: list[Measured], bare: float, worker: float) -> Table:
     table = Table(
         title=f"Growth with the number of records. A group of {BATCH}, alone on the machine: "
         f"bare loop {1000 * bare:.1f} ms, worker {1000 * worker:.1f} ms ({worker / bare - 1:+.0%})",
-        caption="Memory: of the driver alone (USS), from the first finished group to the end.",
+        caption="Of the driver alone, from the first finished group on: memory (USS), processor time of a record.",
         title_justify="left",
     )
-    names = ("records", "seconds", "records/s", "ms/group", "start MiB", "peak MiB", "ratio", "rows")
+    names = ("records", "seconds", "records/s", "ms/group", "start MiB", "peak MiB", "ratio", "driver ms", "rows")
     for name in names:
         table.add_column(name, justify="right")
     for one in found:
@@ -235,6 +240,7 @@ def show(found: list[Measured], bare: float, worker: float) -> Table:
             f"{one.start_mb:.0f}",
             f"{one.peak_mb:.0f}",
             "" if base is None else f"{one.peak_mb / base:.3f}",
+            f"{one.driver_ms:.2f}",
             f"{one.rows:,}" + ("" if one.rows == one.distinct == one.records else "  WRONG"),
         )
     return table
