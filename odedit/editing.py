@@ -107,7 +107,8 @@ class _Run:
         width: int,
     ) -> None:
         max_steps = editor.max_steps if stopping.max_steps is None or editor.max_steps == 0 else stopping.max_steps
-        self._backbone, self._editor, self._objective, self._width = backbone, editor, objective, width
+        self._backbone, self._editor, self._width = backbone, editor, width
+        self._objective = objective.for_one_gradient()
         self._optimizer = PrimalDual(editor, objective.config, max(max_steps, 1), seed)
         self._progress = _Progress(batch.num_edits, batch.tokens_EKS.device, stopping, max_steps)
         self._finished: dict[int, EditParams] = {}
