@@ -197,7 +197,7 @@ class Objective:
         return other
 
     def for_one_gradient(self) -> Objective:
-        """The same, frugal: of its terms a gradient is taken once at most, which takes the place of what it is made from.
+        """The same, frugal: of its terms a gradient is taken once at most, in the place of what it is made from.
 
         A second gradient of the same terms raises RuntimeError.
         """
@@ -288,7 +288,7 @@ class Objective:
     def _tokens(
         self, backbone: Backbone, editor: Editor, batch: EditBatch, states_EKTD: Tensor, unedited: Unedited
     ) -> dict[str, Tokens]:
-        """Risks of single tokens: NLL by slot, KL of all locality prompts. One product with the head for all of them."""
+        """Risks of single tokens: NLL by slot, KL of all locality prompts. One product with the head for all."""
         config = self.config
         slots = [EDIT]
         if config.name == "odedit" and config.environments == "prompts":

@@ -2,7 +2,8 @@
 
 The vocabulary is the widest thing an edit meets: a tensor of logits is read and written as slowly as it is multiplied.
 So one buffer of its size lasts from forward to backward, the logits' own: they give way to log-probabilities, and
-those, where nobody wants them again, to the gradient. All else is made of a few rows at a time, which stay in the processor's cache.
+those, where nobody wants them again, to the gradient. All else is made of a few rows at a time, which stay in the
+processor's cache.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _VALUES_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
 class TokenRisk(ABC):
     """What is computed of M tokens from the log-probabilities p of the edited model. `rows` says which C of them.
 
-    `kept`, `(C, 3)`, is what `backward` wants from `forward` beside the log-probabilities, or what else there is to tell.
+    `kept`, `(C, 3)`, is what `backward` wants from `forward` beside the log-probabilities, or what there is to tell.
     """
 
     num_tokens: int
@@ -187,9 +188,11 @@ class _Rows(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("risks are differentiable once; their scale gradient is there without create_graph.")
         value_M, slope_M, _ = grads
-        if value_M is None and slope_M is None:
+        both_M = slope_M if value_M is None else value_M
+        if both_M is None:
             return None, None, None
-        both_M = slope_M if value_M is None else value_M if slope_M is None else value_M + slope_M
+        if value_M is not None and slope_M is not None:
+            both_M = value_M + slope_M
         log_p_MV, kept_M3 = ctx.saved_tensors
         grad_MV = log_p_MV if ctx.once else log_p_MV.clone()
         for kind, at, rows in _parts(grad_MV, ctx.kinds):
