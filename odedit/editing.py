@@ -16,7 +16,7 @@ from torch import Tensor
 from odedit.backbones.base import Backbone
 from odedit.editors.base import Editor, Trace
 from odedit.edits import EditBatch, EditParams, stack_params
-from odedit.objective import Objective, Terms
+from odedit.objective import Objective, Terms, Unedited
 from odedit.primal_dual import PrimalDual, State
 from odedit.stages import stage
 from odedit.widths import width_like_native
@@ -120,13 +120,14 @@ class _Run:
         self._all = batch.select(objective.slots(editor, batch))
         with stage("edit: prefix"), torch.no_grad():
             self._all_prefix = backbone.prefix(self._all, *editor.sites, positionwise=editor.positionwise)
-            self._all_base_EKTD = backbone.suffix(self._all_prefix, self._all.predict_EKT)
         self._width = min(width, width_like_native(backbone, editor, objective, batch, self._all_prefix))
         # One product with a hypernetwork for all edits; what it makes is the edits themselves.
         self._made = {} if self._takes_steps else self._init(self._all)
         self._origin: EditParams = {}
         self._params: EditParams = {}
         self._state: State | None = None
+        self._base_EKTD: Tensor | None = None
+        self._unedited: Unedited | None = None
         self._admit()
 
     def _init(self, batch: EditBatch) -> EditParams:
@@ -171,6 +172,7 @@ class _Run:
             }
             self._progress.steps[member] = steps[row]
         stay = self._progress.active_E.nonzero().flatten()
+        self._base_EKTD = None if self._base_EKTD is None else self._base_EKTD[stay]
         self._progress.keep(stay)
         self._origin = {name: value[stay] for name, value in self._origin.items()}
         self._params = {name: value.detach()[stay] for name, value in self._params.items()}
@@ -185,7 +187,12 @@ class _Run:
             return
         members = torch.tensor(progress.members, device=self._all.tokens_EKS.device)
         self._batch, self._prefix = self._all.take(members), self._all_prefix.take(members)
-        self._unedited = self._objective.unedited(self._backbone, self._batch, self._all_base_EKTD[members])
+        if self._objective.compares:
+            with stage("edit: prefix"), torch.no_grad():
+                if len(members) > staying or self._base_EKTD is None:
+                    # In the same batch as under the edit: rounding depends on it, and phi_0 shall differ in nothing.
+                    self._base_EKTD = self._backbone.suffix(self._prefix, self._batch.predict_EKT)
+                self._unedited = self._objective.unedited(self._backbone, self._batch, self._base_EKTD)
         if len(members) > staying:
             rows = members[staying:]
             new = {n: v[rows] for n, v in self._made.items()} if self._made else self._init(self._all.take(rows))

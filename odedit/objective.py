@@ -214,6 +214,11 @@ class Objective:
             wanted |= set(LOCALITY_SLOTS)
         return tuple(slot for slot in batch.slots if slot in wanted)
 
+    @property
+    def compares(self) -> bool:
+        """Whether there is anything to compare with the unedited model."""
+        return self.config.name != "native"
+
     def read(self, batch: EditBatch) -> Tensor | None:
         """The positions `(E, K, T)` whose final states this objective reads; None: all."""
         return None if self._reads_text else batch.predict_EKT
@@ -230,13 +235,13 @@ class Objective:
         trace: Trace,
         batch: EditBatch,
         hidden: Tensor,
-        unedited: Unedited,
+        unedited: Unedited | None,
     ) -> Terms:
         """The terms at the states of a forward under `editor.applied`.
 
         Args:
             hidden: Final hidden states of the edited model at the positions of `read`.
-            unedited: What the same batch is without edit.
+            unedited: What the same batch is without edit; None unless the objective `compares`.
         """
         config, weights = self.config, self.config.weights
         states_EKTD = gather_positions(hidden, batch.predict_EKT) if self._reads_text else hidden
@@ -247,7 +252,7 @@ class Objective:
         reliability = risks.mean_of_tokens(tokens[EDIT], mask_ET)
         locality = generality = Risk(zero_E, zero_E)
         scale_gradients: dict[str, Tensor] = {}
-        if config.name != "native":
+        if self.compares:
             locality = _locality(batch, tokens[_LOCALITY])
         if config.name == "odedit":
             generality = self._generality(batch, hidden, states_EKTD)
@@ -274,43 +279,45 @@ class Objective:
             all_right=nll_M.new_ones(mask_ET.shape).masked_scatter(mask_ET, is_first_M).bool().all(dim=-1),
         )
 
-    def unedited(self, backbone: Backbone, batch: EditBatch, states_EKTD: Tensor) -> Unedited:
+    def unedited(self, backbone: Backbone, batch: EditBatch, states_EKTD: Tensor) -> Unedited | None:
         """What the terms compare with, from the unedited model's final states at `batch.predict_EKT`."""
-        if self.config.name == "native":
-            return Unedited(states_EKTD[:0])
-        index = _locality_index(batch)
-        states_MD = states_EKTD[:, index][batch.target_mask_EKT[:, index]]
-        if len(states_MD) > _TOKENS_AT_ONCE:
-            return Unedited(states_MD)
+        if not self.compares:
+            return None
+        read = self._read_by_head(batch, states_EKTD)
+        if len(read[_LOCALITY]) > _TOKENS_AT_ONCE:
+            return Unedited(read[_LOCALITY])
         with torch.no_grad():
-            return Unedited(states_MD, risks.log_probs(backbone.head(states_MD)))
+            # The same product as in a step: rounding depends on the number of rows, and Adam makes much of a gradient
+            # that should be 0.
+            logits_MV = backbone.head(torch.cat(list(read.values())))
+            return Unedited(read[_LOCALITY], risks.log_probs(logits_MV[len(logits_MV) - len(read[_LOCALITY]) :]))
+
+    def _read_by_head(self, batch: EditBatch, states_EKTD: Tensor) -> dict[str, Tensor]:
+        """States of the tokens whose distribution is read, `(M, D)`: by slot; those of all locality prompts last."""
+        slots = [EDIT]
+        if self.config.name == "odedit" and self.config.environments == "prompts":
+            slots += REPHRASE_SLOTS
+        index: dict[str, int | list[int]] = {slot: batch.slots.index(slot) for slot in slots}
+        if self.compares:
+            index[_LOCALITY] = _locality_index(batch)
+        return {name: states_EKTD[:, k][batch.target_mask_EKT[:, k]] for name, k in index.items()}
 
     def _tokens(
-        self, backbone: Backbone, editor: Editor, batch: EditBatch, states_EKTD: Tensor, unedited: Unedited
+        self, backbone: Backbone, editor: Editor, batch: EditBatch, states_EKTD: Tensor, unedited: Unedited | None
     ) -> dict[str, Tokens]:
         """Risks of single tokens: NLL by slot, KL of all locality prompts. One product with the head for all."""
-        config = self.config
-        slots = [EDIT]
-        if config.name == "odedit" and config.environments == "prompts":
-            slots += REPHRASE_SLOTS
-        kinds: dict[str, TokenRisk] = {}
-        states = {}
-        for slot in slots:
-            k = batch.slots.index(slot)
-            mask_ET = batch.target_mask_EKT[:, k]
-            states[slot] = states_EKTD[:, k][mask_ET]
-            kinds[slot] = NLL(
-                batch.target_EKT[:, k][mask_ET], 0.0 if config.name == "odedit" else editor.label_smoothing
-            )
+        read = self._read_by_head(batch, states_EKTD)
         several: dict[str, Tokens] = {}
-        if config.name != "native":
-            index = _locality_index(batch)
-            states_MD = states_EKTD[:, index][batch.target_mask_EKT[:, index]]
-            if unedited.log_q_MV is None:
-                several[_LOCALITY] = self._in_parts(backbone, states_MD, unedited.states_MD)
-            else:
-                states[_LOCALITY], kinds[_LOCALITY] = states_MD, KL(unedited.log_q_MV, config.locality_direction)
-        logits_MV = backbone.head(torch.cat(list(states.values())))
+        smoothing = 0.0 if self.config.name == "odedit" else editor.label_smoothing
+        kinds: dict[str, TokenRisk] = {}
+        for name in [name for name in read if name != _LOCALITY]:
+            k = batch.slots.index(name)
+            kinds[name] = NLL(batch.target_EKT[:, k][batch.target_mask_EKT[:, k]], smoothing)
+        if unedited is not None and unedited.log_q_MV is not None:
+            kinds[_LOCALITY] = KL(unedited.log_q_MV, self.config.locality_direction)
+        elif unedited is not None:
+            several[_LOCALITY] = self._in_parts(backbone, read.pop(_LOCALITY), unedited.states_MD)
+        logits_MV = backbone.head(torch.cat(list(read.values())))
         return several | dict(zip(kinds, token_risks(logits_MV, list(kinds.values()), self._once), strict=True))
 
     def _in_parts(self, backbone: Backbone, states_MD: Tensor, base_MD: Tensor) -> Tokens:

@@ -172,7 +172,8 @@ class _Rows(torch.autograd.Function):
     def forward(ctx: Any, logits_MV: Tensor, kinds: Sequence[TokenRisk], once: bool) -> tuple[Tensor, Tensor, Tensor]:
         # Not an input and no copy of one: autograd would refuse that an input is overwritten, or copy it.
         buffer_MV = logits_MV.detach()
-        columns = []
+        empty = buffer_MV[:0, 0]
+        columns = [(empty, empty, empty.new_zeros(0, 3))]
         for kind, at, rows in _parts(buffer_MV, kinds):
             columns.append(kind.forward(buffer_MV[at].copy_(buffer_MV[at].log_softmax(-1)), rows))
         value_M, slope_M, kept_M3 = (torch.cat(column) for column in zip(*columns, strict=True))
