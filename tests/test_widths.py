@@ -20,6 +20,7 @@ def objectives(backbone, requests_8):
 def no_leeway(monkeypatch):
     """As on a model that is large enough for all of it to matter."""
     monkeypatch.setitem(widths._LEEWAY, "cpu", 0)
+    monkeypatch.setitem(widths._WORK, "cpu", 0)
 
 
 # Not T-Patcher and UniKE, which take so little of so small a model that even one edit at a time takes more.
