@@ -33,6 +33,7 @@ class Decoder(Protocol):
     num_layers: int
     hidden_size: int
     max_positions: int
+    vocabulary_size: int
 
     def site(self, name: str) -> nn.Linear:
         """The linear module of `layers.<n>.<part>`; InputError names the parts there are."""
@@ -240,6 +241,7 @@ class OPTDecoder(_Sites):
         self.max_positions = int(model.config.max_position_embeddings)
         self.num_layers = len(self._decoder.layers)
         self.hidden_size = int(model.config.hidden_size)
+        self.vocabulary_size = len(model.lm_head.weight)
 
     def _nonlinearity(self, layer: int) -> Callable[[Tensor], Tensor]:
         return cast(Callable[[Tensor], Tensor], self._layers[layer].activation_fn)
@@ -319,6 +321,7 @@ class LlamaDecoder(_Sites):
         )
         self.num_layers = len(model.layers)
         self.hidden_size = int(config.hidden_size)
+        self.vocabulary_size = len(head.weight)
 
     def _nonlinearity(self, layer: int) -> Callable[[Tensor], Tensor]:
         return cast(Callable[[Tensor], Tensor], self._layers[layer].mlp.act_fn)

@@ -7,6 +7,7 @@ edits that wait take their places.
 from __future__ import annotations
 
 import time
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 from odedit.backbones.base import Backbone
 from odedit.editors.base import Editor, Trace
 from odedit.edits import EditBatch, EditParams, stack_params
-from odedit.objective import Objective, Terms
+from odedit.objective import Objective, Terms, Unedited
 from odedit.primal_dual import PrimalDual, State
 from odedit.stages import stage
+from odedit.widths import width_like_native
 
 _FULL_ENOUGH = 0.75
 """Share of moving edits below which the finished ones leave the batch: copying the rest costs about one step."""
@@ -79,7 +81,8 @@ def edit(
     Args:
         batch: The supervision batch of `encode_requests`.
         seed: Of the multiplier network and the sketch; the same for every edit.
-        width: How many edits move together at most; None: all.
+        width: How many edits move together at most; fewer where they would take more memory than all of them under
+            the base editor's own loss, see `odedit.widths`. None: no further bound.
 
     Returns:
         E results, in order. An edit whose objective is not finite is returned with `error`, and does not disturb
@@ -107,7 +110,9 @@ class _Run:
         width: int,
     ) -> None:
         max_steps = editor.max_steps if stopping.max_steps is None or editor.max_steps == 0 else stopping.max_steps
-        self._backbone, self._editor, self._objective, self._width = backbone, editor, objective, width
+        self._backbone, self._editor = backbone, editor
+        self._takes_steps = max_steps > 0
+        self._objective = objective.for_one_gradient()
         self._optimizer = PrimalDual(editor, objective.config, max(max_steps, 1), seed)
         self._progress = _Progress(batch.num_edits, batch.tokens_EKS.device, stopping, max_steps)
         self._finished: dict[int, EditParams] = {}
@@ -115,11 +120,19 @@ class _Run:
         self._all = batch.select(objective.slots(editor, batch))
         with stage("edit: prefix"), torch.no_grad():
             self._all_prefix = backbone.prefix(self._all, *editor.sites, positionwise=editor.positionwise)
-            self._all_base_EKTD = backbone.suffix(self._all_prefix, self._all.predict_EKT)
+        self._width = min(width, width_like_native(backbone, editor, objective, batch, self._all_prefix))
+        # One product with a hypernetwork for all edits; what it makes is the edits themselves.
+        self._made = {} if self._takes_steps else self._init(self._all)
         self._origin: EditParams = {}
         self._params: EditParams = {}
         self._state: State | None = None
+        self._base_EKTD: Tensor | None = None
+        self._unedited: Unedited | None = None
         self._admit()
+
+    def _init(self, batch: EditBatch) -> EditParams:
+        with stage("edit: start"):
+            return _detached(self._editor.init(self._backbone, batch))
 
     def has_edits(self) -> bool:
         return bool(self._progress.members)
@@ -141,6 +154,7 @@ class _Run:
                 forwarded, self._origin, self._state, terms, progress.active_E
             )
         progress.log(terms, moved)
+        del hidden, terms  # of the last step nobody took a gradient: what was kept for it is still there
         if int(progress.active_E.sum()) <= _FULL_ENOUGH * len(progress.members):
             self._let_go(forwarded, trace)
             self._admit()
@@ -158,6 +172,7 @@ class _Run:
             }
             self._progress.steps[member] = steps[row]
         stay = self._progress.active_E.nonzero().flatten()
+        self._base_EKTD = None if self._base_EKTD is None else self._base_EKTD[stay]
         self._progress.keep(stay)
         self._origin = {name: value[stay] for name, value in self._origin.items()}
         self._params = {name: value.detach()[stay] for name, value in self._params.items()}
@@ -172,17 +187,23 @@ class _Run:
             return
         members = torch.tensor(progress.members, device=self._all.tokens_EKS.device)
         self._batch, self._prefix = self._all.take(members), self._all_prefix.take(members)
-        self._unedited = self._objective.unedited(self._backbone, self._batch, self._all_base_EKTD[members])
+        if self._objective.compares:
+            with stage("edit: prefix"), torch.no_grad():
+                if len(members) > staying or self._base_EKTD is None:
+                    # In the same batch as under the edit: rounding depends on it, and phi_0 shall differ in nothing.
+                    self._base_EKTD = self._backbone.suffix(self._prefix, self._batch.predict_EKT)
+                self._unedited = self._objective.unedited(self._backbone, self._batch, self._base_EKTD)
         if len(members) > staying:
-            with stage("edit: start"):
-                new = _detached(self._editor.init(self._backbone, self._all.take(members[staying:])))
+            rows = members[staying:]
+            new = {n: v[rows] for n, v in self._made.items()} if self._made else self._init(self._all.take(rows))
             if staying and self._state is not None:
                 self._origin, self._params = (stack_params([old, new]) for old in (self._origin, self._params))
                 self._state = self._optimizer.joined(self._state, new)
             else:
                 self._origin = self._params = new
                 self._state = self._optimizer.init(new)
-        self._params = _leaves(self._params, self._editor)
+        frozen = self._editor.frozen if self._takes_steps else self._params
+        self._params = _leaves(self._params, frozen)
 
     def results(self, edit_ids: tuple[str, ...], seconds: float) -> list[EditResult]:
         return self._progress.results(edit_ids, self._finished, seconds)
@@ -192,9 +213,9 @@ def _detached(params: EditParams) -> EditParams:
     return {name: value.detach() for name, value in params.items()}
 
 
-def _leaves(params: EditParams, editor: Editor) -> EditParams:
-    """Copies that gradients are taken with respect to, but for what the editor keeps frozen."""
-    return {name: value.detach().clone().requires_grad_(name not in editor.frozen) for name, value in params.items()}
+def _leaves(params: EditParams, frozen: Container[str]) -> EditParams:
+    """Copies that gradients are taken with respect to, but for those that are frozen."""
+    return {name: value.detach().clone().requires_grad_(name not in frozen) for name, value in params.items()}
 
 
 class _Progress:

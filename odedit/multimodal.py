@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from odedit import pretrained
 from odedit.backbones.base import CONNECTOR, BeforeConnector, Prefix, is_connector
-from odedit.decoders import Decoder
+from odedit.decoders import Decoder, Rotary
 from odedit.edits import EditBatch, Picture, Probe
 from odedit.encoding import TokenSequence, assemble, gather_positions
 from odedit.errors import InputError
@@ -28,6 +28,8 @@ from odedit.prompts import Template
 
 # At most this many pictures run through the image tower at a time.
 _TOWER_BATCH = 64
+# At most this many positions, if more than one sequence, run through the layers below an edit at a time.
+_POSITIONS_AT_ONCE = 1024
 
 
 class MultimodalModel(ABC):
@@ -46,6 +48,7 @@ class MultimodalModel(ABC):
         self.num_layers = self._decoder.num_layers
         self.hidden_size = self._decoder.hidden_size
         self.max_positions = self._decoder.max_positions
+        self.vocabulary_size = self._decoder.vocabulary_size
         self._connector_linears = {
             f"{CONNECTOR}{name}.{path}".rstrip("."): linear
             for name, module in self.connector().items()
@@ -183,12 +186,22 @@ class MultimodalModel(ABC):
         located = [self._decoder.locate(site) for site in sites]
         layer = min(layer for layer, _ in located)
         at_ffn = all(part.startswith("ffn") for at, part in located if at == layer)
+        # What a layer holds for a moment is many times what is kept of it; but a memory takes all rows at a time.
+        rows = len(hidden_RSD) if memory is not None else max(1, _POSITIONS_AT_ONCE // hidden_RSD.shape[1])
+        parts = []
+        for start in range(0, len(hidden_RSD), rows):
+            here = slice(start, start + rows)
+            turned = None if rotary is None else (_rows(rotary[0], here), _rows(rotary[1], here))
+            parts.append(self._below(layer, at_ffn, hidden_RSD[here], turned, memory))
+        return Prefix(layer, at_ffn, torch.cat(parts), shape, self._whole_layer(sites, positionwise), rotary)
+
+    def _below(
+        self, layer: int, at_ffn: bool, hidden_RSD: Tensor, rotary: Rotary | None, memory: KeyValues | None
+    ) -> Tensor:
         for index in range(layer):
             hidden_RSD = self._decoder.attention_half(index, hidden_RSD, rotary, memory=memory)
             hidden_RSD = self._decoder.ffn_half(index, hidden_RSD)
-        if at_ffn:
-            hidden_RSD = self._decoder.attention_half(layer, hidden_RSD, rotary, memory=memory)
-        return Prefix(layer, at_ffn, hidden_RSD, shape, self._whole_layer(sites, positionwise), rotary)
+        return self._decoder.attention_half(layer, hidden_RSD, rotary, memory=memory) if at_ffn else hidden_RSD
 
     def _whole_layer(self, sites: Sequence[str], positionwise: bool) -> int:
         if positionwise:
@@ -234,6 +247,11 @@ class MultimodalModel(ABC):
 
     def head(self, hidden: Tensor) -> Tensor:
         return self._decoder.head(hidden)
+
+
+def _rows(part_RSd: Tensor, rows: slice) -> Tensor:
+    """Those of a rotary part, which may be the same for all."""
+    return part_RSd if len(part_RSd) == 1 else part_RSd[rows]
 
 
 def _rows_of(batch: EditBatch) -> Tensor:

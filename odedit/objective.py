@@ -27,12 +27,14 @@ from odedit.errors import InputError
 from odedit.irm_tv import MultiplierConfig, tv_penalty
 from odedit.prompts import Template
 from odedit.risks import Risk
+from odedit.token_risks import KL, NLL, TokenRisk, Tokens, token_risks
 
 Name = Literal["native", "native_kl", "odedit"]
 Kernel = Literal["rbf", "linear", "contrastive"]
 CALIBRATION_STATES = 256
 _TOKENS_AT_ONCE = 1024
 """Tokens whose distributions over the vocabulary are held at a time."""
+_LOCALITY = "locality"
 
 
 @dataclass(frozen=True)
@@ -185,12 +187,22 @@ class Objective:
         base = config.sigma2_0 if config.sigma2_0 is not None else sigma2_0
         if config.needs_bandwidth and base is None:
             raise ValueError("objective.sigma2_0 is not set: measure it with odedit.objective.calibrate(...).")
+        self._once = False
         self._sigma2_Q = mmd.bandwidths(base, config.bandwidths) if config.needs_bandwidth and base else None
 
     def without_warmup(self) -> Objective:
         """The same with the penalty at full weight from the first step."""
         other = copy.copy(self)
         other.config = replace(self.config, warmup=0.0, ramp=0.0)
+        return other
+
+    def for_one_gradient(self) -> Objective:
+        """The same, frugal: of its terms a gradient is taken once at most, in the place of what it is made from.
+
+        A second gradient of the same terms raises RuntimeError.
+        """
+        other = copy.copy(self)
+        other._once = True
         return other
 
     def slots(self, editor: Editor, batch: EditBatch) -> tuple[str, ...]:
@@ -201,6 +213,11 @@ class Objective:
         if self.config.name == "native_kl":
             wanted |= set(LOCALITY_SLOTS)
         return tuple(slot for slot in batch.slots if slot in wanted)
+
+    @property
+    def compares(self) -> bool:
+        """Whether there is anything to compare with the unedited model."""
+        return self.config.name != "native"
 
     def read(self, batch: EditBatch) -> Tensor | None:
         """The positions `(E, K, T)` whose final states this objective reads; None: all."""
@@ -218,27 +235,25 @@ class Objective:
         trace: Trace,
         batch: EditBatch,
         hidden: Tensor,
-        unedited: Unedited,
+        unedited: Unedited | None,
     ) -> Terms:
         """The terms at the states of a forward under `editor.applied`.
 
         Args:
             hidden: Final hidden states of the edited model at the positions of `read`.
-            unedited: What the same batch is without edit.
+            unedited: What the same batch is without edit; None unless the objective `compares`.
         """
         config, weights = self.config, self.config.weights
         states_EKTD = gather_positions(hidden, batch.predict_EKT) if self._reads_text else hidden
         zero_E = torch.zeros(batch.num_edits, device=hidden.device)
-        edit = batch.slots.index(EDIT)
-        target_ET, mask_ET = batch.target_EKT[:, edit], batch.target_mask_EKT[:, edit]
-        logits_MV, target_M = backbone.head(states_EKTD[:, edit][mask_ET]), target_ET[mask_ET]
+        mask_ET = batch.target_mask_EKT[:, batch.slots.index(EDIT)]
+        tokens = self._tokens(backbone, editor, batch, states_EKTD, unedited)
 
-        smoothing = 0.0 if config.name == "odedit" else editor.label_smoothing
-        reliability = risks.mean_of_tokens(risks.token_nll(logits_MV, target_M, smoothing), mask_ET)
+        reliability = risks.mean_of_tokens(tokens[EDIT], mask_ET)
         locality = generality = Risk(zero_E, zero_E)
         scale_gradients: dict[str, Tensor] = {}
-        if config.name != "native":
-            locality = self._locality(backbone, batch, states_EKTD, unedited)
+        if self.compares:
+            locality = _locality(batch, tokens[_LOCALITY])
         if config.name == "odedit":
             generality = self._generality(batch, hidden, states_EKTD)
             regions = {"rel": reliability, "loc": locality, "gen": generality}
@@ -247,55 +262,75 @@ class Objective:
             # A risk that is left out is no environment either.
             scale_gradients = {name: risk.scale_gradient for name, risk in regions.items() if weights[name]}
             if config.environments == "prompts":
-                scale_gradients |= self._prompt_environments(backbone, batch, states_EKTD)
+                # One NLL per rephrase, beside the edit's own.
+                for slot in REPHRASE_SLOTS:
+                    there_ET = batch.target_mask_EKT[:, batch.slots.index(slot)]
+                    scale_gradients[slot] = risks.mean_of_tokens(tokens[slot], there_ET).scale_gradient
         own_E = editor.own_risk(params, trace, batch) if weights["own"] else zero_E
         values = {"rel": reliability.value, "loc": locality.value, "gen": generality.value, "own": own_E}
         total_E = torch.stack([weights[name] * value for name, value in values.items()]).sum(dim=0)
-        nll_M = risks.target_nll(logits_MV.detach(), target_M)
-        wrong_M = logits_MV.detach().argmax(dim=-1) != target_M
+        _, nll_M, is_first_M = tokens[EDIT].kept.unbind(-1)
         return Terms(
             risks=values,
             total=total_E,
             scale_gradients=scale_gradients,
             penalty=tv_penalty(list(scale_gradients.values())) if scale_gradients else zero_E,
             worst_nll=nll_M.new_full(mask_ET.shape, -torch.inf).masked_scatter(mask_ET, nll_M).amax(dim=-1),
-            all_right=~torch.zeros_like(mask_ET).masked_scatter(mask_ET, wrong_M).any(dim=-1),
+            all_right=nll_M.new_ones(mask_ET.shape).masked_scatter(mask_ET, is_first_M).bool().all(dim=-1),
         )
 
-    def unedited(self, backbone: Backbone, batch: EditBatch, states_EKTD: Tensor) -> Unedited:
+    def unedited(self, backbone: Backbone, batch: EditBatch, states_EKTD: Tensor) -> Unedited | None:
         """What the terms compare with, from the unedited model's final states at `batch.predict_EKT`."""
-        if self.config.name == "native":
-            return Unedited(states_EKTD[:0])
-        index = _locality_index(batch)
-        states_MD = states_EKTD[:, index][batch.target_mask_EKT[:, index]]
-        if len(states_MD) > _TOKENS_AT_ONCE:
-            return Unedited(states_MD)
+        if not self.compares:
+            return None
+        read = self._read_by_head(batch, states_EKTD)
+        if len(read[_LOCALITY]) > _TOKENS_AT_ONCE:
+            return Unedited(read[_LOCALITY])
         with torch.no_grad():
-            return Unedited(states_MD, risks.log_probs(backbone.head(states_MD)))
+            # The same product as in a step: rounding depends on the number of rows, and Adam makes much of a gradient
+            # that should be 0.
+            logits_MV = backbone.head(torch.cat(list(read.values())))
+            return Unedited(read[_LOCALITY], risks.log_probs(logits_MV[len(logits_MV) - len(read[_LOCALITY]) :]))
 
-    def _locality(self, backbone: Backbone, batch: EditBatch, states_EKTD: Tensor, unedited: Unedited) -> Risk:
-        """R_loc: KL at the answer positions, averaged over the locality prompts that the edit has."""
-        index = _locality_index(batch)
-        mask_EKT = batch.target_mask_EKT[:, index]
-        states_MD = states_EKTD[:, index][mask_EKT]
+    def _read_by_head(self, batch: EditBatch, states_EKTD: Tensor) -> dict[str, Tensor]:
+        """States of the tokens whose distribution is read, `(M, D)`: by slot; those of all locality prompts last."""
+        slots = [EDIT]
+        if self.config.name == "odedit" and self.config.environments == "prompts":
+            slots += REPHRASE_SLOTS
+        index: dict[str, int | list[int]] = {slot: batch.slots.index(slot) for slot in slots}
+        if self.compares:
+            index[_LOCALITY] = _locality_index(batch)
+        return {name: states_EKTD[:, k][batch.target_mask_EKT[:, k]] for name, k in index.items()}
 
-        def token_kl(part_MD: Tensor, base_MD: Tensor, log_q_MV: Tensor | None) -> Risk:
-            if log_q_MV is None:
-                with torch.no_grad():
-                    log_q_MV = risks.log_probs(backbone.head(base_MD))
-            return risks.token_kl(backbone.head(part_MD), log_q_MV, self.config.locality_direction)
+    def _tokens(
+        self, backbone: Backbone, editor: Editor, batch: EditBatch, states_EKTD: Tensor, unedited: Unedited | None
+    ) -> dict[str, Tokens]:
+        """Risks of single tokens: NLL by slot, KL of all locality prompts. One product with the head for all."""
+        read = self._read_by_head(batch, states_EKTD)
+        several: dict[str, Tokens] = {}
+        smoothing = 0.0 if self.config.name == "odedit" else editor.label_smoothing
+        kinds: dict[str, TokenRisk] = {}
+        for name in [name for name in read if name != _LOCALITY]:
+            k = batch.slots.index(name)
+            kinds[name] = NLL(batch.target_EKT[:, k][batch.target_mask_EKT[:, k]], smoothing)
+        if unedited is not None and unedited.log_q_MV is not None:
+            kinds[_LOCALITY] = KL(unedited.log_q_MV, self.config.locality_direction)
+        elif unedited is not None:
+            several[_LOCALITY] = self._in_parts(backbone, read.pop(_LOCALITY), unedited.states_MD)
+        logits_MV = backbone.head(torch.cat(list(read.values())))
+        return several | dict(zip(kinds, token_risks(logits_MV, list(kinds.values()), self._once), strict=True))
 
-        if unedited.log_q_MV is not None:
-            tokens = token_kl(states_MD, unedited.states_MD, unedited.log_q_MV)
-        else:
-            parts = [
-                checkpoint(token_kl, part_MD, base_MD, None, use_reentrant=False)
-                for part_MD, base_MD in zip(
-                    states_MD.split(_TOKENS_AT_ONCE), unedited.states_MD.split(_TOKENS_AT_ONCE), strict=True
-                )
-            ]
-            tokens = Risk(*(torch.cat(values) for values in zip(*parts, strict=True)))
-        return _mean_over_slots(risks.mean_of_tokens(tokens, mask_EKT), batch.present_EK[:, index])
+    def _in_parts(self, backbone: Backbone, states_MD: Tensor, base_MD: Tensor) -> Tokens:
+        """KL of more tokens than fit: their distributions are computed again for the gradient, some at a time."""
+
+        def part(states_CD: Tensor, base_CD: Tensor) -> Tokens:
+            with torch.no_grad():
+                log_q_CV = risks.log_probs(backbone.head(base_CD))
+            return token_risks(backbone.head(states_CD), [KL(log_q_CV, self.config.locality_direction)])[0]
+
+        pairs = zip(states_MD.split(_TOKENS_AT_ONCE), base_MD.split(_TOKENS_AT_ONCE), strict=True)
+        parts = [checkpoint(part, *pair, use_reentrant=False) for pair in pairs]
+        return Tokens(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
     def _generality(self, batch: EditBatch, hidden: Tensor, states_EKTD: Tensor) -> Risk:
         """R_gen: edit against rephrases, in the states that `positions` names."""
@@ -324,19 +359,15 @@ class Objective:
         negatives = [batch.slots.index(slot) for slot in LOCALITY_SLOTS if slot in batch.slots]
         return mmd.contrastive(x, y, states[:, negatives], x_mask, y_mask, mask[:, negatives])
 
-    def _prompt_environments(self, backbone: Backbone, batch: EditBatch, states_EKTD: Tensor) -> dict[str, Tensor]:
-        """One NLL per rephrase, as an environment beside the edit's own."""
-        gradients = {}
-        for slot in REPHRASE_SLOTS:
-            k = batch.slots.index(slot)
-            mask_ET = batch.target_mask_EKT[:, k]
-            tokens = risks.token_nll(backbone.head(states_EKTD[:, k][mask_ET]), batch.target_EKT[:, k][mask_ET])
-            gradients[slot] = risks.mean_of_tokens(tokens, mask_ET).scale_gradient
-        return gradients
-
 
 def _locality_index(batch: EditBatch) -> list[int]:
     return [batch.slots.index(slot) for slot in LOCALITY_SLOTS if slot in batch.slots]
+
+
+def _locality(batch: EditBatch, tokens: Tokens) -> Risk:
+    """R_loc: KL at the answer positions, averaged over the locality prompts that the edit has."""
+    index = _locality_index(batch)
+    return _mean_over_slots(risks.mean_of_tokens(tokens, batch.target_mask_EKT[:, index]), batch.present_EK[:, index])
 
 
 def _mean_over_slots(risk_EK: Risk, present_EK: Tensor) -> Risk:

@@ -22,14 +22,12 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Direction = Literal["edited_first", "base_first"]
+from odedit.token_risks import KL, NLL, Direction, Tokens, token_risks
 
 
 class Risk(NamedTuple):
@@ -87,7 +85,8 @@ def reliability(logits_ETV: Tensor, target_ET: Tensor, mask_ET: Tensor, label_sm
         mask_ET: True at the target's tokens. A row without any has risk and gradient 0.
         label_smoothing: Share of the likelihood of a uniform draw from the vocabulary; g = value - H all the same.
     """
-    return mean_of_tokens(token_nll(logits_ETV[mask_ET], target_ET[mask_ET], label_smoothing), mask_ET)
+    (tokens,) = token_risks(upcast(logits_ETV[mask_ET]), [NLL(target_ET[mask_ET], label_smoothing)])
+    return mean_of_tokens(tokens, mask_ET)
 
 
 def locality(
@@ -109,154 +108,17 @@ def locality(
         ValueError: For any other direction.
     """
     log_q_MV = log_probs(logits_base_ETV[mask_ET]).detach()
-    return mean_of_tokens(token_kl(logits_edited_ETV[mask_ET], log_q_MV, direction), mask_ET)
+    (tokens,) = token_risks(upcast(logits_edited_ETV[mask_ET]), [KL(log_q_MV, direction)])
+    return mean_of_tokens(tokens, mask_ET)
 
 
-def mean_of_tokens(tokens: Risk, mask_ET: Tensor) -> Risk:
+def mean_of_tokens(tokens: Risk | Tokens, mask_ET: Tensor) -> Risk:
     """From the M tokens that are there, in the order of the mask, to their means, `(E,)`."""
 
     def mean(values_M: Tensor) -> Tensor:
         return masked_mean(values_M.new_zeros(mask_ET.shape).masked_scatter(mask_ET, values_M), mask_ET)
 
     return Risk(mean(tokens.value), mean(tokens.scale_gradient))
-
-
-def token_nll(logits_MV: Tensor, target_M: Tensor, label_smoothing: float = 0.0) -> Risk:
-    """NLL and scale gradient of M single tokens, `(M,)` each; arguments as of `reliability`."""
-    return Risk(*_TokenNLL.apply(upcast(logits_MV), target_M, label_smoothing))
-
-
-def token_kl(logits_MV: Tensor, log_q_MV: Tensor, direction: Direction = "edited_first") -> Risk:
-    """Divergence and scale gradient at M single positions, `(M,)` each.
-
-    Args:
-        logits_MV: Of the edited model.
-        log_q_MV: Log-probabilities of the unedited model; a constant.
-        direction: As of `locality`. ValueError for an unknown one.
-    """
-    if direction not in get_args(Direction):
-        raise ValueError(f"direction: got {direction!r}, expected one of {', '.join(get_args(Direction))}.")
-    kind = _ForwardKL if direction == "edited_first" else _ReverseKL
-    return Risk(*kind.apply(upcast(logits_MV), log_q_MV))
-
-
-def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuses `create_graph`: torch's decorator of that name would let a part of the second derivative be missing."""
-
-    @wraps(backward)
-    def checked(ctx: Any, *grads: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError("risks are differentiable once; their scale gradient is there without create_graph.")
-        return backward(ctx, *grads)
-
-    return checked
-
-
-class _TokenNLL(torch.autograd.Function):
-    """Value and scale gradient with closed-form gradients: one tensor of the size of the logits is kept, not six.
-
-    With u = log p:  d NLL / d z = p - y,  d g / d z = p - y + p (u + H).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits_MV: Tensor, target_M: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-        log_p_MV = logits_MV.log_softmax(-1)
-        entropy_M = _entropy(log_p_MV)
-        nll_M = _nll(log_p_MV, target_M)
-        if smoothing:
-            nll_M = (1 - smoothing) * nll_M - smoothing * log_p_MV.mean(-1)
-        ctx.save_for_backward(log_p_MV, entropy_M, target_M)
-        ctx.smoothing = smoothing
-        ctx.set_materialize_grads(False)
-        return nll_M, nll_M - entropy_M
-
-    @staticmethod
-    @_once_differentiable
-    def backward(ctx: Any, value_M: Tensor | None, slope_M: Tensor | None) -> tuple[Tensor | None, None, None]:
-        log_p_MV, entropy_M, target_M = ctx.saved_tensors
-        both_M = _sum(value_M, slope_M)
-        if both_M is None:
-            return None, None, None
-        if slope_M is None:
-            grad_MV = log_p_MV.exp().mul_(both_M.unsqueeze(-1))
-        else:
-            grad_MV = torch.addcmul((both_M + slope_M * entropy_M).unsqueeze(-1), slope_M.unsqueeze(-1), log_p_MV)
-            grad_MV.mul_(log_p_MV.exp())
-        grad_MV.scatter_add_(1, target_M.unsqueeze(-1), -(1 - ctx.smoothing) * both_M.unsqueeze(-1))
-        if ctx.smoothing:
-            grad_MV -= (ctx.smoothing / log_p_MV.shape[-1]) * both_M.unsqueeze(-1)
-        return grad_MV, None, None
-
-
-class _ForwardKL(torch.autograd.Function):
-    """KL(p || q). With u = log p, r = u - log q, c = u + H, s = r - KL, and g = E_p[c s]:
-
-    d KL / d z = p s,  d g / d z = p (c s + c + s - g).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits_MV: Tensor, log_q_MV: Tensor) -> tuple[Tensor, Tensor]:
-        log_p_MV = logits_MV.log_softmax(-1)
-        p_MV = log_p_MV.exp()
-        entropy_M = -(p_MV * log_p_MV).sum(-1)
-        ratio_MV = log_p_MV - log_q_MV
-        kl_M = (p_MV * ratio_MV).sum(-1)
-        # Centring first keeps digits: for p close to q the terms of the formulas cancel.
-        centred_MV = log_p_MV + entropy_M.unsqueeze(-1)
-        slope_M = (p_MV.mul_(centred_MV) * ratio_MV.sub_(kl_M.unsqueeze(-1))).sum(-1)
-        ctx.save_for_backward(log_p_MV, log_q_MV, entropy_M, kl_M, slope_M)
-        ctx.set_materialize_grads(False)
-        return kl_M, slope_M
-
-    @staticmethod
-    @_once_differentiable
-    def backward(ctx: Any, value_M: Tensor | None, slope_M: Tensor | None) -> tuple[Tensor | None, None]:
-        log_p_MV, log_q_MV, entropy_M, kl_M, g_M = ctx.saved_tensors
-        both_M = _sum(value_M, slope_M)
-        if both_M is None:
-            return None, None
-        grad_MV = (log_p_MV - log_q_MV).sub_(kl_M.unsqueeze(-1))
-        if slope_M is not None:
-            slope_MV = (log_p_MV + entropy_M.unsqueeze(-1)).mul_(grad_MV + 1.0).sub_(g_M.unsqueeze(-1))
-            slope_MV.mul_(slope_M.unsqueeze(-1))
-            grad_MV = slope_MV.addcmul_(grad_MV, both_M.unsqueeze(-1))
-        else:
-            grad_MV.mul_(both_M.unsqueeze(-1))
-        return grad_MV.mul_(log_p_MV.exp()), None
-
-
-class _ReverseKL(torch.autograd.Function):
-    """KL(q || p). With u = log p and c = u + H:  d KL / d z = p - q,  g = - E_q[c],  d g / d z = p - q + p c."""
-
-    @staticmethod
-    def forward(ctx: Any, logits_MV: Tensor, log_q_MV: Tensor) -> tuple[Tensor, Tensor]:
-        log_p_MV = logits_MV.log_softmax(-1)
-        entropy_M, q_MV = _entropy(log_p_MV), log_q_MV.exp()
-        kl_M = (q_MV * (log_q_MV - log_p_MV)).sum(-1)
-        # E_p[c] is 0; taken from the same sum, digits are kept for p close to q.
-        slope_M = ((log_p_MV.exp() - q_MV) * (log_p_MV + entropy_M.unsqueeze(-1))).sum(-1)
-        ctx.save_for_backward(log_p_MV, log_q_MV, entropy_M)
-        ctx.set_materialize_grads(False)
-        return kl_M, slope_M
-
-    @staticmethod
-    @_once_differentiable
-    def backward(ctx: Any, value_M: Tensor | None, slope_M: Tensor | None) -> tuple[Tensor | None, None]:
-        log_p_MV, log_q_MV, entropy_M = ctx.saved_tensors
-        both_M = _sum(value_M, slope_M)
-        if both_M is None:
-            return None, None
-        grad_MV = (log_p_MV.exp() - log_q_MV.exp()).mul_(both_M.unsqueeze(-1))
-        if slope_M is not None:
-            centred_MV = (log_p_MV + entropy_M.unsqueeze(-1)).mul_(slope_M.unsqueeze(-1))
-            grad_MV.addcmul_(centred_MV, log_p_MV.exp())
-        return grad_MV, None
-
-
-def _sum(a_M: Tensor | None, b_M: Tensor | None) -> Tensor | None:
-    if a_M is None or b_M is None:
-        return b_M if a_M is None else a_M
-    return a_M + b_M
 
 
 def log_probs(logits: Tensor) -> Tensor:

@@ -116,7 +116,8 @@ class PipelineConfig:
     Attributes:
         actors: Workers that hold the model; `auto`: one per GPU, else one per core for a small model.
         batch_size: Edits of a group, which are encoded, optimised and written together; also what one crash can cost.
-        at_once: Edits of a group that move together; the others wait, and take the places of those that have finished.
+        at_once: Edits of a group that move together at most (see `odedit.widths`); the others wait, and take the places
+            of those that have finished.
             `auto`: as many as half of the free memory holds, by what one was measured to take; small models: all.
             Halved whenever memory runs out all the same.
         device: `auto` takes GPUs if the cluster has any.

@@ -87,6 +87,22 @@ def test_the_positions_that_are_read_are_those_of_the_whole(model, batch, site, 
     reading.check(model, batch, site, positionwise)
 
 
+def test_a_prefix_in_parts_is_that_of_the_whole(model, batch, monkeypatch):
+    site = "layers.-1.ffn.in"
+    whole = model.prefix(batch, site).hidden_RSD
+    rows = []
+    below = model._below
+
+    def watched(layer, at_ffn, hidden_RSD, *others):
+        rows.append(len(hidden_RSD))
+        return below(layer, at_ffn, hidden_RSD, *others)
+
+    monkeypatch.setattr(model, "_below", watched)
+    monkeypatch.setattr("odedit.multimodal._POSITIONS_AT_ONCE", 2 * batch.tokens_EKS.shape[2])
+    torch.testing.assert_close(model.prefix(batch, site).hidden_RSD, whole, rtol=1e-4, atol=1e-4)
+    assert len(rows) > 1 and sum(rows) == len(whole) and max(rows) == 2
+
+
 def test_padding_and_batch_mates_change_nothing(model, requests, batch):
     together = model.suffix(model.prefix(batch, "layers.1.ffn.in"))
     for e, request in enumerate(requests):

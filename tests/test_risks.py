@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from odedit.risks import Risk, entropy, locality, masked_mean, reliability, target_nll
+from odedit.token_risks import KL, NLL, token_risks
 
 DIRECTIONS = ("edited_first", "base_first")
 E, D, V = 3, 5, 11
@@ -192,3 +193,23 @@ def test_leading_dimensions_are_free(name: str) -> None:
     torch.testing.assert_close(risk_of(name, logits_ETV.unsqueeze(1), nested).value, flat.value.unsqueeze(1))
     alone = {key: value[0] if key != "head_DV" else value for key, value in data.items()}
     torch.testing.assert_close(risk_of(name, logits_ETV[0], alone).scale_gradient, flat.scale_gradient[0])
+
+
+@pytest.mark.parametrize("kind", ["nll", *DIRECTIONS])
+def test_a_gradient_in_place_is_the_same_and_taken_once(kind: str) -> None:
+    data = problem(4)
+    states_MD, log_q_MV = data["hidden_ETD"].flatten(0, 1), data["base_ETV"].flatten(0, 1).log_softmax(-1)
+    target_M = data["target_ET"].flatten()
+    gradients = []
+    for once in (False, True):
+        leaf_MD = states_MD.clone().requires_grad_()
+        risk = NLL(target_M) if kind == "nll" else KL(log_q_MV, kind)  # type: ignore[arg-type]
+        (tokens,) = token_risks(leaf_MD @ data["head_DV"], [risk], once)
+        total = (tokens.value + 0.3 * tokens.scale_gradient.square()).sum()
+        gradients.append(torch.autograd.grad(total, leaf_MD, retain_graph=True)[0])
+        if once:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(total, leaf_MD)
+        else:
+            torch.testing.assert_close(torch.autograd.grad(total, leaf_MD)[0], gradients[0], rtol=0, atol=0)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)

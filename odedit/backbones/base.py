@@ -106,6 +106,7 @@ class Backbone(Protocol):
     num_layers: int
     hidden_size: int
     max_positions: int
+    vocabulary_size: int
 
     def image_features(self, pictures: Sequence[Picture], before_connector: bool = False) -> Mapping[str, Tensor]:
         """Features `(L, hidden)` of each distinct picture, by its key; `(patches, width)` before the connector."""

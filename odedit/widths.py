@@ -1,0 +1,55 @@
+"""How many edits move together, so that an objective takes hardly more memory than the base editor's own loss.
+
+ODEdit reads six sequences of an edit where most editors read one, and what a sequence keeps for its gradient is most of
+what a step holds. Edits are independent, so fewer of them may move at a time; each still is work enough.
+"""
+
+from __future__ import annotations
+
+import math
+
+from odedit.backbones.base import Backbone, Prefix
+from odedit.editors.base import Editor
+from odedit.edits import EDIT, EditBatch, is_locality
+from odedit.objective import Objective, ObjectiveConfig
+
+_KEPT = 12
+"""Times the hidden size that a layer keeps of a position: what enters its norms, queries, keys, values, what attention
+gives, and the four times wider inside of the feed-forward half.
+"""
+_LEEWAY = {"cpu": 2**22, "cuda": 2**26}
+"""Values more than the base editor's loss keeps that do not matter."""
+_WORK = {"cpu": 8e9, "cuda": 4e12}
+"""Operations of a step that leave little time, beside them, to what a step costs however small it is."""
+
+
+def width_like_native(
+    backbone: Backbone, editor: Editor, objective: Objective, batch: EditBatch, prefix: Prefix
+) -> int:
+    """Edits that keep no more for their gradients than all edits of the batch would under the native objective.
+
+    More where so few would be too little work; then memory is no matter. An estimate from the shapes alone, so that the
+    same batch always moves alike.
+    """
+    device, num_edits = batch.tokens_EKS.device.type, batch.num_edits
+    of_one = _kept(backbone, editor, objective, batch, prefix)
+    of_all = num_edits * _kept(backbone, editor, Objective(ObjectiveConfig(name="native")), batch, prefix)
+    room = of_all + _LEEWAY.get(device, _LEEWAY["cuda"])
+    # A value that is kept is the result of a product over the hidden size, or enters one: forward and backward.
+    busy = math.ceil(_WORK.get(device, _WORK["cuda"]) / (4 * backbone.hidden_size * of_one))
+    width = min(num_edits, max(1, room // of_one, busy))
+    return math.ceil(num_edits / math.ceil(num_edits / width))
+
+
+def _kept(backbone: Backbone, editor: Editor, objective: Objective, batch: EditBatch, prefix: Prefix) -> int:
+    """Values of one edit: of layers, and distributions over the vocabulary of the tokens that the head reads."""
+    batch = batch.select(objective.slots(editor, batch))
+    layers, read_EKT = backbone.num_layers - prefix.layer, objective.read(batch)
+    is_read_alone = layers == 1 and prefix.at_ffn and editor.positionwise and read_EKT is not None
+    positions = (read_EKT if is_read_alone and read_EKT is not None else batch.tokens_EKS)[0].numel()
+    # Of an unrelated prompt's token the unedited distribution as well.
+    shares = {EDIT: 1} | ({slot: 2 for slot in batch.slots if is_locality(slot)} if objective.compares else {})
+    tokens = sum(count * int(batch.target_mask_EKT[:, batch.slots.index(slot)].sum()) for slot, count in shares.items())
+    return positions * layers * _KEPT * backbone.hidden_size + math.ceil(
+        tokens / batch.num_edits * backbone.vocabulary_size
+    )
