@@ -130,8 +130,12 @@ def test_an_interruption_waits_for_the_upload_that_has_begun(run: Location) -> N
             time.sleep(0.2)
             return stream
 
-    with pytest.raises(KeyboardInterrupt):
-        replace(run / "new", small=Interrupting()).write_bytes(b"whole")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            replace(run / "new", small=Interrupting()).write_bytes(b"whole")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (run / "new").read_bytes() == b"whole"
 
 
