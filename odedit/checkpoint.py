@@ -49,9 +49,8 @@ class EditInfo:
 
 def save_edit(path: Place, params: EditParams, info: EditInfo) -> None:
     """Writes one edit; a reader sees the whole file or none."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in params.items()}
     metadata = {"format": FORMAT, "info": json.dumps(asdict(info), sort_keys=True)}
-    write_tensors(at(path), tensors, metadata)
+    write_tensors(at(path), params, metadata)
 
 
 def is_whole(path: Place) -> bool:

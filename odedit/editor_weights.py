@@ -43,9 +43,8 @@ def save_weights(
     """
     about = {"editor": editor, "settings": dict(settings), "fingerprint": fingerprint, "trained_with": trained_with}
     info = json.dumps(about, sort_keys=True)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     metadata = {"format": FORMAT, "info": info}
-    write_tensors(at(path), tensors, metadata)
+    write_tensors(at(path), weights, metadata)
 
 
 def load_weights(

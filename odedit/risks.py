@@ -47,18 +47,14 @@ def upcast(values: Tensor) -> Tensor:
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
-def target_nll(logits_ETV: Tensor, target_ET: Tensor) -> Tensor:
-    """Negative log-likelihood of each target token, `(E, T)`."""
-    return _nll(log_probs(logits_ETV), target_ET)
-
-
 def entropy(logits_ETV: Tensor) -> Tensor:
     """Entropy of each predicted distribution in nats, `(E, T)`.
 
     >>> bool(torch.isclose(entropy(torch.zeros(2, 8)).exp(), torch.tensor(8.0)).all())
     True
     """
-    return _entropy(log_probs(logits_ETV))
+    log_p_ETV = log_probs(logits_ETV)
+    return -(log_p_ETV.exp() * log_p_ETV).sum(-1)
 
 
 def masked_mean(values_ET: Tensor, mask_ET: Tensor) -> Tensor:
@@ -124,11 +120,3 @@ def mean_of_tokens(tokens: Risk | Tokens, mask_ET: Tensor) -> Risk:
 def log_probs(logits: Tensor) -> Tensor:
     """Log-probabilities, in float32 at least."""
     return upcast(logits).log_softmax(-1)
-
-
-def _nll(log_p_ETV: Tensor, target_ET: Tensor) -> Tensor:
-    return -log_p_ETV.gather(-1, target_ET.unsqueeze(-1)).squeeze(-1)
-
-
-def _entropy(log_p_ETV: Tensor) -> Tensor:
-    return -(log_p_ETV.exp() * log_p_ETV).sum(-1)

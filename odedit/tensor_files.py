@@ -16,13 +16,14 @@ _MAX_HEADER_BYTES = 100 * 2**20
 
 
 def write_tensors(place: Location, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a file; a reader sees the whole file or none. Tensors have to be contiguous and share no memory.
+    """Writes a file; a reader sees the whole file or none. Tensors may share no memory.
 
     Raises:
         SafetensorError: There is no room on this machine.
         OSError: It cannot be written where it belongs.
     """
-    place.write_with(lambda path: save_file(dict(tensors), path, dict(metadata)))
+    stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    place.write_with(lambda path: save_file(stored, path, dict(metadata)))
 
 
 def read_tensors(place: Location, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:

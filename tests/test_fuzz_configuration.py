@@ -7,22 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from odedit import editors
 from odedit.errors import InputError
 from pipeline import config as runs
 from pipeline.study import spec as studies
+from tests import fuzzing
 from tune import config as searches
 
-FUZZ = settings(
-    max_examples=200,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+FUZZ = settings(fuzzing.FUZZ, max_examples=200)
 EXTREME = st.sampled_from([0, -1, 1, 2**31, 2**63, 10**400, -(10**400), 0.0, -0.0, 1e308, 1e-320, float("inf"), ""])
 TEXT = st.text(st.characters(codec=None, exclude_characters="."), max_size=12)
 SCALAR = st.none() | st.booleans() | st.integers() | st.floats() | TEXT | EXTREME

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mmedit_files import encoded, picture, record
 
@@ -15,14 +15,9 @@ from odedit.errors import InputError
 from odedit.images import ImageError, ImageReader
 from odedit.mmedit import RawRecord, read_records
 from odedit.record_fields import held_out_texts, probe_texts, request_images
+from tests import fuzzing
 
-FUZZ = settings(
-    max_examples=150,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+FUZZ = settings(fuzzing.FUZZ, max_examples=150)
 TEXT = st.text(st.characters(codec=None), max_size=12)
 SCALAR = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
 JSON = st.recursive(SCALAR, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4))

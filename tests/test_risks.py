@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from odedit.risks import Risk, entropy, locality, masked_mean, reliability, target_nll
+from odedit.risks import Risk, entropy, locality, masked_mean, reliability, upcast
 from odedit.token_risks import KL, NLL, token_risks
 
 DIRECTIONS = ("edited_first", "base_first")
@@ -99,6 +99,12 @@ def test_label_smoothing_has_the_closed_form_gradient_too() -> None:
     )
     (got,) = torch.autograd.grad(smoothed.value.sum(), hidden_ETD)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+def target_nll(logits_ETV: Tensor, target_ET: Tensor) -> Tensor:
+    """What the stop rules read: the NLL that is kept beside the risk."""
+    (tokens,) = token_risks(upcast(logits_ETV).flatten(0, 1).clone(), [NLL(target_ET.flatten())])
+    return tokens.kept[:, 1].unflatten(0, target_ET.shape)
 
 
 def test_values_against_torch() -> None:

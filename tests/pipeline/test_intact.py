@@ -11,7 +11,7 @@ import pytest
 
 from odedit.locations import Location
 from pipeline import intact, results
-from pipeline.config import from_dict
+from pipeline.config import RunConfig, from_dict
 from pipeline.ready import prepare
 from pipeline.run import Outcome
 from tests.rows import assert_same
@@ -24,13 +24,20 @@ def rows_of(outcome: Outcome) -> list[dict[str, Any]]:
     return list(results.read_rows(results.parts(outcome.workspace)))
 
 
-def test_of_a_gathered_file_only_the_group_with_a_damaged_edit_is_done_again(
+def gathered(
     settings: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> tuple[RunConfig, Outcome, list[dict[str, Any]]]:
+    """A finished run of five groups, whose rows lie in two files, and those rows."""
     monkeypatch.setattr(results, "GROUPS_PER_FILE", 3)
     config = from_dict(settings | ONE_EACH)
     whole = inline(config)
-    expected = rows_of(whole)
+    return config, whole, rows_of(whole)
+
+
+def test_of_a_gathered_file_only_the_group_with_a_damaged_edit_is_done_again(
+    settings: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, whole, expected = gathered(settings, inline, monkeypatch)
     assert [path.name for path in whole.workspace.results.glob()] == [
         "part-000000-000002.parquet",
         "part-000003-000004.parquet",
@@ -50,10 +57,7 @@ def test_of_a_gathered_file_only_the_group_with_a_damaged_edit_is_done_again(
 def test_a_kill_while_groups_are_taken_apart_loses_and_repeats_no_row(
     settings: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(results, "GROUPS_PER_FILE", 3)
-    config = from_dict(settings | ONE_EACH)
-    whole = inline(config)
-    expected = rows_of(whole)
+    config, whole, expected = gathered(settings, inline, monkeypatch)
     whole.workspace.edit(expected[1]["edit_id"]).delete()
     with monkeypatch.context() as patch:
         patch.setattr(Location, "delete", lambda *_: 1 / 0)
