@@ -169,7 +169,8 @@ def test_native_with_kl_is_the_native_loss_and_the_locality_risk(backbone, batch
         batch = supervision.select(objective.slots(editor, supervision))
         prefix = backbone.prefix(batch, *editor.sites)
         base = gather_positions(backbone.suffix(prefix), batch.predict_EKT)
-        side = {"side": 0.05 * torch.randn(batch.num_edits, 512, 128, generator=torch.Generator().manual_seed(0))}
+        live = editor.init(backbone, batch)["side_live"].shape
+        side = {"side_live": 0.05 * torch.randn(live, generator=torch.Generator().manual_seed(0))}
         with editor.applied(backbone, side, batch) as trace:
             hidden = backbone.suffix(prefix, batch.predict_EKT)
         terms[name] = objective(backbone, editor, side, trace, batch, hidden, objective.unedited(backbone, batch, base))

@@ -34,7 +34,6 @@ from odedit.editors.base import OptimizerSettings, Plain, Trace, check_range
 from odedit.edits import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_locality
 from odedit.hooks import rewritten
 
-SIDE = "side"
 ROWS, INPUTS, THERE = "side_rows", "side_inputs", "side_there"
 LIVE = "side_live"
 THRESHOLD = "threshold"
@@ -95,9 +94,9 @@ class WiseConfig:
 class Wise(Plain):
     """One side memory per edit.
 
-    While it trains, `side` holds `W' - W`. Finished, `side_live` holds only the entries that the mask lets change, a
-    fifth of them by default, and `threshold` the distance above which the side memory answers. Factored, `side_rows`
-    holds A while it trains, and `side_there` where no padding is; finished, its rows that are not zero, and
+    `side_live` holds the entries of `W' - W` that the mask lets change, a fifth of them by default, in the order of the
+    matrix; the others are 0. Finished, `threshold` is the distance above which the side memory answers. Factored,
+    `side_rows` holds A while it trains, and `side_there` where no padding is; finished, its rows that are not zero, and
     `side_inputs` what entered the matrix there.
     """
 
@@ -118,14 +117,13 @@ class Wise(Plain):
         backbone.activation(self.config.site)
 
     def init(self, backbone: Backbone, batch: EditBatch) -> EditParams:
-        out, width = backbone.site(self.config.site).weight.shape
-        device = batch.tokens_EKS.device
+        shape, device = backbone.site(self.config.site).weight.shape, batch.tokens_EKS.device
         if not self.is_factored:
-            return {SIDE: torch.zeros(batch.num_edits, out, width, device=device)}
+            return {LIVE: torch.zeros(batch.num_edits, len(self._live(shape, device)), device=device)}
         # Position by position, all slots of each: what a longer batch adds stands behind, where nothing reads it.
         _, slots, positions = batch.tokens_EKS.shape
         return {
-            ROWS: torch.zeros(batch.num_edits, positions, slots * out, device=device),
+            ROWS: torch.zeros(batch.num_edits, positions, slots * shape[0], device=device),
             THERE: batch.real_EKS.transpose(1, 2).float(),
         }
 
@@ -197,14 +195,13 @@ class Wise(Plain):
         return push_out_E + (self.config.margin_in - inside_E).relu()
 
     def constrain(self, params: EditParams) -> EditParams:
-        # Masked here as well: what the multiplier network reads must be what the model computes with.
         if self.is_factored:
             # The model has no gradient at padding, but a learned multiplier of the penalty reads all of A.
             there_ESK1 = params[THERE].unsqueeze(-1)
             rows_ESKO = params[ROWS].unflatten(2, (there_ESK1.shape[2], -1)) * there_ESK1
             return params | {ROWS: rows_ESKO.flatten(2)}
-        side_EOI, clamp = self._masked(params[SIDE]), self.config.clamp
-        return {SIDE: side_EOI if clamp is None else side_EOI.clamp(-clamp, clamp)}
+        clamp = self.config.clamp
+        return params if clamp is None else {LIVE: params[LIVE].clamp(-clamp, clamp)}
 
     def converged(self, loss_E: Tensor, previous_E: Tensor, token_right_E: Tensor, trace: Trace) -> Tensor:
         settled = (loss_E - previous_E).abs() <= self.config.stop_change
@@ -218,7 +215,7 @@ class Wise(Plain):
         if self.is_factored:
             rows_ENO = _by_slot(params[ROWS], batch.present_EK.shape[1])
             return _nonzero_rows(rows_ENO, trace.values[INPUTS]) | {THRESHOLD: threshold}
-        return {LIVE: self._entries(params[SIDE]), THRESHOLD: threshold}
+        return {LIVE: params[LIVE], THRESHOLD: threshold}
 
     def merged_memories(self, params: EditParams) -> EditParams:
         """One memory (axis 0 has length 1) that stands for those of E finished edits, by TIES.
@@ -226,7 +223,7 @@ class Wise(Plain):
         It answers what any of the edits would have claimed: its threshold is the smallest of theirs. The density is
         taken of the entries that the mask lets change; of the whole matrix it would trim nothing.
         """
-        live_EN = self._entries(params[ROWS].transpose(1, 2) @ params[INPUTS]) if self.is_factored else params[LIVE]
+        live_EN = params[LIVE] if LIVE in params else self._entries(params[ROWS].transpose(1, 2) @ params[INPUTS])
         return {
             LIVE: _ties(live_EN, self.config.merge_density).unsqueeze(0),
             THRESHOLD: params[THRESHOLD].amin(dim=0, keepdim=True),
@@ -241,42 +238,38 @@ class Wise(Plain):
                 torch.bmm(x_ENI, params[INPUTS].to(x_ENI.dtype).transpose(1, 2)), params[ROWS].to(x_ENI.dtype)
             )
         if ROWS in params:
-            mask_1I = self._mask(backbone.site(self.config.site).weight.shape, params[ROWS].device)[:1]
+            width = backbone.site(self.config.site).weight.shape[1]
+            mask_I = _live_columns(width, self.config.mask_ratio, self.config.mask_seed, str(params[ROWS].device))
             rows_ENO = _by_slot(params[ROWS], num_slots)
 
             def factored(x_ENI: Tensor) -> Tensor:
-                masked_ENI = x_ENI * mask_1I.to(x_ENI.dtype)
+                masked_ENI = x_ENI * mask_I.to(x_ENI.dtype)
                 trace.values[INPUTS] = masked_ENI.detach()
                 change: Tensor = _Factored.apply(rows_ENO, torch.bmm(x_ENI, masked_ENI.transpose(1, 2)))
                 return change
 
             return factored
-        side_EOI = self._side(backbone, params)
-        return lambda x_ENI: torch.bmm(x_ENI, side_EOI.to(x_ENI.dtype).transpose(1, 2).expand(len(x_ENI), -1, -1))
+        # First in the type of the products, then scattered. The matrix as first factor: its gradient then needs no
+        # transposition.
+        side_EOI = self._side(backbone, params[LIVE].to(backbone.site(self.config.site).weight.dtype))
+        return lambda x_ENI: torch.bmm(side_EOI.expand(len(x_ENI), -1, -1), x_ENI.transpose(1, 2)).transpose(1, 2)
 
-    def _side(self, backbone: Backbone, params: EditParams) -> Tensor:
-        """`W' - W` of every edit, `(E, out, in)`, from training or from finished parameters."""
-        if SIDE in params:
-            return self._masked(params[SIDE])
-        live_EN = params[LIVE]
+    def _side(self, backbone: Backbone, live_EN: Tensor) -> Tensor:
+        """`W' - W` of every edit, `(E, out, in)`, of the type of its entries."""
         shape = backbone.site(self.config.site).weight.shape
-        flat = live_EN.new_zeros(live_EN.shape[0], shape.numel())
-        return flat.index_copy(1, self._live(shape, live_EN.device), live_EN).reshape(-1, *shape)
+        if live_EN.shape[1] == shape.numel():
+            return live_EN.unflatten(1, shape)
+        flat_EM = live_EN.new_zeros(live_EN.shape[0], shape.numel())
+        return flat_EM.index_copy_(1, self._live(shape, live_EN.device), live_EN).unflatten(1, shape)
 
-    def _masked(self, side_EOI: Tensor) -> Tensor:
-        return side_EOI * self._mask(side_EOI.shape[-2:], side_EOI.device)
-
-    def _mask(self, shape: torch.Size, device: torch.device) -> Tensor:
-        drawn = (1, shape[1]) if self.config.mask == "columns" else tuple(shape)
-        return _bernoulli(drawn, self.config.mask_ratio, self.config.mask_seed, str(device)).expand(shape)
+    def _live(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """Flat indices of the entries that may change."""
+        columns = self.config.mask == "columns"
+        return _live_entries(tuple(shape), columns, self.config.mask_ratio, self.config.mask_seed, str(device))
 
     def _entries(self, side_EOI: Tensor) -> Tensor:
         """Those that the mask lets change, `(E, N)`."""
         return side_EOI.flatten(1)[:, self._live(side_EOI.shape[-2:], side_EOI.device)]
-
-    def _live(self, shape: torch.Size, device: torch.device) -> Tensor:
-        """Flat indices of the entries that may change."""
-        return self._mask(shape, device).flatten().nonzero().squeeze(1)
 
 
 class _Factored(torch.autograd.Function):
@@ -334,11 +327,22 @@ def _ties(delta_EN: Tensor, density: float) -> Tensor:
     return torch.where(agrees_EN, trimmed_EN, 0.0).sum(dim=0) / agrees_EN.sum(dim=0).clamp(min=1)
 
 
-@lru_cache(maxsize=4)
-def _bernoulli(shape: tuple[int, ...], ratio: float, seed: int, device: str) -> Tensor:
+def _draw(shape: tuple[int, ...], ratio: float, seed: int) -> Tensor:
     """The fixed Bernoulli mask, drawn on the CPU so that every device sees the same one."""
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(shape, generator=generator) < ratio).float().to(device)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < ratio
+
+
+@lru_cache(maxsize=4)
+def _live_columns(width: int, ratio: float, seed: int, device: str) -> Tensor:
+    """1 at the input columns that may change, else 0."""
+    return _draw((width,), ratio, seed).float().to(device)
+
+
+@lru_cache(maxsize=4)
+def _live_entries(shape: tuple[int, ...], columns: bool, ratio: float, seed: int, device: str) -> Tensor:
+    """Flat indices of the entries that may change, ascending."""
+    mask = _draw(shape[1:] if columns else shape, ratio, seed).expand(shape)
+    return mask.flatten().nonzero().squeeze(1).to(device)
 
 
 EDITOR = Wise

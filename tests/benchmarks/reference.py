@@ -130,9 +130,9 @@ class Reference:
             yield
             return
         site = self._backbone.site(self._editor.sites[0])
-        if "side" in params:
-            mask = self._editor._mask(site.weight.shape, site.weight.device)
-            hook = lambda module, args, out: out + functional.linear(args[0], params["side"][0] * mask)  # noqa: E731
+        if "side_live" in params:
+            side = self._side(params)
+            hook = lambda module, args, out: out + functional.linear(args[0], side)  # noqa: E731
             handles = [site.register_forward_hook(hook)]
         else:
             inputs: list[Tensor] = []
@@ -152,13 +152,21 @@ class Reference:
             for handle in handles:
                 handle.remove()
 
+    def _side(self, params: EditParams) -> Tensor:
+        """WISE's `W' - W`, `(out, in)`: what is trained, at the places of the mask."""
+        shape = self._backbone.site(self._editor.sites[0]).weight.shape
+        mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < self._editor.config.mask_ratio
+        return torch.zeros(shape).masked_scatter(mask, params["side_live"][0])
+
     @torch.no_grad()
     def score(self, request: EditRequest, params: EditParams) -> dict[str, float]:
         """The teacher-forced, generated and published figures of every probe, as `odedit.metrics` names them."""
-        threshold = self._distance(request.edit, params) * self._editor.config.routing_ratio if "side" in params else 0
+        threshold = (
+            self._distance(request.edit, params) * self._editor.config.routing_ratio if "side_live" in params else 0
+        )
         row: dict[str, float] = {}
         for name, probe in {"rel": request.edit, **request.probes}.items():
-            is_edited = "side" not in params or self._distance(probe, params) >= threshold
+            is_edited = "side_live" not in params or self._distance(probe, params) >= threshold
             cell = self._backbone.sequence(probe, TEMPLATE)
             at, target = (
                 slice(cell.first_target - 1, len(cell.tokens) - 1),
@@ -200,8 +208,7 @@ class Reference:
         finally:
             handle.remove()
         x, y = (value.reshape(-1, value.shape[-1])[: cell.first_target] for value in (seen["x"], seen["y"]))
-        mask = self._editor._mask(site.weight.shape, site.weight.device)
-        side = y + functional.linear(x, params["side"][0] * mask)
+        side = y + functional.linear(x, self._side(params))
         return float(torch.linalg.vector_norm(activation(side) - activation(y), dim=-1).mean())
 
 
