@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -30,12 +30,13 @@ from odedit.edits import EditParams
 from odedit.risks import upcast
 
 MAX_SKETCH_DIM = 2**14
-"""A bucket and a sign are stored as one int16."""
+"""A bucket, or a place in a block, and a sign are stored as one int16."""
 
 DUAL_DECAY = 1.0001
 """The power of `k + 1` by which the rate of dual step k is divided, as in the IRM-TV code."""
 
-_SKETCH_CHUNK = 2**20
+_SKETCHED_AT_ONCE = {"cpu": 2**18, "cuda": 2**24}
+"""Weights of all edits that are sorted into buckets together: what stays in a core's cache, or keeps a GPU busy."""
 _NORM_FLOOR = 1e-12
 _LAST_LAYER_SCALE = 0.01
 
@@ -88,15 +89,19 @@ def penalty_schedule(step: int, max_steps: int, warmup: float = 0.25, ramp: floa
 class CountSketch:
     """A fixed random linear map of `phi_e - phi_0` to a few hundred numbers, and the tensors' log-norms.
 
-    Every weight is added, with a random sign, to one random bucket: inner products, and with them distances, are
-    preserved on average, with variance of order 1/dim. Linear, so that lambda stays a differentiable function of
-    phi_e, which is all that the convergence result (Prop. 4.2) asks. The hash costs 2 bytes per weight and is
-    shared by all edits; apart from gradients, neither pass creates a tensor of the size of the weights.
+    Every weight is added, with a random sign, to one bucket: inner products, and with them distances, are preserved on
+    average, with variance of order 1/dim. Linear, so that lambda stays a differentiable function of phi_e, which is all
+    that the convergence result (Prop. 4.2) asks.
 
-    A weight's *cell* is its bucket, plus dim if its sign is negative: the sketch is the sum of the first dim cells
-    minus the sum of the others, which needs no product with the signs. Cells are drawn on the CPU from the seed and the
-    tensor's name: the same on every device, and for every order of the tensors.
-    (On CUDA the sums are accumulated in no fixed order: repeats agree up to rounding.)
+    Differs from the published sketch: buckets are not drawn weight by weight. Each block of dim consecutive weights is
+    spread over the dim buckets by a random permutation of its own. Two weights of one block never meet, two of different
+    blocks do with probability 1/dim; signs are independent, hence the same mean, and a variance of the same order. But
+    every bucket then has a fixed number of weights, read from where they are: no atomic additions, and the same sums in
+    the same order each time.
+
+    The hash costs 4 bytes per weight and is shared by all edits; apart from gradients, neither pass creates a tensor of
+    the size of all edits' weights. It is drawn on the CPU from the seed and the tensor's name: the same on every device,
+    and for every order of the tensors.
 
     Args:
         sizes: Name to number of weights *of one edit*.
@@ -118,8 +123,8 @@ class CountSketch:
             raise ValueError(f"sketch_dim: got {dim}, expected 1 to {MAX_SKETCH_DIM}.")
         self.sizes = dict(sorted(sizes.items()))
         self.dim = dim
-        drawn = {name: _draw_cells(size, dim, seed, name) for name, size in self.sizes.items()}
-        self._cells = {torch.device("cpu"): drawn}
+        drawn = {name: _Hash.draw(size, dim, seed, name) for name, size in self.sizes.items()}
+        self._hashes = {torch.device("cpu"): drawn}
 
     @property
     def out_dim(self) -> int:
@@ -140,18 +145,17 @@ class CountSketch:
         sums, log_norms = [], []
         for name in self.sizes:
             delta_EN = upcast(delta[name]).flatten(1)
-            sums.append(_CellSum.apply(delta_EN, self._cells_on(delta_EN.device)[name], 2 * self.dim))
+            sums.append(_BucketSum.apply(delta_EN, self._on(delta_EN.device)[name]))
             # The derivative of vector_norm at 0 is defined as 0.
             squared_norm_E = torch.linalg.vector_norm(delta_EN, dim=-1).square()
             log_norms.append(0.5 * torch.log(_NORM_FLOOR + squared_norm_E))
-        positive_EP, negative_EP = torch.stack(sums).sum(0).chunk(2, dim=-1)
-        return torch.cat([positive_EP - negative_EP, torch.stack(log_norms, dim=-1)], dim=-1)
+        return torch.cat([torch.stack(sums).sum(0), torch.stack(log_norms, dim=-1)], dim=-1)
 
-    def _cells_on(self, device: torch.device) -> dict[str, Tensor]:
-        if device not in self._cells:
-            drawn = self._cells[torch.device("cpu")]
-            self._cells[device] = {name: cells_N.to(device) for name, cells_N in drawn.items()}
-        return self._cells[device]
+    def _on(self, device: torch.device) -> dict[str, _Hash]:
+        if device not in self._hashes:
+            drawn = self._hashes[torch.device("cpu")]
+            self._hashes[device] = {name: _Hash(*(table.to(device) for table in one)) for name, one in drawn.items()}
+        return self._hashes[device]
 
 
 def flat_input(params: EditParams) -> Tensor:
@@ -264,35 +268,69 @@ class MultiplierNetwork:
             return uncapped_E - (uncapped_E - config.cap).clamp_min(0.0).detach()
 
 
-class _CellSum(torch.autograd.Function):
-    """`out[e, c] = sum of x[e, i] over the weights i of cell c`, chunk by chunk.
+class _Hash(NamedTuple):
+    """Which weight of a block goes to which bucket, from both sides; plus dim where its sign is negative.
+
+    Attributes:
+        bucket_BP: Of the weights of every block, `(blocks, dim)` int16.
+        weight_BP: Of the buckets, as places in the block.
+    """
+
+    bucket_BP: Tensor
+    weight_BP: Tensor
+
+    @classmethod
+    def draw(cls, size: int, dim: int, seed: int, name: str) -> _Hash:
+        # The CPU generator reads 32 bits of its seed.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        # Row by row, so that a longer tensor has the blocks of a shorter one, and more.
+        drawn_B2P = torch.rand(-(-size // dim), 2, dim, generator=generator)
+        weight_BP = drawn_B2P[:, 0].argsort(dim=-1)
+        negative_BP = (drawn_B2P[:, 1] < 0.5).long() * dim
+        bucket_BP = torch.empty_like(weight_BP).scatter_(1, weight_BP, torch.arange(dim).expand_as(weight_BP))
+        signed_BP = weight_BP + negative_BP.gather(1, weight_BP)
+        return cls((bucket_BP + negative_BP).to(torch.int16), signed_BP.to(torch.int16))
+
+
+class _BucketSum(torch.autograd.Function):
+    """`out[e, p] = sum of sign[i] x[e, i] over the weights i of bucket p`, some blocks at a time.
 
     Plain autograd would keep an int64 index, eight bytes per weight, from forward to backward.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_EN: Tensor, cells_N: Tensor, num_cells: int) -> Tensor:
-        ctx.save_for_backward(cells_N)
-        num_edits, size = x_EN.shape
-        out_EC = x_EN.new_zeros(num_edits, num_cells)
-        for start in range(0, size, _SKETCH_CHUNK):
-            part = slice(start, start + _SKETCH_CHUNK)
-            out_EC.scatter_add_(1, cells_N[part].long().expand(num_edits, -1), x_EN[:, part])
-        return out_EC
+    def forward(ctx: Any, x_EN: Tensor, hash: _Hash) -> Tensor:
+        ctx.hash, ctx.size = hash, x_EN.shape[1]
+        dim = hash.weight_BP.shape[1]
+        out_EP = x_EN.new_zeros(len(x_EN), dim)
+        for part, blocks in _parts(x_EN, hash):
+            weight_1BP = hash.weight_BP[blocks].unsqueeze(0)
+            index_1BP, sign_1BP = (weight_1BP % dim).long(), 1 - 2 * (weight_1BP >= dim).to(torch.int8)
+            x_EBP = _whole_blocks(x_EN[:, part], dim)
+            out_EP += (x_EBP.gather(2, index_1BP.expand(len(x_EBP), -1, -1)) * sign_1BP).sum(1)
+        return out_EP
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (cells_N,) = ctx.saved_tensors
-        (grad_EC,) = grads
-        num_edits, size = grad_EC.shape[0], cells_N.shape[0]
-        grad_EN = grad_EC.new_empty(num_edits, size)
-        for start in range(0, size, _SKETCH_CHUNK):
-            part = slice(start, start + _SKETCH_CHUNK)
-            grad_EN[:, part] = grad_EC.gather(1, cells_N[part].long().expand(num_edits, -1))
-        return grad_EN, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad_EP,) = grads
+        both_EC = torch.cat([grad_EP, -grad_EP], dim=1)
+        grad_EN = grad_EP.new_empty(len(grad_EP), ctx.size)
+        for part, blocks in _parts(grad_EN, ctx.hash):
+            cells_M = ctx.hash.bucket_BP[blocks].flatten()[: len(grad_EN[0, part])]
+            grad_EN[:, part] = both_EC.index_select(1, cells_M.int())
+        return grad_EN, None
 
 
-def _draw_cells(size: int, dim: int, seed: int, name: str) -> Tensor:
-    # The CPU generator reads 32 bits of its seed.
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-    return torch.randint(2 * dim, (size,), generator=generator, dtype=torch.int16)
+def _parts(x_EN: Tensor, hash: _Hash) -> Iterator[tuple[slice, slice]]:
+    """Some blocks at a time: which weights, and which blocks, these are."""
+    num_blocks, dim = hash.weight_BP.shape
+    at_once = _SKETCHED_AT_ONCE.get(x_EN.device.type, _SKETCHED_AT_ONCE["cuda"])
+    step = max(1, at_once // (dim * len(x_EN)))
+    for start in range(0, num_blocks, step):
+        yield slice(start * dim, (start + step) * dim), slice(start, start + step)
+
+
+def _whole_blocks(x_EM: Tensor, dim: int) -> Tensor:
+    """`(E, blocks, dim)`, the last one filled up with zeros."""
+    missing = -x_EM.shape[1] % dim
+    return (functional.pad(x_EM, (0, missing)) if missing else x_EM).unflatten(1, (-1, dim))

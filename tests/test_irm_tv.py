@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from odedit import irm_tv
 from odedit.edits import EditParams
 from odedit.irm_tv import (
     MAX_SKETCH_DIM,
@@ -173,6 +174,15 @@ def test_sketch_and_its_gradient_equal_a_dense_matrix() -> None:
     torch.testing.assert_close(got, expected)
 
 
+def test_weights_of_one_block_never_meet() -> None:
+    matrix_NP = dense_map(CountSketch({"weight": 40}, dim=16))
+    for block_BP in matrix_NP.split(16):
+        assert block_BP.abs().sum(0).max() == 1, "each bucket has one weight of a block at most"
+    first, second, _ = matrix_NP.abs().split(16)
+    assert not torch.equal(first, second), "each block has a permutation of its own"
+    assert set(matrix_NP.sum(1).tolist()) == {-1.0, 1.0}
+
+
 def test_sketch_gradcheck() -> None:
     sketch = CountSketch(SIZES, dim=16)
     delta = random_delta(2)
@@ -190,7 +200,7 @@ def test_sketch_in_chunks_equals_sketch_at_once(monkeypatch: pytest.MonkeyPatch)
     delta["weight"].requires_grad_()
     at_once = sketch(delta)
     (gradient,) = torch.autograd.grad(at_once.square().sum(), delta["weight"])
-    monkeypatch.setattr("odedit.irm_tv._SKETCH_CHUNK", 6)
+    monkeypatch.setitem(irm_tv._SKETCHED_AT_ONCE, "cpu", 6)
     in_chunks = sketch(delta)
     torch.testing.assert_close(in_chunks, at_once)
     torch.testing.assert_close(torch.autograd.grad(in_chunks.square().sum(), delta["weight"])[0], gradient)
