@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,12 +53,13 @@ def assemble(
     length = max((len(cell.tokens) for cell in present), default=1)
     num_targets = max((len(cell.tokens) - cell.first_target for cell in present), default=1)
 
-    tokens = torch.full((*shape, length), pad_token, dtype=torch.long)
-    real, prompt, image = (torch.zeros(*shape, length, dtype=torch.bool) for _ in range(3))
-    predict, target = (torch.zeros(*shape, num_targets, dtype=torch.long) for _ in range(2))
-    target_mask = torch.zeros(*shape, num_targets, dtype=torch.bool)
-    is_present = torch.zeros(shape, dtype=torch.bool)
-    picture = torch.full(shape, -1, dtype=torch.long)
+    # Thousands of small writes, each some ten times dearer into a tensor.
+    tokens = np.full((*shape, length), pad_token, dtype=np.int64)
+    real, prompt, image = (np.zeros((*shape, length), dtype=bool) for _ in range(3))
+    predict, target = (np.zeros((*shape, num_targets), dtype=np.int64) for _ in range(2))
+    target_mask = np.zeros((*shape, num_targets), dtype=bool)
+    is_present = np.zeros(shape, dtype=bool)
+    picture = np.full(shape, -1, dtype=np.int64)
     row_of = {key: index for index, key in enumerate(features)}
 
     for e, row in enumerate(cells):
@@ -65,33 +67,35 @@ def assemble(
             if cell is None:
                 continue
             count, first = len(cell.tokens), cell.first_target
-            ids = torch.tensor(cell.tokens)
             is_present[e, k] = True
-            tokens[e, k, :count] = ids
+            tokens[e, k, :count] = cell.tokens
             real[e, k, :count] = True
             prompt[e, k, :first] = True
-            image[e, k, list(cell.image)] = True
+            image[e, k, np.asarray(cell.image, dtype=np.int64)] = True
             # The position before a token predicts it.
-            predict[e, k, : count - first] = torch.arange(first - 1, count - 1)
-            target[e, k, : count - first] = ids[first:]
+            predict[e, k, : count - first] = np.arange(first - 1, count - 1)
+            target[e, k, : count - first] = cell.tokens[first:]
             target_mask[e, k, : count - first] = True
             if cell.picture is not None:
                 picture[e, k] = row_of[cell.picture]
+
+    def on_device(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device)
 
     stacked = torch.stack(list(features.values())) if features else torch.zeros(0, 1, feature_width, device=device)
     return EditBatch(
         edit_ids=tuple(edit_ids),
         slots=tuple(slots),
-        tokens_EKS=tokens.to(device),
-        present_EK=is_present.to(device),
-        real_EKS=real.to(device),
-        prompt_EKS=prompt.to(device),
-        predict_EKT=predict.to(device),
-        target_EKT=target.to(device),
-        target_mask_EKT=target_mask.to(device),
+        tokens_EKS=on_device(tokens),
+        present_EK=on_device(is_present),
+        real_EKS=on_device(real),
+        prompt_EKS=on_device(prompt),
+        predict_EKT=on_device(predict),
+        target_EKT=on_device(target),
+        target_mask_EKT=on_device(target_mask),
         features_NLD=stacked,
-        picture_EK=picture.to(device),
-        image_EKS=image.to(device),
+        picture_EK=on_device(picture),
+        image_EKS=on_device(image),
     )
 
 

@@ -28,8 +28,9 @@ from odedit.prompts import Template
 
 # At most this many pictures run through the image tower at a time.
 _TOWER_BATCH = 64
-# At most this many positions, if more than one sequence, run through the layers below an edit at a time.
-_POSITIONS_AT_ONCE = 1024
+# At most this many positions, if more than one sequence, run through the layers below an edit at a time: enough to keep
+# the device busy, and little beside what an edit takes.
+_POSITIONS_AT_ONCE = {"cpu": 1024, "cuda": 4096}
 
 
 class MultimodalModel(ABC):
@@ -113,7 +114,7 @@ class MultimodalModel(ABC):
         keys = list(distinct)
         for start in range(0, len(keys), _TOWER_BATCH):
             processed = [self.processor.process(distinct[key]).pixels for key in keys[start : start + _TOWER_BATCH]]
-            vision = self.tower(torch.from_numpy(np.stack(processed)).to(self.device))
+            vision = self.tower(_moved(processed, self.device))
             features += (vision if before_connector else self.connect(vision)).unbind(0)
         return dict(zip(keys, features, strict=True))
 
@@ -187,7 +188,8 @@ class MultimodalModel(ABC):
         layer = min(layer for layer, _ in located)
         at_ffn = all(part.startswith("ffn") for at, part in located if at == layer)
         # What a layer holds for a moment is many times what is kept of it; but a memory takes all rows at a time.
-        rows = len(hidden_RSD) if memory is not None else max(1, _POSITIONS_AT_ONCE // hidden_RSD.shape[1])
+        at_once = _POSITIONS_AT_ONCE.get(hidden_RSD.device.type, _POSITIONS_AT_ONCE["cuda"])
+        rows = len(hidden_RSD) if memory is not None else max(1, at_once // hidden_RSD.shape[1])
         parts = []
         for start in range(0, len(hidden_RSD), rows):
             here = slice(start, start + rows)
@@ -247,6 +249,17 @@ class MultimodalModel(ABC):
 
     def head(self, hidden: Tensor) -> Tensor:
         return self._decoder.head(hidden)
+
+
+def _moved(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """Arrays of one shape as one tensor on the device. From memory that is locked a GPU fetches them by itself, while
+    it computes something else.
+    """
+    shape = (len(arrays), *arrays[0].shape)
+    stacked = torch.empty(shape, pin_memory=device.type == "cuda")
+    for row, array in zip(stacked, arrays, strict=True):
+        row.copy_(torch.from_numpy(array))
+    return stacked.to(device, non_blocking=True)
 
 
 def _rows(part_RSd: Tensor, rows: slice) -> Tensor:

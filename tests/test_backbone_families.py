@@ -13,7 +13,7 @@ from made_up import TEMPLATE, make_picture, make_request
 from PIL import Image
 from torch import nn
 
-from odedit import InputError, Picture, Probe, load_backbone
+from odedit import InputError, Picture, Probe, load_backbone, multimodal
 from odedit.backbones import encode_requests, fingerprint, load_processor
 from odedit.decoders import LlamaDecoder
 
@@ -98,7 +98,7 @@ def test_a_prefix_in_parts_is_that_of_the_whole(model, batch, monkeypatch):
         return below(layer, at_ffn, hidden_RSD, *others)
 
     monkeypatch.setattr(model, "_below", watched)
-    monkeypatch.setattr("odedit.multimodal._POSITIONS_AT_ONCE", 2 * batch.tokens_EKS.shape[2])
+    monkeypatch.setitem(multimodal._POSITIONS_AT_ONCE, "cpu", 2 * batch.tokens_EKS.shape[2])
     torch.testing.assert_close(model.prefix(batch, site).hidden_RSD, whole, rtol=1e-4, atol=1e-4)
     assert len(rows) > 1 and sum(rows) == len(whole) and max(rows) == 2
 
