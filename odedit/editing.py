@@ -50,7 +50,7 @@ class EditResult:
     """One finished edit.
 
     Attributes:
-        params: phi_e of this edit alone (axis 0 has length 1), as `Editor.finished` made it; on the CPU.
+        params: phi_e of this edit alone (axis 0 has length 1), as `Editor.finished` made it.
         steps: Primal steps taken.
         stop_reason: `worst_token_nll`, `converged`, `max_steps` or `failed`.
         seconds: Wall-clock time of the whole loop, divided by its edits.
@@ -75,6 +75,7 @@ def edit(
     stopping: Stopping = Stopping(),
     seed: int = 0,
     width: int | None = None,
+    results_on: torch.device | str = "cpu",
 ) -> list[EditResult]:
     """Optimises the E edits of `batch`, each as if it were alone.
 
@@ -83,13 +84,15 @@ def edit(
         seed: Of the multiplier network and the sketch; the same for every edit.
         width: How many edits move together at most; fewer where they would take more memory than all of them under
             the base editor's own loss, see `odedit.widths`. None: no further bound.
+        results_on: Where the finished edits go. On the host those of a long batch do not crowd out the ones that move;
+            on the model's own device there is nothing to copy for who scores them next.
 
     Returns:
         E results, in order. An edit whose objective is not finite is returned with `error`, and does not disturb
         others.
     """
     started = time.perf_counter()
-    run = _Run(backbone, editor, objective, batch, stopping, seed, width or batch.num_edits)
+    run = _Run(backbone, editor, objective, batch, stopping, seed, width or batch.num_edits, results_on)
     while run.has_edits():
         run.step()
     seconds = (time.perf_counter() - started) / batch.num_edits
@@ -108,10 +111,12 @@ class _Run:
         stopping: Stopping,
         seed: int,
         width: int,
+        results_on: torch.device | str,
     ) -> None:
         max_steps = editor.max_steps if stopping.max_steps is None or editor.max_steps == 0 else stopping.max_steps
         self._backbone, self._editor = backbone, editor
         self._takes_steps = max_steps > 0
+        self._results_on = results_on
         self._objective = objective.for_one_gradient()
         self._optimizer = PrimalDual(editor, objective.config, max(max_steps, 1), seed)
         self._progress = _Progress(batch.num_edits, batch.tokens_EKS.device, stopping, max_steps)
@@ -166,9 +171,8 @@ class _Run:
         steps = self._state.steps_E.tolist()
         for row in (~self._progress.active_E).nonzero().flatten().tolist():
             member = self._progress.members[row]
-            # On the host: the finished edits of a long group must not crowd out those that move.
             self._finished[member] = {
-                name: value[row : row + 1].to("cpu", copy=True) for name, value in finished.items()
+                name: value[row : row + 1].to(self._results_on, copy=True) for name, value in finished.items()
             }
             self._progress.steps[member] = steps[row]
         stay = self._progress.active_E.nonzero().flatten()

@@ -94,14 +94,14 @@ class CountSketch:
     that the convergence result (Prop. 4.2) asks.
 
     Differs from the published sketch: buckets are not drawn weight by weight. Each block of dim consecutive weights is
-    spread over the dim buckets by a random permutation of its own. Two weights of one block never meet, two of different
-    blocks do with probability 1/dim; signs are independent, hence the same mean, and a variance of the same order. But
-    every bucket then has a fixed number of weights, read from where they are: no atomic additions, and the same sums in
-    the same order each time.
+    spread over the dim buckets by a random permutation of its own. Two weights of one block never meet, two of
+    different blocks do with probability 1/dim; signs are independent, hence the same mean, and a variance of the same
+    order. But every bucket then has a fixed number of weights, read from where they are: no atomic additions, and the
+    same sums in the same order each time.
 
     The hash costs 4 bytes per weight and is shared by all edits; apart from gradients, neither pass creates a tensor of
-    the size of all edits' weights. It is drawn on the CPU from the seed and the tensor's name: the same on every device,
-    and for every order of the tensors.
+    the size of all edits' weights. It is drawn on the CPU from the seed and the tensor's name: the same on every
+    device, and for every order of the tensors.
 
     Args:
         sizes: Name to number of weights *of one edit*.

@@ -150,7 +150,9 @@ class EditActor:
             supervision, evaluation = self._encode(requests)
         objective = self._objective()
         width = self._room.width(len(requests), lambda: self._peak_bytes(objective, supervision, 1))
-        edited = edit(self._backbone, self._editor, objective, supervision, config.stopping, config.seed, width)
+        # They are scored next; together they fit where they moved together.
+        place = self._job.device if width >= len(requests) else "cpu"
+        edited = edit(self._backbone, self._editor, objective, supervision, config.stopping, config.seed, width, place)
         memory = {}
         if config.pipeline.measure_memory:
             memory = {"peak_bytes": self._peak_bytes(objective, supervision, width) / width}

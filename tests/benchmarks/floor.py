@@ -233,15 +233,16 @@ def product_rate(device: str = "cpu", dtype: torch.dtype = torch.float32, size: 
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = 0.0
     for _ in range(5):
-        _wait(device)
+        wait(device)
         started = time.perf_counter()
         for _ in range(4):
             a @ b
-        _wait(device)
+        wait(device)
         best = max(best, 4 * 2 * size**3 / (time.perf_counter() - started))
     return best
 
 
-def _wait(device: str) -> None:
+def wait(device: str) -> None:
+    """Until a GPU has done what it was given."""
     if device != "cpu":
         torch.cuda.synchronize()

@@ -2,7 +2,8 @@
 number of edits that move together.
 
     python -m tests.benchmarks.speed [--size mid|embedded] [--parts reference,floor,overhead,batches] [--out DIR]
-    python -m tests.benchmarks.speed --size opt-2.7b --device cuda --dtype bfloat16 --parts throughput
+    python -m tests.benchmarks.speed --size opt-2.7b --device cuda --dtype bfloat16 --parts throughput \\
+        [--editors wise,tpatcher] [--edits-at-once 32]
 
 Every ratio is of two figures measured in this one run.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from odedit.edits import stack_params
 from odedit.memory import peak_memory
 from pipeline.prepare import process
 from tests.benchmarks import models
-from tests.benchmarks.floor import EVERYTHING, Floor, product_rate
+from tests.benchmarks.floor import EVERYTHING, Floor, product_rate, wait
 from tests.benchmarks.reference import TEMPLATE, Reference
 from tests.benchmarks.tables import bars, show
 from tests.made_up import make_request
@@ -102,22 +103,49 @@ class Bench:
         evaluation_config: EvaluationConfig = EVERYTHING,
     ) -> Measured:
         """Edits and scores, `width` at a time; every edit takes all the steps."""
-        seconds: dict[str, float] = {}
+        with stages.measured() as account:
+            results, rows = self._edit_and_score(editor, objective, requests, steps, width, evaluation_config)
+        seconds = {name: value / len(requests) for name, value in account.seconds.items()}
+        return Measured(seconds, results, rows)
+
+    def seconds(
+        self,
+        editor: Any,
+        objective: Objective,
+        requests: Sequence[EditRequest],
+        steps: int,
+        width: int,
+        evaluation_config: EvaluationConfig,
+    ) -> float:
+        """Of an edit, by the clock: where stages are timed, a GPU waits at each of their ends."""
+        wait(self.device)
+        started = time.perf_counter()
+        self._edit_and_score(editor, objective, requests, steps, width, evaluation_config)
+        wait(self.device)
+        return (time.perf_counter() - started) / len(requests)
+
+    def _edit_and_score(
+        self,
+        editor: Any,
+        objective: Objective,
+        requests: Sequence[EditRequest],
+        steps: int,
+        width: int,
+        evaluation_config: EvaluationConfig,
+    ) -> tuple[list[Any], list[dict[str, Any]]]:
         results: list[Any] = []
         rows: list[dict[str, Any]] = []
         stopping = Stopping(max_steps=steps, worst_token_nll=1e-9)
         for start in range(0, len(requests), width):
             part = requests[start : start + width]
-            with stages.measured() as account:
+            with stages.stage("encode"):
                 supervision, evaluation = encode_requests(self.backbone, part, TEMPLATE, editor.sites)
-                edited = edit(self.backbone, editor, objective, supervision, stopping)
-                with stages.stage("evaluation"):
-                    params = stack_params([result.params for result in edited])
-                    rows += evaluate(self.backbone, editor, params, evaluation, evaluation_config)
-            for name, value in account.seconds.items():
-                seconds[name] = seconds.get(name, 0.0) + value / len(requests)
+            edited = edit(self.backbone, editor, objective, supervision, stopping, results_on=self.device)
+            with stages.stage("evaluation"):
+                params = stack_params([result.params for result in edited])
+                rows += evaluate(self.backbone, editor, params, evaluation, evaluation_config)
             results += edited
-        return Measured(seconds, results, rows)
+        return results, rows
 
 
 def against_reference(bench: Bench, out: Path, width: int = 8) -> None:
@@ -237,40 +265,54 @@ def overhead(bench: Bench, out: Path, width: int = 8) -> None:
     bars("Seconds per edit", labels, {"s": [row[2 + i] for row in table for i in range(2)]}, "s", out / "overhead.png")
 
 
-def throughput(bench: Bench, out: Path, width: int = 16) -> None:
-    """Edits per second from pictures to teacher-forced figures, share of what the device can multiply, and memory."""
+def throughput(bench: Bench, out: Path, editors: Sequence[str] = EDITORS, width: int = 32) -> None:
+    """Edits per second from pictures to teacher-forced figures, share of what the device can multiply, and memory.
+
+    Two rates: scored on the edit itself alone, without the pictures of any other probe, and with all figures.
+    """
     config = EvaluationConfig(generate=False, mmedit=False)
     weights = sum(p.numel() * p.element_size() for p in bench.backbone.model.parameters())
     dtype = next(bench.backbone.model.parameters()).dtype
     rate = product_rate(bench.device, dtype, 8192 if bench.device != "cpu" else 2048)
-    table, shown = [], []
-    for name in EDITORS:
-        editor, peaks = bench.editor(name), {}
+    everything = bench.requests(width)
+    scored_alone = [replace(request, probes={}) for request in everything]
+    table, shown = [], {}
+    for name in editors:
+        editor, steps, peaks = bench.editor(name), STEPS[name], {}
         # An edit of the connector is all its weights.
         at_once = 2 if name == "ftv" else width
+        requests, with_all = (some[: 4 * at_once] for some in (scored_alone, everything))
         for objective_name in ("native", "odedit"):
-            objective, requests = bench.objective(objective_name), bench.requests(2 * width)
-            bench.run(editor, objective, requests[:at_once], STEPS[name], at_once, config)
+            objective = bench.objective(objective_name)
+            way = editor, objective
+            bench.seconds(*way, requests[:at_once], min(steps, 3), at_once, config)
             with peak_memory(bench.device) as peak:
-                bench.run(editor, objective, requests[:at_once], min(STEPS[name], 3), at_once, config)
+                bench.seconds(*way, requests[:at_once], min(steps, 3), at_once, config)
             peaks[objective_name] = weights + peak.bytes
-            found = min(
-                (bench.run(editor, objective, requests, STEPS[name], at_once, config) for _ in range(REPEATS)),
-                key=lambda run: run.total,
-            )
-            supervision, evaluation = encode_requests(bench.backbone, requests, TEMPLATE, editor.sites)
-            read = supervision.select(objective.slots(editor, supervision))
-            operations = Floor(bench.backbone, editor, read, evaluation, STEPS[name]).total(config)
+            alone = min(bench.seconds(*way, requests, steps, at_once, config) for _ in range(2))
+            full = bench.seconds(*way, with_all, steps, at_once, config)
+            arm = f"{name} {objective_name}"
+            shown[arm] = bench.run(*way, requests, steps, at_once, config).seconds
             more = f"{100 * (peaks['odedit'] / peaks['native'] - 1):+.1f} %" if len(peaks) == 2 else ""
-            table.append([f"{name} {objective_name}", STEPS[name], at_once, 1 / found.total,
-                          operations / found.total / rate, peaks[objective_name] / 2**30, more])  # fmt: skip
-            shown.append(found.seconds)
-    columns = ["editor", "steps", "E", "edits/s", "share of peak", "peak GiB", "memory"]
+            table.append([arm, steps, at_once, 1 / alone, _operations(bench, *way, requests, steps) / alone / rate,
+                          1 / full, _operations(bench, *way, with_all, steps) / full / rate,
+                          peaks[objective_name] / 2**30, more])  # fmt: skip
+    rates = ["edits/s, reliability", "share of peak", "edits/s, all figures", "share of peak, all"]
+    columns = ["editor", "steps", "E", *rates, "peak GiB", "memory"]
     title = f"{bench.device}, {dtype}: matrix products at {rate / 1e12:.3g} TFLOP/s"
     show(title, columns, table, out, "throughput")
-    names = dict.fromkeys(stage for seconds in shown for stage in seconds)
-    parts = {name: [seconds.get(name, 0.0) for seconds in shown] for name in names}
-    bars("Seconds per edit", [row[0] for row in table], parts, "s", out / "throughput.png")
+    names = list(dict.fromkeys(stage for seconds in shown.values() for stage in seconds))
+    by_stage = [[arm, *(1e3 * seconds.get(stage, 0.0) for stage in names)] for arm, seconds in shown.items()]
+    show("ms per edit, each stage waited for", ["editor", *names], by_stage, out, "throughput_stages")
+    parts = {stage: [row[1 + i] for row in by_stage] for i, stage in enumerate(names)}
+    bars("ms per edit", list(shown), parts, "ms", out / "throughput.png")
+
+
+def _operations(bench: Bench, editor: Any, objective: Objective, requests: Sequence[EditRequest], steps: int) -> float:
+    """Of an edit whose figures are teacher-forced."""
+    supervision, evaluation = encode_requests(bench.backbone, requests, TEMPLATE, editor.sites)
+    read = supervision.select(objective.slots(editor, supervision))
+    return Floor(bench.backbone, editor, read, evaluation, steps).total(EvaluationConfig(generate=False, mmedit=False))
 
 
 def batches(bench: Bench, out: Path, sizes: Sequence[int] = (1, 4, 16, 64)) -> None:
@@ -304,7 +346,7 @@ def batches(bench: Bench, out: Path, sizes: Sequence[int] = (1, 4, 16, 64)) -> N
     pyplot.close(figure)
 
 
-PARTS = {
+PARTS: dict[str, Any] = {
     "reference": against_reference,
     "floor": against_floor,
     "overhead": overhead,
@@ -320,13 +362,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--parts", default=",".join(list(PARTS)[:-1]))
+    parser.add_argument("--editors", default=",".join(EDITORS), help="of throughput")
+    parser.add_argument("--edits-at-once", type=int, default=32, help="of throughput")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("bench"))
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     bench = Bench(chosen.size, chosen.device, chosen.dtype)
+    of_throughput = {"editors": chosen.editors.split(","), "width": chosen.edits_at_once}
     for part in chosen.parts.split(","):
-        PARTS[part](bench, chosen.out / chosen.size)
+        PARTS[part](bench, chosen.out / chosen.size, **(of_throughput if part == "throughput" else {}))
 
 
 if __name__ == "__main__":
