@@ -152,6 +152,33 @@ def is_locality(name: str) -> bool:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """The target tokens of K sequences of a batch, M of them in the order of edits, sequences and positions.
+
+    A mask as index would ask a GPU in every step how many there are, which waits for all that it was given before.
+
+    Attributes:
+        columns_K: Which sequences of the batch.
+        present_EK, mask_EKT: Of these sequences, as in the batch.
+        at_M: Where the tokens are in the batch's `(E, K, T)`, all sequences and flattened.
+        among_M: Where they are among these sequences.
+        tokens_M: Token ids.
+    """
+
+    columns_K: Tensor
+    present_EK: Tensor
+    mask_EKT: Tensor
+    at_M: Tensor
+    among_M: Tensor
+    tokens_M: Tensor
+
+    def spread(self, values_M: Tensor, elsewhere: float = 0.0) -> Tensor:
+        """The tokens' values where they belong, `(E, K, T)`."""
+        flat = values_M.new_full((self.mask_EKT.numel(),), elsewhere)
+        return flat.index_copy(0, self.among_M, values_M).reshape(self.mask_EKT.shape)
+
+
+@dataclass(frozen=True)
 class EditBatch:
     """E edits x K sequences, right-padded; what `Backbone.encode` returns.
 
@@ -185,10 +212,24 @@ class EditBatch:
     picture_EK: Tensor
     image_EKS: Tensor
     before_connector: bool = False
+    _answers: dict[tuple[str, ...], Answers] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_edits(self) -> int:
         return len(self.edit_ids)
+
+    def answers(self, slots: tuple[str, ...]) -> Answers:
+        """Where the target tokens of these sequences are; found once."""
+        if slots not in self._answers:
+            columns_K = torch.tensor([self.slots.index(slot) for slot in slots], device=self.tokens_EKS.device).long()
+            mask_EKT = self.target_mask_EKT.index_select(1, columns_K)
+            among_M = mask_EKT.flatten().nonzero().squeeze(1)
+            numbers_EKT = torch.arange(self.target_mask_EKT.numel(), device=columns_K.device)
+            numbers_EKT = numbers_EKT.reshape(self.target_mask_EKT.shape).index_select(1, columns_K)
+            at_M = numbers_EKT.flatten()[among_M]
+            present_EK, tokens_M = self.present_EK.index_select(1, columns_K), self.target_EKT.flatten()[at_M]
+            self._answers[slots] = Answers(columns_K, present_EK, mask_EKT, at_M, among_M, tokens_M)
+        return self._answers[slots]
 
     def select(self, slots: Sequence[str]) -> EditBatch:
         """The same edits with only the named slots, in that order."""

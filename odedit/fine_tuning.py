@@ -155,7 +155,8 @@ class WeightDifferences(FineTuning):
         return list(params)
 
     def change(self, params: EditParams, site: str, x_ENI: Tensor) -> Tensor:
-        return torch.bmm(x_ENI, params[site].to(x_ENI.dtype).transpose(1, 2))
+        # The matrix as first factor: its gradient then needs no transposition.
+        return torch.bmm(params[site].to(x_ENI.dtype), x_ENI.transpose(1, 2)).transpose(1, 2)
 
     def pooled(self, params: EditParams) -> EditParams:
         return {name: delta.sum(dim=0, keepdim=True) for name, delta in params.items()}

@@ -21,7 +21,7 @@ from odedit import mmd, risks
 from odedit.backbones import encode_requests
 from odedit.backbones.base import Backbone
 from odedit.editors.base import Editor, Trace
-from odedit.edits import EDIT, LOCALITY_SLOTS, REPHRASE_SLOTS, EditBatch, EditParams, EditRequest
+from odedit.edits import EDIT, LOCALITY_SLOTS, REPHRASE_SLOTS, Answers, EditBatch, EditParams, EditRequest
 from odedit.encoding import gather_positions
 from odedit.errors import InputError
 from odedit.irm_tv import MultiplierConfig, tv_penalty
@@ -188,7 +188,9 @@ class Objective:
         if config.needs_bandwidth and base is None:
             raise ValueError("objective.sigma2_0 is not set: measure it with odedit.objective.calibrate(...).")
         self._once = False
-        self._sigma2_Q = mmd.bandwidths(base, config.bandwidths) if config.needs_bandwidth and base else None
+        self._sigma2_Q: dict[torch.device, Tensor] = {}
+        if config.needs_bandwidth and base:
+            self._sigma2_Q[torch.device("cpu")] = mmd.bandwidths(float(base), config.bandwidths)
 
     def without_warmup(self) -> Objective:
         """The same with the penalty at full weight from the first step."""
@@ -246,10 +248,10 @@ class Objective:
         config, weights = self.config, self.config.weights
         states_EKTD = gather_positions(hidden, batch.predict_EKT) if self._reads_text else hidden
         zero_E = torch.zeros(batch.num_edits, device=hidden.device)
-        mask_ET = batch.target_mask_EKT[:, batch.slots.index(EDIT)]
+        answer = batch.answers((EDIT,))
         tokens = self._tokens(backbone, editor, batch, states_EKTD, unedited)
 
-        reliability = risks.mean_of_tokens(tokens[EDIT], mask_ET)
+        reliability = _of_one(tokens[EDIT], answer)
         locality = generality = Risk(zero_E, zero_E)
         scale_gradients: dict[str, Tensor] = {}
         if self.compares:
@@ -264,8 +266,7 @@ class Objective:
             if config.environments == "prompts":
                 # One NLL per rephrase, beside the edit's own.
                 for slot in REPHRASE_SLOTS:
-                    there_ET = batch.target_mask_EKT[:, batch.slots.index(slot)]
-                    scale_gradients[slot] = risks.mean_of_tokens(tokens[slot], there_ET).scale_gradient
+                    scale_gradients[slot] = _of_one(tokens[slot], batch.answers((slot,))).scale_gradient
         own_E = editor.own_risk(params, trace, batch) if weights["own"] else zero_E
         values = {"rel": reliability.value, "loc": locality.value, "gen": generality.value, "own": own_E}
         total_E = torch.stack([weights[name] * value for name, value in values.items()]).sum(dim=0)
@@ -275,49 +276,49 @@ class Objective:
             total=total_E,
             scale_gradients=scale_gradients,
             penalty=tv_penalty(list(scale_gradients.values())) if scale_gradients else zero_E,
-            worst_nll=nll_M.new_full(mask_ET.shape, -torch.inf).masked_scatter(mask_ET, nll_M).amax(dim=-1),
-            all_right=nll_M.new_ones(mask_ET.shape).masked_scatter(mask_ET, is_first_M).bool().all(dim=-1),
+            worst_nll=answer.spread(nll_M, -torch.inf).flatten(1).amax(dim=-1),
+            all_right=answer.spread(is_first_M, 1.0).flatten(1).bool().all(dim=-1),
         )
 
     def unedited(self, backbone: Backbone, batch: EditBatch, states_EKTD: Tensor) -> Unedited | None:
         """What the terms compare with, from the unedited model's final states at `batch.predict_EKT`."""
         if not self.compares:
             return None
-        read = self._read_by_head(batch, states_EKTD)
-        if len(read[_LOCALITY]) > _TOKENS_AT_ONCE:
-            return Unedited(read[_LOCALITY])
+        read = self._read_by_head(batch)
+        num_compared = len(read[_LOCALITY].at_M)
+        if num_compared > _TOKENS_AT_ONCE:
+            return Unedited(_states_at(states_EKTD, read[_LOCALITY]))
         with torch.no_grad():
             # The same product as in a step: rounding depends on the number of rows, and Adam makes much of a gradient
             # that should be 0.
-            logits_MV = backbone.head(torch.cat(list(read.values())))
-            return Unedited(read[_LOCALITY], risks.log_probs(logits_MV[len(logits_MV) - len(read[_LOCALITY]) :]))
+            states_MD = _states_at(states_EKTD, *read.values())
+            log_q_MV = risks.log_probs(backbone.head(states_MD)[len(states_MD) - num_compared :])
+            return Unedited(states_MD[len(states_MD) - num_compared :], log_q_MV)
 
-    def _read_by_head(self, batch: EditBatch, states_EKTD: Tensor) -> dict[str, Tensor]:
-        """States of the tokens whose distribution is read, `(M, D)`: by slot; those of all locality prompts last."""
+    def _read_by_head(self, batch: EditBatch) -> dict[str, Answers]:
+        """The tokens whose distribution is read, by slot; those of all locality prompts last."""
         slots = [EDIT]
         if self.config.name == "odedit" and self.config.environments == "prompts":
             slots += REPHRASE_SLOTS
-        index: dict[str, int | list[int]] = {slot: batch.slots.index(slot) for slot in slots}
-        if self.compares:
-            index[_LOCALITY] = _locality_index(batch)
-        return {name: states_EKTD[:, k][batch.target_mask_EKT[:, k]] for name, k in index.items()}
+        read = {slot: batch.answers((slot,)) for slot in slots}
+        return read | ({_LOCALITY: batch.answers(_locality_slots(batch))} if self.compares else {})
 
     def _tokens(
         self, backbone: Backbone, editor: Editor, batch: EditBatch, states_EKTD: Tensor, unedited: Unedited | None
     ) -> dict[str, Tokens]:
         """Risks of single tokens: NLL by slot, KL of all locality prompts. One product with the head for all."""
-        read = self._read_by_head(batch, states_EKTD)
+        read = self._read_by_head(batch)
         several: dict[str, Tokens] = {}
         smoothing = 0.0 if self.config.name == "odedit" else editor.label_smoothing
-        kinds: dict[str, TokenRisk] = {}
-        for name in [name for name in read if name != _LOCALITY]:
-            k = batch.slots.index(name)
-            kinds[name] = NLL(batch.target_EKT[:, k][batch.target_mask_EKT[:, k]], smoothing)
+        kinds: dict[str, TokenRisk] = {
+            name: NLL(answers.tokens_M, smoothing) for name, answers in read.items() if name != _LOCALITY
+        }
         if unedited is not None and unedited.log_q_MV is not None:
             kinds[_LOCALITY] = KL(unedited.log_q_MV, self.config.locality_direction)
         elif unedited is not None:
-            several[_LOCALITY] = self._in_parts(backbone, read.pop(_LOCALITY), unedited.states_MD)
-        logits_MV = backbone.head(torch.cat(list(read.values())))
+            compared_MD = _states_at(states_EKTD, read.pop(_LOCALITY))
+            several[_LOCALITY] = self._in_parts(backbone, compared_MD, unedited.states_MD)
+        logits_MV = backbone.head(_states_at(states_EKTD, *read.values()))
         return several | dict(zip(kinds, token_risks(logits_MV, list(kinds.values()), self._once), strict=True))
 
     def _in_parts(self, backbone: Backbone, states_MD: Tensor, base_MD: Tensor) -> Tokens:
@@ -329,7 +330,8 @@ class Objective:
             return token_risks(backbone.head(states_CD), [KL(log_q_CV, self.config.locality_direction)])[0]
 
         pairs = zip(states_MD.split(_TOKENS_AT_ONCE), base_MD.split(_TOKENS_AT_ONCE), strict=True)
-        parts = [checkpoint(part, *pair, use_reentrant=False) for pair in pairs]
+        # Nothing in there is drawn at random.
+        parts = [checkpoint(part, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
         return Tokens(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
     def _generality(self, batch: EditBatch, hidden: Tensor, states_EKTD: Tensor) -> Risk:
@@ -339,35 +341,61 @@ class Objective:
         else:
             states, mask = hidden, batch.prompt_EKS & ~batch.image_EKS
         edit = batch.slots.index(EDIT)
-        others = [batch.slots.index(slot) for slot in REPHRASE_SLOTS if slot in batch.slots]
+        others = batch.answers(tuple(slot for slot in REPHRASE_SLOTS if slot in batch.slots))
         x, x_mask = states[:, edit], mask[:, edit]
+        y, y_mask = (values.index_select(1, others.columns_K) for values in (states, mask))
+        unlike = None
+        if self.config.kernel == "contrastive":
+            negatives = batch.answers(_locality_slots(batch)).columns_K
+            unlike = states.index_select(1, negatives), mask.index_select(1, negatives)
         if self.config.rephrases == "multiple":
-            pooled, pooled_mask = states[:, others].flatten(1, 2), mask[:, others].flatten(1, 2)
-            return self._distance(batch, states, mask, x, x_mask, pooled, pooled_mask)
-        each = [self._distance(batch, states, mask, x, x_mask, states[:, k], mask[:, k]) for k in others]
-        stacked = Risk(torch.stack([r.value for r in each], 1), torch.stack([r.scale_gradient for r in each], 1))
-        return _mean_over_slots(stacked, batch.present_EK[:, others])
+            return self._distance(x, x_mask, y.flatten(1, 2), y_mask.flatten(1, 2), unlike)
+        # The edit with each of its K rephrases.
+        x, x_mask = x.unsqueeze(1).expand_as(y), x_mask.unsqueeze(1).expand_as(y_mask)
+        unlike = None if unlike is None else (unlike[0].unsqueeze(1), unlike[1].unsqueeze(1))
+        return _mean_over_slots(self._distance(x, x_mask, y, y_mask, unlike), others.present_EK)
 
     def _distance(
-        self, batch: EditBatch, states: Tensor, mask: Tensor, x: Tensor, x_mask: Tensor, y: Tensor, y_mask: Tensor
+        self, x: Tensor, x_mask: Tensor, y: Tensor, y_mask: Tensor, unlike: tuple[Tensor, Tensor] | None
     ) -> Risk:
-        if self.config.kernel == "rbf":
-            assert self._sigma2_Q is not None
-            return mmd.mmd2_rbf(x, y, x_mask, y_mask, self._sigma2_Q)
+        """Of states x from states y; `contrastive` compares with unlike ones, `(..., K, T, D)` and their mask."""
+        if unlike is not None:
+            return mmd.contrastive(x, y, unlike[0], x_mask, y_mask, unlike[1])
         if self.config.kernel == "linear":
             return mmd.mmd2_linear(x, y, x_mask, y_mask)
-        negatives = [batch.slots.index(slot) for slot in LOCALITY_SLOTS if slot in batch.slots]
-        return mmd.contrastive(x, y, states[:, negatives], x_mask, y_mask, mask[:, negatives])
+        return mmd.mmd2_rbf(x, y, x_mask, y_mask, self._bandwidths(x.device))
+
+    def _bandwidths(self, device: torch.device) -> Tensor:
+        if device not in self._sigma2_Q:
+            self._sigma2_Q[device] = self._sigma2_Q[torch.device("cpu")].to(device)
+        return self._sigma2_Q[device]
 
 
-def _locality_index(batch: EditBatch) -> list[int]:
-    return [batch.slots.index(slot) for slot in LOCALITY_SLOTS if slot in batch.slots]
+def _states_at(states_EKTD: Tensor, *answers: Answers) -> Tensor:
+    """States that predict the tokens of all of them, one after the other, `(M, D)`."""
+    at_M = answers[0].at_M if len(answers) == 1 else torch.cat([one.at_M for one in answers])
+    return states_EKTD.flatten(0, 2).index_select(0, at_M)
+
+
+def _locality_slots(batch: EditBatch) -> tuple[str, ...]:
+    return tuple(slot for slot in LOCALITY_SLOTS if slot in batch.slots)
+
+
+def _means(tokens: Tokens, answers: Answers) -> Risk:
+    """Of each sequence's tokens, `(E, K)`."""
+    value, slope = (risks.masked_mean(answers.spread(v), answers.mask_EKT) for v in tokens[:2])
+    return Risk(value, slope)
+
+
+def _of_one(tokens: Tokens, answer: Answers) -> Risk:
+    value_E1, slope_E1 = _means(tokens, answer)
+    return Risk(value_E1.squeeze(1), slope_E1.squeeze(1))
 
 
 def _locality(batch: EditBatch, tokens: Tokens) -> Risk:
     """R_loc: KL at the answer positions, averaged over the locality prompts that the edit has."""
-    index = _locality_index(batch)
-    return _mean_over_slots(risks.mean_of_tokens(tokens, batch.target_mask_EKT[:, index]), batch.present_EK[:, index])
+    answers = batch.answers(_locality_slots(batch))
+    return _mean_over_slots(_means(tokens, answers), answers.present_EK)
 
 
 def _mean_over_slots(risk_EK: Risk, present_EK: Tensor) -> Risk:

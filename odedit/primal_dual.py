@@ -8,7 +8,7 @@ with the penalty that the next forward computes anyway: the same sequence of val
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -63,9 +63,8 @@ class PrimalDual:
         self._seed = seed
         self._fixed = config.fixed_multiplier()
         config.check(editor)
-        self._schedule = torch.tensor(
-            [penalty_schedule(step, max_steps, config.warmup, config.ramp) for step in range(max_steps + 1)]
-        )
+        self._shares = [penalty_schedule(step, max_steps, config.warmup, config.ramp) for step in range(max_steps + 1)]
+        self._schedule = torch.tensor(self._shares)
 
     def init(self, params: EditParams) -> State:
         first = next(iter(params.values()))
@@ -97,39 +96,65 @@ class PrimalDual:
             delta=delta,
         )
 
+    def is_penalised(self, steps: Iterable[int]) -> bool:
+        """Whether lambda is learned, and counts for an edit that has taken one of these numbers of steps."""
+        return self._fixed is None and any(self._shares[step] > 0 for step in steps)
+
     def step(
         self, params: EditParams, origin: EditParams, state: State, terms: Terms, active_E: Tensor
     ) -> tuple[EditParams, State, dict[str, Tensor]]:
-        """One dual step if one is due, then one primal step, of the active edits only.
+        """`weigh` and `descend`; new parameters, new state, and what there is to show."""
+        is_penalised = self.is_penalised(state.steps_E.tolist())
+        objective_E, state, shown = self.weigh(params, origin, state, terms, active_E, is_penalised)
+        return *self.descend(params, state, objective_E, active_E), shown
+
+    def weigh(
+        self,
+        params: EditParams,
+        origin: EditParams,
+        state: State,
+        terms: Terms,
+        active_E: Tensor,
+        is_penalised: bool,
+    ) -> tuple[Tensor, State, dict[str, Tensor]]:
+        """The objective with its penalty, after one dual step of the active edits for which one is due.
 
         Args:
             params: phi_e, the leaves that `terms` was computed from.
             origin: phi_0.
-            active_E: Edits that still move; the others keep parameters, moments and networks bit for bit.
+            active_E: Edits that still move; the others keep their networks bit for bit.
+            is_penalised: What the method of this name says; True where it says False changes nothing but the time.
 
         Returns:
-            New parameters (leaves), new state, and `lambda` and `objective` of every edit.
+            The objective `(E,)`, the state, and `lambda` and `objective` of every edit.
         """
-        schedule_E = self._schedule.to(state.steps_E.device)[state.steps_E]
-        is_due = bool((state.dual_weight_E > 0).any())
-        learned = self._fixed is None and (is_due or bool((schedule_E > 0).any()))
-        context = self._context(params, origin, terms) if learned else None
-        if context is not None and not state.delta:
-            state = replace(state, delta=self._init_delta(context))
-        if context is not None and is_due:
-            state = self._dual_step(state, context.detach(), terms.penalty.detach(), active_E)
-
+        schedule_E = self._schedule_on(terms.total.device)[state.steps_E]
+        context = self._context(params, origin, terms) if is_penalised else None
         if context is None:
             multiplier_E = torch.full_like(terms.total, self._fixed or 0.0)
         else:
+            if not state.delta:
+                state = replace(state, delta=self._init_delta(context))
+            state = self._dual_step(state, context.detach(), terms.penalty.detach(), active_E)
             multiplier_E = MultiplierNetwork.apply(self._config.multiplier, state.delta, context)
+        state = replace(state, dual_weight_E=torch.zeros_like(schedule_E) if context is None else schedule_E)
         objective_E = terms.total
         if context is not None or self._fixed:
             penalty_E = schedule_E * multiplier_E * terms.penalty
             objective_E = objective_E + torch.where(schedule_E > 0, penalty_E, 0.0)
-        log = {"lambda": multiplier_E.detach() * schedule_E, "objective": objective_E.detach()}
-        if not bool(active_E.any()):
-            return params, state, log
+        return objective_E, state, {"lambda": multiplier_E.detach() * schedule_E, "objective": objective_E.detach()}
+
+    def descend(
+        self, params: EditParams, state: State, objective_E: Tensor, active_E: Tensor
+    ) -> tuple[EditParams, State]:
+        """One primal step; edits that are not active keep parameters and moments bit for bit.
+
+        Args:
+            params: phi_e, the leaves that the objective was computed from.
+
+        Returns:
+            New parameters (leaves) and new state.
+        """
         names = [name for name in params if name not in self._editor.frozen]
         gradients = torch.autograd.grad(objective_E.sum(), [params[name] for name in names], allow_unused=True)
         gradient_of = {
@@ -144,13 +169,12 @@ class PrimalDual:
             name: (_where(active_E, first, state.moments[name][0]), _where(active_E, second, state.moments[name][1]))
             for name, (first, second) in moments.items()
         }
-        state = replace(
-            state,
-            steps_E=state.steps_E + active_E.long(),
-            moments=moments,
-            dual_weight_E=torch.zeros_like(schedule_E) if context is None else schedule_E,
-        )
-        return params, state, log
+        return params, replace(state, steps_E=state.steps_E + active_E.long(), moments=moments)
+
+    def _schedule_on(self, device: torch.device) -> Tensor:
+        if self._schedule.device != device:
+            self._schedule = self._schedule.to(device)
+        return self._schedule
 
     def _context(self, params: EditParams, origin: EditParams, terms: Terms) -> Tensor:
         """What lambda reads: phi_e, as sketch or flat, the risks, and |g| of every environment."""
@@ -170,7 +194,9 @@ class PrimalDual:
         return MultiplierNetwork.init(self._config.multiplier, width, num_edits, self._seed, context_EI.device)
 
     def _dual_step(self, state: State, context_EI: Tensor, penalty_E: Tensor, active_E: Tensor) -> State:
-        """`delta <- delta + gamma_2 * grad_delta G`, by default with the adaptive rate of the IRM-TV code."""
+        """`delta <- delta + gamma_2 * grad_delta G` of the active edits whose last primal step had a penalty; by default
+        with the adaptive rate of the IRM-TV code.
+        """
         active_E = active_E & (state.dual_weight_E > 0)
         names = list(state.delta)
         multiplier_E = MultiplierNetwork.apply(self._config.multiplier, state.delta, context_EI)
@@ -203,7 +229,9 @@ def _primal_step(
             gradients = {name: g * _broadcast(scale_E, g) for name, g in gradients.items()}
         decay, rate = settings.weight_decay, settings.learning_rate
         if settings.kind == "sgd":
-            return {name: p - rate * (gradients[name] + decay * p) for name, p in params.items()}, {}
+            # The parameters may be the largest tensors of all: two passes over them.
+            decayed = {name: torch.add(gradients[name], p, alpha=decay) for name, p in params.items()}
+            return {name: torch.sub(p, decayed[name], alpha=rate) for name, p in params.items()}, {}
         moved, moments = {}, {}
         count_E = (state.steps_E + 1).to(torch.float32)
         correction1_E, correction2_E = 1 - _BETAS[0] ** count_E, 1 - _BETAS[1] ** count_E

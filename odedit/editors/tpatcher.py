@@ -269,7 +269,7 @@ class TPatcher(Plain):
         count_E = torch.zeros(batch.num_edits, dtype=torch.long, device=params[KEYS].device)
         shared = [self._memory_MD] if self._memory_MD is not None else []
         if self._earlier is not None:
-            shared.append(self._earlier[STATES][_used(self._earlier[STATES])])
+            shared.append(self._earlier[STATES].flatten(0, 1))
         largest = []
         if shared:
             memory_MD = torch.cat(shared)
@@ -279,9 +279,9 @@ class TPatcher(Plain):
                 largest.append(_largest(keys @ memory_MD.T + biases.unsqueeze(-1), top))
             largest = [torch.cat(largest)]
         if self._memory_MD is None:
-            slots = [k for k, slot in enumerate(batch.slots) if is_locality(slot)]
-            states_EMD = trace.values[_INPUT][:, slots].flatten(1, 2).float()
-            real_EM = batch.real_EKS[:, slots].flatten(1)
+            columns = batch.answers(tuple(slot for slot in batch.slots if is_locality(slot))).columns_K
+            states_EMD = trace.values[_INPUT].index_select(1, columns).flatten(1, 2).float()
+            real_EM = batch.real_EKS.index_select(1, columns).flatten(1)
             count_E = count_E + real_EM.sum(dim=1)
             inputs_ENM = params[KEYS] @ states_EMD.transpose(1, 2) + params[BIASES].unsqueeze(-1)
             largest.append(_largest(inputs_ENM.masked_fill(~real_EM.unsqueeze(1), -torch.inf), top))

@@ -186,12 +186,12 @@ class Wise(Plain):
         """Eq. 3, averaged over the unrelated prompts that the edit has."""
         distance_EK = trace.value(_DISTANCE)
         inside_E = distance_EK[:, batch.slots.index(EDIT)]
-        outside = torch.tensor([is_locality(slot) for slot in batch.slots], device=distance_EK.device)
-        valid_EK = batch.present_EK & outside
-        gap = (distance_EK - inside_E.unsqueeze(1) + self.config.margin_gap).relu()
-        far = (distance_EK - self.config.margin_out).relu()
-        count_E = valid_EK.sum(dim=1).clamp(min=1)
-        push_out_E = torch.where(valid_EK, gap + far, 0.0).sum(dim=1) / count_E
+        unrelated = batch.answers(tuple(slot for slot in batch.slots if is_locality(slot)))
+        outside_EK = distance_EK.index_select(1, unrelated.columns_K)
+        gap = (outside_EK - inside_E.unsqueeze(1) + self.config.margin_gap).relu()
+        far = (outside_EK - self.config.margin_out).relu()
+        count_E = unrelated.present_EK.sum(dim=1).clamp(min=1)
+        push_out_E = torch.where(unrelated.present_EK, gap + far, 0.0).sum(dim=1) / count_E
         return push_out_E + (self.config.margin_in - inside_E).relu()
 
     def constrain(self, params: EditParams) -> EditParams:
