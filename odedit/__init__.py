@@ -9,24 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from odedit.backbones import encode_requests, load_backbone, load_processor
-    from odedit.editing import EditResult, Stopping, edit
+    from odedit.editing import Stopping, edit
     from odedit.editors import load_editor
     from odedit.edits import EditRequest, Picture, Probe, stack_params
     from odedit.errors import InputError
     from odedit.metrics import EvaluationConfig, evaluate, paired, summarize
     from odedit.objective import Objective, ObjectiveConfig, calibrate
+    from odedit.progress import EditResult
     from odedit.prompts import find_template
 
 __version__ = "0.1.0"
 
 _HOME = {
     "backbones": ("encode_requests", "load_backbone", "load_processor"),
-    "editing": ("EditResult", "Stopping", "edit"),
+    "editing": ("Stopping", "edit"),
     "editors": ("load_editor",),
     "edits": ("EditRequest", "Picture", "Probe", "stack_params"),
     "errors": ("InputError",),
     "metrics": ("EvaluationConfig", "evaluate", "paired", "summarize"),
     "objective": ("Objective", "ObjectiveConfig", "calibrate"),
+    "progress": ("EditResult",),
     "prompts": ("find_template",),
 }
 

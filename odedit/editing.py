@@ -7,20 +7,25 @@ edits that wait take their places.
 from __future__ import annotations
 
 import time
-from collections.abc import Container
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from odedit import graphs
 from odedit.backbones.base import Backbone
 from odedit.editors.base import Editor, Trace
 from odedit.edits import EditBatch, EditParams, stack_params
 from odedit.objective import Objective, Terms, Unedited
 from odedit.primal_dual import PrimalDual, State
-from odedit.stages import stage
-from odedit.widths import width_like_native
+from odedit.progress import EditResult, Progress
+from odedit.stages import stage, unmeasured
+from odedit.widths import is_small, width_like_native
 
+_WORTH_RECORDING = 4
+"""Steps to come for which a step is recorded: that costs about as much as one step whose kernels start one by one."""
 _FULL_ENOUGH = 0.75
 """Share of moving edits below which the finished ones leave the batch: copying the rest costs about one step."""
 
@@ -43,28 +48,6 @@ class Stopping:
             raise ValueError(f"max_steps: got {self.max_steps}, expected at least 0, or null for the editor's own.")
         if self.worst_token_nll is not None and not self.worst_token_nll > 0:
             raise ValueError(f"worst_token_nll: got {self.worst_token_nll}, expected a number > 0, or null.")
-
-
-@dataclass(frozen=True)
-class EditResult:
-    """One finished edit.
-
-    Attributes:
-        params: phi_e of this edit alone (axis 0 has length 1), as `Editor.finished` made it.
-        steps: Primal steps taken.
-        stop_reason: `worst_token_nll`, `converged`, `max_steps` or `failed`.
-        seconds: Wall-clock time of the whole loop, divided by its edits.
-        curves: Per evaluated step: rel, loc, gen, own, penalty, lambda, objective, worst_nll, g_<environment>.
-        error: Why the edit failed, else None; a failed edit's params are not to be used.
-    """
-
-    edit_id: str
-    params: EditParams
-    steps: int
-    stop_reason: str
-    seconds: float
-    curves: dict[str, list[float]] = field(default_factory=dict)
-    error: str | None = None
 
 
 def edit(
@@ -99,6 +82,38 @@ def edit(
     return run.results(batch.edit_ids, seconds)
 
 
+class _Weighed(NamedTuple):
+    """What one forward of the edits in the batch has shown, on their device.
+
+    Attributes:
+        objective_E: What the primal step descends on.
+        state: Of the optimiser, its dual step taken.
+        active_E: Edits that move on.
+        loss_E: The objective without penalty.
+        table: A row for every name, `(rows, E)`: whether an edit is to stop for a reason, then its curves.
+        names: Of the rows.
+        trace: For `Editor.finished`.
+    """
+
+    objective_E: Tensor
+    state: State
+    active_E: Tensor
+    loss_E: Tensor
+    table: Tensor
+    names: tuple[str, ...]
+    trace: Trace
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """A step that can be started as a whole, and where it leaves what it shows."""
+
+    names: tuple[str, ...]
+    table: Tensor
+    trace: Trace
+    start: Callable[[], None] = lambda: None
+
+
 class _Run:
     """The edits that move, those that wait, and what the others have become."""
 
@@ -115,11 +130,11 @@ class _Run:
     ) -> None:
         max_steps = editor.max_steps if stopping.max_steps is None or editor.max_steps == 0 else stopping.max_steps
         self._backbone, self._editor = backbone, editor
-        self._takes_steps = max_steps > 0
+        self._stopping, self._max_steps = stopping, max_steps
         self._results_on = results_on
         self._objective = objective.for_one_gradient()
         self._optimizer = PrimalDual(editor, objective.config, max(max_steps, 1), seed)
-        self._progress = _Progress(batch.num_edits, batch.tokens_EKS.device, stopping, max_steps)
+        self._progress = Progress(batch.num_edits)
         self._finished: dict[int, EditParams] = {}
         # Of all edits. What follows is of those in the batch, axis 0 in the order of `progress.members`.
         self._all = batch.select(objective.slots(editor, batch))
@@ -127,12 +142,16 @@ class _Run:
             self._all_prefix = backbone.prefix(self._all, *editor.sites, positionwise=editor.positionwise)
         self._width = min(width, width_like_native(backbone, editor, objective, batch, self._all_prefix))
         # One product with a hypernetwork for all edits; what it makes is the edits themselves.
-        self._made = {} if self._takes_steps else self._init(self._all)
+        self._made = {} if max_steps > 0 else self._init(self._all)
         self._origin: EditParams = {}
         self._params: EditParams = {}
         self._state: State | None = None
+        self._previous_E = torch.empty(0, device=batch.tokens_EKS.device)
         self._base_EKTD: Tensor | None = None
         self._unedited: Unedited | None = None
+        # A step of a batch is recorded after a first one like it.
+        self._is_worth_recording, self._steps_alike = False, 0
+        self._recording: _Recording | None = None
         self._admit()
 
     def _init(self, batch: EditBatch) -> EditParams:
@@ -144,52 +163,127 @@ class _Run:
 
     def step(self) -> None:
         """One forward of all edits in the batch, and one step of those that move on."""
-        assert self._state is not None
-        progress = self._progress
-        with stage("edit: forward"), self._editor.applied(self._backbone, self._params, self._batch) as trace:
-            hidden = self._backbone.suffix(self._prefix, self._objective.read(self._batch))
-        with stage("edit: risks"):
-            terms = self._objective(
-                self._backbone, self._editor, self._params, trace, self._batch, hidden, self._unedited
-            )
-            progress.observe(terms, trace, self._editor, self._state.steps_E)
-        forwarded = self._params
-        with stage("edit: backward and update"):
-            self._params, self._state, moved = self._optimizer.step(
-                forwarded, self._origin, self._state, terms, progress.active_E
-            )
-        progress.log(terms, moved)
-        del hidden, terms  # of the last step nobody took a gradient: what was kept for it is still there
-        if int(progress.active_E.sum()) <= _FULL_ENOUGH * len(progress.members):
-            self._let_go(forwarded, trace)
+        trace = self._replayed() if self._is_recorded() else self._moved()
+        if sum(self._progress.is_active) <= _FULL_ENOUGH * len(self._progress.members):
+            self._let_go(trace)
             self._admit()
 
-    def _let_go(self, forwarded: EditParams, trace: Trace) -> None:
+    def _moved(self) -> Trace:
+        assert self._state is not None
+        # Recorded steps are all alike; while no penalty counts, its part in them is 0.
+        taken = [self._progress.steps[member] for member in self._progress.members]
+        is_penalised = self._optimizer.learns if self._is_worth_recording else self._optimizer.is_penalised(taken)
+        weighed = self._weigh(self._params, self._state, is_penalised)
+        self._state, self._active_E, self._previous_E = weighed.state, weighed.active_E, weighed.loss_E
+        self._progress.take_in(weighed.names, weighed.table)
+        # Of the last step nobody takes a gradient.
+        if any(self._progress.is_active):
+            self._params, self._state = self._descend(self._params, weighed)
+        self._steps_alike += 1
+        return weighed.trace
+
+    def _weigh(self, params: EditParams, state: State, is_penalised: bool) -> _Weighed:
+        with stage("edit: forward"), self._editor.applied(self._backbone, params, self._batch) as trace:
+            hidden = self._backbone.suffix(self._prefix, self._objective.read(self._batch))
+        with stage("edit: risks"):
+            terms = self._objective(self._backbone, self._editor, params, trace, self._batch, hidden, self._unedited)
+            stops = self._stops(terms, trace, state.steps_E)
+            active_E = self._active_E & ~torch.stack(list(stops.values())).any(dim=0)
+            objective_E, state, shown = self._optimizer.weigh(
+                params, self._origin, state, terms, active_E, is_penalised
+            )
+            columns = {
+                **stops,
+                **terms.risks,
+                "penalty": terms.penalty,
+                "worst_nll": terms.worst_nll,
+                **{f"g_{name}": gradient for name, gradient in terms.scale_gradients.items()},
+                **shown,
+            }
+            table = torch.stack([value.detach().float() for value in columns.values()])
+        return _Weighed(objective_E, state, active_E, terms.total.detach(), table, tuple(columns), trace)
+
+    def _stops(self, terms: Terms, trace: Trace, steps_E: Tensor) -> dict[str, Tensor]:
+        """`(E,)` by reason, the weightiest first."""
+        loss_E = terms.total.detach()
+        finite_E = torch.isfinite(loss_E) & torch.isfinite(terms.penalty.detach())
+        if self._stopping.worst_token_nll is not None:
+            good = {"worst_token_nll": terms.worst_nll <= self._stopping.worst_token_nll}
+        else:
+            good = {"converged": self._editor.converged(loss_E, self._previous_E, terms.all_right, trace)}
+        return {"failed": ~finite_E, **good, "max_steps": steps_E >= self._max_steps}
+
+    def _descend(self, params: EditParams, weighed: _Weighed) -> tuple[EditParams, State]:
+        with stage("edit: backward and update"):
+            return self._optimizer.descend(params, weighed.state, weighed.objective_E, weighed.active_E)
+
+    def _is_recorded(self) -> bool:
+        """Whether the next step can be started as a whole; after the first of a batch, records it."""
+        if self._recording is None and self._is_worth_recording and self._steps_alike:
+            left = self._max_steps - min(self._progress.steps[member] for member in self._progress.members)
+            if left >= _WORTH_RECORDING:
+                self._record()
+                self._is_worth_recording = self._recording is not None
+        return self._recording is not None
+
+    def _record(self) -> None:
+        """Records a step that leaves what it moves where it was."""
+        assert self._state is not None
+        state = self._state
+        shown: list[_Recording] = []
+
+        def step() -> None:
+            # Leaves of this step alone: autograd remembers on which stream a leaf was first used.
+            params = _alike(self._params)
+            weighed = self._weigh(params, replace(state, delta=_alike(state.delta)), self._optimizer.learns)
+            moved, new = self._descend(params, weighed)
+            shown[:] = [_Recording(weighed.names, weighed.table, weighed.trace)]
+            with torch.no_grad():
+                for name, value in moved.items():
+                    self._params[name].copy_(value)
+                state.copy_(new)
+                self._active_E.copy_(weighed.active_E)
+                self._previous_E.copy_(weighed.loss_E)
+
+        with unmeasured():
+            start = graphs.recorded(step, self._device)
+        self._recording = None if start is None else replace(shown[0], start=start)
+
+    def _replayed(self) -> Trace:
+        assert self._recording is not None
+        with stage("edit: recorded steps"):
+            self._recording.start()
+            self._progress.take_in(self._recording.names, self._recording.table)
+        return self._recording.trace
+
+    def _let_go(self, trace: Trace) -> None:
         """Takes the finished edits out of the batch."""
         assert self._state is not None
-        finished = self._editor.finished(_detached(forwarded), trace, self._batch)
-        steps = self._state.steps_E.tolist()
-        for row in (~self._progress.active_E).nonzero().flatten().tolist():
-            member = self._progress.members[row]
-            self._finished[member] = {
-                name: value[row : row + 1].to(self._results_on, copy=True) for name, value in finished.items()
-            }
-            self._progress.steps[member] = steps[row]
-        stay = self._progress.active_E.nonzero().flatten()
+        progress = self._progress
+        finished = self._editor.finished(_detached(self._params), trace, self._batch)
+        for row, member in enumerate(progress.members):
+            if not progress.is_active[row]:
+                self._finished[member] = {
+                    name: value[row : row + 1].to(self._results_on, copy=True) for name, value in finished.items()
+                }
+        stay = torch.tensor([row for row, active in enumerate(progress.is_active) if active], device=self._device)
+        stay = stay.long()
         self._base_EKTD = None if self._base_EKTD is None else self._base_EKTD[stay]
-        self._progress.keep(stay)
+        progress.keep_active()
         self._origin = {name: value[stay] for name, value in self._origin.items()}
         self._params = {name: value.detach()[stay] for name, value in self._params.items()}
         self._state = self._state.take(stay)
+        self._previous_E = self._previous_E[stay]
 
     def _admit(self) -> None:
         """Fills the places that are free with edits that wait, and gathers what belongs to the batch."""
         progress = self._progress
         staying = len(progress.members)
         progress.admit(self._width - staying)
+        self._recording, self._steps_alike = None, 0
         if not progress.members:
             return
-        members = torch.tensor(progress.members, device=self._all.tokens_EKS.device)
+        members = torch.tensor(progress.members, device=self._device)
         self._batch, self._prefix = self._all.take(members), self._all_prefix.take(members)
         if self._objective.compares:
             with stage("edit: prefix"), torch.no_grad():
@@ -206,8 +300,20 @@ class _Run:
             else:
                 self._origin = self._params = new
                 self._state = self._optimizer.init(new)
-        frozen = self._editor.frozen if self._takes_steps else self._params
-        self._params = _leaves(self._params, frozen)
+        self._active_E = torch.ones(len(members), dtype=torch.bool, device=self._device)
+        self._previous_E = torch.cat(
+            [self._previous_E, self._previous_E.new_full((len(members) - staying,), torch.inf)]
+        )
+        self._params = _leaves(self._params, self._editor.frozen if self._max_steps > 0 else self._params)
+        self._is_worth_recording = (
+            self._max_steps > 0
+            and graphs.are_used(self._device)
+            and is_small(self._backbone, self._editor, self._objective, self._batch, self._prefix)
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        return self._all.tokens_EKS.device
 
     def results(self, edit_ids: tuple[str, ...], seconds: float) -> list[EditResult]:
         return self._progress.results(edit_ids, self._finished, seconds)
@@ -222,84 +328,6 @@ def _leaves(params: EditParams, frozen: Container[str]) -> EditParams:
     return {name: value.detach().clone().requires_grad_(name not in frozen) for name, value in params.items()}
 
 
-class _Progress:
-    """Which edits still move, why the others stopped, and what every step showed."""
-
-    def __init__(self, num_edits: int, device: torch.device, stopping: Stopping, max_steps: int) -> None:
-        self.members: list[int] = []  # of the batch as it is now, by their number among all
-        self.steps = [0] * num_edits
-        self.active_E = torch.ones(0, dtype=torch.bool, device=device)
-        self._waiting = list(range(num_edits))
-        self._stopping, self._max_steps = stopping, max_steps
-        self._previous_E = torch.ones(0, device=device)
-        self._reasons = [""] * num_edits
-        self._curves: list[dict[str, list[float]]] = [{} for _ in range(num_edits)]
-        # An edit's last logged step is the one it stopped at.
-        self._logged_E = self.active_E
-
-    def admit(self, count: int) -> None:
-        """Takes up to `count` of the edits that wait into the batch, behind the others."""
-        new, self._waiting = self._waiting[:count], self._waiting[count:]
-        self.members += new
-        self.active_E = torch.cat([self.active_E, self.active_E.new_ones(len(new))])
-        self._previous_E = torch.cat([self._previous_E, self._previous_E.new_full((len(new),), torch.inf)])
-
-    def keep(self, stay: Tensor) -> None:
-        """Forgets the edits that leave the batch, but for their curves and reasons."""
-        self.members = [self.members[row] for row in stay.tolist()]
-        self.active_E, self._previous_E = self.active_E[stay], self._previous_E[stay]
-
-    def observe(self, terms: Terms, trace: Trace, editor: Editor, steps_E: Tensor) -> None:
-        self._logged_E = self.active_E.cpu()
-        loss_E = terms.total.detach()
-        finite_E = torch.isfinite(loss_E) & torch.isfinite(terms.penalty.detach())
-        self._stop(~finite_E, "failed")
-        if self._stopping.worst_token_nll is not None:
-            self._stop(terms.worst_nll <= self._stopping.worst_token_nll, "worst_token_nll")
-        else:
-            self._stop(editor.converged(loss_E, self._previous_E, terms.all_right, trace), "converged")
-        self._stop(steps_E >= self._max_steps, "max_steps")
-        self._previous_E = loss_E
-
-    def _stop(self, which_E: Tensor, reason: str) -> None:
-        stopping_E = self.active_E & which_E
-        for row in stopping_E.nonzero().flatten().tolist():
-            self._reasons[self.members[row]] = reason
-        self.active_E = self.active_E & ~stopping_E
-
-    def log(self, terms: Terms, moved: dict[str, Tensor]) -> None:
-        columns = {
-            **terms.risks,
-            "penalty": terms.penalty,
-            "worst_nll": terms.worst_nll,
-            **{f"g_{name}": gradient for name, gradient in terms.scale_gradients.items()},
-            **moved,
-        }
-        # One transfer from the device for all of them.
-        table = torch.stack([value.detach().float() for value in columns.values()]).cpu().tolist()
-        for row in self._logged_E.nonzero().flatten().tolist():
-            for name, values in zip(columns, table, strict=True):
-                self._curves[self.members[row]].setdefault(name, []).append(values[row])
-
-    def results(self, edit_ids: tuple[str, ...], finished: dict[int, EditParams], seconds: float) -> list[EditResult]:
-        return [
-            EditResult(
-                edit_id=edit_id,
-                params=finished[index],
-                steps=self.steps[index],
-                stop_reason=self._reasons[index],
-                seconds=seconds,
-                curves=self._curves[index],
-                error=self._failure(index, self.steps[index]),
-            )
-            for index, edit_id in enumerate(edit_ids)
-        ]
-
-    def _failure(self, index: int, steps: int) -> str | None:
-        if self._reasons[index] != "failed":
-            return None
-        last = {
-            name: values[-1] for name, values in self._curves[index].items() if name in ("rel", "loc", "gen", "own")
-        }
-        shown = ", ".join(f"{name}={value:.4g}" for name, value in last.items())
-        return f"the objective is not finite after {steps} steps ({shown}); a lower editor.learning_rate may help."
+def _alike(params: EditParams) -> EditParams:
+    """Leaves on the same memory."""
+    return {name: value.detach().requires_grad_(value.requires_grad) for name, value in params.items()}

@@ -53,6 +53,16 @@ class State:
             delta={name: value[edits].detach().requires_grad_() for name, value in self.delta.items()},
         )
 
+    def copy_(self, other: State) -> None:
+        """Takes the values of a state of the same edits, in the memory that is there."""
+        for name in ("steps_E", "dual_steps_E", "dual_weight_E"):
+            getattr(self, name).copy_(getattr(other, name))
+        for name, pair in self.moments.items():
+            for mine, theirs in zip(pair, other.moments[name], strict=True):
+                mine.copy_(theirs)
+        for name, value in self.delta.items():
+            value.copy_(other.delta[name])
+
 
 class PrimalDual:
     """Steps of E edits; pure: takes and returns parameters and state."""
@@ -96,9 +106,14 @@ class PrimalDual:
             delta=delta,
         )
 
+    @property
+    def learns(self) -> bool:
+        """Whether lambda is learned."""
+        return self._fixed is None
+
     def is_penalised(self, steps: Iterable[int]) -> bool:
         """Whether lambda is learned, and counts for an edit that has taken one of these numbers of steps."""
-        return self._fixed is None and any(self._shares[step] > 0 for step in steps)
+        return self.learns and any(self._shares[step] > 0 for step in steps)
 
     def step(
         self, params: EditParams, origin: EditParams, state: State, terms: Terms, active_E: Tensor
@@ -194,8 +209,9 @@ class PrimalDual:
         return MultiplierNetwork.init(self._config.multiplier, width, num_edits, self._seed, context_EI.device)
 
     def _dual_step(self, state: State, context_EI: Tensor, penalty_E: Tensor, active_E: Tensor) -> State:
-        """`delta <- delta + gamma_2 * grad_delta G` of the active edits whose last primal step had a penalty; by default
-        with the adaptive rate of the IRM-TV code.
+        """`delta <- delta + gamma_2 * grad_delta G` of the active edits whose last primal step had a penalty.
+
+        By default with the adaptive rate of the IRM-TV code.
         """
         active_E = active_E & (state.dual_weight_E > 0)
         names = list(state.delta)

@@ -37,6 +37,16 @@ def measured() -> Iterator[Account]:
 
 
 @contextmanager
+def unmeasured() -> Iterator[None]:
+    """Inside, no stage is timed: where nothing may wait for a GPU."""
+    token = _account.set(None)
+    try:
+        yield
+    finally:
+        _account.reset(token)
+
+
+@contextmanager
 def stage(name: str) -> Iterator[None]:
     """Books the time of the block; costs next to nothing unless `measured`."""
     account = _account.get()

@@ -35,10 +35,20 @@ def width_like_native(
     of_one = _kept(backbone, editor, objective, batch, prefix)
     of_all = num_edits * _kept(backbone, editor, Objective(ObjectiveConfig(name="native")), batch, prefix)
     room = of_all + _LEEWAY.get(device, _LEEWAY["cuda"])
-    # A value that is kept is the result of a product over the hidden size, or enters one: forward and backward.
-    busy = math.ceil(_WORK.get(device, _WORK["cuda"]) / (4 * backbone.hidden_size * of_one))
+    busy = math.ceil(_WORK.get(device, _WORK["cuda"]) / _operations(backbone, of_one))
     width = min(num_edits, max(1, room // of_one, busy))
     return math.ceil(num_edits / math.ceil(num_edits / width))
+
+
+def is_small(backbone: Backbone, editor: Editor, objective: Objective, batch: EditBatch, prefix: Prefix) -> bool:
+    """Whether what a step costs however small it is, is much of what a step of all edits of the batch costs."""
+    kept = batch.num_edits * _kept(backbone, editor, objective, batch, prefix)
+    return _operations(backbone, kept) < _WORK.get(batch.tokens_EKS.device.type, _WORK["cuda"])
+
+
+def _operations(backbone: Backbone, kept: int) -> int:
+    """Of a step: a value that is kept is the result of a product over the hidden size, or enters one, both ways."""
+    return 4 * backbone.hidden_size * kept
 
 
 def _kept(backbone: Backbone, editor: Editor, objective: Objective, batch: EditBatch, prefix: Prefix) -> int:

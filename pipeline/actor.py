@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from odedit import editors
 from odedit.backbones import Backbone, encode_requests
 from odedit.checkpoint import EditInfo, save_edit
-from odedit.editing import EditResult, edit
+from odedit.editing import edit
 from odedit.editors.base import Measuring
 from odedit.edits import REPHRASE_SLOTS, EditBatch, EditRequest, stack_params
 from odedit.errors import InputError
@@ -28,6 +28,7 @@ from odedit.metrics import evaluate
 from odedit.mmedit import RawRecord
 from odedit.objective import CALIBRATION_STATES, Objective, calibrate
 from odedit.pool import image_names, normal, scored_prompts
+from odedit.progress import EditResult
 from odedit.prompts import find_template
 from odedit.stages import stage
 from odedit.supervision import rephrase_distance
