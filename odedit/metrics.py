@@ -59,6 +59,10 @@ class _Readout:
     top_EKSR: Tensor | None
     greedy_EKT: Tensor | None
 
+    def on_host(self) -> _Readout:
+        everywhere, generated = (None if value is None else value.cpu() for value in (self.top_EKSR, self.greedy_EKT))
+        return _Readout(self.top_EKTR.cpu(), everywhere, generated)
+
 
 @torch.no_grad()
 def evaluate(
@@ -97,6 +101,8 @@ def evaluate(
     before = read()
     with editor.applied(backbone, params, batch):
         after = read()
+    # What follows reads single numbers, each of which would wait for a GPU.
+    before, after, batch = before.on_host(), after.on_host(), _on_host(batch)
     rows: list[Row] = []
     for e in range(batch.num_edits):
         row: Row = {}
@@ -114,6 +120,12 @@ def evaluate(
                 row[column] = backbone.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
         rows.append(row)
     return rows
+
+
+def _on_host(batch: EditBatch) -> EditBatch:
+    """With what figures are made from on the CPU."""
+    names = ("present_EK", "real_EKS", "target_EKT", "target_mask_EKT")
+    return replace(batch, **{name: getattr(batch, name).cpu() for name in names})
 
 
 def _top(backbone: Backbone, hidden: Tensor, mask: Tensor) -> Tensor:
