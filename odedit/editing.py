@@ -308,7 +308,7 @@ class _Run:
         self._is_worth_recording = (
             self._max_steps > 0
             and graphs.are_used(self._device)
-            and is_small(self._backbone, self._editor, self._objective, self._batch, self._prefix)
+            and is_small(self._backbone, self._editor, self._objective, self._batch, self._prefix, self._params)
         )
 
     @property

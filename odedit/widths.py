@@ -10,7 +10,7 @@ import math
 
 from odedit.backbones.base import Backbone, Prefix
 from odedit.editors.base import Editor
-from odedit.edits import EDIT, EditBatch, is_locality
+from odedit.edits import EDIT, EditBatch, EditParams, is_locality
 from odedit.objective import Objective, ObjectiveConfig
 
 _KEPT = 12
@@ -40,10 +40,14 @@ def width_like_native(
     return math.ceil(num_edits / math.ceil(num_edits / width))
 
 
-def is_small(backbone: Backbone, editor: Editor, objective: Objective, batch: EditBatch, prefix: Prefix) -> bool:
+def is_small(
+    backbone: Backbone, editor: Editor, objective: Objective, batch: EditBatch, prefix: Prefix, params: EditParams
+) -> bool:
     """Whether what a step costs however small it is, is much of what a step of all edits of the batch costs."""
+    device = batch.tokens_EKS.device.type
     kept = batch.num_edits * _kept(backbone, editor, objective, batch, prefix)
-    return _operations(backbone, kept) < _WORK.get(batch.tokens_EKS.device.type, _WORK["cuda"])
+    is_little_work = _operations(backbone, kept) < _WORK.get(device, _WORK["cuda"])
+    return is_little_work and sum(value.numel() for value in params.values()) < _LEEWAY.get(device, _LEEWAY["cuda"])
 
 
 def _operations(backbone: Backbone, kept: int) -> int:
