@@ -66,7 +66,9 @@ def recorded(work: Callable[[], None], device: torch.device) -> Callable[[], Non
     except RuntimeError as error:
         _kept.has_failed = True
         _kept.last.pop(device, None)
-        _log.warning("The kernels of a step cannot be recorded, and are started one by one: %s", error)
+        # The end of a recording that has failed fails as well.
+        reason = error.__context__ or error
+        _log.warning("The kernels of a step cannot be recorded, and are started one by one: %s", reason)
         return None
     here.wait_stream(stream)
     _kept.last[device] = graph

@@ -287,7 +287,7 @@ def throughput(bench: Bench, out: Path, editors: Sequence[str] = EDITORS, width:
             way = editor, objective
             bench.seconds(*way, requests[:at_once], min(steps, 3), at_once, config)
             with peak_memory(bench.device) as peak:
-                bench.seconds(*way, requests[:at_once], min(steps, 3), at_once, config)
+                bench.seconds(*way, requests[:at_once], steps, at_once, config)
             peaks[objective_name] = weights + peak.bytes
             alone = min(bench.seconds(*way, requests, steps, at_once, config) for _ in range(2))
             full = bench.seconds(*way, with_all, steps, at_once, config)
