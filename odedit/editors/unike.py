@@ -173,7 +173,8 @@ class Unike(Plain):
                 backbone.suffix(backbone.prefix(demonstration, *self.sites))
         weights = self._learned(backbone)
         for layer in self._layers:
-            entering_EKSD = seen[f"{layer}.ffn.in"].reshape(batch.num_edits, 1, -1, seen[f"{layer}.ffn.in"].shape[-1])
+            entering = seen[f"{layer}.ffn.in"].float()
+            entering_EKSD = entering.reshape(batch.num_edits, 1, -1, entering.shape[-1])
             params[f"{layer}.{KEYS}"] = starting_keys(
                 gather_positions(entering_EKSD, demonstration.predict_EKT)[:, 0],
                 demonstration.target_mask_EKT[:, 0],
