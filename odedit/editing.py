@@ -148,6 +148,7 @@ class _Run:
         self._state: State | None = None
         self._previous_E = torch.empty(0, device=batch.tokens_EKS.device)
         self._base_EKTD: Tensor | None = None
+        self._weight_EK: Tensor | None = None
         self._unedited: Unedited | None = None
         # A step of a batch is recorded after a first one like it.
         self._is_worth_recording, self._steps_alike = False, 0
@@ -184,9 +185,10 @@ class _Run:
 
     def _weigh(self, params: EditParams, state: State, is_penalised: bool) -> _Weighed:
         with stage("edit: forward"), self._editor.applied(self._backbone, params, self._batch) as trace:
-            hidden = self._backbone.suffix(self._prefix, self._objective.read(self._batch))
+            prefix, unedited = self._seen(state.steps_E)
+            hidden = self._backbone.suffix(prefix, self._objective.read(self._batch))
         with stage("edit: risks"):
-            terms = self._objective(self._backbone, self._editor, params, trace, self._batch, hidden, self._unedited)
+            terms = self._objective(self._backbone, self._editor, params, trace, self._batch, hidden, unedited)
             stops = self._stops(terms, trace, state.steps_E)
             active_E = self._active_E & ~torch.stack(list(stops.values())).any(dim=0)
             objective_E, state, shown = self._optimizer.weigh(
@@ -203,12 +205,23 @@ class _Run:
             table = torch.stack([value.detach().float() for value in columns.values()])
         return _Weighed(objective_E, state, active_E, terms.total.detach(), table, tuple(columns), trace)
 
+    def _seen(self, steps_E: Tensor) -> tuple[Prefix, Unedited | None]:
+        """What the edits are shown in this step, and what it is compared with."""
+        columns_EK = self._objective.columns_in_turn(self._all.slots, steps_E)
+        if columns_EK is None or self._base_EKTD is None:
+            return self._prefix, self._unedited
+        # Negatives differ in their picture alone: tokens and masks are those of the first.
+        base_EKTD = self._base_EKTD.gather(1, columns_EK[:, :, None, None].expand(-1, -1, *self._base_EKTD.shape[2:]))
+        weight_EK = None if self._weight_EK is None else self._weight_EK.gather(1, columns_EK)
+        unedited = self._objective.unedited(self._backbone, self._batch, base_EKTD, weight_EK)
+        return self._prefix.pick(columns_EK), unedited
+
     def _stops(self, terms: Terms, trace: Trace, steps_E: Tensor) -> dict[str, Tensor]:
         """`(E,)` by reason, the weightiest first."""
         loss_E = terms.total.detach()
         finite_E = torch.isfinite(loss_E) & torch.isfinite(terms.penalty.detach())
         if self._stopping.worst_token_nll is not None:
-            good = {"worst_token_nll": terms.worst_nll <= self._stopping.worst_token_nll}
+            good = {"worst_token_nll": terms.worst_trained_nll <= self._stopping.worst_token_nll}
         else:
             good = {"converged": self._editor.converged(loss_E, self._previous_E, terms.all_right, trace)}
         return {"failed": ~finite_E, **good, "max_steps": steps_E >= self._max_steps}
@@ -269,6 +282,7 @@ class _Run:
         stay = torch.tensor([row for row, active in enumerate(progress.is_active) if active], device=self._device)
         stay = stay.long()
         self._base_EKTD = None if self._base_EKTD is None else self._base_EKTD[stay]
+        self._weight_EK = None if self._weight_EK is None else self._weight_EK[stay]
         progress.keep_active()
         self._origin = {name: value[stay] for name, value in self._origin.items()}
         self._params = {name: value.detach()[stay] for name, value in self._params.items()}
@@ -284,13 +298,19 @@ class _Run:
         if not progress.members:
             return
         members = torch.tensor(progress.members, device=self._device)
-        self._batch, self._prefix = self._all.take(members), self._all_prefix.take(members)
+        batch, self._prefix = self._all.take(members), self._all_prefix.take(members)
+        at_once = self._objective.slots_at_once(batch.slots)
+        self._batch = batch if at_once == batch.slots else batch.select(at_once)
         if self._objective.compares:
             with stage("edit: prefix"), torch.no_grad():
                 if len(members) > staying or self._base_EKTD is None:
                     # In the same batch as under the edit: rounding depends on it, and phi_0 shall differ in nothing.
-                    self._base_EKTD = self._backbone.suffix(self._prefix, self._batch.predict_EKT)
-                self._unedited = self._objective.unedited(self._backbone, self._batch, self._base_EKTD)
+                    self._base_EKTD = self._backbone.suffix(self._prefix, batch.predict_EKT)
+                    self._weight_EK = self._objective.weights_of_locality(self._backbone, batch, self._base_EKTD)
+                if self._batch is batch:
+                    self._unedited = self._objective.unedited(
+                        self._backbone, batch, self._base_EKTD, self._weight_EK
+                    )
         if len(members) > staying:
             rows = members[staying:]
             new = {n: v[rows] for n, v in self._made.items()} if self._made else self._init(self._all.take(rows))

@@ -42,6 +42,7 @@ most with the edit.
 
 REPHRASE_SLOTS = SUPERVISION_SLOTS[1:3]
 LOCALITY_SLOTS = SUPERVISION_SLOTS[3:]
+NEAR = LOCALITY_SLOTS[-1]
 
 RELIABILITY = "rel"
 LOCALITY_PROBES = ("t_loc", "m_loc")
@@ -101,6 +102,7 @@ class EditRequest:
             The edit itself is scored as `rel`.
         task: `vqa` or `caption`, what kind of record it came from.
         meta: Strings carried into the result row as they are (source file, record number, ...).
+        replaced: What the unedited model answers, if it is known.
     """
 
     edit_id: str
@@ -109,6 +111,7 @@ class EditRequest:
     probes: Mapping[str, Probe] = field(default_factory=lambda: MappingProxyType({}))
     task: str = "vqa"
     meta: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    replaced: str | None = None
 
     def __post_init__(self) -> None:
         if not _EDIT_ID.fullmatch(self.edit_id):
@@ -144,6 +147,15 @@ def check_probe_name(name: str) -> None:
         raise ValueError(
             f"unknown probe {name!r}: expected <name>_gen or <name>_loc, optionally with _<detail>, e.g. m_loc_near."
         )
+
+
+def negative_slots(count: int) -> tuple[str, ...]:
+    """What hard negatives are called in a supervision batch: sequences that differ in their picture alone."""
+    return tuple(f"{NEAR}_{number}" for number in range(1, count + 1))
+
+
+def is_negative(slot: str) -> bool:
+    return slot.startswith(f"{NEAR}_")
 
 
 def is_locality(name: str) -> bool:

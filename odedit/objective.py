@@ -3,7 +3,14 @@
 `native` is the base editor's own loss: the likelihood of the edit and the method's own terms. `native_kl` adds R_loc to
 it and nothing else: what a comparison needs to tell what the rest of the objective adds. `odedit` is the
 tripartite risk of arXiv 2601.19700 (eq. 2-6) with the invariance penalty (eq. 9-11); its multiplier belongs to
-`primal_dual`.
+`primal_dual`. `contrast` is ours: the same three regions by what is measured in each,
+
+    G = NLL(edit) + w_gen mean_r NLL(rephrase r) + w_loc sum_k v_k KL(p_k || q_k),
+
+over an unrelated question and hard negatives (see `odedit.negatives`), some of them in each step, all in turn. v_k is 1
+for the unrelated question and 1 - q_k(the answer that the edit replaces) for a negative: a picture that the unedited
+model answers alike shows the same thing. An edit stops when the least likely answer token of edit *and* rephrases has
+come below the threshold.
 """
 
 from __future__ import annotations
@@ -21,7 +28,17 @@ from odedit import mmd, risks
 from odedit.backbones import encode_requests
 from odedit.backbones.base import Backbone
 from odedit.editors.base import Editor, Trace
-from odedit.edits import EDIT, LOCALITY_SLOTS, REPHRASE_SLOTS, Answers, EditBatch, EditParams, EditRequest
+from odedit.edits import (
+    EDIT,
+    LOCALITY_SLOTS,
+    REPHRASE_SLOTS,
+    Answers,
+    EditBatch,
+    EditParams,
+    EditRequest,
+    is_locality,
+    is_negative,
+)
 from odedit.encoding import gather_positions
 from odedit.errors import InputError
 from odedit.irm_tv import MultiplierConfig, tv_penalty
@@ -29,12 +46,13 @@ from odedit.prompts import Template
 from odedit.risks import Risk
 from odedit.token_risks import KL, NLL, TokenRisk, Tokens, token_risks
 
-Name = Literal["native", "native_kl", "odedit"]
+Name = Literal["native", "native_kl", "odedit", "contrast"]
 Kernel = Literal["rbf", "linear", "contrastive"]
 CALIBRATION_STATES = 256
 _TOKENS_AT_ONCE = 1024
 """Tokens whose distributions over the vocabulary are held at a time."""
 _LOCALITY = "locality"
+_REPHRASES = "rephrases"
 
 
 @dataclass(frozen=True)
@@ -42,10 +60,12 @@ class ObjectiveConfig:
     """What an edit is trained with. The paper states no value for most of these; the defaults are ours.
 
     Attributes:
-        name: `native` (the base editor's loss), `native_kl` (the same and R_loc), or `odedit`.
+        name: `native` (the base editor's loss), `native_kl` (the same and R_loc), `odedit`, or `contrast`.
         reliability_weight, locality_weight, generality_weight: Of R_rel, R_loc, R_gen; 0 drops a term, also from the
             environments of the penalty.
-        own_weight: Of the editor's own terms; None: 0 under `odedit`, which replaces them, else 1.
+        own_weight: Of the editor's own terms; None: 0 under `odedit` and `contrast`, which replace them, else 1.
+        negatives: Hard negatives of an edit, under `contrast`.
+        negatives_at_once: How many of them a step sees.
         locality_direction: `edited_first`, KL(edited || base) as in the paper's eq. 3, or `base_first`.
         kernel: Of R_gen: `rbf` (MMD, eq. 4-6), `linear` (MMD), or `contrastive` (the paper's Table 4).
         rephrases: `single` compares the edit with each rephrase by itself and averages; `multiple` pools them (MMD-m).
@@ -65,6 +85,8 @@ class ObjectiveConfig:
     locality_weight: float = 1.0
     generality_weight: float = 1.0
     own_weight: float | None = None
+    negatives: int = 12
+    negatives_at_once: int = 2
     locality_direction: risks.Direction = "edited_first"
     kernel: Kernel = "rbf"
     rephrases: Literal["single", "multiple"] = "single"
@@ -92,10 +114,21 @@ class ObjectiveConfig:
         _require("bandwidths", self.bandwidths, all(b > 0 for b in self.bandwidths), "numbers > 0")
         _require("bandwidths", self.bandwidths, len(self.bandwidths) > 0, "at least one number")
         _require("sigma2_0", self.sigma2_0, self.sigma2_0 is None or self.sigma2_0 > 0, "a number > 0 or null")
+        _require("negatives_at_once", self.negatives_at_once, self.negatives_at_once >= 1, "at least 1")
+        fits = self.negatives >= self.negatives_at_once
+        _require("negatives", self.negatives, fits, f"at least negatives_at_once ({self.negatives_at_once})")
         self.fixed_multiplier()
 
     def check(self, editor: Editor) -> None:
-        """Raises InputError if the editor's edits are nothing that lambda could read."""
+        """Raises InputError if the editor's edits are nothing that lambda could read, or need the same sequences in
+        every step where they take turns.
+        """
+        if self.takes_turns and editor.length_varies:
+            raise InputError(
+                "objective.name: 'contrast' shows an edit other pictures in each step, but with these settings the "
+                "editor keeps what it was shown in the first one; give it a clamp or a mask of entries, or set "
+                "objective.negatives to objective.negatives_at_once."
+            )
         if self.fixed_multiplier() is None and self.multiplier.input == "flat" and editor.length_varies:
             raise InputError(
                 "objective.multiplier.input: got 'flat', but with these settings of the editor an edit is as long as "
@@ -120,7 +153,12 @@ class ObjectiveConfig:
     def effective_own_weight(self) -> float:
         if self.own_weight is not None:
             return self.own_weight
-        return 0.0 if self.name == "odedit" else 1.0
+        return 0.0 if self.name in ("odedit", "contrast") else 1.0
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether a step sees some of the negatives only."""
+        return self.name == "contrast" and self.negatives > self.negatives_at_once
 
     @property
     def weights(self) -> dict[str, float]:
@@ -153,6 +191,7 @@ class Terms:
         scale_gradients: One per environment, by name.
         penalty: `( sum |g| )^2` over the environments.
         worst_nll: Largest NLL among the edit's target tokens.
+        worst_trained_nll: The same, of all answers whose likelihood the objective trains.
         all_right: Whether every target token of the edit is the model's first choice.
     """
 
@@ -161,6 +200,7 @@ class Terms:
     scale_gradients: dict[str, Tensor]
     penalty: Tensor
     worst_nll: Tensor
+    worst_trained_nll: Tensor
     all_right: Tensor
 
 
@@ -172,10 +212,12 @@ class Unedited:
         states_MD: Final hidden states.
         log_q_MV: Log-probabilities; None where so many would not fit: then they are computed from the states each time,
             some at a time.
+        weight_EK: What each sequence of the batch weighs in R_loc; None: all alike.
     """
 
     states_MD: Tensor
     log_q_MV: Tensor | None = None
+    weight_EK: Tensor | None = None
 
 
 class Objective:
@@ -210,11 +252,30 @@ class Objective:
     def slots(self, editor: Editor, batch: EditBatch) -> tuple[str, ...]:
         """The sequences that this objective reads; the others need not run."""
         if self.config.name == "odedit":
-            return batch.slots
+            return tuple(slot for slot in batch.slots if not is_negative(slot))
         wanted = {EDIT, *(editor.own_slots if self.config.effective_own_weight else ())}
         if self.config.name == "native_kl":
             wanted |= set(LOCALITY_SLOTS)
+        if self.config.name == "contrast":
+            wanted |= {*REPHRASE_SLOTS, LOCALITY_SLOTS[0], *filter(is_negative, batch.slots)}
         return tuple(slot for slot in batch.slots if slot in wanted)
+
+    def slots_at_once(self, slots: Sequence[str]) -> tuple[str, ...]:
+        """Those of `slots` that one step sees: of the negatives, which take turns and stand last, the first ones."""
+        negatives = [slot for slot in slots if is_negative(slot)]
+        at_once = self.config.negatives_at_once if self.config.takes_turns else len(negatives)
+        return tuple(slot for slot in slots if slot not in negatives[at_once:])
+
+    def columns_in_turn(self, slots: Sequence[str], steps_E: Tensor) -> Tensor | None:
+        """Which of `slots` each edit sees in its step of this number, `(E, K at once)`; None: all."""
+        seen = self.slots_at_once(slots)
+        if len(seen) == len(slots):
+            return None
+        count = sum(map(is_negative, slots))
+        first, at_once = len(slots) - count, len(seen) - (len(slots) - count)
+        fixed_EK = torch.arange(first, device=steps_E.device).expand(len(steps_E), -1)
+        turn_EK = steps_E.unsqueeze(1) * at_once + torch.arange(at_once, device=steps_E.device)
+        return torch.cat([fixed_EK, first + turn_EK % count], dim=1)
 
     @property
     def compares(self) -> bool:
@@ -254,8 +315,15 @@ class Objective:
         reliability = _of_one(tokens[EDIT], answer)
         locality = generality = Risk(zero_E, zero_E)
         scale_gradients: dict[str, Tensor] = {}
-        if self.compares:
-            locality = _locality(batch, tokens[_LOCALITY])
+        if self.compares and unedited is not None:
+            locality = _locality(batch, tokens[_LOCALITY], unedited.weight_EK)
+        _, nll_M, is_first_M = tokens[EDIT].kept.unbind(-1)
+        worst_E = trained_E = answer.spread(nll_M, -torch.inf).flatten(1).amax(dim=-1)
+        if config.name == "contrast":
+            rephrases = batch.answers(_rephrase_slots(batch))
+            generality = _mean_over_slots(_means(tokens[_REPHRASES], rephrases), rephrases.present_EK)
+            of_rephrases = rephrases.spread(tokens[_REPHRASES].kept[:, 1], -torch.inf)
+            trained_E = torch.maximum(worst_E, of_rephrases.flatten(1).amax(dim=-1))
         if config.name == "odedit":
             generality = self._generality(batch, hidden, states_EKTD)
             regions = {"rel": reliability, "loc": locality, "gen": generality}
@@ -270,30 +338,57 @@ class Objective:
         own_E = editor.own_risk(params, trace, batch) if weights["own"] else zero_E
         values = {"rel": reliability.value, "loc": locality.value, "gen": generality.value, "own": own_E}
         total_E = torch.stack([weights[name] * value for name, value in values.items()]).sum(dim=0)
-        _, nll_M, is_first_M = tokens[EDIT].kept.unbind(-1)
         return Terms(
             risks=values,
             total=total_E,
             scale_gradients=scale_gradients,
             penalty=tv_penalty(list(scale_gradients.values())) if scale_gradients else zero_E,
-            worst_nll=answer.spread(nll_M, -torch.inf).flatten(1).amax(dim=-1),
+            worst_nll=worst_E,
+            worst_trained_nll=trained_E,
             all_right=answer.spread(is_first_M, 1.0).flatten(1).bool().all(dim=-1),
         )
 
-    def unedited(self, backbone: Backbone, batch: EditBatch, states_EKTD: Tensor) -> Unedited | None:
-        """What the terms compare with, from the unedited model's final states at `batch.predict_EKT`."""
+    def unedited(
+        self, backbone: Backbone, batch: EditBatch, states_EKTD: Tensor, weight_EK: Tensor | None = None
+    ) -> Unedited | None:
+        """What the terms compare with, from the unedited model's final states at `batch.predict_EKT`.
+
+        Args:
+            weight_EK: What `weights_of_locality` found.
+        """
         if not self.compares:
             return None
         read = self._read_by_head(batch)
         num_compared = len(read[_LOCALITY].at_M)
         if num_compared > _TOKENS_AT_ONCE:
-            return Unedited(_states_at(states_EKTD, read[_LOCALITY]))
+            return Unedited(_states_at(states_EKTD, read[_LOCALITY]), None, weight_EK)
         with torch.no_grad():
             # The same product as in a step: rounding depends on the number of rows, and Adam makes much of a gradient
             # that should be 0.
             states_MD = _states_at(states_EKTD, *read.values())
             log_q_MV = risks.log_probs(backbone.head(states_MD)[len(states_MD) - num_compared :])
-            return Unedited(states_MD[len(states_MD) - num_compared :], log_q_MV)
+            return Unedited(states_MD[len(states_MD) - num_compared :], log_q_MV, weight_EK)
+
+    @torch.no_grad()
+    def weights_of_locality(self, backbone: Backbone, batch: EditBatch, states_EKTD: Tensor) -> Tensor | None:
+        """What a sequence weighs in R_loc, `(E, K)`: a negative 1 - q(its target), any other 1. None: all alike."""
+        if self.config.name != "contrast":
+            return None
+        negatives = tuple(filter(is_negative, batch.slots))
+        weight_EK = torch.ones(batch.present_EK.shape, device=batch.present_EK.device)
+        if not negatives:
+            return weight_EK
+        answers = batch.answers(negatives)
+        parts = [
+            risks.log_probs(backbone.head(states_CD)).gather(-1, tokens_C.unsqueeze(-1)).squeeze(-1)
+            for states_CD, tokens_C in zip(
+                _states_at(states_EKTD, answers).split(_TOKENS_AT_ONCE),
+                answers.tokens_M.split(_TOKENS_AT_ONCE),
+                strict=True,
+            )
+        ]
+        same_EK = answers.spread(torch.cat(parts)).sum(dim=-1).exp()
+        return weight_EK.index_copy(1, answers.columns_K, 1.0 - same_EK)
 
     def _read_by_head(self, batch: EditBatch) -> dict[str, Answers]:
         """The tokens whose distribution is read, by slot; those of all locality prompts last."""
@@ -301,6 +396,8 @@ class Objective:
         if self.config.name == "odedit" and self.config.environments == "prompts":
             slots += REPHRASE_SLOTS
         read = {slot: batch.answers((slot,)) for slot in slots}
+        if self.config.name == "contrast":
+            read[_REPHRASES] = batch.answers(_rephrase_slots(batch))
         return read | ({_LOCALITY: batch.answers(_locality_slots(batch))} if self.compares else {})
 
     def _tokens(
@@ -309,7 +406,7 @@ class Objective:
         """Risks of single tokens: NLL by slot, KL of all locality prompts. One product with the head for all."""
         read = self._read_by_head(batch)
         several: dict[str, Tokens] = {}
-        smoothing = 0.0 if self.config.name == "odedit" else editor.label_smoothing
+        smoothing = editor.label_smoothing if self.config.name in ("native", "native_kl") else 0.0
         kinds: dict[str, TokenRisk] = {
             name: NLL(answers.tokens_M, smoothing) for name, answers in read.items() if name != _LOCALITY
         }
@@ -341,7 +438,7 @@ class Objective:
         else:
             states, mask = hidden, batch.prompt_EKS & ~batch.image_EKS
         edit = batch.slots.index(EDIT)
-        others = batch.answers(tuple(slot for slot in REPHRASE_SLOTS if slot in batch.slots))
+        others = batch.answers(_rephrase_slots(batch))
         x, x_mask = states[:, edit], mask[:, edit]
         y, y_mask = (values.index_select(1, others.columns_K) for values in (states, mask))
         unlike = None
@@ -378,7 +475,11 @@ def _states_at(states_EKTD: Tensor, *answers: Answers) -> Tensor:
 
 
 def _locality_slots(batch: EditBatch) -> tuple[str, ...]:
-    return tuple(slot for slot in LOCALITY_SLOTS if slot in batch.slots)
+    return tuple(filter(is_locality, batch.slots))
+
+
+def _rephrase_slots(batch: EditBatch) -> tuple[str, ...]:
+    return tuple(slot for slot in REPHRASE_SLOTS if slot in batch.slots)
 
 
 def _means(tokens: Tokens, answers: Answers) -> Risk:
@@ -392,10 +493,16 @@ def _of_one(tokens: Tokens, answer: Answers) -> Risk:
     return Risk(value_E1.squeeze(1), slope_E1.squeeze(1))
 
 
-def _locality(batch: EditBatch, tokens: Tokens) -> Risk:
-    """R_loc: KL at the answer positions, averaged over the locality prompts that the edit has."""
+def _locality(batch: EditBatch, tokens: Tokens, weight_EK: Tensor | None) -> Risk:
+    """R_loc: KL at the answer positions, averaged over the locality prompts that the edit has; the sum where they have
+    weights.
+    """
     answers = batch.answers(_locality_slots(batch))
-    return _mean_over_slots(_means(tokens, answers), answers.present_EK)
+    means = _means(tokens, answers)
+    if weight_EK is None:
+        return _mean_over_slots(means, answers.present_EK)
+    weight_EK = weight_EK.index_select(1, answers.columns_K) * answers.present_EK
+    return Risk((weight_EK * means.value).sum(1), (weight_EK * means.scale_gradient).sum(1))
 
 
 def _mean_over_slots(risk_EK: Risk, present_EK: Tensor) -> Risk:

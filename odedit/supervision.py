@@ -86,7 +86,8 @@ def build_request(
         slots = _with_noise(record.edit_id, slots, supervision, pool)
     locality, drawn_from = _locality(record, edit, probes, own, supervision, pool)
     meta = {"file": record.file, "index": str(record.index)} | ({"pool_record": drawn_from} if drawn_from else {})
-    return EditRequest(record.edit_id, edit, slots | locality, probes, record.task, meta)
+    replaced = record.fields["pred"].strip() or None
+    return EditRequest(record.edit_id, edit, slots | locality, probes, record.task, meta, replaced)
 
 
 class _Pictures:

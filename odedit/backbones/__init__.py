@@ -10,7 +10,8 @@ from torch import Tensor
 
 from odedit import discovery
 from odedit.backbones.base import Backbone, Prefix, Processor, is_connector
-from odedit.edits import EDIT, RELIABILITY, SUPERVISION_SLOTS, EditBatch, EditRequest, Probe
+from odedit.edits import EDIT, RELIABILITY, SUPERVISION_SLOTS, EditBatch, EditRequest, Probe, negative_slots
+from odedit.negatives import NegativePool
 from odedit.prompts import Template
 from odedit.stages import stage
 
@@ -66,15 +67,20 @@ def _find(family: str) -> Any:
 
 
 def encode_requests(
-    backbone: Backbone, requests: Sequence[EditRequest], template: Template, sites: Sequence[str] = ()
+    backbone: Backbone,
+    requests: Sequence[EditRequest],
+    template: Template,
+    sites: Sequence[str] = (),
+    negatives: NegativePool | None = None,
 ) -> tuple[EditBatch, EditBatch]:
     """Encodes what supervises the edits and what judges them; each distinct picture runs the image tower once.
 
     Args:
         sites: What the editor changes. With a site of the connector among them, the features are those that enter it.
+        negatives: Where hard negatives are taken from; its features are made for the same sites.
 
     Returns:
-        The supervision batch (slots `SUPERVISION_SLOTS`) and the evaluation batch (slots `rel` and every probe name
+        The supervision batch (slots `SUPERVISION_SLOTS`, then the negatives) and the evaluation batch (slots `rel` and every probe name
         that occurs, sorted).
     """
     before = any(is_connector(site) for site in sites)
@@ -86,7 +92,7 @@ def encode_requests(
         [request.edit if name == RELIABILITY else request.probes.get(name) for name in metrics] for request in requests
     ]
     return (
-        encode_supervision(backbone, requests, features, template, before),
+        encode_supervision(backbone, requests, features, template, before, negatives),
         backbone.encode(edit_ids, metrics, evaluation, features, template, before),
     )
 
@@ -97,11 +103,27 @@ def encode_supervision(
     features: Mapping[str, Tensor],
     template: Template,
     before_connector: bool = False,
+    negatives: NegativePool | None = None,
 ) -> EditBatch:
-    """The batch of what supervises the edits, slots `SUPERVISION_SLOTS`; arguments as of `Backbone.encode`."""
-    grid = [
-        [request.edit if slot == EDIT else request.supervision.get(slot) for slot in SUPERVISION_SLOTS]
-        for request in requests
+    """The batch of what supervises the edits, slots `SUPERVISION_SLOTS` and then the negatives; arguments as of
+    `Backbone.encode`.
+    """
+    slots = SUPERVISION_SLOTS
+    grid: list[list[Probe | None]] = [
+        [request.edit if slot == EDIT else request.supervision.get(slot) for slot in slots] for request in requests
     ]
+    if negatives is not None:
+        slots = (*slots, *negative_slots(negatives.count))
+        used: dict[str, Tensor] = {}
+        for row, request in zip(grid, requests, strict=True):
+            picture = request.edit.picture
+            row += negatives.probes(request, None if picture is None else features[picture.key])
+            row += [None] * (len(slots) - len(row))
+            used |= {
+                probe.picture.key: negatives.features[probe.picture.key]
+                for probe in row
+                if probe is not None and probe.picture is not None and probe.picture.key in negatives.features
+            }
+        features = {**used, **features}
     edit_ids = [request.edit_id for request in requests]
-    return backbone.encode(edit_ids, SUPERVISION_SLOTS, grid, features, template, before_connector)
+    return backbone.encode(edit_ids, slots, grid, features, template, before_connector)

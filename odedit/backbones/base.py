@@ -67,7 +67,16 @@ class Prefix:
     def take(self, edits: Tensor) -> Prefix:
         """The sequences of the edits with these rows, alone."""
         num_slots = self.shape[1]
-        rows = (edits.unsqueeze(1) * num_slots + torch.arange(num_slots, device=edits.device)).flatten()
+        rows = edits.unsqueeze(1) * num_slots + torch.arange(num_slots, device=edits.device)
+        return self._rows(rows)
+
+    def pick(self, columns_EK: Tensor) -> Prefix:
+        """Of every edit the sequences with these numbers, in this order."""
+        first_E1 = torch.arange(len(columns_EK), device=columns_EK.device).unsqueeze(1) * self.shape[1]
+        return self._rows(first_E1 + columns_EK)
+
+    def _rows(self, rows_EK: Tensor) -> Prefix:
+        rows = rows_EK.flatten()
         rotary = None
         if self.rotary is not None:
             cos, sin = (part if part.shape[0] == 1 else part[rows] for part in self.rotary)
@@ -75,7 +84,7 @@ class Prefix:
         return replace(
             self,
             hidden_RSD=self.hidden_RSD[rows],
-            shape=(len(edits), num_slots),
+            shape=(rows_EK.shape[0], rows_EK.shape[1]),
             rotary=rotary,
             connector=None if self.connector is None else self.connector.take(rows),
         )
