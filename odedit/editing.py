@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from odedit import graphs
-from odedit.backbones.base import Backbone
+from odedit.backbones.base import Backbone, Prefix
 from odedit.editors.base import Editor, Trace
 from odedit.edits import EditBatch, EditParams, stack_params
 from odedit.objective import Objective, Terms, Unedited
@@ -150,6 +150,8 @@ class _Run:
         self._base_EKTD: Tensor | None = None
         self._weight_EK: Tensor | None = None
         self._unedited: Unedited | None = None
+        # Of `_all`'s sequences, of which the batch may show some at a time.
+        self._present_EK = torch.empty(0, 0)
         # A step of a batch is recorded after a first one like it.
         self._is_worth_recording, self._steps_alike = False, 0
         self._recording: _Recording | None = None
@@ -207,7 +209,7 @@ class _Run:
 
     def _seen(self, steps_E: Tensor) -> tuple[Prefix, Unedited | None]:
         """What the edits are shown in this step, and what it is compared with."""
-        columns_EK = self._objective.columns_in_turn(self._all.slots, steps_E)
+        columns_EK = self._objective.columns_in_turn(self._all.slots, self._present_EK, steps_E)
         if columns_EK is None or self._base_EKTD is None:
             return self._prefix, self._unedited
         # Negatives differ in their picture alone: tokens and masks are those of the first.
@@ -300,6 +302,7 @@ class _Run:
         members = torch.tensor(progress.members, device=self._device)
         batch, self._prefix = self._all.take(members), self._all_prefix.take(members)
         at_once = self._objective.slots_at_once(batch.slots)
+        self._present_EK = batch.present_EK
         self._batch = batch if at_once == batch.slots else batch.select(at_once)
         if self._objective.compares:
             with stage("edit: prefix"), torch.no_grad():
@@ -308,9 +311,7 @@ class _Run:
                     self._base_EKTD = self._backbone.suffix(self._prefix, batch.predict_EKT)
                     self._weight_EK = self._objective.weights_of_locality(self._backbone, batch, self._base_EKTD)
                 if self._batch is batch:
-                    self._unedited = self._objective.unedited(
-                        self._backbone, batch, self._base_EKTD, self._weight_EK
-                    )
+                    self._unedited = self._objective.unedited(self._backbone, batch, self._base_EKTD, self._weight_EK)
         if len(members) > staying:
             rows = members[staying:]
             new = {n: v[rows] for n, v in self._made.items()} if self._made else self._init(self._all.take(rows))

@@ -249,6 +249,12 @@ class EditBatch:
         columns = {name: getattr(self, name).index_select(1, index) for name in _PER_SEQUENCE}
         return replace(self, slots=tuple(slots), **columns)
 
+    def pick(self, slots: Sequence[str], columns_EK: Tensor) -> EditBatch:
+        """Of every edit the sequences with these numbers, to go by these names."""
+        rows_E1 = torch.arange(self.num_edits, device=columns_EK.device).unsqueeze(1)
+        columns = {name: getattr(self, name)[rows_E1, columns_EK] for name in _PER_SEQUENCE}
+        return replace(self, slots=tuple(slots), **columns)
+
     def take(self, edits: Tensor) -> EditBatch:
         """The edits with these rows, with all their sequences."""
         columns = {name: getattr(self, name).index_select(0, edits) for name in _PER_SEQUENCE}

@@ -1,9 +1,9 @@
 """Hard negatives: pictures that are near to the edit's own and show something else.
 
 An edit of "who owns this?" spills over to what looks like the thing it is about, and one unrelated picture says little
-about where to. Which pictures are in danger shows in the features that the text model reads: of a pool of pictures those
-are taken that are nearest to the edit's and unlike one another, by maximal marginal relevance. Each next one is nearest
-to the edit, less how near it is to one that was taken already.
+about where to. Which pictures are in danger shows in the features that the text model reads: of a pool of pictures
+those are taken that are nearest to the edit's and unlike one another, by maximal marginal relevance. Each next one is
+nearest to the edit, less how near it is to one that was taken already.
 
 References:
     The Use of MMR, Diversity-Based Reranking for Reordering Documents and Producing Summaries (Carbonell and
@@ -40,17 +40,15 @@ class NegativePool:
         self._mean_D = pooled_ND.mean(0) if features else torch.zeros(1)
         self._unit_ND = functional.normalize(pooled_ND - self._mean_D, dim=1)
 
-    def probes(self, request: EditRequest, feature: Tensor | None) -> list[Probe]:
+    def probes(self, request: EditRequest, feature: Tensor) -> list[Probe]:
         """The edit's own question about up to `count` pictures: the record's own near one first, then the pool's.
 
         Their target, which only says where answers are compared, is the answer that the edit replaces, if it is known:
         a picture for which the unedited model gives it too shows the same thing, and is no negative.
 
         Args:
-            feature: Of the edit's picture; None: it has none, and no picture is near to it.
+            feature: Of the edit's picture, for the same sites as the pool's.
         """
-        if feature is None:
-            return []
         near = request.supervision.get(NEAR)
         own = [near.picture.key] if near is not None and near.picture is not None else []
         taken = {picture.key for picture in request.pictures()}

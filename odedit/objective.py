@@ -31,6 +31,7 @@ from odedit.editors.base import Editor, Trace
 from odedit.edits import (
     EDIT,
     LOCALITY_SLOTS,
+    NEAR,
     REPHRASE_SLOTS,
     Answers,
     EditBatch,
@@ -257,7 +258,7 @@ class Objective:
         if self.config.name == "native_kl":
             wanted |= set(LOCALITY_SLOTS)
         if self.config.name == "contrast":
-            wanted |= {*REPHRASE_SLOTS, LOCALITY_SLOTS[0], *filter(is_negative, batch.slots)}
+            wanted |= {*REPHRASE_SLOTS, LOCALITY_SLOTS[0], *(tuple(filter(is_negative, batch.slots)) or (NEAR,))}
         return tuple(slot for slot in batch.slots if slot in wanted)
 
     def slots_at_once(self, slots: Sequence[str]) -> tuple[str, ...]:
@@ -266,16 +267,27 @@ class Objective:
         at_once = self.config.negatives_at_once if self.config.takes_turns else len(negatives)
         return tuple(slot for slot in slots if slot not in negatives[at_once:])
 
-    def columns_in_turn(self, slots: Sequence[str], steps_E: Tensor) -> Tensor | None:
-        """Which of `slots` each edit sees in its step of this number, `(E, K at once)`; None: all."""
+    def columns_in_turn(self, slots: Sequence[str], present_EK: Tensor, steps_E: Tensor) -> Tensor | None:
+        """Which of `slots` each edit sees in its step of this number, `(E, K at once)`; None: all.
+
+        Args:
+            present_EK: Which of `slots` each edit has; of its negatives, the first ones.
+        """
         seen = self.slots_at_once(slots)
         if len(seen) == len(slots):
             return None
-        count = sum(map(is_negative, slots))
-        first, at_once = len(slots) - count, len(seen) - (len(slots) - count)
+        first = len(slots) - sum(map(is_negative, slots))
+        at_once = len(seen) - first
+        count_E1 = present_EK[:, first:].sum(1, keepdim=True).clamp_min(1)
         fixed_EK = torch.arange(first, device=steps_E.device).expand(len(steps_E), -1)
-        turn_EK = steps_E.unsqueeze(1) * at_once + torch.arange(at_once, device=steps_E.device)
-        return torch.cat([fixed_EK, first + turn_EK % count], dim=1)
+        turn_EK = steps_E.long().unsqueeze(1) * at_once + torch.arange(at_once, device=steps_E.device)
+        return torch.cat([fixed_EK, first + turn_EK % count_E1], dim=1)
+
+    def in_turn(self, batch: EditBatch, turn: int) -> EditBatch:
+        """The batch with what its edits see in the step of this number, for who makes each step's batch anew."""
+        turn_E = torch.full((batch.num_edits,), turn, device=batch.tokens_EKS.device)
+        columns_EK = self.columns_in_turn(batch.slots, batch.present_EK, turn_E)
+        return batch if columns_EK is None else batch.pick(self.slots_at_once(batch.slots), columns_EK)
 
     @property
     def compares(self) -> bool:

@@ -74,8 +74,7 @@ def train(
 
     Args:
         editor: With settings; weights it may hold are not read.
-        objective: If the editor trains with it: replaces the native loss under `odedit`, and adds R_loc to it under
-            `native_kl`.
+        objective: If the editor trains with it: replaces the native loss, or under `native_kl` adds R_loc to it.
         seed: Of the initial weights, the order of the records, and the multiplier network.
         path: File of the training's state: written at every look at the validation records and when interrupted;
             where it exists, training goes on from it. None: nothing is written.
@@ -149,7 +148,7 @@ class _Trainer:
         self._records, self._validation, self._seed = records, validation, seed
         self._settings: TrainingSettings = editor.training
         name = objective.config.name if editor.trains_with_objective else "native"
-        self._with_objective, self._with_locality = name == "odedit", name == "native_kl"
+        self._with_objective, self._with_locality = name in ("odedit", "contrast"), name == "native_kl"
         self._multiplier = SharedMultiplier(objective.config, self._settings.max_steps, seed)
         if self._with_objective and objective.config.fixed_multiplier() is None and not isinstance(editor, Mergeable):
             raise ValueError("penalty='adaptive' reads the change of the weights, which this editor cannot state.")
@@ -175,7 +174,7 @@ class _Trainer:
             batch = self._records.batch(draw(settings.batch_size, len(self._records), first, self._seed))
             editor = self._editor.with_weights(weights)
             if self._with_objective:
-                terms, params = self._terms(editor, batch)
+                terms, params = self._terms(editor, batch, state.step)
                 loss_E, multiplier_E, dual = self._multiplier.penalised(
                     editor, params, terms, dual, state.step, ascend=part == 0
                 )
@@ -229,16 +228,19 @@ class _Trainer:
             loss_E = loss_E + self._objective.config.locality_weight * self._terms(editor, batch)[0].risks["loc"]
         return loss_E
 
-    def _terms(self, editor: Editor, batch: EditBatch) -> tuple[Terms, EditParams]:
+    def _terms(self, editor: Editor, batch: EditBatch, step: int = 0) -> tuple[Terms, EditParams]:
         """The objective of records edited by these weights, and phi_e as the weights make it."""
-        batch = batch.select(self._objective.slots(editor, batch))
+        # A record comes back after as many steps as an epoch has: the number itself might always bring the same turn.
+        turn = zlib.crc32(f"{self._seed} {step}".encode())
+        batch = self._objective.in_turn(batch.select(self._objective.slots(editor, batch)), turn)
         prefix = self._backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise)
         with torch.no_grad():
             base_EKTD = self._backbone.suffix(prefix, batch.predict_EKT)
         params = editor.init(self._backbone, batch)
         with editor.applied(self._backbone, params, batch) as trace:
             hidden = self._backbone.suffix(prefix, self._objective.read(batch))
-        unedited = self._objective.unedited(self._backbone, batch, base_EKTD)
+        weight_EK = self._objective.weights_of_locality(self._backbone, batch, base_EKTD)
+        unedited = self._objective.unedited(self._backbone, batch, base_EKTD, weight_EK)
         return self._objective(self._backbone, editor, params, trace, batch, hidden, unedited), params
 
     def _check_finite(self, loss_E: Tensor, batch: EditBatch, step: int) -> None:

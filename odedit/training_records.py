@@ -12,6 +12,7 @@ from torch import Tensor
 from odedit.backbones import encode_supervision, is_connector
 from odedit.backbones.base import Backbone
 from odedit.edits import EditBatch, EditRequest, Picture, Probe
+from odedit.negatives import NegativePool
 from odedit.prompts import Template
 
 _NO_PIXELS = np.zeros((0, 0, 3), dtype=np.uint8)
@@ -30,10 +31,16 @@ class EncodedRequests:
         template: Template,
         sites: Sequence[str] = (),
         requests: Sequence[EditRequest] = (),
+        negatives: NegativePool | None = None,
     ) -> None:
-        """Args: sites: What the editor changes; decides whether the features are those before the connector."""
+        """
+        Args:
+            sites: What the editor changes; decides whether the features are those before the connector.
+            negatives: Where hard negatives are taken from.
+        """
         self._backbone = backbone
         self._template = template
+        self._negatives = negatives
         self._before = any(is_connector(site) for site in sites)
         self._requests: list[EditRequest] = []
         self._features: dict[str, Tensor] = {}
@@ -58,7 +65,7 @@ class EncodedRequests:
         requests = [self._requests[number] for number in numbers]
         keys = dict.fromkeys(picture.key for request in requests for picture in request.pictures())
         features = {key: self._features[key].to(self._device) for key in keys}
-        return encode_supervision(self._backbone, requests, features, self._template, self._before)
+        return encode_supervision(self._backbone, requests, features, self._template, self._before, self._negatives)
 
 
 def _without_pixels(request: EditRequest) -> EditRequest:

@@ -57,7 +57,7 @@ def _operations(backbone: Backbone, kept: int) -> int:
 
 def _kept(backbone: Backbone, editor: Editor, objective: Objective, batch: EditBatch, prefix: Prefix) -> int:
     """Values of one edit: of layers, and distributions over the vocabulary of the tokens that the head reads."""
-    batch = batch.select(objective.slots(editor, batch))
+    batch = batch.select(objective.slots_at_once(objective.slots(editor, batch)))
     layers, read_EKT = backbone.num_layers - prefix.layer, objective.read(batch)
     is_read_alone = layers == 1 and prefix.at_ffn and editor.positionwise and read_EKT is not None
     positions = (read_EKT if is_read_alone and read_EKT is not None else batch.tokens_EKS)[0].numel()

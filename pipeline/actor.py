@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from odedit import editors
-from odedit.backbones import Backbone, encode_requests
+from odedit.backbones import Backbone, encode_requests, load_processor
 from odedit.checkpoint import EditInfo, save_edit
 from odedit.editing import edit
 from odedit.editors.base import Measuring
@@ -26,6 +26,7 @@ from odedit.errors import InputError
 from odedit.memory import peak_memory
 from odedit.metrics import evaluate
 from odedit.mmedit import RawRecord
+from odedit.negatives import NegativePool
 from odedit.objective import CALIBRATION_STATES, Objective, calibrate
 from odedit.pool import image_names, normal, scored_prompts
 from odedit.progress import EditResult
@@ -36,6 +37,7 @@ from pipeline import results, staging
 from pipeline.attempts import Ledger
 from pipeline.config import BackboneConfig
 from pipeline.features import load_remembering, warn_anew
+from pipeline.negatives import negative_pool
 from pipeline.prepare import Prepared, Preparer, located, one_sentence, write_note, write_traceback
 from pipeline.profile import LOADING
 from pipeline.room import Room
@@ -63,6 +65,7 @@ class EditActor:
         self._editor.check(self._backbone)
         self._room = Room(config.pipeline.at_once, job.device, job.memory_share)
         self._lazy_objective: Objective | None = None
+        self._negatives: NegativePool | None = None
         self._is_measured = not isinstance(self._editor, Measuring)
 
     def __call__(self, prepared: Prepared) -> list[results.Row]:
@@ -147,9 +150,9 @@ class EditActor:
 
     def _edit(self, records: Sequence[RawRecord], requests: Sequence[EditRequest]) -> list[results.Row]:
         config = self._job.config
-        with stage("encode"):
-            supervision, evaluation = self._encode(requests)
         objective = self._objective()
+        with stage("encode"):
+            supervision, evaluation = self._encode(requests, self._negatives)
         width = self._room.width(len(requests), lambda: self._peak_bytes(objective, supervision, 1))
         # They are scored next; together they fit where they moved together.
         place = self._job.device if width >= len(requests) else "cpu"
@@ -196,8 +199,10 @@ class EditActor:
             edit(self._backbone, self._editor, objective.without_warmup(), supervision, stopping, config.seed)
         return peak.bytes
 
-    def _encode(self, requests: Sequence[EditRequest]) -> tuple[EditBatch, EditBatch]:
-        return encode_requests(self._backbone, requests, self._template, self._editor.sites)
+    def _encode(
+        self, requests: Sequence[EditRequest], negatives: NegativePool | None = None
+    ) -> tuple[EditBatch, EditBatch]:
+        return encode_requests(self._backbone, requests, self._template, self._editor.sites, negatives)
 
     def _row(self, record: RawRecord, result: EditResult) -> results.Row:
         error = None if result.error is None else located(record, result.error)
@@ -234,6 +239,7 @@ class EditActor:
     def _objective(self) -> Objective:
         """Made for the first group that has something to edit: a run of unusable records has nothing to measure."""
         if self._lazy_objective is None:
+            self._negatives = self._negative_pool()
             self._lazy_objective = Objective(self._job.config.objective, self._bandwidth())
         if isinstance(self._editor, Measuring) and not self._is_measured:
             unscored = self._unscored()
@@ -241,6 +247,12 @@ class EditActor:
                 self._editor = self._editor.measured(self._backbone, self._encode(unscored)[0])
             self._is_measured = True
         return self._lazy_objective
+
+    def _negative_pool(self) -> NegativePool | None:
+        config, job = self._job.config, self._job
+        pool = staging.read_pool(job.workspace, job.sources)
+        processor = load_processor(config.backbone.family, config.backbone.checkpoint)
+        return negative_pool(config.objective, self._backbone, processor, pool, self._editor.sites)
 
     def _unscored(self) -> list[EditRequest]:
         """Requests of the pool that show nothing the run is scored on: what an editor measures, it edits by.

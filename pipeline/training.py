@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from odedit import editors
 from odedit.addresses import above, below, reason
+from odedit.backbones import load_processor
 from odedit.backbones.base import Backbone
 from odedit.editor_weights import save_weights
 from odedit.editors.base import Trainable
@@ -37,6 +38,7 @@ from pipeline.checkpoints import with_absolute_checkpoints
 from pipeline.config import EMBEDDED, RunConfig
 from pipeline.features import load_remembering, with_checked_store
 from pipeline.interrupts import terminate_as_interrupt
+from pipeline.negatives import negative_pool
 from pipeline.prepare import located
 from pipeline.results import supervision_name
 from pipeline.sources import Sources, absolute
@@ -187,7 +189,12 @@ def _train(
             return Trained(state.best, state)
     template = find_template(config.data.template)
     limits = {"training": config.training.limit, "validation": config.training.validation_limit}
-    encoded = {part: EncodedRequests(backbone, template, editor.sites) for part in found}
+    pool = _pool(config, found["training"])
+    processor = load_processor(config.backbone.family, config.backbone.checkpoint)
+    negatives = None
+    if editor.trains_with_objective:
+        negatives = negative_pool(config.objective, backbone, processor, pool, editor.sites)
+    encoded = {part: EncodedRequests(backbone, template, editor.sites, negatives=negatives) for part in found}
     bandwidth = config.objective.sigma2_0
     with _Bar(console, "record") as bar:
         for part, records in encoded.items():
@@ -228,10 +235,7 @@ def _requests(config: RunConfig, found: Sources, limit: int | None, part: str, s
         InputError: None can be used.
     """
     found.reader.check_roots()
-    assert found.pool is not None
-    pool = Pool.sample(
-        found.pool, found.pool_reader, size=POOL_RECORDS, seed=config.supervision.seed, task=config.data.task
-    )
+    pool = _pool(config, found)
     num_used, problems = 0, []
     for record in read_records(found.path, task=config.data.task, limit=limit):
         if record.problem:
@@ -248,6 +252,13 @@ def _requests(config: RunConfig, found: Sources, limit: int | None, part: str, s
         say(f"{part}: {len(problems)} records skipped; first: {problems[0]}")
     if not num_used:
         raise InputError(f"training.{'path' if part == 'training' else part}: no record can be used; see above.")
+
+
+def _pool(config: RunConfig, found: Sources) -> Pool:
+    assert found.pool is not None
+    return Pool.sample(
+        found.pool, found.pool_reader, size=POOL_RECORDS, seed=config.supervision.seed, task=config.data.task
+    )
 
 
 def _chunks(requests: Iterator[EditRequest]) -> Iterator[Sequence[EditRequest]]:

@@ -80,8 +80,8 @@ def encode_requests(
         negatives: Where hard negatives are taken from; its features are made for the same sites.
 
     Returns:
-        The supervision batch (slots `SUPERVISION_SLOTS`, then the negatives) and the evaluation batch (slots `rel` and every probe name
-        that occurs, sorted).
+        The supervision batch (slots `SUPERVISION_SLOTS`, then the negatives) and the evaluation batch (slots `rel` and
+        every probe name that occurs, sorted).
     """
     before = any(is_connector(site) for site in sites)
     with stage("image features"):
@@ -108,7 +108,7 @@ def encode_supervision(
     """The batch of what supervises the edits, slots `SUPERVISION_SLOTS` and then the negatives; arguments as of
     `Backbone.encode`.
     """
-    slots = SUPERVISION_SLOTS
+    slots: tuple[str, ...] = SUPERVISION_SLOTS
     grid: list[list[Probe | None]] = [
         [request.edit if slot == EDIT else request.supervision.get(slot) for slot in slots] for request in requests
     ]
@@ -117,13 +117,14 @@ def encode_supervision(
         used: dict[str, Tensor] = {}
         for row, request in zip(grid, requests, strict=True):
             picture = request.edit.picture
-            row += negatives.probes(request, None if picture is None else features[picture.key])
+            if picture is not None:
+                feature = features[picture.key]
+                for probe in negatives.probes(request, feature):
+                    row.append(probe)
+                    assert probe.picture is not None, "what differs is the picture"
+                    if (key := probe.picture.key) not in features:
+                        used[key] = negatives.features[key].to(feature.device)
             row += [None] * (len(slots) - len(row))
-            used |= {
-                probe.picture.key: negatives.features[probe.picture.key]
-                for probe in row
-                if probe is not None and probe.picture is not None and probe.picture.key in negatives.features
-            }
         features = {**used, **features}
     edit_ids = [request.edit_id for request in requests]
     return backbone.encode(edit_ids, slots, grid, features, template, before_connector)

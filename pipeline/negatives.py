@@ -1,0 +1,58 @@
+"""The pictures of the pool as hard negatives, read and encoded once for all edits of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from odedit.backbones.base import Backbone, Processor, is_connector
+from odedit.edits import Picture
+from odedit.errors import InputError
+from odedit.images import ImageError
+from odedit.negatives import NegativePool
+from odedit.objective import ObjectiveConfig
+from odedit.pool import Pool
+from odedit.record_fields import image_reference
+
+_PICTURES_AT_ONCE = 32
+
+
+def negative_pool(
+    config: ObjectiveConfig, backbone: Backbone, processor: Processor, pool: Pool | None, sites: Sequence[str]
+) -> NegativePool | None:
+    """Where the objective's hard negatives come from; None if it uses none.
+
+    Args:
+        sites: What the editor changes; decides whether the features are those before the connector.
+
+    Raises:
+        InputError: It needs a pool, and there is none.
+    """
+    if config.name != "contrast":
+        return None
+    if pool is None:
+        raise InputError(
+            "objective.name: 'contrast' compares an edit with pictures of other records, and there are none. Set "
+            "data.pool to a file of other records (the training file)."
+        )
+    before = any(map(is_connector, sites))
+    features = {}
+    pictures = _pictures(pool, processor)
+    while some := list(islice(pictures, _PICTURES_AT_ONCE)):
+        for key, feature in backbone.image_features(some, before).items():
+            features[key] = feature.cpu()
+    return NegativePool(features, config.negatives)
+
+
+def _pictures(pool: Pool, processor: Processor) -> Iterator[Picture]:
+    """Each picture of an edit of the pool that can be read, once."""
+    seen = set()
+    for record in pool.records:
+        reference = image_reference(record.fields["image"])
+        if reference not in seen:
+            seen.add(reference)
+            try:
+                picture = pool.reader.read(reference.path, reference.root)
+            except ImageError:
+                continue  # a record that cannot be used is no negative either
+            yield processor.process(picture)
