@@ -335,7 +335,7 @@ class Objective:
             rephrases = batch.answers(_rephrase_slots(batch))
             generality = _mean_over_slots(_means(tokens[_REPHRASES], rephrases), rephrases.present_EK)
             of_rephrases = rephrases.spread(tokens[_REPHRASES].kept[:, 1], -torch.inf)
-            trained_E = torch.maximum(worst_E, of_rephrases.flatten(1).amax(dim=-1))
+            trained_E = torch.cat([worst_E.unsqueeze(1), of_rephrases.flatten(1)], dim=1).amax(dim=1)
         if config.name == "odedit":
             generality = self._generality(batch, hidden, states_EKTD)
             regions = {"rel": reliability, "loc": locality, "gen": generality}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from odedit import EditRequest, Picture, Probe, find_template
+from odedit.backbones import is_connector
+from odedit.negatives import NegativePool
 
 TEMPLATE = find_template("mmedit")
 
@@ -12,6 +14,12 @@ TEMPLATE = find_template("mmedit")
 def make_picture(number: int) -> Picture:
     pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     return Picture(f"picture-{number}", pixels)
+
+
+def make_pool(backbone, count: int = 4, sites: tuple[str, ...] = ()) -> NegativePool:
+    """Pictures that no request shows, of which each edit gets `count`."""
+    before = any(map(is_connector, sites))
+    return NegativePool(backbone.image_features([make_picture(number) for number in range(700, 712)], before), count)
 
 
 def make_request(number: int, *, full: bool = True) -> EditRequest:

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import reading
 import torch
-from made_up import TEMPLATE
+from made_up import TEMPLATE, make_pool
 from small_editors import SMALL, ready_editor
 
 from odedit import (
@@ -29,7 +29,11 @@ from odedit.editors.base import Mergeable
 from odedit.encoding import gather_positions
 from odedit.risks import reliability
 
-OBJECTIVES = ["native", "odedit"]
+OBJECTIVES = [
+    ObjectiveConfig(name="native", warmup=0.0),
+    ObjectiveConfig(name="odedit", warmup=0.0),
+    ObjectiveConfig(name="contrast", negatives=4, negatives_at_once=2),
+]
 
 
 @pytest.fixture(params=package.names())
@@ -45,7 +49,8 @@ def encoded(backbone, requests_8):
     def encode(editor):
         before = any(is_connector(site) for site in editor.sites)
         if before not in known:
-            known[before] = encode_requests(backbone, requests_8, TEMPLATE, editor.sites)
+            pool = make_pool(backbone, sites=editor.sites)
+            known[before] = encode_requests(backbone, requests_8, TEMPLATE, editor.sites, pool)
         return known[before]
 
     return encode
@@ -137,15 +142,17 @@ def test_positions_behind_a_prompt_are_those_of_the_whole(backbone, editor, enco
     reading.check_behind(backbone, evaluation, editor, stack_params([result.params for result in results]))
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_alone_equals_in_a_batch_of_8(backbone, editor, encoded, requests_8, sigma2_0, name):
+@pytest.mark.parametrize("config", OBJECTIVES, ids=lambda config: config.name)
+def test_alone_equals_in_a_batch_of_8(backbone, editor, encoded, requests_8, sigma2_0, config):
     supervision, evaluation = encoded(editor)
-    objective = Objective(ObjectiveConfig(name=name, warmup=0.0), sigma2_0)
+    objective = Objective(config, sigma2_0)
     stopping = Stopping(max_steps=6, worst_token_nll=0.5)
     together = edit(backbone, editor, objective, supervision, stopping)
     rows = evaluate(backbone, editor, stack_params([result.params for result in together]), evaluation)
     for index in (0, 5, 7):
-        alone_supervision, alone_evaluation = encode_requests(backbone, [requests_8[index]], TEMPLATE, editor.sites)
+        alone_supervision, alone_evaluation = encode_requests(
+            backbone, [requests_8[index]], TEMPLATE, editor.sites, make_pool(backbone, sites=editor.sites)
+        )
         (alone,) = edit(backbone, editor, objective, alone_supervision, stopping)
         assert alone.steps == together[index].steps
         assert alone.stop_reason == together[index].stop_reason
@@ -158,11 +165,11 @@ def test_alone_equals_in_a_batch_of_8(backbone, editor, encoded, requests_8, sig
         assert row == {key: pytest.approx(value) for key, value in rows[index].items()}
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_edits_that_wait_end_as_those_that_did_not(backbone, editor, encoded, sigma2_0, name):
+@pytest.mark.parametrize("config", OBJECTIVES, ids=lambda config: config.name)
+def test_edits_that_wait_end_as_those_that_did_not(backbone, editor, encoded, sigma2_0, config):
     """Three at a time: those that enter later have steps, moments, penalty and multiplier of their own."""
     supervision, _ = encoded(editor)
-    objective = Objective(ObjectiveConfig(name=name, warmup=0.3, ramp=0.3), sigma2_0)
+    objective = Objective(dataclasses.replace(config, warmup=0.3, ramp=0.3), sigma2_0)
     stopping = Stopping(max_steps=6, worst_token_nll=0.5)
     at_once = edit(backbone, editor, objective, supervision, stopping)
     in_turn = edit(backbone, editor, objective, supervision, stopping, width=3)
@@ -202,12 +209,11 @@ def test_a_finished_edit_does_not_move_again(backbone, editor, encoded, sigma2_0
         assert torch.equal(value, cut[index].params[key])
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_same_seed_same_result(backbone, editor, encoded, sigma2_0, name):
+@pytest.mark.parametrize("config", OBJECTIVES, ids=lambda config: config.name)
+def test_same_seed_same_result(backbone, editor, encoded, sigma2_0, config):
     supervision, _ = encoded(editor)
     runs = [
-        edit(backbone, editor, Objective(ObjectiveConfig(name=name), sigma2_0), supervision, Stopping(max_steps=4), 7)
-        for _ in range(2)
+        edit(backbone, editor, Objective(config, sigma2_0), supervision, Stopping(max_steps=4), 7) for _ in range(2)
     ]
     for first, second in zip(*runs, strict=True):
         assert first.curves == second.curves

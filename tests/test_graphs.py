@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from made_up import TEMPLATE
+from made_up import TEMPLATE, make_pool
 from small_editors import ready_editor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -95,13 +95,13 @@ def sigma2_0(backbone, requests_8):
     return calibrate(backbone, requests_8, TEMPLATE)
 
 
-@pytest.mark.parametrize("objective_name", ["native", "odedit"])
+@pytest.mark.parametrize("objective_name", ["native", "odedit", "contrast"])
 @pytest.mark.parametrize("name", ["wise", "tpatcher", "ftl", "lora", "unike"])
 def test_recorded_steps_are_the_steps(backbone, requests_8, sigma2_0, recorded, tmp_path, name, objective_name):
     """Edits stop one after the other, so that the batch is made up anew, and recorded anew."""
     editor = ready_editor(name, backbone, tmp_path)
     objective = Objective(ObjectiveConfig(name=objective_name), sigma2_0)
-    supervision, _ = encode_requests(backbone, requests_8, TEMPLATE, editor.sites)
+    supervision, _ = encode_requests(backbone, requests_8, TEMPLATE, editor.sites, make_pool(backbone, 12))
     free = edit(backbone, editor, objective, supervision, Stopping(12, 1e-9))
     reached = sorted(result.curves["worst_nll"][6] for result in free)
     stopping = Stopping(12, (reached[2] + reached[3]) / 2)

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from made_up import TEMPLATE, make_request
+from made_up import TEMPLATE, make_pool, make_request
 
 from odedit import InputError, Objective, ObjectiveConfig, encode_requests, load_editor
 from odedit.shared_multiplier import Dual, SharedMultiplier
@@ -21,6 +21,7 @@ SETTINGS = {
 }  # fmt: skip
 ODEDIT = ObjectiveConfig(sigma2_0=1.0, warmup=0.0, ramp=0.0)
 NATIVE = ObjectiveConfig(name="native")
+CONTRAST = ObjectiveConfig(name="contrast", negatives=5, negatives_at_once=2)
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +31,14 @@ def sites():
 
 @pytest.fixture(scope="module")
 def records(backbone, sites):
-    return EncodedRequests(backbone, TEMPLATE, sites, [make_request(number) for number in range(5)])
+    pool = make_pool(backbone, 5, sites)
+    return EncodedRequests(backbone, TEMPLATE, sites, [make_request(number) for number in range(5)], pool)
 
 
 @pytest.fixture(scope="module")
 def validation(backbone, sites):
-    return EncodedRequests(backbone, TEMPLATE, sites, [make_request(number) for number in range(5, 8)])
+    pool = make_pool(backbone, 5, sites)
+    return EncodedRequests(backbone, TEMPLATE, sites, [make_request(number) for number in range(5, 8)], pool)
 
 
 def mend(**settings):
@@ -43,7 +46,8 @@ def mend(**settings):
 
 
 def test_records_are_encoded_as_for_an_edit(backbone, records, sites):
-    expected, _ = encode_requests(backbone, [make_request(number) for number in (3, 1)], TEMPLATE, sites)
+    requests = [make_request(number) for number in (3, 1)]
+    expected, _ = encode_requests(backbone, requests, TEMPLATE, sites, make_pool(backbone, 5, sites))
     found = records.batch([3, 1])
     assert found.edit_ids == expected.edit_ids
     assert torch.equal(found.tokens_EKS, expected.tokens_EKS)
@@ -81,7 +85,11 @@ def test_adam_is_that_of_torch():
     torch.testing.assert_close(clipped.first["a"], 0.1 * torch.tensor([0.6, 0.8]))
 
 
-@pytest.mark.parametrize(("objective", "interrupted_after"), [(NATIVE, 4), (ODEDIT, 3)], ids=["native", "odedit"])
+@pytest.mark.parametrize(
+    ("objective", "interrupted_after"),
+    [(NATIVE, 4), (ODEDIT, 3), (CONTRAST, 3)],
+    ids=["native", "odedit", "contrast"],
+)
 def test_resumed_is_uninterrupted_bit_for_bit(backbone, records, validation, tmp_path, objective, interrupted_after):
     whole = train(backbone, mend(), Objective(objective), records, validation, seed=3)
     assert whole.state.step == 6 and whole.state.stop_reason == "max_steps"
@@ -125,7 +133,11 @@ def test_the_best_weights_are_kept_and_training_stops_without_improvement(backbo
     assert float(found) == pytest.approx(trained.state.best_loss, rel=1e-4)
 
 
-@pytest.mark.parametrize("objective", [NATIVE, dataclasses.replace(ODEDIT, penalty="none")], ids=["native", "odedit"])
+@pytest.mark.parametrize(
+    "objective",
+    [NATIVE, dataclasses.replace(ODEDIT, penalty="none"), CONTRAST],
+    ids=["native", "odedit", "contrast"],
+)
 def test_training_lowers_what_it_minimises(backbone, records, validation, objective):
     editor = mend(training_steps=12, validate_every=12, learning_rate=1e-4, rate_learning_rate=1e-3, batch_size=5)
     trained = train(backbone, editor, Objective(objective), records, records)
@@ -133,6 +145,17 @@ def test_training_lowers_what_it_minimises(backbone, records, validation, object
     assert trained.state.best_loss < 0.98 * trained.state.looks[0][1]
     initial = train(backbone, mend(training_steps=1), Objective(objective), records, validation).state
     assert not torch.equal(trained.weights["rate"], initial.best["rate"])
+
+
+def test_a_record_meets_other_negatives_in_other_steps(backbone, records, validation, monkeypatch):
+    seen = []
+    of_turn = Objective.in_turn
+    monkeypatch.setattr(Objective, "in_turn", lambda *given: seen.append(of_turn(*given)) or seen[-1])
+    train(backbone, mend(training_steps=12, batch_size=1, validate_every=100), Objective(CONTRAST), records, validation)
+    of_first = {tuple(batch.features_NLD[batch.picture_EK[0, 4:]].flatten(1).sum(1).tolist()) for batch in seen
+                if batch.edit_ids == ("edit-0",)}  # fmt: skip
+    assert len(of_first) > 1
+    assert {len(batch.slots) for batch in seen} == {6}
 
 
 def test_native_kl_adds_the_locality_risk_alone(backbone, records, validation):

@@ -1,0 +1,206 @@
+"""Hard negatives: which pictures they are, how they take turns, and what the objective makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from made_up import TEMPLATE, make_picture, make_pool, make_request
+from torch.nn import functional
+
+from odedit import EditRequest, InputError, Objective, ObjectiveConfig, Stopping, edit, encode_requests, load_editor
+from odedit.edits import EDIT, SUPERVISION_SLOTS, negative_slots
+from odedit.negatives import NegativePool
+
+CONTRAST = ObjectiveConfig(name="contrast", negatives=5, negatives_at_once=2)
+
+
+@pytest.fixture(scope="module")
+def pool(backbone):
+    return make_pool(backbone, 5)
+
+
+@pytest.fixture(scope="module")
+def supervision(backbone, requests_8, pool):
+    batch, _ = encode_requests(backbone, requests_8, TEMPLATE, negatives=pool)
+    return batch
+
+
+def pooled(features):
+    return torch.stack([feature.float().mean(0) for feature in features.values()])
+
+
+def marginal_relevance(pool, feature, count, taken=()):
+    """By the definition: of what is left, the one whose nearness less its likeness to the chosen is largest."""
+    rows = pooled(pool.features)
+    unit = functional.normalize(rows - rows.mean(0), dim=1)
+    own = functional.normalize(feature.float().mean(0) - rows.mean(0), dim=0)
+    keys, chosen = list(pool.features), []
+    while len(chosen) < count:
+        left = [n for n, key in enumerate(keys) if n not in chosen and key not in taken]
+        gains = [
+            float(unit[n] @ own) - max([float(unit[n] @ unit[c]) for c in chosen if unit[n] @ unit[c] > 0], default=0)
+            for n in left
+        ]
+        chosen.append(left[gains.index(max(gains))])
+    return [keys[n] for n in chosen]
+
+
+def test_the_nearest_pictures_that_are_unlike_one_another_are_taken(backbone, pool):
+    request = make_request(0)
+    request = replace(request, supervision={}, replaced="old answer")
+    feature = backbone.image_features([request.edit.picture])[request.edit.picture.key]
+    probes = pool.probes(request, feature)
+    assert [probe.picture.key for probe in probes] == marginal_relevance(pool, feature, 5)
+    assert {(probe.prompt, probe.target) for probe in probes} == {(request.edit.prompt, "old answer")}
+    nearest = max(pool.features, key=lambda key: float(functional.cosine_similarity(
+        pool.features[key].float().mean(0) - pooled(pool.features).mean(0),
+        feature.float().mean(0) - pooled(pool.features).mean(0), dim=0)))  # fmt: skip
+    assert probes[0].picture.key == nearest
+
+
+def test_the_records_own_negative_comes_first_and_nothing_of_the_record_is_taken_from_the_pool(backbone, pool):
+    request = make_request(0)
+    scored = make_picture(700)
+    request = replace(request, probes={**request.probes, "m_loc_near": replace(request.edit, picture=scored)})
+    feature = backbone.image_features([request.edit.picture])[request.edit.picture.key]
+    keys = [probe.picture.key for probe in pool.probes(request, feature)]
+    assert keys[0] == request.supervision["near_locality"].picture.key
+    assert keys[1:] == marginal_relevance(pool, feature, 4, taken={scored.key})
+    assert {probe.target for probe in pool.probes(request, feature)} == {request.edit.target}, "no answer is known"
+
+
+def test_a_small_pool_gives_what_it_has(backbone, requests_8):
+    small = NegativePool(backbone.image_features([make_picture(700)]), 5)
+    batch, _ = encode_requests(backbone, requests_8, TEMPLATE, negatives=small)
+    negatives = batch.select(negative_slots(5))
+    for row, request in zip(negatives.present_EK.sum(1).tolist(), requests_8, strict=True):
+        assert row == 1 + ("near_locality" in request.supervision)
+    none = NegativePool({}, 5)
+    batch, _ = encode_requests(backbone, requests_8, TEMPLATE, negatives=none)
+    assert batch.select(negative_slots(5)).present_EK.sum(1).max() == 1
+
+
+def test_every_negative_has_its_turn(supervision):
+    objective = Objective(CONTRAST)
+    batch = supervision.select(objective.slots(load_editor("ftl"), supervision))
+    assert batch.slots == (EDIT, "text_rephrase", "image_rephrase", "text_locality", *negative_slots(5))
+    seen = []
+    for step in range(5):
+        steps_E = torch.full((batch.num_edits,), step)
+        columns_EK = objective.columns_in_turn(batch.slots, batch.present_EK, steps_E)
+        assert columns_EK[:, :4].tolist() == [[0, 1, 2, 3]] * batch.num_edits
+        seen += columns_EK[0, 4:].tolist()
+        turn = objective.in_turn(batch, step)
+        assert turn.slots == batch.slots[:6]
+        for row in range(batch.num_edits):
+            alone = batch.select([batch.slots[column] for column in columns_EK[row].tolist()])
+            assert torch.equal(turn.picture_EK[row], alone.picture_EK[row])
+            assert torch.equal(turn.tokens_EKS[row], alone.tokens_EKS[row])
+    assert seen == [4, 5, 6, 7, 8, 4, 5, 6, 7, 8]
+
+
+def test_who_has_fewer_negatives_sees_those_more_often(supervision):
+    objective = Objective(CONTRAST)
+    batch = supervision.select(objective.slots(load_editor("ftl"), supervision))
+    present_EK = batch.present_EK.clone()
+    present_EK[0, 7:] = present_EK[1, 4:] = False
+    steps_E = torch.full((batch.num_edits,), 1)
+    columns_EK = objective.columns_in_turn(batch.slots, present_EK, steps_E)
+    assert columns_EK[0, 4:].tolist() == [6, 4]
+    assert columns_EK[1, 4:].tolist() == [4, 4], "which it has not, so that it counts for nothing"
+
+
+def test_the_terms_are_their_formulas(backbone, supervision):
+    config = replace(CONTRAST, negatives_at_once=5, generality_weight=0.5, locality_weight=2.0)
+    objective, editor = Objective(config), load_editor("ftl")
+    batch = supervision.select(objective.slots(editor, supervision))
+    prefix = backbone.prefix(batch, *editor.sites)
+    params = {name: value + 0.02 for name, value in editor.init(backbone, batch).items()}
+    with torch.no_grad():
+        base = backbone.suffix(prefix, batch.predict_EKT)
+        with editor.applied(backbone, params, batch) as trace:
+            hidden = backbone.suffix(prefix, batch.predict_EKT)
+    weight_EK = objective.weights_of_locality(backbone, batch, base)
+    unedited = objective.unedited(backbone, batch, base, weight_EK)
+    terms = objective(backbone, editor, params, trace, batch, hidden, unedited)
+    log_p, log_q = backbone.head(hidden).log_softmax(-1), backbone.head(base).log_softmax(-1)
+    nll = -log_p.gather(-1, batch.target_EKT.unsqueeze(-1)).squeeze(-1)
+    known = log_q.gather(-1, batch.target_EKT.unsqueeze(-1)).squeeze(-1)
+    for e in range(batch.num_edits):
+        masks = batch.target_mask_EKT[e]
+        rephrases = [k for k in (1, 2) if batch.present_EK[e, k]]
+        total = nll[e, 0][masks[0]].mean() + 0.5 * sum(nll[e, k][masks[k]].mean() for k in rephrases) / len(rephrases)
+        for k in range(3, len(batch.slots)):
+            if batch.present_EK[e, k]:
+                kl = functional.kl_div(log_q[e, k], log_p[e, k], reduction="none", log_target=True)
+                kl = (log_p[e, k].exp() * (log_p[e, k] - log_q[e, k])).sum(-1)[masks[k]].mean()
+                weight = 1.0 if k == 3 else 1.0 - known[e, k][masks[k]].sum().exp()
+                total = total + 2.0 * weight * kl
+        assert float(terms.total[e]) == pytest.approx(float(total), rel=1e-4)
+        worst = max(float(nll[e, k][masks[k]].max()) for k in (0, *rephrases))
+        assert float(terms.worst_trained_nll[e]) == pytest.approx(worst, rel=1e-4)
+        assert float(terms.worst_nll[e]) == pytest.approx(float(nll[e, 0][masks[0]].max()), rel=1e-4)
+    assert not terms.penalty.any()
+
+
+def test_a_negative_that_is_answered_with_what_is_replaced_does_not_count(backbone, supervision, monkeypatch):
+    """Its weight is what the unedited model leaves to other answers."""
+    objective = Objective(CONTRAST)
+    batch = supervision.select(objective.slots(load_editor("ftl"), supervision))
+    states = torch.zeros(*batch.target_EKT.shape, backbone.hidden_size)
+
+    def sure(states_MD):
+        logits = torch.zeros(len(states_MD), backbone.vocabulary_size)
+        answers = batch.answers(tuple(slot for slot in batch.slots if slot in negative_slots(5)))
+        logits[torch.arange(len(logits)), answers.tokens_M] = 100.0
+        return logits
+
+    monkeypatch.setattr(backbone, "head", sure)
+    weights = objective.weights_of_locality(backbone, batch, states)
+    assert (weights[:, :4] == 1).all() and weights[:, 4:][batch.present_EK[:, 4:]].abs().max() < 1e-6
+
+
+def test_an_edit_stops_when_its_rephrases_are_learned_as_well(backbone, pool):
+    batch, _ = encode_requests(backbone, [make_request(0)], TEMPLATE, negatives=pool)
+    alone = batch.select([slot for slot in batch.slots if "rephrase" not in slot])
+    editor = load_editor("ftl", {"learning_rate": 3e-3})
+    objective, stopping = Objective(replace(CONTRAST, locality_weight=0.0)), Stopping(100, 0.5)
+    (result,), (without,) = (edit(backbone, editor, objective, one, stopping) for one in (batch, alone))
+    assert result.stop_reason == without.stop_reason == "worst_token_nll"
+    assert min(result.curves["worst_nll"][:-1]) <= 0.5, "the edit itself was there before"
+    assert min(without.curves["worst_nll"][:-1]) > 0.5
+
+
+def test_without_a_pool_the_records_own_negative_is_what_there_is(backbone, requests_8):
+    batch, _ = encode_requests(backbone, requests_8, TEMPLATE)
+    assert batch.slots == SUPERVISION_SLOTS
+    objective = Objective(CONTRAST)
+    assert "near_locality" in objective.slots(load_editor("ftl"), batch)
+    results = edit(backbone, load_editor("ftl"), objective, batch, Stopping(max_steps=2))
+    assert not any(result.error for result in results)
+
+
+def test_what_cannot_take_turns_says_so(backbone, supervision):
+    wise = load_editor("wise", {"site": "layers.2.ffn.in", "clamp": None, "mask": "columns"})
+    with pytest.raises(InputError, match="shows an edit other pictures in each step"):
+        edit(backbone, wise, Objective(CONTRAST), supervision, Stopping(max_steps=2))
+    whole = Objective(replace(CONTRAST, negatives_at_once=5))
+    assert not any(result.error for result in edit(backbone, wise, whole, supervision, Stopping(max_steps=2)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"negatives_at_once": 0}, "at least 1"), ({"negatives": 1}, r"at least negatives_at_once \(2\)")],
+)
+def test_numbers_of_negatives_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ObjectiveConfig(name="contrast", **settings)
+
+
+def test_text_without_a_picture_has_no_negatives(backbone, pool):
+    request = make_request(0)
+    bare = EditRequest("text", replace(request.edit, picture=None), {}, {})
+    batch, _ = encode_requests(backbone, [request, bare], TEMPLATE, negatives=pool)
+    assert batch.select(negative_slots(5)).present_EK.tolist() == [[True] * 5, [False] * 5]
