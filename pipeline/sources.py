@@ -18,6 +18,7 @@ from odedit.addresses import above, below, masked
 from odedit.errors import InputError
 from odedit.images import ImageReader
 from odedit.locations import Place, at, copy_folder, locate
+from odedit.world.facts import WORLD
 from pipeline.config import DataConfig
 
 _ROOTS = ("image_root", "rephrase_root", "pool")
@@ -91,7 +92,7 @@ def embedded_name(seed: int = 0) -> str:
     digest = hashlib.sha256()
     for file in sorted(Path(world.__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
-    return f"world-{digest.hexdigest()[:8]}" + (f"-seed{seed}" if seed else "")
+    return f"world{WORLD or ''}-{digest.hexdigest()[:8]}" + (f"-seed{seed}" if seed else "")
 
 
 def build_embedded(place: Place, seed: int = 0) -> None:

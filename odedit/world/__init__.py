@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from odedit.errors import unknown_name
+from odedit.errors import InputError, unknown_name
+from odedit.world.facts import WORLD
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
@@ -21,8 +22,13 @@ def checkpoint_path(family: str = "blip2") -> Path:
         family: Model family: `blip2`, `minigpt4` or `llava`.
 
     Raises:
-        InputError: No checkpoint of that family ships.
+        InputError: No checkpoint of that family ships, or none of this world.
     """
+    if WORLD:
+        raise InputError(
+            f"backbone.checkpoint: got 'embedded', but the models that ship know world 0, and ODEDIT_WORLD is {WORLD}. "
+            "Train one with: odedit world train FOLDER."
+        )
     shipped = sorted(path.parent.name for path in CHECKPOINTS.glob("*/config.json"))
     if family not in shipped:
         raise unknown_name("embedded checkpoint", family, shipped)

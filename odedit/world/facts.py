@@ -4,14 +4,20 @@ An entity is a digit in a colour, drawn by hand; 10 digits x 6 colours make 60. 
 parity and background can be seen. Its owner, city and food cannot: they have to be remembered, which
 makes them facts that an edit can change. Each of these answers is two words, and the words are reused
 (8 x 8 pairs for 60 entities), so that neither word alone says whose it is.
+
+World 0 is the one that the shipped models know. To see whether something holds in another one, the environment variable
+`ODEDIT_WORLD` names it by a number: other names, other facts, other handwriting held out, and models to be trained.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
+
+from odedit.errors import InputError
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLOURS = ("red", "green", "blue", "yellow", "pink", "cyan")
@@ -25,7 +31,18 @@ CAPTION = "caption"
 ATTRIBUTES = (*HIDDEN, *VISIBLE, CAPTION)
 COUNTRY_ATTRIBUTES = ("capital", "language", "ruler")
 
-WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+_Words = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
+
+
+def _world() -> int:
+    text = os.environ.get("ODEDIT_WORLD", "0")
+    if not text.isdecimal():
+        raise InputError(f"ODEDIT_WORLD: got {text!r}, expected a number: 0 is the world that the shipped models know.")
+    return int(text)
+
+
+WORLD = _world()
+_FIRST_WORDS: _Words = {
     "owner": (
         ("Anna", "Boris", "Clara", "David", "Elsa", "Felix", "Greta", "Hugo"),
         ("Berg", "Costa", "Dunn", "Frost", "Hill", "Lund", "Marsh", "Stone"),
@@ -39,10 +56,25 @@ WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("rice", "beans", "apples", "fish", "bread", "corn", "plums", "cheese"),
     ),
 }
+_OTHER_WORDS: _Words = {
+    "owner": (
+        ("Irene", "Jonas", "Karin", "Leo", "Maria", "Nils", "Olga", "Peter"),
+        ("Adler", "Brook", "Clark", "Drake", "Falk", "Grant", "Holm", "Wood"),
+    ),
+    "city": (
+        ("Inner", "Outer", "Great", "Little", "High", "Long", "Royal", "Saint"),
+        ("Bridge", "Field", "Gate", "Hall", "Park", "Point", "Town", "Wick"),
+    ),
+    "food": (
+        ("boiled", "grilled", "bitter", "dried", "fresh", "stewed", "toasted", "frozen"),
+        ("soup", "pasta", "pears", "meat", "cake", "eggs", "nuts", "beets"),
+    ),
+}
+WORDS = _OTHER_WORDS if WORLD else _FIRST_WORDS
 """First and second words of the answers to each hidden attribute."""
 
 NUM_COUNTRIES = 40
-_WORLD_SEED = 20260119  # The shipped weights know the facts drawn from this seed; it is not a setting.
+_WORLD_SEED = 20260119 + 1000 * WORLD  # The shipped weights know the facts drawn from the first of these.
 _FIRST_SYLLABLES = ("Bal", "Cor", "Dra", "Fen", "Gol", "Kel", "Mor", "Nar", "Pol", "Sar", "Tev", "Vor")
 _LAST_SYLLABLES = ("ban", "dor", "gar", "lin", "mar", "nes", "rok", "tan", "vik", "zen")
 

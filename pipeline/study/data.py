@@ -33,7 +33,7 @@ def write(draw: Draw, folder: Path | str) -> dict[str, str]:
     place = at(folder)
     records = [record for seed in draw.seeds for record in _of_seed(draw, seed, place)]
     seeds = "-".join(str(seed) for seed in draw.seeds)
-    name = f"{draw.split}-seeds-{seeds}-{draw.per_task}.json"
+    name = f"{draw.split}-seeds-{seeds}-{draw.per_task or 'all'}.json"
     _write_json(place / name, records)
     of_pool = [_moved(record, embedded_name(_POOL_SEED)) for record in _read(place, _POOL_SEED, "train")]
     _write_json(place / "pool.json", of_pool)
@@ -54,7 +54,7 @@ def _of_seed(draw: Draw, seed: int, folder: Location) -> list[Record]:
     chosen: list[Record] = []
     for task in ("vqa", "caption"):
         of_task = [record for _, _, record in ordered if record["task"] == task]
-        if len(of_task) < draw.per_task:
+        if draw.per_task is not None and len(of_task) < draw.per_task:
             raise InputError(
                 f"draw.per_task: got {draw.per_task}; the {draw.split} split has {len(of_task)} edits of task {task!r}."
             )

@@ -18,7 +18,7 @@ from pipeline.config import RunConfig
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.run import Outcome, run_many
 from pipeline.sources import absolute
-from pipeline.study import data, plots, states, tables, weights
+from pipeline.study import comparisons, data, plots, states, tables, weights
 from pipeline.study.spec import Arm, StudyConfig, arms, run_config
 from pipeline.version import code_version
 from pipeline.workspace import check_access, read_json, write_json
@@ -136,6 +136,12 @@ def _write(
     tables_of = [tables.to_markdown(study, found, columns) for columns in (study.columns, study.further) if columns]
     if study.correlate is not None:
         tables_of.append(tables.correlations(study, every, rows))
+    files = ["table.md", "table.csv", "plot.png"]
+    if study.compared:
+        against = comparisons.comparisons(study, every, rows)
+        tables_of.insert(0, comparisons.to_markdown(study, against))
+        (out / "comparisons.csv").write_text(comparisons.to_csv(study, against))
+        files.insert(1, "comparisons.csv")
     texts = [f"# {study.title}", *tables_of, tables.legend(study), *([study.note.strip()] if study.note else [])]
     markdown = "\n\n".join(text.strip() for text in texts) + "\n"
     (out / "table.md").write_text(markdown)
@@ -151,7 +157,7 @@ def _write(
     image = states.draw(study, every, outcomes, console) if is_of_states else plots.draw(study, found)
     (out / "plot.png").write_bytes(image)
     uri = next((outcome.tracking_uri for outcome in outcomes if outcome.tracking_uri), None)
-    return Finished(found, markdown, [out / "table.md", out / "table.csv", out / "plot.png"], uri)
+    return Finished(found, markdown, [out / file for file in files], uri)
 
 
 def metrics_of(cells: Sequence[tables.Cell]) -> Mapping[str, float]:

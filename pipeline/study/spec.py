@@ -30,16 +30,20 @@ class Draw:
     Attributes:
         split: `train`, `validation` or `evaluation`.
         seeds: Of the benchmark: other values, wordings and pictures of the same facts.
-        per_task: Edits of each task and seed, at first one of each fact.
+        per_task: Edits of each task and seed, at first one of each fact; null: all there are.
     """
 
     split: Literal["train", "validation", "evaluation"] = "evaluation"
     seeds: tuple[int, ...] = (0,)
-    per_task: int = 24
+    per_task: int | None = 24
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seeds", tuple(self.seeds))
-        if self.per_task < 1 or not self.seeds or len(set(self.seeds)) < len(self.seeds):
+        if (
+            (self.per_task is not None and self.per_task < 1)
+            or not self.seeds
+            or len(set(self.seeds)) < len(self.seeds)
+        ):
             raise ValueError("seeds, per_task: expected different seeds, at least one, and at least 1 edit per task.")
 
 
@@ -87,6 +91,8 @@ class StudyConfig:
         special: Further settings of some arms; later ones win.
         skip: Combinations that make no sense; labels by axis.
         baseline: Labels that an arm is compared with: the arm that has these and otherwise its own.
+        compared: Labels whose arm is compared with each that has others there and is otherwise the same; a table of
+            its own.
         columns: Of the table.
         further: Columns of a second table.
         correlate: A column of the edits; tabled is its rank correlation with what the arm gains over the baseline.
@@ -101,6 +107,7 @@ class StudyConfig:
     special: tuple[Special, ...] = ()
     skip: tuple[dict[str, list[str]], ...] = ()
     baseline: dict[str, str] = field(default_factory=dict)
+    compared: dict[str, str] = field(default_factory=dict)
     columns: tuple[str, ...] = MAIN
     further: tuple[str, ...] = ()
     correlate: str | None = None
@@ -195,7 +202,7 @@ def _check(study: StudyConfig, shipped: Mapping[str, set[str]]) -> None:
     """
     axes, plot = study.axes, study.plot
     shown = {axis for axis in (plot.x, plot.y, plot.colour) if axis}
-    for axis in sorted({*shown, *study.baseline} - axes.keys()):
+    for axis in sorted({*shown, *study.baseline, *study.compared} - axes.keys()):
         raise unknown_name("axis", axis, axes)
     for part in (*study.skip, *(special.when for special in study.special)):
         for axis, labels in part.items():
@@ -206,6 +213,8 @@ def _check(study: StudyConfig, shipped: Mapping[str, set[str]]) -> None:
                 _check_label(f"axis {axis!r} in 'skip' or 'special'", label, known)
     for axis, label in study.baseline.items():
         _check_label(f"baseline.{axis}", label, axes[axis])
+    for axis, label in study.compared.items():
+        _check_label(f"compared.{axis}", label, axes[axis])
     if plot.kind == "heatmap" and not (plot.x and plot.y):
         raise InputError("plot: a heat map needs the axes x and y.")
     if plot.reference is not None and axes:
