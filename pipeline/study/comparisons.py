@@ -76,7 +76,8 @@ def to_markdown(study: StudyConfig, found: Sequence[Comparison]) -> str:
         lines.append("| " + " | ".join([*labels, against, str(one.n), *(_figure(one, c) for c in columns)]) + " |")
     text = (
         f"What *{name}* gains over the others, both tasks together: mean difference on the same edits ± half of its "
-        "95% interval, clustered by fact. ▲/▼: paired t-test, p < .05 after Holm's correction over all lines of the column."
+        "95% interval, clustered by fact. ▲/▼: paired t-test, p < .05 after Holm's correction over all lines of the "
+        "column."
     )
     return text + "\n\n" + "\n".join(lines) + "\n"
 

@@ -179,6 +179,13 @@ def test_a_fact_has_a_second_edit_only_after_every_fact_had_one(folder: Path) ->
         data.write(Draw(per_task=73), folder)
 
 
+def test_without_a_number_every_edit_is_drawn(folder: Path) -> None:
+    section = data.write(Draw(split="validation", seeds=(0, 1), per_task=None), folder)
+    records = json.loads(Path(section["path"]).read_text())
+    assert Counter(record["task"] for record in records) == {"vqa": 2 * 108, "caption": 2 * 36}
+    assert Path(section["path"]).name == "validation-seeds-0-1-all.json"
+
+
 def test_every_picture_of_drawn_records_and_of_the_pool_is_there(drawn: Any) -> None:
     folder, section, records = drawn
     pool = json.loads(Path(section["pool"]).read_text())

@@ -15,7 +15,7 @@ from scipy import stats
 from odedit.metrics import PairedDifference
 from pipeline import strict
 from pipeline.results import EDITED, FAILED, SKIPPED, Row
-from pipeline.study import plots, tables
+from pipeline.study import comparisons, plots, tables
 from pipeline.study.spec import Arm, StudyConfig, arms
 
 TWO_AXES = {
@@ -229,6 +229,41 @@ def drawn(config: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> Figure:
 
 
 COLUMNS = ["rel", "m_loc"]
+
+
+def test_a_label_is_compared_with_every_other_of_its_axis_over_both_tasks() -> None:
+    config = study(compared={"objective": "ODEdit"})
+    rows = rows_of(config)
+    rows["FT-L_other"][0]["status"] = FAILED
+    found = comparisons.comparisons(config, arms(config), rows)
+    pairs = [(one.arm.name, one.other.name, one.n) for one in found]
+    assert pairs == [
+        ("WISE, ODEdit", "WISE, native", 32),
+        ("WISE, ODEdit", "WISE, other", 32),
+        ("FT-L, ODEdit", "FT-L, native", 32),
+        ("FT-L, ODEdit", "FT-L, other", 31),
+    ]
+    for name in ("rel", "m_loc"):
+        p_values = []
+        for one in found[:3]:
+            values = [np.array([r[name] for r in rows[arm.folder]]) for arm in (one.arm, one.other)]
+            assert one.differences[name].mean == pytest.approx((values[0] - values[1]).mean())
+        for one in found:
+            p_values.append(one.differences[name].p)
+        assert [one.p_holm[name] for one in found] == pytest.approx(holm(p_values))
+    text = comparisons.to_markdown(config, found)
+    assert text.splitlines()[2] == "| editor | against | n | rel | m_loc |"
+    assert text.count("▲") - text.split("\n\n")[0].count("▲") == 4, "rel against each, and nothing else"
+    lines = list(csv.DictReader(io.StringIO(comparisons.to_csv(config, found))))
+    assert len(lines) == 4 * 2
+    first = lines[0]
+    assert (first["editor"], first["objective"], first["against"], first["column"]) == (
+        "WISE",
+        "ODEdit",
+        "native",
+        "rel",
+    )
+    assert float(first["difference"]) == pytest.approx(found[0].differences["rel"].mean, rel=1e-4)
 
 
 def test_dots_have_a_panel_per_task_and_column_and_a_point_per_arm(monkeypatch: pytest.MonkeyPatch) -> None:

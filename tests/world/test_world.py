@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -163,8 +166,37 @@ def test_every_noun_and_frame_is_trained():
 
 
 def test_importing_the_world_is_light():
-    import subprocess
-    import sys
-
     code = "import sys, odedit.world; print([m for m in ('transformers', 'sklearn', 'tokenizers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def in_world(number: str, code: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "ODEDIT_WORLD": number}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_another_world_has_other_names_facts_and_handwriting():
+    code = (
+        "import json; from odedit.world import facts, images, checkpoint_path; from odedit.errors import InputError\n"
+        "try: checkpoint_path()\n"
+        "except InputError as error: told = str(error)\n"
+        "hidden = {a: [facts.answer(e, a) for e in facts.ENTITIES] for a in facts.HIDDEN}\n"
+        "print(json.dumps([hidden, list(facts.COUNTRIES), [x.tolist() for x in images.handwriting().training], told]))"
+    )
+    (hidden, countries, training, told), (third, *_) = (json.loads(in_world(n, code).stdout) for n in ("1", "2"))
+    assert told == (
+        "backbone.checkpoint: got 'embedded', but the models that ship know world 0, and ODEDIT_WORLD is 1. "
+        "Train one with: odedit world train FOLDER."
+    )
+    for attribute, answers in hidden.items():
+        words = {word for answer in answers for word in answer.split()}
+        assert not words & {word for e in facts.ENTITIES for word in facts.answer(e, attribute).split()}
+        assert len(set(answers)) == len(facts.ENTITIES)
+        assert answers != third[attribute] and words == {word for answer in third[attribute] for word in answer.split()}
+    assert set(countries) != set(facts.COUNTRIES)
+    assert training[0] != images.handwriting().training[0].tolist()
+
+
+def test_a_world_is_a_number():
+    done = in_world("other", "import odedit.world")
+    assert "ODEDIT_WORLD: got 'other', expected a number" in done.stderr

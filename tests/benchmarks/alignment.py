@@ -1,0 +1,177 @@
+"""Where each term of an objective pushes: its gradient against those of what an edit is judged by.
+
+    python -m tests.benchmarks.alignment [--editors wise,ftl] [--steps 0,4,8,16] [--edits 48] [--out DIR]
+
+Edits of the embedded world's validation split are taken some steps along the editor's own loss. There, edit by edit,
+the gradient of every term with respect to the edited parameters is compared, by its cosine, with the gradient of the NLL
+of the scored image rephrase (`m_gen`) and with that of the KL of the scored near question (`m_loc_near`). A positive
+cosine: a step down the term is a step down what is scored. MEND's edit is one step of a hypernetwork and has no
+parameters of its own to descend on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from odedit import Objective, ObjectiveConfig, Stopping, calibrate, edit, find_template, load_editor, world
+from odedit.backbones import encode_requests, load_backbone
+from odedit.editors.base import Measuring, Trainable
+from odedit.edits import EDIT, EditBatch, EditParams, EditRequest, stack_params
+from odedit.images import ImageReader
+from odedit.mmedit import read_records
+from odedit.negatives import NegativePool
+from odedit.pool import Pool
+from odedit.supervision import Supervision, build_request
+from tests.benchmarks.tables import show
+
+TEMPLATE = find_template("mmedit")
+EDITORS: dict[str, dict[str, Any]] = {
+    "wise": {"site": "layers.2.ffn.in", "margin_out": 1.1, "margin_in": 4.5, "margin_gap": 2.2},
+    "tpatcher": {},
+    "unike": {"num_layers": 2, "learning_rate": 0.1, "encoder_width": 256, "code_width": 64},
+    "ftl": {"learning_rate": 1e-3},
+}
+NEGATIVES = 12
+JUDGES = ("m_gen", "m_loc_near")
+Gradients = dict[str, Tensor]
+"""Of each term, one row per edit."""
+
+
+class Alignment:
+    """Edits of the embedded world, and the gradients of terms at their parameters."""
+
+    def __init__(self, num_edits: int) -> None:
+        self.backbone: Any = load_backbone("blip2", "embedded")
+        with tempfile.TemporaryDirectory() as folder:
+            paths = world.build(folder)
+            reader = ImageReader(str(paths["images"]), str(paths["images_rephrase"]))
+            pool = Pool.sample(str(paths["train"]), reader)
+            self.of_pool, records = (
+                [build_request(record, reader, Supervision(), pool) for record in read_records(str(paths[part]))]
+                for part in ("train", "validation")
+            )
+        self.requests: list[EditRequest] = records[:num_edits]
+        pictures = [request.edit.picture for request in self.of_pool if request.edit.picture is not None]
+        self.pool = NegativePool(self.backbone.image_features(pictures), NEGATIVES)
+        self.sigma2_0 = calibrate(self.backbone, self.of_pool[:64], TEMPLATE)
+
+    def editor(self, name: str) -> Any:
+        editor: Any = load_editor(name, EDITORS[name])
+        if isinstance(editor, Trainable):
+            # Encoders that have learned nothing: where neurons are put matters little to what moves them.
+            editor = editor.with_weights(editor.initial_weights(self.backbone, 0))
+        if isinstance(editor, Measuring):
+            editor = editor.measured(self.backbone, encode_requests(self.backbone, self.of_pool[:64], TEMPLATE)[0])
+        return editor
+
+    def cosines(self, editor: Any, steps: int) -> dict[str, dict[str, Tensor]]:
+        """By term and judge, `(E,)`."""
+        supervision, evaluation = encode_requests(self.backbone, self.requests, TEMPLATE, editor.sites, self.pool)
+        native = Objective(ObjectiveConfig(name="native"))
+        results = edit(self.backbone, editor, native, supervision, Stopping(steps, 1e-9))
+        start = editor.init(self.backbone, supervision)
+        found = stack_params([result.params for result in results])
+        params = {name: found[name].requires_grad_(name not in editor.frozen) for name in start}
+        terms = self._terms(editor, params, supervision)
+        judges = self._judged(editor, params, evaluation)
+        return {
+            name: {judge: torch.cosine_similarity(gradient, judges[judge], dim=1) for judge in JUDGES}
+            for name, gradient in terms.items()
+        }
+
+    def _terms(self, editor: Any, params: EditParams, supervision: EditBatch) -> Gradients:
+        odedit = ObjectiveConfig(sigma2_0=self.sigma2_0)
+        contrast = ObjectiveConfig(name="contrast", negatives=NEGATIVES, negatives_at_once=NEGATIVES)
+        near = [slot for slot in supervision.slots if slot.startswith("near_locality_")]
+        rephrases, locality = supervision.slots[1:3], supervision.slots[3:6]
+        one_near = supervision.select([EDIT, locality[2]])
+        return {
+            "NLL of the edit": self._gradient(editor, params, supervision.select([EDIT]), contrast, "rel"),
+            "NLL of the rephrases": self._gradient(
+                editor, params, supervision.select([EDIT, *rephrases]), contrast, "gen"
+            ),
+            "MMD of the rephrases": self._gradient(
+                editor, params, supervision.select([EDIT, *rephrases, *locality]), odedit, "gen"
+            ),
+            "KL, unrelated question": self._gradient(
+                editor, params, supervision.select([EDIT, locality[0]]), contrast, "loc"
+            ),
+            "KL, the record's one near picture": self._gradient(editor, params, one_near, contrast, "loc"),
+            f"KL, {NEGATIVES} hard negatives": self._gradient(
+                editor, params, supervision.select([EDIT, *near]), contrast, "loc"
+            ),
+            "penalty": self._gradient(
+                editor, params, supervision.select([EDIT, *rephrases, *locality]), odedit, "penalty"
+            ),
+        }
+
+    def _gradient(
+        self, editor: Any, params: EditParams, batch: EditBatch, config: ObjectiveConfig, term: str
+    ) -> Tensor:
+        objective = Objective(config)
+        prefix = self.backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise)
+        with torch.no_grad():
+            base_EKTD = self.backbone.suffix(prefix, batch.predict_EKT)
+        weight_EK = objective.weights_of_locality(self.backbone, batch, base_EKTD)
+        unedited = objective.unedited(self.backbone, batch, base_EKTD, weight_EK)
+        with editor.applied(self.backbone, params, batch) as trace:
+            hidden = self.backbone.suffix(prefix, objective.read(batch))
+        terms = objective(self.backbone, editor, params, trace, batch, hidden, unedited)
+        return _flat(terms.penalty if term == "penalty" else terms.risks[term], params)
+
+    def _judged(self, editor: Any, params: EditParams, evaluation: EditBatch) -> Gradients:
+        rephrase = replace(evaluation.select(["m_gen"]), slots=(EDIT,))
+        near = replace(evaluation.select(["rel", "m_loc_near"]), slots=(EDIT, "near_locality"))
+        config = ObjectiveConfig(name="contrast")
+        return {
+            "m_gen": self._gradient(editor, params, rephrase, config, "rel"),
+            "m_loc_near": self._gradient(editor, params, near, config, "loc"),
+        }
+
+
+def _flat(risk_E: Tensor, params: EditParams) -> Tensor:
+    """The gradient of every edit's risk with respect to its own parameters, a row each."""
+    moved = [value for value in params.values() if value.requires_grad]
+    parts = torch.autograd.grad(risk_E.sum(), moved, allow_unused=True)
+    rows = [
+        (torch.zeros_like(value) if part is None else part).flatten(1) for value, part in zip(moved, parts, strict=True)
+    ]
+    return torch.cat(rows, dim=1)
+
+
+def _mean(values_E: Tensor) -> str:
+    """`.12 ±.03`: mean and half of the 95% interval, over edits whose two gradients are not 0."""
+    known = values_E[values_E != 0]
+    if len(known) < 2:
+        return "-"
+    return f"{float(known.mean()):+.2f} ±{1.96 * float(known.std()) / math.sqrt(len(known)):.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--editors", default=",".join(EDITORS))
+    parser.add_argument("--steps", default="0,5,10,20")
+    parser.add_argument("--edits", type=int, default=72)
+    parser.add_argument("--out", type=Path, default=Path("bench"))
+    chosen = parser.parse_args()
+    alignment = Alignment(chosen.edits)
+    steps = [int(step) for step in chosen.steps.split(",")]
+    for name in chosen.editors.split(","):
+        editor = alignment.editor(name)
+        found = {step: alignment.cosines(editor, step) for step in steps}
+        for judge in JUDGES:
+            table = [[term, *(_mean(found[step][term][judge]) for step in steps)] for term in found[steps[0]]]
+            title = f"{name}: cosine of a term's gradient with that of {judge}, by step"
+            show(title, ["term", *map(str, steps)], table, chosen.out, f"alignment_{name}_{judge}")
+
+
+if __name__ == "__main__":
+    main()
