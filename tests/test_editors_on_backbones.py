@@ -13,7 +13,7 @@ import pytest
 import reading
 import tiny_models
 import torch
-from made_up import TEMPLATE, make_request
+from made_up import TEMPLATE, make_pool, make_request
 from small_editors import ready_editor
 
 from odedit import (
@@ -198,3 +198,22 @@ def test_an_editor_from_outside_edits_a_family_from_outside(tmp_path):
         torch.testing.assert_close(result.params["gains"][0], -0.1 * gradient, rtol=1e-4, atol=1e-7)
     rows = evaluate(model, editor, stack_params([result.params for result in results]), evaluation, FIGURES)
     assert len(rows) == len(REQUESTS)
+
+
+@pytest.mark.parametrize("objective", ["native", "odedit", "contrast"])
+@pytest.mark.parametrize("name", editors.names())
+def test_a_model_in_half_precision_is_edited_in_single(name, objective, tmp_path):
+    """What moves and every loss are float32 all the same, and the edit learns."""
+    model = load_backbone("blip2", "embedded", dtype="bfloat16")
+    editor = ready_editor(name, model, tmp_path)
+    pool = make_pool(model, 4, editor.sites)
+    supervision, evaluation = encode_requests(model, REQUESTS, TEMPLATE, editor.sites, pool)
+    config = ObjectiveConfig(name=objective, sigma2_0=50.0, warmup=0.0, ramp=0.0, negatives=4)
+    results = edit(model, editor, Objective(config), supervision, Stopping(max_steps=5, worst_token_nll=1e-9))
+    assert [result.error for result in results] == [None] * 3
+    params = stack_params([result.params for result in results])
+    assert {value.dtype for value in params.values() if value.is_floating_point()} == {torch.float32}
+    if editor.max_steps:
+        assert sum(result.curves["rel"][-1] - result.curves["rel"][0] for result in results) < 0
+    rows = evaluate(model, editor, params, evaluation, FIGURES)
+    assert all(0 <= row["rel"] <= 1 for row in rows)
