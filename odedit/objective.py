@@ -63,7 +63,7 @@ class ObjectiveConfig:
     Attributes:
         name: `native` (the base editor's loss), `native_kl` (the same and R_loc), `odedit`, or `contrast`.
         reliability_weight, locality_weight, generality_weight: Of R_rel, R_loc, R_gen; 0 drops a term, also from the
-            environments of the penalty.
+            environments of the penalty. R_loc's may be None: 2 under `contrast`, else 1.
         own_weight: Of the editor's own terms; None: 0 under `odedit` and `contrast`, which replace them, else 1.
         negatives: Hard negatives of an edit, under `contrast`.
         negatives_at_once: How many of them a step sees.
@@ -83,7 +83,7 @@ class ObjectiveConfig:
 
     name: Name = "odedit"
     reliability_weight: float = 1.0
-    locality_weight: float = 1.0
+    locality_weight: float | None = None
     generality_weight: float = 1.0
     own_weight: float | None = None
     negatives: int = 12
@@ -105,10 +105,11 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "bandwidths", tuple(self.bandwidths))
         for name in ("reliability_weight", "locality_weight", "generality_weight", "warmup", "ramp"):
-            _require(name, getattr(self, name), getattr(self, name) >= 0, "a number >= 0")
+            value = getattr(self, name)
+            _require(name, value, value is None or value >= 0, "a number >= 0")
         _require("name", self.name, self.name in get_args(Name), f"one of {', '.join(get_args(Name))}")
         _require("kernel", self.kernel, self.kernel in get_args(Kernel), f"one of {', '.join(get_args(Kernel))}")
-        trained = self.reliability_weight or self.locality_weight or self.generality_weight
+        trained = self.reliability_weight or self.effective_locality_weight or self.generality_weight
         _require("reliability_weight", self.reliability_weight, bool(trained), "not all three risks without weight")
         _require("dual_rate", self.dual_rate, self.dual_rate > 0, "a number > 0")
         _require("warmup + ramp", self.warmup + self.ramp, self.warmup + self.ramp <= 1, "at most 1")
@@ -151,6 +152,12 @@ class ObjectiveConfig:
         return number
 
     @property
+    def effective_locality_weight(self) -> float:
+        if self.locality_weight is not None:
+            return self.locality_weight
+        return 2.0 if self.name == "contrast" else 1.0
+
+    @property
     def effective_own_weight(self) -> float:
         if self.own_weight is not None:
             return self.own_weight
@@ -166,7 +173,7 @@ class ObjectiveConfig:
         """Of every term that can be part of the objective, by its name in `Terms.risks`."""
         return {
             "rel": self.reliability_weight,
-            "loc": self.locality_weight,
+            "loc": self.effective_locality_weight,
             "gen": self.generality_weight,
             "own": self.effective_own_weight,
         }

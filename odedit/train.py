@@ -225,7 +225,8 @@ class _Trainer:
         assert isinstance(editor, Trainable)
         loss_E = editor.native_training_loss(self._backbone, batch)
         if self._with_locality:
-            loss_E = loss_E + self._objective.config.locality_weight * self._terms(editor, batch)[0].risks["loc"]
+            weight = self._objective.config.effective_locality_weight
+            loss_E = loss_E + weight * self._terms(editor, batch)[0].risks["loc"]
         return loss_E
 
     def _terms(self, editor: Editor, batch: EditBatch, step: int = 0) -> tuple[Terms, EditParams]:

@@ -4,9 +4,9 @@
 
 Edits of the embedded world's validation split are taken some steps along the editor's own loss. There, edit by edit,
 the gradient of every term with respect to the edited parameters is compared, by its cosine, with the gradient of the
-NLL of the scored image rephrase (`m_gen`) and with that of the KL of the scored near question (`m_loc_near`). A positive
-cosine: a step down the term is a step down what is scored. MEND's edit is one step of a hypernetwork and has no
-parameters of its own to descend on.
+NLL of the scored image rephrase (`m_gen`) and with that of the KL of the scored near question (`m_loc_near`). A
+positive cosine: a step down the term is a step down what is scored. MEND's edit is one step of a hypernetwork and has
+no parameters of its own to descend on.
 """
 
 from __future__ import annotations

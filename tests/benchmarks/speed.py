@@ -31,10 +31,11 @@ from odedit import (
     load_editor,
     stages,
 )
-from odedit.backbones import encode_requests
+from odedit.backbones import encode_requests, is_connector
 from odedit.editors.base import Measuring, Trainable
-from odedit.edits import stack_params
+from odedit.edits import EditBatch, stack_params
 from odedit.memory import peak_memory
+from odedit.negatives import NegativePool
 from pipeline.prepare import process
 from tests.benchmarks import models
 from tests.benchmarks.floor import EVERYTHING, Floor, product_rate, wait
@@ -44,6 +45,8 @@ from tests.made_up import make_request
 
 EDITORS = ("wise", "tpatcher", "mend", "unike", "ftl", "ftv", "lora")
 STEPS = {"wise": 10, "tpatcher": 40, "mend": 0, "unike": 20, "ftl": 15, "ftv": 15, "lora": 15}
+OBJECTIVES = ("native", "odedit", "contrast")
+POOL = 64
 REPEATS = 3
 """Of what is compared, in turns; the least counts, since a shared machine only ever adds."""
 COMPARED = {"m_loc": "m_loc_far", "m_loc_mmedit": "m_loc_far_mmedit", "m_loc_generated": "m_loc_far_generated"}
@@ -69,6 +72,7 @@ class Bench:
         self.backbone: Any = models.load(size, device=device, dtype=dtype)
         self.device = device
         self.sigma2_0 = calibrate(self.backbone, self.requests(8, 5000), TEMPLATE)
+        self._pools: dict[bool, NegativePool] = {}
 
     def requests(self, count: int, first: int = 0) -> list[EditRequest]:
         """With processed pictures, as the CPU stage of the pipeline hands them over."""
@@ -124,6 +128,21 @@ class Bench:
         wait(self.device)
         return (time.perf_counter() - started) / len(requests)
 
+    def encoded(
+        self, editor: Any, objective: Objective, requests: Sequence[EditRequest]
+    ) -> tuple[EditBatch, EditBatch]:
+        """With hard negatives where the objective reads any; the features of their pool are made once for all runs."""
+        if objective.config.name != "contrast":
+            return encode_requests(self.backbone, requests, TEMPLATE, editor.sites)
+        before = any(map(is_connector, editor.sites))
+        if before not in self._pools:
+            pictures = [
+                request.edit.picture for request in self.requests(POOL, 7000) if request.edit.picture is not None
+            ]
+            features = self.backbone.image_features(pictures, before)
+            self._pools[before] = NegativePool(features, objective.config.negatives)
+        return encode_requests(self.backbone, requests, TEMPLATE, editor.sites, self._pools[before])
+
     def _edit_and_score(
         self,
         editor: Any,
@@ -139,7 +158,7 @@ class Bench:
         for start in range(0, len(requests), width):
             part = requests[start : start + width]
             with stages.stage("encode"):
-                supervision, evaluation = encode_requests(self.backbone, part, TEMPLATE, editor.sites)
+                supervision, evaluation = self.encoded(editor, objective, part)
             edited = edit(self.backbone, editor, objective, supervision, stopping, results_on=self.device)
             with stages.stage("evaluation"):
                 params = stack_params([result.params for result in edited])
@@ -219,49 +238,35 @@ def against_floor(bench: Bench, out: Path, width: int = 8) -> None:
 
 
 def overhead(bench: Bench, out: Path, width: int = 8) -> None:
-    """What ODEdit adds to its base editor at the same number of steps: time of the whole edit, and peak memory."""
+    """What an objective adds to its base editor at the same number of steps: time of the edit, and peak memory."""
     weights = sum(p.numel() * p.element_size() for p in bench.backbone.model.parameters())
     table = []
     for name in EDITORS:
         editor, requests = bench.editor(name), bench.requests(width)
-        seconds: dict[str, list[float]] = {"native": [], "odedit": []}
-        moving: dict[str, list[float]] = {"native": [], "odedit": []}
+        seconds: dict[str, list[float]] = {objective_name: [] for objective_name in OBJECTIVES}
+        moving: dict[str, list[float]] = {objective_name: [] for objective_name in OBJECTIVES}
         peaks = {}
         for _ in range(REPEATS):
-            for objective_name in seconds:
+            for objective_name in OBJECTIVES:
                 found = bench.run(editor, bench.objective(objective_name), requests, STEPS[name], width)
                 seconds[objective_name].append(found.total)
                 moving[objective_name].append(sum(v for k, v in found.seconds.items() if k.startswith("edit: ")))
-        for objective_name in seconds:
-            supervision, _ = encode_requests(bench.backbone, requests, TEMPLATE, editor.sites)
+        for objective_name in OBJECTIVES:
+            objective = bench.objective(objective_name).without_warmup()
+            supervision, _ = bench.encoded(editor, objective, requests)
             with peak_memory(bench.device) as peak:
-                edit(
-                    bench.backbone,
-                    editor,
-                    bench.objective(objective_name).without_warmup(),
-                    supervision,
-                    Stopping(3, 1e-9),
-                )
-            peaks[objective_name] = peak.bytes
+                edit(bench.backbone, editor, objective, supervision, Stopping(3, 1e-9))
+            peaks[objective_name] = weights + peak.bytes
         best = {key: min(values) for key, values in seconds.items()}
         steps = {key: min(values) for key, values in moving.items()}
-        more = (weights + peaks["odedit"]) / (weights + peaks["native"]) - 1
-        table.append([name, STEPS[name], best["native"], best["odedit"], best["odedit"] / best["native"],
-                      steps["odedit"] / steps["native"], (weights + peaks["native"]) / 2**20,
-                      (weights + peaks["odedit"]) / 2**20, f"{100 * more:+.1f} %"])  # fmt: skip
-    columns = [
-        "editor",
-        "steps",
-        "native s/edit",
-        "odedit s/edit",
-        "times",
-        "times, loop alone",
-        "native MiB",
-        "odedit MiB",
-        "memory",
-    ]
-    show("What ODEdit costs", columns, table, out, "overhead")
-    labels = [f"{row[0]} {way}" for row in table for way in ("native", "odedit")]
+        for objective_name in OBJECTIVES[1:]:
+            more = peaks[objective_name] / peaks["native"] - 1
+            table.append([f"{name} {objective_name}", STEPS[name], best["native"], best[objective_name],
+                          best[objective_name] / best["native"], steps[objective_name] / steps["native"],
+                          peaks["native"] / 2**20, peaks[objective_name] / 2**20, f"{100 * more:+.1f} %"])  # fmt: skip
+    of_both = ["native s/edit", "s/edit", "times", "times, loop alone", "native MiB", "MiB", "memory"]
+    show("What an objective costs", ["editor", "steps", *of_both], table, out, "overhead")
+    labels = [f"{row[0]}{way}" for row in table for way in (": native", "")]
     bars("Seconds per edit", labels, {"s": [row[2 + i] for row in table for i in range(2)]}, "s", out / "overhead.png")
 
 
