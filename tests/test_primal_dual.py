@@ -40,6 +40,7 @@ def terms_of(params, penalty_weight=0.0):
         scale_gradients={"rel": gradient},
         penalty=penalty_weight * gradient.square(),
         worst_nll=total.detach(),
+        worst_trained_nll=total.detach(),
         all_right=torch.zeros(len(flat), dtype=torch.bool),
     )
 

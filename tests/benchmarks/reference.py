@@ -83,6 +83,7 @@ class Reference:
             scale_gradients=slopes,
             penalty=tv_penalty(list(slopes.values())),
             worst_nll=nll_T.amax()[None],
+            worst_trained_nll=nll_T.amax()[None],
             all_right=(logits.argmax(-1) == targets).all()[None],
         )
 
