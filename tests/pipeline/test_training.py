@@ -20,7 +20,9 @@ from odedit import InputError
 from odedit.__main__ import app
 from odedit.checkpoint import load_edit
 from odedit.editor_weights import save_weights
+from odedit.edits import EditBatch
 from odedit.mmedit import RawRecord
+from odedit.objective import Objective
 from odedit.training_state import TrainingState
 from pipeline import results, training
 from pipeline.config import RunConfig, from_dict
@@ -72,6 +74,26 @@ def test_trained_weights_edit(
     assert info.editor_config["checkpoint"] == str(weights)
     rows = list(read_rows(outcome.workspace.results.glob("*.parquet"), ["steps", "stop_reason"]))
     assert {row["steps"] for row in rows} == {0}
+
+
+def test_training_takes_hard_negatives_from_the_training_records(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[str]] = []
+    of_turn = Objective.in_turn
+
+    def in_turn(self: Objective, batch: EditBatch, turn: int) -> EditBatch:
+        shown = of_turn(self, batch, turn)
+        seen.append(set(shown.slots))
+        assert bool(shown.select(["near_locality_2"]).present_EK.all())
+        return shown
+
+    monkeypatch.setattr(Objective, "in_turn", in_turn)
+    config, weights = write(tmp_path, values), tmp_path / "weights" / "mend.safetensors"
+    done = odedit("train", "mend", "--config", config, "--out", weights, "objective.name=contrast")
+    assert done.exit_code == 0, (done.output, done.exception)
+    wanted = {"edit", "text_rephrase", "image_rephrase", "text_locality", "near_locality_1", "near_locality_2"}
+    assert seen and all(slots == wanted for slots in seen)
 
 
 def test_an_interrupted_training_is_resumed_by_the_same_command(
