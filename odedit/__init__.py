@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from odedit.edits import EditRequest, Picture, Probe, stack_params
     from odedit.errors import InputError
     from odedit.metrics import EvaluationConfig, evaluate, paired, summarize
+    from odedit.negatives import NegativePool
     from odedit.objective import Objective, ObjectiveConfig, calibrate
     from odedit.progress import EditResult
     from odedit.prompts import find_template
@@ -27,6 +28,7 @@ _HOME = {
     "edits": ("EditRequest", "Picture", "Probe", "stack_params"),
     "errors": ("InputError",),
     "metrics": ("EvaluationConfig", "evaluate", "paired", "summarize"),
+    "negatives": ("NegativePool",),
     "objective": ("Objective", "ObjectiveConfig", "calibrate"),
     "progress": ("EditResult",),
     "prompts": ("find_template",),
@@ -37,6 +39,7 @@ __all__ = [
     "EditResult",
     "EvaluationConfig",
     "InputError",
+    "NegativePool",
     "Objective",
     "ObjectiveConfig",
     "Picture",

@@ -186,8 +186,8 @@ class _Run:
         return weighed.trace
 
     def _weigh(self, params: EditParams, state: State, is_penalised: bool) -> _Weighed:
+        prefix, unedited = self._seen(state.steps_E)
         with stage("edit: forward"), self._editor.applied(self._backbone, params, self._batch) as trace:
-            prefix, unedited = self._seen(state.steps_E)
             hidden = self._backbone.suffix(prefix, self._objective.read(self._batch))
         with stage("edit: risks"):
             terms = self._objective(self._backbone, self._editor, params, trace, self._batch, hidden, unedited)
@@ -206,6 +206,20 @@ class _Run:
             }
             table = torch.stack([value.detach().float() for value in columns.values()])
         return _Weighed(objective_E, state, active_E, terms.total.detach(), table, tuple(columns), trace)
+
+    def _unedited_states(self, batch: EditBatch, num_at_once: int) -> Tensor:
+        """Final states `(E, K, T, D)`, of as many sequences at a time as a step has.
+
+        Rounding depends on that, and phi_0 shall differ in nothing; and no more is held at a time than in a step.
+        """
+        num_slots, parts = len(batch.slots), []
+        for first in range(0, num_slots, num_at_once):
+            columns_K = torch.arange(first, first + num_at_once, device=self._device) % num_slots
+            prefix = (
+                self._prefix if num_slots == num_at_once else self._prefix.pick(columns_K.expand(batch.num_edits, -1))
+            )
+            parts.append(self._backbone.suffix(prefix, batch.predict_EKT.index_select(1, columns_K)))
+        return torch.cat(parts, dim=1)[:, :num_slots]
 
     def _seen(self, steps_E: Tensor) -> tuple[Prefix, Unedited | None]:
         """What the edits are shown in this step, and what it is compared with."""
@@ -307,8 +321,7 @@ class _Run:
         if self._objective.compares:
             with stage("edit: prefix"), torch.no_grad():
                 if len(members) > staying or self._base_EKTD is None:
-                    # In the same batch as under the edit: rounding depends on it, and phi_0 shall differ in nothing.
-                    self._base_EKTD = self._backbone.suffix(self._prefix, batch.predict_EKT)
+                    self._base_EKTD = self._unedited_states(batch, len(at_once))
                     self._weight_EK = self._objective.weights_of_locality(self._backbone, batch, self._base_EKTD)
                 if self._batch is batch:
                     self._unedited = self._objective.unedited(self._backbone, batch, self._base_EKTD, self._weight_EK)

@@ -102,7 +102,7 @@ class EditRequest:
             The edit itself is scored as `rel`.
         task: `vqa` or `caption`, what kind of record it came from.
         meta: Strings carried into the result row as they are (source file, record number, ...).
-        replaced: What the unedited model answers, if it is known.
+        replaced: What the unedited model is said to answer, if anything is said.
     """
 
     edit_id: str
@@ -155,6 +155,7 @@ def negative_slots(count: int) -> tuple[str, ...]:
 
 
 def is_negative(slot: str) -> bool:
+    """Whether a slot is one of `negative_slots`."""
     return slot.startswith(f"{NEAR}_")
 
 

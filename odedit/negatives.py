@@ -2,8 +2,9 @@
 
 An edit of "who owns this?" spills over to what looks like the thing it is about, and one unrelated picture says little
 about where to. Which pictures are in danger shows in the features that the text model reads: of a pool of pictures
-those are taken that are nearest to the edit's and unlike one another, by maximal marginal relevance. Each next one is
-nearest to the edit, less how near it is to one that was taken already.
+those are taken that are nearest to the edit's and unlike one another, by maximal marginal relevance: each next one has
+the largest cosine with the edit's picture, less its largest with one of the pool that was taken already, if that is
+above 0. For an editor of the connector the features are those that enter it.
 
 References:
     The Use of MMR, Diversity-Based Reranking for Reordering Documents and Producing Summaries (Carbonell and
@@ -43,8 +44,9 @@ class NegativePool:
     def probes(self, request: EditRequest, feature: Tensor) -> list[Probe]:
         """The edit's own question about up to `count` pictures: the record's own near one first, then the pool's.
 
-        Their target, which only says where answers are compared, is the answer that the edit replaces, if it is known:
-        a picture for which the unedited model gives it too shows the same thing, and is no negative.
+        Their target, which says where answers are compared and what weighs a negative down, is the answer that the
+        edit replaces: a picture for which the unedited model gives it too shows the same thing, and is no negative.
+        Where nothing is said of it, the edit's own target stands in.
 
         Args:
             feature: Of the edit's picture, for the same sites as the pool's.

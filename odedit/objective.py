@@ -8,9 +8,10 @@ tripartite risk of arXiv 2601.19700 (eq. 2-6) with the invariance penalty (eq. 9
     G = NLL(edit) + w_gen mean_r NLL(rephrase r) + w_loc sum_k v_k KL(p_k || q_k),
 
 over an unrelated question and hard negatives (see `odedit.negatives`), some of them in each step, all in turn. v_k is 1
-for the unrelated question and 1 - q_k(the answer that the edit replaces) for a negative: a picture that the unedited
-model answers alike shows the same thing. An edit stops when the least likely answer token of edit *and* rephrases has
-come below the threshold.
+for the unrelated question and 1 - q_k(o) for a negative, where o is the answer that the edit replaces: a picture that
+the unedited model answers alike shows the same thing. q_k(o) is the probability of the whole answer, near 0 for a long
+one whatever the picture shows. An edit stops when the least likely answer token of edit *and* rephrases has come below
+the threshold.
 """
 
 from __future__ import annotations
@@ -294,7 +295,13 @@ class Objective:
         """The batch with what its edits see in the step of this number, for who makes each step's batch anew."""
         turn_E = torch.full((batch.num_edits,), turn, device=batch.tokens_EKS.device)
         columns_EK = self.columns_in_turn(batch.slots, batch.present_EK, turn_E)
-        return batch if columns_EK is None else batch.pick(self.slots_at_once(batch.slots), columns_EK)
+        if columns_EK is None:
+            return batch
+        seen = batch.select(self.slots_at_once(batch.slots))
+        # Who has fewer negatives than a step shows does not see one twice.
+        return replace(
+            batch.pick(seen.slots, columns_EK), present_EK=seen.present_EK, target_mask_EKT=seen.target_mask_EKT
+        )
 
     @property
     def compares(self) -> bool:
@@ -334,15 +341,17 @@ class Objective:
         reliability = _of_one(tokens[EDIT], answer)
         locality = generality = Risk(zero_E, zero_E)
         scale_gradients: dict[str, Tensor] = {}
-        if self.compares and unedited is not None:
+        if self.compares:
+            assert unedited is not None, "what is compared with"
             locality = _locality(batch, tokens[_LOCALITY], unedited.weight_EK)
         _, nll_M, is_first_M = tokens[EDIT].kept.unbind(-1)
         worst_E = trained_E = answer.spread(nll_M, -torch.inf).flatten(1).amax(dim=-1)
         if config.name == "contrast":
             rephrases = batch.answers(_rephrase_slots(batch))
             generality = _mean_over_slots(_means(tokens[_REPHRASES], rephrases), rephrases.present_EK)
-            of_rephrases = rephrases.spread(tokens[_REPHRASES].kept[:, 1], -torch.inf)
-            trained_E = torch.cat([worst_E.unsqueeze(1), of_rephrases.flatten(1)], dim=1).amax(dim=1)
+            if weights["gen"]:
+                of_rephrases = rephrases.spread(tokens[_REPHRASES].kept[:, 1], -torch.inf)
+                trained_E = torch.cat([worst_E.unsqueeze(1), of_rephrases.flatten(1)], dim=1).amax(dim=1)
         if config.name == "odedit":
             generality = self._generality(batch, hidden, states_EKTD)
             regions = {"rel": reliability, "loc": locality, "gen": generality}
@@ -390,11 +399,17 @@ class Objective:
 
     @torch.no_grad()
     def weights_of_locality(self, backbone: Backbone, batch: EditBatch, states_EKTD: Tensor) -> Tensor | None:
-        """What a sequence weighs in R_loc, `(E, K)`: a negative 1 - q(its target), any other 1. None: all alike."""
+        """What a sequence weighs in R_loc, `(E, K)`, under `contrast`; None: all alike.
+
+        A negative weighs 1 - q(its target), the unrelated question 1, and so does the record's own near one where there
+        are no negatives. What only the editor's own terms read weighs nothing.
+        """
         if self.config.name != "contrast":
             return None
         negatives = tuple(filter(is_negative, batch.slots))
-        weight_EK = torch.ones(batch.present_EK.shape, device=batch.present_EK.device)
+        whole = (LOCALITY_SLOTS[0],) if negatives else (LOCALITY_SLOTS[0], NEAR)
+        weight_K = torch.tensor([float(slot in whole) for slot in batch.slots], device=batch.present_EK.device)
+        weight_EK = weight_K.expand(batch.present_EK.shape)
         if not negatives:
             return weight_EK
         answers = batch.answers(negatives)

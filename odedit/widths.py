@@ -1,7 +1,8 @@
 """How many edits move together, so that an objective takes hardly more memory than the base editor's own loss.
 
 ODEdit reads six sequences of an edit where most editors read one, and what a sequence keeps for its gradient is most of
-what a step holds. Edits are independent, so fewer of them may move at a time; each still is work enough.
+what a step holds (hard negatives whose turn it is not keep nothing). Edits are independent, so fewer of them may move
+at a time; each still is work enough.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from odedit import editors
-from odedit.backbones import Backbone, encode_requests, load_processor
+from odedit.backbones import Backbone, encode_requests
 from odedit.checkpoint import EditInfo, save_edit
 from odedit.editing import edit
 from odedit.editors.base import Measuring
@@ -28,7 +28,7 @@ from odedit.metrics import evaluate
 from odedit.mmedit import RawRecord
 from odedit.negatives import NegativePool
 from odedit.objective import CALIBRATION_STATES, Objective, calibrate
-from odedit.pool import image_names, normal, scored_prompts
+from odedit.pool import Pool, image_names, normal, scored_prompts
 from odedit.progress import EditResult
 from odedit.prompts import find_template
 from odedit.stages import stage
@@ -249,10 +249,12 @@ class EditActor:
         return self._lazy_objective
 
     def _negative_pool(self) -> NegativePool | None:
-        config, job = self._job.config, self._job
-        pool = staging.read_pool(job.workspace, job.sources)
-        processor = load_processor(config.backbone.family, config.backbone.checkpoint)
-        return negative_pool(config.objective, self._backbone, processor, pool, self._editor.sites)
+        job = self._job
+
+        def pool() -> Pool | None:
+            return staging.read_pool(job.workspace, job.sources)
+
+        return negative_pool(job.config.objective, self._backbone, pool, self._editor.sites)
 
     def _unscored(self) -> list[EditRequest]:
         """Requests of the pool that show nothing the run is scored on: what an editor measures, it edits by.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 
 from odedit.backbones.base import Backbone, Processor, is_connector
@@ -18,11 +19,12 @@ _PICTURES_AT_ONCE = 32
 
 
 def negative_pool(
-    config: ObjectiveConfig, backbone: Backbone, processor: Processor, pool: Pool | None, sites: Sequence[str]
+    config: ObjectiveConfig, backbone: Backbone, read_pool: Callable[[], Pool | None], sites: Sequence[str]
 ) -> NegativePool | None:
     """Where the objective's hard negatives come from; None if it uses none.
 
     Args:
+        read_pool: Other records; asked if they are needed.
         sites: What the editor changes; decides whether the features are those before the connector.
 
     Raises:
@@ -30,6 +32,7 @@ def negative_pool(
     """
     if config.name != "contrast":
         return None
+    pool = read_pool()
     if pool is None:
         raise InputError(
             "objective.name: 'contrast' compares an edit with pictures of other records, and there are none. Set "
@@ -37,7 +40,7 @@ def negative_pool(
         )
     before = any(map(is_connector, sites))
     features = {}
-    pictures = _pictures(pool, processor)
+    pictures = _pictures(pool, backbone.processor)
     while some := list(islice(pictures, _PICTURES_AT_ONCE)):
         for key, feature in backbone.image_features(some, before).items():
             features[key] = feature.cpu()
@@ -51,8 +54,6 @@ def _pictures(pool: Pool, processor: Processor) -> Iterator[Picture]:
         reference = image_reference(record.fields["image"])
         if reference not in seen:
             seen.add(reference)
-            try:
-                picture = pool.reader.read(reference.path, reference.root)
-            except ImageError:
-                continue  # a record that cannot be used is no negative either
-            yield processor.process(picture)
+            # A picture that cannot be used is no negative either.
+            with suppress(ImageError, ValueError):
+                yield processor.process(pool.reader.read(reference.path, reference.root))

@@ -17,7 +17,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from odedit import editors
 from odedit.addresses import above, below, reason
-from odedit.backbones import load_processor
 from odedit.backbones.base import Backbone
 from odedit.editor_weights import save_weights
 from odedit.editors.base import Trainable
@@ -189,11 +188,9 @@ def _train(
             return Trained(state.best, state)
     template = find_template(config.data.template)
     limits = {"training": config.training.limit, "validation": config.training.validation_limit}
-    pool = _pool(config, found["training"])
-    processor = load_processor(config.backbone.family, config.backbone.checkpoint)
     negatives = None
     if editor.trains_with_objective:
-        negatives = negative_pool(config.objective, backbone, processor, pool, editor.sites)
+        negatives = negative_pool(config.objective, backbone, lambda: _pool(config, found["training"]), editor.sites)
     encoded = {part: EncodedRequests(backbone, template, editor.sites, negatives=negatives) for part in found}
     bandwidth = config.objective.sigma2_0
     with _Bar(console, "record") as bar:

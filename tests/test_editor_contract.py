@@ -180,13 +180,14 @@ def test_edits_that_wait_end_as_those_that_did_not(backbone, editor, encoded, si
         assert_same_course(editor, one, other)
 
 
+@pytest.mark.parametrize("config", OBJECTIVES[1:], ids=lambda config: config.name)
 @pytest.mark.parametrize("width", [8, 3, 1])
-def test_a_neutral_start_diverges_in_nothing(backbone, editor, encoded, sigma2_0, width):
+def test_a_neutral_start_diverges_in_nothing(backbone, editor, encoded, sigma2_0, width, config):
     """Not even in rounding, which Adam would make much of."""
     supervision, _ = encoded(editor)
-    objective = Objective(ObjectiveConfig(), sigma2_0)
+    objective = Objective(config, sigma2_0)
     results = edit(backbone, editor, objective, supervision, Stopping(max_steps=1), width=width)
-    first = [(result.curves["loc"][0], result.curves["g_loc"][0]) for result in results]
+    first = [(result.curves["loc"][0], result.curves.get("g_loc", [0.0])[0]) for result in results]
     assert (first == [(0.0, 0.0)] * len(results)) == editor.starts_neutral
 
 

@@ -101,6 +101,32 @@ def test_every_negative_has_its_turn(supervision):
     assert seen == [4, 5, 6, 7, 8, 4, 5, 6, 7, 8]
 
 
+def test_a_negative_is_never_seen_twice_in_a_step(backbone, requests_8):
+    """Where the record's own is all there is."""
+    batch, _ = encode_requests(backbone, requests_8, TEMPLATE, negatives=NegativePool({}, 5))
+    objective = Objective(CONTRAST)
+    batch = batch.select(objective.slots(load_editor("ftl"), batch))
+    turn = objective.in_turn(batch, 3)
+    assert turn.present_EK[:, 5:].sum() == 0 == turn.target_mask_EKT[:, 5:].sum()
+    assert torch.equal(turn.picture_EK[:, 4], batch.picture_EK[:, 4])
+
+
+def test_what_only_the_editors_own_terms_read_weighs_nothing(backbone, supervision):
+    """WISE's margins want the record's three unrelated prompts, of which R_loc counts one."""
+    wise = load_editor("wise", {"site": "layers.2.ffn.in"})
+    objective = Objective(replace(CONTRAST, own_weight=1.0))
+    batch = supervision.select(objective.slots(wise, supervision))
+    states = torch.zeros(*batch.target_EKT.shape, backbone.hidden_size)
+    weights = dict(zip(batch.slots, objective.weights_of_locality(backbone, batch, states)[0].tolist(), strict=True))
+    assert (weights["text_locality"], weights["image_locality"], weights["near_locality"]) == (1, 0, 0)
+    runs = [
+        edit(backbone, wise, Objective(replace(CONTRAST, own_weight=own)), supervision, Stopping(max_steps=2))
+        for own in (0.0, 1e-9)
+    ]
+    for one, other in zip(*runs, strict=True):
+        assert one.curves["loc"] == pytest.approx(other.curves["loc"], rel=1e-3, abs=1e-6)
+
+
 def test_who_has_fewer_negatives_sees_those_more_often(supervision):
     objective = Objective(CONTRAST)
     batch = supervision.select(objective.slots(load_editor("ftl"), supervision))
@@ -134,7 +160,6 @@ def test_the_terms_are_their_formulas(backbone, supervision):
         total = nll[e, 0][masks[0]].mean() + 0.5 * sum(nll[e, k][masks[k]].mean() for k in rephrases) / len(rephrases)
         for k in range(3, len(batch.slots)):
             if batch.present_EK[e, k]:
-                kl = functional.kl_div(log_q[e, k], log_p[e, k], reduction="none", log_target=True)
                 kl = (log_p[e, k].exp() * (log_p[e, k] - log_q[e, k])).sum(-1)[masks[k]].mean()
                 weight = 1.0 if k == 3 else 1.0 - known[e, k][masks[k]].sum().exp()
                 total = total + 2.0 * weight * kl
@@ -159,7 +184,7 @@ def test_a_negative_that_is_answered_with_what_is_replaced_does_not_count(backbo
 
     monkeypatch.setattr(backbone, "head", sure)
     weights = objective.weights_of_locality(backbone, batch, states)
-    assert (weights[:, :4] == 1).all() and weights[:, 4:][batch.present_EK[:, 4:]].abs().max() < 1e-6
+    assert (weights[:, 3] == 1).all() and weights[:, 4:][batch.present_EK[:, 4:]].abs().max() < 1e-6
 
 
 def test_an_edit_stops_when_its_rephrases_are_learned_as_well(backbone, pool):
@@ -171,6 +196,8 @@ def test_an_edit_stops_when_its_rephrases_are_learned_as_well(backbone, pool):
     assert result.stop_reason == without.stop_reason == "worst_token_nll"
     assert min(result.curves["worst_nll"][:-1]) <= 0.5, "the edit itself was there before"
     assert min(without.curves["worst_nll"][:-1]) > 0.5
+    (untrained,) = edit(backbone, editor, Objective(replace(objective.config, generality_weight=0.0)), batch, stopping)
+    assert untrained.steps == without.steps, "what is not trained is not waited for"
 
 
 def test_without_a_pool_the_records_own_negative_is_what_there_is(backbone, requests_8):

@@ -9,6 +9,7 @@ from typing import Any
 from odedit.addresses import below
 from odedit.errors import InputError
 from odedit.locations import Location, at
+from odedit.world.facts import WORLD
 from pipeline.sources import build_embedded, embedded_name
 from pipeline.study.spec import Draw
 
@@ -33,12 +34,14 @@ def write(draw: Draw, folder: Path | str) -> dict[str, str]:
     place = at(folder)
     records = [record for seed in draw.seeds for record in _of_seed(draw, seed, place)]
     seeds = "-".join(str(seed) for seed in draw.seeds)
-    name = f"{draw.split}-seeds-{seeds}-{draw.per_task or 'all'}.json"
+    world = f"world{WORLD}-" if WORLD else ""
+    name = f"{world}{draw.split}-seeds-{seeds}-{draw.per_task or 'all'}.json"
     _write_json(place / name, records)
     of_pool = [_moved(record, embedded_name(_POOL_SEED)) for record in _read(place, _POOL_SEED, "train")]
-    _write_json(place / "pool.json", of_pool)
+    _write_json(place / f"{world}pool.json", of_pool)
     root = str(folder)
-    return {"path": below(root, name), "image_root": root, "rephrase_root": root, "pool": below(root, "pool.json")}
+    pool = below(root, f"{world}pool.json")
+    return {"path": below(root, name), "image_root": root, "rephrase_root": root, "pool": pool}
 
 
 def _of_seed(draw: Draw, seed: int, folder: Location) -> list[Record]:

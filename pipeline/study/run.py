@@ -169,7 +169,8 @@ def metrics_of(cells: Sequence[tables.Cell]) -> Mapping[str, float]:
 
 def describe(found: Finished, out: Location) -> list[str]:
     """Where everything is, line by line."""
-    lines: list[Any] = [f"Tables:  {out / 'table.md'}, {out / 'table.csv'}", f"Picture: {out / 'plot.png'}"]
+    tables_of = ", ".join(str(file) for file in found.files if file.name != "plot.png")
+    lines: list[Any] = [f"Tables:  {tables_of}", f"Picture: {out / 'plot.png'}"]
     if found.tracking_uri is not None:
         lines.append(f"MLflow:  {tracking.open_command(found.tracking_uri)}")
     return lines

@@ -24,7 +24,10 @@ from odedit.addresses import below
 from odedit.backbones import fingerprint
 from odedit.errors import InputError
 from odedit.locations import at
+from odedit.negatives import NegativePool
+from odedit.objective import Objective
 from odedit.train import TrainingError, train
+from odedit.world.facts import WORLD
 from pipeline import training
 from pipeline.config import EMBEDDED, DataConfig, RunConfig
 from pipeline.interrupts import terminate_as_interrupt
@@ -93,6 +96,7 @@ def _training(config: RunConfig, name: str, folder: str) -> Training | None:
         "seed": config.seed,
         "model": fingerprint(config.backbone.family, config.backbone.checkpoint),
         "code": _code(kind),
+        "world": WORLD,
     }
     data = {key: value for key, value in asdict(config.data).items() if value != getattr(DataConfig(), key)}
     if data:
@@ -106,7 +110,9 @@ def _training(config: RunConfig, name: str, folder: str) -> Training | None:
 
 def _code(kind: Any) -> str:
     """A hash of what learns and of the loop that trains it: weights of an earlier version are not taken for today's."""
-    files = (inspect.getfile(kind), inspect.getfile(train))
+    files = [inspect.getfile(kind), inspect.getfile(train)]
+    if kind.trains_with_objective:
+        files += [inspect.getfile(Objective), inspect.getfile(NegativePool)]
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:10]
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from mmedit_files import record, write_array, write_images
 
-from odedit.backbones import load_processor
 from odedit.errors import InputError
 from odedit.images import ImageReader
 from odedit.negatives import NegativePool
@@ -64,7 +63,6 @@ def test_an_unreadable_picture_is_none(backbone: Any, tmp_path: Path) -> None:
     roots = write_images(tmp_path, records)
     path = write_array(tmp_path / "train.json", [*records, records[0], record(9)])
     pool = Pool.sample(str(path), ImageReader(str(roots[0]), str(roots[1])))
-    processor = load_processor("blip2", "embedded")
-    found = negatives.negative_pool(ObjectiveConfig(name="contrast"), backbone, processor, pool, ["layers.2.ffn.in"])
+    found = negatives.negative_pool(ObjectiveConfig(name="contrast"), backbone, lambda: pool, ["layers.2.ffn.in"])
     assert found is not None and len(found.features) == 3 and found.count == 12
-    assert negatives.negative_pool(ObjectiveConfig(), backbone, processor, pool, []) is None
+    assert negatives.negative_pool(ObjectiveConfig(), backbone, lambda: pytest.fail("not needed"), []) is None
