@@ -1,4 +1,4 @@
-"""The demo: one editor under two objectives on the embedded benchmark, compared edit by edit."""
+"""The demo: one editor under three objectives on the embedded benchmark, compared edit by edit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.config import RunConfig, from_dict, read_yaml
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.run import run
 
-ARMS = {"WISE": "demo-wise", "WISE + ODEdit": "demo-wise-odedit"}
+ARMS = {"WISE": "demo-wise", "WISE + ODEdit": "demo-wise-odedit", "WISE + contrast": "demo-wise-contrast"}
 
 
 def arm_config(name: str, out: Path, edits: int) -> RunConfig:
@@ -24,7 +24,7 @@ def arm_config(name: str, out: Path, edits: int) -> RunConfig:
 
 
 def main(out: Path, edits: int, *, fresh: bool) -> None:
-    """Runs both arms, resuming what is there, and prints the comparison and where everything is."""
+    """Runs the arms, resuming what is there, and prints the comparison and where everything is."""
     errors, console = Console(stderr=True), Console()
     configs = {name: arm_config(file, out, edits) for name, file in ARMS.items()}
     arms, uri = [], None
@@ -35,7 +35,8 @@ def main(out: Path, edits: int, *, fresh: bool) -> None:
             arms.append(report.Arm(name, outcome.workspace, outcome.summary))
             uri = outcome.tracking_uri
     page = report.write_comparison(locate(str(out), "--out"), arms)
-    console.print(report.comparison_table(*arms))
+    for arm in arms[1:]:
+        console.print(report.comparison_table(arms[0], arm))
     for arm in arms:
         console.print(f"{arm.name}: {report.counts(arm.summary)}", highlight=False)
     lines = [f"Report:  {page}", f"Results: {', '.join(str(arm.workspace.out) for arm in arms)}"]
