@@ -237,11 +237,11 @@ def against_floor(bench: Bench, out: Path, width: int = 8) -> None:
     )
 
 
-def overhead(bench: Bench, out: Path, width: int = 8) -> None:
+def overhead(bench: Bench, out: Path, editors: Sequence[str] = EDITORS, width: int = 8) -> None:
     """What an objective adds to its base editor at the same number of steps: time of the edit, and peak memory."""
     weights = sum(p.numel() * p.element_size() for p in bench.backbone.model.parameters())
     table = []
-    for name in EDITORS:
+    for name in editors:
         editor, requests = bench.editor(name), bench.requests(width)
         seconds: dict[str, list[float]] = {objective_name: [] for objective_name in OBJECTIVES}
         moving: dict[str, list[float]] = {objective_name: [] for objective_name in OBJECTIVES}
@@ -367,16 +367,17 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--parts", default=",".join(list(PARTS)[:-1]))
-    parser.add_argument("--editors", default=",".join(EDITORS), help="of throughput")
+    parser.add_argument("--editors", default=",".join(EDITORS), help="of overhead and throughput")
     parser.add_argument("--edits-at-once", type=int, default=32, help="of throughput")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("bench"))
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     bench = Bench(chosen.size, chosen.device, chosen.dtype)
-    of_throughput = {"editors": chosen.editors.split(","), "width": chosen.edits_at_once}
+    editors = {"editors": chosen.editors.split(",")}
+    of_part = {"overhead": editors, "throughput": editors | {"width": chosen.edits_at_once}}
     for part in chosen.parts.split(","):
-        PARTS[part](bench, chosen.out / chosen.size, **(of_throughput if part == "throughput" else {}))
+        PARTS[part](bench, chosen.out / chosen.size, **of_part.get(part, {}))
 
 
 if __name__ == "__main__":
