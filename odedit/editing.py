@@ -186,7 +186,8 @@ class _Run:
         return weighed.trace
 
     def _weigh(self, params: EditParams, state: State, is_penalised: bool) -> _Weighed:
-        prefix, unedited = self._seen(state.steps_E)
+        with stage("edit: forward"):
+            prefix, unedited = self._seen(state.steps_E)
         with stage("edit: forward"), self._editor.applied(self._backbone, params, self._batch) as trace:
             hidden = self._backbone.suffix(prefix, self._objective.read(self._batch))
         with stage("edit: risks"):
@@ -224,11 +225,12 @@ class _Run:
     def _seen(self, steps_E: Tensor) -> tuple[Prefix, Unedited | None]:
         """What the edits are shown in this step, and what it is compared with."""
         columns_EK = self._objective.columns_in_turn(self._all.slots, self._present_EK, steps_E)
-        if columns_EK is None or self._base_EKTD is None:
+        if columns_EK is None:
             return self._prefix, self._unedited
+        assert self._base_EKTD is not None and self._weight_EK is not None, "whoever takes turns compares and weighs"
         # Negatives differ in their picture alone: tokens and masks are those of the first.
         base_EKTD = self._base_EKTD.gather(1, columns_EK[:, :, None, None].expand(-1, -1, *self._base_EKTD.shape[2:]))
-        weight_EK = None if self._weight_EK is None else self._weight_EK.gather(1, columns_EK)
+        weight_EK = self._weight_EK.gather(1, columns_EK)
         unedited = self._objective.unedited(self._backbone, self._batch, base_EKTD, weight_EK)
         return self._prefix.pick(columns_EK), unedited
 

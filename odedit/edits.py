@@ -66,6 +66,11 @@ class Picture:
     key: str
     pixels: np.ndarray
 
+    @classmethod
+    def without_pixels(cls, key: str) -> Picture:
+        """Of a picture whose features are at hand, which its key finds."""
+        return cls(key, np.zeros((0, 0, 3), dtype=np.uint8))
+
     @property
     def is_processed(self) -> bool:
         return bool(self.pixels.dtype == np.float32)

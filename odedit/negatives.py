@@ -16,14 +16,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from odedit.edits import NEAR, EditRequest, Picture, Probe
-
-_NO_PIXELS = np.zeros((0, 0, 3), dtype=np.uint8)
 
 
 class NegativePool:
@@ -56,7 +53,7 @@ class NegativePool:
         taken = {picture.key for picture in request.pictures()}
         keys = [*own, *self._near(feature, taken, self.count - len(own))][: self.count]
         target = request.replaced or request.edit.target
-        return [replace(request.edit, picture=Picture(key, _NO_PIXELS), target=target) for key in keys]
+        return [replace(request.edit, picture=Picture.without_pixels(key), target=target) for key in keys]
 
     def _near(self, feature: Tensor, taken: Collection[str], count: int) -> list[str]:
         keys = list(self.features)

@@ -382,10 +382,12 @@ class Objective:
         """What the terms compare with, from the unedited model's final states at `batch.predict_EKT`.
 
         Args:
-            weight_EK: What `weights_of_locality` found.
+            weight_EK: What `weights_of_locality` found; None: found here.
         """
         if not self.compares:
             return None
+        if weight_EK is None:
+            weight_EK = self.weights_of_locality(backbone, batch, states_EKTD)
         read = self._read_by_head(batch)
         num_compared = len(read[_LOCALITY].at_M)
         if num_compared > _TOKENS_AT_ONCE:

@@ -240,8 +240,7 @@ class _Trainer:
         params = editor.init(self._backbone, batch)
         with editor.applied(self._backbone, params, batch) as trace:
             hidden = self._backbone.suffix(prefix, self._objective.read(batch))
-        weight_EK = self._objective.weights_of_locality(self._backbone, batch, base_EKTD)
-        unedited = self._objective.unedited(self._backbone, batch, base_EKTD, weight_EK)
+        unedited = self._objective.unedited(self._backbone, batch, base_EKTD)
         return self._objective(self._backbone, editor, params, trace, batch, hidden, unedited), params
 
     def _check_finite(self, loss_E: Tensor, batch: EditBatch, step: int) -> None:

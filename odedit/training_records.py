@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,8 +13,6 @@ from odedit.backbones.base import Backbone
 from odedit.edits import EditBatch, EditRequest, Picture, Probe
 from odedit.negatives import NegativePool
 from odedit.prompts import Template
-
-_NO_PIXELS = np.zeros((0, 0, 3), dtype=np.uint8)
 
 
 class EncodedRequests:
@@ -70,7 +67,7 @@ class EncodedRequests:
 
 def _without_pixels(request: EditRequest) -> EditRequest:
     def bare(probe: Probe) -> Probe:
-        return probe if probe.picture is None else replace(probe, picture=Picture(probe.picture.key, _NO_PIXELS))
+        return probe if probe.picture is None else replace(probe, picture=Picture.without_pixels(probe.picture.key))
 
     supervision = {slot: bare(probe) for slot, probe in request.supervision.items()}
     return replace(request, edit=bare(request.edit), supervision=supervision)

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -28,7 +29,7 @@ from odedit.metrics import evaluate
 from odedit.mmedit import RawRecord
 from odedit.negatives import NegativePool
 from odedit.objective import CALIBRATION_STATES, Objective, calibrate
-from odedit.pool import Pool, image_names, normal, scored_prompts
+from odedit.pool import image_names, normal, scored_prompts
 from odedit.progress import EditResult
 from odedit.prompts import find_template
 from odedit.stages import stage
@@ -239,7 +240,9 @@ class EditActor:
     def _objective(self) -> Objective:
         """Made for the first group that has something to edit: a run of unusable records has nothing to measure."""
         if self._lazy_objective is None:
-            self._negatives = self._negative_pool()
+            job = self._job
+            read_pool = partial(staging.read_pool, job.workspace, job.sources)
+            self._negatives = negative_pool(job.config.objective, self._backbone, read_pool, self._editor.sites)
             self._lazy_objective = Objective(self._job.config.objective, self._bandwidth())
         if isinstance(self._editor, Measuring) and not self._is_measured:
             unscored = self._unscored()
@@ -247,14 +250,6 @@ class EditActor:
                 self._editor = self._editor.measured(self._backbone, self._encode(unscored)[0])
             self._is_measured = True
         return self._lazy_objective
-
-    def _negative_pool(self) -> NegativePool | None:
-        job = self._job
-
-        def pool() -> Pool | None:
-            return staging.read_pool(job.workspace, job.sources)
-
-        return negative_pool(job.config.objective, self._backbone, pool, self._editor.sites)
 
     def _unscored(self) -> list[EditRequest]:
         """Requests of the pool that show nothing the run is scored on: what an editor measures, it edits by.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from odedit.metrics import PairedDifference, paired
 from pipeline.results import EDITED, Row
 from pipeline.study.spec import Arm, StudyConfig
-from pipeline.study.tables import SIGNIFICANT, holm, number
+from pipeline.study.tables import holm, plus_minus, sign
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,8 @@ def _figure(one: Comparison, column: str) -> str:
     if column not in one.differences:
         return ""
     change = one.differences[column]
-    sign = ("▲" if change.mean > 0 else "▼") if one.p_holm.get(column, math.nan) < SIGNIFICANT else ""
-    half = max(change.high - change.mean, change.mean - change.low)
     plus = "+" if change.mean >= 0 else ""
-    return f"{plus}{number(change.mean)} ±{number(half)}{f' {sign}' if sign else ''}"
+    return plus + plus_minus(change) + sign(change, one.p_holm.get(column, math.nan))
 
 
 def to_csv(study: StudyConfig, found: Sequence[Comparison]) -> str:

@@ -170,10 +170,19 @@ def _figure(cell: Cell, column: str) -> str:
     found = cell.means.get(column)
     if found is None:
         return ""
-    p, change = cell.p_holm.get(column, math.nan), cell.differences.get(column)
-    sign = ("▲" if change.mean > 0 else "▼") if change is not None and p < SIGNIFICANT else ""
-    half = max(found.high - found.mean, found.mean - found.low)
-    return f"{number(found.mean)} ±{number(half)}{f' {sign}' if sign else ''}"
+    return plus_minus(found) + sign(cell.differences.get(column), cell.p_holm.get(column, math.nan))
+
+
+def plus_minus(found: Estimate | PairedDifference) -> str:
+    """`.830 ±.027`: a mean and half its interval, the longer one."""
+    return f"{number(found.mean)} ±{number(max(found.high - found.mean, found.mean - found.low))}"
+
+
+def sign(change: PairedDifference | None, p: float) -> str:
+    """` ▲` or ` ▼` if the difference is one after correction."""
+    if change is None or not p < SIGNIFICANT:
+        return ""
+    return " ▲" if change.mean > 0 else " ▼"
 
 
 def number(value: float) -> str:

@@ -1,6 +1,6 @@
 """Where each term of an objective pushes: its gradient against those of what an edit is judged by.
 
-    python -m tests.benchmarks.alignment [--editors wise,ftl] [--steps 0,4,8,16] [--edits 48] [--out DIR]
+    python -m tests.benchmarks.alignment [--editors wise,ftl] [--steps 0,5,10,20] [--edits 72] [--out DIR]
 
 Edits of the embedded world's validation split are taken some steps along the editor's own loss. There, edit by edit,
 the gradient of every term with respect to the edited parameters is compared, by its cosine, with the gradient of the
@@ -24,7 +24,7 @@ from torch import Tensor
 from odedit import Objective, ObjectiveConfig, Stopping, calibrate, edit, find_template, load_editor, world
 from odedit.backbones import encode_requests, load_backbone
 from odedit.editors.base import Measuring, Trainable
-from odedit.edits import EDIT, EditBatch, EditParams, EditRequest, stack_params
+from odedit.edits import EDIT, EditBatch, EditParams, EditRequest, is_negative, stack_params
 from odedit.images import ImageReader
 from odedit.mmedit import read_records
 from odedit.negatives import NegativePool
@@ -90,7 +90,7 @@ class Alignment:
     def _terms(self, editor: Any, params: EditParams, supervision: EditBatch) -> Gradients:
         odedit = ObjectiveConfig(sigma2_0=self.sigma2_0)
         contrast = ObjectiveConfig(name="contrast", negatives=NEGATIVES, negatives_at_once=NEGATIVES)
-        near = [slot for slot in supervision.slots if slot.startswith("near_locality_")]
+        near = list(filter(is_negative, supervision.slots))
         rephrases, locality = supervision.slots[1:3], supervision.slots[3:6]
         one_near = supervision.select([EDIT, locality[2]])
         return {
@@ -120,8 +120,7 @@ class Alignment:
         prefix = self.backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise)
         with torch.no_grad():
             base_EKTD = self.backbone.suffix(prefix, batch.predict_EKT)
-        weight_EK = objective.weights_of_locality(self.backbone, batch, base_EKTD)
-        unedited = objective.unedited(self.backbone, batch, base_EKTD, weight_EK)
+        unedited = objective.unedited(self.backbone, batch, base_EKTD)
         with editor.applied(self.backbone, params, batch) as trace:
             hidden = self.backbone.suffix(prefix, objective.read(batch))
         terms = objective(self.backbone, editor, params, trace, batch, hidden, unedited)

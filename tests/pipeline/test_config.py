@@ -43,7 +43,10 @@ def test_a_resolved_configuration_builds_itself_again(tmp_path: Path) -> None:
         ({"editor": {"max_steps": 2.5}}, "editor.max_steps: got 2.5, expected a whole number."),
         ({"editor": {"max_steps": True}}, "editor.max_steps: got True, expected a whole number."),
         ({"editor": "wise"}, "editor: got 'wise', expected a section"),
-        ({"objective": {"name": "odedt"}}, "or 'odedit' or 'contrast'. Did you mean 'odedit'?"),
+        (
+            {"objective": {"name": "odedt"}},
+            "expected 'native' or 'native_kl' or 'odedit' or 'contrast'. Did you mean 'odedit'?",
+        ),
         ({"objective": {"multiplier": {"depht": 2}}}, "objective.multiplier.depht: unknown key. Did you mean 'depth'?"),
         ({"objective": {"penalty": "fixed:x"}}, "objective.penalty: got 'fixed:x'"),
         ({"pipeline": {"actors": 0}}, "pipeline.actors: got 0, expected at least 1."),
