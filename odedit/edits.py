@@ -43,6 +43,8 @@ most with the edit.
 REPHRASE_SLOTS = SUPERVISION_SLOTS[1:3]
 LOCALITY_SLOTS = SUPERVISION_SLOTS[3:]
 NEAR = LOCALITY_SLOTS[-1]
+REPHRASE = "rephrase"
+"""Both rephrases in one sequence, see `EditRequest.rephrase`."""
 
 RELIABILITY = "rel"
 LOCALITY_PROBES = ("t_loc", "m_loc")
@@ -131,6 +133,13 @@ class EditRequest:
                 )
         for name in self.probes:
             check_probe_name(name)
+
+    def rephrase(self) -> Probe | None:
+        """The text rephrase's prompt about the image rephrase's picture; where one is missing, the edit's own."""
+        text, image = (self.supervision.get(slot) for slot in REPHRASE_SLOTS)
+        if image is None:
+            return text
+        return replace(text or self.edit, picture=image.picture)
 
     def pictures(self) -> list[Picture]:
         """Every picture of the request, in a fixed order, repeats included."""

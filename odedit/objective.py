@@ -5,13 +5,13 @@ it and nothing else: what a comparison needs to tell what the rest of the object
 tripartite risk of arXiv 2601.19700 (eq. 2-6) with the invariance penalty (eq. 9-11); its multiplier belongs to
 `primal_dual`. `contrast` is ours: the same three regions by what is measured in each,
 
-    G = NLL(edit) + w_gen mean_r NLL(rephrase r) + w_loc sum_k v_k KL(p_k || q_k),
+    G = NLL(edit) + w_gen NLL(rephrase) + w_loc sum_k v_k KL(p_k || q_k),     v_k = 2 (1 - q_k(o)),
 
-over an unrelated question and hard negatives (see `odedit.negatives`), some of them in each step, all in turn. v_k is 1
-for the unrelated question and 1 - q_k(o) for a negative, where o is the answer that the edit replaces: a picture that
-the unedited model answers alike shows the same thing. q_k(o) is the probability of the whole answer, near 0 for a long
-one whatever the picture shows. An edit stops when the least likely answer token of edit *and* rephrases has come below
-the threshold.
+over one rephrase that asks in other words about another picture (`EditRequest.rephrase`), and hard negatives (see
+`odedit.negatives`), some of them in each step, all in turn. o is the answer that the edit replaces: a picture that the
+unedited model answers alike shows the same thing. q_k(o) is the probability of the whole answer, near 0 for a long one
+whatever the picture shows. An edit stops when the least likely answer token of edit *and* rephrase has come below the
+threshold.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from odedit.editors.base import Editor, Trace
 from odedit.edits import (
     EDIT,
     LOCALITY_SLOTS,
-    NEAR,
+    REPHRASE,
     REPHRASE_SLOTS,
+    SUPERVISION_SLOTS,
     Answers,
     EditBatch,
     EditParams,
@@ -54,7 +55,8 @@ CALIBRATION_STATES = 256
 _TOKENS_AT_ONCE = 1024
 """Tokens whose distributions over the vocabulary are held at a time."""
 _LOCALITY = "locality"
-_REPHRASES = "rephrases"
+_NEGATIVE_WEIGHT = 2.0
+"""Of a negative, beside an NLL; chosen on the validation split of the embedded world."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class ObjectiveConfig:
     Attributes:
         name: `native` (the base editor's loss), `native_kl` (the same and R_loc), `odedit`, or `contrast`.
         reliability_weight, locality_weight, generality_weight: Of R_rel, R_loc, R_gen; 0 drops a term, also from the
-            environments of the penalty. R_loc's may be None: 2 under `contrast`, else 1.
+            environments of the penalty.
         own_weight: Of the editor's own terms; None: 0 under `odedit` and `contrast`, which replace them, else 1.
         negatives: Hard negatives of an edit, under `contrast`.
         negatives_at_once: How many of them a step sees.
@@ -84,7 +86,7 @@ class ObjectiveConfig:
 
     name: Name = "odedit"
     reliability_weight: float = 1.0
-    locality_weight: float | None = None
+    locality_weight: float = 1.0
     generality_weight: float = 1.0
     own_weight: float | None = None
     negatives: int = 12
@@ -107,10 +109,10 @@ class ObjectiveConfig:
         object.__setattr__(self, "bandwidths", tuple(self.bandwidths))
         for name in ("reliability_weight", "locality_weight", "generality_weight", "warmup", "ramp"):
             value = getattr(self, name)
-            _require(name, value, value is None or value >= 0, "a number >= 0")
+            _require(name, value, value >= 0, "a number >= 0")
         _require("name", self.name, self.name in get_args(Name), f"one of {', '.join(get_args(Name))}")
         _require("kernel", self.kernel, self.kernel in get_args(Kernel), f"one of {', '.join(get_args(Kernel))}")
-        trained = self.reliability_weight or self.effective_locality_weight or self.generality_weight
+        trained = self.reliability_weight or self.locality_weight or self.generality_weight
         _require("reliability_weight", self.reliability_weight, bool(trained), "not all three risks without weight")
         _require("dual_rate", self.dual_rate, self.dual_rate > 0, "a number > 0")
         _require("warmup + ramp", self.warmup + self.ramp, self.warmup + self.ramp <= 1, "at most 1")
@@ -153,12 +155,6 @@ class ObjectiveConfig:
         return number
 
     @property
-    def effective_locality_weight(self) -> float:
-        if self.locality_weight is not None:
-            return self.locality_weight
-        return 2.0 if self.name == "contrast" else 1.0
-
-    @property
     def effective_own_weight(self) -> float:
         if self.own_weight is not None:
             return self.own_weight
@@ -174,7 +170,7 @@ class ObjectiveConfig:
         """Of every term that can be part of the objective, by its name in `Terms.risks`."""
         return {
             "rel": self.reliability_weight,
-            "loc": self.effective_locality_weight,
+            "loc": self.locality_weight,
             "gen": self.generality_weight,
             "own": self.effective_own_weight,
         }
@@ -259,14 +255,23 @@ class Objective:
         return other
 
     def slots(self, editor: Editor, batch: EditBatch) -> tuple[str, ...]:
-        """The sequences that this objective reads; the others need not run."""
+        """The sequences that this objective reads; the others need not run.
+
+        Raises:
+            InputError: It reads hard negatives, and the batch was made without.
+        """
         if self.config.name == "odedit":
-            return tuple(slot for slot in batch.slots if not is_negative(slot))
+            return tuple(slot for slot in batch.slots if slot in SUPERVISION_SLOTS)
         wanted = {EDIT, *(editor.own_slots if self.config.effective_own_weight else ())}
         if self.config.name == "native_kl":
             wanted |= set(LOCALITY_SLOTS)
         if self.config.name == "contrast":
-            wanted |= {*REPHRASE_SLOTS, LOCALITY_SLOTS[0], *(tuple(filter(is_negative, batch.slots)) or (NEAR,))}
+            if not any(map(is_negative, batch.slots)):
+                raise InputError(
+                    "objective.name: 'contrast' reads hard negatives, and this batch was made without; give "
+                    "encode_requests a NegativePool."
+                )
+            wanted |= {*filter(is_negative, batch.slots), *([REPHRASE] if self.config.generality_weight else [])}
         return tuple(slot for slot in batch.slots if slot in wanted)
 
     def slots_at_once(self, slots: Sequence[str]) -> tuple[str, ...]:
@@ -343,15 +348,15 @@ class Objective:
         scale_gradients: dict[str, Tensor] = {}
         if self.compares:
             assert unedited is not None, "what is compared with"
-            locality = _locality(batch, tokens[_LOCALITY], unedited.weight_EK)
+            compared = batch.answers(self._compared_slots(batch))
+            locality = _locality(compared, tokens[_LOCALITY], unedited.weight_EK)
         _, nll_M, is_first_M = tokens[EDIT].kept.unbind(-1)
         worst_E = trained_E = answer.spread(nll_M, -torch.inf).flatten(1).amax(dim=-1)
-        if config.name == "contrast":
-            rephrases = batch.answers(_rephrase_slots(batch))
-            generality = _mean_over_slots(_means(tokens[_REPHRASES], rephrases), rephrases.present_EK)
-            if weights["gen"]:
-                of_rephrases = rephrases.spread(tokens[_REPHRASES].kept[:, 1], -torch.inf)
-                trained_E = torch.cat([worst_E.unsqueeze(1), of_rephrases.flatten(1)], dim=1).amax(dim=1)
+        if REPHRASE in tokens:
+            rephrase = batch.answers((REPHRASE,))
+            generality = _of_one(tokens[REPHRASE], rephrase)
+            of_rephrase = rephrase.spread(tokens[REPHRASE].kept[:, 1], -torch.inf)
+            trained_E = torch.maximum(worst_E, of_rephrase.flatten(1).amax(dim=-1))
         if config.name == "odedit":
             generality = self._generality(batch, hidden, states_EKTD)
             regions = {"rel": reliability, "loc": locality, "gen": generality}
@@ -403,18 +408,11 @@ class Objective:
     def weights_of_locality(self, backbone: Backbone, batch: EditBatch, states_EKTD: Tensor) -> Tensor | None:
         """What a sequence weighs in R_loc, `(E, K)`, under `contrast`; None: all alike.
 
-        A negative weighs 1 - q(its target), the unrelated question 1, and so does the record's own near one where there
-        are no negatives. What only the editor's own terms read weighs nothing.
+        A negative weighs 2 (1 - q(its target)).
         """
         if self.config.name != "contrast":
             return None
-        negatives = tuple(filter(is_negative, batch.slots))
-        whole = (LOCALITY_SLOTS[0],) if negatives else (LOCALITY_SLOTS[0], NEAR)
-        weight_K = torch.tensor([float(slot in whole) for slot in batch.slots], device=batch.present_EK.device)
-        weight_EK = weight_K.expand(batch.present_EK.shape)
-        if not negatives:
-            return weight_EK
-        answers = batch.answers(negatives)
+        answers = batch.answers(self._compared_slots(batch))
         parts = [
             risks.log_probs(backbone.head(states_CD)).gather(-1, tokens_C.unsqueeze(-1)).squeeze(-1)
             for states_CD, tokens_C in zip(
@@ -424,17 +422,22 @@ class Objective:
             )
         ]
         same_EK = answers.spread(torch.cat(parts)).sum(dim=-1).exp()
-        return weight_EK.index_copy(1, answers.columns_K, 1.0 - same_EK)
+        weight_EK = torch.zeros(batch.present_EK.shape, device=same_EK.device)
+        return weight_EK.index_copy(1, answers.columns_K, _NEGATIVE_WEIGHT * (1.0 - same_EK))
 
     def _read_by_head(self, batch: EditBatch) -> dict[str, Answers]:
         """The tokens whose distribution is read, by slot; those of all locality prompts last."""
         slots = [EDIT]
         if self.config.name == "odedit" and self.config.environments == "prompts":
             slots += REPHRASE_SLOTS
+        if self.config.name == "contrast" and REPHRASE in batch.slots:
+            slots.append(REPHRASE)
         read = {slot: batch.answers((slot,)) for slot in slots}
-        if self.config.name == "contrast":
-            read[_REPHRASES] = batch.answers(_rephrase_slots(batch))
-        return read | ({_LOCALITY: batch.answers(_locality_slots(batch))} if self.compares else {})
+        return read | ({_LOCALITY: batch.answers(self._compared_slots(batch))} if self.compares else {})
+
+    def _compared_slots(self, batch: EditBatch) -> tuple[str, ...]:
+        """Where R_loc is measured: not on what only the editor's own terms read."""
+        return tuple(filter(is_negative if self.config.name == "contrast" else is_locality, batch.slots))
 
     def _tokens(
         self, backbone: Backbone, editor: Editor, batch: EditBatch, states_EKTD: Tensor, unedited: Unedited | None
@@ -474,12 +477,12 @@ class Objective:
         else:
             states, mask = hidden, batch.prompt_EKS & ~batch.image_EKS
         edit = batch.slots.index(EDIT)
-        others = batch.answers(_rephrase_slots(batch))
+        others = batch.answers(tuple(slot for slot in REPHRASE_SLOTS if slot in batch.slots))
         x, x_mask = states[:, edit], mask[:, edit]
         y, y_mask = (values.index_select(1, others.columns_K) for values in (states, mask))
         unlike = None
         if self.config.kernel == "contrastive":
-            negatives = batch.answers(_locality_slots(batch)).columns_K
+            negatives = batch.answers(self._compared_slots(batch)).columns_K
             unlike = states.index_select(1, negatives), mask.index_select(1, negatives)
         if self.config.rephrases == "multiple":
             return self._distance(x, x_mask, y.flatten(1, 2), y_mask.flatten(1, 2), unlike)
@@ -510,14 +513,6 @@ def _states_at(states_EKTD: Tensor, *answers: Answers) -> Tensor:
     return states_EKTD.flatten(0, 2).index_select(0, at_M)
 
 
-def _locality_slots(batch: EditBatch) -> tuple[str, ...]:
-    return tuple(filter(is_locality, batch.slots))
-
-
-def _rephrase_slots(batch: EditBatch) -> tuple[str, ...]:
-    return tuple(slot for slot in REPHRASE_SLOTS if slot in batch.slots)
-
-
 def _means(tokens: Tokens, answers: Answers) -> Risk:
     """Of each sequence's tokens, `(E, K)`."""
     value, slope = (risks.masked_mean(answers.spread(v), answers.mask_EKT) for v in tokens[:2])
@@ -529,11 +524,10 @@ def _of_one(tokens: Tokens, answer: Answers) -> Risk:
     return Risk(value_E1.squeeze(1), slope_E1.squeeze(1))
 
 
-def _locality(batch: EditBatch, tokens: Tokens, weight_EK: Tensor | None) -> Risk:
+def _locality(answers: Answers, tokens: Tokens, weight_EK: Tensor | None) -> Risk:
     """R_loc: KL at the answer positions, averaged over the locality prompts that the edit has; the sum where they have
     weights.
     """
-    answers = batch.answers(_locality_slots(batch))
     means = _means(tokens, answers)
     if weight_EK is None:
         return _mean_over_slots(means, answers.present_EK)

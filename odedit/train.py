@@ -225,7 +225,7 @@ class _Trainer:
         assert isinstance(editor, Trainable)
         loss_E = editor.native_training_loss(self._backbone, batch)
         if self._with_locality:
-            weight = self._objective.config.effective_locality_weight
+            weight = self._objective.config.locality_weight
             loss_E = loss_E + weight * self._terms(editor, batch)[0].risks["loc"]
         return loss_E
 

@@ -11,7 +11,7 @@ import math
 
 from odedit.backbones.base import Backbone, Prefix
 from odedit.editors.base import Editor
-from odedit.edits import EDIT, EditBatch, EditParams, is_locality
+from odedit.edits import EDIT, REPHRASE, EditBatch, EditParams, is_locality
 from odedit.objective import Objective, ObjectiveConfig
 
 _KEPT = 12
@@ -62,8 +62,10 @@ def _kept(backbone: Backbone, editor: Editor, objective: Objective, batch: EditB
     layers, read_EKT = backbone.num_layers - prefix.layer, objective.read(batch)
     is_read_alone = layers == 1 and prefix.at_ffn and editor.positionwise and read_EKT is not None
     positions = (read_EKT if is_read_alone and read_EKT is not None else batch.tokens_EKS)[0].numel()
-    # Of an unrelated prompt's token the unedited distribution as well.
-    shares = {EDIT: 1} | ({slot: 2 for slot in batch.slots if is_locality(slot)} if objective.compares else {})
+    shares = {slot: 1 for slot in (EDIT, REPHRASE) if slot in batch.slots}
+    if objective.compares:
+        # Of an unrelated prompt's token the unedited distribution as well.
+        shares |= {slot: 2 for slot in batch.slots if is_locality(slot)}
     tokens = sum(count * int(batch.target_mask_EKT[:, batch.slots.index(slot)].sum()) for slot, count in shares.items())
     return positions * layers * _KEPT * backbone.hidden_size + math.ceil(
         tokens / batch.num_edits * backbone.vocabulary_size

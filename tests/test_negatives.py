@@ -10,7 +10,7 @@ from made_up import TEMPLATE, make_picture, make_pool, make_request
 from torch.nn import functional
 
 from odedit import EditRequest, InputError, Objective, ObjectiveConfig, Stopping, edit, encode_requests, load_editor
-from odedit.edits import EDIT, SUPERVISION_SLOTS, negative_slots
+from odedit.edits import EDIT, REPHRASE, SUPERVISION_SLOTS, negative_slots
 from odedit.negatives import NegativePool
 
 CONTRAST = ObjectiveConfig(name="contrast", negatives=5, negatives_at_once=2)
@@ -85,20 +85,20 @@ def test_a_small_pool_gives_what_it_has(backbone, requests_8):
 def test_every_negative_has_its_turn(supervision):
     objective = Objective(CONTRAST)
     batch = supervision.select(objective.slots(load_editor("ftl"), supervision))
-    assert batch.slots == (EDIT, "text_rephrase", "image_rephrase", "text_locality", *negative_slots(5))
+    assert batch.slots == (EDIT, REPHRASE, *negative_slots(5))
     seen = []
     for step in range(5):
         steps_E = torch.full((batch.num_edits,), step)
         columns_EK = objective.columns_in_turn(batch.slots, batch.present_EK, steps_E)
-        assert columns_EK[:, :4].tolist() == [[0, 1, 2, 3]] * batch.num_edits
-        seen += columns_EK[0, 4:].tolist()
+        assert columns_EK[:, :2].tolist() == [[0, 1]] * batch.num_edits
+        seen += columns_EK[0, 2:].tolist()
         turn = objective.in_turn(batch, step)
-        assert turn.slots == batch.slots[:6]
+        assert turn.slots == batch.slots[:4]
         for row in range(batch.num_edits):
             alone = batch.select([batch.slots[column] for column in columns_EK[row].tolist()])
             assert torch.equal(turn.picture_EK[row], alone.picture_EK[row])
             assert torch.equal(turn.tokens_EKS[row], alone.tokens_EKS[row])
-    assert seen == [4, 5, 6, 7, 8, 4, 5, 6, 7, 8]
+    assert seen == [2, 3, 4, 5, 6, 2, 3, 4, 5, 6]
 
 
 def test_a_negative_is_never_seen_twice_in_a_step(backbone, requests_8):
@@ -107,18 +107,18 @@ def test_a_negative_is_never_seen_twice_in_a_step(backbone, requests_8):
     objective = Objective(CONTRAST)
     batch = batch.select(objective.slots(load_editor("ftl"), batch))
     turn = objective.in_turn(batch, 3)
-    assert turn.present_EK[:, 5:].sum() == 0 == turn.target_mask_EKT[:, 5:].sum()
-    assert torch.equal(turn.picture_EK[:, 4], batch.picture_EK[:, 4])
+    assert turn.present_EK[:, 3:].sum() == 0 == turn.target_mask_EKT[:, 3:].sum()
+    assert torch.equal(turn.picture_EK[:, 2], batch.picture_EK[:, 2])
 
 
 def test_what_only_the_editors_own_terms_read_weighs_nothing(backbone, supervision):
-    """WISE's margins want the record's three unrelated prompts, of which R_loc counts one."""
+    """WISE's margins want the record's three unrelated prompts, of which R_loc counts none."""
     wise = load_editor("wise", {"site": "layers.2.ffn.in"})
     objective = Objective(replace(CONTRAST, own_weight=1.0))
     batch = supervision.select(objective.slots(wise, supervision))
     states = torch.zeros(*batch.target_EKT.shape, backbone.hidden_size)
     weights = dict(zip(batch.slots, objective.weights_of_locality(backbone, batch, states)[0].tolist(), strict=True))
-    assert (weights["text_locality"], weights["image_locality"], weights["near_locality"]) == (1, 0, 0)
+    assert (weights["text_locality"], weights["image_locality"], weights["near_locality"]) == (0, 0, 0)
     runs = [
         edit(backbone, wise, Objective(replace(CONTRAST, own_weight=own)), supervision, Stopping(max_steps=2))
         for own in (0.0, 1e-9)
@@ -131,15 +131,15 @@ def test_who_has_fewer_negatives_sees_those_more_often(supervision):
     objective = Objective(CONTRAST)
     batch = supervision.select(objective.slots(load_editor("ftl"), supervision))
     present_EK = batch.present_EK.clone()
-    present_EK[0, 7:] = present_EK[1, 4:] = False
+    present_EK[0, 5:] = present_EK[1, 2:] = False
     steps_E = torch.full((batch.num_edits,), 1)
     columns_EK = objective.columns_in_turn(batch.slots, present_EK, steps_E)
-    assert columns_EK[0, 4:].tolist() == [6, 4]
-    assert columns_EK[1, 4:].tolist() == [4, 4], "which it has not, so that it counts for nothing"
+    assert columns_EK[0, 2:].tolist() == [4, 2]
+    assert columns_EK[1, 2:].tolist() == [2, 2], "which it has not, so that it counts for nothing"
 
 
 def test_the_terms_are_their_formulas(backbone, supervision):
-    config = replace(CONTRAST, negatives_at_once=5, generality_weight=0.5, locality_weight=2.0)
+    config = replace(CONTRAST, negatives_at_once=5, generality_weight=0.5, locality_weight=3.0)
     objective, editor = Objective(config), load_editor("ftl")
     batch = supervision.select(objective.slots(editor, supervision))
     prefix = backbone.prefix(batch, *editor.sites)
@@ -156,15 +156,13 @@ def test_the_terms_are_their_formulas(backbone, supervision):
     known = log_q.gather(-1, batch.target_EKT.unsqueeze(-1)).squeeze(-1)
     for e in range(batch.num_edits):
         masks = batch.target_mask_EKT[e]
-        rephrases = [k for k in (1, 2) if batch.present_EK[e, k]]
-        total = nll[e, 0][masks[0]].mean() + 0.5 * sum(nll[e, k][masks[k]].mean() for k in rephrases) / len(rephrases)
-        for k in range(3, len(batch.slots)):
+        total = nll[e, 0][masks[0]].mean() + 0.5 * nll[e, 1][masks[1]].mean()
+        for k in range(2, len(batch.slots)):
             if batch.present_EK[e, k]:
                 kl = (log_p[e, k].exp() * (log_p[e, k] - log_q[e, k])).sum(-1)[masks[k]].mean()
-                weight = 1.0 if k == 3 else 1.0 - known[e, k][masks[k]].sum().exp()
-                total = total + 2.0 * weight * kl
+                total = total + 3.0 * 2.0 * (1.0 - known[e, k][masks[k]].sum().exp()) * kl
         assert float(terms.total[e]) == pytest.approx(float(total), rel=1e-4)
-        worst = max(float(nll[e, k][masks[k]].max()) for k in (0, *rephrases))
+        worst = max(float(nll[e, k][masks[k]].max()) for k in (0, 1))
         assert float(terms.worst_trained_nll[e]) == pytest.approx(worst, rel=1e-4)
         assert float(terms.worst_nll[e]) == pytest.approx(float(nll[e, 0][masks[0]].max()), rel=1e-4)
     assert not terms.penalty.any()
@@ -184,12 +182,16 @@ def test_a_negative_that_is_answered_with_what_is_replaced_does_not_count(backbo
 
     monkeypatch.setattr(backbone, "head", sure)
     weights = objective.weights_of_locality(backbone, batch, states)
-    assert (weights[:, 3] == 1).all() and weights[:, 4:][batch.present_EK[:, 4:]].abs().max() < 1e-6
+    assert weights[:, 2:][batch.present_EK[:, 2:]].abs().max() < 1e-6
+    monkeypatch.setattr(backbone, "head", lambda states_MD: torch.zeros(len(states_MD), backbone.vocabulary_size))
+    weights = objective.weights_of_locality(backbone, batch, states)
+    assert (weights[:, :2] == 0).all(), "the edit and its rephrase are to change"
+    assert weights[:, 2:][batch.present_EK[:, 2:]].min() > 1.99, "one answer of many"
 
 
-def test_an_edit_stops_when_its_rephrases_are_learned_as_well(backbone, pool):
+def test_an_edit_stops_when_its_rephrase_is_learned_as_well(backbone, pool):
     batch, _ = encode_requests(backbone, [make_request(0)], TEMPLATE, negatives=pool)
-    alone = batch.select([slot for slot in batch.slots if "rephrase" not in slot])
+    alone = batch.select([slot for slot in batch.slots if slot != REPHRASE])
     editor = load_editor("ftl", {"learning_rate": 3e-3})
     objective, stopping = Objective(replace(CONTRAST, locality_weight=0.0)), Stopping(100, 0.5)
     (result,), (without,) = (edit(backbone, editor, objective, one, stopping) for one in (batch, alone))
@@ -200,13 +202,34 @@ def test_an_edit_stops_when_its_rephrases_are_learned_as_well(backbone, pool):
     assert untrained.steps == without.steps, "what is not trained is not waited for"
 
 
-def test_without_a_pool_the_records_own_negative_is_what_there_is(backbone, requests_8):
+def test_without_a_pool_it_says_what_is_missing(backbone, requests_8):
     batch, _ = encode_requests(backbone, requests_8, TEMPLATE)
     assert batch.slots == SUPERVISION_SLOTS
-    objective = Objective(CONTRAST)
-    assert "near_locality" in objective.slots(load_editor("ftl"), batch)
-    results = edit(backbone, load_editor("ftl"), objective, batch, Stopping(max_steps=2))
-    assert not any(result.error for result in results)
+    with pytest.raises(InputError, match="reads hard negatives.*give encode_requests a NegativePool"):
+        edit(backbone, load_editor("ftl"), Objective(CONTRAST), batch, Stopping(max_steps=2))
+
+
+def test_both_rephrases_are_one_sequence(backbone, supervision, requests_8):
+    """The words of one and the picture of the other; of an edit that lacks one of them, its own stand there."""
+    rephrase = supervision.select([REPHRASE])
+    assert rephrase.present_EK.all()
+    for row, request in enumerate(requests_8):
+        text, image = request.supervision["text_rephrase"], request.supervision.get("image_rephrase")
+        one = replace(request, supervision={"text_rephrase": replace(text, picture=(image or text).picture)})
+        alone = encode_requests(backbone, [one], TEMPLATE)[0].select(["text_rephrase"])
+        assert torch.equal(
+            rephrase.target_EKT[row][rephrase.target_mask_EKT[row]], alone.target_EKT[alone.target_mask_EKT]
+        )
+        assert torch.equal(rephrase.tokens_EKS[row][rephrase.real_EKS[row]], alone.tokens_EKS[alone.real_EKS])
+        mine, expected = (b.features_NLD[b.picture_EK[e, 0]] for b, e in ((rephrase, row), (alone, 0)))
+        assert torch.allclose(mine, expected, atol=1e-5)
+    request = make_request(0)
+    text, image = (request.supervision[slot] for slot in ("text_rephrase", "image_rephrase"))
+    assert replace(request, supervision={}).rephrase() is None
+    assert replace(request, supervision={"text_rephrase": text}).rephrase() == text
+    assert replace(request, supervision={"image_rephrase": image}).rephrase() == replace(
+        request.edit, picture=image.picture
+    )
 
 
 def test_what_cannot_take_turns_says_so(backbone, supervision):

@@ -152,7 +152,7 @@ def test_a_record_meets_other_negatives_in_other_steps(backbone, records, valida
     of_turn = Objective.in_turn
     monkeypatch.setattr(Objective, "in_turn", lambda *given: seen.append(of_turn(*given)) or seen[-1])
     train(backbone, mend(training_steps=12, batch_size=1, validate_every=100), Objective(CONTRAST), records, validation)
-    of_first = {tuple(batch.features_NLD[batch.picture_EK[0, 4:]].flatten(1).sum(1).tolist()) for batch in seen
+    of_first = {tuple(batch.features_NLD[batch.picture_EK[0, 2:]].flatten(1).sum(1).tolist()) for batch in seen
                 if batch.edit_ids == ("edit-0",)}  # fmt: skip
     assert len(of_first) > 1
     assert {len(batch.slots) for batch in seen} == {6}

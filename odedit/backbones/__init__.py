@@ -10,7 +10,7 @@ from torch import Tensor
 
 from odedit import discovery
 from odedit.backbones.base import Backbone, Prefix, Processor, is_connector
-from odedit.edits import EDIT, RELIABILITY, SUPERVISION_SLOTS, EditBatch, EditRequest, Probe, negative_slots
+from odedit.edits import EDIT, RELIABILITY, REPHRASE, SUPERVISION_SLOTS, EditBatch, EditRequest, Probe, negative_slots
 from odedit.negatives import NegativePool
 from odedit.prompts import Template
 from odedit.stages import stage
@@ -80,8 +80,8 @@ def encode_requests(
         negatives: Where hard negatives are taken from; its features are made for the same sites.
 
     Returns:
-        The supervision batch (slots `SUPERVISION_SLOTS`, then the negatives) and the evaluation batch (slots `rel` and
-        every probe name that occurs, sorted).
+        The supervision batch (slots `SUPERVISION_SLOTS`; with negatives, then `REPHRASE` and those) and the evaluation
+        batch (slots `rel` and every probe name that occurs, sorted).
     """
     before = any(is_connector(site) for site in sites)
     with stage("image features"):
@@ -105,7 +105,7 @@ def encode_supervision(
     before_connector: bool = False,
     negatives: NegativePool | None = None,
 ) -> EditBatch:
-    """The batch of what supervises the edits, slots `SUPERVISION_SLOTS` and then the negatives; arguments as of
+    """The batch of what supervises the edits, the first that `encode_requests` returns; arguments as of
     `Backbone.encode`.
     """
     slots: tuple[str, ...] = SUPERVISION_SLOTS
@@ -113,9 +113,10 @@ def encode_supervision(
         [request.edit if slot == EDIT else request.supervision.get(slot) for slot in slots] for request in requests
     ]
     if negatives is not None:
-        slots = (*slots, *negative_slots(negatives.count))
+        slots = (*slots, REPHRASE, *negative_slots(negatives.count))
         used: dict[str, Tensor] = {}
         for row, request in zip(grid, requests, strict=True):
+            row.append(request.rephrase())
             picture = request.edit.picture
             if picture is not None:
                 feature = features[picture.key]

@@ -49,7 +49,7 @@ from odedit.backbones.base import Backbone
 from odedit.contrastive import encode, encoder_weights, info_nce, two_camps
 from odedit.editor_weights import load_weights
 from odedit.editors.base import OptimizerSettings, Plain, Trace, TrainingSettings, check_range
-from odedit.edits import EDIT, REPHRASE_SLOTS, EditBatch, EditParams
+from odedit.edits import EDIT, REPHRASE, REPHRASE_SLOTS, EditBatch, EditParams
 from odedit.encoding import gather_positions
 from odedit.errors import InputError
 from odedit.hooks import Rewrite, rewritten
@@ -285,7 +285,7 @@ class Unike(Plain):
             [gather_positions(here, batch.predict_EKT), gather_positions(there, old.predict_EKT)], dim=1
         )
         valid_EKT = torch.cat([batch.target_mask_EKT, old.target_mask_EKT], dim=1)
-        of_edit_K = torch.tensor([slot in (EDIT, *REPHRASE_SLOTS) for slot in (*batch.slots, EDIT)])
+        of_edit_K = torch.tensor([slot in (EDIT, *REPHRASE_SLOTS, REPHRASE) for slot in (*batch.slots, EDIT)])
         record_E1 = torch.arange(batch.num_edits, device=valid_EKT.device).unsqueeze(1)
         record_N = record_E1.unsqueeze(1).expand_as(valid_EKT)[valid_EKT]
         is_edit_N = of_edit_K.to(valid_EKT.device)[None, :, None].expand_as(valid_EKT)[valid_EKT]

@@ -24,7 +24,7 @@ from torch import Tensor
 from odedit import Objective, ObjectiveConfig, Stopping, calibrate, edit, find_template, load_editor, world
 from odedit.backbones import encode_requests, load_backbone
 from odedit.editors.base import Measuring, Trainable
-from odedit.edits import EDIT, EditBatch, EditParams, EditRequest, is_negative, stack_params
+from odedit.edits import EDIT, REPHRASE, EditBatch, EditParams, EditRequest, is_negative, stack_params
 from odedit.images import ImageReader
 from odedit.mmedit import read_records
 from odedit.negatives import NegativePool
@@ -92,19 +92,21 @@ class Alignment:
         contrast = ObjectiveConfig(name="contrast", negatives=NEGATIVES, negatives_at_once=NEGATIVES)
         near = list(filter(is_negative, supervision.slots))
         rephrases, locality = supervision.slots[1:3], supervision.slots[3:6]
-        one_near = supervision.select([EDIT, locality[2]])
+        kl = ObjectiveConfig(name="native_kl")
         return {
             "NLL of the edit": self._gradient(editor, params, supervision.select([EDIT]), contrast, "rel"),
-            "NLL of the rephrases": self._gradient(
-                editor, params, supervision.select([EDIT, *rephrases]), contrast, "gen"
+            "NLL of both rephrases in one": self._gradient(
+                editor, params, supervision.select([EDIT, REPHRASE]), contrast, "gen"
             ),
             "MMD of the rephrases": self._gradient(
                 editor, params, supervision.select([EDIT, *rephrases, *locality]), odedit, "gen"
             ),
             "KL, unrelated question": self._gradient(
-                editor, params, supervision.select([EDIT, locality[0]]), contrast, "loc"
+                editor, params, supervision.select([EDIT, locality[0]]), kl, "loc"
             ),
-            "KL, the record's one near picture": self._gradient(editor, params, one_near, contrast, "loc"),
+            "KL, the record's one near picture": self._gradient(
+                editor, params, supervision.select([EDIT, locality[2]]), kl, "loc"
+            ),
             f"KL, {NEGATIVES} hard negatives": self._gradient(
                 editor, params, supervision.select([EDIT, *near]), contrast, "loc"
             ),
@@ -129,10 +131,10 @@ class Alignment:
     def _judged(self, editor: Any, params: EditParams, evaluation: EditBatch) -> Gradients:
         rephrase = replace(evaluation.select(["m_gen"]), slots=(EDIT,))
         near = replace(evaluation.select(["rel", "m_loc_near"]), slots=(EDIT, "near_locality"))
-        config = ObjectiveConfig(name="contrast")
+        kl = ObjectiveConfig(name="native_kl")
         return {
-            "m_gen": self._gradient(editor, params, rephrase, config, "rel"),
-            "m_loc_near": self._gradient(editor, params, near, config, "loc"),
+            "m_gen": self._gradient(editor, params, rephrase, kl, "rel"),
+            "m_loc_near": self._gradient(editor, params, near, kl, "loc"),
         }
 
 
