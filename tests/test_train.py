@@ -155,7 +155,7 @@ def test_a_record_meets_other_negatives_in_other_steps(backbone, records, valida
     of_first = {tuple(batch.features_NLD[batch.picture_EK[0, 2:]].flatten(1).sum(1).tolist()) for batch in seen
                 if batch.edit_ids == ("edit-0",)}  # fmt: skip
     assert len(of_first) > 1
-    assert {len(batch.slots) for batch in seen} == {6}
+    assert {len(batch.slots) for batch in seen} == {4}
 
 
 def test_native_kl_adds_the_locality_risk_alone(backbone, records, validation):
