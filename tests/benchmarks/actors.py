@@ -3,9 +3,10 @@
     python -m tests.benchmarks.actors [--edits 288] [--out DIR]
 
 The embedded BLIP-2, WISE under ODEdit, every edit takes the same number of steps, one thread each. A bare loop over
-prepared requests before and after the runs, since a shared machine is not the same all the time; the runs are
-`odedit edit` as a user starts it. Speed is that of the steady state: between the group that ends the first quarter,
-when all workers have started, and the last but one of each worker.
+prepared requests before and after the runs, since a shared machine is not the same all the time, and two such loops at
+once, which is what two cores have to give; the runs are `odedit edit` as a user starts it. Speed is that of the steady
+state: between the group that ends the first quarter, when all workers have started, and the last but one of each
+worker.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,10 @@ def main() -> None:
     def loop(name: str) -> float:
         return float(in_own_process(loop_rate, settings(out / name, data, arguments.edits, 1)))
 
+    def loops(count: int) -> float:
+        with ThreadPoolExecutor(count) as side_by_side:
+            return sum(side_by_side.map(loop, [f"{number} of {count}" for number in range(count)]))
+
     def run(actors: int) -> float:
         folder = out / f"{actors}"
         folder.mkdir()
@@ -82,11 +88,12 @@ def main() -> None:
 
     before = loop("before")
     one, two = run(1), run(2)
-    after = loop("after")
+    both, after = loops(2), loop("after")
     bare = (before + after) / 2
     rows = [
         ["bare loop, before", before, before / bare, ""],
         ["bare loop, after", after, after / bare, ""],
+        ["two bare loops at once", both, both / bare, ""],
         ["pipeline, 1 actor", one, one / bare, 1.0],
         ["pipeline, 2 actors", two, two / bare, two / one],
     ]

@@ -7,6 +7,12 @@ the gradient of every term with respect to the edited parameters is compared, by
 NLL of the scored image rephrase (`m_gen`) and with that of the KL of the scored near question (`m_loc_near`). A
 positive cosine: a step down the term is a step down what is scored. MEND's edit is one step of a hypernetwork and has
 no parameters of its own to descend on.
+
+Whatever penalty is made of the scale gradients g of the three risks (TV, one-sided, signed, Huber) has a gradient that
+is a weighted sum of theirs, so that their three cosines say what all of these can do. Beside them: the variance of the
+NLLs of edit and rephrases (V-REx, arXiv 2003.00688, eq. 8), the variance of the gradients of these NLLs (after Fishr,
+arXiv 2109.02934, eq. 4), MMD of displacements (edited minus unedited states) with a bandwidth that follows them, and
+KL on the edit's question without its picture.
 """
 
 from __future__ import annotations
@@ -20,11 +26,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from odedit import Objective, ObjectiveConfig, Stopping, calibrate, edit, find_template, load_editor, world
+from odedit import Objective, ObjectiveConfig, Stopping, calibrate, edit, find_template, load_editor, mmd, risks, world
 from odedit.backbones import encode_requests, load_backbone
 from odedit.editors.base import Measuring, Trainable
-from odedit.edits import EDIT, REPHRASE, EditBatch, EditParams, EditRequest, is_negative, stack_params
+from odedit.edits import (
+    EDIT,
+    NEAR,
+    REPHRASE,
+    REPHRASE_SLOTS,
+    EditBatch,
+    EditParams,
+    EditRequest,
+    is_negative,
+    stack_params,
+)
 from odedit.images import ImageReader
 from odedit.mmedit import read_records
 from odedit.negatives import NegativePool
@@ -80,7 +97,8 @@ class Alignment:
         start = editor.init(self.backbone, supervision)
         found = stack_params([result.params for result in results])
         params = {name: found[name].requires_grad_(name not in editor.frozen) for name in start}
-        terms = self._terms(editor, params, supervision)
+        terms = self._terms(editor, params, supervision) | self._ideas(editor, params, supervision)
+        terms["KL, the question without a picture"] = self._kept(editor, params, evaluation, "blind_loc")
         judges = self._judged(editor, params, evaluation)
         return {
             name: {judge: torch.cosine_similarity(gradient, judges[judge], dim=1) for judge in JUDGES}
@@ -113,11 +131,42 @@ class Alignment:
             "penalty": self._gradient(
                 editor, params, supervision.select([EDIT, *rephrases, *locality]), odedit, "penalty"
             ),
+        } | {
+            f"g of R_{name}": self._gradient(
+                editor, params, supervision.select([EDIT, *rephrases, *locality]), odedit, f"g_{name}"
+            )
+            for name in ("rel", "loc", "gen")
+        }
+
+    def _ideas(self, editor: Any, params: EditParams, supervision: EditBatch) -> Gradients:
+        """What is made of edit and rephrases and is no part of any objective here."""
+        batch = supervision.select([EDIT, *REPHRASE_SLOTS])
+        prefix = self.backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise)
+        with torch.no_grad():
+            base_EKTD = self.backbone.suffix(prefix, batch.predict_EKT)
+        # Gradients of gradients: only the plain form of attention has them.
+        with sdpa_kernel(SDPBackend.MATH), editor.applied(self.backbone, params, batch):
+            states_EKTD = self.backbone.suffix(prefix, batch.predict_EKT)
+        log_p = self.backbone.head(states_EKTD).log_softmax(dim=-1)
+        nll_EK = risks.masked_mean(-log_p.gather(-1, batch.target_EKT.unsqueeze(-1)).squeeze(-1), batch.target_mask_EKT)
+        moved_EKTD, mask = states_EKTD - base_EKTD, batch.target_mask_EKT
+        distances = []
+        for k in (1, 2):
+            apart_E = (moved_EKTD[:, 0, 0] - moved_EKTD[:, k, 0]).square().sum(-1).detach()
+            sigma2_E = torch.maximum(apart_E, apart_E.mean() * 1e-3)
+            scaled = moved_EKTD / sigma2_E.sqrt()[:, None, None, None]
+            distances.append(mmd.mmd2_rbf(scaled[:, 0], scaled[:, k], mask[:, 0], mask[:, k], torch.ones(1)).value)
+        several = torch.stack([_flat(nll_E, params, create_graph=True) for nll_E in nll_EK.unbind(1)])
+        return {
+            "variance of their NLLs (V-REx)": _flat(nll_EK.var(dim=1), params, retain_graph=True),
+            "MMD of displacements": _flat(torch.stack(distances).mean(0), params, retain_graph=True),
+            "variance of their gradients (Fishr)": _flat(several.var(dim=0).sum(dim=1), params),
         }
 
     def _gradient(
         self, editor: Any, params: EditParams, batch: EditBatch, config: ObjectiveConfig, term: str
     ) -> Tensor:
+        """Of a risk, of `penalty`, or of a risk's scale gradient, `g_<risk>`."""
         objective = Objective(config)
         prefix = self.backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise)
         with torch.no_grad():
@@ -126,22 +175,26 @@ class Alignment:
         with editor.applied(self.backbone, params, batch) as trace:
             hidden = self.backbone.suffix(prefix, objective.read(batch))
         terms = objective(self.backbone, editor, params, trace, batch, hidden, unedited)
-        return _flat(terms.penalty if term == "penalty" else terms.risks[term], params)
+        named = terms.risks | {"penalty": terms.penalty}
+        return _flat(terms.scale_gradients[term[2:]] if term.startswith("g_") else named[term], params)
 
     def _judged(self, editor: Any, params: EditParams, evaluation: EditBatch) -> Gradients:
         rephrase = replace(evaluation.select(["m_gen"]), slots=(EDIT,))
-        near = replace(evaluation.select(["rel", "m_loc_near"]), slots=(EDIT, "near_locality"))
-        kl = ObjectiveConfig(name="native_kl")
         return {
-            "m_gen": self._gradient(editor, params, rephrase, kl, "rel"),
-            "m_loc_near": self._gradient(editor, params, near, kl, "loc"),
+            "m_gen": self._gradient(editor, params, rephrase, ObjectiveConfig(name="native"), "rel"),
+            "m_loc_near": self._kept(editor, params, evaluation, "m_loc_near"),
         }
 
+    def _kept(self, editor: Any, params: EditParams, evaluation: EditBatch, probe: str) -> Tensor:
+        """Of the KL at a scored question."""
+        batch = replace(evaluation.select(["rel", probe]), slots=(EDIT, NEAR))
+        return self._gradient(editor, params, batch, ObjectiveConfig(name="native_kl"), "loc")
 
-def _flat(risk_E: Tensor, params: EditParams) -> Tensor:
+
+def _flat(risk_E: Tensor, params: EditParams, **options: bool) -> Tensor:
     """The gradient of every edit's risk with respect to its own parameters, a row each."""
     moved = [value for value in params.values() if value.requires_grad]
-    parts = torch.autograd.grad(risk_E.sum(), moved, allow_unused=True)
+    parts = torch.autograd.grad(risk_E.sum(), moved, allow_unused=True, **options)
     rows = [
         (torch.zeros_like(value) if part is None else part).flatten(1) for value, part in zip(moved, parts, strict=True)
     ]
