@@ -8,7 +8,6 @@ from itertools import islice
 
 from odedit.backbones.base import Backbone, Processor, is_connector
 from odedit.edits import Picture
-from odedit.errors import InputError
 from odedit.images import ImageError
 from odedit.negatives import NegativePool
 from odedit.objective import ObjectiveConfig
@@ -24,20 +23,13 @@ def negative_pool(
     """Where the objective's hard negatives come from; None if it uses none.
 
     Args:
-        read_pool: Other records; asked if they are needed.
+        read_pool: Other records, which a run under this objective has; asked if they are needed.
         sites: What the editor changes; decides whether the features are those before the connector.
-
-    Raises:
-        InputError: It needs a pool, and there is none.
     """
     if config.name != "contrast":
         return None
     pool = read_pool()
-    if pool is None:
-        raise InputError(
-            "objective.name: 'contrast' compares an edit with pictures of other records, and there are none. Set "
-            "data.pool to a file of other records (the training file)."
-        )
+    assert pool is not None, "a run that needs other records does not begin without"
     before = any(map(is_connector, sites))
     features = {}
     pictures = _pictures(pool, backbone.processor)

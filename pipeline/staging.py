@@ -67,8 +67,13 @@ def stage(config: RunConfig, sources: Sources, workspace: Workspace) -> Staged:
     """Writes `records.parquet` and `pool.parquet` unless they are there and whole.
 
     Raises:
-        InputError: The input cannot be read, or held-out locality needs a pool and there is none.
+        InputError: The input cannot be read, or held-out locality or hard negatives need a pool and there is none.
     """
+    if sources.pool is None and config.objective.name == "contrast":
+        raise InputError(
+            "objective.name: 'contrast' compares an edit with pictures of other records, and there are none. Set "
+            "data.pool to a file of other records (the training file)."
+        )
     if sources.pool is not None and not _is_staged(workspace.pool):
         _stage_pool(config, sources, workspace.pool)
     if not (_is_staged(workspace.records) and "group" in read_schema(workspace.records).names):
