@@ -153,7 +153,7 @@ class Alignment:
         distances = []
         for k in (1, 2):
             apart_E = (moved_EKTD[:, 0, 0] - moved_EKTD[:, k, 0]).square().sum(-1).detach()
-            sigma2_E = torch.maximum(apart_E, apart_E.mean() * 1e-3)
+            sigma2_E = torch.maximum(apart_E, apart_E.mean() * 1e-3).clamp_min(1e-12)  # not moved yet
             scaled = moved_EKTD / sigma2_E.sqrt()[:, None, None, None]
             distances.append(mmd.mmd2_rbf(scaled[:, 0], scaled[:, k], mask[:, 0], mask[:, k], torch.ones(1)).value)
         several = torch.stack([_flat(nll_E, params, create_graph=True) for nll_E in nll_EK.unbind(1)])
