@@ -138,9 +138,8 @@ class Alignment:
             for name in ("rel", "loc", "gen")
         }
 
-    def _ideas(self, editor: Any, params: EditParams, supervision: EditBatch) -> Gradients:
-        """What is made of edit and rephrases and is no part of any objective here."""
-        batch = supervision.select([EDIT, *REPHRASE_SLOTS])
+    def _states_and_nll(self, editor: Any, params: EditParams, batch: EditBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Final states at the answers, edited and not, and the NLL of every sequence `(E, K)`, unsmoothed."""
         prefix = self.backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise)
         with torch.no_grad():
             base_EKTD = self.backbone.suffix(prefix, batch.predict_EKT)
@@ -148,7 +147,13 @@ class Alignment:
         with sdpa_kernel(SDPBackend.MATH), editor.applied(self.backbone, params, batch):
             states_EKTD = self.backbone.suffix(prefix, batch.predict_EKT)
         log_p = self.backbone.head(states_EKTD).log_softmax(dim=-1)
-        nll_EK = risks.masked_mean(-log_p.gather(-1, batch.target_EKT.unsqueeze(-1)).squeeze(-1), batch.target_mask_EKT)
+        nll_EKT = -log_p.gather(-1, batch.target_EKT.unsqueeze(-1)).squeeze(-1)
+        return states_EKTD, base_EKTD, risks.masked_mean(nll_EKT, batch.target_mask_EKT)
+
+    def _ideas(self, editor: Any, params: EditParams, supervision: EditBatch) -> Gradients:
+        """What is made of edit and rephrases and is no part of any objective here."""
+        batch = supervision.select([EDIT, *REPHRASE_SLOTS])
+        states_EKTD, base_EKTD, nll_EK = self._states_and_nll(editor, params, batch)
         moved_EKTD, mask = states_EKTD - base_EKTD, batch.target_mask_EKT
         distances = []
         for k in (1, 2):
@@ -180,8 +185,9 @@ class Alignment:
 
     def _judged(self, editor: Any, params: EditParams, evaluation: EditBatch) -> Gradients:
         rephrase = replace(evaluation.select(["m_gen"]), slots=(EDIT,))
+        _, _, nll_EK = self._states_and_nll(editor, params, rephrase)
         return {
-            "m_gen": self._gradient(editor, params, rephrase, ObjectiveConfig(name="native"), "rel"),
+            "m_gen": _flat(nll_EK[:, 0], params),
             "m_loc_near": self._kept(editor, params, evaluation, "m_loc_near"),
         }
 
