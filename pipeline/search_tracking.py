@@ -146,17 +146,19 @@ class SearchRun:
             run = self._trial(key)
             run.log_points((f"curves/{name}", value, step) for name, curve in curves.items() for step, value in curve)
             run.set_tags({STATE: state} | dict(tags))
-            run_status = "FAILED" if state == "failed" else "FINISHED"
-            patiently(self.client.set_terminated, run.run_id, status=run_status)
+            patiently(self.client.set_terminated, run.run_id, status=_status(state))
 
         self._try(call)
 
     def is_closed(self, key: str) -> bool:
-        """Whether a trial's run has its final state, as far as the store can be asked."""
-        found: dict[str, str] = {}
+        """Whether a trial's run has its final state and status, as far as the store can be asked.
+
+        An interrupt may have come between the two, and leaves the status of what was cut off.
+        """
+        found: list[Any] = []
         if key in self.trials:
-            self._try(lambda: found.update(self.client.get_run(self.trials[key]).data.tags))
-        return STATE in found
+            self._try(lambda: found.append(self.client.get_run(self.trials[key])))
+        return any(STATE in run.data.tags and run.info.status == _status(run.data.tags[STATE]) for run in found)
 
     def check(self) -> None:
         """Raises TrackingError if something that was tried since `failed` was last None is missing."""
@@ -201,6 +203,11 @@ class SearchRun:
                     Tracker(self.client, self.uri, run.info.run_id).finish(status)
 
         self._try(close)
+
+
+def _status(state: str) -> str:
+    """What a trial's run ends as in the store."""
+    return "FAILED" if state == "failed" else "FINISHED"
 
 
 def _log_missing(run: Tracker, parameters: Mapping[str, Any]) -> None:

@@ -92,7 +92,7 @@ def test_training_takes_hard_negatives_from_the_training_records(
     config, weights = write(tmp_path, values), tmp_path / "weights" / "mend.safetensors"
     done = odedit("train", "mend", "--config", config, "--out", weights, "objective.name=contrast")
     assert done.exit_code == 0, (done.output, done.exception)
-    wanted = {"edit", "text_rephrase", "image_rephrase", "text_locality", "near_locality_1", "near_locality_2"}
+    wanted = {"edit", "rephrase", "near_locality_1", "near_locality_2"}
     assert seen and all(slots == wanted for slots in seen)
 
 

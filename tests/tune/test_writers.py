@@ -70,6 +70,25 @@ def test_eight_writers_through_a_server(tmp_path: Path) -> None:
         check_together(uri)
 
 
+def test_a_trial_whose_end_was_interrupted_is_not_closed_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its state is written, its status is not."""
+    search = SearchRun.start(f"sqlite:///{tmp_path}/mlflow.db", "cut off", "search", "id", {}, {}, None)
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    for key, number, state, status in (("one", 0, "complete", "FINISHED"), ("two", 1, "failed", "FAILED")):
+        search.open_trial(key, number, {}, {})
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(search.client, "set_terminated", interrupt)
+            search.close_trial(key, state, {}, {}, {})
+        search.end("KILLED")
+        assert search.client.get_run(search.trials[key]).info.status == "KILLED" and not search.is_closed(key)
+        search.open_trial(key, number, {}, {})
+        search.close_trial(key, state, {}, {}, {})
+        assert search.client.get_run(search.trials[key]).info.status == status and search.is_closed(key)
+
+
 def test_a_search_kept_in_the_database_goes_on(values: dict[str, Any], tmp_path: Path) -> None:
     with database(tmp_path) as address:
         search = check(from_values(values | {"storage": address}))
