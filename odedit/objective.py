@@ -54,6 +54,7 @@ Kernel = Literal["rbf", "linear", "contrastive"]
 CALIBRATION_STATES = 256
 _TOKENS_AT_ONCE = 1024
 """Tokens whose distributions over the vocabulary are held at a time."""
+_WEIGHED_AT_ONCE = 32
 _LOCALITY = "locality"
 _NEGATIVE_WEIGHT = 2.0
 """Of a negative, beside an NLL; chosen on the validation split of the embedded world."""
@@ -413,11 +414,12 @@ class Objective:
         if self.config.name != "contrast":
             return None
         answers = batch.answers(self._compared_slots(batch))
+        # No more at a time than a step compares of a small batch: of all negatives together it would be the peak.
         parts = [
             risks.log_probs(backbone.head(states_CD)).gather(-1, tokens_C.unsqueeze(-1)).squeeze(-1)
             for states_CD, tokens_C in zip(
-                _states_at(states_EKTD, answers).split(_TOKENS_AT_ONCE),
-                answers.tokens_M.split(_TOKENS_AT_ONCE),
+                _states_at(states_EKTD, answers).split(_WEIGHED_AT_ONCE),
+                answers.tokens_M.split(_WEIGHED_AT_ONCE),
                 strict=True,
             )
         ]
