@@ -188,8 +188,8 @@ class _Run:
     def _weigh(self, params: EditParams, state: State, is_penalised: bool) -> _Weighed:
         with stage("edit: forward"):
             prefix, unedited = self._seen(state.steps_E)
-        with stage("edit: forward"), self._editor.applied(self._backbone, params, self._batch) as trace:
-            hidden = self._backbone.suffix(prefix, self._objective.read(self._batch))
+            with self._editor.applied(self._backbone, params, self._batch) as trace:
+                hidden = self._backbone.suffix(prefix, self._objective.read(self._batch))
         with stage("edit: risks"):
             terms = self._objective(self._backbone, self._editor, params, trace, self._batch, hidden, unedited)
             stops = self._stops(terms, trace, state.steps_E)

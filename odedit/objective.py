@@ -55,6 +55,7 @@ CALIBRATION_STATES = 256
 _TOKENS_AT_ONCE = 1024
 """Tokens whose distributions over the vocabulary are held at a time."""
 _WEIGHED_AT_ONCE = 32
+"""The same while negatives are weighed: about as many as in a step of a small batch, or this would be the peak."""
 _LOCALITY = "locality"
 _NEGATIVE_WEIGHT = 2.0
 """Of a negative, beside an NLL; chosen on the validation split of the embedded world."""
@@ -267,12 +268,13 @@ class Objective:
         if self.config.name == "native_kl":
             wanted |= set(LOCALITY_SLOTS)
         if self.config.name == "contrast":
-            if not any(map(is_negative, batch.slots)):
+            negatives = self._compared_slots(batch)
+            if not negatives:
                 raise InputError(
                     "objective.name: 'contrast' reads hard negatives, and this batch was made without; give "
                     "encode_requests a NegativePool."
                 )
-            wanted |= {*filter(is_negative, batch.slots), *([REPHRASE] if self.config.generality_weight else [])}
+            wanted |= {*negatives, *([REPHRASE] if self.config.generality_weight else [])}
         return tuple(slot for slot in batch.slots if slot in wanted)
 
     def slots_at_once(self, slots: Sequence[str]) -> tuple[str, ...]:
@@ -414,7 +416,6 @@ class Objective:
         if self.config.name != "contrast":
             return None
         answers = batch.answers(self._compared_slots(batch))
-        # No more at a time than a step compares of a small batch: of all negatives together it would be the peak.
         parts = [
             risks.log_probs(backbone.head(states_CD)).gather(-1, tokens_C.unsqueeze(-1)).squeeze(-1)
             for states_CD, tokens_C in zip(

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,11 @@ from odedit.backbones import encode_requests, load_backbone
 from odedit.editors.base import Measuring, Trainable
 from odedit.edits import (
     EDIT,
+    LOCALITY_SLOTS,
     NEAR,
     REPHRASE,
     REPHRASE_SLOTS,
+    SUPERVISION_SLOTS,
     EditBatch,
     EditParams,
     EditRequest,
@@ -108,35 +111,22 @@ class Alignment:
     def _terms(self, editor: Any, params: EditParams, supervision: EditBatch) -> Gradients:
         odedit = ObjectiveConfig(sigma2_0=self.sigma2_0)
         contrast = ObjectiveConfig(name="contrast", negatives=NEGATIVES, negatives_at_once=NEGATIVES)
-        near = list(filter(is_negative, supervision.slots))
-        rephrases, locality = supervision.slots[1:3], supervision.slots[3:6]
         kl = ObjectiveConfig(name="native_kl")
+        near = list(filter(is_negative, supervision.slots))
+
+        def gradient(slots: Iterable[str], config: ObjectiveConfig, term: str) -> Tensor:
+            return self._gradients(editor, params, supervision.select([EDIT, *slots]), config, [term])[0]
+
+        of_odedit = {"MMD of the rephrases": "gen", "penalty": "penalty"}
+        of_odedit |= {f"g of R_{name}": f"g_{name}" for name in ("rel", "loc", "gen")}
+        whole = supervision.select(SUPERVISION_SLOTS)
         return {
-            "NLL of the edit": self._gradient(editor, params, supervision.select([EDIT]), contrast, "rel"),
-            "NLL of both rephrases in one": self._gradient(
-                editor, params, supervision.select([EDIT, REPHRASE]), contrast, "gen"
-            ),
-            "MMD of the rephrases": self._gradient(
-                editor, params, supervision.select([EDIT, *rephrases, *locality]), odedit, "gen"
-            ),
-            "KL, unrelated question": self._gradient(
-                editor, params, supervision.select([EDIT, locality[0]]), kl, "loc"
-            ),
-            "KL, the record's one near picture": self._gradient(
-                editor, params, supervision.select([EDIT, locality[2]]), kl, "loc"
-            ),
-            f"KL, {NEGATIVES} hard negatives": self._gradient(
-                editor, params, supervision.select([EDIT, *near]), contrast, "loc"
-            ),
-            "penalty": self._gradient(
-                editor, params, supervision.select([EDIT, *rephrases, *locality]), odedit, "penalty"
-            ),
-        } | {
-            f"g of R_{name}": self._gradient(
-                editor, params, supervision.select([EDIT, *rephrases, *locality]), odedit, f"g_{name}"
-            )
-            for name in ("rel", "loc", "gen")
-        }
+            "NLL of the edit": gradient([], contrast, "rel"),
+            "NLL of both rephrases in one": gradient([REPHRASE], contrast, "gen"),
+            "KL, unrelated question": gradient([LOCALITY_SLOTS[0]], kl, "loc"),
+            "KL, the record's one near picture": gradient([NEAR], kl, "loc"),
+            f"KL, {NEGATIVES} hard negatives": gradient(near, contrast, "loc"),
+        } | dict(zip(of_odedit, self._gradients(editor, params, whole, odedit, of_odedit.values()), strict=True))
 
     def _states_and_nll(self, editor: Any, params: EditParams, batch: EditBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Final states at the answers, edited and not, and the NLL of every sequence `(E, K)`, unsmoothed."""
@@ -168,9 +158,9 @@ class Alignment:
             "variance of their gradients (Fishr)": _flat(several.var(dim=0).sum(dim=1), params),
         }
 
-    def _gradient(
-        self, editor: Any, params: EditParams, batch: EditBatch, config: ObjectiveConfig, term: str
-    ) -> Tensor:
+    def _gradients(
+        self, editor: Any, params: EditParams, batch: EditBatch, config: ObjectiveConfig, names: Iterable[str]
+    ) -> list[Tensor]:
         """Of a risk, of `penalty`, or of a risk's scale gradient, `g_<risk>`."""
         objective = Objective(config)
         prefix = self.backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise)
@@ -181,7 +171,8 @@ class Alignment:
             hidden = self.backbone.suffix(prefix, objective.read(batch))
         terms = objective(self.backbone, editor, params, trace, batch, hidden, unedited)
         named = terms.risks | {"penalty": terms.penalty}
-        return _flat(terms.scale_gradients[term[2:]] if term.startswith("g_") else named[term], params)
+        named |= {f"g_{name}": value for name, value in terms.scale_gradients.items()}
+        return [_flat(named[name], params, retain_graph=True) for name in names]
 
     def _judged(self, editor: Any, params: EditParams, evaluation: EditBatch) -> Gradients:
         rephrase = replace(evaluation.select(["m_gen"]), slots=(EDIT,))
@@ -194,7 +185,7 @@ class Alignment:
     def _kept(self, editor: Any, params: EditParams, evaluation: EditBatch, probe: str) -> Tensor:
         """Of the KL at a scored question."""
         batch = replace(evaluation.select(["rel", probe]), slots=(EDIT, NEAR))
-        return self._gradient(editor, params, batch, ObjectiveConfig(name="native_kl"), "loc")
+        return self._gradients(editor, params, batch, ObjectiveConfig(name="native_kl"), ["loc"])[0]
 
 
 def _flat(risk_E: Tensor, params: EditParams, **options: bool) -> Tensor:
