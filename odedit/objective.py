@@ -23,7 +23,6 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from odedit import mmd, risks
 from odedit.backbones import encode_requests
@@ -47,15 +46,15 @@ from odedit.errors import InputError
 from odedit.irm_tv import MultiplierConfig, tv_penalty
 from odedit.prompts import Template
 from odedit.risks import Risk
-from odedit.token_risks import KL, NLL, TokenRisk, Tokens, token_risks
+from odedit.token_risks import KL, NLL, TokenRisk, Tokens, kl_of_states, token_risks
 
 Name = Literal["native", "native_kl", "odedit", "contrast"]
 Kernel = Literal["rbf", "linear", "contrastive"]
 CALIBRATION_STATES = 256
-_TOKENS_AT_ONCE = 1024
-"""Tokens whose distributions over the vocabulary are held at a time."""
-_WEIGHED_AT_ONCE = 32
-"""The same while negatives are weighed: about as many as in a step of a small batch, or this would be the peak."""
+_TOKENS_KEPT = 1024
+"""Most tokens whose unedited distributions over the vocabulary are kept from step to step."""
+_VALUES_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}
+"""Logits that are held at a time where they are not kept: rows enough for the head's product to be a fast one."""
 _LOCALITY = "locality"
 _NEGATIVE_WEIGHT = 2.0
 """Of a negative, beside an NLL; chosen on the validation split of the embedded world."""
@@ -217,8 +216,8 @@ class Unedited:
 
     Attributes:
         states_MD: Final hidden states.
-        log_q_MV: Log-probabilities; None where so many would not fit: then they are computed from the states each time,
-            some at a time.
+        log_q_MV: Log-probabilities; None where so many would not fit or are read only once: then they are computed from
+            the states each time, some at a time.
         weight_EK: What each sequence of the batch weighs in R_loc; None: all alike.
     """
 
@@ -398,7 +397,7 @@ class Objective:
             weight_EK = self.weights_of_locality(backbone, batch, states_EKTD)
         read = self._read_by_head(batch)
         num_compared = len(read[_LOCALITY].at_M)
-        if num_compared > _TOKENS_AT_ONCE:
+        if self.config.takes_turns or num_compared > _TOKENS_KEPT:
             return Unedited(_states_at(states_EKTD, read[_LOCALITY]), None, weight_EK)
         with torch.no_grad():
             # The same product as in a step: rounding depends on the number of rows, and Adam makes much of a gradient
@@ -416,13 +415,10 @@ class Objective:
         if self.config.name != "contrast":
             return None
         answers = batch.answers(self._compared_slots(batch))
+        states_MD, size = _states_at(states_EKTD, answers), _rows_at_once(backbone, states_EKTD.device)
         parts = [
             risks.log_probs(backbone.head(states_CD)).gather(-1, tokens_C.unsqueeze(-1)).squeeze(-1)
-            for states_CD, tokens_C in zip(
-                _states_at(states_EKTD, answers).split(_WEIGHED_AT_ONCE),
-                answers.tokens_M.split(_WEIGHED_AT_ONCE),
-                strict=True,
-            )
+            for states_CD, tokens_C in zip(states_MD.split(size), answers.tokens_M.split(size), strict=True)
         ]
         same_EK = answers.spread(torch.cat(parts)).sum(dim=-1).exp()
         weight_EK = torch.zeros(batch.present_EK.shape, device=same_EK.device)
@@ -456,22 +452,17 @@ class Objective:
             kinds[_LOCALITY] = KL(unedited.log_q_MV, self.config.locality_direction)
         elif unedited is not None:
             compared_MD = _states_at(states_EKTD, read.pop(_LOCALITY))
-            several[_LOCALITY] = self._in_parts(backbone, compared_MD, unedited.states_MD)
+            several[_LOCALITY] = kl_of_states(
+                compared_MD,
+                unedited.states_MD,
+                backbone.head,
+                _rows_at_once(backbone, compared_MD.device),
+                self.config.locality_direction,
+                # Only a penalty is made of it.
+                with_slope=self.config.name == "odedit",
+            )
         logits_MV = backbone.head(_states_at(states_EKTD, *read.values()))
         return several | dict(zip(kinds, token_risks(logits_MV, list(kinds.values()), self._once), strict=True))
-
-    def _in_parts(self, backbone: Backbone, states_MD: Tensor, base_MD: Tensor) -> Tokens:
-        """KL of more tokens than fit: their distributions are computed again for the gradient, some at a time."""
-
-        def part(states_CD: Tensor, base_CD: Tensor) -> Tokens:
-            with torch.no_grad():
-                log_q_CV = risks.log_probs(backbone.head(base_CD))
-            return token_risks(backbone.head(states_CD), [KL(log_q_CV, self.config.locality_direction)])[0]
-
-        pairs = zip(states_MD.split(_TOKENS_AT_ONCE), base_MD.split(_TOKENS_AT_ONCE), strict=True)
-        # Nothing in there is drawn at random.
-        parts = [checkpoint(part, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
-        return Tokens(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
     def _generality(self, batch: EditBatch, hidden: Tensor, states_EKTD: Tensor) -> Risk:
         """R_gen: edit against rephrases, in the states that `positions` names."""
@@ -508,6 +499,10 @@ class Objective:
         if device not in self._sigma2_Q:
             self._sigma2_Q[device] = self._sigma2_Q[torch.device("cpu")].to(device)
         return self._sigma2_Q[device]
+
+
+def _rows_at_once(backbone: Backbone, device: torch.device) -> int:
+    return max(1, _VALUES_AT_ONCE.get(device.type, _VALUES_AT_ONCE["cuda"]) // backbone.vocabulary_size)
 
 
 def _states_at(states_EKTD: Tensor, *answers: Answers) -> Tensor:

@@ -9,7 +9,7 @@ processor's cache.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -19,6 +19,8 @@ Direction = Literal["edited_first", "base_first"]
 
 _VALUES_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
 """Logits of the rows that are worked on together: about half of a core's cache, or enough to keep a GPU busy."""
+
+_DIFFERENTIABLE_ONCE = "risks are differentiable once; their scale gradient is there without create_graph."
 
 
 class TokenRisk(ABC):
@@ -165,6 +167,73 @@ def token_risks(logits_MV: Tensor, kinds: Sequence[TokenRisk], once: bool = Fals
     return [Tokens(*column) for column in zip(*columns, strict=True)]
 
 
+def kl_of_states(
+    states_MD: Tensor,
+    base_MD: Tensor,
+    head: Callable[[Tensor], Tensor],
+    at_once: int,
+    direction: Direction = "edited_first",
+    with_slope: bool = True,
+) -> Tokens:
+    """KL from final hidden states, some rows at a time: no more distributions are held than those.
+
+    A row's gradient is taken where its logits are, and the state's part of it kept: nothing is computed again.
+
+    Args:
+        states_MD: Of the edited model.
+        base_MD: Of the unedited model, constants. Where both are the same, KL is exactly 0.
+        head: `(C, D)` to logits `(C, V)`, row by row; nothing in it is learned.
+        at_once: Rows.
+        with_slope: Else the scale gradients are constants.
+    """
+    return Tokens(*_OfStates.apply(states_MD, base_MD, head, at_once, direction, with_slope))
+
+
+class _OfStates(torch.autograd.Function):
+    """States to values and scale gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states_MD: Tensor,
+        base_MD: Tensor,
+        head: Callable[[Tensor], Tensor],
+        at_once: int,
+        direction: Direction,
+        with_slope: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, gradients = [], []
+        for states_CD, base_CD in zip(states_MD.split(at_once), base_MD.split(at_once), strict=True):
+            kind = KL(head(base_CD).log_softmax(-1), direction)
+            leaf_CD = states_CD.detach().requires_grad_(ctx.needs_input_grad[0])
+            with torch.enable_grad():
+                (part,) = token_risks(head(leaf_CD), [kind], once=not with_slope)
+            if leaf_CD.requires_grad:
+                ones_C = torch.ones_like(part.value)
+                wanted = part[: 1 + with_slope]
+                gradients.append(
+                    [torch.autograd.grad(of_C, leaf_CD, ones_C, retain_graph=with_slope)[0] for of_C in wanted]
+                )
+            # Detached, or they would hold on to the logits.
+            tokens.append([column.detach() for column in part])
+        ctx.save_for_backward(*(torch.cat(parts) for parts in zip(*gradients, strict=True)))
+        value_M, slope_M, kept_M3 = (torch.cat(parts) for parts in zip(*tokens, strict=True))
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(kept_M3, *([] if with_slope else [slope_M]))
+        return value_M, slope_M, kept_M3
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(_DIFFERENTIABLE_ONCE)
+        parts = [
+            grad_M.unsqueeze(-1).to(kept_MD.dtype) * kept_MD
+            for grad_M, kept_MD in zip(grads, ctx.saved_tensors, strict=False)
+            if grad_M is not None
+        ]
+        return sum(parts[1:], start=parts[0]) if parts else None, None, None, None, None, None
+
+
 class _Rows(torch.autograd.Function):
     """Logits to values and scale gradients, row by row."""
 
@@ -187,7 +256,7 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
         # torch's decorator for this would let a part of the second derivative be missing.
         if torch.is_grad_enabled():
-            raise RuntimeError("risks are differentiable once; their scale gradient is there without create_graph.")
+            raise RuntimeError(_DIFFERENTIABLE_ONCE)
         value_M, slope_M, _ = grads
         both_M = slope_M if value_M is None else value_M
         if both_M is None:

@@ -9,6 +9,7 @@ from made_up import TEMPLATE
 from odedit import Objective, ObjectiveConfig, calibrate, load_editor
 from odedit.edits import EDIT, LOCALITY_SLOTS, SUPERVISION_SLOTS
 from odedit.encoding import gather_positions
+from odedit.objective import _VALUES_AT_ONCE
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,8 @@ def test_weights_scale_their_term_only(backbone, forward):
 def test_more_tokens_than_fit_at_once_have_the_same_risk_and_gradient(backbone, forward, monkeypatch):
     w = torch.ones(8, requires_grad=True)
     at_once = terms_at(backbone, forward, ObjectiveConfig(), w)
-    monkeypatch.setattr("odedit.objective._TOKENS_AT_ONCE", 3)
+    monkeypatch.setattr("odedit.objective._TOKENS_KEPT", 3)
+    monkeypatch.setitem(_VALUES_AT_ONCE, "cpu", 3 * backbone.vocabulary_size)
     in_parts = terms_at(backbone, forward, ObjectiveConfig(), w)
     torch.testing.assert_close(in_parts.risks["loc"], at_once.risks["loc"])
     for read in (lambda terms: terms.risks["loc"], lambda terms: terms.penalty):

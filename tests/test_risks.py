@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from odedit.risks import Risk, entropy, locality, masked_mean, reliability, upcast
-from odedit.token_risks import KL, NLL, token_risks
+from odedit.token_risks import KL, NLL, Direction, Tokens, kl_of_states, token_risks
 
 DIRECTIONS = ("edited_first", "base_first")
 E, D, V = 3, 5, 11
@@ -219,3 +219,32 @@ def test_a_gradient_in_place_is_the_same_and_taken_once(kind: str) -> None:
         else:
             torch.testing.assert_close(torch.autograd.grad(total, leaf_MD)[0], gradients[0], rtol=0, atol=0)
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("with_slope", [True, False])
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_kl_of_states_in_parts_is_that_of_their_logits(direction: Direction, at_once: int, with_slope: bool) -> None:
+    data = problem(4)
+    states_MD, head = data["hidden_ETD"].flatten(0, 1), lambda states: states @ data["head_DV"]
+    base_MD = states_MD + 0.1 * torch.randn(states_MD.shape, generator=torch.Generator().manual_seed(5))
+
+    def shown(leaf_MD: Tensor, in_parts: bool) -> tuple[Tokens, Tensor]:
+        if in_parts:
+            tokens = kl_of_states(leaf_MD, base_MD, head, at_once, direction, with_slope)
+        else:
+            (tokens,) = token_risks(head(leaf_MD), [KL(head(base_MD).log_softmax(-1), direction)])
+        total = (torch.arange(len(leaf_MD)) * tokens.value).sum()
+        return tokens, torch.autograd.grad(total + tokens.scale_gradient.square().sum() * with_slope, leaf_MD)[0]
+
+    whole, parts = (shown(states_MD.clone().requires_grad_(), in_parts) for in_parts in (False, True))
+    torch.testing.assert_close(parts, whole)
+    assert kl_of_states(states_MD, base_MD, head, at_once, direction).value.requires_grad is False
+    leaf_MD = base_MD.clone().requires_grad_()
+    same = kl_of_states(leaf_MD, base_MD, head, at_once, direction, with_slope)
+    assert not same.value.any()
+    (gradient,) = torch.autograd.grad(same.value.sum(), leaf_MD, create_graph=False)
+    assert not gradient.any()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        again = kl_of_states(leaf_MD, base_MD, head, at_once, direction, with_slope)
+        torch.autograd.grad(again.value.sum(), leaf_MD, create_graph=True)
