@@ -73,12 +73,13 @@ class Decoder(Protocol):
         ...
 
     def attention_half_behind(
-        self, layer: int, hidden_RTD: Tensor, rotary: Rotary | None, last_R: Tensor, memory: KeyValues
+        self, layer: int, hidden_RTD: Tensor, rotary: Rotary | None, last_R: Tensor, memory: KeyValues, kept: int = 0
     ) -> Tensor:
         """`(R, T, D)` behind attention, of T positions in order that follow position `last_R` of what `memory` holds.
 
         Args:
             rotary: Of these positions, `(R, T, head width)`.
+            kept: So many others stand between, from an earlier call that began with them.
         """
         ...
 
@@ -150,10 +151,10 @@ class _Sites(ABC):
         return gather_positions(hidden_RSD, read_RT) + self._read(layer, normed_RSD, rotary, read_RT, memory)
 
     def attention_half_behind(
-        self, layer: int, hidden_RTD: Tensor, rotary: Rotary | None, last_R: Tensor, memory: KeyValues
+        self, layer: int, hidden_RTD: Tensor, rotary: Rotary | None, last_R: Tensor, memory: KeyValues, kept: int = 0
     ) -> Tensor:
         normed_RTD = self._norm_before_attention(layer)(hidden_RTD)
-        return hidden_RTD + self._behind(layer, normed_RTD, rotary, last_R, memory)
+        return hidden_RTD + self._behind(layer, normed_RTD, rotary, last_R, memory, kept)
 
     def _whole(self, layer: int, normed_RSD: Tensor, rotary: Rotary | None, memory: KeyValues | None) -> Tensor:
         """What causal attention adds at every position, as the library computes it."""
@@ -180,16 +181,16 @@ class _Sites(ABC):
         return self._attended(layer, q, k, v, before_RTS)
 
     def _behind(
-        self, layer: int, normed_RTD: Tensor, rotary: Rotary | None, last_R: Tensor, memory: KeyValues
+        self, layer: int, normed_RTD: Tensor, rotary: Rotary | None, last_R: Tensor, memory: KeyValues, kept: int
     ) -> Tensor:
-        """What causal attention adds at T positions behind position `last_R` of others, `(R, T, D)`."""
+        """What causal attention adds at T positions behind position `last_R` of others and `kept` more, `(R, T, D)`."""
         q, k = (self._heads(layer, part, normed_RTD, rotary) for part in "qk")
         k, v = memory.extended(layer, k, self._heads(layer, "v", normed_RTD))
         num_rows, num_next = normed_RTD.shape[:2]
-        num_before = k.shape[2] - num_next
+        num_before = k.shape[2] - num_next - kept
         seen_RS = torch.arange(num_before, device=last_R.device) <= last_R.unsqueeze(-1)
-        among_TT = torch.ones(num_next, num_next, dtype=torch.bool, device=last_R.device).tril()
-        mask_RTS = torch.cat([seen_RS.unsqueeze(1).expand(-1, num_next, -1), among_TT.expand(num_rows, -1, -1)], dim=-1)
+        among_TN = torch.ones(num_next, kept + num_next, dtype=torch.bool, device=last_R.device).tril(kept)
+        mask_RTS = torch.cat([seen_RS.unsqueeze(1).expand(-1, num_next, -1), among_TN.expand(num_rows, -1, -1)], dim=-1)
         return self._attended(layer, q, k, v, mask_RTS)
 
     def _heads(self, layer: int, part: str, states: Tensor, rotary: Rotary | None = None) -> Tensor:

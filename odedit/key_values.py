@@ -28,7 +28,7 @@ class KeyValues:
     def extended(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Those of a layer with T others behind them, `(R, heads, S + T, head width)`.
 
-        Valid until the next call, whose T is the same.
+        Valid until the next call. That one may give the last of the T alone; those in front of them stay.
 
         KeyError: no forward has been there.
         """

@@ -50,7 +50,7 @@ class _Readout:
     """One model's answers to every probe of a batch.
 
     Attributes:
-        top_EKTR: The first `TOP_K` choices at the positions that predict the target.
+        top_EKTR: The first `TOP_K` choices at the positions that predict the target; anything where there is none.
         top_EKSR: The same at every position of the probes of locality; None unless asked for.
         greedy_EKT: Greedily generated tokens, as many as the target has; None unless asked for.
     """
@@ -87,14 +87,19 @@ def evaluate(
     params = {name: value.to(batch.tokens_EKS.device) for name, value in params.items()}
     memory = KeyValues() if config.generate else None
     prefix = backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise, memory=memory)
+    # Every position of what is compared, and wherever a target's token is predicted.
+    compared_K = torch.tensor([is_locality(name) for name in batch.slots], device=batch.real_EKS.device)
+    mask_EKS = (batch.real_EKS & compared_K[:, None]).int()
+    mask_EKS = mask_EKS.scatter_reduce(-1, batch.predict_EKT, batch.target_mask_EKT.int(), "amax").bool()
 
     def read() -> _Readout:
         own = None if memory is None else memory.branch()
         hidden = backbone.suffix(prefix, read_EKT, own)
-        states_EKTD = gather_positions(hidden, batch.predict_EKT) if config.mmedit else hidden
-        top_EKTR = _top(backbone, states_EKTD, batch.target_mask_EKT)
-        compared = torch.tensor([is_locality(name) for name in batch.slots], device=hidden.device)
-        everywhere = _top(backbone, hidden, batch.real_EKS & compared[:, None]) if config.mmedit else None
+        everywhere = _top(backbone, hidden, mask_EKS) if config.mmedit else None
+        if everywhere is None:
+            top_EKTR = _top(backbone, hidden, batch.target_mask_EKT)
+        else:
+            top_EKTR = gather_positions(everywhere, batch.predict_EKT)
         greedy_EKT = None if own is None else greedy(backbone, batch, prefix, own, top_EKTR[..., 0])
         return _Readout(top_EKTR, everywhere, greedy_EKT)
 
@@ -152,19 +157,24 @@ def greedy(backbone: Backbone, batch: EditBatch, prefix: Prefix, memory: KeyValu
         first_choice_EKT: The model's choices given the target, which is the first draft.
     """
     mask_EKT = batch.target_mask_EKT
-    draft_EKT, choice_EKT = batch.target_EKT, first_choice_EKT
+    draft_EKT, choice_EKT, has_run = batch.target_EKT, first_choice_EKT, False
     for _ in range(batch.target_EKT.shape[-1]):
         changed = (choice_EKT != draft_EKT) & mask_EKT
         # The last token is never fed back, so a change there alone needs no further round.
         fed_back = changed & mask_EKT.roll(-1, dims=-1)
         fed_back[..., -1] = False
         draft_EKT = torch.where(changed, choice_EKT, draft_EKT)
-        if not bool(fed_back.any()):
+        columns = fed_back.flatten(0, -2).any(dim=0).tolist()
+        if True not in columns:
             break
-        states = backbone.behind(prefix, batch, draft_EKT, memory)
-        # The prompt's own choice does not depend on the draft.
-        choice_EKT = first_choice_EKT.clone()
-        choice_EKT[..., 1:][mask_EKT[..., 1:]] = backbone.head(states[mask_EKT[..., 1:]]).argmax(dim=-1)
+        # A choice depends on what was fed before it and on nothing else, and so do keys and values. The first round
+        # has none yet.
+        first = columns.index(True) if has_run else 0
+        states = backbone.behind(prefix, batch, draft_EKT, memory, first)
+        has_run = True
+        anew = (fed_back.cumsum(dim=-1) > 0)[..., first:-1] & mask_EKT[..., 1 + first :]
+        choice_EKT = choice_EKT.clone()
+        choice_EKT[..., 1 + first :][anew] = backbone.head(states[anew]).argmax(dim=-1)
     return draft_EKT
 
 

@@ -232,18 +232,18 @@ class MultimodalModel(ABC):
         return hidden.reshape(*prefix.shape, *hidden.shape[1:])
 
     @torch.no_grad()
-    def behind(self, prefix: Prefix, batch: EditBatch, tokens_EKT: Tensor, memory: KeyValues) -> Tensor:
+    def behind(self, prefix: Prefix, batch: EditBatch, tokens_EKT: Tensor, memory: KeyValues, first: int = 0) -> Tensor:
         # A token stands where the one after it is predicted; the first is predicted by the prompt.
-        at_RT = batch.predict_EKT[..., 1:].flatten(0, 1)
+        at_RT = batch.predict_EKT[..., 1 + first :].flatten(0, 1)
         last_R = batch.predict_EKT[..., 0].flatten()
         rotary = None
         if prefix.rotary is not None:
             cos, sin = (gather_positions(part.expand(len(at_RT), -1, -1), at_RT) for part in prefix.rotary)
             rotary = cos, sin
-        embedded_RTD = self._decoder.embed_tokens(tokens_EKT[..., :-1].flatten(0, 1))
+        embedded_RTD = self._decoder.embed_tokens(tokens_EKT[..., first:-1].flatten(0, 1))
         hidden_RTD = self._decoder.embed_positions(embedded_RTD, at_RT)
         for layer in range(self.num_layers):
-            hidden_RTD = self._decoder.attention_half_behind(layer, hidden_RTD, rotary, last_R, memory)
+            hidden_RTD = self._decoder.attention_half_behind(layer, hidden_RTD, rotary, last_R, memory, first)
             hidden_RTD = self._decoder.ffn_half(layer, hidden_RTD)
         return self._decoder.finish(hidden_RTD).unflatten(0, prefix.shape)
 

@@ -55,8 +55,13 @@ def check_behind(model: Any, batch: EditBatch, editor: Editor, params: EditParam
         with acting(model, params, batch):
             model.suffix(prefix, batch.predict_EKT, memory)
             behind = model.behind(prefix, batch, draft_EKT, memory)
+            # Another draft with the same first token: what stands behind that one, and all of it.
+            further_EKT = torch.cat([draft_EKT[..., :1], batch.target_EKT[..., 1:]], dim=-1)
+            later, all_later = (model.behind(prefix, batch, further_EKT, memory, first) for first in (1, 0))
         with acting(model, params, other):
             whole = model.suffix(model.prefix(other, *editor.sites))
         whole = gather_positions(whole, other.predict_EKT)[..., 1:, :]
         assert bool(mask.any())
         torch.testing.assert_close(behind[mask], whole[mask], rtol=2e-3, atol=2e-3)
+        assert not torch.equal(all_later[..., 1:, :][mask[..., 1:]], behind[..., 1:, :][mask[..., 1:]])
+        torch.testing.assert_close(later[mask[..., 1:]], all_later[..., 1:, :][mask[..., 1:]], rtol=2e-3, atol=2e-3)

@@ -185,11 +185,14 @@ class Backbone(Protocol):
         """
         ...
 
-    def behind(self, prefix: Prefix, batch: EditBatch, tokens_EKT: Tensor, memory: KeyValues) -> Tensor:
+    def behind(self, prefix: Prefix, batch: EditBatch, tokens_EKT: Tensor, memory: KeyValues, first: int = 0) -> Tensor:
         """Final states at the target's tokens but the last, `(E, K, T - 1, D)`, were `tokens_EKT` the target.
 
         Only these positions run, after `prefix` and `suffix` have filled `memory`; under an edit inside the same
         `applied` block.
+
+        Args:
+            first: Runs and returns tokens from this one on; those in front are as in an earlier call.
         """
         ...
 
