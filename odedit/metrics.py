@@ -27,7 +27,10 @@ from odedit.key_values import KeyValues
 
 MAIN = ("rel", "t_gen", "m_gen", "t_loc", "m_loc")
 TOP_K = 10
-_POSITIONS_AT_ONCE = 1024
+_LOGITS_AT_ONCE = {"cpu": 3 * 2**21, "cuda": 2**26}
+"""Rows enough for a fast product, and on a CPU a result that finds its memory again: a larger one gets new pages."""
+_VALUES_AT_ONCE = {"cpu": 2**21}
+"""Of a batch's states: what a layer makes of more of them has left a processor's cache when the next one reads it."""
 _ROUNDING = 1e-12
 Row = dict[str, float | str | None]
 
@@ -82,6 +85,13 @@ def evaluate(
         `_whole`, `_generated` and `_mmedit` (where all of an answer must agree: `_whole`). `t_loc` and `m_loc` average
         the record's own probe and its near one where there is one; `_far` and `_near` then tell them apart.
     """
+    at_once = _edits_at_once(backbone, batch)
+    if batch.num_edits > at_once:
+        rows: list[Row] = []
+        for part_E in torch.arange(batch.num_edits, device=batch.tokens_EKS.device).split(at_once):
+            of_part = {name: value[part_E.to(value.device)] for name, value in params.items()}
+            rows += evaluate(backbone, editor, of_part, batch.take(part_E), config)
+        return rows
 
     read_EKT = None if config.mmedit else batch.predict_EKT
     params = {name: value.to(batch.tokens_EKS.device) for name, value in params.items()}
@@ -108,7 +118,7 @@ def evaluate(
         after = read()
     # What follows reads single numbers, each of which would wait for a GPU.
     before, after, batch = before.on_host(), after.on_host(), _on_host(batch)
-    rows: list[Row] = []
+    rows = []
     for e in range(batch.num_edits):
         row: Row = {}
         for k, name in enumerate(batch.slots):
@@ -127,6 +137,13 @@ def evaluate(
     return rows
 
 
+def _edits_at_once(backbone: Backbone, batch: EditBatch) -> int:
+    most = _VALUES_AT_ONCE.get(batch.tokens_EKS.device.type)
+    if most is None:
+        return batch.num_edits
+    return max(1, most // (batch.tokens_EKS[0].numel() * backbone.hidden_size))
+
+
 def _on_host(batch: EditBatch) -> EditBatch:
     """With what figures are made from on the CPU."""
     names = ("present_EK", "real_EKS", "target_EKT", "target_mask_EKT")
@@ -137,7 +154,8 @@ def _top(backbone: Backbone, hidden: Tensor, mask: Tensor) -> Tensor:
     """First choices `(..., TOP_K)` at the positions of the mask, zeros elsewhere."""
     states_MD = hidden[mask]
     # Logits of all positions at once would not fit a large vocabulary.
-    parts = [backbone.head(part).topk(TOP_K, dim=-1).indices for part in states_MD.split(_POSITIONS_AT_ONCE)]
+    at_once = _LOGITS_AT_ONCE.get(hidden.device.type, _LOGITS_AT_ONCE["cuda"]) // backbone.vocabulary_size
+    parts = [backbone.head(part).topk(TOP_K, dim=-1).indices for part in states_MD.split(max(1, at_once))]
     top = torch.zeros(*mask.shape, TOP_K, dtype=torch.long, device=hidden.device)
     top[mask] = torch.cat(parts) if parts else top[mask]
     return top

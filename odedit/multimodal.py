@@ -28,6 +28,8 @@ from odedit.prompts import Template
 
 # At most this many pictures run through the image tower at a time.
 _TOWER_BATCH = 64
+_PIXELS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
+"""Of the pictures that pass the image tower together: what a layer makes of more leaves a processor's cache."""
 # At most this many positions, if more than one sequence, run through the layers below an edit at a time: enough to keep
 # the device busy, and little beside what an edit takes.
 _POSITIONS_AT_ONCE = {"cpu": 1024, "cuda": 4096}
@@ -114,8 +116,10 @@ class MultimodalModel(ABC):
         keys = list(distinct)
         for start in range(0, len(keys), _TOWER_BATCH):
             processed = [self.processor.process(distinct[key]).pixels for key in keys[start : start + _TOWER_BATCH]]
-            vision = self.tower(_moved(processed, self.device))
-            features += (vision if before_connector else self.connect(vision)).unbind(0)
+            at_once = max(1, _PIXELS_AT_ONCE.get(self.device.type, _PIXELS_AT_ONCE["cuda"]) // processed[0].size)
+            for pixels in _moved(processed, self.device).split(at_once):
+                vision = self.tower(pixels)
+                features += (vision if before_connector else self.connect(vision)).unbind(0)
         return dict(zip(keys, features, strict=True))
 
     def encode(
