@@ -316,7 +316,11 @@ class _Run:
         if not progress.members:
             return
         members = torch.tensor(progress.members, device=self._device)
-        batch, self._prefix = self._all.take(members), self._all_prefix.take(members)
+        # Where all edits move together there is nothing to copy.
+        if progress.members == list(range(self._all.num_edits)):
+            batch, self._prefix = self._all, self._all_prefix
+        else:
+            batch, self._prefix = self._all.take(members), self._all_prefix.take(members)
         at_once = self._objective.slots_at_once(batch.slots)
         self._present_EK = batch.present_EK
         self._batch = batch if at_once == batch.slots else batch.select(at_once)

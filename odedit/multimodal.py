@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -176,34 +177,38 @@ class MultimodalModel(ABC):
     ) -> Prefix:
         shape = (batch.tokens_EKS.shape[0], batch.tokens_EKS.shape[1])
         tokens_RS, image_RS = batch.tokens_EKS.flatten(0, 1), batch.image_EKS.flatten(0, 1)
-        embedded_RSD = self._decoder.embed_tokens(tokens_RS)
-        rotary = self._decoder.rotary(embedded_RSD, self.positions(tokens_RS, image_RS))
-        before = BeforeConnector(_rows_of(batch), (batch.picture_EK >= 0).flatten(), image_RS)
+        rotary = self._decoder.rotary(self._decoder.embed_tokens(tokens_RS[:1]), self.positions(tokens_RS, image_RS))
         if any(is_connector(site) for site in sites):
             if not batch.before_connector:
                 raise ValueError(
                     "the batch holds what leaves the connector, and a site of the connector is to be edited: "
                     "encode it with sites=editor.sites."
                 )
+            embedded_RSD, before = self._decoder.embed_tokens(tokens_RS), _of_pictures(batch, slice(None))
             return Prefix(0, False, embedded_RSD, shape, self._whole_layer(sites, positionwise), rotary, before)
-        features_RLD = self.connect(before.vision_RPW) if batch.before_connector else before.vision_RPW
-        hidden_RSD = self._decoder.embed_positions(_scatter(embedded_RSD, features_RLD, before))
         located = [self._decoder.locate(site) for site in sites]
         layer = min(layer for layer, _ in located)
         at_ffn = all(part.startswith("ffn") for at, part in located if at == layer)
         # What a layer holds for a moment is many times what is kept of it; but a memory takes all rows at a time.
-        at_once = _POSITIONS_AT_ONCE.get(hidden_RSD.device.type, _POSITIONS_AT_ONCE["cuda"])
-        rows = len(hidden_RSD) if memory is not None else max(1, at_once // hidden_RSD.shape[1])
-        parts = []
-        for start in range(0, len(hidden_RSD), rows):
-            here = slice(start, start + rows)
-            turned = None if rotary is None else (_rows(rotary[0], here), _rows(rotary[1], here))
-            parts.append(self._below(layer, at_ffn, hidden_RSD[here], turned, memory))
-        return Prefix(layer, at_ffn, torch.cat(parts), shape, self._whole_layer(sites, positionwise), rotary)
+        at_once = _POSITIONS_AT_ONCE.get(tokens_RS.device.type, _POSITIONS_AT_ONCE["cuda"])
+        rows = len(tokens_RS) if memory is not None else max(1, at_once // tokens_RS.shape[1])
+        parts = (
+            self._below(layer, at_ffn, batch, slice(start, start + rows), rotary, memory)
+            for start in range(0, len(tokens_RS), rows)
+        )
+        whole_RSD = _joined(parts, len(tokens_RS))
+        return Prefix(layer, at_ffn, whole_RSD, shape, self._whole_layer(sites, positionwise), rotary)
 
     def _below(
-        self, layer: int, at_ffn: bool, hidden_RSD: Tensor, rotary: Rotary | None, memory: KeyValues | None
+        self, layer: int, at_ffn: bool, batch: EditBatch, rows: slice, rotary: Rotary | None, memory: KeyValues | None
     ) -> Tensor:
+        """Of these sequences of a batch, `(R, S, D)`."""
+        at = _of_pictures(batch, rows)
+        features_RLD = self.connect(at.vision_RPW) if batch.before_connector else at.vision_RPW
+        embedded_RSD = self._decoder.embed_tokens(batch.tokens_EKS.flatten(0, 1)[rows])
+        hidden_RSD = self._decoder.embed_positions(_scatter(embedded_RSD, features_RLD, at))
+        if rotary is not None:
+            rotary = _rows(rotary[0], rows), _rows(rotary[1], rows)
         for index in range(layer):
             hidden_RSD = self._decoder.attention_half(index, hidden_RSD, rotary, memory=memory)
             hidden_RSD = self._decoder.ffn_half(index, hidden_RSD)
@@ -271,13 +276,26 @@ def _rows(part_RSd: Tensor, rows: slice) -> Tensor:
     return part_RSd if len(part_RSd) == 1 else part_RSd[rows]
 
 
-def _rows_of(batch: EditBatch) -> Tensor:
-    """The features of every sequence's picture, `(R, L, width)`; zeros without one."""
-    picture_R = batch.picture_EK.flatten()
-    if not len(batch.features_NLD):
-        return batch.features_NLD.new_zeros(len(picture_R), *batch.features_NLD.shape[1:])
-    rows = batch.features_NLD[picture_R.clamp(min=0)]
-    return rows.masked_fill((picture_R < 0)[:, None, None], 0.0)
+def _joined(parts: Iterator[Tensor], length: int) -> Tensor:
+    """Parts one behind the other, of which no more than one is held beside the whole."""
+    first = next(parts)
+    if len(first) == length:
+        return first
+    whole, start = first.new_empty(length, *first.shape[1:]), 0
+    for part in chain([first], parts):
+        whole[start : start + len(part)] = part
+        start += len(part)
+    return whole
+
+
+def _of_pictures(batch: EditBatch, rows: slice) -> BeforeConnector:
+    """The features of these sequences' pictures, and where they go."""
+    picture_R, image_RS = batch.picture_EK.flatten()[rows], batch.image_EKS.flatten(0, 1)[rows]
+    if len(batch.features_NLD):
+        features_RLD = batch.features_NLD[picture_R.clamp(min=0)].masked_fill((picture_R < 0)[:, None, None], 0.0)
+    else:
+        features_RLD = batch.features_NLD.new_zeros(len(picture_R), *batch.features_NLD.shape[1:])
+    return BeforeConnector(features_RLD, picture_R >= 0, image_RS)
 
 
 def _scatter(embedded_RSD: Tensor, features_RLD: Tensor, at: BeforeConnector) -> Tensor:

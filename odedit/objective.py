@@ -54,7 +54,7 @@ CALIBRATION_STATES = 256
 _TOKENS_KEPT = 1024
 """Most tokens whose unedited distributions over the vocabulary are kept from step to step."""
 _VALUES_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}
-"""Logits that are held at a time where they are not kept: rows enough for the head's product to be a fast one."""
+"""Logits that the head makes at a time where they are not kept: rows enough for a fast product, and no more."""
 _LOCALITY = "locality"
 _NEGATIVE_WEIGHT = 2.0
 """Of a negative, beside an NLL; chosen on the validation split of the embedded world."""
@@ -415,7 +415,8 @@ class Objective:
         if self.config.name != "contrast":
             return None
         answers = batch.answers(self._compared_slots(batch))
-        states_MD, size = _states_at(states_EKTD, answers), _rows_at_once(backbone, states_EKTD.device)
+        states_MD = _states_at(states_EKTD, answers)
+        size = max(1, _rows_at_once(backbone, states_MD.device) // 2)
         parts = [
             risks.log_probs(backbone.head(states_CD)).gather(-1, tokens_C.unsqueeze(-1)).squeeze(-1)
             for states_CD, tokens_C in zip(states_MD.split(size), answers.tokens_M.split(size), strict=True)

@@ -8,6 +8,7 @@ processor's cache.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -183,7 +184,7 @@ def kl_of_states(
         states_MD: Of the edited model.
         base_MD: Of the unedited model, constants. Where both are the same, KL is exactly 0.
         head: `(C, D)` to logits `(C, V)`, row by row; nothing in it is learned.
-        at_once: Rows.
+        at_once: Most rows.
         with_slope: Else the scale gradients are constants.
     """
     return Tokens(*_OfStates.apply(states_MD, base_MD, head, at_once, direction, with_slope))
@@ -203,7 +204,8 @@ class _OfStates(torch.autograd.Function):
         with_slope: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens, gradients = [], []
-        for states_CD, base_CD in zip(states_MD.split(at_once), base_MD.split(at_once), strict=True):
+        num_parts = max(1, math.ceil(len(states_MD) / at_once))
+        for states_CD, base_CD in zip(states_MD.chunk(num_parts), base_MD.chunk(num_parts), strict=True):
             kind = KL(head(base_CD).log_softmax(-1), direction)
             leaf_CD = states_CD.detach().requires_grad_(ctx.needs_input_grad[0])
             with torch.enable_grad():

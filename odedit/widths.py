@@ -63,8 +63,8 @@ def _kept(backbone: Backbone, editor: Editor, objective: Objective, batch: EditB
     is_read_alone = layers == 1 and prefix.at_ffn and editor.positionwise and read_EKT is not None
     positions = (read_EKT if is_read_alone and read_EKT is not None else batch.tokens_EKS)[0].numel()
     shares = {slot: 1 for slot in (EDIT, REPHRASE) if slot in batch.slots}
-    if objective.compares:
-        # Of an unrelated prompt's token the unedited distribution as well.
+    if objective.compares and not objective.config.takes_turns:
+        # Of an unrelated prompt's token the unedited distribution as well; those of pictures in turn are never kept.
         shares |= {slot: 2 for slot in batch.slots if is_locality(slot)}
     tokens = sum(count * int(batch.target_mask_EKT[:, batch.slots.index(slot)].sum()) for slot, count in shares.items())
     return positions * layers * _KEPT * backbone.hidden_size + math.ceil(

@@ -216,7 +216,7 @@ def against_floor(bench: Bench, out: Path, width: int = 8) -> None:
             at_best = floor.total() / rate
             table.append([f"{name} {objective_name}", STEPS[name], rate / 1e9, floor.total() / 1e9, at_best,
                           found.total, found.total / at_best])  # fmt: skip
-            labels += [f"{name} {objective_name}", "  its floor"]
+            labels += [f"{name} {objective_name}", f"{name} {objective_name}, floor"]
             got = found.seconds
             moving = sum(
                 value for stage, value in got.items() if stage.startswith("edit: ") and stage != "edit: prefix"
