@@ -93,9 +93,10 @@ def test_a_prefix_in_parts_is_that_of_the_whole(model, batch, monkeypatch):
     rows = []
     below = model._below
 
-    def watched(layer, at_ffn, hidden_RSD, *others):
-        rows.append(len(hidden_RSD))
-        return below(layer, at_ffn, hidden_RSD, *others)
+    def watched(*arguments):
+        part_RSD = below(*arguments)
+        rows.append(len(part_RSD))
+        return part_RSD
 
     monkeypatch.setattr(model, "_below", watched)
     monkeypatch.setitem(multimodal._POSITIONS_AT_ONCE, "cpu", 2 * batch.tokens_EKS.shape[2])
