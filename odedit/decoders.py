@@ -73,7 +73,7 @@ class Decoder(Protocol):
         ...
 
     def attention_half_behind(
-        self, layer: int, hidden_RTD: Tensor, rotary: Rotary | None, last_R: Tensor, memory: KeyValues, kept: int = 0
+        self, layer: int, hidden_RTD: Tensor, rotary: Rotary | None, last_R: Tensor, memory: KeyValues, kept: int
     ) -> Tensor:
         """`(R, T, D)` behind attention, of T positions in order that follow position `last_R` of what `memory` holds.
 
@@ -151,7 +151,7 @@ class _Sites(ABC):
         return gather_positions(hidden_RSD, read_RT) + self._read(layer, normed_RSD, rotary, read_RT, memory)
 
     def attention_half_behind(
-        self, layer: int, hidden_RTD: Tensor, rotary: Rotary | None, last_R: Tensor, memory: KeyValues, kept: int = 0
+        self, layer: int, hidden_RTD: Tensor, rotary: Rotary | None, last_R: Tensor, memory: KeyValues, kept: int
     ) -> Tensor:
         normed_RTD = self._norm_before_attention(layer)(hidden_RTD)
         return hidden_RTD + self._behind(layer, normed_RTD, rotary, last_R, memory, kept)

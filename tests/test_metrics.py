@@ -10,7 +10,7 @@ import torch
 from made_up import TEMPLATE, make_request
 from scipy import stats
 
-from odedit import EvaluationConfig, encode_requests, evaluate, load_editor, paired, summarize
+from odedit import EvaluationConfig, encode_requests, evaluate, load_editor, metrics, paired, summarize
 from odedit.key_values import KeyValues
 from odedit.metrics import MAIN, Estimate, estimate, greedy
 
@@ -88,6 +88,16 @@ def test_greedy_generation_equals_token_by_token(backbone, scored):
             assert drafted[e, k, :count].tolist() == generated
     mask = evaluation.target_mask_EKT
     assert not torch.equal(drafted[mask], first[mask]), "no draft had to be revised: the test shows nothing"
+
+
+def test_an_evaluation_in_parts_is_that_of_the_whole(backbone, scored, monkeypatch):
+    _, evaluation, editor, params, _ = scored
+    whole = evaluate(backbone, editor, params, evaluation)
+    of_two = 2 * evaluation.tokens_EKS[0].numel() * backbone.hidden_size
+    assert evaluation.num_edits > 2
+    monkeypatch.setitem(metrics._VALUES_AT_ONCE, "cpu", of_two)
+    monkeypatch.setitem(metrics._LOGITS_AT_ONCE, "cpu", 3 * backbone.vocabulary_size)
+    assert evaluate(backbone, editor, params, evaluation) == whole
 
 
 def test_an_edit_that_changes_nothing_leaves_locality_at_one(backbone, scored):
