@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from odedit.backbones import is_connector
-from odedit.edits import EDIT, EditBatch, is_locality
+from odedit.edits import EDIT, REPHRASE, EditBatch, is_locality, is_negative
 from odedit.metrics import EvaluationConfig
 
 FORWARD, BACKWARD = 2, 2
@@ -60,11 +60,21 @@ class Floor:
     Args:
         supervision: The sequences that the objective reads, and no other.
         steps: Primal steps; one more forward sees where they led.
+        shown: Those that one step sees; None: all.
     """
 
-    def __init__(self, backbone: Any, editor: Any, supervision: EditBatch, evaluation: EditBatch, steps: int) -> None:
+    def __init__(
+        self,
+        backbone: Any,
+        editor: Any,
+        supervision: EditBatch,
+        evaluation: EditBatch,
+        steps: int,
+        shown: EditBatch | None = None,
+    ) -> None:
         self._shapes, self._backbone, self._editor, self._steps = Shapes.of(backbone.model), backbone, editor, steps
         self._supervision, self._evaluation = supervision, evaluation
+        self._shown = supervision if shown is None else shown
         self._name = type(editor).__name__
         self._is_connector = any(is_connector(site) for site in editor.sites)
         # UniKE's memories, before the network of its lowest layer, stay as they are: they belong below.
@@ -80,7 +90,7 @@ class Floor:
 
     def steps(self) -> float:
         """The loop, and what an editor computes before it."""
-        one_way, once = self._above(self._supervision)
+        one_way, once = self._above(self._shown)
         total = once + (2 * self._steps + 1) * one_way
         edit = self._supervision.select((EDIT,))
         if self._name == "MEND":
@@ -154,9 +164,8 @@ class Floor:
         frozen = sum(
             self._read_above(length, tokens) for length, tokens in zip(_lengths(batch), _targets(batch), strict=True)
         )
-        edit = batch.slots.index(EDIT)
-        compared = [k for k, slot in enumerate(batch.slots) if is_locality(slot)]
-        head = FORWARD * int(batch.target_mask_EKT[:, [edit, *compared]].sum()) * s.width * s.vocabulary
+        by_head = [k for k, slot in enumerate(batch.slots) if slot == EDIT or _is_trained(slot)]
+        head = FORWARD * int(batch.target_mask_EKT[:, by_head].sum()) * s.width * s.vocabulary
         own = FORWARD * self._own(batch)
         # Gradients pass through everything frozen above what is trained, and to the trained weights once more.
         positions = read if is_last else int(batch.real_EKS.sum())
@@ -208,6 +217,11 @@ class Floor:
             tokens = int((edit.target_mask_EKT if is_last else edit.real_EKS).sum())
             total += FORWARD * tokens * 2 * 2 * min(self._editor.config.rank, width) * width
         return total
+
+
+def _is_trained(slot: str) -> bool:
+    """Whether a term reads the distributions of its answer."""
+    return slot == REPHRASE or is_locality(slot) or is_negative(slot)
 
 
 def lowest(editor: Any, layers: int) -> tuple[int, bool]:

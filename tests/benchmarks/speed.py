@@ -279,15 +279,15 @@ def throughput(bench: Bench, out: Path, editors: Sequence[str] = EDITORS, width:
     weights = sum(p.numel() * p.element_size() for p in bench.backbone.model.parameters())
     dtype = next(bench.backbone.model.parameters()).dtype
     rate = product_rate(bench.device, dtype, 8192 if bench.device != "cpu" else 2048)
-    everything = bench.requests(width)
+    everything = bench.requests(2 * width)
     scored_alone = [replace(request, probes={}) for request in everything]
     table, shown = [], {}
     for name in editors:
         editor, steps, peaks = bench.editor(name), STEPS[name], {}
         # An edit of the connector is all its weights.
         at_once = 2 if name == "ftv" else width
-        requests, with_all = (some[: 4 * at_once] for some in (scored_alone, everything))
-        for objective_name in ("native", "odedit"):
+        requests, with_all = (some[: 2 * at_once] for some in (scored_alone, everything))
+        for objective_name in OBJECTIVES:
             objective = bench.objective(objective_name)
             way = editor, objective
             bench.seconds(*way, requests[:at_once], min(steps, 3), at_once, config)
@@ -298,7 +298,8 @@ def throughput(bench: Bench, out: Path, editors: Sequence[str] = EDITORS, width:
             full = bench.seconds(*way, with_all, steps, at_once, config)
             arm = f"{name} {objective_name}"
             shown[arm] = bench.run(*way, requests, steps, at_once, config).seconds
-            more = f"{100 * (peaks['odedit'] / peaks['native'] - 1):+.1f} %" if len(peaks) == 2 else ""
+            more = f"{100 * (peaks[objective_name] / peaks['native'] - 1):+.1f} %"
+            print(f"{arm}: {1 / alone:.3g} edits/s", flush=True)
             table.append([arm, steps, at_once, 1 / alone, _operations(bench, *way, requests, steps) / alone / rate,
                           1 / full, _operations(bench, *way, with_all, steps) / full / rate,
                           peaks[objective_name] / 2**30, more])  # fmt: skip
@@ -315,9 +316,11 @@ def throughput(bench: Bench, out: Path, editors: Sequence[str] = EDITORS, width:
 
 def _operations(bench: Bench, editor: Any, objective: Objective, requests: Sequence[EditRequest], steps: int) -> float:
     """Of an edit whose figures are teacher-forced."""
-    supervision, evaluation = encode_requests(bench.backbone, requests, TEMPLATE, editor.sites)
+    supervision, evaluation = bench.encoded(editor, objective, requests)
     read = supervision.select(objective.slots(editor, supervision))
-    return Floor(bench.backbone, editor, read, evaluation, steps).total(EvaluationConfig(generate=False, mmedit=False))
+    shown = read.select(objective.slots_at_once(read.slots))
+    floor = Floor(bench.backbone, editor, read, evaluation, steps, shown)
+    return floor.total(EvaluationConfig(generate=False, mmedit=False))
 
 
 def batches(bench: Bench, out: Path, sizes: Sequence[int] = (1, 4, 16, 64)) -> None:
