@@ -295,10 +295,14 @@ def _of_pictures(batch: EditBatch, rows: slice) -> BeforeConnector:
         features_RLD = batch.features_NLD[picture_R.clamp(min=0)].masked_fill((picture_R < 0)[:, None, None], 0.0)
     else:
         features_RLD = batch.features_NLD.new_zeros(len(picture_R), *batch.features_NLD.shape[1:])
-    return BeforeConnector(features_RLD, picture_R >= 0, image_RS)
+    return BeforeConnector(features_RLD, image_RS)
 
 
 def _scatter(embedded_RSD: Tensor, features_RLD: Tensor, at: BeforeConnector) -> Tensor:
     """Puts each sequence's image features, in order, on its image positions."""
-    features = features_RLD[at.with_picture_R].to(embedded_RSD.dtype)
-    return embedded_RSD.masked_scatter(at.image_RS.unsqueeze(-1), features)
+    if features_RLD.shape[1] == 0:
+        return embedded_RSD
+    # By their places: a GPU would have to be waited for, to learn how many a mask lets through.
+    place_RS = (at.image_RS.cumsum(1) - 1).clamp_min(0)
+    features_RSD = gather_positions(features_RLD.to(embedded_RSD.dtype), place_RS)
+    return torch.where(at.image_RS.unsqueeze(-1), features_RSD, embedded_RSD)

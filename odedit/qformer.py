@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from odedit.multimodal import MultimodalModel
@@ -37,12 +36,10 @@ class QFormerModel(MultimodalModel):
     def connect(self, vision: Tensor) -> Tensor:
         """`(N, query tokens, D)`: what the queries gather from the patches, projected.
 
-        The Q-Former keeps float32 weights whatever the model's type is; its output returns to the tower's type.
+        The Q-Former keeps float32 weights whatever the model's type is; its output returns to the tower's type. All
+        patches are seen: with a mask that says so, the library would wait for a GPU, to look into it.
         """
-        seen = torch.ones(vision.shape[:2], dtype=torch.long, device=vision.device)
         queries = self.model.query_tokens.expand(len(vision), -1, -1)
-        gathered = self.model.qformer(
-            query_embeds=queries, encoder_hidden_states=vision, encoder_attention_mask=seen
-        ).last_hidden_state
+        gathered = self.model.qformer(query_embeds=queries, encoder_hidden_states=vision).last_hidden_state
         projected: Tensor = self.model.language_projection(gathered.to(vision.dtype))
         return projected

@@ -20,8 +20,12 @@ gives, and the four times wider inside of the feed-forward half.
 """
 _LEEWAY = {"cpu": 2**22, "cuda": 2**26}
 """Values more than the base editor's loss keeps that do not matter."""
+_MOVED = {"cpu": 2**22, "cuda": 2**28}
+"""Weights of edits of which a recorded step may hold a second set of all that a step makes."""
 _WORK = {"cpu": 8e9, "cuda": 4e12}
 """Operations of a step that leave little time, beside them, to what a step costs however small it is."""
+_FEW = 10
+"""Layers and tensors whose kernels take as long to start as the rest of a step."""
 
 
 def width_like_native(
@@ -44,11 +48,18 @@ def width_like_native(
 def is_small(
     backbone: Backbone, editor: Editor, objective: Objective, batch: EditBatch, prefix: Prefix, params: EditParams
 ) -> bool:
-    """Whether what a step costs however small it is, is much of what a step of all edits of the batch costs."""
+    """Whether what a step costs however small it is, is much of what a step of all edits of the batch costs.
+
+    That grows with the layers it passes and with the tensors it moves: each has its kernels to be started. False for an
+    edit of the connector: there recorded steps were three times as fast, but not the same numbers on a GPU.
+    """
+    if prefix.connector is not None:
+        return False
     device = batch.tokens_EKS.device.type
     kept = batch.num_edits * _kept(backbone, editor, objective, batch, prefix)
-    is_little_work = _operations(backbone, kept) < _WORK.get(device, _WORK["cuda"])
-    return is_little_work and sum(value.numel() for value in params.values()) < _LEEWAY.get(device, _LEEWAY["cuda"])
+    started = 1 + (backbone.num_layers - prefix.layer + len(params)) / _FEW
+    is_little_work = _operations(backbone, kept) < started * _WORK.get(device, _WORK["cuda"])
+    return is_little_work and sum(value.numel() for value in params.values()) < _MOVED.get(device, _MOVED["cuda"])
 
 
 def _operations(backbone: Backbone, kept: int) -> int:

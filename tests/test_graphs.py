@@ -101,7 +101,8 @@ def test_recorded_steps_are_the_steps(backbone, requests_8, sigma2_0, recorded, 
     """Edits stop one after the other, so that the batch is made up anew, and recorded anew."""
     editor = ready_editor(name, backbone, tmp_path)
     objective = Objective(ObjectiveConfig(name=objective_name), sigma2_0)
-    supervision, _ = encode_requests(backbone, requests_8, TEMPLATE, editor.sites, make_pool(backbone, 12))
+    pool = make_pool(backbone, 12, editor.sites)
+    supervision, _ = encode_requests(backbone, requests_8, TEMPLATE, editor.sites, pool)
     free = edit(backbone, editor, objective, supervision, Stopping(12, 1e-9))
     reached = sorted(result.curves["worst_nll"][6] for result in free)
     stopping = Stopping(12, (reached[2] + reached[3]) / 2)
@@ -130,6 +131,14 @@ def test_a_step_that_cannot_be_recorded_is_taken_all_the_same(backbone, requests
     for one, other in zip(expected, got, strict=True):
         assert one.curves == other.curves
         assert all(torch.equal(value, other.params[key]) for key, value in one.params.items())
+
+
+def test_a_step_of_the_connector_is_not_recorded(backbone, requests_8, recorded, tmp_path):
+    editor = ready_editor("ftv", backbone, tmp_path)
+    supervision, _ = encode_requests(backbone, requests_8[:2], TEMPLATE, editor.sites)
+    counts = recorded()
+    edit(backbone, editor, Objective(ObjectiveConfig(name="native")), supervision, Stopping(8, 1e-9))
+    assert counts["recorded"] == 0
 
 
 def test_nothing_is_recorded_without_a_gpu_or_when_switched_off(monkeypatch):

@@ -29,17 +29,15 @@ class BeforeConnector:
 
     Attributes:
         vision_RPW: What the image tower made of each sequence's picture, `(R, patches, width)`; zeros without one.
-        with_picture_R: Whether the sequence has a picture.
         image_RS: Positions that take image features.
     """
 
     vision_RPW: Tensor
-    with_picture_R: Tensor
     image_RS: Tensor
 
     def take(self, rows: Tensor) -> BeforeConnector:
         """These sequences alone."""
-        return BeforeConnector(self.vision_RPW[rows], self.with_picture_R[rows], self.image_RS[rows])
+        return BeforeConnector(self.vision_RPW[rows], self.image_RS[rows])
 
 
 @dataclass(frozen=True)
