@@ -345,9 +345,11 @@ class _Run:
             [self._previous_E, self._previous_E.new_full((len(members) - staying,), torch.inf)]
         )
         self._params = _leaves(self._params, self._editor.frozen if self._max_steps > 0 else self._params)
+        # Of an edit of the connector, recorded steps gave other numbers on a GPU, it is not known why.
         self._is_worth_recording = (
             self._max_steps > 0
             and graphs.are_used(self._device)
+            and self._prefix.connector is None
             and is_small(self._backbone, self._editor, self._objective, self._batch, self._prefix, self._params)
         )
 

@@ -206,7 +206,7 @@ class MultimodalModel(ABC):
         at = _of_pictures(batch, rows)
         features_RLD = self.connect(at.vision_RPW) if batch.before_connector else at.vision_RPW
         embedded_RSD = self._decoder.embed_tokens(batch.tokens_EKS.flatten(0, 1)[rows])
-        hidden_RSD = self._decoder.embed_positions(_scatter(embedded_RSD, features_RLD, at))
+        hidden_RSD = self._decoder.embed_positions(_scatter(embedded_RSD, features_RLD, at.image_RS))
         if rotary is not None:
             rotary = _rows(rotary[0], rows), _rows(rotary[1], rows)
         for index in range(layer):
@@ -227,7 +227,7 @@ class MultimodalModel(ABC):
         hidden = prefix.hidden_RSD
         if prefix.connector is not None:
             features_RLD = self.connect(prefix.connector.vision_RPW)
-            hidden = self._decoder.embed_positions(_scatter(hidden, features_RLD, prefix.connector))
+            hidden = self._decoder.embed_positions(_scatter(hidden, features_RLD, prefix.connector.image_RS))
         for index in range(prefix.layer, self.num_layers):
             read = early_RT if index == last else None
             if index > prefix.layer or not prefix.at_ffn:
@@ -298,11 +298,9 @@ def _of_pictures(batch: EditBatch, rows: slice) -> BeforeConnector:
     return BeforeConnector(features_RLD, image_RS)
 
 
-def _scatter(embedded_RSD: Tensor, features_RLD: Tensor, at: BeforeConnector) -> Tensor:
+def _scatter(embedded_RSD: Tensor, features_RLD: Tensor, image_RS: Tensor) -> Tensor:
     """Puts each sequence's image features, in order, on its image positions."""
-    if features_RLD.shape[1] == 0:
-        return embedded_RSD
     # By their places: a GPU would have to be waited for, to learn how many a mask lets through.
-    place_RS = (at.image_RS.cumsum(1) - 1).clamp_min(0)
+    place_RS = (image_RS.cumsum(1) - 1).clamp_min(0)
     features_RSD = gather_positions(features_RLD.to(embedded_RSD.dtype), place_RS)
-    return torch.where(at.image_RS.unsqueeze(-1), features_RSD, embedded_RSD)
+    return torch.where(image_RS.unsqueeze(-1), features_RSD, embedded_RSD)

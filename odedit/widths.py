@@ -50,11 +50,8 @@ def is_small(
 ) -> bool:
     """Whether what a step costs however small it is, is much of what a step of all edits of the batch costs.
 
-    That grows with the layers it passes and with the tensors it moves: each has its kernels to be started. False for an
-    edit of the connector: there recorded steps were three times as fast, but not the same numbers on a GPU.
+    That grows with the layers it passes and with the tensors it moves: each has its kernels to be started.
     """
-    if prefix.connector is not None:
-        return False
     device = batch.tokens_EKS.device.type
     kept = batch.num_edits * _kept(backbone, editor, objective, batch, prefix)
     started = 1 + (backbone.num_layers - prefix.layer + len(params)) / _FEW

@@ -101,8 +101,7 @@ def test_recorded_steps_are_the_steps(backbone, requests_8, sigma2_0, recorded, 
     """Edits stop one after the other, so that the batch is made up anew, and recorded anew."""
     editor = ready_editor(name, backbone, tmp_path)
     objective = Objective(ObjectiveConfig(name=objective_name), sigma2_0)
-    pool = make_pool(backbone, 12, editor.sites)
-    supervision, _ = encode_requests(backbone, requests_8, TEMPLATE, editor.sites, pool)
+    supervision, _ = encode_requests(backbone, requests_8, TEMPLATE, editor.sites, make_pool(backbone, 12))
     free = edit(backbone, editor, objective, supervision, Stopping(12, 1e-9))
     reached = sorted(result.curves["worst_nll"][6] for result in free)
     stopping = Stopping(12, (reached[2] + reached[3]) / 2)

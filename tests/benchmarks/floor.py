@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from odedit.backbones import is_connector
-from odedit.edits import EDIT, REPHRASE, EditBatch, is_locality, is_negative
+from odedit.edits import EDIT, REPHRASE, EditBatch, is_locality
 from odedit.metrics import EvaluationConfig
 
 FORWARD, BACKWARD = 2, 2
@@ -164,7 +164,7 @@ class Floor:
         frozen = sum(
             self._read_above(length, tokens) for length, tokens in zip(_lengths(batch), _targets(batch), strict=True)
         )
-        by_head = [k for k, slot in enumerate(batch.slots) if slot == EDIT or _is_trained(slot)]
+        by_head = [k for k, slot in enumerate(batch.slots) if slot in (EDIT, REPHRASE) or is_locality(slot)]
         head = FORWARD * int(batch.target_mask_EKT[:, by_head].sum()) * s.width * s.vocabulary
         own = FORWARD * self._own(batch)
         # Gradients pass through everything frozen above what is trained, and to the trained weights once more.
@@ -217,11 +217,6 @@ class Floor:
             tokens = int((edit.target_mask_EKT if is_last else edit.real_EKS).sum())
             total += FORWARD * tokens * 2 * 2 * min(self._editor.config.rank, width) * width
         return total
-
-
-def _is_trained(slot: str) -> bool:
-    """Whether a term reads the distributions of its answer."""
-    return slot == REPHRASE or is_locality(slot) or is_negative(slot)
 
 
 def lowest(editor: Any, layers: int) -> tuple[int, bool]:

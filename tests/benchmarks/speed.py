@@ -209,9 +209,7 @@ def against_floor(bench: Bench, out: Path, width: int = 8) -> None:
                 runs.append(bench.run(editor, objective, requests, STEPS[name], width))
                 rate = max(rate, product_rate(bench.device))
             found = min(runs, key=lambda run: run.total)
-            supervision, evaluation = encode_requests(bench.backbone, requests, TEMPLATE)
-            read = supervision.select(objective.slots(editor, supervision))
-            floor = Floor(bench.backbone, editor, read, evaluation, STEPS[name])
+            floor = _floor(bench, editor, objective, requests, STEPS[name])
             parts = [floor.features(), floor.prefix(), floor.steps(), floor.evaluation()]
             at_best = floor.total() / rate
             table.append([f"{name} {objective_name}", STEPS[name], rate / 1e9, floor.total() / 1e9, at_best,
@@ -300,8 +298,8 @@ def throughput(bench: Bench, out: Path, editors: Sequence[str] = EDITORS, width:
             shown[arm] = bench.run(*way, requests, steps, at_once, config).seconds
             more = f"{100 * (peaks[objective_name] / peaks['native'] - 1):+.1f} %"
             print(f"{arm}: {1 / alone:.3g} edits/s", flush=True)
-            table.append([arm, steps, at_once, 1 / alone, _operations(bench, *way, requests, steps) / alone / rate,
-                          1 / full, _operations(bench, *way, with_all, steps) / full / rate,
+            of_alone, of_full = (_floor(bench, *way, some, steps).total(config) for some in (requests, with_all))
+            table.append([arm, steps, at_once, 1 / alone, of_alone / alone / rate, 1 / full, of_full / full / rate,
                           peaks[objective_name] / 2**30, more])  # fmt: skip
     rates = ["edits/s, reliability", "share of peak", "edits/s, all figures", "share of peak, all"]
     columns = ["editor", "steps", "E", *rates, "peak GiB", "memory"]
@@ -314,13 +312,11 @@ def throughput(bench: Bench, out: Path, editors: Sequence[str] = EDITORS, width:
     bars("ms per edit", list(shown), parts, "ms", out / "throughput.png")
 
 
-def _operations(bench: Bench, editor: Any, objective: Objective, requests: Sequence[EditRequest], steps: int) -> float:
-    """Of an edit whose figures are teacher-forced."""
+def _floor(bench: Bench, editor: Any, objective: Objective, requests: Sequence[EditRequest], steps: int) -> Floor:
     supervision, evaluation = bench.encoded(editor, objective, requests)
     read = supervision.select(objective.slots(editor, supervision))
     shown = read.select(objective.slots_at_once(read.slots))
-    floor = Floor(bench.backbone, editor, read, evaluation, steps, shown)
-    return floor.total(EvaluationConfig(generate=False, mmedit=False))
+    return Floor(bench.backbone, editor, read, evaluation, steps, shown)
 
 
 def batches(bench: Bench, out: Path, sizes: Sequence[int] = (1, 4, 16, 64)) -> None:
