@@ -137,7 +137,8 @@ class _Run:
         self._progress = Progress(batch.num_edits)
         self._finished: dict[int, EditParams] = {}
         # Of all edits. What follows is of those in the batch, axis 0 in the order of `progress.members`.
-        self._all = batch.select(objective.slots(editor, batch))
+        # One more forward sees where the last step led.
+        self._all = batch.select(objective.slots_within(objective.slots(editor, batch), max_steps + 1))
         with stage("edit: prefix"), torch.no_grad():
             self._all_prefix = backbone.prefix(self._all, *editor.sites, positionwise=editor.positionwise)
         self._width = min(width, width_like_native(backbone, editor, objective, batch, self._all_prefix))

@@ -282,6 +282,11 @@ class Objective:
         at_once = self.config.negatives_at_once if self.config.takes_turns else len(negatives)
         return tuple(slot for slot in slots if slot not in negatives[at_once:])
 
+    def slots_within(self, slots: Sequence[str], steps: int) -> tuple[str, ...]:
+        """Those of `slots` that so many steps get to see: of the negatives, the first ones."""
+        negatives = [slot for slot in slots if is_negative(slot)]
+        return tuple(slot for slot in slots if slot not in negatives[steps * self.config.negatives_at_once :])
+
     def columns_in_turn(self, slots: Sequence[str], present_EK: Tensor, steps_E: Tensor) -> Tensor | None:
         """Which of `slots` each edit sees in its step of this number, `(E, K at once)`; None: all.
 

@@ -30,6 +30,7 @@ from odedit.mmedit import RawRecord
 from odedit.negatives import NegativePool
 from odedit.objective import CALIBRATION_STATES, Objective, calibrate
 from odedit.pool import image_names, normal, scored_prompts
+from odedit.process import settle
 from odedit.progress import EditResult
 from odedit.prompts import find_template
 from odedit.stages import stage
@@ -55,9 +56,7 @@ class EditActor:
 
     def __init__(self, job: Job) -> None:
         """Raises InputError if the checkpoint, the editor's site or another setting does not fit the model."""
-        torch.set_num_threads(job.num_threads)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        settle(job.num_threads, job.device)
         self._job = job
         config = job.config
         self._template = find_template(config.data.template)

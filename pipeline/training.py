@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -27,6 +25,7 @@ from odedit.locations import Location, locate
 from odedit.mmedit import read_records
 from odedit.objective import Objective, calibrate
 from odedit.pool import Pool
+from odedit.process import settle
 from odedit.prompts import find_template
 from odedit.supervision import build_request
 from odedit.train import Figures, Trained, train
@@ -100,9 +99,7 @@ def run(config: RunConfig, out: Path | str | None, console: Console, *, fresh: b
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     plan = make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), 1)
-    torch.set_num_threads(plan.threads_per_actor)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    settle(plan.threads_per_actor, plan.device)
     found = {part: _sources(config, part, files) for part in ("training", "validation")}
     identity = _identity(config, found)
     with terminate_as_interrupt():

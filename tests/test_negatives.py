@@ -101,6 +101,23 @@ def test_every_negative_has_its_turn(supervision):
     assert seen == [2, 3, 4, 5, 6, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize(("steps", "seen"), [(0, 2), (1, 4), (2, 5), (9, 5)])
+def test_what_no_step_gets_to_see_is_not_computed(backbone, supervision, monkeypatch, steps, seen):
+    editor, stopping = load_editor("ftl", {"learning_rate": 1e-3}), Stopping(max_steps=steps, worst_token_nll=1e-9)
+    shown, prefix_of = [], backbone.prefix
+    monkeypatch.setattr(backbone, "prefix", lambda batch, *sites, **how: (
+        shown.append(batch.slots), prefix_of(batch, *sites, **how))[1])  # fmt: skip
+    results = edit(backbone, editor, Objective(CONTRAST), supervision, stopping)
+    assert shown == [(EDIT, REPHRASE, *negative_slots(seen))]
+    monkeypatch.setattr(Objective, "slots_within", lambda self, slots, steps: tuple(slots))
+    for result, whole in zip(results, edit(backbone, editor, Objective(CONTRAST), supervision, stopping), strict=True):
+        assert result.steps == whole.steps == steps
+        for name, curve in whole.curves.items():
+            assert result.curves[name] == pytest.approx(curve, rel=1e-4, abs=1e-6), name
+        for name, value in whole.params.items():
+            assert torch.allclose(result.params[name], value, atol=1e-6), name
+
+
 def test_a_negative_is_never_seen_twice_in_a_step(backbone, requests_8):
     """Where the record's own is all there is."""
     batch, _ = encode_requests(backbone, requests_8, TEMPLATE, negatives=NegativePool({}, 5))

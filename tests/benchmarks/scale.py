@@ -158,8 +158,6 @@ def bare_loop(values: dict[str, Any]) -> tuple[Any, list[Any], Any]:
     """A run's job, its groups as the CPU stage hands them over, and a function that edits and scores a group's requests
     on one thread, with nothing around it.
     """
-    import torch
-
     from odedit import editors
     from odedit.backbones import encode_requests, load_backbone
     from odedit.editing import edit
@@ -167,13 +165,14 @@ def bare_loop(values: dict[str, Any]) -> tuple[Any, list[Any], Any]:
     from odedit.feature_memory import remembering
     from odedit.metrics import evaluate
     from odedit.objective import Objective
+    from odedit.process import settle
     from odedit.prompts import find_template
     from pipeline import ready
     from pipeline.config import from_dict
     from pipeline.prepare import Preparer
     from pipeline.spec import Job
 
-    torch.set_num_threads(1)
+    settle(1, "cpu")
     config = from_dict(values)
     found = ready.prepare(config)
     job = Job(config, found.sources, found.workspace)

@@ -36,6 +36,7 @@ from odedit.editors.base import Measuring, Trainable
 from odedit.edits import EditBatch, stack_params
 from odedit.memory import peak_memory
 from odedit.negatives import NegativePool
+from odedit.process import settle
 from pipeline.prepare import process
 from tests.benchmarks import models
 from tests.benchmarks.floor import EVERYTHING, Floor, product_rate, wait
@@ -371,7 +372,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("bench"))
     chosen = parser.parse_args()
-    torch.set_num_threads(chosen.threads)
+    settle(chosen.threads, chosen.device)
     bench = Bench(chosen.size, chosen.device, chosen.dtype)
     editors = {"editors": chosen.editors.split(",")}
     of_part = {"overhead": editors, "throughput": editors | {"width": chosen.edits_at_once}}
