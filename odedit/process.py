@@ -25,7 +25,7 @@ def settle(num_threads: int, device: str) -> None:
     torch.set_num_threads(num_threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # For those who read what they have not written: it costs a pass over every new tensor.
+    # It finds reads of what was never written, at the cost of a pass over every new tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if torch.device(device).type == "cpu":
         keep_freed_memory()
