@@ -34,11 +34,11 @@ def run(code, **environment):
     return done.stdout.split()
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this allocator alone is told")
 def test_what_is_freed_is_not_asked_for_again():
     kept, plain, faults = run(FAULTS)
-    assert kept == "True"
-    assert int(plain) > 20 and int(faults) < int(plain) / 10, "pages that were new each time"
+    assert kept == str(platform.libc_ver()[0] == "glibc"), "this allocator alone is told"
+    if kept == "True":
+        assert int(plain) > 20 and int(faults) < int(plain) / 10, "pages that were new each time"
 
 
 @pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"])
