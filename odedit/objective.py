@@ -278,14 +278,13 @@ class Objective:
 
     def slots_at_once(self, slots: Sequence[str]) -> tuple[str, ...]:
         """Those of `slots` that one step sees: of the negatives, which take turns and stand last, the first ones."""
-        negatives = [slot for slot in slots if is_negative(slot)]
-        at_once = self.config.negatives_at_once if self.config.takes_turns else len(negatives)
-        return tuple(slot for slot in slots if slot not in negatives[at_once:])
+        return self.slots_within(slots, 1)
 
     def slots_within(self, slots: Sequence[str], steps: int) -> tuple[str, ...]:
-        """Those of `slots` that so many steps get to see: of the negatives, the first ones."""
+        """Those of `slots` that so many steps get to see between them."""
         negatives = [slot for slot in slots if is_negative(slot)]
-        return tuple(slot for slot in slots if slot not in negatives[steps * self.config.negatives_at_once :])
+        seen = steps * self.config.negatives_at_once if self.config.takes_turns else len(negatives)
+        return tuple(slot for slot in slots if slot not in negatives[seen:])
 
     def columns_in_turn(self, slots: Sequence[str], present_EK: Tensor, steps_E: Tensor) -> Tensor | None:
         """Which of `slots` each edit sees in its step of this number, `(E, K at once)`; None: all.

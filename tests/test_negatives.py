@@ -109,13 +109,23 @@ def test_what_no_step_gets_to_see_is_not_computed(backbone, supervision, monkeyp
         shown.append(batch.slots), prefix_of(batch, *sites, **how))[1])  # fmt: skip
     results = edit(backbone, editor, Objective(CONTRAST), supervision, stopping)
     assert shown == [(EDIT, REPHRASE, *negative_slots(seen))]
+    within = Objective.slots_within
     monkeypatch.setattr(Objective, "slots_within", lambda self, slots, steps: tuple(slots))
+    monkeypatch.setattr(Objective, "slots_at_once", lambda self, slots: within(self, slots, 1))
     for result, whole in zip(results, edit(backbone, editor, Objective(CONTRAST), supervision, stopping), strict=True):
         assert result.steps == whole.steps == steps
         for name, curve in whole.curves.items():
             assert result.curves[name] == pytest.approx(curve, rel=1e-4, abs=1e-6), name
         for name, value in whole.params.items():
             assert torch.allclose(result.params[name], value, atol=1e-6), name
+
+
+def test_where_none_takes_turns_all_are_seen_at_once(supervision):
+    """However many the batch has."""
+    objective = Objective(replace(CONTRAST, negatives=2))
+    slots = objective.slots(load_editor("ftl"), supervision)
+    assert slots[2:] == negative_slots(5)
+    assert objective.slots_at_once(slots) == objective.slots_within(slots, 1) == slots
 
 
 def test_a_negative_is_never_seen_twice_in_a_step(backbone, requests_8):

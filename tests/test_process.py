@@ -10,7 +10,7 @@ import sys
 import pytest
 
 FAULTS = """
-import resource, sys, torch
+import resource, torch
 from odedit.process import keep_freed_memory
 
 def faults(megabytes):

@@ -36,6 +36,7 @@ from odedit.editors.base import Measuring, Trainable
 from odedit.edits import EditBatch, stack_params
 from odedit.memory import peak_memory
 from odedit.negatives import NegativePool
+from odedit.objective import Name
 from odedit.process import settle
 from pipeline.prepare import process
 from tests.benchmarks import models
@@ -46,7 +47,7 @@ from tests.made_up import make_request
 
 EDITORS = ("wise", "tpatcher", "mend", "unike", "ftl", "ftv", "lora")
 STEPS = {"wise": 10, "tpatcher": 40, "mend": 0, "unike": 20, "ftl": 15, "ftv": 15, "lora": 15}
-OBJECTIVES = ("native", "odedit", "contrast")
+OBJECTIVES: tuple[Name, ...] = ("native", "odedit", "contrast")
 POOL = 64
 REPEATS = 3
 """Of what is compared, in turns; the least counts, since a shared machine only ever adds."""
@@ -95,8 +96,8 @@ class Bench:
             editor = editor.measured(self.backbone, encode_requests(self.backbone, self.requests(8, 6000), TEMPLATE)[0])
         return editor
 
-    def objective(self, name: str) -> Objective:
-        return Objective(ObjectiveConfig(name=name, sigma2_0=self.sigma2_0))  # type: ignore[arg-type]
+    def objective(self, name: Name) -> Objective:
+        return Objective(ObjectiveConfig(name=name, sigma2_0=self.sigma2_0))
 
     def run(
         self,
@@ -202,7 +203,7 @@ def against_floor(bench: Bench, out: Path, width: int = 8) -> None:
     table, labels, stacked = [], [], []
     for name in EDITORS:
         editor = bench.editor(name)
-        for objective_name in ("native", "odedit"):
+        for objective_name in OBJECTIVES[:2]:
             objective, requests = bench.objective(objective_name), bench.requests(width)
             bench.run(editor, objective, requests[:2], 1, 2)
             rate, runs = product_rate(bench.device), []
