@@ -140,7 +140,9 @@ class _Run:
         # One more forward sees where the last step led.
         self._all = batch.select(objective.slots_within(objective.slots(editor, batch), max_steps + 1))
         with stage("edit: prefix"), torch.no_grad():
-            self._all_prefix = backbone.prefix(self._all, *editor.sites, positionwise=editor.positionwise)
+            self._all_prefix = backbone.prefix(
+                self._all, *editor.sites, positionwise=editor.positionwise, read_EKT=objective.read(self._all)
+            )
         self._width = min(width, width_like_native(backbone, editor, objective, batch, self._all_prefix))
         # One product with a hypernetwork for all edits; what it makes is the edits themselves.
         self._made = {} if max_steps > 0 else self._init(self._all)
@@ -170,6 +172,7 @@ class _Run:
         trace = self._replayed() if self._is_recorded() else self._moved()
         if sum(self._progress.is_active) <= _FULL_ENOUGH * len(self._progress.members):
             self._let_go(trace)
+            del trace  # it may hold all that the last step made
             self._admit()
 
     def _moved(self) -> Trace:

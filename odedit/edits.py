@@ -52,6 +52,8 @@ _PROBE_NAME = re.compile(r"[a-z]+_(gen|loc)(_[a-z]+)?")
 _COLUMN_ENDINGS = ("exact", "before", "generated", "whole", "mmedit", "far", "top10", "low", "high")
 """What follows a probe's name in columns and logged figures that are made from it."""
 _LOCALITY_NAME = re.compile(r"[a-z]+_loc(ality)?(_|$)")  # the kind is the second word; details come after it
+_WORTH_SPLITTING = 1 / 16
+"""Share of a batch's positions for which its short sequences run apart: a second start of every kernel costs, too."""
 _EDIT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -205,6 +207,23 @@ class Answers:
         return flat.index_copy(0, self.among_M, values_M).reshape(self.mask_EKT.shape)
 
 
+def by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Columns that had better run together, ascending: all, or the short ones apart from the long ones.
+
+    A sequence is padded to the longest that it runs with, and a prompt without picture is much shorter than one with.
+
+    >>> by_length([56, 24, 50])
+    [[0, 2], [1]]
+    """
+    columns, in_order = list(range(len(lengths))), sorted(lengths)
+    spared = [count * (in_order[-1] - in_order[count - 1]) for count in columns]
+    if not columns or max(spared) < _WORTH_SPLITTING * len(columns) * in_order[-1]:
+        return [columns]
+    short = in_order[spared.index(max(spared)) - 1]
+    parts = [[k for k in columns if (lengths[k] <= short) == is_short] for is_short in (False, True)]
+    return [part for part in parts if part]
+
+
 @dataclass(frozen=True)
 class EditBatch:
     """E edits x K sequences, right-padded; what `Backbone.encode` returns.
@@ -224,6 +243,8 @@ class EditBatch:
         picture_EK: Row of `features_NLD`, or -1 for a sequence without picture.
         image_EKS: True at positions that take image features.
         before_connector: Whether the connector to the text model has yet to run, because an editor changes it.
+        lengths: Of each slot's longest sequence, known without waiting for a GPU; may be more than it is where edits
+            have been left out. Empty if not known.
     """
 
     edit_ids: tuple[str, ...]
@@ -239,6 +260,7 @@ class EditBatch:
     picture_EK: Tensor
     image_EKS: Tensor
     before_connector: bool = False
+    lengths: tuple[int, ...] = ()
     _answers: dict[tuple[str, ...], Answers] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -262,13 +284,24 @@ class EditBatch:
         """The same edits with only the named slots, in that order."""
         index = torch.tensor([self.slots.index(slot) for slot in slots], device=self.tokens_EKS.device)
         columns = {name: getattr(self, name).index_select(1, index) for name in _PER_SEQUENCE}
-        return replace(self, slots=tuple(slots), **columns)
+        lengths = tuple(self.lengths[self.slots.index(slot)] for slot in slots) if self.lengths else ()
+        return replace(self, slots=tuple(slots), lengths=lengths, **columns)
+
+    def parts(self) -> list[EditBatch]:
+        """The same sequences, those that had better run together in a batch each, no longer than they need to be."""
+        groups = by_length(self.lengths)
+        if len(groups) < 2:
+            return [self]
+        return [self.select([self.slots[k] for k in columns])._cut() for columns in groups]
+
+    def _cut(self) -> EditBatch:
+        return replace(self, **{name: getattr(self, name)[..., : max(self.lengths)] for name in _PER_POSITION})
 
     def pick(self, slots: Sequence[str], columns_EK: Tensor) -> EditBatch:
         """Of every edit the sequences with these numbers, to go by these names."""
         rows_E1 = torch.arange(self.num_edits, device=columns_EK.device).unsqueeze(1)
         columns = {name: getattr(self, name)[rows_E1, columns_EK] for name in _PER_SEQUENCE}
-        return replace(self, slots=tuple(slots), **columns)
+        return replace(self, slots=tuple(slots), lengths=(), **columns)
 
     def take(self, edits: Tensor) -> EditBatch:
         """The edits with these rows, with all their sequences."""
@@ -276,10 +309,8 @@ class EditBatch:
         return replace(self, edit_ids=tuple(self.edit_ids[row] for row in edits.tolist()), **columns)
 
 
-_PER_SEQUENCE = (
-    "tokens_EKS", "present_EK", "real_EKS", "prompt_EKS", "predict_EKT", "target_EKT", "target_mask_EKT", "picture_EK",
-    "image_EKS",
-)  # fmt: skip
+_PER_POSITION = ("tokens_EKS", "real_EKS", "prompt_EKS", "image_EKS")
+_PER_SEQUENCE = (*_PER_POSITION, "present_EK", "predict_EKT", "target_EKT", "target_mask_EKT", "picture_EK")
 
 
 def stack_params(params: Sequence[EditParams]) -> EditParams:

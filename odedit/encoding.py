@@ -96,6 +96,7 @@ def assemble(
         features_NLD=stacked,
         picture_EK=on_device(picture),
         image_EKS=on_device(image),
+        lengths=tuple(int(real[:, k].sum(-1).max(initial=1)) for k in range(len(slots))),
     )
 
 

@@ -93,8 +93,35 @@ def evaluate(
             rows += evaluate(backbone, editor, of_part, batch.take(part_E), config)
         return rows
 
-    read_EKT = None if config.mmedit else batch.predict_EKT
     params = {name: value.to(batch.tokens_EKS.device) for name, value in params.items()}
+    scores: list[dict[str, Row]] = [{} for _ in batch.edit_ids]
+    answers: list[Row] = [{} for _ in batch.edit_ids]
+    for part in batch.parts():
+        before, after = _before_and_after(backbone, editor, params, part, config)
+        # What follows reads single numbers, each of which would wait for a GPU.
+        before, after, part = before.on_host(), after.on_host(), _on_host(part)
+        for e in range(part.num_edits):
+            for k, name in enumerate(part.slots):
+                if bool(part.present_EK[e, k]):
+                    score = _locality_columns if is_locality(name) else _answer_columns
+                    scores[e][name] = score(name, part, before, after, e, k)
+            if RELIABILITY in part.slots:
+                answers[e] = _answers(backbone, part, before, after, e)
+    rows = []
+    for e, of_edit in enumerate(scores):
+        row: Row = {}
+        for name in batch.slots:
+            row |= of_edit.get(name, {})
+        _average_near_and_far(row)
+        rows.append(row | answers[e])
+    return rows
+
+
+def _before_and_after(
+    backbone: Backbone, editor: Editor, params: EditParams, batch: EditBatch, config: EvaluationConfig
+) -> tuple[_Readout, _Readout]:
+    """What the unedited and the edited model say to the probes."""
+    read_EKT = None if config.mmedit else batch.predict_EKT
     memory = KeyValues() if config.generate else None
     prefix = backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise, memory=memory)
     # Every position of what is compared, and wherever a target's token is predicted.
@@ -115,26 +142,7 @@ def evaluate(
 
     before = read()
     with editor.applied(backbone, params, batch):
-        after = read()
-    # What follows reads single numbers, each of which would wait for a GPU.
-    before, after, batch = before.on_host(), after.on_host(), _on_host(batch)
-    rows = []
-    for e in range(batch.num_edits):
-        row: Row = {}
-        for k, name in enumerate(batch.slots):
-            if not bool(batch.present_EK[e, k]):
-                continue
-            score = _locality_columns if is_locality(name) else _answer_columns
-            row |= score(name, batch, before, after, e, k)
-        _average_near_and_far(row)
-        if before.greedy_EKT is not None and after.greedy_EKT is not None:
-            k = batch.slots.index(RELIABILITY)
-            for column, readout in (("answer_before", before), ("answer_after", after)):
-                assert readout.greedy_EKT is not None
-                tokens = readout.greedy_EKT[e, k][batch.target_mask_EKT[e, k]].tolist()
-                row[column] = backbone.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        rows.append(row)
-    return rows
+        return before, read()
 
 
 def _edits_at_once(backbone: Backbone, batch: EditBatch) -> int:
@@ -206,6 +214,16 @@ def _answer_columns(name: str, batch: EditBatch, before: _Readout, after: _Reado
         row[f"{name}_exact{suffix}"] = float(right_T.all())
         if readout.greedy_EKT is not None:
             row[f"{name}_generated{suffix}"] = _share(readout.greedy_EKT[e, k][mask_T] == target_T)
+    return row
+
+
+def _answers(backbone: Backbone, batch: EditBatch, before: _Readout, after: _Readout, e: int) -> Row:
+    """What is generated for the edit itself, in words."""
+    k, row = batch.slots.index(RELIABILITY), Row()
+    for column, readout in (("answer_before", before), ("answer_after", after)):
+        if readout.greedy_EKT is not None:
+            tokens = readout.greedy_EKT[e, k][batch.target_mask_EKT[e, k]].tolist()
+            row[column] = backbone.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
     return row
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -173,46 +172,86 @@ class MultimodalModel(ABC):
 
     @torch.no_grad()
     def prefix(
-        self, batch: EditBatch, *sites: str, positionwise: bool = False, memory: KeyValues | None = None
+        self,
+        batch: EditBatch,
+        *sites: str,
+        positionwise: bool = False,
+        memory: KeyValues | None = None,
+        read_EKT: Tensor | None = None,
     ) -> Prefix:
-        shape = (batch.tokens_EKS.shape[0], batch.tokens_EKS.shape[1])
-        tokens_RS, image_RS = batch.tokens_EKS.flatten(0, 1), batch.image_EKS.flatten(0, 1)
-        rotary = self._decoder.rotary(self._decoder.embed_tokens(tokens_RS[:1]), self.positions(tokens_RS, image_RS))
+        shape, rotary = (batch.num_edits, len(batch.slots)), self._rotary(batch)
+        whole_layer = self._whole_layer(sites, positionwise)
         if any(is_connector(site) for site in sites):
             if not batch.before_connector:
                 raise ValueError(
                     "the batch holds what leaves the connector, and a site of the connector is to be edited: "
                     "encode it with sites=editor.sites."
                 )
-            embedded_RSD, before = self._decoder.embed_tokens(tokens_RS), _of_pictures(batch, slice(None))
-            return Prefix(0, False, embedded_RSD, shape, self._whole_layer(sites, positionwise), rotary, before)
+            embedded_RSD = self._decoder.embed_tokens(batch.tokens_EKS.flatten(0, 1))
+            before = _of_pictures(batch, slice(None))
+            return Prefix(0, False, embedded_RSD, shape, whole_layer, rotary, before)
         located = [self._decoder.locate(site) for site in sites]
         layer = min(layer for layer, _ in located)
         at_ffn = all(part.startswith("ffn") for at, part in located if at == layer)
-        # What a layer holds for a moment is many times what is kept of it; but a memory takes all rows at a time.
-        at_once = _POSITIONS_AT_ONCE.get(tokens_RS.device.type, _POSITIONS_AT_ONCE["cuda"])
-        rows = len(tokens_RS) if memory is not None else max(1, at_once // tokens_RS.shape[1])
-        parts = (
-            self._below(layer, at_ffn, batch, slice(start, start + rows), rotary, memory)
-            for start in range(0, len(tokens_RS), rows)
-        )
-        whole_RSD = _joined(parts, len(tokens_RS))
-        return Prefix(layer, at_ffn, whole_RSD, shape, self._whole_layer(sites, positionwise), rotary)
+        is_read = read_EKT is not None and at_ffn and whole_layer < layer == self.num_layers - 1
+        whole_RSD = self._below(layer, at_ffn, batch, read_EKT if is_read else None, memory)
+        return Prefix(layer, at_ffn, whole_RSD, shape, whole_layer, rotary, is_read=is_read)
 
     def _below(
-        self, layer: int, at_ffn: bool, batch: EditBatch, rows: slice, rotary: Rotary | None, memory: KeyValues | None
+        self, layer: int, at_ffn: bool, batch: EditBatch, read_EKT: Tensor | None, memory: KeyValues | None
     ) -> Tensor:
-        """Of these sequences of a batch, `(R, S, D)`."""
+        """What enters the layer, or its feed-forward half, `(R, S, D)`; `(R, T, D)` at the positions that are read."""
+        device, num_slots = batch.tokens_EKS.device, len(batch.slots)
+        # What a layer holds for a moment is many times what is kept of it; but a memory takes all rows at a time.
+        at_once = _POSITIONS_AT_ONCE.get(device.type, _POSITIONS_AT_ONCE["cuda"])
+        parts = [batch] if memory is not None else batch.parts()
+        whole_RSD = None
+        for part in parts:
+            columns_K = torch.tensor([batch.slots.index(slot) for slot in part.slots], device=device)
+            place_R = (torch.arange(batch.num_edits, device=device).unsqueeze(1) * num_slots + columns_K).flatten()
+            read_RT = None if read_EKT is None else read_EKT.flatten(0, 1)[place_R]
+            num_rows, length = len(place_R), part.tokens_EKS.shape[2]
+            size = num_rows if memory is not None else max(1, at_once // length)
+            for start in range(0, num_rows, size):
+                rows = slice(start, start + size)
+                states = self._layers_below(layer, at_ffn, part, rows, read_RT, memory)
+                if len(states) == batch.num_edits * num_slots:
+                    return states
+                if whole_RSD is None:
+                    behind = batch.tokens_EKS.shape[2] if read_EKT is None else states.shape[1]
+                    whole_RSD = states.new_zeros(batch.num_edits * num_slots, behind, states.shape[2])
+                whole_RSD[place_R[rows], : states.shape[1]] = states
+        assert whole_RSD is not None, "a batch has sequences"
+        return whole_RSD
+
+    def _layers_below(
+        self,
+        layer: int,
+        at_ffn: bool,
+        batch: EditBatch,
+        rows: slice,
+        read_RT: Tensor | None,
+        memory: KeyValues | None,
+    ) -> Tensor:
+        """Of these sequences of a batch."""
         at = _of_pictures(batch, rows)
+        rotary = self._rotary(batch, rows)
         features_RLD = self.connect(at.vision_RPW) if batch.before_connector else at.vision_RPW
         embedded_RSD = self._decoder.embed_tokens(batch.tokens_EKS.flatten(0, 1)[rows])
         hidden_RSD = self._decoder.embed_positions(_scatter(embedded_RSD, features_RLD, at.image_RS))
-        if rotary is not None:
-            rotary = _rows(rotary[0], rows), _rows(rotary[1], rows)
         for index in range(layer):
             hidden_RSD = self._decoder.attention_half(index, hidden_RSD, rotary, memory=memory)
             hidden_RSD = self._decoder.ffn_half(index, hidden_RSD)
-        return self._decoder.attention_half(layer, hidden_RSD, rotary, memory=memory) if at_ffn else hidden_RSD
+        if not at_ffn:
+            return hidden_RSD
+        return self._decoder.attention_half(
+            layer, hidden_RSD, rotary, None if read_RT is None else read_RT[rows], memory
+        )
+
+    def _rotary(self, batch: EditBatch, rows: slice = slice(None)) -> Rotary | None:
+        """Of these sequences of a batch."""
+        tokens_RS, image_RS = batch.tokens_EKS.flatten(0, 1)[rows], batch.image_EKS.flatten(0, 1)[rows]
+        return self._decoder.rotary(self._decoder.embed_tokens(tokens_RS[:1]), self.positions(tokens_RS, image_RS))
 
     def _whole_layer(self, sites: Sequence[str], positionwise: bool) -> int:
         if positionwise:
@@ -220,7 +259,7 @@ class MultimodalModel(ABC):
         return max((self._decoder.locate(site)[0] for site in sites if not is_connector(site)), default=-1)
 
     def suffix(self, prefix: Prefix, read_EKT: Tensor | None = None, memory: KeyValues | None = None) -> Tensor:
-        read_RT = None if read_EKT is None else read_EKT.flatten(0, 1)
+        read_RT = None if read_EKT is None or prefix.is_read else read_EKT.flatten(0, 1)
         last = self.num_layers - 1
         # Behind the last layer's keys and values nothing looks at another position.
         early_RT = read_RT if prefix.whole_layer < last else None
@@ -269,23 +308,6 @@ def _moved(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
     for row, array in zip(stacked, arrays, strict=True):
         row.copy_(torch.from_numpy(array))
     return stacked.to(device, non_blocking=True)
-
-
-def _rows(part_RSd: Tensor, rows: slice) -> Tensor:
-    """Those of a rotary part, which may be the same for all."""
-    return part_RSd if len(part_RSd) == 1 else part_RSd[rows]
-
-
-def _joined(parts: Iterator[Tensor], length: int) -> Tensor:
-    """Parts one behind the other, of which no more than one is held beside the whole."""
-    first = next(parts)
-    if len(first) == length:
-        return first
-    whole, start = first.new_empty(length, *first.shape[1:]), 0
-    for part in chain([first], parts):
-        whole[start : start + len(part)] = part
-        start += len(part)
-    return whole
 
 
 def _of_pictures(batch: EditBatch, rows: slice) -> BeforeConnector:

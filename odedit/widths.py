@@ -18,7 +18,7 @@ _KEPT = 12
 """Times the hidden size that a layer keeps of a position: what enters its norms, queries, keys, values, what attention
 gives, and the four times wider inside of the feed-forward half.
 """
-_LEEWAY = {"cpu": 2**22, "cuda": 2**26}
+_LEEWAY = {"cpu": 2**23, "cuda": 2**26}
 """Values more than the base editor's loss keeps that do not matter."""
 _MOVED = {"cpu": 2**22, "cuda": 2**28}
 """Weights of edits of which a recorded step may hold a second set of all that a step makes."""

@@ -20,6 +20,7 @@ SITES = ("layers.0.attention.q", "layers.0.ffn.in", "layers.-1.attention.q", "la
 def check(model: Any, batch: EditBatch, site: str, positionwise: bool) -> None:
     """Whether the last layer leaves the other positions out or not, states and an edit's gradient are the same."""
     prefix = model.prefix(batch, site, positionwise=positionwise)
+    kept = model.prefix(batch, site, positionwise=positionwise, read_EKT=batch.predict_EKT)
     shift = torch.zeros(model.site(site).weight.shape[0], requires_grad=True)
     states, gradients, widths = [], [], []
 
@@ -27,16 +28,18 @@ def check(model: Any, batch: EditBatch, site: str, positionwise: bool) -> None:
         widths.append(y.shape[1])
         return y + shift
 
-    for read in (None, batch.predict_EKT):
+    for start, read in ((prefix, None), (prefix, batch.predict_EKT), (kept, batch.predict_EKT)):
         with rewritten({model.site(site): add}):
-            found = model.suffix(prefix, read)
+            found = model.suffix(start, read)
         states.append(gather_positions(found, batch.predict_EKT) if read is None else found)
         gradients += torch.autograd.grad(states[-1].square().sum(), shift)
-    torch.testing.assert_close(states[0], states[1], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-3)
+    for some in (1, 2):
+        torch.testing.assert_close(states[0], states[some], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradients[0], gradients[some], rtol=1e-3, atol=1e-3)
     whole, read_alone = batch.tokens_EKS.shape[-1], batch.predict_EKT.shape[-1]
-    leaves_out = positionwise and site.startswith("layers.-1")
-    assert widths == [whole, read_alone if leaves_out else whole]
+    reads = read_alone if positionwise and site.startswith("layers.-1") else whole
+    assert widths == [whole, reads, reads]
+    assert kept.hidden_RSD.shape[1] == (read_alone if positionwise and site == "layers.-1.ffn.in" else whole)
 
 
 @torch.no_grad()

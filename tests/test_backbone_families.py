@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -88,20 +89,23 @@ def test_the_positions_that_are_read_are_those_of_the_whole(model, batch, site, 
 
 
 def test_a_prefix_in_parts_is_that_of_the_whole(model, batch, monkeypatch):
-    site = "layers.-1.ffn.in"
-    whole = model.prefix(batch, site).hidden_RSD
-    rows = []
-    below = model._below
+    site, real_RS = "layers.-1.ffn.in", batch.real_EKS.flatten(0, 1)
+    whole = model.prefix(replace(batch, lengths=()), site).hidden_RSD
+    shapes = []
+    below = model._layers_below
 
     def watched(*arguments):
         part_RSD = below(*arguments)
-        rows.append(len(part_RSD))
+        shapes.append(tuple(part_RSD.shape[:2]))
         return part_RSD
 
-    monkeypatch.setattr(model, "_below", watched)
+    monkeypatch.setattr(model, "_layers_below", watched)
     monkeypatch.setitem(multimodal._POSITIONS_AT_ONCE, "cpu", 2 * batch.tokens_EKS.shape[2])
-    torch.testing.assert_close(model.prefix(batch, site).hidden_RSD, whole, rtol=1e-4, atol=1e-4)
-    assert len(rows) > 1 and sum(rows) == len(whole) and max(rows) == 2
+    parts = model.prefix(batch, site).hidden_RSD
+    torch.testing.assert_close(parts[real_RS], whole[real_RS], rtol=1e-4, atol=1e-4)
+    rows, lengths = zip(*shapes, strict=True)
+    assert sum(rows) == len(whole) and all(n * length <= 2 * max(lengths) for n, length in shapes)
+    assert len(rows) > 2 and len(set(lengths)) == 2
 
 
 def test_padding_and_batch_mates_change_nothing(model, requests, batch):

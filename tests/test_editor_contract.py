@@ -17,6 +17,7 @@ from odedit import (
     Stopping,
     calibrate,
     edit,
+    edits,
     encode_requests,
     evaluate,
     load_editor,
@@ -163,6 +164,28 @@ def test_alone_equals_in_a_batch_of_8(backbone, editor, encoded, requests_8, sig
         assert_same_course(editor, alone, together[index])
         (row,) = evaluate(backbone, editor, alone.params, alone_evaluation)
         assert row == {key: pytest.approx(value) for key, value in rows[index].items()}
+
+
+@pytest.mark.parametrize("config", OBJECTIVES, ids=lambda config: config.name)
+def test_sequences_that_run_apart_by_length_end_as_those_that_did_not(
+    backbone, editor, encoded, sigma2_0, config, monkeypatch
+):
+    monkeypatch.setattr(edits, "_WORTH_SPLITTING", 0.0)
+    supervision, evaluation = encoded(editor)
+    assert len(supervision.parts()) == len(evaluation.parts()) == 2
+    objective, stopping = Objective(config, sigma2_0), Stopping(max_steps=6, worst_token_nll=0.5)
+    unknown = [dataclasses.replace(batch, lengths=()) for batch in (supervision, evaluation)]
+    assert [len(batch.parts()) for batch in unknown] == [1, 1]
+    apart, together = (edit(backbone, editor, objective, batch, stopping) for batch in (supervision, unknown[0]))
+    for one, other in zip(apart, together, strict=True):
+        assert (one.edit_id, one.steps, one.stop_reason) == (other.edit_id, other.steps, other.stop_reason)
+        both = stack_params([one.params, other.params])
+        assert all((a - b).norm() <= tolerance_of(editor) * a.norm() + 1e-6 for a, b in both.values())
+        assert_same_course(editor, one, other)
+    params = stack_params([result.params for result in apart])
+    rows, in_one = (evaluate(backbone, editor, params, batch) for batch in (evaluation, unknown[1]))
+    assert rows == in_one
+    assert [list(row) for row in rows] == [list(row) for row in in_one], "columns in another order"
 
 
 @pytest.mark.parametrize("config", OBJECTIVES, ids=lambda config: config.name)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from made_up import TEMPLATE
 
-from odedit import EditRequest, Probe
-from odedit.edits import LOCALITY_SLOTS, REPHRASE_SLOTS, check_probe_name, is_locality
+from odedit import EditRequest, Probe, encode_requests
+from odedit.edits import LOCALITY_SLOTS, REPHRASE_SLOTS, by_length, check_probe_name, is_locality
 
 
 def test_locality_is_told_by_the_kind_not_by_how_the_detail_begins():
@@ -30,3 +32,28 @@ def test_a_probe_may_not_take_the_name_of_a_column_made_from_another(detail):
 def test_the_edit_itself_is_no_probe_of_a_request():
     with pytest.raises(ValueError, match="'rel' is the edit itself"):
         EditRequest("a", Probe("p", "t"), probes={"rel": Probe("p", "t")})
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([], [[]]),
+        ([7], [[0]]),
+        ([56, 52, 24, 45], [[0, 1, 3], [2]]),
+        ([56, 20, 24, 56, 22], [[0, 3], [1, 2, 4]]),
+        ([56, 53, 56, 56], [[0, 1, 2, 3]]),  # too little is spared
+        ([30, 30, 30], [[0, 1, 2]]),
+    ],
+)
+def test_short_sequences_run_apart_where_it_spares_enough(lengths, expected):
+    assert by_length(lengths) == expected
+
+
+def test_parts_hold_every_real_position_once(backbone, requests_8):
+    batch, _ = encode_requests(backbone, requests_8, TEMPLATE)
+    parts = batch.parts()
+    assert sorted(slot for part in parts for slot in part.slots) == sorted(batch.slots)
+    for part in parts:
+        whole, length = batch.select(part.slots), part.tokens_EKS.shape[2]
+        assert length == int(part.real_EKS.sum(-1).max()) and not whole.real_EKS[..., length:].any()
+        assert torch.equal(part.tokens_EKS, whole.tokens_EKS[..., :length])

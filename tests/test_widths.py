@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 from made_up import TEMPLATE
 from small_editors import ready_editor
 
-from odedit import Objective, ObjectiveConfig, Stopping, calibrate, edit, encode_requests, widths
+from odedit import Objective, ObjectiveConfig, Stopping, calibrate, edit, editing, encode_requests, widths
 from odedit.memory import peak_memory
 
 
@@ -73,3 +75,29 @@ def test_edits_that_move_in_turn_are_those_that_move_together(
         assert all((one.params[key] - other.params[key]).norm() <= 1e-3 * one.params[key].norm() for key in one.params)
         for term, curve in one.curves.items():
             assert curve == pytest.approx(other.curves[term], rel=2e-3, abs=1e-4), term
+
+
+@pytest.mark.parametrize("name", ["unike", "lora"])
+def test_nothing_of_the_last_step_is_held_while_other_edits_enter(
+    backbone, requests_8, objectives, monkeypatch, tmp_path, name
+):
+    """What a forward keeps for its gradient hangs on what it has shown."""
+    editor = ready_editor(name, backbone, tmp_path)
+    supervision, _ = encode_requests(backbone, requests_8, TEMPLATE, editor.sites)
+    monkeypatch.setattr("odedit.editing.width_like_native", lambda *_: 3)
+    shown, alive = [], []
+    suffix, admit = backbone.suffix, editing._Run._admit
+
+    def watched(*arguments):
+        states = suffix(*arguments)
+        shown.append(weakref.ref(states))
+        return states
+
+    def admitting(run):
+        alive.append(sum(states() is not None for states in shown))
+        admit(run)
+
+    monkeypatch.setattr(backbone, "suffix", watched)
+    monkeypatch.setattr(editing._Run, "_admit", admitting)
+    edit(backbone, editor, objectives["odedit"], supervision, Stopping(2, 1e-9))
+    assert len(alive) == 4 and not any(alive)

@@ -52,6 +52,7 @@ class Prefix:
         whole_layer: The highest layer in which an edit looks at whole sequences; -1: in none.
         rotary: Cosines and sines of the positions, for text models with rotary embeddings.
         connector: Given where the suffix starts at the connector.
+        is_read: Whether it holds the positions that are read alone, `(R, T, D)`.
     """
 
     layer: int
@@ -61,6 +62,7 @@ class Prefix:
     whole_layer: int
     rotary: tuple[Tensor, Tensor] | None = None
     connector: BeforeConnector | None = None
+    is_read: bool = False
 
     def take(self, edits: Tensor) -> Prefix:
         """The sequences of the edits with these rows, alone."""
@@ -160,13 +162,20 @@ class Backbone(Protocol):
         ...
 
     def prefix(
-        self, batch: EditBatch, *sites: str, positionwise: bool = False, memory: KeyValues | None = None
+        self,
+        batch: EditBatch,
+        *sites: str,
+        positionwise: bool = False,
+        memory: KeyValues | None = None,
+        read_EKT: Tensor | None = None,
     ) -> Prefix:
         """Runs everything below the lowest of the sites, which may come in any order.
 
         Args:
             positionwise: Whether what an edit adds at a position depends on the states at this position alone.
             memory: Takes the keys and values, for `behind`.
+            read_EKT: The positions that `suffix` will be asked for, if always the same: where no other is needed from
+                here on, only these are kept.
 
         Raises:
             ValueError: A connector site, and a batch whose features have left the connector.
