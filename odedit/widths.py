@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor
+
 from odedit.backbones.base import Backbone, Prefix
 from odedit.editors.base import Editor
 from odedit.edits import EDIT, REPHRASE, EditBatch, EditParams, is_locality
@@ -18,8 +20,10 @@ _KEPT = 12
 """Times the hidden size that a layer keeps of a position: what enters its norms, queries, keys, values, what attention
 gives, and the four times wider inside of the feed-forward half.
 """
-_LEEWAY = {"cpu": 2**23, "cuda": 2**26}
+_LEEWAY = {"cpu": 2**22, "cuda": 2**26}
 """Values more than the base editor's loss keeps that do not matter."""
+_LEEWAY_OF_HEAD = {"cpu": 2**23, "cuda": 2**26}
+"""The same where a step is little but products with the head, which on a CPU wait for its weights if rows are few."""
 _MOVED = {"cpu": 2**22, "cuda": 2**28}
 """Weights of edits of which a recorded step may hold a second set of all that a step makes."""
 _WORK = {"cpu": 8e9, "cuda": 4e12}
@@ -39,7 +43,8 @@ def width_like_native(
     device, num_edits = batch.tokens_EKS.device.type, batch.num_edits
     of_one = _kept(backbone, editor, objective, batch, prefix)
     of_all = num_edits * _kept(backbone, editor, Objective(ObjectiveConfig(name="native")), batch, prefix)
-    room = of_all + _LEEWAY.get(device, _LEEWAY["cuda"])
+    leeway = _LEEWAY_OF_HEAD if _is_read_alone(backbone, editor, objective.read(batch), prefix) else _LEEWAY
+    room = of_all + leeway.get(device, leeway["cuda"])
     busy = math.ceil(_WORK.get(device, _WORK["cuda"]) / _operations(backbone, of_one))
     width = min(num_edits, max(1, room // of_one, busy))
     return math.ceil(num_edits / math.ceil(num_edits / width))
@@ -68,7 +73,7 @@ def _kept(backbone: Backbone, editor: Editor, objective: Objective, batch: EditB
     """Values of one edit: of layers, and distributions over the vocabulary of the tokens that the head reads."""
     batch = batch.select(objective.slots_at_once(objective.slots(editor, batch)))
     layers, read_EKT = backbone.num_layers - prefix.layer, objective.read(batch)
-    is_read_alone = layers == 1 and prefix.at_ffn and editor.positionwise and read_EKT is not None
+    is_read_alone = _is_read_alone(backbone, editor, read_EKT, prefix)
     positions = (read_EKT if is_read_alone and read_EKT is not None else batch.tokens_EKS)[0].numel()
     shares = {slot: 1 for slot in (EDIT, REPHRASE) if slot in batch.slots}
     if objective.compares and not objective.config.takes_turns:
@@ -78,3 +83,9 @@ def _kept(backbone: Backbone, editor: Editor, objective: Objective, batch: EditB
     return positions * layers * _KEPT * backbone.hidden_size + math.ceil(
         tokens / batch.num_edits * backbone.vocabulary_size
     )
+
+
+def _is_read_alone(backbone: Backbone, editor: Editor, read_EKT: Tensor | None, prefix: Prefix) -> bool:
+    """Whether a step runs at the positions that are read and at no other."""
+    is_last = prefix.at_ffn and prefix.layer == backbone.num_layers - 1
+    return is_last and editor.positionwise and read_EKT is not None

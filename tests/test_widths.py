@@ -22,6 +22,7 @@ def objectives(backbone, requests_8):
 def no_leeway(monkeypatch):
     """As on a model that is large enough for all of it to matter."""
     monkeypatch.setitem(widths._LEEWAY, "cpu", 0)
+    monkeypatch.setitem(widths._LEEWAY_OF_HEAD, "cpu", 0)
     monkeypatch.setitem(widths._WORK, "cpu", 0)
 
 
