@@ -194,11 +194,17 @@ class MultimodalModel(ABC):
         layer = min(layer for layer, _ in located)
         at_ffn = all(part.startswith("ffn") for at, part in located if at == layer)
         is_read = read_EKT is not None and at_ffn and whole_layer < layer == self.num_layers - 1
-        whole_RSD = self._below(layer, at_ffn, batch, read_EKT if is_read else None, memory)
+        whole_RSD = self._below(layer, at_ffn, batch, rotary, read_EKT if is_read else None, memory)
         return Prefix(layer, at_ffn, whole_RSD, shape, whole_layer, rotary, is_read=is_read)
 
     def _below(
-        self, layer: int, at_ffn: bool, batch: EditBatch, read_EKT: Tensor | None, memory: KeyValues | None
+        self,
+        layer: int,
+        at_ffn: bool,
+        batch: EditBatch,
+        rotary: Rotary | None,
+        read_EKT: Tensor | None,
+        memory: KeyValues | None,
     ) -> Tensor:
         """What enters the layer, or its feed-forward half, `(R, S, D)`; `(R, T, D)` at the positions that are read."""
         device, num_slots = batch.tokens_EKS.device, len(batch.slots)
@@ -210,11 +216,12 @@ class MultimodalModel(ABC):
             columns_K = torch.tensor([batch.slots.index(slot) for slot in part.slots], device=device)
             place_R = (torch.arange(batch.num_edits, device=device).unsqueeze(1) * num_slots + columns_K).flatten()
             read_RT = None if read_EKT is None else read_EKT.flatten(0, 1)[place_R]
+            turned = rotary if part is batch else self._rotary(part)
             num_rows, length = len(place_R), part.tokens_EKS.shape[2]
             size = num_rows if memory is not None else max(1, at_once // length)
             for start in range(0, num_rows, size):
                 rows = slice(start, start + size)
-                states = self._layers_below(layer, at_ffn, part, rows, read_RT, memory)
+                states = self._layers_below(layer, at_ffn, part, rows, turned, read_RT, memory)
                 if len(states) == batch.num_edits * num_slots:
                     return states
                 if whole_RSD is None:
@@ -230,12 +237,14 @@ class MultimodalModel(ABC):
         at_ffn: bool,
         batch: EditBatch,
         rows: slice,
+        rotary: Rotary | None,
         read_RT: Tensor | None,
         memory: KeyValues | None,
     ) -> Tensor:
         """Of these sequences of a batch."""
         at = _of_pictures(batch, rows)
-        rotary = self._rotary(batch, rows)
+        if rotary is not None:
+            rotary = _rows(rotary[0], rows), _rows(rotary[1], rows)
         features_RLD = self.connect(at.vision_RPW) if batch.before_connector else at.vision_RPW
         embedded_RSD = self._decoder.embed_tokens(batch.tokens_EKS.flatten(0, 1)[rows])
         hidden_RSD = self._decoder.embed_positions(_scatter(embedded_RSD, features_RLD, at.image_RS))
@@ -244,13 +253,12 @@ class MultimodalModel(ABC):
             hidden_RSD = self._decoder.ffn_half(index, hidden_RSD)
         if not at_ffn:
             return hidden_RSD
-        return self._decoder.attention_half(
-            layer, hidden_RSD, rotary, None if read_RT is None else read_RT[rows], memory
-        )
+        read = None if read_RT is None else read_RT[rows]
+        return self._decoder.attention_half(layer, hidden_RSD, rotary, read, memory)
 
-    def _rotary(self, batch: EditBatch, rows: slice = slice(None)) -> Rotary | None:
-        """Of these sequences of a batch."""
-        tokens_RS, image_RS = batch.tokens_EKS.flatten(0, 1)[rows], batch.image_EKS.flatten(0, 1)[rows]
+    def _rotary(self, batch: EditBatch) -> Rotary | None:
+        """Of the batch's sequences, or of all positions alike."""
+        tokens_RS, image_RS = batch.tokens_EKS.flatten(0, 1), batch.image_EKS.flatten(0, 1)
         return self._decoder.rotary(self._decoder.embed_tokens(tokens_RS[:1]), self.positions(tokens_RS, image_RS))
 
     def _whole_layer(self, sites: Sequence[str], positionwise: bool) -> int:
@@ -308,6 +316,11 @@ def _moved(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
     for row, array in zip(stacked, arrays, strict=True):
         row.copy_(torch.from_numpy(array))
     return stacked.to(device, non_blocking=True)
+
+
+def _rows(part_RSd: Tensor, rows: slice) -> Tensor:
+    """Those of a rotary part, which may be the same for all."""
+    return part_RSd if len(part_RSd) == 1 else part_RSd[rows]
 
 
 def _of_pictures(batch: EditBatch, rows: slice) -> BeforeConnector:
