@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from odedit.encoding import gather_positions
 from odedit.errors import InputError
 from odedit.key_values import KeyValues
+from odedit.selecting import gather_positions
 
 _SITE = re.compile(r"layers\.(-?\d+)\.([a-z.]+)")
 

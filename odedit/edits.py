@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from odedit.selecting import places_of, select, spread
+
 EditParams = dict[str, Tensor]
 """phi_e. Axis 0 of every tensor is the edit; this is what safetensors stores."""
 
@@ -187,24 +189,31 @@ class Answers:
     A mask as index would ask a GPU in every step how many there are, which waits for all that it was given before.
 
     Attributes:
-        columns_K: Which sequences of the batch.
+        slots, columns_K: Which sequences of the batch.
         present_EK, mask_EKT: Of these sequences, as in the batch.
         at_M: Where the tokens are in the batch's `(E, K, T)`, all sequences and flattened.
         among_M: Where they are among these sequences.
         tokens_M: Token ids.
+        column_places, among_places: The inverse of `columns_K` and of `among_M`, see `odedit.selecting.places_of`.
     """
 
+    slots: tuple[str, ...]
     columns_K: Tensor
     present_EK: Tensor
     mask_EKT: Tensor
     at_M: Tensor
     among_M: Tensor
     tokens_M: Tensor
+    column_places: Tensor
+    among_places: Tensor
 
     def spread(self, values_M: Tensor, elsewhere: float = 0.0) -> Tensor:
         """The tokens' values where they belong, `(E, K, T)`."""
-        flat = values_M.new_full((self.mask_EKT.numel(),), elsewhere)
-        return flat.index_copy(0, self.among_M, values_M).reshape(self.mask_EKT.shape)
+        return spread(values_M, self.among_M, self.among_places, elsewhere).reshape(self.mask_EKT.shape)
+
+    def of(self, values_EK: Tensor) -> Tensor:
+        """What `(E, all sequences, ...)` has of these sequences."""
+        return select(values_EK, 1, self.columns_K, self.column_places)
 
 
 def by_length(lengths: Sequence[int]) -> list[list[int]]:
@@ -262,6 +271,9 @@ class EditBatch:
     before_connector: bool = False
     lengths: tuple[int, ...] = ()
     _answers: dict[tuple[str, ...], Answers] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _places: dict[tuple[tuple[str, ...], ...], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def num_edits(self) -> int:
@@ -277,8 +289,17 @@ class EditBatch:
             numbers_EKT = numbers_EKT.reshape(self.target_mask_EKT.shape).index_select(1, columns_K)
             at_M = numbers_EKT.flatten()[among_M]
             present_EK, tokens_M = self.present_EK.index_select(1, columns_K), self.target_EKT.flatten()[at_M]
-            self._answers[slots] = Answers(columns_K, present_EK, mask_EKT, at_M, among_M, tokens_M)
+            places = places_of(columns_K, len(self.slots)), places_of(among_M, mask_EKT.numel())
+            self._answers[slots] = Answers(slots, columns_K, present_EK, mask_EKT, at_M, among_M, tokens_M, *places)
         return self._answers[slots]
+
+    def states_at(self, states_EKTD: Tensor, *answers: Answers) -> Tensor:
+        """States that predict the tokens of all of them, one after the other, `(M, D)`. No sequence may be in two."""
+        groups = tuple(one.slots for one in answers)
+        if groups not in self._places:
+            at_M = torch.cat([one.at_M for one in answers])
+            self._places[groups] = at_M, places_of(at_M, self.target_mask_EKT.numel())
+        return select(states_EKTD.flatten(0, 2), 0, *self._places[groups])
 
     def select(self, slots: Sequence[str]) -> EditBatch:
         """The same edits with only the named slots, in that order."""

@@ -98,9 +98,3 @@ def assemble(
         image_EKS=on_device(image),
         lengths=tuple(int(real[:, k].sum(-1).max(initial=1)) for k in range(len(slots))),
     )
-
-
-def gather_positions(hidden_EKSD: Tensor, positions_EKT: Tensor) -> Tensor:
-    """Hidden states at chosen positions, `(E, K, T, D)`; of `(R, S, D)` at `(R, T)`, `(R, T, D)`."""
-    index = positions_EKT.unsqueeze(-1).expand(*positions_EKT.shape, hidden_EKSD.shape[-1])
-    return hidden_EKSD.gather(-2, index)

@@ -22,8 +22,8 @@ from torch import Tensor
 from odedit.backbones.base import Backbone, Prefix
 from odedit.editors.base import Editor
 from odedit.edits import RELIABILITY, EditBatch, EditParams, is_locality
-from odedit.encoding import gather_positions
 from odedit.key_values import KeyValues
+from odedit.selecting import gather_positions
 
 MAIN = ("rel", "t_gen", "m_gen", "t_loc", "m_loc")
 TOP_K = 10

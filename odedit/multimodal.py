@@ -20,11 +20,12 @@ from odedit import pretrained
 from odedit.backbones.base import CONNECTOR, BeforeConnector, Prefix, is_connector
 from odedit.decoders import Decoder, Rotary
 from odedit.edits import EditBatch, Picture, Probe
-from odedit.encoding import TokenSequence, assemble, gather_positions
+from odedit.encoding import TokenSequence, assemble
 from odedit.errors import InputError
 from odedit.key_values import KeyValues
 from odedit.pretrained import Architecture, PretrainedProcessor
 from odedit.prompts import Template
+from odedit.selecting import gather_positions
 
 # At most this many pictures run through the image tower at a time.
 _TOWER_BATCH = 64

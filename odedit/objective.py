@@ -41,11 +41,11 @@ from odedit.edits import (
     is_locality,
     is_negative,
 )
-from odedit.encoding import gather_positions
 from odedit.errors import InputError
 from odedit.irm_tv import MultiplierConfig, tv_penalty
 from odedit.prompts import Template
 from odedit.risks import Risk
+from odedit.selecting import gather_positions
 from odedit.token_risks import KL, NLL, TokenRisk, Tokens, kl_of_states, token_risks
 
 Name = Literal["native", "native_kl", "odedit", "contrast"]
@@ -402,11 +402,11 @@ class Objective:
         read = self._read_by_head(batch)
         num_compared = len(read[_LOCALITY].at_M)
         if self.config.takes_turns or num_compared > _TOKENS_KEPT:
-            return Unedited(_states_at(states_EKTD, read[_LOCALITY]), None, weight_EK)
+            return Unedited(batch.states_at(states_EKTD, read[_LOCALITY]), None, weight_EK)
         with torch.no_grad():
             # The same product as in a step: rounding depends on the number of rows, and Adam makes much of a gradient
             # that should be 0.
-            states_MD = _states_at(states_EKTD, *read.values())
+            states_MD = batch.states_at(states_EKTD, *read.values())
             log_q_MV = risks.log_probs(backbone.head(states_MD)[len(states_MD) - num_compared :])
             return Unedited(states_MD[len(states_MD) - num_compared :], log_q_MV, weight_EK)
 
@@ -419,7 +419,7 @@ class Objective:
         if self.config.name != "contrast":
             return None
         answers = batch.answers(self._compared_slots(batch))
-        states_MD = _states_at(states_EKTD, answers)
+        states_MD = batch.states_at(states_EKTD, answers)
         size = max(1, _rows_at_once(backbone, states_MD.device) // 2)
         parts = [
             risks.log_probs(backbone.head(states_CD)).gather(-1, tokens_C.unsqueeze(-1)).squeeze(-1)
@@ -456,7 +456,7 @@ class Objective:
         if unedited is not None and unedited.log_q_MV is not None:
             kinds[_LOCALITY] = KL(unedited.log_q_MV, self.config.locality_direction)
         elif unedited is not None:
-            compared_MD = _states_at(states_EKTD, read.pop(_LOCALITY))
+            compared_MD = batch.states_at(states_EKTD, read.pop(_LOCALITY))
             several[_LOCALITY] = kl_of_states(
                 compared_MD,
                 unedited.states_MD,
@@ -466,7 +466,7 @@ class Objective:
                 # Only a penalty is made of it.
                 with_slope=self.config.name == "odedit",
             )
-        logits_MV = backbone.head(_states_at(states_EKTD, *read.values()))
+        logits_MV = backbone.head(batch.states_at(states_EKTD, *read.values()))
         return several | dict(zip(kinds, token_risks(logits_MV, list(kinds.values()), self._once), strict=True))
 
     def _generality(self, batch: EditBatch, hidden: Tensor, states_EKTD: Tensor) -> Risk:
@@ -478,11 +478,11 @@ class Objective:
         edit = batch.slots.index(EDIT)
         others = batch.answers(tuple(slot for slot in REPHRASE_SLOTS if slot in batch.slots))
         x, x_mask = states[:, edit], mask[:, edit]
-        y, y_mask = (values.index_select(1, others.columns_K) for values in (states, mask))
+        y, y_mask = others.of(states), others.of(mask)
         unlike = None
         if self.config.kernel == "contrastive":
-            negatives = batch.answers(self._compared_slots(batch)).columns_K
-            unlike = states.index_select(1, negatives), mask.index_select(1, negatives)
+            negatives = batch.answers(self._compared_slots(batch))
+            unlike = negatives.of(states), negatives.of(mask)
         if self.config.rephrases == "multiple":
             return self._distance(x, x_mask, y.flatten(1, 2), y_mask.flatten(1, 2), unlike)
         # The edit with each of its K rephrases.
@@ -510,12 +510,6 @@ def _rows_at_once(backbone: Backbone, device: torch.device) -> int:
     return max(1, _VALUES_AT_ONCE.get(device.type, _VALUES_AT_ONCE["cuda"]) // backbone.vocabulary_size)
 
 
-def _states_at(states_EKTD: Tensor, *answers: Answers) -> Tensor:
-    """States that predict the tokens of all of them, one after the other, `(M, D)`."""
-    at_M = answers[0].at_M if len(answers) == 1 else torch.cat([one.at_M for one in answers])
-    return states_EKTD.flatten(0, 2).index_select(0, at_M)
-
-
 def _means(tokens: Tokens, answers: Answers) -> Risk:
     """Of each sequence's tokens, `(E, K)`."""
     value, slope = (risks.masked_mean(answers.spread(v), answers.mask_EKT) for v in tokens[:2])
@@ -534,7 +528,7 @@ def _locality(answers: Answers, tokens: Tokens, weight_EK: Tensor | None) -> Ris
     means = _means(tokens, answers)
     if weight_EK is None:
         return _mean_over_slots(means, answers.present_EK)
-    weight_EK = weight_EK.index_select(1, answers.columns_K) * answers.present_EK
+    weight_EK = answers.of(weight_EK) * answers.present_EK
     return Risk((weight_EK * means.value).sum(1), (weight_EK * means.scale_gradient).sum(1))
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from odedit.editors.base import Editor
 from odedit.edits import EditBatch, EditParams
-from odedit.encoding import gather_positions
 from odedit.hooks import rewritten
 from odedit.key_values import KeyValues
+from odedit.selecting import gather_positions
 
 SITES = ("layers.0.attention.q", "layers.0.ffn.in", "layers.-1.attention.q", "layers.-1.ffn.in")
 

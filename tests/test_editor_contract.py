@@ -27,8 +27,8 @@ from odedit import editors as package
 from odedit.backbones import is_connector
 from odedit.checkpoint import EditInfo, load_edit, load_edits, save_edit
 from odedit.editors.base import Mergeable
-from odedit.encoding import gather_positions
 from odedit.risks import reliability
+from odedit.selecting import gather_positions
 
 OBJECTIVES = [
     ObjectiveConfig(name="native", warmup=0.0),

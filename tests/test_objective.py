@@ -8,8 +8,8 @@ from made_up import TEMPLATE
 
 from odedit import Objective, ObjectiveConfig, calibrate, load_editor
 from odedit.edits import EDIT, LOCALITY_SLOTS, SUPERVISION_SLOTS
-from odedit.encoding import gather_positions
 from odedit.objective import _VALUES_AT_ONCE
+from odedit.selecting import gather_positions
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from odedit import InputError, Objective, ObjectiveConfig, Stopping, edit, encod
 from odedit.contrastive import encode, encoder_weights, info_nce, two_camps
 from odedit.editor_weights import save_weights
 from odedit.editors.unike import Unike, UnikeConfig
-from odedit.encoding import gather_positions
 from odedit.hooks import rewritten
 from odedit.key_value import attend, blend, last_positions, neurons
+from odedit.selecting import gather_positions
 
 CONFIG = UnikeConfig(num_layers=2, learning_rate=0.5, encoder_width=24, code_width=8, neurons=3, beta=0.2)
 LAYERS = ("layers.-2", "layers.-1")

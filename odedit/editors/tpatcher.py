@@ -28,8 +28,8 @@ from torch import Tensor
 from odedit.backbones.base import Backbone
 from odedit.editors.base import OptimizerSettings, Plain, Trace, check_range
 from odedit.edits import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_locality
-from odedit.encoding import gather_positions
 from odedit.hooks import rewritten
+from odedit.selecting import gather_positions
 
 KEYS, BIASES, VALUES, SCALES = "k", "b", "v", "a"
 STATES = "states"
@@ -279,9 +279,9 @@ class TPatcher(Plain):
                 largest.append(_largest(keys @ memory_MD.T + biases.unsqueeze(-1), top))
             largest = [torch.cat(largest)]
         if self._memory_MD is None:
-            columns = batch.answers(tuple(slot for slot in batch.slots if is_locality(slot))).columns_K
-            states_EMD = trace.values[_INPUT].index_select(1, columns).flatten(1, 2).float()
-            real_EM = batch.real_EKS.index_select(1, columns).flatten(1)
+            unrelated = batch.answers(tuple(slot for slot in batch.slots if is_locality(slot)))
+            states_EMD = unrelated.of(trace.values[_INPUT]).flatten(1, 2).float()
+            real_EM = unrelated.of(batch.real_EKS).flatten(1)
             count_E = count_E + real_EM.sum(dim=1)
             inputs_ENM = params[KEYS] @ states_EMD.transpose(1, 2) + params[BIASES].unsqueeze(-1)
             largest.append(_largest(inputs_ENM.masked_fill(~real_EM.unsqueeze(1), -torch.inf), top))

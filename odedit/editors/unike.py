@@ -50,12 +50,12 @@ from odedit.contrastive import encode, encoder_weights, info_nce, two_camps
 from odedit.editor_weights import load_weights
 from odedit.editors.base import OptimizerSettings, Plain, Trace, TrainingSettings, check_range
 from odedit.edits import EDIT, REPHRASE, REPHRASE_SLOTS, EditBatch, EditParams
-from odedit.encoding import gather_positions
 from odedit.errors import InputError
 from odedit.hooks import Rewrite, rewritten
 from odedit.key_value import attend, blend, last_positions, neurons, starting_keys, take
 from odedit.key_values import KeyValues
 from odedit.metrics import greedy
+from odedit.selecting import gather_positions
 
 KEYS, BIAS, VALUES, MEMORY = "keys", "bias", "values", "memory"
 SEMANTIC, TRUTH, ZETA, BACK = "semantic", "truth", "zeta", "back"

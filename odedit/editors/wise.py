@@ -33,6 +33,7 @@ from odedit.backbones.base import Backbone
 from odedit.editors.base import OptimizerSettings, Plain, Trace, check_range
 from odedit.edits import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_locality
 from odedit.hooks import rewritten
+from odedit.selecting import places_of, spread
 
 ROWS, INPUTS, THERE = "side_rows", "side_inputs", "side_there"
 LIVE = "side_live"
@@ -119,7 +120,7 @@ class Wise(Plain):
     def init(self, backbone: Backbone, batch: EditBatch) -> EditParams:
         shape, device = backbone.site(self.config.site).weight.shape, batch.tokens_EKS.device
         if not self.is_factored:
-            return {LIVE: torch.zeros(batch.num_edits, len(self._live(shape, device)), device=device)}
+            return {LIVE: torch.zeros(batch.num_edits, len(self._live(shape, device)[0]), device=device)}
         # Position by position, all slots of each: what a longer batch adds stands behind, where nothing reads it.
         _, slots, positions = batch.tokens_EKS.shape
         return {
@@ -187,7 +188,7 @@ class Wise(Plain):
         distance_EK = trace.value(_DISTANCE)
         inside_E = distance_EK[:, batch.slots.index(EDIT)]
         unrelated = batch.answers(tuple(slot for slot in batch.slots if is_locality(slot)))
-        outside_EK = distance_EK.index_select(1, unrelated.columns_K)
+        outside_EK = unrelated.of(distance_EK)
         gap = (outside_EK - inside_E.unsqueeze(1) + self.config.margin_gap).relu()
         far = (outside_EK - self.config.margin_out).relu()
         count_E = unrelated.present_EK.sum(dim=1).clamp(min=1)
@@ -259,17 +260,21 @@ class Wise(Plain):
         shape = backbone.site(self.config.site).weight.shape
         if live_EN.shape[1] == shape.numel():
             return live_EN.unflatten(1, shape)
-        flat_EM = live_EN.new_zeros(live_EN.shape[0], shape.numel())
-        return flat_EM.index_copy_(1, self._live(shape, live_EN.device), live_EN).unflatten(1, shape)
+        live_N, places_M = self._live(shape, live_EN.device)
+        if live_EN.is_cuda:
+            return spread(live_EN, live_N, places_M).unflatten(1, shape)
+        # A processor writes the few faster than it looks up all.
+        flat_EM = live_EN.new_zeros(len(live_EN), shape.numel())
+        return flat_EM.index_copy_(1, live_N, live_EN).unflatten(1, shape)
 
-    def _live(self, shape: torch.Size, device: torch.device) -> Tensor:
-        """Flat indices of the entries that may change."""
+    def _live(self, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Flat indices of the entries that may change, and the inverse."""
         columns = self.config.mask == "columns"
         return _live_entries(tuple(shape), columns, self.config.mask_ratio, self.config.mask_seed, str(device))
 
     def _entries(self, side_EOI: Tensor) -> Tensor:
         """Those that the mask lets change, `(E, N)`."""
-        return side_EOI.flatten(1)[:, self._live(side_EOI.shape[-2:], side_EOI.device)]
+        return side_EOI.flatten(1)[:, self._live(side_EOI.shape[-2:], side_EOI.device)[0]]
 
 
 class _Factored(torch.autograd.Function):
@@ -339,10 +344,11 @@ def _live_columns(width: int, ratio: float, seed: int, device: str) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _live_entries(shape: tuple[int, ...], columns: bool, ratio: float, seed: int, device: str) -> Tensor:
-    """Flat indices of the entries that may change, ascending."""
+def _live_entries(shape: tuple[int, ...], columns: bool, ratio: float, seed: int, device: str) -> tuple[Tensor, Tensor]:
+    """Flat indices of the entries that may change, ascending, and the inverse: four bytes an entry."""
     mask = _draw(shape[1:] if columns else shape, ratio, seed).expand(shape)
-    return mask.flatten().nonzero().squeeze(1).to(device)
+    live_N = mask.flatten().nonzero().squeeze(1).to(device)
+    return live_N, places_of(live_N, mask.numel()).int()
 
 
 EDITOR = Wise
