@@ -145,7 +145,7 @@ class _Run:
             )
         self._width = min(width, width_like_native(backbone, editor, objective, batch, self._all_prefix))
         # One product with a hypernetwork for all edits; what it makes is the edits themselves.
-        self._made = {} if max_steps > 0 else self._init(self._all)
+        self._made = {} if max_steps > 0 else self._init(self._all, self._all_prefix)
         self._origin: EditParams = {}
         self._params: EditParams = {}
         self._state: State | None = None
@@ -160,9 +160,9 @@ class _Run:
         self._recording: _Recording | None = None
         self._admit()
 
-    def _init(self, batch: EditBatch) -> EditParams:
+    def _init(self, batch: EditBatch, prefix: Prefix) -> EditParams:
         with stage("edit: start"):
-            return _detached(self._editor.init(self._backbone, batch))
+            return _detached(self._editor.init(self._backbone, batch, prefix))
 
     def has_edits(self) -> bool:
         return bool(self._progress.members)
@@ -337,7 +337,11 @@ class _Run:
                     self._unedited = self._objective.unedited(self._backbone, batch, self._base_EKTD, self._weight_EK)
         if len(members) > staying:
             rows = members[staying:]
-            new = {n: v[rows] for n, v in self._made.items()} if self._made else self._init(self._all.take(rows))
+            new = (
+                {name: value[rows] for name, value in self._made.items()}
+                if self._made
+                else self._init(self._all.take(rows), self._all_prefix.take(rows))
+            )
             if staying and self._state is not None:
                 self._origin, self._params = (stack_params([old, new]) for old in (self._origin, self._params))
                 self._state = self._optimizer.joined(self._state, new)
@@ -349,11 +353,9 @@ class _Run:
             [self._previous_E, self._previous_E.new_full((len(members) - staying,), torch.inf)]
         )
         self._params = _leaves(self._params, self._editor.frozen if self._max_steps > 0 else self._params)
-        # Of an edit of the connector, recorded steps gave other numbers on a GPU, it is not known why.
         self._is_worth_recording = (
             self._max_steps > 0
             and graphs.are_used(self._device)
-            and self._prefix.connector is None
             and is_small(self._backbone, self._editor, self._objective, self._batch, self._prefix, self._params)
         )
 

@@ -56,6 +56,8 @@ _COLUMN_ENDINGS = ("exact", "before", "generated", "whole", "mmedit", "far", "to
 _LOCALITY_NAME = re.compile(r"[a-z]+_loc(ality)?(_|$)")  # the kind is the second word; details come after it
 _WORTH_SPLITTING = 1 / 16
 """Share of a batch's positions for which its short sequences run apart: a second start of every kernel costs, too."""
+_LEAST_SPARED = {"cuda": 2**13}
+"""Positions, the same: so many must be spared where starting kernels takes longer than what they do."""
 _EDIT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -216,7 +218,7 @@ class Answers:
         return select(values_EK, 1, self.columns_K, self.column_places)
 
 
-def by_length(lengths: Sequence[int]) -> list[list[int]]:
+def by_length(lengths: Sequence[int], at_least: float = 0) -> list[list[int]]:
     """Columns that had better run together, ascending: all, or the short ones apart from the long ones.
 
     A sequence is padded to the longest that it runs with, and a prompt without picture is much shorter than one with.
@@ -226,7 +228,7 @@ def by_length(lengths: Sequence[int]) -> list[list[int]]:
     """
     columns, in_order = list(range(len(lengths))), sorted(lengths)
     spared = [count * (in_order[-1] - in_order[count - 1]) for count in columns]
-    if not columns or max(spared) < _WORTH_SPLITTING * len(columns) * in_order[-1]:
+    if not columns or max(spared) < max(_WORTH_SPLITTING * len(columns) * in_order[-1], at_least):
         return [columns]
     short = in_order[spared.index(max(spared)) - 1]
     parts = [[k for k in columns if (lengths[k] <= short) == is_short] for is_short in (False, True)]
@@ -310,7 +312,7 @@ class EditBatch:
 
     def parts(self) -> list[EditBatch]:
         """The same sequences, those that had better run together in a batch each, no longer than they need to be."""
-        groups = by_length(self.lengths)
+        groups = by_length(self.lengths, _LEAST_SPARED.get(self.tokens_EKS.device.type, 0) / max(1, self.num_edits))
         if len(groups) < 2:
             return [self]
         return [self.select([self.slots[k] for k in columns])._cut() for columns in groups]

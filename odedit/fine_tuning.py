@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from odedit.backbones.base import Backbone, is_connector
+from odedit.backbones.base import Backbone, Prefix, is_connector
 from odedit.editors.base import OptimizerSettings, Plain, Trace, check_range
 from odedit.edits import EditBatch, EditParams
 from odedit.errors import InputError
@@ -104,7 +104,7 @@ class FineTuning(Plain, ABC):
         resolve(backbone, self.config.sites)
 
     @abstractmethod
-    def init(self, backbone: Backbone, batch: EditBatch) -> EditParams: ...
+    def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams: ...
 
     @abstractmethod
     def sites_of(self, params: EditParams) -> list[str]:
@@ -145,7 +145,7 @@ class FineTuning(Plain, ABC):
 class WeightDifferences(FineTuning):
     """One dense difference per site and edit: `y = x (W + dW_e)^T`. Parameters go by the name of their site."""
 
-    def init(self, backbone: Backbone, batch: EditBatch) -> EditParams:
+    def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:
         return {
             name: torch.zeros(batch.num_edits, *backbone.site(name).weight.shape, device=batch.tokens_EKS.device)
             for name in resolve(backbone, self.config.sites)

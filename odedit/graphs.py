@@ -25,7 +25,7 @@ class _OfThread(threading.local):
     Attributes:
         streams: What it records on, by device; libraries keep memory for every stream that they have met.
         last: The last recording; its memory serves the next one, since nobody starts it any more.
-        has_failed: Then it is not tried again.
+        has_failed: Or takes memory that is needed: then it is not tried again.
     """
 
     def __init__(self) -> None:
@@ -39,6 +39,18 @@ _kept = _OfThread()
 
 def are_used(device: torch.device) -> bool:
     return device.type == "cuda" and os.environ.get(SWITCH, "1") != "0" and not _kept.has_failed
+
+
+def forget() -> bool:
+    """Lets go of the last recording and of the memory that it holds, and records no more in this thread.
+
+    Returns:
+        Whether there was one.
+    """
+    was_kept = bool(_kept.last)
+    _kept.last.clear()
+    _kept.has_failed = _kept.has_failed or was_kept
+    return was_kept
 
 
 def recorded(work: Callable[[], None], device: torch.device) -> Callable[[], None] | None:

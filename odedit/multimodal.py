@@ -33,7 +33,7 @@ _PIXELS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
 """Of the pictures that pass the image tower together: what a layer makes of more leaves a processor's cache."""
 # At most this many positions, if more than one sequence, run through the layers below an edit at a time: enough to keep
 # the device busy, and little beside what an edit takes.
-_POSITIONS_AT_ONCE = {"cpu": 1024, "cuda": 4096}
+_POSITIONS_AT_ONCE = {"cpu": 1024, "cuda": 2**14}
 
 
 class MultimodalModel(ABC):

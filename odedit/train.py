@@ -237,7 +237,7 @@ class _Trainer:
         prefix = self._backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise)
         with torch.no_grad():
             base_EKTD = self._backbone.suffix(prefix, batch.predict_EKT)
-        params = editor.init(self._backbone, batch)
+        params = editor.init(self._backbone, batch, prefix)
         with editor.applied(self._backbone, params, batch) as trace:
             hidden = self._backbone.suffix(prefix, self._objective.read(batch))
         unedited = self._objective.unedited(self._backbone, batch, base_EKTD)

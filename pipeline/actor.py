@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from odedit import editors
+from odedit import editors, graphs
 from odedit.backbones import Backbone, encode_requests
 from odedit.checkpoint import EditInfo, save_edit
 from odedit.editing import edit
@@ -376,12 +376,16 @@ def _unless_out_of_memory(work: Callable[[], list[Any]], num_edits: int) -> list
     try:
         return work()
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if num_edits == 1 or not _is_out_of_memory(error):
+        if not _is_out_of_memory(error):
+            raise
+        # What steps have been recorded holds the memory of another step.
+        is_last_try = not graphs.forget()
+        if is_last_try and num_edits == 1:
             raise
     # Outside of the handler, whose traceback would keep the tensors alive.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return None
+    return None if is_last_try else _unless_out_of_memory(work, num_edits)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

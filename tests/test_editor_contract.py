@@ -107,6 +107,19 @@ def test_phi_0_changes_no_logit(backbone, editor, encoded):
         assert torch.equal(logits_of(backbone, editor, supervision), before) == editor.starts_neutral
 
 
+@pytest.mark.parametrize("only_read", [False, True])
+def test_phi_0_from_a_prefix_is_phi_0(backbone, editor, encoded, only_read):
+    supervision, _ = encoded(editor)
+    read_EKT = supervision.predict_EKT if only_read else None
+    prefix = backbone.prefix(supervision, *editor.sites, positionwise=editor.positionwise, read_EKT=read_EKT)
+    expected, found = editor.init(backbone, supervision), editor.init(backbone, supervision, prefix)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
 def test_applied_then_removed_is_bitwise_the_model_also_after_an_exception(backbone, editor, encoded, sigma2_0):
     supervision, _ = encoded(editor)
     before = logits_of(backbone, editor, supervision)

@@ -49,6 +49,11 @@ def test_short_sequences_run_apart_where_it_spares_enough(lengths, expected):
     assert by_length(lengths) == expected
 
 
+def test_short_sequences_run_apart_where_it_spares_as_much_as_is_asked():
+    assert by_length([56, 24, 50], at_least=26) == [[0, 2], [1]]
+    assert by_length([56, 24, 50], at_least=33) == [[0, 1, 2]]
+
+
 def test_parts_hold_every_real_position_once(backbone, requests_8):
     batch, _ = encode_requests(backbone, requests_8, TEMPLATE)
     parts = batch.parts()

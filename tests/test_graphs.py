@@ -96,12 +96,13 @@ def sigma2_0(backbone, requests_8):
 
 
 @pytest.mark.parametrize("objective_name", ["native", "odedit", "contrast"])
-@pytest.mark.parametrize("name", ["wise", "tpatcher", "ftl", "lora", "unike"])
+@pytest.mark.parametrize("name", ["wise", "tpatcher", "ftl", "ftv", "lora", "unike"])
 def test_recorded_steps_are_the_steps(backbone, requests_8, sigma2_0, recorded, tmp_path, name, objective_name):
     """Edits stop one after the other, so that the batch is made up anew, and recorded anew."""
     editor = ready_editor(name, backbone, tmp_path)
     objective = Objective(ObjectiveConfig(name=objective_name), sigma2_0)
-    supervision, _ = encode_requests(backbone, requests_8, TEMPLATE, editor.sites, make_pool(backbone, 12))
+    pool = make_pool(backbone, 12, editor.sites)
+    supervision, _ = encode_requests(backbone, requests_8, TEMPLATE, editor.sites, pool)
     free = edit(backbone, editor, objective, supervision, Stopping(12, 1e-9))
     reached = sorted(result.curves["worst_nll"][6] for result in free)
     stopping = Stopping(12, (reached[2] + reached[3]) / 2)
@@ -132,16 +133,17 @@ def test_a_step_that_cannot_be_recorded_is_taken_all_the_same(backbone, requests
         assert all(torch.equal(value, other.params[key]) for key, value in one.params.items())
 
 
-def test_a_step_of_the_connector_is_not_recorded(backbone, requests_8, recorded, tmp_path):
-    editor = ready_editor("ftv", backbone, tmp_path)
-    supervision, _ = encode_requests(backbone, requests_8[:2], TEMPLATE, editor.sites)
-    counts = recorded()
-    edit(backbone, editor, Objective(ObjectiveConfig(name="native")), supervision, Stopping(8, 1e-9))
-    assert counts["recorded"] == 0
-
-
 def test_nothing_is_recorded_without_a_gpu_or_when_switched_off(monkeypatch):
     assert not graphs.are_used(torch.device("cpu"))
     assert graphs.are_used(torch.device("cuda"))
     monkeypatch.setenv(graphs.SWITCH, "0")
     assert not graphs.are_used(torch.device("cuda"))
+
+
+def test_a_forgotten_recording_is_the_last(monkeypatch):
+    monkeypatch.setattr(graphs, "_kept", graphs._OfThread())
+    assert not graphs.forget() and graphs.are_used(torch.device("cuda")), "there was nothing to forget"
+    graphs._kept.last[torch.device("cuda")] = object()
+    assert graphs.forget() and not graphs._kept.last
+    assert not graphs.are_used(torch.device("cuda"))
+    assert not graphs.forget()

@@ -75,6 +75,10 @@ class Prefix:
         first_E1 = torch.arange(len(columns_EK), device=columns_EK.device).unsqueeze(1) * self.shape[1]
         return self._rows(first_E1 + columns_EK)
 
+    def column(self, number: int) -> Prefix:
+        """Of every edit the sequence with this number."""
+        return self.pick(torch.full((self.shape[0], 1), number, device=self.hidden_RSD.device))
+
     def _rows(self, rows_EK: Tensor) -> Prefix:
         rows = rows_EK.flatten()
         rotary = None

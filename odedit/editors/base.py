@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from odedit.backbones.base import Backbone
+from odedit.backbones.base import Backbone, Prefix
 from odedit.edits import EditBatch, EditParams
 
 
@@ -116,8 +116,12 @@ class Editor(Protocol):
         """Raises InputError if the settings do not fit the model: no such site, weights that must be trained first."""
         ...
 
-    def init(self, backbone: Backbone, batch: EditBatch) -> EditParams:
-        """phi_0 of E edits, float32; differentiable in the weights of a `Trainable` editor."""
+    def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:
+        """phi_0 of E edits, float32; differentiable in the weights of a `Trainable` editor.
+
+        Args:
+            prefix: Of the batch at the editor's sites, where it is there already.
+        """
         ...
 
     def applied(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> AbstractContextManager[Trace]:

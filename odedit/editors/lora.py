@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from odedit.backbones.base import Backbone
+from odedit.backbones.base import Backbone, Prefix
 from odedit.editors.base import check_range
 from odedit.edits import EditBatch, EditParams
 from odedit.fine_tuning import FineTuning, FineTuningConfig, resolve
@@ -57,7 +57,7 @@ class LoRA(FineTuning):
 
     Config: ClassVar[type] = LoRAConfig
 
-    def init(self, backbone: Backbone, batch: EditBatch) -> EditParams:
+    def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:
         rank, device = self.config.rank, batch.tokens_EKS.device
         params: EditParams = {}
         for name in resolve(backbone, self.config.sites):

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from odedit import risks
-from odedit.backbones.base import Backbone
+from odedit.backbones.base import Backbone, Prefix
 from odedit.editor_weights import load_weights
 from odedit.editors.base import OptimizerSettings, Plain, Trace, TrainingSettings, check_range
 from odedit.edits import EDIT, LOCALITY_SLOTS, REPHRASE_SLOTS, EditBatch, EditParams
@@ -141,10 +141,10 @@ class MEND(Plain):
         if self._weights is None:
             self._loaded(backbone, "cpu")
 
-    def init(self, backbone: Backbone, batch: EditBatch) -> EditParams:
+    def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:
         weights = self._weights if self._weights is not None else self._loaded(backbone, str(batch.tokens_EKS.device))
         params: EditParams = {}
-        for index, (name, signal) in enumerate(self._signals(backbone, batch).items()):
+        for index, (name, signal) in enumerate(self._signals(backbone, batch, prefix).items()):
             out_width, in_width = backbone.site(name).weight.shape
             mapped_ETW = self._mapped(weights, name, signal.z_ETW, f"{out_width}x{in_width}")
             mapped_ETW = mapped_ETW.masked_fill(~signal.there_ET.unsqueeze(-1), 0.0)
@@ -156,8 +156,9 @@ class MEND(Plain):
     def _loaded(self, backbone: Backbone, device: str) -> dict[str, Tensor]:
         return load_weights(self.config.checkpoint, "mend", self.weight_settings, backbone.fingerprint, device)
 
-    def _signals(self, backbone: Backbone, batch: EditBatch) -> dict[str, _Signal]:
+    def _signals(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> dict[str, _Signal]:
         """Inputs and output gradients of every site, from one forward and backward of the edits' NLL; constants."""
+        prefix = None if prefix is None else prefix.column(batch.slots.index(EDIT))
         batch = batch.select((EDIT,))
         inputs: dict[str, Tensor] = {}
         shifts: dict[str, Tensor] = {}
@@ -170,7 +171,7 @@ class MEND(Plain):
 
             return rewrite
 
-        prefix = backbone.prefix(batch, *self.sites, positionwise=True)
+        prefix = prefix or backbone.prefix(batch, *self.sites, positionwise=True)
         with torch.enable_grad(), rewritten({backbone.site(name): watch(name) for name in self.sites}):
             states_ETD = backbone.suffix(prefix, batch.predict_EKT)[:, 0]
             likelihood = risks.reliability(

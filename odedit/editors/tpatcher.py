@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from odedit.backbones.base import Backbone
+from odedit.backbones.base import Backbone, Prefix
 from odedit.editors.base import OptimizerSettings, Plain, Trace, check_range
 from odedit.edits import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_locality
 from odedit.hooks import rewritten
@@ -129,7 +129,7 @@ class TPatcher(Plain):
         states = []
         for slot in batch.slots:  # All at once need not fit.
             part = batch.select((slot,))
-            _, input_EKSD = self._run(backbone, part)
+            _, input_EKSD = self._run(backbone, part, None, None)
             states.append(input_EKSD[part.real_EKS])
         memory_MD = torch.cat(states)
         chosen = torch.randperm(len(memory_MD), generator=torch.Generator().manual_seed(self.config.seed))
@@ -157,13 +157,15 @@ class TPatcher(Plain):
         return other
 
     @torch.no_grad()
-    def init(self, backbone: Backbone, batch: EditBatch) -> EditParams:
+    def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:
         """A neuron for each wrong token, or for the least likely one: `k = h / |h|^2`, so that its input is 1."""
+        prefix = None if prefix is None else prefix.column(batch.slots.index(EDIT))
         batch = batch.select((EDIT,))
         target_ET, mask_ET = batch.target_EKT[:, 0], batch.target_mask_EKT[:, 0]
-        hidden_EKSD, input_EKSD = self._run(backbone, batch)
-        logits_ETV = backbone.head(gather_positions(hidden_EKSD, batch.predict_EKT)[:, 0])
-        states_ETD = gather_positions(input_EKSD, batch.predict_EKT)[:, 0].float()
+        hidden_EKTD, input_EKND = self._run(backbone, batch, prefix, batch.predict_EKT)
+        logits_ETV = backbone.head(hidden_EKTD[:, 0])
+        is_whole = input_EKND.shape[2] == batch.tokens_EKS.shape[2]
+        states_ETD = (gather_positions(input_EKND, batch.predict_EKT) if is_whole else input_EKND)[:, 0].float()
 
         states_END = _first(states_ETD, _to_correct(logits_ETV, target_ET, mask_ET), self.config.max_neurons)
         used_EN1 = _used(states_END).unsqueeze(-1)
@@ -223,12 +225,16 @@ class TPatcher(Plain):
         longest = max(int(_used(params[STATES]).sum(dim=1).max()), 1)
         return {name: value[:, :longest] for name, value in params.items()}
 
-    def _run(self, backbone: Backbone, batch: EditBatch) -> tuple[Tensor, Tensor]:
-        """Final hidden states with the earlier neurons only, and the states that enter the network."""
+    def _run(
+        self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None, read_EKT: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Final hidden states with the earlier neurons only, and the states that enter the network: at all positions,
+        or, where no other need run, at those that are read.
+        """
         trace = Trace()
         with self._patched(backbone, batch, self._with_earlier(None), trace):
-            hidden_EKSD = backbone.suffix(backbone.prefix(batch, *self.sites))
-        return hidden_EKSD, trace.values[_INPUT]
+            hidden = backbone.suffix(prefix or backbone.prefix(batch, *self.sites), read_EKT)
+        return hidden, trace.values[_INPUT]
 
     def _with_earlier(self, params: EditParams | None) -> list[EditParams]:
         return [patch for patch in (self._earlier, params) if patch is not None]

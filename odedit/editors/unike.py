@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from odedit.backbones.base import Backbone
+from odedit.backbones.base import Backbone, Prefix
 from odedit.contrastive import encode, encoder_weights, info_nce, two_camps
 from odedit.editor_weights import load_weights
 from odedit.editors.base import OptimizerSettings, Plain, Trace, TrainingSettings, check_range
@@ -159,18 +159,20 @@ class Unike(Plain):
 
     # phi_e
 
-    def init(self, backbone: Backbone, batch: EditBatch) -> EditParams:
+    def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:
+        prefix = None if prefix is None else prefix.column(batch.slots.index(EDIT))
         demonstration = batch.select((EDIT,))
         last_EM, is_there_EM = last_positions(demonstration.real_EKS[:, 0], self.config.memory)
         with torch.no_grad():
-            states = self._states(backbone, demonstration)
+            prefix = prefix or backbone.prefix(demonstration, *self.sites)
+            states = self._states(backbone, demonstration, prefix)
             params: EditParams = {
                 f"{layer}.{MEMORY}": take(states[layer][:, 0], last_EM) * is_there_EM.unsqueeze(-1)
                 for layer in self._layers
             }
             # Keys are what enters the neurons once the external memory acts.
             with self._acting(backbone, params) as seen:
-                backbone.suffix(backbone.prefix(demonstration, *self.sites))
+                backbone.suffix(prefix)
         weights = self._learned(backbone)
         for layer in self._layers:
             entering = seen[f"{layer}.ffn.in"].float()
@@ -321,10 +323,10 @@ class Unike(Plain):
         tokens_EKS[..., 0] = edit.tokens_EKS[..., 0]
         return replace(edit, tokens_EKS=tokens_EKS, target_EKT=answer_EKT)
 
-    def _states(self, backbone: Backbone, batch: EditBatch) -> dict[str, Tensor]:
+    def _states(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> dict[str, Tensor]:
         """Outputs of attention in the edited layers of the unedited model, `(E, K, S, D)` float32."""
         seen: dict[str, Tensor] = {}
-        prefix = backbone.prefix(batch, *self.sites)
+        prefix = prefix or backbone.prefix(batch, *self.sites)
         with rewritten({backbone.site(f"{layer}.attention.out"): _noting(layer, seen, 1) for layer in self._layers}):
             backbone.suffix(prefix)
         return {layer: y.reshape(*batch.tokens_EKS.shape, -1).float() for layer, y in seen.items()}

@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from odedit.backbones.base import Backbone
+from odedit.backbones.base import Backbone, Prefix
 from odedit.editors.base import OptimizerSettings, Plain, Trace, check_range
 from odedit.edits import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_locality
 from odedit.hooks import rewritten
@@ -117,7 +117,7 @@ class Wise(Plain):
         backbone.site(self.config.site)
         backbone.activation(self.config.site)
 
-    def init(self, backbone: Backbone, batch: EditBatch) -> EditParams:
+    def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:
         shape, device = backbone.site(self.config.site).weight.shape, batch.tokens_EKS.device
         if not self.is_factored:
             return {LIVE: torch.zeros(batch.num_edits, len(self._live(shape, device)[0]), device=device)}

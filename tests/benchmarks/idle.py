@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from odedit.backbones.base import Backbone
+from odedit.backbones.base import Backbone, Prefix
 from odedit.editors.base import OptimizerSettings, Plain, Trace
 from odedit.edits import EditBatch, EditParams
 
@@ -40,7 +40,7 @@ class Idle(Plain):
     def check(self, backbone: Backbone) -> None:
         backbone.site(self.config.site)
 
-    def init(self, backbone: Backbone, batch: EditBatch) -> EditParams:
+    def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:
         return {"nothing": torch.zeros(batch.num_edits, 1)}
 
     @contextmanager

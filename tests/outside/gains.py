@@ -40,7 +40,7 @@ class Gains:
     def check(self, backbone):
         backbone.site(self.config.site)
 
-    def init(self, backbone, batch):
+    def init(self, backbone, batch, prefix=None):
         return {"gains": torch.zeros(batch.num_edits, backbone.site(self.config.site).out_features)}
 
     @contextmanager

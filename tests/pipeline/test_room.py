@@ -108,3 +108,28 @@ def test_memory_that_runs_out_costs_width_and_no_edit(
         for metric in ("rel", "t_gen", "m_gen", "t_loc", "m_loc"):
             assert one[metric] == other[metric]
         assert one["worst_nll"] == pytest.approx(other["worst_nll"], rel=1e-3)
+
+
+def test_recorded_steps_are_let_go_before_a_group_is_narrowed(
+    settings: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They hold the memory of a step."""
+    changed = {"data": settings["data"] | {"limit": 4}, "pipeline": {"batch_size": 4, "at_once": 4}}
+    widths: list[int] = []
+    recordings = ["one"]
+    original = actor.edit
+
+    def forget() -> bool:
+        return bool(recordings) and bool(recordings.pop())
+
+    def edit(*arguments: Any) -> Any:
+        widths.append(arguments[6])
+        if recordings or widths[-1] > 2:
+            raise torch.OutOfMemoryError("no room")
+        return original(*arguments)
+
+    monkeypatch.setattr(actor.graphs, "forget", forget)
+    monkeypatch.setattr(actor, "edit", edit)
+    narrow = inline(from_dict(settings | changed))
+    assert widths == [4, 4, 2]
+    assert [row["status"] for row in results.read_rows(results.parts(narrow.workspace))] == ["edited"] * 4
