@@ -115,9 +115,7 @@ def test_phi_0_from_a_prefix_is_phi_0(backbone, editor, encoded, only_read):
     expected, found = editor.init(backbone, supervision), editor.init(backbone, supervision, prefix)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(
-            found[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_applied_then_removed_is_bitwise_the_model_also_after_an_exception(backbone, editor, encoded, sigma2_0):

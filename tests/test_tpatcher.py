@@ -121,6 +121,15 @@ def test_native_steps_are_the_published_ones(backbone, three, pool):
             assert not torch.equal(expected, start[name][e, :count])
 
 
+@pytest.mark.parametrize("layer", [-1, 1])
+def test_the_start_is_found_in_any_layer_from_what_is_there(backbone, three, layer):
+    editor = load_editor("tpatcher", {"layer": layer})
+    prefix = backbone.prefix(three[0], *editor.sites)
+    expected = editor.init(backbone, three[0])
+    for name, value in editor.init(backbone, three[0], prefix).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
 def test_a_neuron_for_each_wrong_token_with_input_1(backbone, three):
     batch = three[0]
     editor = load_editor("tpatcher", {"max_neurons": 4})
