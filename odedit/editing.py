@@ -185,7 +185,8 @@ class _Run:
         self._progress.take_in(weighed.names, weighed.table)
         # Of the last step nobody takes a gradient.
         if any(self._progress.is_active):
-            self._params, self._state = self._descend(self._params, weighed)
+            all_move = all(self._progress.is_active)
+            self._params, self._state = self._descend(self._params, weighed, None if all_move else weighed.active_E)
         self._steps_alike += 1
         return weighed.trace
 
@@ -248,9 +249,9 @@ class _Run:
             good = {"converged": self._editor.converged(loss_E, self._previous_E, terms.all_right, trace)}
         return {"failed": ~finite_E, **good, "max_steps": steps_E >= self._max_steps}
 
-    def _descend(self, params: EditParams, weighed: _Weighed) -> tuple[EditParams, State]:
+    def _descend(self, params: EditParams, weighed: _Weighed, active_E: Tensor | None) -> tuple[EditParams, State]:
         with stage("edit: backward and update"):
-            return self._optimizer.descend(params, weighed.state, weighed.objective_E, weighed.active_E)
+            return self._optimizer.descend(params, weighed.state, weighed.objective_E, active_E)
 
     def _is_recorded(self) -> bool:
         """Whether the next step can be started as a whole; after the first of a batch, records it."""
@@ -271,7 +272,7 @@ class _Run:
             # Leaves of this step alone: autograd remembers on which stream a leaf was first used.
             params = _alike(self._params)
             weighed = self._weigh(params, replace(state, delta=_alike(state.delta)), self._optimizer.learns)
-            moved, new = self._descend(params, weighed)
+            moved, new = self._descend(params, weighed, weighed.active_E)
             shown[:] = [_Recording(weighed.names, weighed.table, weighed.trace)]
             with torch.no_grad():
                 for name, value in moved.items():

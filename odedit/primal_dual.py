@@ -160,12 +160,13 @@ class PrimalDual:
         return objective_E, state, {"lambda": multiplier_E.detach() * schedule_E, "objective": objective_E.detach()}
 
     def descend(
-        self, params: EditParams, state: State, objective_E: Tensor, active_E: Tensor
+        self, params: EditParams, state: State, objective_E: Tensor, active_E: Tensor | None
     ) -> tuple[EditParams, State]:
         """One primal step; edits that are not active keep parameters and moments bit for bit.
 
         Args:
             params: phi_e, the leaves that the objective was computed from.
+            active_E: Edits that still move; None: all.
 
         Returns:
             New parameters (leaves) and new state.
@@ -184,7 +185,8 @@ class PrimalDual:
             name: (_where(active_E, first, state.moments[name][0]), _where(active_E, second, state.moments[name][1]))
             for name, (first, second) in moments.items()
         }
-        return params, replace(state, steps_E=state.steps_E + active_E.long(), moments=moments)
+        taken_E = torch.ones_like(state.steps_E) if active_E is None else active_E.long()
+        return params, replace(state, steps_E=state.steps_E + taken_E, moments=moments)
 
     def _schedule_on(self, device: torch.device) -> Tensor:
         if self._schedule.device != device:
@@ -250,14 +252,18 @@ def _primal_step(
             return {name: torch.sub(p, decayed[name], alpha=rate) for name, p in params.items()}, {}
         moved, moments = {}, {}
         count_E = (state.steps_E + 1).to(torch.float32)
-        correction1_E, correction2_E = 1 - _BETAS[0] ** count_E, 1 - _BETAS[1] ** count_E
+        # What belongs to the edit, and not to its weights, goes into the divisor.
+        first_E, second_E = 1 - _BETAS[0] ** count_E, 1 - _BETAS[1] ** count_E
+        scale_E, least_E = first_E / (rate * second_E.sqrt()), _EPSILON * first_E / rate
         for name, p in params.items():
-            gradient = gradients[name] + decay * p if settings.kind == "adam" else gradients[name]
-            first = _BETAS[0] * state.moments[name][0] + (1 - _BETAS[0]) * gradient
-            second = _BETAS[1] * state.moments[name][1] + (1 - _BETAS[1]) * gradient.square()
-            root = (second / _broadcast(correction2_E, p)).sqrt() + _EPSILON
-            kept = p * (1 - rate * decay) if settings.kind == "adamw" else p
-            moved[name] = kept - rate * (first / _broadcast(correction1_E, p)) / root
+            gradient, (first, second) = gradients[name], state.moments[name]
+            if decay and settings.kind == "adam":
+                gradient = torch.add(gradient, p, alpha=decay)
+            first = torch.lerp(first, gradient, 1 - _BETAS[0])
+            second = (_BETAS[1] * second).addcmul_(gradient, gradient, value=1 - _BETAS[1])
+            divisor = torch.addcmul(_broadcast(least_E, p), second.sqrt(), _broadcast(scale_E, p))
+            kept = p * (1 - rate * decay) if decay and settings.kind == "adamw" else p
+            moved[name] = torch.addcdiv(kept, first, divisor, value=-1)
             moments[name] = (first, second)
         return moved, moments
 
@@ -277,8 +283,9 @@ def _broadcast(values_E: Tensor, like: Tensor) -> Tensor:
     return values_E.reshape(-1, *[1] * (like.dim() - 1))
 
 
-def _where(active_E: Tensor, moved: Tensor, kept: Tensor) -> Tensor:
-    return torch.where(_broadcast(active_E, moved), moved.detach(), kept.detach())
+def _where(active_E: Tensor | None, moved: Tensor, kept: Tensor) -> Tensor:
+    moved, kept = moved.detach(), kept.detach()
+    return moved if active_E is None else torch.where(_broadcast(active_E, moved), moved, kept)
 
 
 @lru_cache(maxsize=8)

@@ -92,6 +92,22 @@ def test_clipping_is_per_edit_and_equals_torch():
         torch.testing.assert_close(params["weight"][index : index + 1], weight, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
+def test_to_say_that_all_move_is_to_name_them_all(kind):
+    optimizer = PrimalDual(PlainEditor(OptimizerSettings(kind, 0.1, 0.01)), ObjectiveConfig(name="native"), 6)
+    params = {"weight": torch.zeros(3, 2, 2, requires_grad=True)}
+    state = optimizer.init(params)
+    for _ in range(2):
+        total_E = terms_of(params, 0.0).total
+        named, of_named = optimizer.descend(params, state, total_E, torch.ones(3, dtype=torch.bool))
+        total_E = terms_of(params, 0.0).total
+        params, state = optimizer.descend(params, state, total_E, None)
+        assert torch.equal(params["weight"], named["weight"]) and params["weight"].requires_grad
+        assert torch.equal(state.steps_E, of_named.steps_E)
+        pairs = [zip(state.moments[name], of_named.moments[name], strict=True) for name in state.moments]
+        assert all(torch.equal(one, other) for pair in pairs for one, other in pair)
+
+
 def test_inactive_edits_keep_parameters_moments_and_network():
     active = torch.tensor([True, False, True])
     config = ObjectiveConfig(warmup=0.0, ramp=0.0)
