@@ -223,6 +223,9 @@ def by_length(lengths: Sequence[int], at_least: float = 0) -> list[list[int]]:
 
     A sequence is padded to the longest that it runs with, and a prompt without picture is much shorter than one with.
 
+    Args:
+        at_least: Positions of an edit that must be spared, or all run together.
+
     >>> by_length([56, 24, 50])
     [[0, 2], [1]]
     """

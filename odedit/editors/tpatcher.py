@@ -129,7 +129,7 @@ class TPatcher(Plain):
         states = []
         for slot in batch.slots:  # All at once need not fit.
             part = batch.select((slot,))
-            _, input_EKSD = self._run(backbone, part, None, None)
+            _, input_EKSD = self._run(backbone, part)
             states.append(input_EKSD[part.real_EKS])
         memory_MD = torch.cat(states)
         chosen = torch.randperm(len(memory_MD), generator=torch.Generator().manual_seed(self.config.seed))
@@ -226,7 +226,7 @@ class TPatcher(Plain):
         return {name: value[:, :longest] for name, value in params.items()}
 
     def _run(
-        self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None, read_EKT: Tensor | None
+        self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None, read_EKT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Final hidden states with the earlier neurons only, and the states that enter the network: at all positions,
         or, where no other need run, at those that are read.
