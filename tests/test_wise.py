@@ -11,7 +11,9 @@ from made_up import TEMPLATE, make_request
 from torch import Tensor
 
 from odedit import Objective, ObjectiveConfig, Stopping, edit, encode_requests, evaluate, load_editor, stack_params
+from odedit.editors.wise import _live_places
 from odedit.edits import LOCALITY_SLOTS
+from odedit.selecting import spread
 
 SETTINGS = {"site": "layers.2.ffn.in", "margin_in": 2.0, "margin_out": 0.01, "margin_gap": 1.0}
 REQUESTS = [make_request(0), make_request(1, full=False), make_request(2)]
@@ -243,3 +245,13 @@ def test_a_factored_edit_does_not_depend_on_how_long_its_mates_are(backbone):
     assert alone.curves["lambda"][-1] > 0
     for name in ("lambda", "rel", "objective"):
         assert alone.curves[name] == pytest.approx(both.curves[name], rel=1e-5)
+
+
+def test_a_gpu_looks_up_the_entries_that_a_processor_writes(backbone):
+    site = "layers.2.ffn.in"
+    editor = load_editor("wise", {"site": site})
+    shape, device = backbone.site(site).weight.shape, torch.device("cpu")
+    live_N = editor._live(shape, device)
+    live_EN = torch.randn(3, len(live_N), generator=torch.Generator().manual_seed(0))
+    looked_up = spread(live_EN, live_N, _live_places(*editor._mask(shape, device))).unflatten(1, shape)
+    assert torch.equal(looked_up, editor._side(backbone, live_EN))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix
-from odedit.edits import EditBatch, EditParams
+from odedit.edits import EDIT, EditBatch, EditParams
 
 
 @dataclass(frozen=True)
@@ -244,6 +244,13 @@ class Estimating(Protocol):
     ) -> dict[str, Tensor]:
         """The weights, with those that are measured replaced by what the training records in `batches` show."""
         ...
+
+
+def prefix_of_edit(backbone: Backbone, sites: Sequence[str], batch: EditBatch, prefix: Prefix | None) -> Prefix:
+    """Of the sequence that each edit is itself: from the batch's prefix, or made if that is None."""
+    if prefix is not None:
+        return prefix.column(batch.slots.index(EDIT))
+    return backbone.prefix(batch.select((EDIT,)), *sites, positionwise=True)
 
 
 def check_range(name: str, value: float, allowed: str, ok: Callable[[float], bool]) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from odedit import risks
 from odedit.backbones.base import Backbone, Prefix
 from odedit.editor_weights import load_weights
-from odedit.editors.base import OptimizerSettings, Plain, Trace, TrainingSettings, check_range
+from odedit.editors.base import OptimizerSettings, Plain, Trace, TrainingSettings, check_range, prefix_of_edit
 from odedit.edits import EDIT, LOCALITY_SLOTS, REPHRASE_SLOTS, EditBatch, EditParams
 from odedit.errors import InputError
 from odedit.hooks import Rewrite, rewritten
@@ -158,7 +158,7 @@ class MEND(Plain):
 
     def _signals(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> dict[str, _Signal]:
         """Inputs and output gradients of every site, from one forward and backward of the edits' NLL; constants."""
-        prefix = None if prefix is None else prefix.column(batch.slots.index(EDIT))
+        prefix = prefix_of_edit(backbone, self.sites, batch, prefix)
         batch = batch.select((EDIT,))
         inputs: dict[str, Tensor] = {}
         shifts: dict[str, Tensor] = {}
@@ -171,7 +171,6 @@ class MEND(Plain):
 
             return rewrite
 
-        prefix = prefix or backbone.prefix(batch, *self.sites, positionwise=True)
         with torch.enable_grad(), rewritten({backbone.site(name): watch(name) for name in self.sites}):
             states_ETD = backbone.suffix(prefix, batch.predict_EKT)[:, 0]
             likelihood = risks.reliability(

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix
-from odedit.editors.base import OptimizerSettings, Plain, Trace, check_range
+from odedit.editors.base import OptimizerSettings, Plain, Trace, check_range, prefix_of_edit
 from odedit.edits import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_locality
 from odedit.hooks import rewritten
 from odedit.selecting import gather_positions
@@ -159,7 +159,7 @@ class TPatcher(Plain):
     @torch.no_grad()
     def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:
         """A neuron for each wrong token, or for the least likely one: `k = h / |h|^2`, so that its input is 1."""
-        prefix = None if prefix is None else prefix.column(batch.slots.index(EDIT))
+        prefix = prefix_of_edit(backbone, self.sites, batch, prefix)
         batch = batch.select((EDIT,))
         target_ET, mask_ET = batch.target_EKT[:, 0], batch.target_mask_EKT[:, 0]
         hidden_EKTD, input_EKND = self._run(backbone, batch, prefix, batch.predict_EKT)

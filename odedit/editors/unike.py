@@ -48,7 +48,7 @@ from torch.nn import functional as F
 from odedit.backbones.base import Backbone, Prefix
 from odedit.contrastive import encode, encoder_weights, info_nce, two_camps
 from odedit.editor_weights import load_weights
-from odedit.editors.base import OptimizerSettings, Plain, Trace, TrainingSettings, check_range
+from odedit.editors.base import OptimizerSettings, Plain, Trace, TrainingSettings, check_range, prefix_of_edit
 from odedit.edits import EDIT, REPHRASE, REPHRASE_SLOTS, EditBatch, EditParams
 from odedit.errors import InputError
 from odedit.hooks import Rewrite, rewritten
@@ -160,11 +160,10 @@ class Unike(Plain):
     # phi_e
 
     def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:
-        prefix = None if prefix is None else prefix.column(batch.slots.index(EDIT))
         demonstration = batch.select((EDIT,))
         last_EM, is_there_EM = last_positions(demonstration.real_EKS[:, 0], self.config.memory)
         with torch.no_grad():
-            prefix = prefix or backbone.prefix(demonstration, *self.sites)
+            prefix = prefix_of_edit(backbone, self.sites, batch, prefix)
             states = self._states(backbone, demonstration, prefix)
             params: EditParams = {
                 f"{layer}.{MEMORY}": take(states[layer][:, 0], last_EM) * is_there_EM.unsqueeze(-1)

@@ -20,6 +20,7 @@ instead of 105 MB. The multiplier network then reads A.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ class Wise(Plain):
     def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:
         shape, device = backbone.site(self.config.site).weight.shape, batch.tokens_EKS.device
         if not self.is_factored:
-            return {LIVE: torch.zeros(batch.num_edits, len(self._live(shape, device)[0]), device=device)}
+            return {LIVE: torch.zeros(batch.num_edits, len(self._live(shape, device)), device=device)}
         # Position by position, all slots of each: what a longer batch adds stands behind, where nothing reads it.
         _, slots, positions = batch.tokens_EKS.shape
         return {
@@ -260,21 +261,25 @@ class Wise(Plain):
         shape = backbone.site(self.config.site).weight.shape
         if live_EN.shape[1] == shape.numel():
             return live_EN.unflatten(1, shape)
-        live_N, places_M = self._live(shape, live_EN.device)
+        live_N = self._live(shape, live_EN.device)
         if live_EN.is_cuda:
-            return spread(live_EN, live_N, places_M).unflatten(1, shape)
+            return spread(live_EN, live_N, _live_places(*self._mask(shape, live_EN.device))).unflatten(1, shape)
         # A processor writes the few faster than it looks up all.
         flat_EM = live_EN.new_zeros(len(live_EN), shape.numel())
         return flat_EM.index_copy_(1, live_N, live_EN).unflatten(1, shape)
 
-    def _live(self, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Flat indices of the entries that may change, and the inverse."""
+    def _live(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """Flat indices of the entries that may change."""
+        return _live_entries(*self._mask(shape, device))
+
+    def _mask(self, shape: torch.Size, device: torch.device) -> tuple[tuple[int, ...], bool, float, int, str]:
+        """What it depends on."""
         columns = self.config.mask == "columns"
-        return _live_entries(tuple(shape), columns, self.config.mask_ratio, self.config.mask_seed, str(device))
+        return tuple(shape), columns, self.config.mask_ratio, self.config.mask_seed, str(device)
 
     def _entries(self, side_EOI: Tensor) -> Tensor:
         """Those that the mask lets change, `(E, N)`."""
-        return side_EOI.flatten(1)[:, self._live(side_EOI.shape[-2:], side_EOI.device)[0]]
+        return side_EOI.flatten(1)[:, self._live(side_EOI.shape[-2:], side_EOI.device)]
 
 
 class _Factored(torch.autograd.Function):
@@ -344,11 +349,16 @@ def _live_columns(width: int, ratio: float, seed: int, device: str) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _live_entries(shape: tuple[int, ...], columns: bool, ratio: float, seed: int, device: str) -> tuple[Tensor, Tensor]:
-    """Flat indices of the entries that may change, ascending, and the inverse: four bytes an entry."""
+def _live_entries(shape: tuple[int, ...], columns: bool, ratio: float, seed: int, device: str) -> Tensor:
+    """Flat indices of the entries that may change, ascending."""
     mask = _draw(shape[1:] if columns else shape, ratio, seed).expand(shape)
-    live_N = mask.flatten().nonzero().squeeze(1).to(device)
-    return live_N, places_of(live_N, mask.numel()).int()
+    return mask.flatten().nonzero().squeeze(1).to(device)
+
+
+@lru_cache(maxsize=4)
+def _live_places(shape: tuple[int, ...], columns: bool, ratio: float, seed: int, device: str) -> Tensor:
+    """The inverse, four bytes an entry."""
+    return places_of(_live_entries(shape, columns, ratio, seed, device), math.prod(shape)).int()
 
 
 EDITOR = Wise
