@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from odedit.errors import InputError, NothingUsable
+from odedit.errors import InputError, NothingUsable, counted
 from odedit.locations import Location, locate
 from pipeline import config as run_config
 from pipeline import report, tracking
@@ -254,7 +254,7 @@ def check_data(path: str, image_root: str | None, rephrase_root: str | None, tas
             print(_with_flags(str(finding)))
     skipped = ", ".join(f"{count} {kind}" for kind, count in found.skipped.most_common())
     print(
-        f"{found.num_usable} of {found.num_records} records can be used"
+        f"{found.num_usable} of {counted(found.num_records, 'record')} can be used"
         + (f"; skipped: {skipped}." if skipped else ".")
     )
     if not found.num_usable:
@@ -272,7 +272,8 @@ def pack_data(path: str, out: str, image_root: str | None, rephrase_root: str | 
 
     with _named_by_flags():
         done = pack(path, image_root, rephrase_root, out, task=task, on_problem=show)
-    print(f"{out}: {done.num_records} records ({done.num_problems} unusable), {done.num_images} pictures, "
+    print(f"{out}: {counted(done.num_records, 'record')} ({done.num_problems} unusable), "
+          f"{counted(done.num_images, 'picture')}, "
           f"{done.num_image_bytes / 2**20:.1f} MiB, {done.num_unreadable} unreadable.")  # fmt: skip
     if done.is_useless:
         raise NothingUsable("Not one picture could be read, so nothing was written: see --image-root, --rephrase-root.")

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from odedit.errors import counted
 from odedit.locations import Location
 from odedit.metrics import MAIN, PairedDifference, paired, summarize
 from pipeline import results
@@ -74,7 +75,7 @@ def summary_table(summary: Mapping[str, Any], title: str) -> Table:
 
 
 def counts(summary: Mapping[str, Any]) -> str:
-    return f"{summary['n']} edits, {summary['failed']} failed, {summary['skipped']} skipped"
+    return f"{counted(summary['n'], 'edit')}, {summary['failed']} failed, {summary['skipped']} skipped"
 
 
 def compare(first: Arm, second: Arm) -> tuple[list[dict[str, Any]], int]:
@@ -106,7 +107,7 @@ def comparison_table(first: Arm, second: Arm) -> Table:
     """Two runs side by side, with a paired t-test of each metric."""
     entries, shared = compare(first, second)
     table = Table(
-        title=f"{first.name} against {second.name}: {shared} edits that both have",
+        title=f"{first.name} against {second.name}: {counted(shared, 'edit')} that both have",
         title_justify="left",
         caption="Mean \u00b1 half its 95% interval; difference = second - first\non the same edits; p: paired t-test.",
         caption_justify="left",

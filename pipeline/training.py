@@ -19,7 +19,7 @@ from odedit.backbones.base import Backbone
 from odedit.editor_weights import save_weights
 from odedit.editors.base import Trainable
 from odedit.edits import EditRequest
-from odedit.errors import InputError
+from odedit.errors import InputError, counted
 from odedit.images import ImageError
 from odedit.locations import Location, locate
 from odedit.mmedit import read_records
@@ -201,7 +201,7 @@ def _train(
     objective_config = config.objective
     if bandwidth is None and objective_config.needs_bandwidth:
         objective_config = replace(objective_config, name="native")  # not read
-    say(f"{len(encoded['training'])} training records, {len(encoded['validation'])} validation records.")
+    say(", ".join(counted(len(records), f"{part} record") for part, records in encoded.items()) + ".")
     with _Bar(console, "step") as bar:
 
         def show(state: TrainingState, figures: Figures) -> None:
@@ -243,7 +243,7 @@ def _requests(config: RunConfig, found: Sources, limit: int | None, part: str, s
         num_used += 1
         yield request
     if problems:
-        say(f"{part}: {len(problems)} records skipped; first: {problems[0]}")
+        say(f"{part}: {counted(len(problems), 'record')} skipped; first: {problems[0]}")
     if not num_used:
         raise InputError(f"training.{'path' if part == 'training' else part}: no record can be used; see above.")
 

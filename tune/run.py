@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import yaml
 from rich.console import Console
 
 from odedit.backbones import load_processor
-from odedit.errors import InputError, NothingUsable
+from odedit.errors import InputError, NothingUsable, counted
 from odedit.locations import Location, delete_all, locate
-from pipeline import local_ray, sources, tracking
+from pipeline import local_ray, nodes, sources, tracking
 from pipeline.checkpoints import editor_weights, with_absolute_checkpoints
 from pipeline.config import RunConfig
 from pipeline.features import with_checked_store
@@ -82,7 +83,7 @@ def _run(
     running = Running(search, asked, folder.out, tracker, console)
     before = asked.trials()
     done = sum(trial.state != points.RUNNING for trial in before)
-    _say(console, f"{config.title}: {done} of {config.trials} trials done in {folder.out}")
+    _say(console, f"{config.title}: {done} of {counted(config.trials, 'trial')} done in {folder.out}")
     if done < len(before) or done < config.trials:
         started = time.monotonic()
         try:
@@ -174,7 +175,11 @@ def _try_points(
             delete_all((folder.out / "trials" / trial.key / "attempts").glob())
     try:
         # Ray first: it puts a handler of its own in place, which would end the process at once.
-        with local_ray.connected(spread, job.config.backbone, config.concurrent) as plan, terminate_as_interrupt():
+        with (
+            local_ray.connected(spread, job.config.backbone, config.concurrent) as plan,
+            terminate_as_interrupt(),
+            nodes.watched(local_ray.address_of(spread), partial(_say, console)),
+        ):
             _fit(search, folder, _on(job, plan), groups, running, before, plan, console)
     except InputError as error:
         raise InputError(str(error).replace("pipeline.actors", "concurrent")) from error
@@ -209,7 +214,7 @@ def _fit(
         from tune.trainable import EditTrial
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     config = search.config
-    takes = f"{plan.gpus_per_actor:g} GPU" if plan.device == "cuda" else f"{plan.threads_per_actor} CPU thread"
+    takes = f"{plan.gpus_per_actor:g} GPU" if plan.device == "cuda" else counted(plan.threads_per_actor, "CPU thread")
     edits = ", ".join(map(str, config.rungs.sizes))
     _say(console, f"Plan: {config.concurrent} at a time on {takes} each, scored on {edits} edits. Starting workers ...")
     trainable = tune.with_parameters(
