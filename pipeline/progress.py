@@ -85,7 +85,8 @@ class Progress:
             f"{metric} {self._sums[metric] / self._counts[metric]:.3f}" for metric in MAIN if self._counts[metric]
         )
         left_out = ", ".join(f"{count} {status}" for status, count in self._left_out.items() if count)
-        pieces = [f"{self._done}/{counted(self._total, 'record')}" + (f" ({left_out})" if left_out else ""), means, self._speed()]
+        done = f"{self._done}/{counted(self._total, 'record')}" + (f" ({left_out})" if left_out else "")
+        pieces = [done, means, self._speed()]
         return "  ".join(piece for piece in pieces if piece)
 
     def _speed(self) -> str:
