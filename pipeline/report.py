@@ -14,7 +14,7 @@ from rich.table import Table
 from odedit.errors import counted
 from odedit.locations import Location
 from odedit.metrics import MAIN, PairedDifference, paired, summarize
-from pipeline import results
+from pipeline import reasons, results
 from pipeline.workspace import Workspace
 
 LABELS = {
@@ -219,6 +219,7 @@ def _arm_view(arm: Arm) -> dict[str, Any]:
         "summary": arm.summary,
         "counts": counts(arm.summary),
         "stop_reasons": ", ".join(f"{name} {count}" for name, count in arm.summary["stop_reasons"].items()),
+        "reasons": reasons.sentences(arm.summary.get("reasons", [])),
         "edits": _first_rows(arm, _MAX_EDITS, results.EDITED),
         "problems": _first_rows(arm, _MAX_PROBLEMS, results.FAILED, results.SKIPPED),
         "config": arm.workspace.config.read_text() if arm.workspace.config.exists() else "",

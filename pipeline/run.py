@@ -204,7 +204,7 @@ class _OpenRun:
             self._keep_time()
             self._outcome = _finish(self.ready, self._tracker, console)
             if self._tracker is not None:
-                self._tracker.finish("FINISHED")
+                self._tracker.finish_with(self._outcome.summary)
         return self._outcome
 
 

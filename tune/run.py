@@ -8,7 +8,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,11 +25,13 @@ from pipeline.checkpoints import editor_weights, with_absolute_checkpoints
 from pipeline.config import RunConfig
 from pipeline.features import with_checked_store
 from pipeline.interrupts import terminate_as_interrupt
+from pipeline.ready import check as check_run
+from pipeline.ready import check_records
 from pipeline.run import Outcome, run_many
 from pipeline.search_tracking import KIND, SearchRun
 from pipeline.spec import Job, Plan
 from pipeline.version import code_version
-from pipeline.workspace import Workspace
+from pipeline.workspace import Workspace, kept_if_ready
 from tune import points, records, report
 from tune.config import Search, SearchConfig, check
 from tune.folder import TUNE_FOLDER, Folder, alone, check_folder, remember, remove_folder
@@ -52,13 +54,18 @@ def run(config: SearchConfig, out: Path | str, console: Console, *, resume: bool
     if search.trial.tracking.enabled:
         tracking.store_uri(search.trial.tracking, folder.evaluation)
     check_folder(search, folder, resume=resume)
-    with alone(folder), terminate_as_interrupt(), local_ray.shared():
-        base, found = _prepared(search, folder)
-        groups = records.stage(base, found, folder.validation, config.rungs.sizes, config.seed)
-        remember(search, folder, found)
-        state = folder.state
-        asked = Points(config, search.space, folder.out, state["search_id"], state["study"])
-        tracker = _tracker(search, folder)
+    _check_runs(search, folder)
+    with ExitStack() as stack:
+        with kept_if_ready(folder.out):
+            (folder.out / "trials").make_folder()
+            for context in (alone(folder), terminate_as_interrupt(), local_ray.shared()):
+                stack.enter_context(context)
+            base, found = _prepared(search, folder)
+            groups = records.stage(base, found, folder.validation, config.rungs.sizes, config.seed)
+            remember(search, folder, found)
+            state = folder.state
+            asked = Points(config, search.space, folder.out, state["search_id"], state["study"])
+            tracker = _tracker(search, folder)
         try:
             job = Job(base, found, Workspace(folder.validation))
             return _run(search, folder, job, groups, asked, tracker, console)
@@ -112,6 +119,16 @@ def _run(
         tracker.check()
         tracker.end("FINISHED")
     return finished
+
+
+def _check_runs(search: Search, folder: Folder) -> None:
+    """Raises InputError if the final comparison or the trials could not begin; writes nothing."""
+    for name, config in (("evaluation", search.defaults), ("validation", search.trial)):
+        try:
+            checked, _ = check_run(replace(config, out=folder.run_out(name)))
+            check_records(checked)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
 
 
 def _prepared(search: Search, folder: Folder) -> tuple[RunConfig, sources.Sources]:
