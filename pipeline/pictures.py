@@ -44,6 +44,7 @@ def check_pictures(records: Sequence[RawRecord], reader: ImageReader) -> None:
         named = [
             (record, reference.path)
             for record in records
+            if not record.problem
             for reference in request_images(record.fields)
             if reference.root == root and not is_pack_reference(reference.path)
         ]

@@ -100,10 +100,10 @@ class Progress:
             return ""
         rate = done / max(now - since, 1e-6)
         left = max(self._total - self._done, 0) / rate
-        return f"{rate:.2f} records/s" + (f"  {_duration(left)} left" if left else "")
+        return f"{rate:.2f} records/s" + (f"  {duration(left)} left" if left else "")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -39,6 +39,7 @@ from pipeline.interrupts import terminate_as_interrupt
 from pipeline.negatives import negative_pool
 from pipeline.pictures import check_pictures
 from pipeline.prepare import located
+from pipeline.progress import duration
 from pipeline.results import supervision_name
 from pipeline.sources import Sources, absolute
 from pipeline.spec import machine_cpus, machine_gpus, make_plan
@@ -268,6 +269,7 @@ class _Bar:
 
     def __init__(self, console: Console, unit: str) -> None:
         self._console, self._unit, self._last = console, unit, 0.0
+        self._begun: dict[str, tuple[float, int]] = {}
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(), console=console, disable=not console.is_terminal,
@@ -281,7 +283,15 @@ class _Bar:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
+    def _left(self, name: str, done: int, total: int | None) -> str:
+        """How long it takes at most, by the speed since the first call."""
+        begun, before = self._begun[name]
+        if not total or done in (before, total):
+            return ""
+        return f"{duration((time.monotonic() - begun) / (done - before) * (total - done))} left at most"
+
     def __call__(self, name: str, done: int, total: int | None, figures: Figures) -> None:
+        self._begun.setdefault(name, (time.monotonic(), done))
         text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total, figures=text)
@@ -289,7 +299,9 @@ class _Bar:
         if not self._console.is_terminal and (done == total or time.monotonic() - self._last > _SECONDS_BETWEEN_LINES):
             self._last = time.monotonic()
             of = f" of {total}" if total else ""
-            line = f"{name}: {self._unit} {done}{of}" + (f", {text}" if text else "")
+            line = ", ".join(
+                part for part in (f"{name}: {self._unit} {done}{of}", text, self._left(name, done, total)) if part
+            )
             self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
