@@ -39,13 +39,14 @@ def unknown_name(kind: str, got: str, available: Iterable[str]) -> InputError:
 
 def cause_of(error: BaseException) -> BaseException:
     """The exception that a worker raised, out of what Ray wraps it in; any other exception itself."""
-    while True:
-        inner = getattr(error, "cause", None)
-        if inner is None and type(error).__name__ == "UserCodeException":
-            inner = error.__cause__
-        if not isinstance(inner, BaseException) or inner is error:
-            return error
-        error = inner
+    inner = error.__cause__ if _is_wrapper(error) else getattr(error, "cause", None)
+    found = cause_of(inner) if isinstance(inner, BaseException) else None
+    # A wrapper that came from another process has lost its cause; the text of what is around it still has it.
+    return error if found is None or _is_wrapper(found) else found
+
+
+def _is_wrapper(error: BaseException) -> bool:
+    return type(error).__name__ == "UserCodeException"
 
 
 def one_sentence(error: BaseException) -> str:

@@ -34,6 +34,7 @@ from pipeline.workspace import Workspace, check_access
 METRICS_PER_CALL = 1000
 PARAMETERS_PER_CALL = 100
 _EDITS_SHOWN = 3
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 PARENT_TAG = "mlflow.parentRunId"
 _TABLE_COLUMNS = (
     "edit_id",
@@ -150,6 +151,7 @@ def _client(uri: str) -> Any:
         if uri.startswith("sqlite:///"):
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         with alone(uri):
+            _connect_once(uri)
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
     except Exception as error:
@@ -158,6 +160,16 @@ def _client(uri: str) -> Any:
             hint = " Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
         raise InputError(f"tracking.uri: {masked(uri)!r} cannot be used ({_sentence(error)}).{hint}") from error
     return client
+
+
+def _connect_once(uri: str) -> None:
+    """Raises what a database says that cannot be used; MLflow would try again for more than a minute first."""
+    if uri.partition(":")[0].partition("+")[0] not in _DATABASES:
+        return
+    from sqlalchemy import create_engine
+    from sqlalchemy.pool import NullPool
+
+    create_engine(uri, poolclass=NullPool).connect().close()
 
 
 def _sentence(error: BaseException) -> str:
