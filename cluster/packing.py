@@ -23,6 +23,8 @@ MAX_BYTES = 400 * 2**20
 """Ray refuses more than 512 MiB; what is this large belongs on storage that the cluster reads."""
 
 _CODE = ("odedit", "pipeline", "tune", "cluster")
+_VERSION = "pipeline/VERSION"
+"""Where `pipeline.version` looks for the version of code that was sent."""
 _READ = ("path", "pool", "image_root", "rephrase_root", "checkpoint")
 """Settings that name what a run reads."""
 _WRITTEN = ("out", "feature_store", "storage")
@@ -55,7 +57,9 @@ class Parcel:
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
 
-def pack(arguments: Sequence[str], folder: Path, here: Path, include: Sequence[Path] = ()) -> Parcel:
+def pack(
+    arguments: Sequence[str], folder: Path, here: Path, include: Sequence[Path] = (), code: str | None = None
+) -> Parcel:
     """Copies what the command needs into `folder`.
 
     Args:
@@ -63,6 +67,7 @@ def pack(arguments: Sequence[str], folder: Path, here: Path, include: Sequence[P
         folder: Empty.
         here: What relative paths start from.
         include: More files and folders below `here`.
+        code: Version of the code, which travels with it: a parcel has no git history.
 
     Raises:
         JobError: The command is none of those, a file is not there or lies elsewhere, its results would be lost with
@@ -76,6 +81,8 @@ def pack(arguments: Sequence[str], folder: Path, here: Path, include: Sequence[P
     parcel = Parcel(folder, list(arguments))
     for name in _CODE:
         _copy_code(name, folder)
+    if code is not None:
+        (folder / _VERSION).write_text(f"{code}\n", encoding="utf-8")
     overrides = list(_overrides(parcel.arguments))
     replaced = {where for where, _ in overrides}
     settings = _named("", _take_config(parcel, here))

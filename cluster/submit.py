@@ -36,6 +36,7 @@ def submit(
     environment: Sequence[str] = (),
     include: Sequence[Path] = (),
     install: bool = False,
+    code: str | None = None,
 ) -> int:
     """Sends a command to a cluster; the job's exit code, or 0 if it is not waited for.
 
@@ -45,6 +46,7 @@ def submit(
         environment: Names of variables that the job gets as they are here.
         include: Files and folders below the current one to take along as well.
         install: Let pip install the project's dependencies for the job, instead of finding them on the cluster.
+        code: Version of the code that is sent, which the job's results record.
 
     Raises:
         JobError: The command would not work there, or no cluster answers.
@@ -53,7 +55,7 @@ def submit(
     if missing:
         raise JobError(f"--env: {', '.join(missing)} not set here. Set it, or leave it out.")
     with tempfile.TemporaryDirectory(prefix="odedit-job-") as temporary:
-        parcel = packing.pack(arguments, Path(temporary), Path.cwd(), include)
+        parcel = packing.pack(arguments, Path(temporary), Path.cwd(), include, code)
         runtime: dict[str, Any] = {
             "working_dir": temporary,
             "env_vars": _QUIET | {name: os.environ[name] for name in environment},

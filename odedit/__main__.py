@@ -1,12 +1,13 @@
 """The front door: `odedit COMMAND`. Standard output is the result, standard error progress and log.
 
-Exit codes: 0 done, 1 it failed or nothing could be used, 2 the input is wrong, 130 interrupted. Everything heavy is
-imported inside the commands, so that help is there at once.
+Exit codes: 0 done, 1 it failed or nothing could be used, 2 the input is wrong, 130 interrupted, 141 standard output was
+closed. Everything heavy is imported inside the commands, so that help is there at once.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import sys
 import traceback
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from odedit.errors import InputError, NothingUsable
+from odedit.errors import InputError, NothingUsable, cause_of, one_sentence
 
 app = typer.Typer(
     help="Batch editing of multimodal language models: records in, edited models and scores out.",
@@ -40,6 +41,8 @@ app.add_typer(world_app, name="world")
 app.add_typer(data_app, name="data")
 
 _debug = False
+_OUTPUT_CLOSED = 141
+"""Exit code as of a program that the signal SIGPIPE ended."""
 
 
 @app.callback()
@@ -66,7 +69,7 @@ def _explained(
     try:
         yield
     except InputError as error:
-        _say(str(error))
+        _say(str(cause_of(error)))
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         _say(interrupted)
@@ -77,16 +80,32 @@ def _explained(
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _is_output_closed():
+            raise typer.Exit(_OUTPUT_CLOSED) from error
         if _debug:
             traceback.print_exc()
-        first = (str(error).strip().splitlines() or ["no further explanation"])[0]
-        name = (
-            ""
-            if type(error).__name__ in ("GraphError", "StorageError", "TrackingError", "TrainingError")
-            else f"{type(error).__name__}: "
-        )
-        _say(f"Failed: {name}{first}" + ("" if _debug else "\n(odedit --debug ... shows where.)"))
+        text = one_sentence(error)
+        for name in ("GraphError", "StorageError", "TrackingError", "TrainingError"):
+            text = text.removeprefix(f"{name}: ")
+        _say(f"Failed: {text}" + ("" if _debug else "\n(odedit --debug ... shows where.)"))
         raise typer.Exit(1) from error
+
+
+def _is_output_closed() -> bool:
+    """Whether the program that reads standard output has ended, as `head` does when it has seen enough."""
+    try:
+        sys.stdout.flush()
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        is_closed = bool(poll.poll(0))
+    except BrokenPipeError:
+        is_closed = True
+    except (OSError, ValueError):  # no file behind it
+        return False
+    if is_closed:
+        # Python flushes once more when it ends, and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_closed
 
 
 def _say(text: str) -> None:
@@ -262,6 +281,7 @@ def submit(
                 "Give a command, such as `-- edit --config run.yaml`, or one of --follow ID and --stop ID."
             )
         from cluster import submit as jobs
+        from pipeline.version import code_version
 
         console = Console(stderr=True)
         try:
@@ -278,6 +298,7 @@ def submit(
                     environment=env or [],
                     include=include or [],
                     install=install,
+                    code=code_version(),
                 )
         except jobs.JobError as error:
             raise InputError(str(error)) from error
@@ -471,7 +492,10 @@ def convert_minigpt4(
 
 def main() -> None:
     """Entry point of the `odedit` command."""
-    app(prog_name="odedit")
+    try:
+        app(prog_name="odedit")
+    finally:
+        _is_output_closed()
 
 
 if __name__ == "__main__":

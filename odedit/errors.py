@@ -1,9 +1,16 @@
-"""Exceptions whose message is for the user: the input is wrong or out of reach, or nothing could be done with it."""
+"""Exceptions whose message is for the user, and what is said of all others: one sentence."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_RAISED = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception|Exit|Interrupt|Warning)(?:: .*)?)$", re.MULTILINE)
+"""Last line of a traceback: exception and message, without the module."""
+_TRACEBACK = ("Traceback (most recent call last)", "ray::")
+_LONGEST = 300
 
 
 class InputError(ValueError):
@@ -28,3 +35,33 @@ def unknown_name(kind: str, got: str, available: Iterable[str]) -> InputError:
     near = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return InputError(f"Unknown {kind} {got!r}.{hint} Available: {', '.join(names)}.")
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The exception that a worker raised, out of what Ray wraps it in; any other exception itself."""
+    while True:
+        inner = getattr(error, "cause", None)
+        if inner is None and type(error).__name__ == "UserCodeException":
+            inner = error.__cause__
+        if not isinstance(inner, BaseException) or inner is error:
+            return error
+        error = inner
+
+
+def one_sentence(error: BaseException) -> str:
+    """An exception on one line, its kind included unless it is an `InputError`; of a wrapped one, the cause."""
+    error = cause_of(error)
+    text = _COLOURS.sub("", str(error))
+    if any(mark in text for mark in _TRACEBACK) and (raised := _RAISED.search(text)):
+        return raised[1][:_LONGEST]
+    text = " ".join(text.split())[:_LONGEST] or "no further explanation"
+    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun.
+
+    >>> counted(1, "usable record"), counted(0, "edit")
+    ('1 usable record', '0 edits')
+    """
+    return f"{number} {noun}{'s' * (number != 1)}"

@@ -23,7 +23,7 @@ from odedit.checkpoint import EditInfo, save_edit
 from odedit.editing import edit
 from odedit.editors.base import Measuring
 from odedit.edits import REPHRASE_SLOTS, EditBatch, EditRequest, stack_params
-from odedit.errors import InputError
+from odedit.errors import InputError, one_sentence
 from odedit.memory import peak_memory
 from odedit.metrics import evaluate
 from odedit.mmedit import RawRecord
@@ -40,7 +40,7 @@ from pipeline.attempts import Ledger
 from pipeline.config import BackboneConfig
 from pipeline.features import load_remembering, warn_anew
 from pipeline.negatives import negative_pool
-from pipeline.prepare import Prepared, Preparer, located, one_sentence, write_note, write_traceback
+from pipeline.prepare import Prepared, Preparer, located, write_note, write_traceback
 from pipeline.profile import LOADING
 from pipeline.room import Room
 from pipeline.spec import Job

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -165,7 +166,7 @@ class TrackingConfig:
         uri: Tracking server or database; null: `mlflow.db` in the parent folder of `out`, which
             has to be a folder then.
         experiment: Its runs are compared with each other.
-        run_name: Null: editor and objective.
+        run_name: Null: the last part of `out`.
         curves: Number of edits whose loss curves are logged step by step.
         edits_gib: The edits are logged as artifacts, in order, until so many GiB are full; all stay under `out/edits`.
     """
@@ -247,7 +248,8 @@ class RunConfig:
     @property
     def name(self) -> str:
         """What the run is called among others: its name in MLflow, or its folder's."""
-        return self.tracking.run_name or Path(self.out.partition("?")[0] if "://" in self.out else self.out).name
+        place = self.out.partition("?")[0] if "://" in self.out else os.path.abspath(os.path.expanduser(self.out))
+        return self.tracking.run_name or Path(place).name
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values of every setting, as YAML and JSON have them."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from odedit import world
-from odedit.errors import InputError
+from odedit.errors import InputError, counted
 from pipeline.config import AUTO, EMBEDDED, BackboneConfig, PipelineConfig, RunConfig
 from pipeline.sources import Sources
 from pipeline.workspace import Workspace
@@ -64,9 +64,9 @@ class Plan:
         return min(self.gpus_per_actor, 1.0) if self.device == "cuda" else 1 / self.num_actors
 
     def __str__(self) -> str:
-        actors = f"{self.num_actors} actor{'s' * (self.num_actors != 1)} on {self.device}"
-        threads = f" with {self.threads_per_actor} thread{'s' * (self.threads_per_actor != 1)} each"
-        preparers = f"{self.num_preparers} worker{'s' * (self.num_preparers != 1)} preparing pictures"
+        actors = f"{counted(self.num_actors, 'actor')} on {self.device}"
+        threads = f" with {counted(self.threads_per_actor, 'thread')} each"
+        preparers = f"{counted(self.num_preparers, 'worker')} preparing pictures"
         return f"{actors}{threads if self.device == 'cpu' else ''}, {preparers}"
 
 
@@ -102,7 +102,7 @@ def check_fits(plan: Plan, num_cpus: float, num_gpus: float) -> None:
     """Raises InputError if a running cluster can never hold the plan: Ray would wait for it without a word."""
     if plan.gpus_per_actor * plan.num_actors > num_gpus + 1e-6 and plan.gpus_per_actor:
         raise InputError(
-            f"pipeline.actors: {plan.num_actors} actors of {plan.gpus_per_actor} GPU each were asked for, "
+            f"pipeline.actors: {counted(plan.num_actors, 'actor')} of {plan.gpus_per_actor} GPU each asked for, "
             f"the cluster has {num_gpus:g}. Ask for fewer, or lower pipeline.gpus_per_actor."
         )
     if plan.num_cpus > num_cpus:

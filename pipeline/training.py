@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from odedit import editors
-from odedit.addresses import above, below, reason
+from odedit.addresses import above, below
 from odedit.backbones.base import Backbone
 from odedit.editor_weights import save_weights
 from odedit.editors.base import Trainable
 from odedit.edits import EditRequest
-from odedit.errors import InputError
+from odedit.errors import InputError, counted
 from odedit.images import ImageError
 from odedit.locations import Location, locate
 from odedit.mmedit import read_records
@@ -37,6 +37,7 @@ from pipeline.config import EMBEDDED, RunConfig
 from pipeline.features import load_remembering, with_checked_store
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.negatives import negative_pool
+from pipeline.pictures import check_pictures
 from pipeline.prepare import located
 from pipeline.results import supervision_name
 from pipeline.sources import Sources, absolute
@@ -46,6 +47,7 @@ from pipeline.version import code_version
 from pipeline.workspace import check_access
 
 _RECORDS_AT_ONCE = 64
+_LOOKED_AT = 64
 _SECONDS_BETWEEN_LINES = 5.0
 _COMPARED = ("backbone", "editor", "objective", "supervision", "training", "seed")
 _COMPARED_DATA = ("task", "template", "max_pixels", "max_bytes", "pool")
@@ -100,8 +102,13 @@ def run(config: RunConfig, out: Path | str | None, console: Console, *, fresh: b
 
     plan = make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), 1)
     settle(plan.threads_per_actor, plan.device)
+    tracking.check(config.tracking, files.weights)
     found = {part: _sources(config, part, files) for part in ("training", "validation")}
     identity = _identity(config, found)
+    for part in found.values():
+        part.reader.check_roots()
+        check_pictures(list(islice(read_records(part.path, task=config.data.task), _LOOKED_AT)), part.reader)
+    files.weights.parent.make_folder()
     with terminate_as_interrupt():
         backbone = load_remembering(config.backbone, plan.device, config.pipeline.feature_store, say)
         identity["backbone.weights"] = backbone.fingerprint
@@ -133,10 +140,6 @@ def _check_out(files: Files, *, fresh: bool) -> None:
         raise InputError(f"--out: {files.weights} is there already. Name another file, or add --fresh to replace it.")
     if (files.weights.is_local and files.weights.is_folder()) or not files.weights.name.endswith(_SUFFIX):
         raise InputError(f"--out: got {str(files.weights)!r}, expected a file that ends in .safetensors.")
-    try:
-        files.weights.parent.make_folder()
-    except OSError as error:
-        raise InputError(f"--out: {str(files.weights)!r} cannot be written: {reason(error)}.") from error
 
 
 def _sources(config: RunConfig, part: str, files: Files) -> Sources:
@@ -201,7 +204,7 @@ def _train(
     objective_config = config.objective
     if bandwidth is None and objective_config.needs_bandwidth:
         objective_config = replace(objective_config, name="native")  # not read
-    say(f"{len(encoded['training'])} training records, {len(encoded['validation'])} validation records.")
+    say(", ".join(counted(len(records), f"{part} record") for part, records in encoded.items()) + ".")
     with _Bar(console, "step") as bar:
 
         def show(state: TrainingState, figures: Figures) -> None:
@@ -243,7 +246,7 @@ def _requests(config: RunConfig, found: Sources, limit: int | None, part: str, s
         num_used += 1
         yield request
     if problems:
-        say(f"{part}: {len(problems)} records skipped; first: {problems[0]}")
+        say(f"{part}: {counted(len(problems), 'record')} skipped; first: {problems[0]}")
     if not num_used:
         raise InputError(f"training.{'path' if part == 'training' else part}: no record can be used; see above.")
 

@@ -8,8 +8,9 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,20 @@ import yaml
 from rich.console import Console
 
 from odedit.backbones import load_processor
-from odedit.errors import InputError, NothingUsable
+from odedit.errors import InputError, NothingUsable, counted
 from odedit.locations import Location, delete_all, locate
-from pipeline import local_ray, sources, tracking
+from pipeline import local_ray, nodes, sources, tracking
 from pipeline.checkpoints import editor_weights, with_absolute_checkpoints
 from pipeline.config import RunConfig
 from pipeline.features import with_checked_store
 from pipeline.interrupts import terminate_as_interrupt
+from pipeline.ready import check as check_run
+from pipeline.ready import check_records
 from pipeline.run import Outcome, run_many
 from pipeline.search_tracking import KIND, SearchRun
 from pipeline.spec import Job, Plan
 from pipeline.version import code_version
-from pipeline.workspace import Workspace
+from pipeline.workspace import Workspace, kept_if_ready
 from tune import points, records, report
 from tune.config import Search, SearchConfig, check
 from tune.folder import TUNE_FOLDER, Folder, alone, check_folder, remember, remove_folder
@@ -51,13 +54,18 @@ def run(config: SearchConfig, out: Path | str, console: Console, *, resume: bool
     if search.trial.tracking.enabled:
         tracking.store_uri(search.trial.tracking, folder.evaluation)
     check_folder(search, folder, resume=resume)
-    with alone(folder), terminate_as_interrupt(), local_ray.shared():
-        base, found = _prepared(search, folder)
-        groups = records.stage(base, found, folder.validation, config.rungs.sizes, config.seed)
-        remember(search, folder, found)
-        state = folder.state
-        asked = Points(config, search.space, folder.out, state["search_id"], state["study"])
-        tracker = _tracker(search, folder)
+    _check_runs(search, folder)
+    with ExitStack() as stack:
+        with kept_if_ready(folder.out):
+            (folder.out / "trials").make_folder()
+            for context in (alone(folder), terminate_as_interrupt(), local_ray.shared()):
+                stack.enter_context(context)
+            base, found = _prepared(search, folder)
+            groups = records.stage(base, found, folder.validation, config.rungs.sizes, config.seed)
+            remember(search, folder, found)
+            state = folder.state
+            asked = Points(config, search.space, folder.out, state["search_id"], state["study"])
+            tracker = _tracker(search, folder)
         try:
             job = Job(base, found, Workspace(folder.validation))
             return _run(search, folder, job, groups, asked, tracker, console)
@@ -82,7 +90,7 @@ def _run(
     running = Running(search, asked, folder.out, tracker, console)
     before = asked.trials()
     done = sum(trial.state != points.RUNNING for trial in before)
-    _say(console, f"{config.title}: {done} of {config.trials} trials done in {folder.out}")
+    _say(console, f"{config.title}: {done} of {counted(config.trials, 'trial')} done in {folder.out}")
     if done < len(before) or done < config.trials:
         started = time.monotonic()
         try:
@@ -111,6 +119,16 @@ def _run(
         tracker.check()
         tracker.end("FINISHED")
     return finished
+
+
+def _check_runs(search: Search, folder: Folder) -> None:
+    """Raises InputError if the final comparison or the trials could not begin; writes nothing."""
+    for name, config in (("evaluation", search.defaults), ("validation", search.trial)):
+        try:
+            checked, _ = check_run(replace(config, out=folder.run_out(name)))
+            check_records(checked)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
 
 
 def _prepared(search: Search, folder: Folder) -> tuple[RunConfig, sources.Sources]:
@@ -174,7 +192,11 @@ def _try_points(
             delete_all((folder.out / "trials" / trial.key / "attempts").glob())
     try:
         # Ray first: it puts a handler of its own in place, which would end the process at once.
-        with local_ray.connected(spread, job.config.backbone, config.concurrent) as plan, terminate_as_interrupt():
+        with (
+            local_ray.connected(spread, job.config.backbone, config.concurrent) as plan,
+            terminate_as_interrupt(),
+            nodes.watched(local_ray.address_of(spread), partial(_say, console)),
+        ):
             _fit(search, folder, _on(job, plan), groups, running, before, plan, console)
     except InputError as error:
         raise InputError(str(error).replace("pipeline.actors", "concurrent")) from error
@@ -209,7 +231,7 @@ def _fit(
         from tune.trainable import EditTrial
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     config = search.config
-    takes = f"{plan.gpus_per_actor:g} GPU" if plan.device == "cuda" else f"{plan.threads_per_actor} CPU thread"
+    takes = f"{plan.gpus_per_actor:g} GPU" if plan.device == "cuda" else counted(plan.threads_per_actor, "CPU thread")
     edits = ", ".join(map(str, config.rungs.sizes))
     _say(console, f"Plan: {config.concurrent} at a time on {takes} each, scored on {edits} edits. Starting workers ...")
     trainable = tune.with_parameters(

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from cluster import packing
 from odedit.__main__ import app
+from pipeline.version import code_version
 
 
 @pytest.fixture
@@ -52,6 +53,28 @@ def test_the_code_that_is_sent_runs_by_itself(here: Path) -> None:
                "pipeline.run, tune.run, cluster.submit; print(odedit.__file__, tune.run.__file__)"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
     assert done.stdout.split() == [str(parcel.folder / "odedit/__init__.py"), str(parcel.folder / "tune/run.py")]
+
+
+def test_a_job_knows_the_version_of_the_code_that_was_sent(here: Path) -> None:
+    folder = here.parent / "parcel"
+    folder.mkdir()
+    packing.pack(["edit", "out=/shared/x"], folder, here, code="0.1.0 (0123456789ab+changes)")
+    code = f"import sys; sys.path[:0] = [{str(folder)!r}]; from pipeline.version import code_version as v; print(v())"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout == "0.1.0 (0123456789ab+changes)\n"
+
+
+def test_submitting_sends_the_version_along(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[object] = []
+
+    def pack(*arguments: object) -> None:
+        sent.append(arguments[-1])
+        raise packing.JobError("enough")
+
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(packing, "pack", pack)
+    CliRunner().invoke(app, ["submit", "edit", "out=/shared/x"])
+    assert sent == [code_version()]
 
 
 def test_overrides_and_files_on_request_are_taken_as_well(here: Path) -> None:
