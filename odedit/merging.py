@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from odedit.brief import brief
 from odedit.editors.base import Editor, Mergeable
 from odedit.edits import EditParams
 from odedit.errors import InputError
@@ -29,7 +30,7 @@ _COPIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "a
 """What a checkpoint has beside its weights. Never code or pickles; its README describes another model."""
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Merged:
     """The files of a source checkpoint, and the tensors in them that the edits change.
 
@@ -42,6 +43,8 @@ class Merged:
     source: Path
     weights: tuple[str, ...]
     changed: Mapping[str, Mapping[str, Tensor]]
+
+    __repr__ = brief
 
     def write(self, directory: Path) -> None:
         """Writes the checkpoint, file by file; a reader sees the whole folder or none.

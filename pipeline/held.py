@@ -47,8 +47,8 @@ class Held:
         if not self.is_enough:
             more = f"; {len(self.lost) - _SHOWN} more" if len(self.lost) > _SHOWN else ""
             yield (
-                f"Warning: fewer than {ENOUGH:.0%} hold. Edits that share a model change each other's answers: the more "
-                f"edits, the fewer hold. Lost: {'; '.join(self.lost[:_SHOWN])}{more}."
+                f"Warning: fewer than {ENOUGH:.0%} hold. Edits that share a model change each other's answers, and the "
+                f"more there are, the fewer hold. Lost: {'; '.join(self.lost[:_SHOWN])}{more}."
             )
         if self.unasked:
             edits = "1 edit" if len(self.unasked) == 1 else f"{len(self.unasked)} edits"
