@@ -308,7 +308,11 @@ def submit(
 @app.command()
 def apply(
     edits: Annotated[
-        list[str], typer.Argument(metavar="EDIT...", help="Edit files or addresses; several are applied together.")
+        list[str],
+        typer.Argument(
+            metavar="EDIT...",
+            help="Edit files, folders of them, runs, or patterns; paths or addresses. Several are applied together.",
+        ),
     ],
     prompt: Annotated[str, typer.Option(help="The question, or the beginning of a caption.")],
     image: Annotated[Path | None, typer.Option(help="Picture that the question is about.")] = None,
@@ -319,6 +323,8 @@ def apply(
     max_tokens: Annotated[int, typer.Option(min=1, max=64, help="Longest answer.")] = 8,
 ) -> None:
     """Asks the model a question, before and after edits.
+
+    With several edits it also says how many of them hold: whether each is still answered as it was made to be.
 
     Example: odedit apply out/edits/record-000001.safetensors --prompt "Who owns this?" --image photo.png
     """
@@ -356,13 +362,23 @@ def fetch(
 
 @app.command()
 def merge(
-    edits: Annotated[list[str], typer.Argument(metavar="EDIT...", help="Edit files of one editor.")],
+    edits: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="EDIT...",
+            help="Edit files of one editor, folders of them, runs, or patterns; paths or addresses.",
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="New folder for the checkpoint.")],
     checkpoint: Annotated[str | None, typer.Option(help="Model, if it has moved since the edit was made.")] = None,
 ) -> None:
     """Writes the edits into the model's weights: a plain checkpoint that needs no odedit.
 
-    For editors whose edits are weights (ftl). WISE decides per prompt and stays with `odedit apply`.
+    For editors whose edits are weights (ftl, ftv, lora, mend); the others decide per prompt and stay with `odedit
+    apply`. Edits that are merged change each other's answers: it says how many of them hold. The files are those of the
+    model's checkpoint, with its dtypes.
+
+    Example: odedit merge runs/first/edits/record-000001.safetensors --out merged
     """
     with _explained():
         from pipeline import commands

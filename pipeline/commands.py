@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import get_args
 
@@ -149,26 +149,35 @@ def apply(
     max_tokens: int,
 ) -> None:
     """`odedit apply`."""
+    from odedit.checkpoint import load_edits
+    from odedit.edits import Probe
     from odedit.images import ImageError
-    from pipeline.answer import answers
+    from pipeline import edit_files, held
+    from pipeline.answer import before_and_after, load_backbone_of, read_picture
 
     _check_device(device)
     if dtype not in get_args(run_config.Dtype):
         raise InputError(f"--dtype: got {dtype!r}, expected one of {', '.join(get_args(run_config.Dtype))}.")
     try:
-        before, after = answers(
-            edits,
-            prompt,
-            image,
-            caption=caption,
-            checkpoint=checkpoint,
-            device=device,
-            dtype=dtype,
-            max_tokens=max_tokens,
-        )
+        picture = None if image is None else read_picture(image)
     except ImageError as error:
         raise InputError(f"--image: {error}") from error
+    given = edit_files.find(edits)
+    backbone = load_backbone_of(given.infos[0], checkpoint, dtype=dtype, device=device)
+    editor, params, infos = load_edits(given.files, backbone, device)
+    question = Probe(prompt, "", picture, caption)
+    before, after = before_and_after(backbone, editor, params, infos[0].template, question, max_tokens)
     print(f"before: {before}\nafter:  {after}")
+    _say_of_edits(given.notes)
+    if len(infos) > 1:  # one alone has been scored when it was made
+        found = held.ask(backbone, editor.sites, infos, lambda batch: editor.together(backbone, params, batch))
+        _say_of_edits(found.sentences())
+
+
+def _say_of_edits(sentences: Iterable[str]) -> None:
+    errors = Console(stderr=True)
+    for sentence in sentences:
+        _line(errors, sentence)
 
 
 def _check_device(device: str) -> None:
@@ -183,25 +192,34 @@ def _check_device(device: str) -> None:
 
 def merge(edits: Sequence[str], out: Path, checkpoint: str | None) -> Path:
     """`odedit merge`: a plain checkpoint with the edits in its weights."""
-    from odedit.checkpoint import export, load_edits
+    from odedit.checkpoint import load_edits
+    from odedit.files import check_new
+    from odedit.merging import merged_into
+    from pipeline import edit_files, held
     from pipeline.answer import load_backbone_of
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out: {out} is there already; name a new folder.")
-    backbone = load_backbone_of(edits[0], checkpoint)
-    editor, params, _ = load_edits(edits, backbone)
-    export(backbone, editor, params, out)
+    check_new(out)
+    given = edit_files.find(edits)
+    backbone = load_backbone_of(given.infos[0], checkpoint)
+    editor, params, infos = load_edits(given.files, backbone)
+    with merged_into(backbone, editor, params) as merged:
+        found = held.ask(backbone, editor.sites, infos, lambda batch: nullcontext())
+        merged.write(out)
+    _say_of_edits([*given.notes, *found.sentences()])
     return out
 
 
 def fetch(run_id: str, edit_ids: Sequence[str], uri: str, out: Path) -> None:
     """`odedit fetch`."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out: {str(out)!r} cannot be written to: {error.strerror}.") from error
-    for edit_id in edit_ids:
-        print(tracking.fetch_edit(uri, run_id, edit_id, out))
+    from odedit.files import new_folder
+
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(new_folder(out))
+        except OSError as error:
+            raise InputError(f"--out: {str(out)!r} cannot be written to: {error.strerror}.") from error
+        for edit_id in edit_ids:
+            print(tracking.fetch_edit(uri, run_id, edit_id, out))
 
 
 def train_world(out: Path, seed: int, vision_steps: int, joint_steps: int, family: str) -> Path:

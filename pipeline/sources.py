@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,6 +15,7 @@ from pyarrow.fs import FileType
 from odedit import world
 from odedit.addresses import above, below, masked, relative_note
 from odedit.errors import InputError
+from odedit.files import folder_written_atomically
 from odedit.images import ImageReader
 from odedit.locations import Location, Place, at, copy_folder, locate
 from odedit.world.facts import WORLD
@@ -141,18 +141,12 @@ def build_embedded(place: Place, seed: int = 0) -> None:
 def _build_local(folder: Path, seed: int) -> None:
     if folder.is_dir():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        world.build(temporary, seed)
-        temporary.chmod(0o755)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another run was faster, with the same content
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with folder_written_atomically(folder) as temporary:
+            world.build(temporary, seed)
+    except OSError:
+        if not folder.is_dir():  # else another run was faster, with the same content
+            raise
 
 
 def with_absolute_paths(data: DataConfig) -> DataConfig:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix
+from odedit.brief import brief
 from odedit.edits import EDIT, EditBatch, EditParams
 
 
@@ -71,6 +72,8 @@ class Trace:
 
     values: dict[str, Tensor] = field(default_factory=dict)
     pending: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+
+    __repr__ = brief
 
     def value(self, name: str) -> Tensor:
         """A named tensor, computed now if it is pending."""

@@ -214,12 +214,17 @@ class MEND(Plain):
 
     @contextmanager
     def together(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> Iterator[Trace]:
-        joined = {name: value.flatten(0, 1).expand(batch.num_edits, -1, -1) for name, value in params.items()}
-        with self.applied(backbone, joined, batch) as trace:
+        for_all = {name: value.expand(batch.num_edits, -1, -1) for name, value in self.pooled(params).items()}
+        with self.applied(backbone, for_all, batch) as trace:
             yield trace
 
+    def pooled(self, params: EditParams) -> EditParams:
+        """One set of factors (axis 0 has length 1) that adds what all edits add together: their tokens in a row."""
+        return {name: value.flatten(0, 1).unsqueeze(0) for name, value in params.items()}
+
     def merged(self, params: EditParams) -> dict[str, Tensor]:
-        return {name: torch.einsum("eto,eti->oi", params[f"{name}.delta"], params[f"{name}.x"]) for name in self.sites}
+        pooled = self.pooled(params)
+        return {name: pooled[f"{name}.delta"][0].T @ pooled[f"{name}.x"][0] for name in self.sites}
 
     def initial_weights(self, backbone: Backbone, seed: int) -> dict[str, Tensor]:
         """A hypernetwork that passes the gradient on: second factors, biases and shifts zero, no normalisation."""
