@@ -143,7 +143,7 @@ def located(record: RawRecord, problem: str) -> str:
 
 def one_sentence(error: BaseException) -> str:
     """An exception on one line, its kind included unless it is one of ours."""
-    text = " ".join(str(error).split())[:300] or "no further explanation"
+    text = masked(" ".join(str(error).split()))[:300] or "no further explanation"
     return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
 
 

@@ -34,6 +34,8 @@ from tune.config import Search, SearchConfig, check
 from tune.folder import TUNE_FOLDER, Folder, alone, check_folder, remember, remove_folder
 from tune.points import Points, Trial
 
+_KEYS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
+
 
 def run(config: SearchConfig, out: Path | str, console: Console, *, resume: bool = False) -> report.Finished:
     """Runs or resumes a search in `out`, a folder or an address.
@@ -47,6 +49,7 @@ def run(config: SearchConfig, out: Path | str, console: Console, *, resume: bool
         TrackingError: The search is complete, but MLflow could not be written to.
     """
     search = check(config)
+    points.check_driver(config)
     folder = Folder.of(out)
     if search.trial.tracking.enabled:
         tracking.store_uri(search.trial.tracking, folder.evaluation)
@@ -57,6 +60,8 @@ def run(config: SearchConfig, out: Path | str, console: Console, *, resume: bool
         remember(search, folder, found)
         state = folder.state
         asked = Points(config, search.space, folder.out, state["search_id"], state["study"])
+        if sum(trial.state != points.RUNNING for trial in asked.trials()) < config.trials:
+            local_ray.check_reachable(search.trial.pipeline)
         tracker = _tracker(search, folder)
         try:
             job = Job(base, found, Workspace(folder.validation))
@@ -174,7 +179,10 @@ def _try_points(
             delete_all((folder.out / "trials" / trial.key / "attempts").glob())
     try:
         # Ray first: it puts a handler of its own in place, which would end the process at once.
-        with local_ray.connected(spread, job.config.backbone, config.concurrent) as plan, terminate_as_interrupt():
+        with (
+            local_ray.connected(spread, job.config.backbone, config.concurrent, console) as plan,
+            terminate_as_interrupt(),
+        ):
             _fit(search, folder, _on(job, plan), groups, running, before, plan, console)
     except InputError as error:
         raise InputError(str(error).replace("pipeline.actors", "concurrent")) from error
@@ -204,9 +212,13 @@ def _fit(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from ray import tune
+        from ray.tune.execution import class_cache
 
         from tune.search import Asking, Listening, scheduler
         from tune.trainable import EditTrial
+    # Tune would copy the driver's keys into each trial's runtime environment, which the nodes log and the dashboard
+    # shows. Trials take them from where the workers of `odedit edit` do: from their node, or from the job.
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(_KEYS)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     config = search.config
     takes = f"{plan.gpus_per_actor:g} GPU" if plan.device == "cuda" else f"{plan.threads_per_actor} CPU thread"

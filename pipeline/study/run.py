@@ -21,7 +21,7 @@ from pipeline.sources import absolute
 from pipeline.study import comparisons, data, plots, states, tables, weights
 from pipeline.study.spec import Arm, StudyConfig, arms, run_config
 from pipeline.version import code_version
-from pipeline.workspace import check_access, read_json, write_json
+from pipeline.workspace import Workspace, check_access, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ def run(name: str, study: StudyConfig, out: Path | str, console: Console, *, fre
     _check_folder(place, name)
     section = data.write(study.draw, below(str(out), "data")) if study.draw is not None else None
     configs = [_named(run_config(arm, out, section), arm, out) for arm in every]
+    if fresh or not all(Workspace.of(one.out).summary.exists() for one in configs):
+        local_ray.check_reachable(configs[0].pipeline)
     with terminate_as_interrupt(), local_ray.shared():
         parent = _open_parent(name, study, place, configs[0], fresh=fresh)
         try:
