@@ -75,7 +75,7 @@ def _take_over_secrets() -> None:
 
         if any(map(holds_password, sys.argv)):
             _say(
-                "Note: an address on the command line holds a password, and `ps` shows it to every user of this machine. "
+                "Note: an address on the command line holds a password, which `ps` shows to all users of this machine. "
                 "Put the address into the configuration file, or the password into the environment."
             )
 

@@ -24,7 +24,7 @@ from pipeline.spec import Plan
 PROBE_S = 8.0
 SAID_EVERY_S = 10.0
 _POLL_S = 1.0
-_TOKEN = "Set RAY_AUTH_TOKEN to its token, or RAY_AUTH_TOKEN_PATH to the token's file."
+_TOKEN = "Set RAY_AUTH_TOKEN to the cluster's token, or RAY_AUTH_TOKEN_PATH to a file with it."
 
 
 def login(address: str) -> dict[str, str]:
