@@ -73,7 +73,7 @@ class Watch:
 
     def _look(self) -> None:
         seen: Counter[int] = Counter()
-        while not self._ended.wait(0.2):
+        while not self._ended.wait(0.3):
             for number in psutil.pids():
                 seen[number] += 1
                 # What Ray has started becomes another program soon, and then stays what it is.
@@ -134,7 +134,8 @@ def write_settings(folder: Path, mlflow: str, password: str, storage: str) -> No
                 "validation": {"path": "others.json"},
                 "space": {"editor.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}},
                 "rungs": {"edits": 2, "factor": 2, "number": 1},
-                "trials": 2,
+                "trials": 1,
+                "concurrent": 1,
                 "storage": store_of_points,
             },
         )
@@ -233,16 +234,6 @@ def test_secrets_are_found_nowhere(store: Store, tmp_path: Path) -> None:
                 "tune as a job": odedit(
                     *send, "tune", "--config", "search-job.yaml", "--out", f"s3://{BUCKET}/search-job", **variables
                 ),
-                "study as a job": odedit(
-                    *send,
-                    "study",
-                    "memory",
-                    "--config",
-                    "study-job.yaml",
-                    "--out",
-                    f"s3://{BUCKET}/study-job",
-                    **variables,
-                ),
             }
         )
         refused = odedit("submit", "--address", cluster.address, "--", "edit", "--config", "run.yaml", "out=/nowhere")
@@ -251,7 +242,7 @@ def test_secrets_are_found_nowhere(store: Store, tmp_path: Path) -> None:
         told, rows = answers(cluster), rows_of(storage)
         files = below(Path(cluster.environment["RAY_TMPDIR_OF_TEST"]))
         logs = [name for name in files if name.endswith("runtime_env_agent.log")]
-        assert len(logs) == 2 and len([name for name in files if "job-driver" in name]) == 3
+        assert len(logs) == 2 and len([name for name in files if "job-driver" in name]) == 2
 
     # The workers of jobs have what was handed on, all others what lies on their node.
     for prefix, one in (("run-job", handed_on), ("search-job", handed_on), ("run", on_nodes), ("search", on_nodes)):
