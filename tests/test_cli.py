@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +221,11 @@ def test_an_interrupt_says_that_the_run_goes_on(files: dict[str, Any], monkeypat
 
     monkeypatch.setattr(commands, "run", interrupt)
     expect(odedit("edit", "--config", files["config"]), 130, "the same command goes on")
+
+
+def test_a_password_on_the_command_line_is_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for argument, is_said in (("tracking.uri=https://me:pa55word@host", True), ("out=s3://bucket/x", False)):
+        monkeypatch.setattr(sys, "argv", ["odedit", "edit", argument])
+        said = CliRunner().invoke(app, ["edit", "--config", "none.yaml", argument])
+        assert said.exit_code == 2 and ("`ps` shows to all users" in said.stderr) == is_said
+        assert "pa55word" not in said.output
