@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+from odedit.addresses import masked
 from odedit.errors import InputError, NothingUsable, cause_of, one_sentence
 
 app = typer.Typer(
@@ -59,6 +60,27 @@ def _options(
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
     ):
         os.environ.setdefault(name, value)
+    _take_over_secrets()
+
+
+def _take_over_secrets() -> None:
+    """Decrypts what `odedit submit --env` has handed on; says so if a password can be read by others."""
+    if os.environ.get("ODEDIT_SEALED_VARIABLES"):
+        from cluster import sealing
+
+        with _explained():
+            try:
+                sealing.unseal()
+            except sealing.JobError as error:
+                raise InputError(str(error)) from error
+    if any("://" in text for text in sys.argv):
+        from cluster.packing import holds_password
+
+        if any(map(holds_password, sys.argv)):
+            _say(
+                "Note: an address on the command line holds a password, which `ps` shows to all users of this machine. "
+                "Put the address into the configuration file, or the password into the environment."
+            )
 
 
 @contextmanager
@@ -109,7 +131,7 @@ def _is_output_closed() -> bool:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(masked(text), file=sys.stderr, flush=True)
 
 
 @app.command()

@@ -6,6 +6,8 @@ import difflib
 import re
 from collections.abc import Iterable
 
+from odedit.addresses import masked
+
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _RAISED = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception|Exit|Interrupt|Warning)(?:: .*)?)$", re.MULTILINE)
 """Last line of a traceback: exception and message, without the module."""
@@ -52,7 +54,7 @@ def _is_wrapper(error: BaseException) -> bool:
 def one_sentence(error: BaseException) -> str:
     """An exception on one line, its kind included unless it is an `InputError`; of a wrapped one, the cause."""
     error = cause_of(error)
-    text = _COLOURS.sub("", str(error))
+    text = masked(_COLOURS.sub("", str(error)))
     if any(mark in text for mark in _TRACEBACK) and (raised := _RAISED.search(text)):
         return raised[1][:_LONGEST]
     text = " ".join(text.split())[:_LONGEST] or "no further explanation"

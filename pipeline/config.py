@@ -126,6 +126,7 @@ class PipelineConfig:
         threads_per_actor: Of one actor without GPU; `auto`: 1 for a small model, else the machine's cores.
         preparers: Workers that read and resize pictures; `auto`: half the cores.
         ray_address: A running cluster, e.g. `auto`; null starts one on this machine, for this run only.
+        wait_s: How many seconds a run waits for nodes that a cluster lacks, at its start or after it has lost some.
         max_attempts: An edit that has ended its worker so often is given up as a failed row.
         measure_memory: Every row gets `peak_bytes`, the peak memory of the loop of its group's first edits, as many
             as move together, divided by their number; see `odedit.memory`. Measured over the first steps of a second
@@ -142,11 +143,14 @@ class PipelineConfig:
     threads_per_actor: Literal["auto"] | int = AUTO
     preparers: Literal["auto"] | int = AUTO
     ray_address: str | None = None
+    wait_s: float = 600.0
     max_attempts: int = 3
     measure_memory: bool = False
     feature_store: str | None = None
 
     def __post_init__(self) -> None:
+        if self.wait_s < 0:
+            raise ValueError(f"wait_s: got {self.wait_s}, expected at least 0.")
         if self.max_attempts < 2:
             raise ValueError(f"max_attempts: got {self.max_attempts}, expected at least 2: with its group, and alone.")
         for name in ("actors", "batch_size", "at_once", "threads_per_actor", "preparers"):

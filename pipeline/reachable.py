@@ -8,7 +8,6 @@ from urllib.request import getproxies, proxy_bypass
 
 from odedit.addresses import masked
 from odedit.errors import InputError
-from pipeline.config import PipelineConfig
 
 _PATIENCE_S = 5.0
 _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
@@ -23,23 +22,13 @@ def check_server(uri: str, setting: str) -> None:
     scheme = address.scheme.partition("+")[0]
     is_behind_proxy = scheme in getproxies() and not proxy_bypass(address.hostname or "")
     port = address.port or _PORTS.get(scheme)
-    if address.hostname and port and not is_behind_proxy:
-        _connect(address.hostname, port, setting, f"no server answers at {masked(uri)!r}", "")
-
-
-def check_ray(pipeline: PipelineConfig) -> None:
-    """Raises InputError unless something listens at the address of a Ray cluster; `auto` is left to Ray."""
-    address, setting = pipeline.ray_address, "pipeline.ray_address"
-    if address is None or address in ("auto", "local"):
+    if not address.hostname or not port or is_behind_proxy:
         return
-    found = _split(address if "://" in address else f"//{address}", setting)
-    if found.scheme not in ("", "ray") or not found.hostname or not found.port:
-        raise InputError(
-            f"{setting}: got {address!r}, expected host:port of a cluster's head, such as 10.0.0.1:6379, "
-            "ray://host:port or auto; null starts Ray on this machine."
-        )
-    hint = " Give a running cluster, or null to start Ray on this machine."
-    _connect(found.hostname, found.port, setting, f"no Ray answers at {address!r}", hint)
+    try:
+        socket.create_connection((address.hostname, port), timeout=_PATIENCE_S).close()
+    except OSError as error:
+        why = f"{address.hostname}, port {port}: {error.strerror or error}"
+        raise InputError(f"{setting}: no server answers at {masked(uri)!r} ({why}).") from error
 
 
 def _split(text: str, setting: str) -> SplitResult:
@@ -49,11 +38,3 @@ def _split(text: str, setting: str) -> SplitResult:
     except ValueError as error:
         raise InputError(f"{setting}: {masked(text)!r} is no address ({error}).") from None
     return address
-
-
-def _connect(host: str, port: int, setting: str, problem: str, hint: str) -> None:
-    try:
-        socket.create_connection((host, port), timeout=_PATIENCE_S).close()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"{setting}: {problem} ({host}, port {port}: {reason}).{hint}") from error

@@ -19,7 +19,6 @@ from pipeline import intact, local_ray, results, sources, staging, tracking
 from pipeline.checkpoints import editor_weights, with_absolute_checkpoints
 from pipeline.config import RunConfig, from_dict, load
 from pipeline.features import with_checked_store
-from pipeline.reachable import check_ray
 from pipeline.sources import Sources
 from pipeline.spec import machine_cpus, machine_gpus, make_plan
 from pipeline.staging import Staged
@@ -63,7 +62,7 @@ def prepare(config: RunConfig, *, fresh: bool = False) -> Ready:
     Raises:
         InputError: Something is wrong; no new folder stays behind.
     """
-    config, workspace = check(config)
+    config, workspace = check(config, fresh=fresh)
     found = sources.resolve(config.data, config.out)
     earlier = _earlier(config, found, workspace, fresh=fresh)
     with kept_if_ready(workspace.out):
@@ -85,7 +84,7 @@ def prepare(config: RunConfig, *, fresh: bool = False) -> Ready:
 
 def look(config: RunConfig, *, fresh: bool = False) -> Ready:
     """As `prepare`, but nothing of it stays: for a plan that begins no run. Its workspace and files are gone again."""
-    config, workspace = check(config)
+    config, workspace = check(config, fresh=fresh)
     with _staged_aside(config) as (found, staged):
         earlier = _earlier(config, found, workspace, fresh=fresh)
         return Ready(config, workspace, found, staged, code_version(), earlier.notes)
@@ -111,8 +110,12 @@ def _staged_aside(config: RunConfig) -> Iterator[tuple[Sources, Staged]]:
         yield found, staging.stage(config, found, aside)
 
 
-def check(config: RunConfig) -> tuple[RunConfig, Workspace]:
+def check(config: RunConfig, *, fresh: bool = False, servers: bool = True) -> tuple[RunConfig, Workspace]:
     """Checks everything but the records and what `out` holds; writes nothing.
+
+    Args:
+        fresh: As for a run: a finished run needs no servers, unless it is to start over.
+        servers: Whether the cluster and the MLflow server have to answer.
 
     Returns:
         The configuration with full paths, and its workspace.
@@ -130,9 +133,17 @@ def check(config: RunConfig) -> tuple[RunConfig, Workspace]:
     sources.check_apart(config.data, workspace.out)
     if local_ray.address_of(config.pipeline) is None:
         make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), 1)
-    check_ray(config.pipeline)
-    tracking.check(config.tracking, workspace.out)
+    if servers and (fresh or not _is_finished(config, workspace)):
+        local_ray.check_reachable(config.pipeline)
+        tracking.check(config.tracking, workspace.out)
     return config, workspace
+
+
+def _is_finished(config: RunConfig, workspace: Workspace) -> bool:
+    """Whether there is nothing left to edit or to log."""
+    state = read_json(workspace.run)
+    is_logged = not config.tracking.enabled or (isinstance(state, dict) and state.get("logged"))
+    return bool(is_logged) and workspace.summary.exists()
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,8 @@ def _run_ready(
     ready: Sequence[Ready], console: Console, parent_run: str | None, profile: Profile | None = None
 ) -> list[Outcome]:
     pending = [(index, group) for index, one in enumerate(ready) for group in one.pending]
+    if pending:
+        local_ray.check_reachable(ready[pending[0][0]].config.pipeline)
     with terminate_as_interrupt(), ExitStack() as stack:
         for one in ready:
             stack.enter_context(_forgiving(one.workspace))
@@ -98,7 +100,7 @@ def _run_ready(
             runs[0].start()  # before the first result, to be seen in MLflow while it works
         if pending:
             first = ready[pending[0][0]].config
-            plan = stack.enter_context(local_ray.connected(first.pipeline, first.backbone, len(pending)))
+            plan = stack.enter_context(local_ray.connected(first.pipeline, first.backbone, len(pending), console))
             # Again, because Ray puts a handler of its own in place, which ends the process at once.
             stack.enter_context(terminate_as_interrupt())
             stack.enter_context(nodes.watched(local_ray.address_of(first.pipeline), partial(_say, console)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from mmedit_files import encoded, picture, record, write_array, write_images
 from typer.testing import CliRunner, Result
 
 from odedit.__main__ import app
-from pipeline import local_ray, ready
+from pipeline import joining, local_ray, ready
 
 
 def odedit(*arguments: object) -> Result:
@@ -104,9 +104,9 @@ def test_wrong_settings_exit_with_2(files: dict[str, Any], override: str, expect
         ("tracking={{uri: 'postgresql://me:secret@127.0.0.1:1/x'}}", ["tracking.uri: no server answers at", "***"]),
         ("tracking={{uri: 'sqlite:///{folder}/coco'}}", ["tracking.uri: ", "unable to open database file"]),
         ("pipeline.ray_address=127.0.0.1:1", ["pipeline.ray_address: no Ray answers at '127.0.0.1:1'"]),
-        ("pipeline.ray_address=ray://127.0.0.1:1", ["pipeline.ray_address: no Ray answers at 'ray://127.0.0.1:1'"]),
+        ("pipeline.ray_address=ray://127.0.0.1:1", ["pipeline.ray_address: no server answers at 'ray://127.0.0.1:1'"]),
         ("pipeline.ray_address=http://127.0.0.1:8265", ["pipeline.ray_address: got", "expected host:port"]),
-        ("pipeline.ray_address=head", ["pipeline.ray_address: got 'head', expected host:port"]),
+        ("pipeline.ray_address=head", ["pipeline.ray_address: no Ray answers at 'head' (expected HOST:PORT, or auto)"]),
         ("pipeline.device=cuda", ["pipeline.device: got 'cuda', but no GPU"]),
         ("objective.name=contrast", ["objective.name: 'contrast'", "data.pool"]),
         ("data.pool=none.json", ["data.pool: there is no file", "Relative paths start at the current folder"]),
@@ -195,12 +195,11 @@ def test_a_dry_run_prints_the_configuration_and_the_plan_and_writes_nothing(file
 def test_a_job_of_a_cluster_runs_on_it(
     files: dict[str, Any], monkeypatch: pytest.MonkeyPatch, of_job: str, expected: str
 ) -> None:
+    monkeypatch.setattr(joining, "login", lambda address: {})
     monkeypatch.setenv("RAY_ADDRESS", of_job)
     expect(odedit("edit", "--config", files["config"], "--dry-run"), 0, f"# plan: {expected}")
-    with socket.create_server(("127.0.0.1", 0)) as head:
-        address = f"127.0.0.1:{head.getsockname()[1]}"
-        named = odedit("edit", "--config", files["config"], "--dry-run", f"pipeline.ray_address={address}")
-    expect(named, 0, f"# plan: on the cluster at {address}")
+    named = odedit("edit", "--config", files["config"], "--dry-run", "pipeline.ray_address=10.0.0.2:6379")
+    expect(named, 0, "# plan: on the cluster at 10.0.0.2:6379")
 
 
 def test_edit_and_apply(files: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,3 +300,11 @@ def test_an_interrupt_says_that_the_run_goes_on(files: dict[str, Any], monkeypat
 
     monkeypatch.setattr(commands, "run", interrupt)
     expect(odedit("edit", "--config", files["config"]), 130, "the same command goes on")
+
+
+def test_a_password_on_the_command_line_is_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for argument, is_said in (("tracking.uri=https://me:pa55word@host", True), ("out=s3://bucket/x", False)):
+        monkeypatch.setattr(sys, "argv", ["odedit", "edit", argument])
+        said = CliRunner().invoke(app, ["edit", "--config", "none.yaml", argument])
+        assert said.exit_code == 2 and ("`ps` shows to all users" in said.stderr) == is_said
+        assert "pa55word" not in said.output

@@ -37,6 +37,8 @@ from tune.config import Search, SearchConfig, check
 from tune.folder import TUNE_FOLDER, Folder, alone, check_folder, remember, remove_folder
 from tune.points import Points, Trial
 
+_KEYS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
+
 
 def run(config: SearchConfig, out: Path | str, console: Console, *, resume: bool = False) -> report.Finished:
     """Runs or resumes a search in `out`, a folder or an address.
@@ -50,6 +52,7 @@ def run(config: SearchConfig, out: Path | str, console: Console, *, resume: bool
         TrackingError: The search is complete, but MLflow could not be written to.
     """
     search = check(config)
+    points.check_driver(config)
     folder = Folder.of(out)
     if search.trial.tracking.enabled:
         tracking.store_uri(search.trial.tracking, folder.evaluation)
@@ -65,6 +68,8 @@ def run(config: SearchConfig, out: Path | str, console: Console, *, resume: bool
             remember(search, folder, found)
             state = folder.state
             asked = Points(config, search.space, folder.out, state["search_id"], state["study"])
+            if sum(trial.state != points.RUNNING for trial in asked.trials()) < config.trials:
+                local_ray.check_reachable(search.trial.pipeline)
             tracker = _tracker(search, folder)
         try:
             job = Job(base, found, Workspace(folder.validation))
@@ -125,7 +130,8 @@ def _check_runs(search: Search, folder: Folder) -> None:
     """Raises InputError if the final comparison or the trials could not begin; writes nothing."""
     for name, config in (("evaluation", search.defaults), ("validation", search.trial)):
         try:
-            checked, _ = check_run(replace(config, out=folder.run_out(name)))
+            is_finished = (folder.out / "summary.json").exists()
+            checked, _ = check_run(replace(config, out=folder.run_out(name)), servers=not is_finished)
             check_records(checked)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
@@ -193,7 +199,7 @@ def _try_points(
     try:
         # Ray first: it puts a handler of its own in place, which would end the process at once.
         with (
-            local_ray.connected(spread, job.config.backbone, config.concurrent) as plan,
+            local_ray.connected(spread, job.config.backbone, config.concurrent, console) as plan,
             terminate_as_interrupt(),
             nodes.watched(local_ray.address_of(spread), partial(_say, console)),
         ):
@@ -226,9 +232,13 @@ def _fit(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from ray import tune
+        from ray.tune.execution import class_cache
 
         from tune.search import Asking, Listening, scheduler
         from tune.trainable import EditTrial
+    # Tune would copy the driver's keys into each trial's runtime environment, which the nodes log and the dashboard
+    # shows. Trials take them from where the workers of `odedit edit` do: from their node, or from the job.
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(_KEYS)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     config = search.config
     takes = f"{plan.gpus_per_actor:g} GPU" if plan.device == "cuda" else counted(plan.threads_per_actor, "CPU thread")

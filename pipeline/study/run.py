@@ -24,7 +24,7 @@ from pipeline.sources import absolute
 from pipeline.study import comparisons, data, plots, states, tables, weights
 from pipeline.study.spec import Arm, StudyConfig, arms, run_config
 from pipeline.version import code_version
-from pipeline.workspace import check_access, kept_if_ready, read_json, write_json
+from pipeline.workspace import Workspace, check_access, kept_if_ready, read_json, write_json
 
 _STATE = "study.json"
 
@@ -56,7 +56,9 @@ def run(name: str, study: StudyConfig, out: Path | str, console: Console, *, fre
     every = arms(study)
     place = at(out, "--out")
     _check_folder(place, name)
-    _check_arms([_named(run_config(arm, out, None), arm, out) for arm in every], is_drawn=study.draw is not None)
+    _check_arms(
+        [_named(run_config(arm, out, None), arm, out) for arm in every], is_drawn=study.draw is not None, fresh=fresh
+    )
     with terminate_as_interrupt(), local_ray.shared():
         with kept_if_ready(place):
             place.make_folder()
@@ -93,9 +95,10 @@ def _check_folder(out: Location, name: str) -> None:
         raise InputError(f"--out: {out} holds the study {state.get('study')!r}, not {name!r}. Choose another folder.")
 
 
-def _check_arms(configs: Sequence[RunConfig], *, is_drawn: bool) -> None:
+def _check_arms(configs: Sequence[RunConfig], *, is_drawn: bool, fresh: bool) -> None:
     """Raises InputError if a run could not begin: before anything is written, and hours of training before it."""
     seen: set[str] = set()
+    is_finished = not fresh and all(Workspace.of(config.out).summary.exists() for config in configs)
     for config in configs:
         shared = (config.backbone, config.pipeline, config.tracking.uri, config.tracking.experiment)
         records = () if is_drawn else (config.data, config.supervision, config.objective.name)
@@ -103,7 +106,7 @@ def _check_arms(configs: Sequence[RunConfig], *, is_drawn: bool) -> None:
             continue
         seen.add(key)
         try:
-            checked, _ = check(config)
+            checked, _ = check(config, fresh=fresh, servers=not is_finished)
             if not is_drawn:
                 check_records(checked)
         except InputError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,9 @@ def test_what_is_read_there_is_told(here: Path) -> None:
         (["edit", "out=/x", "data.path=none.json"], "data.path: there is no 'none.json' here"),
         (["edit", "out=/x", "data.image_root=.."], "data.image_root: '..' lies outside of the current folder"),
         (["edit", "out=/x", "data.path=["], "'data.path=[': the value is not valid YAML."),
+        (["edit", "out=/x", "tracking.uri=https://me:pw@host"], "tracking.uri: an address holds a password or key"),
+        (["edit", "out=/x", "tracking.uri=https://token@host"], "tracking.uri: an address holds a password or key"),
+        (["tune", "--out=s3://b/x?secret_key=pw"], "the command: an address holds a password or key"),
         (["edit", "out=/x", "--config", "none.yaml"], "--config: 'none.yaml' cannot be read (No such file"),
     ],
 )  # fmt: skip
@@ -142,6 +146,15 @@ def test_what_would_not_arrive_or_be_lost_is_refused(here: Path, arguments: list
     with pytest.raises(packing.JobError, match=".*") as caught:
         packed(here, *arguments)
     assert expected in str(caught.value)
+
+
+def test_a_password_in_the_file_is_refused_and_a_user_without_one_is_not(here: Path) -> None:
+    with pytest.raises(
+        packing.JobError, match="^storage: an address holds a password.*--env PGPASSWORD for PostgreSQL"
+    ):
+        packed(here, "tune", "--out=/x", values={"storage": "postgresql+psycopg://me:pw@host/name"})
+    shutil.rmtree(here.parent / "parcel")
+    packed(here, "tune", "--out=s3://b/x?region=y", values={"storage": "postgresql+psycopg://me@host/name"})
 
 
 def test_too_much_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
