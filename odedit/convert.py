@@ -19,8 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from odedit.errors import InputError
-from odedit.pretrained import first_line
+from odedit.errors import InputError, first_line
 from odedit.qformer import QFormerProcessor
 
 SHARD_BYTES = 4 << 30

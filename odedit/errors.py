@@ -28,3 +28,8 @@ def unknown_name(kind: str, got: str, available: Iterable[str]) -> InputError:
     near = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return InputError(f"Unknown {kind} {got!r}.{hint} Available: {', '.join(names)}.")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -67,13 +67,16 @@ def _show_plan(config: run_config.RunConfig, errors: Console) -> None:
     from pipeline.spec import machine_cpus, machine_gpus, make_plan
     from pipeline.workspace import Workspace
 
-    print(tracking.masked(config.to_yaml()))
     workspace = Workspace.of(config.out)
     uri = tracking.store_uri(config.tracking, workspace.out) if config.tracking.enabled else None
     done = len(results.finished_groups(workspace))
     with tempfile.TemporaryDirectory() as folder:
         # Staged elsewhere: looking must not begin a run.
         ready = prepare(replace(config, out=str(Path(folder) / "out")))
+        for note in ready.notes:
+            _line(errors, f"Note: {note}")
+        config = replace(ready.config, out=config.out)
+        print(tracking.masked(config.to_yaml()))
         groups, usable, problems = len(ready.staged.usable), ready.staged.num_usable, ready.staged.problems
     if config.data.split is None:
         resolve(config.data, config.out).reader.check_roots()

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from odedit.addresses import masked, reason
-from odedit.backbones import fingerprint, load_processor
+from odedit.backbones import fingerprint
 from odedit.errors import InputError
 from odedit.locations import delete_all
 from pipeline import intact, results, sources, staging, tracking
-from pipeline.checkpoints import editor_weights, with_absolute_checkpoints
+from pipeline.checkpoints import editor_weights, fitted, with_absolute_checkpoints
 from pipeline.config import RunConfig, from_dict, load
 from pipeline.features import with_checked_store
 from pipeline.sources import Sources
@@ -24,6 +24,7 @@ from pipeline.workspace import CONFIG_HEADER, Workspace, check_access, read_json
 
 _NOT_COMPARED = ("tracking.", "training.", "out", "pipeline.")
 _COMPARED_ANYWAY = ("pipeline.batch_size",)
+_WEIGHTS = "backbone.weights"
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,7 @@ def prepare(config: RunConfig, *, fresh: bool = False) -> Ready:
     workspace = Workspace.of(config.out)
     if config.tracking.enabled:
         tracking.store_uri(config.tracking, workspace.out)
-    load_processor(config.backbone.family, config.backbone.checkpoint)
-    config = with_checked_store(with_absolute_checkpoints(config))
+    config, fits = fitted(with_checked_store(with_absolute_checkpoints(config)))
     check_access(workspace.out, "out")
     found = sources.resolve(config.data, config.out)
     found.reader.check_roots()
@@ -79,7 +79,7 @@ def prepare(config: RunConfig, *, fresh: bool = False) -> Ready:
     staged = staging.stage(config, found, workspace)
     damage = intact.repair(workspace, staged, keep_edits=config.keep_edits)
     code = code_version()
-    ready = Ready(config, workspace, found, staged, code, (*notes, *([damage] if damage else [])))
+    ready = Ready(config, workspace, found, staged, code, (*fits, *notes, *([damage] if damage else [])))
     _remember(workspace, settings, code)
     workspace.config.write_text(f"{CONFIG_HEADER} {code}\n{_public_yaml(config)}")
     return ready
@@ -166,7 +166,8 @@ def _settings(config: RunConfig, found: Sources) -> dict[str, Any]:
     compared = {
         key: value for key, value in flat.items() if key in _COMPARED_ANYWAY or not key.startswith(_NOT_COMPARED)
     }
-    weights = {"backbone.weights": fingerprint(config.backbone.family, config.backbone.checkpoint)}
+    model = config.backbone
+    weights = {_WEIGHTS: fingerprint(model.family, model.checkpoint, dtype=model.dtype)}
     weights |= editor_weights(config)
     return {key: _told_apart(value) for key, value in (compared | found.identity() | weights).items()}
 
@@ -190,6 +191,8 @@ def _check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], workspace: 
         if then.get(key) != now.get(key)
     ]
     if changed:
+        if len(str(then.get(_WEIGHTS))) != len(str(now[_WEIGHTS])):
+            changed.append("  (an earlier odedit named the weights in another way, so that they cannot be compared)")
         lines = "\n".join(changed)
         raise InputError(
             f"out: {workspace.out} holds a run with other settings or input files:\n{lines}\n"

@@ -16,11 +16,10 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from odedit.backbones import load_processor
 from odedit.errors import InputError, NothingUsable
 from odedit.locations import Location, delete_all, locate
 from pipeline import local_ray, sources, tracking
-from pipeline.checkpoints import editor_weights, with_absolute_checkpoints
+from pipeline.checkpoints import editor_weights, fitted, with_absolute_checkpoints
 from pipeline.config import RunConfig
 from pipeline.features import with_checked_store
 from pipeline.interrupts import terminate_as_interrupt
@@ -52,7 +51,7 @@ def run(config: SearchConfig, out: Path | str, console: Console, *, resume: bool
         tracking.store_uri(search.trial.tracking, folder.evaluation)
     check_folder(search, folder, resume=resume)
     with alone(folder), terminate_as_interrupt(), local_ray.shared():
-        base, found = _prepared(search, folder)
+        base, found = _prepared(search, folder, console)
         groups = records.stage(base, found, folder.validation, config.rungs.sizes, config.seed)
         remember(search, folder, found)
         state = folder.state
@@ -113,11 +112,12 @@ def _run(
     return finished
 
 
-def _prepared(search: Search, folder: Folder) -> tuple[RunConfig, sources.Sources]:
+def _prepared(search: Search, folder: Folder, console: Console) -> tuple[RunConfig, sources.Sources]:
     """The run that trials are variants of, and where its records are."""
     config = search.trial
-    load_processor(config.backbone.family, config.backbone.checkpoint)
-    config = with_checked_store(with_absolute_checkpoints(config))
+    config, notes = fitted(with_checked_store(with_absolute_checkpoints(config)))
+    for note in notes:
+        _say(console, f"Note: {note}")
     editor_weights(config)
     found = {}
     # Both now: after hours of trials it would be late to miss the other records.
@@ -265,7 +265,7 @@ def _evaluation_config(search: Search, folder: Folder, trial: Trial) -> RunConfi
 def _named(folder: Folder, config: RunConfig, name: str) -> RunConfig:
     uri = tracking.store_uri(config.tracking, folder.evaluation) if config.tracking.enabled else config.tracking.uri
     return replace(
-        with_absolute_checkpoints(config),
+        fitted(with_absolute_checkpoints(config))[0],
         data=sources.with_absolute_paths(config.data),
         out=folder.run_out(name),
         tracking=replace(config.tracking, uri=uri, run_name=name.replace("-", " ")),

@@ -14,6 +14,7 @@ from odedit.addresses import above, below, reason
 from odedit.errors import InputError, NothingUsable
 from odedit.locations import Location, at
 from pipeline import local_ray, results, tracking
+from pipeline.checkpoints import fitted, with_absolute_checkpoints
 from pipeline.config import RunConfig
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.run import Outcome, run_many
@@ -50,7 +51,7 @@ def run(name: str, study: StudyConfig, out: Path | str, console: Console, *, fre
     """
     every = arms(study)
     for arm in every:
-        _named(run_config(arm, out, None), arm, out)  # before anything is written
+        _check(_named(run_config(arm, out, None), arm, out), arm)  # before anything is written
     place = at(out, "--out")
     _check_folder(place, name)
     section = data.write(study.draw, below(str(out), "data")) if study.draw is not None else None
@@ -72,6 +73,14 @@ def run(name: str, study: StudyConfig, out: Path | str, console: Console, *, fre
         if parent is not None:
             parent.finish("FINISHED")
     return found
+
+
+def _check(config: RunConfig, arm: Arm) -> None:
+    """Raises InputError, which names the arm, unless its model can be loaded and has what its editor changes."""
+    try:
+        fitted(with_absolute_checkpoints(config), trains=True)
+    except InputError as error:
+        raise InputError(f"{arm.name}: {error}") from error
 
 
 def _check_folder(out: Location, name: str) -> None:
