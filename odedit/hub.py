@@ -6,7 +6,7 @@ import json
 from functools import lru_cache
 from pathlib import Path
 
-from odedit.errors import InputError, first_line
+from odedit.errors import InputError, in_words
 
 INDEX = "model.safetensors.index.json"
 _ANSWER_S = 5.0
@@ -50,7 +50,7 @@ def snapshot(hub_id: str) -> Path:
         if cached is not None:
             return cached
         offline = isinstance(error, OfflineModeIsEnabled)
-        why = "is not asked (HF_HUB_OFFLINE is set)" if offline else f"does not answer ({first_line(error)})"
+        why = "is not asked (HF_HUB_OFFLINE is set)" if offline else f"does not answer ({in_words(error)})"
         raise InputError(
             f"backbone.checkpoint {hub_id!r}: the Hugging Face hub {why}, and the local cache does not hold all of the "
             f"model's files. Download it where there is a network, {local}."
@@ -91,7 +91,7 @@ def _downloaded(hub_id: str, commit: str) -> Path:
         raise
     except Exception as error:
         raise InputError(
-            f"backbone.checkpoint {hub_id!r} could not be downloaded: {first_line(error)}. Try again; what has arrived "
+            f"backbone.checkpoint {hub_id!r} could not be downloaded: {in_words(error)}. Try again; what has arrived "
             "is kept."
         ) from error
     return folder

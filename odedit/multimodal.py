@@ -22,7 +22,7 @@ from odedit.backbones.base import CONNECTOR, BeforeConnector, Prefix, is_connect
 from odedit.decoders import Decoder, Rotary
 from odedit.edits import EditBatch, Picture, Probe
 from odedit.encoding import TokenSequence, assemble
-from odedit.errors import InputError, first_line
+from odedit.errors import InputError, in_words
 from odedit.key_values import KeyValues
 from odedit.pretrained import Architecture, PretrainedProcessor
 from odedit.prompts import Template, find_template
@@ -128,7 +128,7 @@ class MultimodalModel(ABC):
         except Exception as error:  # what the library raises depends on which size is wrong
             raise InputError(
                 f"{name}: a picture as the image processor makes it, {picture.pixels.shape}, does not pass the image "
-                f"tower: {first_line(error)}. Take preprocessor_config.json and config.json from the same model."
+                f"tower: {in_words(error)}. Take preprocessor_config.json and config.json from the same model."
             ) from error
         if shape != (num_positions, self.hidden_size):
             raise InputError(

@@ -16,7 +16,7 @@ import torch
 
 from odedit import hub, weight_files
 from odedit.edits import Picture
-from odedit.errors import InputError, first_line
+from odedit.errors import InputError, in_words
 from odedit.loading_report import LoadingReport, shared_prefixes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,7 +77,7 @@ def read_config(source: str, family: str, architecture: Architecture) -> Any:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # what the library raises depends on which value is wrong
-        raise InputError(f"backbone.checkpoint {source!r}: config.json cannot be read: {first_line(error)}") from error
+        raise InputError(f"backbone.checkpoint {source!r}: config.json cannot be read: {in_words(error)}.") from error
     values = config.to_dict()
     text_type = (values.get("text_config") or {}).get("model_type")
     if values.get("model_type") != architecture.model_type or text_type not in architecture.text_types:
@@ -127,7 +127,7 @@ def load_model(source: str, checkpoint: str, architecture: Architecture, dtype: 
     try:
         model, report = _loaded(architecture, dtype, source, use_safetensors=True)
     except OSError as error:
-        raise InputError(f"backbone.checkpoint {checkpoint!r}: {first_line(error)}") from error
+        raise InputError(f"backbone.checkpoint {checkpoint!r}: {in_words(error)}.") from error
     report.check(checkpoint)
     return model
 
@@ -158,7 +158,7 @@ def empty_model(source: str, checkpoint: str, config: Any, architecture: Archite
     except Exception as error:  # what the library raises depends on which value is wrong
         raise InputError(
             f"backbone.checkpoint {checkpoint!r}: no {architecture.model_class} can be built from config.json: "
-            f"{first_line(error)}"
+            f"{in_words(error)}."
         ) from error
     report.check(checkpoint)
     return model
@@ -257,11 +257,14 @@ class PretrainedProcessor:
 
         module, name = self.images.rsplit(".", 1)
         try:
+            what = "tokenizer cannot be read from tokenizer.json and tokenizer_config.json"
             self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint, use_fast=True, trust_remote_code=False)
+            what = "image processor cannot be read from preprocessor_config.json or processor_config.json"
             self._images = getattr(importlib.import_module(module), name).from_pretrained(checkpoint)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # what the library raises depends on what is wrong with the files
             raise InputError(
-                f"backbone.checkpoint {checkpoint!r}: tokenizer or image processor cannot be read: {first_line(error)}"
+                f"backbone.checkpoint {checkpoint!r}: its {what}: {in_words(error)}. Take these files from the "
+                "original model."
             ) from error
 
     def process(self, picture: Picture) -> Picture:
