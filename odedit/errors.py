@@ -35,7 +35,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def in_words(error: BaseException, most: int = 300) -> str:
+def in_words(error: BaseException, most: int = 200) -> str:
     """All that an error says, in one line without a full stop, cut where it is long."""
     text = " ".join(str(error).split()).rstrip(". ")
     if isinstance(error, KeyError):  # says the key alone

@@ -52,8 +52,8 @@ def snapshot(hub_id: str) -> Path:
         offline = isinstance(error, OfflineModeIsEnabled)
         why = "is not asked (HF_HUB_OFFLINE is set)" if offline else f"does not answer ({in_words(error)})"
         raise InputError(
-            f"backbone.checkpoint {hub_id!r}: the Hugging Face hub {why}, and the local cache does not hold all of the "
-            f"model's files. Download it where there is a network, {local}."
+            f"backbone.checkpoint {hub_id!r} is no folder here; the Hugging Face hub {why}, and the local cache lacks "
+            f"some of the model's files. Download it where there is a network, {local}."
         ) from error
     return _downloaded(hub_id, commit)
 

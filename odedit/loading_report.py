@@ -78,7 +78,10 @@ class LoadingReport:
                 "torch.compile) leaves: save the model inside it with save_pretrained."
             )
         if self.missing and not self.unexpected:
-            return "The checkpoint was probably saved or downloaded in part: fetch or save it again."
+            return (
+                "The checkpoint was probably saved or downloaded in part, or config.json is another model's: fetch all "
+                "of it again."
+            )
         return "config.json and the weights are probably of different models: fetch both from the same place."
 
 

@@ -81,7 +81,7 @@ def read_config(source: str, family: str, architecture: Architecture) -> Any:
     values = config.to_dict()
     text_type = (values.get("text_config") or {}).get("model_type")
     if values.get("model_type") != architecture.model_type or text_type not in architecture.text_types:
-        got = ", ".join(values.get("architectures") or []) or str(values.get("model_type"))
+        got = ", ".join([*(values.get("architectures") or []), f"model_type {values.get('model_type')!r}"])
         raise InputError(
             f"backbone.checkpoint {source!r} is {got} with text model {text_type!r}; "
             f"family {family!r} takes {architecture.model_class} with {architecture.text_name} text model."

@@ -86,7 +86,7 @@ def find(folder: Path) -> list[Path]:
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing or not shards:
         raise InputError(
-            f"{name}: {INDEX} names {len(shards)} weight files, of which {len(missing)} are missing"
+            f"{name}: {INDEX} names {len(shards)} weight files, and {len(missing)} of them cannot be found"
             + (f" (first: {missing[0]})" if missing else "")
             + ". Fetch the checkpoint again."
         )

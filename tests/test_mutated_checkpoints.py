@@ -198,7 +198,7 @@ OF_ANY: dict[str, tuple[Mutation, str]] = {
     "pickled weights alone": (
         lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"), "pickled ones .* save_pretrained"
     ),
-    "a shard missing": (then(in_shards(), without("part-1.safetensors")), "names 3 weight files, .* 1 are missing"),
+    "a shard missing": (then(in_shards(), without("part-1.safetensors")), "3 weight files, and 1 of them .* part-1"),
     "a shard not in the index": (in_shards("part-2.safetensors"), r"\d+ tensors of \d+ missing"),
     "an index cut off": (then(in_shards(), cut(INDEX, 0.5)), "cannot be read as an index"),
     "an index of other content": (

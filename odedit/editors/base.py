@@ -272,13 +272,14 @@ def fitting_site(site: str, num_layers: int) -> str:
     """The site, or where the model has no such layer, the one at the same relative depth.
 
     >>> fitting_site("layers.23.ffn.in", 4), fitting_site("layers.-3.ffn.out", 2), fitting_site("layers.-1.ffn.in", 4)
-    ('layers.2.ffn.in', 'layers.1.ffn.out', 'layers.-1.ffn.in')
+    ('layers.2.ffn.in', 'layers.-1.ffn.out', 'layers.-1.ffn.in')
     """
     match = re.fullmatch(r"layers\.(-?\d+)\.(.+)", site)
     if match is None or -num_layers <= int(match[1]) < num_layers:
         return site
+    from_end = match[1].startswith("-")
     depth = (int(match[1]) % PUBLISHED_LAYERS + 0.5) / PUBLISHED_LAYERS
-    return f"layers.{int(depth * num_layers)}.{match[2]}"
+    return f"layers.{int(depth * num_layers) - from_end * num_layers}.{match[2]}"
 
 
 def check_range(name: str, value: float, allowed: str, ok: Callable[[float], bool]) -> None:
