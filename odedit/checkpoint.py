@@ -16,6 +16,7 @@ from odedit.editors.base import Editor
 from odedit.edits import EditParams, stack_params
 from odedit.errors import InputError
 from odedit.locations import Location, Place, at
+from odedit.pretrained import mismatch
 from odedit.tensor_files import read_metadata, read_tensors, write_tensors
 
 FORMAT = "odedit-edit-1"
@@ -128,8 +129,8 @@ def load_edits(
             )
         if info.fingerprint != backbone.fingerprint:
             raise InputError(
-                f"edit {name} belongs to {info.checkpoint!r} (fingerprint {info.fingerprint}), "
-                f"the loaded model is {backbone.checkpoint!r} ({backbone.fingerprint})."
+                f"edit {name} belongs to {info.checkpoint!r} and not to {backbone.checkpoint!r}: it was made "
+                f"{mismatch(info.fingerprint, backbone.fingerprint)}."
             )
     if first.editor not in editors.names():
         # A dotted name would import whatever module the file asks for.

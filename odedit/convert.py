@@ -17,10 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from odedit.errors import InputError
+from odedit.errors import InputError, first_line
 from odedit.files import check_new, folder_written_atomically
 from odedit.locations import at
-from odedit.pretrained import first_line
 from odedit.qformer import QFormerProcessor
 from odedit.tensor_files import write_tensors
 

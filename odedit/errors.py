@@ -68,3 +68,16 @@ def counted(number: int, noun: str) -> str:
     ('1 usable record', '0 edits')
     """
     return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def in_words(error: BaseException, most: int = 200) -> str:
+    """All that an error says, in one line without a full stop, cut where it is long."""
+    text = " ".join(str(error).split()).rstrip(". ")
+    if isinstance(error, KeyError):  # says the key alone
+        text = f"unknown {text}"
+    return (text if len(text) <= most else f"{text[:most]} ...") or type(error).__name__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -75,7 +76,7 @@ def _show_plan(config: run_config.RunConfig, *, fresh: bool) -> None:
             f"None of {counted(ready.staged.problems, 'record')} can be used:\n{listed(ready.staged.reasons)}\n"
             "`odedit data check` names every one."
         )
-    print(tracking.masked(config.to_yaml()))
+    print(tracking.masked(replace(ready.config, out=config.out).to_yaml()))
     print(f"# input: {records}")
     address = local_ray.address_of(config.pipeline)
     if address is None:

@@ -216,10 +216,15 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class EditorChoice:
-    """A base editor and its settings: in YAML, `name` and the settings side by side."""
+    """A base editor and its settings: in YAML, `name` and the settings side by side.
+
+    Attributes:
+        given: Settings that the user has set; the others may be fitted to the model.
+    """
 
     name: str
     settings: Any
+    given: frozenset[str] = field(default=frozenset(), compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **dataclasses.asdict(self.settings)}
@@ -324,7 +329,7 @@ def _editor_choice(section: Any, problems: list[str]) -> EditorChoice:
         for key in [key for key in settings if key not in known]:
             problems.append(strict.unknown_key(f"editor.{key}", str(key), [*known, "name"]))
             del settings[key]
-        return EditorChoice(str(name), strict.build(config_class, settings, "editor"))
+        return EditorChoice(str(name), strict.build(config_class, settings, "editor"), frozenset(settings))
     except InputError as error:
         prefix = "" if str(error).startswith("editor.") else "editor.name: "
         problems.extend(f"{prefix}{line}" for line in str(error).splitlines())

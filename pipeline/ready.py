@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from odedit.addresses import masked, reason
-from odedit.backbones import fingerprint, load_processor
+from odedit.backbones import fingerprint
 from odedit.errors import InputError
 from odedit.locations import delete_all
 from pipeline import intact, local_ray, results, sources, staging, tracking
-from pipeline.checkpoints import editor_weights, with_absolute_checkpoints
+from pipeline.checkpoints import editor_weights, fitted, with_absolute_checkpoints
 from pipeline.config import RunConfig, from_dict, load
 from pipeline.features import with_checked_store
 from pipeline.sources import Sources
@@ -27,6 +27,7 @@ from pipeline.workspace import CONFIG_HEADER, Workspace, check_access, kept_if_r
 
 _NOT_COMPARED = ("tracking.", "training.", "out", "pipeline.")
 _COMPARED_ANYWAY = ("pipeline.batch_size",)
+_WEIGHTS = "backbone.weights"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def prepare(config: RunConfig, *, fresh: bool = False) -> Ready:
     Raises:
         InputError: Something is wrong; no new folder stays behind.
     """
-    config, workspace = check(config, fresh=fresh)
+    config, workspace, fits = check(config, fresh=fresh)
     found = sources.resolve(config.data, config.out)
     earlier = _earlier(config, found, workspace, fresh=fresh)
     with kept_if_ready(workspace.out):
@@ -76,7 +77,7 @@ def prepare(config: RunConfig, *, fresh: bool = False) -> Ready:
         staged = staging.stage(config, found, workspace)
         damage = intact.repair(workspace, staged, keep_edits=config.keep_edits)
         code = code_version()
-        notes = (*earlier.notes, *([damage] if damage else []))
+        notes = (*fits, *earlier.notes, *([damage] if damage else []))
         _remember(workspace, earlier.settings, code)
         workspace.config.write_text(f"{CONFIG_HEADER} {code}\n{_public_yaml(config)}")
     return Ready(config, workspace, found, staged, code, notes)
@@ -84,10 +85,10 @@ def prepare(config: RunConfig, *, fresh: bool = False) -> Ready:
 
 def look(config: RunConfig, *, fresh: bool = False) -> Ready:
     """As `prepare`, but nothing of it stays: for a plan that begins no run. Its workspace and files are gone again."""
-    config, workspace = check(config, fresh=fresh)
+    config, workspace, fits = check(config, fresh=fresh)
     with _staged_aside(config) as (found, staged):
         earlier = _earlier(config, found, workspace, fresh=fresh)
-        return Ready(config, workspace, found, staged, code_version(), earlier.notes)
+        return Ready(config, workspace, found, staged, code_version(), (*fits, *earlier.notes))
 
 
 def check_records(config: RunConfig) -> None:
@@ -110,15 +111,18 @@ def _staged_aside(config: RunConfig) -> Iterator[tuple[Sources, Staged]]:
         yield found, staging.stage(config, found, aside)
 
 
-def check(config: RunConfig, *, fresh: bool = False, servers: bool = True) -> tuple[RunConfig, Workspace]:
+def check(
+    config: RunConfig, *, fresh: bool = False, trains: bool = False, servers: bool = True
+) -> tuple[RunConfig, Workspace, tuple[str, ...]]:
     """Checks everything but the records and what `out` holds; writes nothing.
 
     Args:
         fresh: As for a run: a finished run needs no servers, unless it is to start over.
+        trains: Whether the editor's own weights are still to be made.
         servers: Whether the cluster and the MLflow server have to answer.
 
     Returns:
-        The configuration with full paths, and its workspace.
+        The configuration with full paths and settings that fit the model, its workspace, and what was changed.
 
     Raises:
         InputError: A setting is wrong, or a place or a server that it names cannot be used.
@@ -126,8 +130,7 @@ def check(config: RunConfig, *, fresh: bool = False, servers: bool = True) -> tu
     workspace = Workspace.of(config.out)
     if config.tracking.enabled:
         tracking.store_uri(config.tracking, workspace.out)
-    load_processor(config.backbone.family, config.backbone.checkpoint)
-    config = with_checked_store(with_absolute_checkpoints(config))
+    config, notes = fitted(with_checked_store(with_absolute_checkpoints(config)), trains=trains)
     for folder in (workspace.out, *workspace.folders):
         check_access(folder, "out")
     sources.check_apart(config.data, workspace.out)
@@ -136,7 +139,7 @@ def check(config: RunConfig, *, fresh: bool = False, servers: bool = True) -> tu
     if servers and (fresh or not _is_finished(config, workspace)):
         local_ray.check_reachable(config.pipeline)
         tracking.check(config.tracking, workspace.out)
-    return config, workspace
+    return config, workspace, tuple(notes)
 
 
 def _is_finished(config: RunConfig, workspace: Workspace) -> bool:
@@ -262,7 +265,8 @@ def _settings(config: RunConfig, found: Sources) -> dict[str, Any]:
     compared = {
         key: value for key, value in flat.items() if key in _COMPARED_ANYWAY or not key.startswith(_NOT_COMPARED)
     }
-    weights = {"backbone.weights": fingerprint(config.backbone.family, config.backbone.checkpoint)}
+    model = config.backbone
+    weights = {_WEIGHTS: fingerprint(model.family, model.checkpoint, dtype=model.dtype)}
     weights |= editor_weights(config)
     return {key: _told_apart(value) for key, value in (compared | found.identity() | weights).items()}
 
@@ -286,6 +290,8 @@ def _check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], workspace: 
         if then.get(key) != now.get(key)
     ]
     if changed:
+        if len(str(then.get(_WEIGHTS))) != len(str(now[_WEIGHTS])):
+            changed.append("  (an earlier odedit named the weights in another way, so that they cannot be compared)")
         lines = "\n".join(changed)
         raise InputError(
             f"out: {workspace.out} holds a run with other settings or input files:\n{lines}\n"

@@ -32,7 +32,7 @@ from odedit.train import Figures, Trained, train
 from odedit.training_records import EncodedRequests
 from odedit.training_state import TrainingState, read_state
 from pipeline import sources, tracking
-from pipeline.checkpoints import with_absolute_checkpoints
+from pipeline.checkpoints import fitted, with_absolute_checkpoints
 from pipeline.config import EMBEDDED, RunConfig
 from pipeline.features import load_remembering, with_checked_store
 from pipeline.interrupts import terminate_as_interrupt
@@ -88,10 +88,10 @@ def run(config: RunConfig, out: Path | str | None, console: Console, *, fresh: b
         TrainingError: The loss is not finite.
         TrackingError: The weights are there, but MLflow could not be written to.
     """
-    config = with_checked_store(with_absolute_checkpoints(config))
-    editor = editors.find(config.editor.name)(config.editor.settings)
-    if not isinstance(editor, Trainable):
+    if not isinstance(editors.find(config.editor.name)(config.editor.settings), Trainable):
         raise InputError(f"editor {config.editor.name!r} learns nothing before it edits: there is nothing to train.")
+    config, notes = fitted(with_checked_store(with_absolute_checkpoints(config)), trains=True)
+    editor: Any = editors.find(config.editor.name)(config.editor.settings)
     name = f"{config.editor.name}-{config.objective.name}-{config.backbone.family}.safetensors"
     files = Files(absolute(str(out or below(above(absolute(config.out)), name))))
     if config.tracking.enabled:
@@ -101,6 +101,8 @@ def run(config: RunConfig, out: Path | str | None, console: Console, *, fresh: b
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
+    for note in notes:
+        say(f"Note: {note}")
     plan = make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), 1)
     settle(plan.threads_per_actor, plan.device)
     tracking.check(config.tracking, files.weights)
@@ -113,8 +115,6 @@ def run(config: RunConfig, out: Path | str | None, console: Console, *, fresh: b
     with terminate_as_interrupt():
         backbone = load_remembering(config.backbone, plan.device, config.pipeline.feature_store, say)
         identity["backbone.weights"] = backbone.fingerprint
-        # Its weights are what is to be made; everything else about it must fit the model.
-        editor.with_weights({}).check(backbone)
         if fresh:
             files.state.delete()
         elif files.state.exists():

@@ -17,11 +17,10 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from odedit.backbones import load_processor
 from odedit.errors import InputError, NothingUsable, counted
 from odedit.locations import Location, delete_all, locate
 from pipeline import local_ray, nodes, sources, tracking
-from pipeline.checkpoints import editor_weights, with_absolute_checkpoints
+from pipeline.checkpoints import editor_weights, fitted, with_absolute_checkpoints
 from pipeline.config import RunConfig
 from pipeline.features import with_checked_store
 from pipeline.interrupts import terminate_as_interrupt
@@ -63,7 +62,7 @@ def run(config: SearchConfig, out: Path | str, console: Console, *, resume: bool
             (folder.out / "trials").make_folder()
             for context in (alone(folder), terminate_as_interrupt(), local_ray.shared()):
                 stack.enter_context(context)
-            base, found = _prepared(search, folder)
+            base, found = _prepared(search, folder, console)
             groups = records.stage(base, found, folder.validation, config.rungs.sizes, config.seed)
             remember(search, folder, found)
             state = folder.state
@@ -131,17 +130,18 @@ def _check_runs(search: Search, folder: Folder) -> None:
     for name, config in (("evaluation", search.defaults), ("validation", search.trial)):
         try:
             is_finished = (folder.out / "summary.json").exists()
-            checked, _ = check_run(replace(config, out=folder.run_out(name)), servers=not is_finished)
+            checked, *_ = check_run(replace(config, out=folder.run_out(name)), servers=not is_finished)
             check_records(checked)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
 
 
-def _prepared(search: Search, folder: Folder) -> tuple[RunConfig, sources.Sources]:
+def _prepared(search: Search, folder: Folder, console: Console) -> tuple[RunConfig, sources.Sources]:
     """The run that trials are variants of, and where its records are."""
     config = search.trial
-    load_processor(config.backbone.family, config.backbone.checkpoint)
-    config = with_checked_store(with_absolute_checkpoints(config))
+    config, notes = fitted(with_checked_store(with_absolute_checkpoints(config)))
+    for note in notes:
+        _say(console, f"Note: {note}")
     editor_weights(config)
     found = {}
     # Both now: after hours of trials it would be late to miss the other records.
@@ -297,7 +297,7 @@ def _evaluation_config(search: Search, folder: Folder, trial: Trial) -> RunConfi
 def _named(folder: Folder, config: RunConfig, name: str) -> RunConfig:
     uri = tracking.store_uri(config.tracking, folder.evaluation) if config.tracking.enabled else config.tracking.uri
     return replace(
-        with_absolute_checkpoints(config),
+        fitted(with_absolute_checkpoints(config))[0],
         data=sources.with_absolute_paths(config.data),
         out=folder.run_out(name),
         tracking=replace(config.tracking, uri=uri, run_name=name.replace("-", " ")),

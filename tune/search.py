@@ -23,7 +23,7 @@ from odedit.errors import InputError, counted, one_sentence
 from odedit.locations import Location
 from odedit.metrics import MAIN
 from pipeline import results
-from pipeline.checkpoints import with_absolute_checkpoints
+from pipeline.checkpoints import fitted, with_absolute_checkpoints
 from pipeline.config import RunConfig
 from pipeline.interrupts import raise_if_interrupted
 from pipeline.search_tracking import SearchRun
@@ -72,12 +72,17 @@ class Running:
         if trial is None:
             return None
         self._trials[trial_id] = trial
-        config = with_absolute_checkpoints(self._search.space.config(trial.point))
+        asked = with_absolute_checkpoints(self._search.space.config(trial.point))
+        try:
+            config = fitted(asked)[0]
+        except InputError:  # the trial will say so
+            config = asked
         if self._tracker is not None:
             self._tracker.open_trial(trial.key, trial.number, self._parameters(trial), _tags(config))
         # As the run has them: a worker would look for a relative path elsewhere.
         flat = flatten(config.to_dict())
         settings = self._search.space.settings(trial.point)
+        settings |= {path: flat[path] for path, value in flatten(asked.to_dict()).items() if flat[path] != value}
         return {"key": trial.key, "settings": {path: flat.get(path, value) for path, value in settings.items()}}
 
     def _parameters(self, trial: Trial) -> dict[str, Any]:

@@ -26,8 +26,16 @@ from torch import Tensor, nn
 
 from odedit import risks
 from odedit.backbones.base import Backbone, Prefix
-from odedit.editor_weights import load_weights
-from odedit.editors.base import OptimizerSettings, Plain, Trace, TrainingSettings, check_range, prefix_of_edit
+from odedit.editor_weights import check_tensors, load_weights
+from odedit.editors.base import (
+    OptimizerSettings,
+    Plain,
+    Trace,
+    TrainingSettings,
+    check_range,
+    fitting_site,
+    prefix_of_edit,
+)
 from odedit.edits import EDIT, LOCALITY_SLOTS, REPHRASE_SLOTS, EditBatch, EditParams
 from odedit.errors import InputError
 from odedit.hooks import Rewrite, rewritten
@@ -139,7 +147,11 @@ class MEND(Plain):
         if len(modules) < len(self.sites):
             raise InputError(f"editor.sites: got {', '.join(self.sites)}, expected different matrices.")
         if self._weights is None:
-            self._loaded(backbone, "cpu")
+            check_tensors(self.config.checkpoint, self._loaded(backbone, "cpu"), self.initial_weights(backbone, 0))
+
+    def fitted(self, num_layers: int) -> Mapping[str, Any]:
+        sites = tuple(dict.fromkeys(fitting_site(site, num_layers) for site in self.sites))
+        return {} if sites == self.sites else {"sites": sites}
 
     def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:
         weights = self._weights if self._weights is not None else self._loaded(backbone, str(batch.tokens_EKS.device))

@@ -97,20 +97,21 @@ def _check_folder(out: Location, name: str) -> None:
 
 def _check_arms(configs: Sequence[RunConfig], *, is_drawn: bool, fresh: bool) -> None:
     """Raises InputError if a run could not begin: before anything is written, and hours of training before it."""
-    seen: set[str] = set()
     is_finished = not fresh and all(Workspace.of(config.out).summary.exists() for config in configs)
+    servers: set[str] = set()
+    inputs: set[str] = set()
     for config in configs:
-        shared = (config.backbone, config.pipeline, config.tracking.uri, config.tracking.experiment)
-        records = () if is_drawn else (config.data, config.supervision, config.objective.name)
-        if (key := repr((shared, records))) in seen:
-            continue
-        seen.add(key)
+        server = repr((config.pipeline, config.tracking.uri, config.tracking.experiment))
+        read = repr((config.data, config.supervision, config.objective.name))
         try:
-            checked, _ = check(config, fresh=fresh, servers=not is_finished)
-            if not is_drawn:
+            asks = not is_finished and server not in servers
+            checked, *_ = check(config, fresh=fresh, trains=True, servers=asks)
+            if not is_drawn and read not in inputs:
                 check_records(checked)
         except InputError as error:
             raise InputError(f"{config.name}: {error}") from error
+        servers.add(server)
+        inputs.add(read)
 
 
 def _state(out: Location) -> dict[str, Any]:
