@@ -23,11 +23,18 @@ MAX_BYTES = 400 * 2**20
 """Ray refuses more than 512 MiB; what is this large belongs on storage that the cluster reads."""
 
 _CODE = ("odedit", "pipeline", "tune", "cluster")
+_VERSION = "pipeline/VERSION"
+"""Where `pipeline.version` looks for the version of code that was sent."""
 _READ = ("path", "pool", "image_root", "rephrase_root", "checkpoint")
 """Settings that name what a run reads."""
 _WRITTEN = ("out", "feature_store", "storage")
 """Settings that name what has to outlive the job."""
 _FOLDER_OPTIONS = {"edit": (), "study": ("--out",), "train": ("--out",), "tune": ("--out", "--resume")}
+_PASSWORD = re.compile(
+    r"://[^/\s@]*:\S*@|https?://[^/\s]*@|[?&][^=&?\s]*(?:key|secret|token|password|sas|sig|credential)[^=&?\s]*=",
+    re.IGNORECASE,
+)
+"""In an address; a user name alone may be a token where the address is a web server's."""
 _LIBRARIES_OF_THE_CLUSTER = ("ray",)
 """A job cannot bring another version of these."""
 
@@ -55,7 +62,9 @@ class Parcel:
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
 
-def pack(arguments: Sequence[str], folder: Path, here: Path, include: Sequence[Path] = ()) -> Parcel:
+def pack(
+    arguments: Sequence[str], folder: Path, here: Path, include: Sequence[Path] = (), code: str | None = None
+) -> Parcel:
     """Copies what the command needs into `folder`.
 
     Args:
@@ -63,10 +72,11 @@ def pack(arguments: Sequence[str], folder: Path, here: Path, include: Sequence[P
         folder: Empty.
         here: What relative paths start from.
         include: More files and folders below `here`.
+        code: Version of the code, which travels with it: a parcel has no git history.
 
     Raises:
         JobError: The command is none of those, a file is not there or lies elsewhere, its results would be lost with
-            the job, or it is too much.
+            the job, a password would be sent in clear, or it is too much.
     """
     if not arguments or arguments[0] not in COMMANDS:
         got = arguments[0] if arguments else "nothing"
@@ -76,6 +86,8 @@ def pack(arguments: Sequence[str], folder: Path, here: Path, include: Sequence[P
     parcel = Parcel(folder, list(arguments))
     for name in _CODE:
         _copy_code(name, folder)
+    if code is not None:
+        (folder / _VERSION).write_text(f"{code}\n", encoding="utf-8")
     overrides = list(_overrides(parcel.arguments))
     replaced = {where for where, _ in overrides}
     settings = _named("", _take_config(parcel, here))
@@ -84,6 +96,7 @@ def pack(arguments: Sequence[str], folder: Path, here: Path, include: Sequence[P
         _place(where, value, parcel, here)
     for path in include:
         _take("--include", str(path), parcel, here)
+    _check_passwords([*places, *(("the command", text) for text in parcel.arguments)])
     _check_results(parcel.arguments, places)
     if parcel.num_bytes > MAX_BYTES:
         largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
@@ -229,6 +242,27 @@ def _check_outlives(where: str, value: str) -> None:
             f"{where}: {value!r} would be written into the job's own folder and be lost with it. Give a full path on "
             "storage that every node has mounted, or an address."
         )
+
+
+def holds_password(text: str) -> bool:
+    """Whether an address in the text holds a password or an access key.
+
+    >>> holds_password("out=s3://bucket/runs"), holds_password("storage=postgresql+psycopg://me:secret@host/name")
+    (False, True)
+    """
+    return "://" in text and _PASSWORD.search(text) is not None
+
+
+def _check_passwords(places: Sequence[tuple[str, object]]) -> None:
+    """Raises JobError if an address holds a password: a job's command is shown, and its files stay on the nodes."""
+    for where, value in places:
+        if isinstance(value, str) and holds_password(value):
+            raise JobError(
+                f"{where}: an address holds a password or key, which Ray's dashboard would show and every node would "
+                "keep. Take it out of the address and hand it on: --env MLFLOW_TRACKING_USERNAME --env "
+                "MLFLOW_TRACKING_PASSWORD for MLflow, --env PGPASSWORD for PostgreSQL, --env AWS_ACCESS_KEY_ID --env "
+                "AWS_SECRET_ACCESS_KEY for s3://."
+            )
 
 
 def _check_results(arguments: Sequence[str], places: Sequence[tuple[str, object]]) -> None:

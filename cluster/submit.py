@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster import packing
+from cluster import packing, sealing
 from cluster.packing import JobError
 
 LOST = 1
@@ -36,6 +36,7 @@ def submit(
     environment: Sequence[str] = (),
     include: Sequence[Path] = (),
     install: bool = False,
+    code: str | None = None,
 ) -> int:
     """Sends a command to a cluster; the job's exit code, or 0 if it is not waited for.
 
@@ -45,6 +46,7 @@ def submit(
         environment: Names of variables that the job gets as they are here.
         include: Files and folders below the current one to take along as well.
         install: Let pip install the project's dependencies for the job, instead of finding them on the cluster.
+        code: Version of the code that is sent, which the job's results record.
 
     Raises:
         JobError: The command would not work there, or no cluster answers.
@@ -53,20 +55,30 @@ def submit(
     if missing:
         raise JobError(f"--env: {', '.join(missing)} not set here. Set it, or leave it out.")
     with tempfile.TemporaryDirectory(prefix="odedit-job-") as temporary:
-        parcel = packing.pack(arguments, Path(temporary), Path.cwd(), include)
-        runtime: dict[str, Any] = {
-            "working_dir": temporary,
-            "env_vars": _QUIET | {name: os.environ[name] for name in environment},
-        }
+        parcel = packing.pack(arguments, Path(temporary), Path.cwd(), include, code)
+        runtime: dict[str, Any] = {"working_dir": temporary, "env_vars": dict(_QUIET)}
         if install:
             runtime["pip"] = packing.requirements()
+        client = _client(address)
+        if environment:
+            _hand_on({name: os.environ[name] for name in environment}, runtime, parcel.notes)
         for note in parcel.notes:
             _say(console, f"Note: {note}")
-        client = _client(address)
         _say(console, f"Sending {parcel.num_bytes / 2**20:.1f} MiB to {address} ...")
         job = _sent(client, address, shlex.join(["python", "-m", "odedit", *parcel.arguments]), runtime)
     _say(console, f"Job {job}. {_handles(job)}")
     return follow(job, address, console) if wait else 0
+
+
+def _hand_on(values: dict[str, str], runtime: dict[str, Any], notes: list[str]) -> None:
+    """Adds the user's variables to what the job gets, encrypted where the cluster has a token."""
+    token = sealing.token() if os.environ["RAY_AUTH_MODE"] == "token" else ""
+    if token:
+        runtime["env_vars"][sealing.SEALED] = sealing.seal(values, token)
+        runtime["worker_process_setup_hook"] = sealing.HOOK
+    else:
+        runtime["env_vars"] |= values
+        notes.append("The cluster has no token, so what --env hands on can be read in Ray's dashboard and logs.")
 
 
 def _sent(client: Any, address: str, command: str, runtime: dict[str, Any]) -> str:
@@ -176,7 +188,8 @@ def _outcome(job: str, details: Any, console: Console) -> int:
 
 def _client(address: str) -> Any:
     # Never left unset: with Ray 2.60 that means no token here but one there, and from 2.61 always a token.
-    has_token = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    has_token = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    has_token = has_token or (Path.home() / ".ray" / "auth_token").is_file()
     os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")
     from ray.job_submission import JobSubmissionClient
 
@@ -207,12 +220,12 @@ def _details(client: Any, job: str, address: str) -> Any:
 
 def _explained(address: str, error: BaseException) -> JobError:
     text = str(error)
-    if any(sign in text for sign in ("401", "403", "uthentication", "nauthorized")):
-        return JobError(
-            f"--address: the cluster at {address} refuses without its token. Set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH "
-            "to it."
-        )
     reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)[:300]
+    if any(sign in text for sign in ("401", "403", "uthentication", "nauthorized", "AUTH_TOKEN")):
+        return JobError(
+            f"--address: the cluster at {address} refuses without its token ({reason.partition('. ')[0].rstrip('.')}). "
+            "Set RAY_AUTH_TOKEN to it, or RAY_AUTH_TOKEN_PATH to its file."
+        )
     return JobError(f"--address: no cluster takes jobs at {address} ({reason}). Give the address of its dashboard.")
 
 

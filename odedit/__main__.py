@@ -1,12 +1,13 @@
 """The front door: `odedit COMMAND`. Standard output is the result, standard error progress and log.
 
-Exit codes: 0 done, 1 it failed or nothing could be used, 2 the input is wrong, 130 interrupted. Everything heavy is
-imported inside the commands, so that help is there at once.
+Exit codes: 0 done, 1 it failed or nothing could be used, 2 the input is wrong, 130 interrupted, 141 standard output was
+closed. Everything heavy is imported inside the commands, so that help is there at once.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import sys
 import traceback
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from typing import Annotated
 
 import typer
 
-from odedit.errors import InputError, NothingUsable
+from odedit.addresses import masked
+from odedit.errors import InputError, NothingUsable, cause_of, one_sentence
 
 app = typer.Typer(
     help="Batch editing of multimodal language models: records in, edited models and scores out.",
@@ -40,6 +42,8 @@ app.add_typer(world_app, name="world")
 app.add_typer(data_app, name="data")
 
 _debug = False
+_OUTPUT_CLOSED = 141
+"""Exit code as of a program that the signal SIGPIPE ended."""
 
 
 @app.callback()
@@ -56,6 +60,27 @@ def _options(
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
     ):
         os.environ.setdefault(name, value)
+    _take_over_secrets()
+
+
+def _take_over_secrets() -> None:
+    """Decrypts what `odedit submit --env` has handed on; says so if a password can be read by others."""
+    if os.environ.get("ODEDIT_SEALED_VARIABLES"):
+        from cluster import sealing
+
+        with _explained():
+            try:
+                sealing.unseal()
+            except sealing.JobError as error:
+                raise InputError(str(error)) from error
+    if any("://" in text for text in sys.argv):
+        from cluster.packing import holds_password
+
+        if any(map(holds_password, sys.argv)):
+            _say(
+                "Note: an address on the command line holds a password, which `ps` shows to all users of this machine. "
+                "Put the address into the configuration file, or the password into the environment."
+            )
 
 
 @contextmanager
@@ -66,7 +91,7 @@ def _explained(
     try:
         yield
     except InputError as error:
-        _say(str(error))
+        _say(str(cause_of(error)))
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         _say(interrupted)
@@ -77,20 +102,36 @@ def _explained(
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _is_output_closed():
+            raise typer.Exit(_OUTPUT_CLOSED) from error
         if _debug:
             traceback.print_exc()
-        first = (str(error).strip().splitlines() or ["no further explanation"])[0]
-        name = (
-            ""
-            if type(error).__name__ in ("GraphError", "StorageError", "TrackingError", "TrainingError")
-            else f"{type(error).__name__}: "
-        )
-        _say(f"Failed: {name}{first}" + ("" if _debug else "\n(odedit --debug ... shows where.)"))
+        text = one_sentence(error)
+        for name in ("GraphError", "StorageError", "TrackingError", "TrainingError"):
+            text = text.removeprefix(f"{name}: ")
+        _say(f"Failed: {text}" + ("" if _debug else "\n(odedit --debug ... shows where.)"))
         raise typer.Exit(1) from error
 
 
+def _is_output_closed() -> bool:
+    """Whether the program that reads standard output has ended, as `head` does when it has seen enough."""
+    try:
+        sys.stdout.flush()
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        is_closed = bool(poll.poll(0))
+    except BrokenPipeError:
+        is_closed = True
+    except (OSError, ValueError):  # no file behind it
+        return False
+    if is_closed:
+        # Python flushes once more when it ends, and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_closed
+
+
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(masked(text), file=sys.stderr, flush=True)
 
 
 @app.command()
@@ -262,6 +303,7 @@ def submit(
                 "Give a command, such as `-- edit --config run.yaml`, or one of --follow ID and --stop ID."
             )
         from cluster import submit as jobs
+        from pipeline.version import code_version
 
         console = Console(stderr=True)
         try:
@@ -278,6 +320,7 @@ def submit(
                     environment=env or [],
                     include=include or [],
                     install=install,
+                    code=code_version(),
                 )
         except jobs.JobError as error:
             raise InputError(str(error)) from error
@@ -287,7 +330,11 @@ def submit(
 @app.command()
 def apply(
     edits: Annotated[
-        list[str], typer.Argument(metavar="EDIT...", help="Edit files or addresses; several are applied together.")
+        list[str],
+        typer.Argument(
+            metavar="EDIT...",
+            help="Edit files, folders of them, runs, or patterns; paths or addresses. Several are applied together.",
+        ),
     ],
     prompt: Annotated[str, typer.Option(help="The question, or the beginning of a caption.")],
     image: Annotated[Path | None, typer.Option(help="Picture that the question is about.")] = None,
@@ -298,6 +345,8 @@ def apply(
     max_tokens: Annotated[int, typer.Option(min=1, max=64, help="Longest answer.")] = 8,
 ) -> None:
     """Asks the model a question, before and after edits.
+
+    With several edits it also says how many of them hold: whether each is still answered as it was made to be.
 
     Example: odedit apply out/edits/record-000001.safetensors --prompt "Who owns this?" --image photo.png
     """
@@ -335,13 +384,23 @@ def fetch(
 
 @app.command()
 def merge(
-    edits: Annotated[list[str], typer.Argument(metavar="EDIT...", help="Edit files of one editor.")],
+    edits: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="EDIT...",
+            help="Edit files of one editor, folders of them, runs, or patterns; paths or addresses.",
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="New folder for the checkpoint.")],
     checkpoint: Annotated[str | None, typer.Option(help="Model, if it has moved since the edit was made.")] = None,
 ) -> None:
     """Writes the edits into the model's weights: a plain checkpoint that needs no odedit.
 
-    For editors whose edits are weights (ftl). WISE decides per prompt and stays with `odedit apply`.
+    For editors whose edits are weights (ftl, ftv, lora, mend); the others decide per prompt and stay with `odedit
+    apply`. Edits that are merged change each other's answers: it says how many of them hold. The files are those of the
+    model's checkpoint, with its dtypes.
+
+    Example: odedit merge runs/first/edits/record-000001.safetensors --out merged
     """
     with _explained():
         from pipeline import commands
@@ -471,7 +530,10 @@ def convert_minigpt4(
 
 def main() -> None:
     """Entry point of the `odedit` command."""
-    app(prog_name="odedit")
+    try:
+        app(prog_name="odedit")
+    finally:
+        _is_output_closed()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 # `user:password@`, also where a password was not encoded and has an `@` or, if there is no port before it, a `/`.
@@ -49,6 +50,17 @@ def above(text: str) -> str:
 def _split(text: str) -> tuple[str, str, str]:
     """The text before and after the `?` of an address; a path may have one in a name."""
     return text.partition("?") if "://" in text else (text, "", "")
+
+
+def relative_note(path: str) -> str:
+    """What to add to a message about a local path: where relative paths start; nothing if it lies elsewhere.
+
+    >>> relative_note("/far/away")
+    ''
+    """
+    here = os.getcwd()
+    is_below = path == here or path.startswith(f"{here.rstrip('/')}/")
+    return f" Relative paths start at the current folder, {here!r}." if is_below and "://" not in path else ""
 
 
 def reason(error: OSError) -> str:

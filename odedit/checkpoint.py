@@ -1,25 +1,26 @@
-"""Edits as files: saved as safetensors with what is needed to apply them again, and merged into plain checkpoints."""
+"""Edits as files: saved as safetensors with what is needed to apply them again, and to ask whether they hold."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
 from odedit import editors
 from odedit.addresses import masked
 from odedit.backbones.base import Backbone
-from odedit.editors.base import Editor, Mergeable
+from odedit.editors.base import Editor
 from odedit.edits import EditParams, stack_params
 from odedit.errors import InputError
-from odedit.locations import Place, at
+from odedit.locations import Location, Place, at
+from odedit.pretrained import mismatch
 from odedit.tensor_files import read_metadata, read_tensors, write_tensors
 
 FORMAT = "odedit-edit-1"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class EditInfo:
         template: Prompt template it was trained and scored with.
         prompt, target: The edit in words.
         metrics: Its scores.
+        is_caption: Whether the prompt is the beginning of a caption rather than a question.
+        picture: Key of the picture that the prompt is about (`Picture.key`); empty: it has none; None: not known, in
+            files of older versions.
+        image, image_root: Where that picture was: as the record names it, and below which folder or packed folder.
     """
 
     edit_id: str
@@ -45,6 +50,10 @@ class EditInfo:
     prompt: str = ""
     target: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)
+    is_caption: bool = False
+    picture: str | None = None
+    image: str = ""
+    image_root: str = ""
 
 
 def save_edit(path: Place, params: EditParams, info: EditInfo) -> None:
@@ -68,18 +77,32 @@ def load_edit(path: Place, device: str = "cpu") -> tuple[EditParams, EditInfo]:
     Raises:
         InputError: Missing, damaged, or not an edit.
     """
+    params, metadata = _read(path, lambda place: read_tensors(place, device))
+    return params, _info(path, metadata)
+
+
+def read_info(path: Place) -> EditInfo:
+    """What an edit file says about itself, without its tensors. Raises InputError as `load_edit` does."""
+    return _info(path, _read(path, read_metadata))
+
+
+def _read(path: Place, read: Callable[[Location], T]) -> T:
     place = at(path, "edit")
     name = repr(place.text)
     try:
         if not place.is_file():
             raise InputError(f"edit {name}: no such file.")
-        params, metadata = read_tensors(place, device)
+        return read(place)
     except (SafetensorError, OSError) as error:
         raise InputError(f"edit {name} cannot be read as safetensors: {masked(str(error))}.") from error
+
+
+def _info(path: Place, metadata: Mapping[str, str]) -> EditInfo:
+    name = repr(at(path, "edit").text)
     if metadata.get("format") != FORMAT:
         raise InputError(f"edit {name}: format is {metadata.get('format')!r}, expected {FORMAT!r}.")
     try:
-        return params, EditInfo(**json.loads(metadata["info"]))
+        return EditInfo(**json.loads(metadata["info"]))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"edit {name}: what it says about itself is damaged ({error}).") from error
 
@@ -106,8 +129,8 @@ def load_edits(
             )
         if info.fingerprint != backbone.fingerprint:
             raise InputError(
-                f"edit {name} belongs to {info.checkpoint!r} (fingerprint {info.fingerprint}), "
-                f"the loaded model is {backbone.checkpoint!r} ({backbone.fingerprint})."
+                f"edit {name} belongs to {info.checkpoint!r} and not to {backbone.checkpoint!r}: it was made "
+                f"{mismatch(info.fingerprint, backbone.fingerprint)}."
             )
     if first.editor not in editors.names():
         # A dotted name would import whatever module the file asks for.
@@ -124,29 +147,3 @@ def _settings(info: EditInfo) -> Any:
     if info.editor not in editors.names():
         return info.editor_config
     return editors.load_editor(info.editor, info.editor_config).config
-
-
-def export(backbone: Any, editor: Editor, params: EditParams, directory: Path) -> None:
-    """Writes a plain Hugging Face checkpoint with the edits merged into its weights.
-
-    Args:
-        backbone: One whose `model` and `processor` can be saved (all that ship can).
-
-    Raises:
-        InputError: The editor's edits are not plain weights (WISE routes at inference).
-    """
-    if not isinstance(editor, Mergeable):
-        raise InputError(
-            f"edits of {type(editor).__name__} cannot be merged into plain weights: it decides per prompt. "
-            "Keep the edit files and use `odedit apply`."
-        )
-    sites = {site: backbone.site(site) for site in editor.merged(params)}
-    kept = {site: module.weight.data for site, module in sites.items()}
-    try:
-        for site, delta in editor.merged(params).items():
-            sites[site].weight.data = kept[site] + delta.to(kept[site])
-        backbone.model.save_pretrained(directory)
-        backbone.processor.save_pretrained(directory)
-    finally:
-        for site, module in sites.items():
-            module.weight.data = kept[site]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,12 +15,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from odedit.errors import InputError
-from odedit.pretrained import first_line
+from odedit.errors import InputError, first_line
+from odedit.files import check_new, folder_written_atomically
+from odedit.locations import at
 from odedit.qformer import QFormerProcessor
+from odedit.tensor_files import write_tensors
 
 SHARD_BYTES = 4 << 30
 _FROM_BLIP2 = ("vision_model.", "qformer.", "query_tokens")
@@ -50,8 +50,7 @@ def minigpt4(blip2: Path, projection: Path, vicuna: Path, out: Path, shard_bytes
     Raises:
         InputError: A piece is missing, cannot be read, or does not fit the others; names the file.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out: {out} is there already; name a new folder.")
+    check_new(out)
     for option, directory in (("--blip2", blip2), ("--vicuna", vicuna)):
         if not directory.is_dir():
             raise InputError(f"{option}: directory {directory} does not exist.")
@@ -59,10 +58,7 @@ def minigpt4(blip2: Path, projection: Path, vicuna: Path, out: Path, shard_bytes
     tokenizer, image_processor = _read_tokenizer(vicuna), _read_image_processor(blip2)
     config = _make_config(bridge, text, int(tokenizer.unk_token_id))
     expected = _expected_shapes(config)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with folder_written_atomically(out) as partial:
         shards = _Shards(partial, shard_bytes)
         for file, name, tensor in _pieces(blip2, projection, vicuna):
             _check_tensor(file, name, tensor, expected, shards.where)
@@ -72,11 +68,6 @@ def minigpt4(blip2: Path, projection: Path, vicuna: Path, out: Path, shard_bytes
         config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         image_processor.save_pretrained(partial)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out
 
 
@@ -264,7 +255,7 @@ class _Shards:
 
     def _flush(self) -> None:
         self._count += 1
-        save_file(self._waiting, self._directory / f"model-{self._count:05d}.safetensors", metadata={"format": "pt"})
+        write_tensors(at(self._directory / f"model-{self._count:05d}.safetensors"), self._waiting, {"format": "pt"})
         self._waiting, self._bytes = {}, 0
 
     def finish(self) -> None:

@@ -233,8 +233,14 @@ class OPTDecoder(_Sites):
     def __init__(self, model: Any) -> None:
         if model.config.model_type != "opt" or not model.config.do_layer_norm_before:
             raise InputError(
-                f"text model: got {model.config.model_type!r} with do_layer_norm_before="
+                f"backbone.checkpoint: text model: got {model.config.model_type!r} with do_layer_norm_before="
                 f"{getattr(model.config, 'do_layer_norm_before', None)}, expected an OPT model that normalises first."
+            )
+        if model.model.decoder.project_in is not None:
+            raise InputError(
+                f"backbone.checkpoint: the text model's embeddings have the width {model.config.word_embed_proj_dim}, "
+                f"its layers {model.config.hidden_size} (as opt-350m's). Image features have no place in front of the "
+                "projection between them; choose an OPT whose word_embed_proj_dim is its hidden_size."
             )
         self._decoder: Any = model.model.decoder
         self._layers = self._decoder.layers
@@ -257,8 +263,6 @@ class OPTDecoder(_Sites):
     def embed_positions(self, embedded_RSD: Tensor, positions_RS: Tensor | None = None) -> Tensor:
         if positions_RS is None:
             positions_RS = torch.arange(embedded_RSD.shape[1], device=embedded_RSD.device)
-        if self._decoder.project_in is not None:
-            embedded_RSD = self._decoder.project_in(embedded_RSD)
         # OPT's table has two unused rows in front, which its `offset` skips.
         table = self._decoder.embed_positions
         return embedded_RSD + nn.functional.embedding(positions_RS + table.offset, table.weight)
@@ -273,11 +277,8 @@ class OPTDecoder(_Sites):
         return out
 
     def finish(self, hidden_RSD: Tensor) -> Tensor:
-        """Final norm, and the projection that small OPT models have behind it."""
         if self._decoder.final_layer_norm is not None:
             hidden_RSD = self._decoder.final_layer_norm(hidden_RSD)
-        if self._decoder.project_out is not None:
-            hidden_RSD = self._decoder.project_out(hidden_RSD)
         return hidden_RSD
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -311,7 +312,8 @@ class LlamaDecoder(_Sites):
         if config.model_type not in self.TYPES or head.bias is not None:
             bias = ", its head with a bias" if head.bias is not None else ""
             raise InputError(
-                f"text model: got {config.model_type!r}{bias}, expected one of {', '.join(self.TYPES)} without."
+                f"backbone.checkpoint: text model: got {config.model_type!r}{bias}, expected one of "
+                f"{', '.join(self.TYPES)} without."
             )
         self._decoder: Any = model
         self._layers = model.layers

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from odedit import graphs
 from odedit.backbones.base import Backbone, Prefix
+from odedit.brief import brief
 from odedit.editors.base import Editor, Trace
 from odedit.edits import EditBatch, EditParams, stack_params
 from odedit.objective import Objective, Terms, Unedited
@@ -112,6 +113,8 @@ class _Recording:
     table: Tensor
     trace: Trace
     start: Callable[[], None] = lambda: None
+
+    __repr__ = brief
 
 
 class _Run:

@@ -18,6 +18,7 @@ from torch import Tensor
 from odedit.addresses import masked, reason
 from odedit.errors import InputError
 from odedit.locations import Location, Place, at, locate
+from odedit.pretrained import mismatch
 from odedit.tensor_files import read_metadata, read_tensors, write_tensors
 
 FORMAT = "odedit-editor-1"
@@ -63,12 +64,45 @@ def load_weights(
     info, weights = _about(path, version), _tensors(path, version, device)
     wanted = {"editor": editor, "settings": json.loads(json.dumps(dict(settings))), "fingerprint": fingerprint}
     for name, value in wanted.items():
-        if info.get(name) != value:
+        got = info.get(name)
+        if got == value:
+            continue
+        if name == "fingerprint":
             raise InputError(
-                f"editor.checkpoint {masked(path)!r} was trained for another {_NAMES[name]}: {info.get(name)!r}, "
-                f"this run has {value!r}; {hint} for it."
+                f"editor.checkpoint {masked(path)!r} was trained {mismatch(str(got), fingerprint)}; {hint} for it."
             )
+        raise InputError(
+            f"editor.checkpoint {masked(path)!r} was trained for another {_NAMES[name]}: {got!r}, "
+            f"this run has {value!r}; {hint} for it."
+        )
     return weights
+
+
+def check_tensors(path: str | None, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raises InputError unless a file's weights are finite and those that the editor needs for the model.
+
+    Args:
+        path: The file, for the error.
+        expected: Tensors of the names and shapes that are right; their values are not read.
+    """
+    shapes = [
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in weights
+        if name in expected and weights[name].shape != expected[name].shape
+    ]
+    broken = [name for name, value in weights.items() if not value.isfinite().all()]
+    parts = {
+        "missing": sorted(expected.keys() - weights.keys()),
+        "unexpected": sorted(weights.keys() - expected.keys()),
+        "of another shape": shapes,
+        "with NaN or infinite values": broken,
+    }
+    problems = "; ".join(f"{len(names)} {what} (first: {names[0]})" for what, names in parts.items() if names)
+    if problems:
+        raise InputError(
+            f"editor.checkpoint {masked(str(path))!r}: its tensors are not those of the editor: {problems}. "
+            "Fetch the file again, or train it anew."
+        )
 
 
 def trained_with(path: str) -> str:
@@ -76,7 +110,7 @@ def trained_with(path: str) -> str:
     return str(_about(path, _version(path, "`odedit train` makes one")).get("trained_with", ""))
 
 
-_NAMES = {"editor": "editor", "settings": "setting of the editor", "fingerprint": "model (fingerprint of its weights)"}
+_NAMES = {"editor": "editor", "settings": "setting of the editor"}
 
 
 def _version(path: str, hint: str) -> tuple[int | None, int | None]:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from odedit.brief import brief
 from odedit.selecting import places_of, select, spread
 
 EditParams = dict[str, Tensor]
@@ -73,6 +74,8 @@ class Picture:
 
     key: str
     pixels: np.ndarray
+
+    __repr__ = brief
 
     @classmethod
     def without_pixels(cls, key: str) -> Picture:
@@ -209,6 +212,8 @@ class Answers:
     column_places: Tensor
     among_places: Tensor
 
+    __repr__ = brief
+
     def spread(self, values_M: Tensor, elsewhere: float = 0.0) -> Tensor:
         """The tokens' values where they belong, `(E, K, T)`."""
         return spread(values_M, self.among_M, self.among_places, elsewhere).reshape(self.mask_EKT.shape)
@@ -279,6 +284,8 @@ class EditBatch:
     _places: dict[tuple[tuple[str, ...], ...], tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+
+    __repr__ = brief
 
     @property
     def num_edits(self) -> int:

@@ -1,9 +1,18 @@
-"""Exceptions whose message is for the user: the input is wrong or out of reach, or nothing could be done with it."""
+"""Exceptions whose message is for the user, and what is said of all others: one sentence."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+from odedit.addresses import masked
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_RAISED = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception|Exit|Interrupt|Warning)(?:: .*)?)$", re.MULTILINE)
+"""Last line of a traceback: exception and message, without the module."""
+_TRACEBACK = ("Traceback (most recent call last)", "ray::")
+_LONGEST = 300
 
 
 class InputError(ValueError):
@@ -28,3 +37,47 @@ def unknown_name(kind: str, got: str, available: Iterable[str]) -> InputError:
     near = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return InputError(f"Unknown {kind} {got!r}.{hint} Available: {', '.join(names)}.")
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The exception that a worker raised, out of what Ray wraps it in; any other exception itself."""
+    inner = error.__cause__ if _is_wrapper(error) else getattr(error, "cause", None)
+    found = cause_of(inner) if isinstance(inner, BaseException) else None
+    # A wrapper that came from another process has lost its cause; the text of what is around it still has it.
+    return error if found is None or _is_wrapper(found) else found
+
+
+def _is_wrapper(error: BaseException) -> bool:
+    return type(error).__name__ == "UserCodeException"
+
+
+def one_sentence(error: BaseException) -> str:
+    """An exception on one line, its kind included unless it is an `InputError`; of a wrapped one, the cause."""
+    error = cause_of(error)
+    text = masked(_COLOURS.sub("", str(error)))
+    if any(mark in text for mark in _TRACEBACK) and (raised := _RAISED.search(text)):
+        return raised[1][:_LONGEST]
+    text = " ".join(text.split())[:_LONGEST] or "no further explanation"
+    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun.
+
+    >>> counted(1, "usable record"), counted(0, "edit")
+    ('1 usable record', '0 edits')
+    """
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def in_words(error: BaseException, most: int = 200) -> str:
+    """All that an error says, in one line without a full stop, cut where it is long."""
+    text = " ".join(str(error).split()).rstrip(". ")
+    if isinstance(error, KeyError):  # says the key alone
+        text = f"unknown {text}"
+    return (text if len(text) <= most else f"{text[:most]} ...") or type(error).__name__

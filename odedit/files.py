@@ -1,12 +1,16 @@
-"""Writes that a reader sees whole or not at all."""
+"""Writes that a reader sees whole or not at all, with the mode that the umask gives any new file."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from odedit.errors import InputError
 
 
 def temporary_beside(path: Path) -> Path:
@@ -21,10 +25,56 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` fill a temporary file beside `path`, then renames it: there is no moment with half a file."""
     temporary = temporary_beside(path)
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        # safetensors writes by way of a file of its own, which is readable by its owner alone.
+        if temporary.stat().st_mode != mode:
+            temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[None]:
+    """Makes a folder, those above it included; where the block fails, those that are still empty go again."""
+    made: list[Path] = []
+    for folder in (path, *path.parents):
+        if folder.exists():
+            break
+        made.append(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # not empty
+            for folder in made:
+                folder.rmdir()
+        raise
+
+
+def check_new(directory: Path) -> None:
+    """Raises InputError if a file, or a folder that holds something, is there already."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise InputError(f"--out: {directory} is there already; name a new folder.")
+
+
+@contextmanager
+def folder_written_atomically(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` to be filled in the block, then renamed: there is no moment with half a folder.
+
+    Raises:
+        OSError: There is a folder that holds something at `path`, or it cannot be written there.
+    """
+    temporary = temporary_beside(path)
+    with new_folder(path.parent):
+        try:
+            temporary.mkdir()
+            yield temporary
+            os.rename(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def link_once(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pyarrow.fs import FileType
 
-from odedit.addresses import masked
+from odedit.addresses import masked, relative_note
 from odedit.edits import Picture
 from odedit.errors import InputError, StorageError
 from odedit.image_decoding import ImageError, decode
@@ -38,6 +38,9 @@ class ImageReader:
         pack_root: The packed folder that references `pack:...` point into.
         max_pixels: Largest width x height.
         max_bytes: Largest file.
+
+    Attributes:
+        settings: Name of the setting behind each root, for messages.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class ImageReader:
                 ("data.image_root", image_root) if rephrase_root is None else ("data.rephrase_root", rephrase_root)
             ),
         }
-        self._settings = {root: setting for root, (setting, _) in roots.items()}
+        self.settings = {root: setting for root, (setting, _) in roots.items()}
         self._roots = {root: locate(text, setting) for root, (setting, text) in roots.items() if text is not None}
         self._packed = None if pack_root is None else PackedImages(locate(pack_root, "data.path"))
 
@@ -91,10 +94,15 @@ class ImageReader:
                 exists = location.is_folder()
             except OSError as error:
                 raise InputError(
-                    f"{self._settings[root]}: cannot look at {location.text!r} ({_reason(error)})."
+                    f"{self.settings[root]}: cannot look at {location.text!r} ({_reason(error)})."
                 ) from error
             if not exists:
-                raise InputError(f"{self._settings[root]}: there is no folder {location.text!r}.")
+                note = relative_note(location.path)
+                raise InputError(f"{self.settings[root]}: there is no folder {location.text!r}.{note}")
+
+    def place(self, path: str, root: Root = "image") -> Location:
+        """Place of an image that is not packed. Raises ImageError if the path may not be read; looks at no file."""
+        return self._resolve(path, root, image_name(path))
 
     def read(self, path: str, root: Root = "image") -> Picture:
         """Reads and decodes one image.
@@ -156,28 +164,28 @@ class ImageReader:
     def _resolve(self, path: str, root: Root, name: str) -> Location:
         """The file's place, or ImageError if the path would leave its root."""
         if root not in self._roots:
-            raise ImageError(f"{name}: {self._settings[root]} is not set.", "image not found")
+            raise ImageError(f"{name}: {self.settings[root]} is not set.", "image not found")
         base = self._roots[root]
         parts = path.split("/")
         if "\0" in path or "\\" in path or "://" in path or path.startswith(("/", "~")) or path[1:2] == ":":
             raise ImageError(
-                f"{name}: expected a path relative to {self._settings[root]}, with forward slashes.", "forbidden path"
+                f"{name}: expected a path relative to {self.settings[root]}, with forward slashes.", "forbidden path"
             )
         if ".." in parts:
-            raise ImageError(f"{name}: '..' would leave {self._settings[root]}.", "forbidden path")
+            raise ImageError(f"{name}: '..' would leave {self.settings[root]}.", "forbidden path")
         location = base.child(path)
         if base.is_local:
             inside = os.path.realpath(base.path)
             if os.path.commonpath([inside, os.path.realpath(location.path)]) != inside:
                 raise ImageError(
-                    f"{name}: a link leads out of {self._settings[root]} ({base.text!r}). "
+                    f"{name}: a link leads out of {self.settings[root]} ({base.text!r}). "
                     "Set it to the folder that holds the files themselves.",
                     "forbidden path",
                 )
         return location
 
     def _not_found(self, path: str, root: Root, name: str) -> ImageError:
-        base, setting = self._roots[root], self._settings[root]
+        base, setting = self._roots[root], self.settings[root]
         hint = ""
         if path.split("/", 1)[0] == base.name and "/" in path:
             hint = f" Set it to the folder that holds {base.name!r}."

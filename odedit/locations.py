@@ -156,12 +156,14 @@ class Location:
         """The files and folders of those names."""
         return [self.child(name) for name in self.names(pattern)]
 
-    def first_file_below(self) -> str | None:
-        """The path of any file in the folder or a folder in it; None if there is none."""
+    def first_file_below(self, known: Sequence[Location] = ()) -> str | None:
+        """The path of any file in the folder or a folder in it, but the known ones; None if there is none."""
+        paths = {location.path for location in known}
 
         def find() -> str | None:
             found = self.filesystem.get_file_info(FileSelector(self.path, allow_not_found=True, recursive=True))
-            return next((info.path for info in found if info.type == FileType.File), None)
+            files = (info.path for info in found if info.type == FileType.File)
+            return next((path for path in files if path not in paths), None)
 
         return self._patiently(find)
 

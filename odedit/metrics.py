@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix
+from odedit.brief import brief
 from odedit.editors.base import Editor
 from odedit.edits import RELIABILITY, EditBatch, EditParams, is_locality
 from odedit.key_values import KeyValues
@@ -61,6 +62,8 @@ class _Readout:
     top_EKTR: Tensor
     top_EKSR: Tensor | None
     greedy_EKT: Tensor | None
+
+    __repr__ = brief
 
     def on_host(self) -> _Readout:
         everywhere, generated = (None if value is None else value.cpu() for value in (self.top_EKSR, self.greedy_EKT))

@@ -10,6 +10,7 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -21,10 +22,10 @@ from odedit.backbones.base import CONNECTOR, BeforeConnector, Prefix, is_connect
 from odedit.decoders import Decoder, Rotary
 from odedit.edits import EditBatch, Picture, Probe
 from odedit.encoding import TokenSequence, assemble
-from odedit.errors import InputError
+from odedit.errors import InputError, in_words
 from odedit.key_values import KeyValues
 from odedit.pretrained import Architecture, PretrainedProcessor
-from odedit.prompts import Template
+from odedit.prompts import Template, find_template
 from odedit.selecting import gather_positions
 
 # At most this many pictures run through the image tower at a time.
@@ -43,9 +44,10 @@ class MultimodalModel(ABC):
     architecture: ClassVar[Architecture]
     Processor: ClassVar[type[PretrainedProcessor]]
 
-    def __init__(self, model: Any, processor: Any, checkpoint: str, fingerprint: str) -> None:
+    def __init__(self, model: Any, processor: Any, checkpoint: str, fingerprint: Callable[[], str]) -> None:
+        """Takes the fingerprint as a function: it reads all of the weights."""
         self.checkpoint = checkpoint
-        self.fingerprint = fingerprint
+        self._fingerprint = fingerprint
         self.processor = processor
         self.model = model.eval().requires_grad_(False)
         self._decoder = self.make_decoder()
@@ -60,24 +62,82 @@ class MultimodalModel(ABC):
             if isinstance(linear, nn.Linear)
         }
 
+    @cached_property
+    def fingerprint(self) -> str:
+        return self._fingerprint()
+
     @classmethod
     def load_processor(cls, checkpoint: str) -> PretrainedProcessor:
         return cls.Processor(cls._found(checkpoint)[0])
 
     @classmethod
-    def fingerprint_of(cls, checkpoint: str) -> str:
+    def fingerprint_of(cls, checkpoint: str, *, dtype: str = "float32") -> str:
         """What `fingerprint` will be, without loading the model."""
-        return pretrained.fingerprint(*cls._found(checkpoint))
+        return pretrained.fingerprint(*cls._found(checkpoint), dtype)
 
     @classmethod
     def load(cls, checkpoint: str, *, dtype: str = "float32", device: str = "cpu") -> Self:
         pretrained.check_dtype(dtype)
-        source, config = cls._found(checkpoint)
-        model = pretrained.load_model(source, checkpoint, cls.architecture, dtype)
-        return cls(model.to(device), cls.Processor(source), checkpoint, pretrained.fingerprint(source, config))
+        empty = cls.inspect(checkpoint, dtype=dtype)
+        fingerprint = empty.fingerprint  # before the model takes its memory: it shows broken values
+        model = pretrained.load_model(cls._found(checkpoint)[0], checkpoint, cls.architecture, dtype)
+        return cls(model.to(device), empty.processor, checkpoint, lambda: fingerprint)
 
     @classmethod
-    def _found(cls, checkpoint: str) -> tuple[str, dict[str, Any]]:
+    def inspect(cls, checkpoint: str, *, dtype: str = "float32") -> Self:
+        """The model without its weights, on the meta device; they are read when its fingerprint is asked for.
+
+        Raises:
+            InputError: Configuration, headers of the weight files, tokenizer and image processor do not fit together.
+        """
+        pretrained.check_dtype(dtype)
+        source, config = cls._found(checkpoint)
+        model = pretrained.empty_model(source, checkpoint, config, cls.architecture, dtype)
+        empty = cls(model, cls.Processor(source), checkpoint, lambda: pretrained.fingerprint(source, config, dtype))
+        empty._check_tokenizer()
+        empty.check_picture()
+        return empty
+
+    def _check_tokenizer(self) -> None:
+        tokenizer = self.processor.tokenizer
+        name, ids = f"backbone.checkpoint {self.checkpoint!r}", tokenizer.get_vocab()
+        num_rows = len(self.model.get_input_embeddings().weight)
+        largest = max(ids, key=ids.__getitem__)
+        if ids[largest] >= num_rows:
+            raise InputError(
+                f"{name}: its tokenizer has the token {largest!r} with the number {ids[largest]}, and the model's "
+                f"embeddings end at {num_rows - 1}. Take tokenizer and weights from the same checkpoint."
+            )
+        if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+            raise InputError(f"{name}: its tokenizer has neither a padding token nor an end token.")
+        unknown = [mark for mark, number in self.marks().items() if number not in tokenizer.added_tokens_decoder]
+        if unknown:
+            raise InputError(
+                f"{name}: its tokenizer lacks the special token {', '.join(unknown)}, which a prompt of the family "
+                f"{self.family!r} needs. Take the tokenizer's files from the model that config.json is of."
+            )
+
+    def check_picture(self) -> None:
+        """Raises InputError unless a picture passes the processor, the tower and the connector to its positions."""
+        name = f"backbone.checkpoint {self.checkpoint!r}"
+        picture = self.processor.process(Picture("", np.zeros((64, 64, 3), dtype=np.uint8)))
+        num_positions = len(self.sequence(Probe("What is it?", "a", picture), find_template("mmedit")).image)
+        try:
+            pixels = torch.empty(1, *picture.pixels.shape, device=self.device)
+            shape = tuple(self.connect(self.tower(pixels.to(self.model.dtype))).shape[1:])
+        except Exception as error:  # what the library raises depends on which size is wrong
+            raise InputError(
+                f"{name}: a picture as the image processor makes it, {picture.pixels.shape}, does not pass the image "
+                f"tower: {in_words(error)}. Take preprocessor_config.json and config.json from the same model."
+            ) from error
+        if shape != (num_positions, self.hidden_size):
+            raise InputError(
+                f"{name}: a picture becomes features of shape {shape}, and the text model takes {num_positions} "
+                f"positions of width {self.hidden_size}. Take config.json from the model that the weights are of."
+            )
+
+    @classmethod
+    def _found(cls, checkpoint: str) -> tuple[str, Any]:
         source = pretrained.resolve(checkpoint, cls.family, cls.architecture)
         return source, pretrained.read_config(source, cls.family, cls.architecture)
 
@@ -100,6 +160,10 @@ class MultimodalModel(ABC):
     @abstractmethod
     def sequence(self, probe: Probe, template: Template) -> TokenSequence:
         """Where a probe's picture and text go. Raises ValueError if its target has no token."""
+
+    def marks(self) -> Mapping[str, int | None]:
+        """Special tokens that `sequence` writes: what they are, and their numbers in the tokenizer."""
+        return {}
 
     def positions(self, tokens_RS: Tensor, image_RS: Tensor) -> Tensor | None:
         """Position ids where they are not 0, 1, 2, ..."""

@@ -27,6 +27,7 @@ from torch import Tensor
 from odedit import mmd, risks
 from odedit.backbones import encode_requests
 from odedit.backbones.base import Backbone
+from odedit.brief import brief
 from odedit.editors.base import Editor, Trace
 from odedit.edits import (
     EDIT,
@@ -209,6 +210,8 @@ class Terms:
     worst_trained_nll: Tensor
     all_right: Tensor
 
+    __repr__ = brief
+
 
 @dataclass(frozen=True)
 class Unedited:
@@ -224,6 +227,8 @@ class Unedited:
     states_MD: Tensor
     log_q_MV: Tensor | None = None
     weight_EK: Tensor | None = None
+
+    __repr__ = brief
 
 
 class Objective:

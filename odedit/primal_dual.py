@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from odedit.brief import brief
 from odedit.editors.base import Editor, OptimizerSettings
 from odedit.edits import EditParams, stack_params
 from odedit.irm_tv import DUAL_DECAY, CountSketch, MultiplierNetwork, features, flat_input, penalty_schedule
@@ -41,6 +42,8 @@ class State:
     dual_weight_E: Tensor
     moments: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     delta: EditParams = field(default_factory=dict)
+
+    __repr__ = brief
 
     def take(self, edits: Tensor) -> State:
         """The state of the edits with these rows, alone."""

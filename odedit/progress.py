@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from odedit.brief import brief
 from odedit.edits import EditParams
 
 STOP_REASONS = ("failed", "worst_token_nll", "converged", "max_steps")
@@ -32,6 +33,8 @@ class EditResult:
     seconds: float
     curves: dict[str, list[float]] = field(default_factory=dict)
     error: str | None = None
+
+    __repr__ = brief
 
 
 class Progress:

@@ -17,6 +17,7 @@ import pyarrow
 from ijson.common import ObjectBuilder
 from pyarrow import parquet
 
+from odedit.addresses import relative_note
 from odedit.errors import InputError
 from odedit.locations import Location
 
@@ -67,7 +68,7 @@ def check_is_file(location: Location) -> None:
     except OSError as error:
         raise InputError(f"{location.text}: cannot be looked at ({error}).") from error
     if not exists:
-        raise InputError(f"{location.text}: there is no such file.")
+        raise InputError(f"{location.text}: there is no such file.{relative_note(location.path)}")
 
 
 def _read_array(stream: Any, text: str) -> Iterator[Entry]:

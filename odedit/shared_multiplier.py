@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from odedit.brief import brief
 from odedit.editors.base import Mergeable
 from odedit.edits import EditParams
 from odedit.irm_tv import DUAL_DECAY, CountSketch, MultiplierNetwork, features, flat_input, penalty_schedule
@@ -32,6 +33,8 @@ class Dual:
 
     delta: EditParams = field(default_factory=dict)
     steps: int = 0
+
+    __repr__ = brief
 
 
 class SharedMultiplier:

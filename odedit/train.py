@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from odedit.backbones.base import Backbone
+from odedit.brief import brief
 from odedit.editors.base import Editor, Estimating, Mergeable, Trainable, TrainingSettings
 from odedit.edits import EditBatch, EditParams
 from odedit.locations import Place, at
@@ -56,6 +57,8 @@ class Trained:
 
     weights: dict[str, Tensor]
     state: TrainingState
+
+    __repr__ = brief
 
 
 def train(

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from odedit.addresses import masked
+from odedit.brief import brief
 from odedit.errors import InputError
 from odedit.locations import Location, Place, at
 from odedit.shared_multiplier import Dual
@@ -49,6 +50,8 @@ class TrainingState:
     looks: tuple[tuple[int, float], ...] = ()
     dual: Dual = field(default_factory=Dual)
     stop_reason: str = ""
+
+    __repr__ = brief
 
     @classmethod
     def of(cls, weights: Mapping[str, Tensor]) -> TrainingState:

@@ -18,21 +18,24 @@ import torch
 from safetensors import SafetensorError
 
 from odedit import editors, graphs
+from odedit.addresses import masked
 from odedit.backbones import Backbone, encode_requests
 from odedit.checkpoint import EditInfo, save_edit
 from odedit.editing import edit
 from odedit.editors.base import Measuring
 from odedit.edits import REPHRASE_SLOTS, EditBatch, EditRequest, stack_params
-from odedit.errors import InputError
+from odedit.errors import InputError, one_sentence
 from odedit.memory import peak_memory
 from odedit.metrics import evaluate
 from odedit.mmedit import RawRecord
 from odedit.negatives import NegativePool
 from odedit.objective import CALIBRATION_STATES, Objective, calibrate
+from odedit.pack_format import is_pack_reference
 from odedit.pool import image_names, normal, scored_prompts
 from odedit.process import settle
 from odedit.progress import EditResult
 from odedit.prompts import find_template
+from odedit.record_fields import edit_text
 from odedit.stages import stage
 from odedit.supervision import rephrase_distance
 from pipeline import results, staging
@@ -40,7 +43,7 @@ from pipeline.attempts import Ledger
 from pipeline.config import BackboneConfig
 from pipeline.features import load_remembering, warn_anew
 from pipeline.negatives import negative_pool
-from pipeline.prepare import Prepared, Preparer, located, one_sentence, write_note, write_traceback
+from pipeline.prepare import Prepared, Preparer, located, write_note, write_traceback
 from pipeline.profile import LOADING
 from pipeline.room import Room
 from pipeline.spec import Job
@@ -170,7 +173,7 @@ class EditActor:
             row = self._row(record, result) | known | ({} if result.error else score)
             if not result.error and config.keep_edits:
                 with stage("write edits"):
-                    self._save(record, result, score)
+                    self._save(record, request, result, score)
             rows.append(row)
         return rows
 
@@ -217,8 +220,10 @@ class EditActor:
             "losses": result.curves,
         }
 
-    def _save(self, record: RawRecord, result: EditResult, score: dict[str, Any]) -> None:
-        config = self._job.config
+    def _save(self, record: RawRecord, request: EditRequest, result: EditResult, score: dict[str, Any]) -> None:
+        config, sources = self._job.config, self._job.sources
+        picture, image = request.edit.picture, edit_text(record.fields, record.task).image
+        root = sources.path if image is not None and is_pack_reference(image.path) else sources.image_root
         info = EditInfo(
             edit_id=record.edit_id,
             editor=config.editor.name,
@@ -227,9 +232,13 @@ class EditActor:
             checkpoint=config.backbone.checkpoint,
             fingerprint=self._backbone.fingerprint,
             template=config.data.template,
-            prompt=record.fields["src"],
-            target=record.fields["alt"],
+            prompt=request.edit.prompt,
+            target=request.edit.target,
             metrics=dict(score),
+            is_caption=request.edit.is_caption,
+            picture="" if picture is None else picture.key,
+            image="" if image is None else image.path,
+            image_root=masked(root or ""),
         )
         try:
             save_edit(self._job.workspace.edit(record.edit_id), result.params, info)

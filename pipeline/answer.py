@@ -1,4 +1,4 @@
-"""Asks a model a question, as it is and with edits applied."""
+"""Asks a model questions, as it is and with edits applied."""
 
 from __future__ import annotations
 
@@ -8,86 +8,120 @@ from pathlib import Path
 import torch
 
 from odedit.addresses import masked
-from odedit.backbones import Backbone, Prefix, is_connector, load_backbone, names
-from odedit.checkpoint import load_edit, load_edits
-from odedit.edits import EditBatch, Probe
+from odedit.backbones import Backbone, is_connector, load_backbone, names
+from odedit.checkpoint import EditInfo
+from odedit.editors.base import Editor
+from odedit.edits import EditParams, Picture, Probe
 from odedit.errors import InputError
 from odedit.images import ImageError, ImageReader
 from odedit.key_values import KeyValues
-from odedit.locations import Place
 from odedit.metrics import greedy
-from odedit.prompts import find_template
+from odedit.prompts import Template, find_template
 
 _PLACEHOLDER = " x"
 
 
-@torch.no_grad()
-def answers(
-    edits: Sequence[Place],
-    prompt: str,
-    image: Path | None = None,
-    *,
-    caption: bool = False,
-    checkpoint: str | None = None,
-    device: str = "cpu",
-    dtype: str = "float32",
-    max_tokens: int = 8,
-) -> tuple[str, str]:
-    """The greedy answers before and after.
+class Questions:
+    """Questions that are asked together, and answered greedily under whatever edits are applied then.
 
-    Args:
-        edits: Edit files; several are applied together.
-        checkpoint: Instead of the one that the edits name.
-
-    Raises:
-        InputError: An edit cannot be read, or belongs to another model.
-        ImageError: The picture cannot be read.
+    Attributes:
+        batch: One row for each question, in one sequence.
     """
-    picture = None
-    if image is not None:
-        path = image.expanduser().resolve()
-        if not path.exists():
-            raise ImageError(f"there is no file {str(image)!r}.", "image not found")
-        picture = ImageReader(str(path.parent)).read(path.name)
-    backbone = load_backbone_of(edits[0], checkpoint, dtype=dtype, device=device)
-    editor, params, infos = load_edits(edits, backbone, device)
-    probe = Probe(prompt, _PLACEHOLDER * max_tokens, picture, caption)
-    before = any(is_connector(site) for site in editor.sites)
-    features = backbone.image_features([picture] if picture else [], before)
-    batch = backbone.encode(["question"], ["rel"], [[probe]], features, find_template(infos[0].template), before)
 
-    memory = KeyValues()
-    prefix = backbone.prefix(batch, *editor.sites, memory=memory)
-    unedited = _generate(backbone, batch, prefix, memory.branch(), max_tokens)
-    with editor.together(backbone, params, batch):
-        return unedited, _generate(backbone, batch, prefix, memory, max_tokens)
+    @torch.no_grad()
+    def __init__(
+        self,
+        backbone: Backbone,
+        sites: Sequence[str],
+        probes: Sequence[Probe],
+        max_tokens: Sequence[int],
+        template: Template,
+    ) -> None:
+        """
+        Args:
+            sites: What the edits change.
+            probes: Their targets are not looked at.
+            max_tokens: Longest answer to each.
+
+        Raises:
+            InputError: A question has more tokens than the model takes.
+        """
+        before = any(is_connector(site) for site in sites)
+        pictures = [probe.picture for probe in probes if probe.picture is not None]
+        features = backbone.image_features(pictures, before)
+        grid = [
+            [Probe(probe.prompt, _PLACEHOLDER * count, probe.picture, probe.is_caption)]
+            for probe, count in zip(probes, max_tokens, strict=True)
+        ]
+        ids = [f"question-{number}" for number in range(len(grid))]
+        self.batch = backbone.encode(ids, ["rel"], grid, features, template, before)
+        self._backbone, self._max_tokens = backbone, tuple(max_tokens)
+        self._memory = KeyValues()
+        self._prefix = backbone.prefix(self.batch, *sites, memory=self._memory)
+
+    @torch.no_grad()
+    def answers(self) -> list[str]:
+        """What the model says now, each answer to its end or to its longest."""
+        backbone, memory = self._backbone, self._memory.branch()
+        first_EKT = backbone.head(backbone.suffix(self._prefix, self.batch.predict_EKT, memory)).argmax(dim=-1)
+        tokens_EKT = greedy(backbone, self.batch, self._prefix, memory, first_EKT)
+        rows = zip(tokens_EKT[:, 0].tolist(), self._max_tokens, strict=True)
+        return [words(backbone, tokens[:count]) for tokens, count in rows]
+
+
+def words(backbone: Backbone, tokens: Sequence[int]) -> str:
+    """An answer's text, up to the first token that ends it."""
+    ends = _end_tokens(backbone)
+    end = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
+    return str(backbone.processor.tokenizer.decode(tokens[:end], skip_special_tokens=True)).strip()
+
+
+def _end_tokens(backbone: Backbone) -> set[int]:
+    """Tokens that end an answer: the tokenizer's, and those of the checkpoint's settings for generation."""
+    settings = getattr(getattr(backbone, "model", None), "generation_config", None)
+    further = getattr(settings, "eos_token_id", None)
+    found = [backbone.processor.tokenizer.eos_token_id, *(further if isinstance(further, list) else [further])]
+    return {token for token in found if token is not None}
+
+
+def first_line(answer: str) -> str:
+    """Models that were trained on lines go on with further ones."""
+    return answer.split("\n")[0].strip()
+
+
+def before_and_after(
+    backbone: Backbone, editor: Editor, params: EditParams, template: str, question: Probe, max_tokens: int
+) -> tuple[str, str]:
+    """The greedy answers without and with all edits."""
+    questions = Questions(backbone, editor.sites, [question], [max_tokens], find_template(template))
+    (before,) = questions.answers()
+    with editor.together(backbone, params, questions.batch):
+        (after,) = questions.answers()
+    return first_line(before), first_line(after)
+
+
+def read_picture(image: Path) -> Picture:
+    """Raises ImageError if the picture cannot be read."""
+    path = image.expanduser().resolve()
+    if not path.exists():
+        raise ImageError(f"there is no file {str(image)!r}.", "image not found")
+    return ImageReader(str(path.parent)).read(path.name)
 
 
 def load_backbone_of(
-    edit: Place, checkpoint: str | None = None, *, dtype: str = "float32", device: str = "cpu"
+    edit: EditInfo, checkpoint: str | None = None, *, dtype: str = "float32", device: str = "cpu"
 ) -> Backbone:
-    """The model that an edit file was made for, or another checkpoint of its family.
+    """The model that an edit was made for, or another checkpoint of its family.
 
     Raises:
-        InputError: The file names a family that is not one of the package's.
+        InputError: The edit names a family that is not one of the package's.
     """
     from transformers.utils import logging
 
-    _, info = load_edit(edit)
-    if info.family not in names():
+    if edit.family not in names():
         # A dotted name would import whatever module the file asks for.
         raise InputError(
-            f"edit {masked(str(edit))!r}: unknown model family {info.family!r}; known: {', '.join(names())}."
+            f"edit {masked(edit.edit_id)!r}: unknown model family {edit.family!r}; known: {', '.join(names())}."
         )
     logging.disable_progress_bar()
-    return load_backbone(info.family, checkpoint or info.checkpoint, dtype=dtype, device=device)
-
-
-def _generate(backbone: Backbone, batch: EditBatch, prefix: Prefix, memory: KeyValues, max_tokens: int) -> str:
-    """Fills the placeholders of the target greedily; stops at the end token."""
-    first_EKT = backbone.head(backbone.suffix(prefix, batch.predict_EKT, memory)).argmax(dim=-1)
-    tokens = greedy(backbone, batch, prefix, memory, first_EKT)[0, 0].tolist()[:max_tokens]
-    tokenizer = backbone.processor.tokenizer
-    if tokenizer.eos_token_id in tokens:
-        tokens = tokens[: tokens.index(tokenizer.eos_token_id)]
-    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip().split("\n")[0]
+    return load_backbone(edit.family, checkpoint or edit.checkpoint, dtype=dtype, device=device)

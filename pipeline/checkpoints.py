@@ -1,17 +1,19 @@
-"""Files of weights that a run names: the model's, and those that an editor has learned."""
+"""Checkpoints that a run names, the model's and those of an editor that learns: checked before anything starts."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from odedit import editors
-from odedit.backbones import fingerprint
+from odedit.backbones import Backbone, fingerprint, inspect_backbone
 from odedit.editor_weights import load_weights
 from odedit.editors.base import Trainable
 from odedit.locations import locate
-from pipeline.config import EMBEDDED, RunConfig
+from pipeline.config import EMBEDDED, BackboneConfig, RunConfig
 
 
 def with_absolute_checkpoints(config: RunConfig) -> RunConfig:
@@ -26,6 +28,55 @@ def with_absolute_checkpoints(config: RunConfig) -> RunConfig:
     return config
 
 
+def fitted(config: RunConfig, *, trains: bool = False) -> tuple[RunConfig, list[str]]:
+    """The run with settings of its editor that its model has, and what was changed, for the user.
+
+    Only settings that the user has not set are changed. The model's files are checked by their headers, and the editor
+    against the model; no weights are loaded.
+
+    Args:
+        trains: Whether the editor's own weights are still to be made.
+
+    Raises:
+        InputError: The model cannot be loaded, or settings of the editor do not fit it.
+    """
+    model = _inspected(config.backbone, _state(config.backbone.checkpoint))
+    kind, choice = editors.find(config.editor.name), config.editor
+    changed = {
+        name: value
+        for name, value in kind(choice.settings).fitted(model.num_layers).items()
+        if name not in choice.given
+    }
+    notes = [
+        f"editor.{name}: the default {_in_words(getattr(choice.settings, name))} is for other models; this one has "
+        f"{model.num_layers} layers, and {_in_words(value)} is used."
+        for name, value in changed.items()
+    ]
+    config = replace(config, editor=replace(choice, settings=replace(choice.settings, **changed)))
+    editor = kind(config.editor.settings)
+    (editor.with_weights({}) if trains and isinstance(editor, Trainable) else editor).check(model)
+    return config, notes
+
+
+def _in_words(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
+
+
+@lru_cache(maxsize=4)
+def _inspected(backbone: BackboneConfig, state: tuple[tuple[str, int, int], ...]) -> Backbone:
+    """The model without weights; looked at once for each state of its files."""
+    return inspect_backbone(backbone.family, backbone.checkpoint, dtype=backbone.dtype)
+
+
+def _state(checkpoint: str) -> tuple[tuple[str, int, int], ...]:
+    """Names, times and sizes of a local checkpoint's files."""
+    folder = Path(checkpoint).expanduser()
+    if checkpoint == EMBEDDED or not folder.is_dir():
+        return ()
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    return tuple((file.name, (stat := file.stat()).st_mtime_ns, stat.st_size) for file in files)
+
+
 def editor_weights(config: RunConfig) -> dict[str, str]:
     """A hash of the weights that an editor has learned, if it is one that learns.
 
@@ -37,7 +88,7 @@ def editor_weights(config: RunConfig) -> dict[str, str]:
     if not isinstance(editor, Trainable):
         return {}
     path = config.editor.settings.checkpoint
-    model = fingerprint(config.backbone.family, config.backbone.checkpoint)
+    model = fingerprint(config.backbone.family, config.backbone.checkpoint, dtype=config.backbone.dtype)
     load_weights(path, config.editor.name, editor.weight_settings, model)
     with locate(path, "editor.checkpoint").open() as stream:
         return {"editor.weights": hashlib.file_digest(stream, "sha256").hexdigest()[:16]}

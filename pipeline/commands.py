@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -12,12 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from odedit.errors import InputError, NothingUsable
+from odedit.errors import InputError, NothingUsable, counted
 from odedit.locations import Location, locate
 from pipeline import config as run_config
-from pipeline import report, tracking
+from pipeline import report, results, tracking
 from pipeline.profile import Profile
-from pipeline.ready import prepare
+from pipeline.ready import look
+from pipeline.reasons import listed
 from pipeline.run import Outcome, run
 
 
@@ -26,7 +28,7 @@ def edit(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: bool, pr
     config = run_config.load(path, overrides)
     errors = Console(stderr=True)
     if dry_run:
-        _show_plan(config, errors)
+        _show_plan(config, fresh=fresh)
         return
     measured = Profile() if profile else None
     outcome = run(config, errors, fresh=fresh, profile=measured)
@@ -35,7 +37,10 @@ def edit(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: bool, pr
         Console().print(measured.table())
     if not outcome.summary["n"]:
         counts = ", ".join(f"{outcome.summary[status]} {status}" for status in ("failed", "skipped"))
-        raise NothingUsable(f"No record was edited ({counts}); {outcome.workspace.results} says why, row by row.")
+        raise NothingUsable(
+            f"No record was edited ({counts}):\n{listed(outcome.summary['reasons'])}\n"
+            f"The reason of every record is in {outcome.workspace.results}."
+        )
 
 
 def train(editor: str, path: Path, overrides: Sequence[str], out: str | None, *, fresh: bool) -> Location:
@@ -57,37 +62,33 @@ def train(editor: str, path: Path, overrides: Sequence[str], out: str | None, *,
     return training.run(config, out, errors, fresh=fresh)
 
 
-def _show_plan(config: run_config.RunConfig, errors: Console) -> None:
-    """Resolved configuration and plan; writes nothing but the embedded benchmark, if that is asked for."""
-    import tempfile
-    from dataclasses import replace
-
-    from pipeline import local_ray, results
-    from pipeline.sources import resolve
+def _show_plan(config: run_config.RunConfig, *, fresh: bool) -> None:
+    """Resolved configuration and plan, after every check of a run; writes nothing."""
+    from pipeline import local_ray
     from pipeline.spec import machine_cpus, machine_gpus, make_plan
-    from pipeline.workspace import Workspace
 
-    print(tracking.masked(config.to_yaml()))
-    workspace = Workspace.of(config.out)
-    uri = tracking.store_uri(config.tracking, workspace.out) if config.tracking.enabled else None
-    done = len(results.finished_groups(workspace))
-    with tempfile.TemporaryDirectory() as folder:
-        # Staged elsewhere: looking must not begin a run.
-        ready = prepare(replace(config, out=str(Path(folder) / "out")))
-        groups, usable, problems = len(ready.staged.usable), ready.staged.num_usable, ready.staged.problems
-    if config.data.split is None:
-        resolve(config.data, config.out).reader.check_roots()
-    print(f"# input: {usable} usable records in {groups} groups of {config.pipeline.batch_size}, {problems} skipped")
+    ready = look(config, fresh=fresh)
+    num_groups, num_usable, out = len(ready.staged.usable), ready.staged.num_usable, ready.workspace.out
+    groups = f"{counted(num_groups, 'group')} of {ready.config.pipeline.batch_size}"
+    records = f"{counted(num_usable, 'usable record')} in {groups}, {ready.staged.problems} skipped"
+    if not num_usable:
+        raise NothingUsable(
+            f"None of {counted(ready.staged.problems, 'record')} can be used:\n{listed(ready.staged.reasons)}\n"
+            "`odedit data check` names every one."
+        )
+    print(tracking.masked(replace(ready.config, out=config.out).to_yaml()))
+    print(f"# input: {records}")
     address = local_ray.address_of(config.pipeline)
     if address is None:
-        print(f"# plan: {make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), groups)}")
+        print(f"# plan: {make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), num_groups)}")
     else:
         print(f"# plan: on the cluster at {address}")
-    print(f"# results: {workspace.out}" + (f" (finished groups there: {done})" if done else ""))
-    if uri is not None:
-        print(f"# MLflow: {tracking.masked(uri)}")
-    if not usable:
-        raise NothingUsable("None of the records can be used; `odedit data check` says why.")
+    done = len(results.finished_groups(ready.workspace))
+    print(f"# results: {out}" + (f" (finished groups there: {done})" if done else ""))
+    if config.tracking.enabled:
+        print(f"# MLflow: {tracking.masked(tracking.store_uri(config.tracking, out))}")
+    for note in ready.notes:
+        print(f"# note: {note}")
 
 
 def show_outcome(outcome: Outcome) -> None:
@@ -95,6 +96,8 @@ def show_outcome(outcome: Outcome) -> None:
     out = Console()
     title = f"{outcome.summary['editor']}, {outcome.summary['objective']} objective"
     out.print(report.summary_table(outcome.summary, title))
+    if outcome.summary["n"] and outcome.summary["reasons"]:
+        _line(out, f"Not edited:\n{listed(outcome.summary['reasons'])}")
     _line(out, f"Results: {outcome.workspace.out} (report.html, summary.json, results/, edits/)")
     if outcome.tracking_uri:
         _line(out, f"MLflow:  {tracking.open_command(outcome.tracking_uri)}")
@@ -147,26 +150,35 @@ def apply(
     max_tokens: int,
 ) -> None:
     """`odedit apply`."""
+    from odedit.checkpoint import load_edits
+    from odedit.edits import Probe
     from odedit.images import ImageError
-    from pipeline.answer import answers
+    from pipeline import edit_files, held
+    from pipeline.answer import before_and_after, load_backbone_of, read_picture
 
     _check_device(device)
     if dtype not in get_args(run_config.Dtype):
         raise InputError(f"--dtype: got {dtype!r}, expected one of {', '.join(get_args(run_config.Dtype))}.")
     try:
-        before, after = answers(
-            edits,
-            prompt,
-            image,
-            caption=caption,
-            checkpoint=checkpoint,
-            device=device,
-            dtype=dtype,
-            max_tokens=max_tokens,
-        )
+        picture = None if image is None else read_picture(image)
     except ImageError as error:
         raise InputError(f"--image: {error}") from error
+    given = edit_files.find(edits)
+    backbone = load_backbone_of(given.infos[0], checkpoint, dtype=dtype, device=device)
+    editor, params, infos = load_edits(given.files, backbone, device)
+    question = Probe(prompt, "", picture, caption)
+    before, after = before_and_after(backbone, editor, params, infos[0].template, question, max_tokens)
     print(f"before: {before}\nafter:  {after}")
+    _say_of_edits(given.notes)
+    if len(infos) > 1:  # one alone has been scored when it was made
+        found = held.ask(backbone, editor.sites, infos, lambda batch: editor.together(backbone, params, batch))
+        _say_of_edits(found.sentences())
+
+
+def _say_of_edits(sentences: Iterable[str]) -> None:
+    errors = Console(stderr=True)
+    for sentence in sentences:
+        _line(errors, sentence)
 
 
 def _check_device(device: str) -> None:
@@ -181,25 +193,34 @@ def _check_device(device: str) -> None:
 
 def merge(edits: Sequence[str], out: Path, checkpoint: str | None) -> Path:
     """`odedit merge`: a plain checkpoint with the edits in its weights."""
-    from odedit.checkpoint import export, load_edits
+    from odedit.checkpoint import load_edits
+    from odedit.files import check_new
+    from odedit.merging import merged_into
+    from pipeline import edit_files, held
     from pipeline.answer import load_backbone_of
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out: {out} is there already; name a new folder.")
-    backbone = load_backbone_of(edits[0], checkpoint)
-    editor, params, _ = load_edits(edits, backbone)
-    export(backbone, editor, params, out)
+    check_new(out)
+    given = edit_files.find(edits)
+    backbone = load_backbone_of(given.infos[0], checkpoint)
+    editor, params, infos = load_edits(given.files, backbone)
+    with merged_into(backbone, editor, params) as merged:
+        found = held.ask(backbone, editor.sites, infos, lambda batch: nullcontext())
+        merged.write(out)
+    _say_of_edits([*given.notes, *found.sentences()])
     return out
 
 
 def fetch(run_id: str, edit_ids: Sequence[str], uri: str, out: Path) -> None:
     """`odedit fetch`."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out: {str(out)!r} cannot be written to: {error.strerror}.") from error
-    for edit_id in edit_ids:
-        print(tracking.fetch_edit(uri, run_id, edit_id, out))
+    from odedit.files import new_folder
+
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(new_folder(out))
+        except OSError as error:
+            raise InputError(f"--out: {str(out)!r} cannot be written to: {error.strerror}.") from error
+        for edit_id in edit_ids:
+            print(tracking.fetch_edit(uri, run_id, edit_id, out))
 
 
 def train_world(out: Path, seed: int, vision_steps: int, joint_steps: int, family: str) -> Path:
@@ -254,7 +275,7 @@ def check_data(path: str, image_root: str | None, rephrase_root: str | None, tas
             print(_with_flags(str(finding)))
     skipped = ", ".join(f"{count} {kind}" for kind, count in found.skipped.most_common())
     print(
-        f"{found.num_usable} of {found.num_records} records can be used"
+        f"{found.num_usable} of {counted(found.num_records, 'record')} can be used"
         + (f"; skipped: {skipped}." if skipped else ".")
     )
     if not found.num_usable:
@@ -272,7 +293,8 @@ def pack_data(path: str, out: str, image_root: str | None, rephrase_root: str | 
 
     with _named_by_flags():
         done = pack(path, image_root, rephrase_root, out, task=task, on_problem=show)
-    print(f"{out}: {done.num_records} records ({done.num_problems} unusable), {done.num_images} pictures, "
+    print(f"{out}: {counted(done.num_records, 'record')} ({done.num_problems} unusable), "
+          f"{counted(done.num_images, 'picture')}, "
           f"{done.num_image_bytes / 2**20:.1f} MiB, {done.num_unreadable} unreadable.")  # fmt: skip
     if done.is_useless:
         raise NothingUsable("Not one picture could be read, so nothing was written: see --image-root, --rephrase-root.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -125,6 +126,7 @@ class PipelineConfig:
         threads_per_actor: Of one actor without GPU; `auto`: 1 for a small model, else the machine's cores.
         preparers: Workers that read and resize pictures; `auto`: half the cores.
         ray_address: A running cluster, e.g. `auto`; null starts one on this machine, for this run only.
+        wait_s: How many seconds a run waits for nodes that a cluster lacks, at its start or after it has lost some.
         max_attempts: An edit that has ended its worker so often is given up as a failed row.
         measure_memory: Every row gets `peak_bytes`, the peak memory of the loop of its group's first edits, as many
             as move together, divided by their number; see `odedit.memory`. Measured over the first steps of a second
@@ -141,11 +143,14 @@ class PipelineConfig:
     threads_per_actor: Literal["auto"] | int = AUTO
     preparers: Literal["auto"] | int = AUTO
     ray_address: str | None = None
+    wait_s: float = 600.0
     max_attempts: int = 3
     measure_memory: bool = False
     feature_store: str | None = None
 
     def __post_init__(self) -> None:
+        if self.wait_s < 0:
+            raise ValueError(f"wait_s: got {self.wait_s}, expected at least 0.")
         if self.max_attempts < 2:
             raise ValueError(f"max_attempts: got {self.max_attempts}, expected at least 2: with its group, and alone.")
         for name in ("actors", "batch_size", "at_once", "threads_per_actor", "preparers"):
@@ -165,7 +170,7 @@ class TrackingConfig:
         uri: Tracking server or database; null: `mlflow.db` in the parent folder of `out`, which
             has to be a folder then.
         experiment: Its runs are compared with each other.
-        run_name: Null: editor and objective.
+        run_name: Null: the last part of `out`.
         curves: Number of edits whose loss curves are logged step by step.
         edits_gib: The edits are logged as artifacts, in order, until so many GiB are full; all stay under `out/edits`.
     """
@@ -211,10 +216,15 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class EditorChoice:
-    """A base editor and its settings: in YAML, `name` and the settings side by side."""
+    """A base editor and its settings: in YAML, `name` and the settings side by side.
+
+    Attributes:
+        given: Settings that the user has set; the others may be fitted to the model.
+    """
 
     name: str
     settings: Any
+    given: frozenset[str] = field(default=frozenset(), compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **dataclasses.asdict(self.settings)}
@@ -247,7 +257,8 @@ class RunConfig:
     @property
     def name(self) -> str:
         """What the run is called among others: its name in MLflow, or its folder's."""
-        return self.tracking.run_name or Path(self.out.partition("?")[0] if "://" in self.out else self.out).name
+        place = self.out.partition("?")[0] if "://" in self.out else os.path.abspath(os.path.expanduser(self.out))
+        return self.tracking.run_name or Path(place).name
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values of every setting, as YAML and JSON have them."""
@@ -318,7 +329,7 @@ def _editor_choice(section: Any, problems: list[str]) -> EditorChoice:
         for key in [key for key in settings if key not in known]:
             problems.append(strict.unknown_key(f"editor.{key}", str(key), [*known, "name"]))
             del settings[key]
-        return EditorChoice(str(name), strict.build(config_class, settings, "editor"))
+        return EditorChoice(str(name), strict.build(config_class, settings, "editor"), frozenset(settings))
     except InputError as error:
         prefix = "" if str(error).startswith("editor.") else "editor.name: "
         problems.extend(f"{prefix}{line}" for line in str(error).splitlines())

@@ -17,10 +17,10 @@ import ray
 from ray import cloudpickle
 from ray.data import ActorPoolStrategy, DataContext
 
-from odedit.errors import InputError, StorageError
+from odedit.errors import InputError, StorageError, one_sentence
 from odedit.stages import stage
 from pipeline.actor import EditActor
-from pipeline.prepare import Preparer, one_sentence, write_traceback
+from pipeline.prepare import Preparer, write_traceback
 from pipeline.profile import EDIT, LOADING, OTHER, PREPARE, Clock, Profile
 from pipeline.request_cache import RequestCache
 from pipeline.results import Row
@@ -140,8 +140,7 @@ class _Stage(ABC):
         try:
             return self.Worker(self._jobs[index], *self._shared)
         except Exception as error:
-            write_traceback(self._jobs[index], self.Worker.__name__)
-            return {"fatal": one_sentence(error), "is_input": isinstance(error, InputError)}
+            return _unexpected(error, self._jobs[index], self.Worker.__name__)
 
 
 def _model(job: Job) -> tuple[object, ...]:
@@ -164,14 +163,16 @@ class PrepareStage(_Stage):
         index, group = int(batch["job"][0]), int(batch["group"][0])
         worker = self._worker(index)
         with stage("records and pictures"):
-            prepared = worker if isinstance(worker, dict) else self._prepared(worker, group)
+            prepared = worker if isinstance(worker, dict) else self._prepared(worker, index, group)
         return {"job": [index], "prepared": [cloudpickle.dumps(prepared, protocol=5)]}
 
-    def _prepared(self, worker: Any, group: int) -> Any:
+    def _prepared(self, worker: Any, index: int, group: int) -> Any:
         try:
             return worker(group)
         except StorageError as error:
             return _out_of_reach(error)
+        except Exception as error:
+            return _unexpected(error, self._jobs[index], f"group-{group:06d}")
 
 
 class EditStage(_Stage):
@@ -188,13 +189,13 @@ class EditStage(_Stage):
         rows: list[Row] = []
         try:
             rows = [] if fatal else worker(prepared)
-        except InputError as error:
-            fatal = {"fatal": str(error), "is_input": True}
         except StorageError as error:
             fatal = _out_of_reach(error)
         except OSError as error:
             message = f"results cannot be written ({one_sentence(error)}). The same command goes on from there."
             fatal = {"fatal": message, "is_input": False}
+        except Exception as error:
+            fatal = _unexpected(error, self._jobs[index], f"group-{prepared.group:06d}")
         self._fatal = fatal
         return {
             "job": [index],
@@ -203,6 +204,14 @@ class EditStage(_Stage):
             "fatal": [fatal.get("fatal", "")],
             "is_input": [bool(fatal.get("is_input", False))],
         }
+
+
+def _unexpected(error: Exception, job: Job, name: str) -> dict[str, Any]:
+    """The report of an exception that would end the run: left to Ray, it would arrive as a page of traceback."""
+    if isinstance(error, InputError):
+        return {"fatal": str(error), "is_input": True}
+    write_traceback(job, name)
+    return {"fatal": f"{one_sentence(error)} (traceback: {job.workspace.errors}/{name}.txt)", "is_input": False}
 
 
 def _out_of_reach(error: StorageError) -> dict[str, Any]:

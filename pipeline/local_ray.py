@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import shutil
 import sys
 import tempfile
 import threading
@@ -16,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from rich.console import Console
 
 from odedit.errors import InputError
+from pipeline import joining
 from pipeline.config import BackboneConfig, PipelineConfig
-from pipeline.spec import Plan, check_fits, machine_cpus, machine_gpus, make_plan
+from pipeline.reachable import check_server
+from pipeline.spec import Plan, machine_cpus, machine_gpus, make_plan, shortage
 
 _OBJECT_STORE_BYTES = 2 * 2**30
 _LOOPBACK = "127.0.0.1"
@@ -28,15 +32,21 @@ _READ_AHEAD_S = 10.0
 
 
 @contextmanager
-def connected(pipeline: PipelineConfig, backbone: BackboneConfig, num_groups: int) -> Iterator[Plan]:
+def connected(
+    pipeline: PipelineConfig, backbone: BackboneConfig, num_groups: int, console: Console | None = None
+) -> Iterator[Plan]:
     """Inside, Ray runs; yields how the work is spread over it.
 
     Without an address, Ray is started here, for this process only, reachable from this machine only and with a secret
     that nothing else knows; it ends with the block. A running cluster is left as it was. Inside a job of a cluster,
     no address means that cluster.
 
+    Args:
+        console: Told what a cluster still lacks.
+
     Raises:
-        InputError: The cluster cannot be reached, or cannot hold what is asked for.
+        InputError: The cluster cannot be reached, or lacks what is asked for for longer than `pipeline.wait_s`.
+        GraphError: The cluster has lost what is needed, for longer than that.
     """
     address = address_of(pipeline)
     if address is None:
@@ -45,7 +55,26 @@ def connected(pipeline: PipelineConfig, backbone: BackboneConfig, num_groups: in
             yield plan
     else:
         with _cluster(address):
-            yield _cluster_plan(pipeline, backbone, num_groups)
+            plan = _cluster_plan(pipeline, backbone, num_groups, console)
+            with joining.watched(plan, pipeline.wait_s, console):
+                yield plan
+
+
+def check_reachable(pipeline: PipelineConfig) -> None:
+    """Raises InputError, within ten seconds, if the cluster that a run is to use does not let it in."""
+    address = address_of(pipeline)
+    if address is None or address in _reached:
+        return
+    if "://" not in address:
+        joining.login(address)
+    elif address.startswith("ray://"):
+        check_server(address, "pipeline.ray_address")
+    else:
+        raise InputError(
+            f"pipeline.ray_address: got {address!r}, expected host:port of a cluster's head, ray://host:port or auto; "
+            "null starts Ray on this machine."
+        )
+    _reached.add(address)
 
 
 def address_of(pipeline: PipelineConfig) -> str | None:
@@ -58,6 +87,10 @@ def address_of(pipeline: PipelineConfig) -> str | None:
 
 
 _keep_running = False
+_reached: set[str] = set()
+"""Clusters that have answered to this process."""
+_session: Path | None = None
+"""Folder of a Ray of this process: sockets, logs, what does not fit into memory."""
 
 
 @contextmanager
@@ -101,9 +134,23 @@ def _stop(ray: Any) -> None:
         if thread.name.startswith(_READ_AHEAD):
             thread.join(max(0.0, until - time.monotonic()))
     ray.shutdown()
+    _remove_session()
+
+
+def _remove_session() -> None:
+    """Deletes the folder; the last of Ray's processes may still write to it for a moment."""
+    global _session
+    until = time.monotonic() + _READ_AHEAD_S
+    while _session is not None and _session.exists() and time.monotonic() < until:
+        shutil.rmtree(_session, ignore_errors=True)
+        time.sleep(0.05)
+    _session = None
 
 
 def _start(ray: Any, plan: Plan) -> None:
+    global _session
+    # Ray's own folder is open to every user of the machine (mode 0777) and stays. A short name: sockets lie in it.
+    _session = Path(tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR") or "/tmp"))
     with _held_back_stderr():
         ray.init(
             address="local",
@@ -111,6 +158,7 @@ def _start(ray: Any, plan: Plan) -> None:
             num_gpus=machine_gpus() if plan.device == "cuda" else 0,
             include_dashboard=False,
             _node_ip_address=_LOOPBACK,
+            _temp_dir=str(_session / "ray"),
             object_store_memory=_object_store_bytes(),
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -120,26 +168,42 @@ def _start(ray: Any, plan: Plan) -> None:
 @contextmanager
 def _cluster(address: str) -> Iterator[None]:
     ray = _import_ray()
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"pipeline.ray_address: no Ray answers at {address!r} ({str(error).splitlines()[0]}). "
-            "Give a running cluster, or null to start Ray on this machine."
-        ) from error
-    try:
-        yield
-    finally:
-        _stop(ray)  # ends the connection, not the cluster
+    with _environment({} if ray.is_initialized() else joining.login(address)):
+        _read_login(ray)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"pipeline.ray_address: no Ray answers at {address!r} ({str(error).splitlines()[0]}). "
+                "Give a running cluster, or null to start Ray on this machine."
+            ) from error
+        try:
+            yield
+        finally:
+            _stop(ray)  # ends the connection, not the cluster
 
 
-def _cluster_plan(pipeline: PipelineConfig, backbone: BackboneConfig, num_groups: int) -> Plan:
+def _read_login(ray: Any) -> None:
+    """Lets Ray read its login from the environment again; it did so when it was imported."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    if not ray.is_initialized():
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _cluster_plan(pipeline: PipelineConfig, backbone: BackboneConfig, num_groups: int, console: Console | None) -> Plan:
+    """The plan for what the cluster has, once it has what is asked for."""
     ray = _import_ray()
-    resources = ray.cluster_resources()
-    num_cpus, num_gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    plan = make_plan(pipeline, backbone, max(1, int(num_cpus)), num_gpus, num_groups)
-    check_fits(plan, num_cpus, num_gpus)
-    return plan
+
+    def look() -> tuple[Plan, str]:
+        resources = ray.cluster_resources()
+        num_cpus, num_gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+        planned = num_gpus or (pipeline.gpus_per_actor if pipeline.device == "cuda" else 0.0)
+        plan = make_plan(pipeline, backbone, max(1, int(num_cpus)), planned, num_groups)
+        return plan, shortage(plan, num_cpus, num_gpus) or joining.lacking(plan)
+
+    return joining.awaited(look, pipeline.wait_s, console)
 
 
 def _import_ray() -> Any:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from odedit.addresses import masked
 from odedit.backbones import Processor, load_processor
 from odedit.edits import REPHRASE_SLOTS, EditRequest, Picture, Probe
-from odedit.errors import InputError, StorageError
+from odedit.errors import InputError, StorageError, one_sentence
 from odedit.images import ImageError
 from odedit.mmedit import RawRecord
 from odedit.supervision import build_request
@@ -139,12 +139,6 @@ def process(request: EditRequest, processor: Processor, shared: dict[str, Pictur
 
 def located(record: RawRecord, problem: str) -> str:
     return f"{record.where}: {problem}"
-
-
-def one_sentence(error: BaseException) -> str:
-    """An exception on one line, its kind included unless it is one of ours."""
-    text = " ".join(str(error).split())[:300] or "no further explanation"
-    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
 
 
 def write_traceback(job: Job, name: str) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from rich.table import Table
 
+from odedit.errors import counted
 from odedit.stages import Account, measured
 
 PREPARE, EDIT = "prepare", "edit"
@@ -52,7 +53,7 @@ class Profile:
 
     def table(self) -> Table:
         """A row for each stage: seconds, share of its kind of worker's time, milliseconds per record."""
-        table = Table(title=f"Where the time went, {self.records} records", title_justify="left")
+        table = Table(title=f"Where the time went, {counted(self.records, 'record')}", title_justify="left")
         table.add_column("workers")
         table.add_column("stage")
         for name in ("seconds", "share", "ms per record"):

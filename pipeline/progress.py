@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from odedit.errors import counted
 from odedit.metrics import MAIN
 from pipeline.results import EDITED, FAILED, SKIPPED, Row
 
@@ -41,7 +42,7 @@ class Progress:
     def __enter__(self) -> Progress:
         if self._live is not None:
             self._live.start()
-            self._live.update(Text(f"{self._done}/{self._total} records, starting workers"))
+            self._live.update(Text(f"{self._done}/{counted(self._total, 'record')}, starting workers"))
         return self
 
     def __exit__(
@@ -84,7 +85,8 @@ class Progress:
             f"{metric} {self._sums[metric] / self._counts[metric]:.3f}" for metric in MAIN if self._counts[metric]
         )
         left_out = ", ".join(f"{count} {status}" for status, count in self._left_out.items() if count)
-        pieces = [f"{self._done}/{self._total} records" + (f" ({left_out})" if left_out else ""), means, self._speed()]
+        done = f"{self._done}/{counted(self._total, 'record')}" + (f" ({left_out})" if left_out else "")
+        pieces = [done, means, self._speed()]
         return "  ".join(piece for piece in pieces if piece)
 
     def _speed(self) -> str:
@@ -98,10 +100,10 @@ class Progress:
             return ""
         rate = done / max(now - since, 1e-6)
         left = max(self._total - self._done, 0) / rate
-        return f"{rate:.2f} records/s" + (f"  {_duration(left)} left" if left else "")
+        return f"{rate:.2f} records/s" + (f"  {duration(left)} left" if left else "")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

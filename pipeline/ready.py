@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from odedit.addresses import masked, reason
-from odedit.backbones import fingerprint, load_processor
+from odedit.backbones import fingerprint
 from odedit.errors import InputError
 from odedit.locations import delete_all
-from pipeline import intact, results, sources, staging, tracking
-from pipeline.checkpoints import editor_weights, with_absolute_checkpoints
+from pipeline import intact, local_ray, results, sources, staging, tracking
+from pipeline.checkpoints import editor_weights, fitted, with_absolute_checkpoints
 from pipeline.config import RunConfig, from_dict, load
 from pipeline.features import with_checked_store
 from pipeline.sources import Sources
+from pipeline.spec import machine_cpus, machine_gpus, make_plan
 from pipeline.staging import Staged
 from pipeline.version import code_version, software
-from pipeline.workspace import CONFIG_HEADER, Workspace, check_access, read_json, write_json
+from pipeline.workspace import CONFIG_HEADER, Workspace, check_access, kept_if_ready, read_json, write_json
 
 _NOT_COMPARED = ("tracking.", "training.", "out", "pipeline.")
 _COMPARED_ANYWAY = ("pipeline.batch_size",)
+_WEIGHTS = "backbone.weights"
 
 
 @dataclass(frozen=True)
@@ -54,35 +58,129 @@ class Ready:
 
 
 def prepare(config: RunConfig, *, fresh: bool = False) -> Ready:
-    """Checks what can be checked, stages the input, and finds out what is left to do."""
+    """Checks what can be checked, stages the input, and finds out what is left to do.
+
+    Raises:
+        InputError: Something is wrong; no new folder stays behind.
+    """
+    config, workspace, fits = check(config, fresh=fresh)
+    found = sources.resolve(config.data, config.out)
+    earlier = _earlier(config, found, workspace, fresh=fresh)
+    with kept_if_ready(workspace.out):
+        if earlier.is_none:
+            for path in staging.leftovers(workspace):
+                path.delete()
+        elif earlier.is_replaced:
+            with staging.aside(config, found, workspace):
+                _clear(workspace)
+        workspace.create()
+        staged = staging.stage(config, found, workspace)
+        damage = intact.repair(workspace, staged, keep_edits=config.keep_edits)
+        code = code_version()
+        notes = (*fits, *earlier.notes, *([damage] if damage else []))
+        _remember(workspace, earlier.settings, code)
+        workspace.config.write_text(f"{CONFIG_HEADER} {code}\n{_public_yaml(config)}")
+    return Ready(config, workspace, found, staged, code, notes)
+
+
+def look(config: RunConfig, *, fresh: bool = False) -> Ready:
+    """As `prepare`, but nothing of it stays: for a plan that begins no run. Its workspace and files are gone again."""
+    config, workspace, fits = check(config, fresh=fresh)
+    with _staged_aside(config) as (found, staged):
+        earlier = _earlier(config, found, workspace, fresh=fresh)
+        return Ready(config, workspace, found, staged, code_version(), (*fits, *earlier.notes))
+
+
+def check_records(config: RunConfig) -> None:
+    """Raises InputError if the records or their pictures cannot be used; writes nothing."""
+    is_embedded = config.data.split is not None and config.data.pool is None
+    if not is_embedded:
+        with _staged_aside(config):
+            pass
+
+
+@contextmanager
+def _staged_aside(config: RunConfig) -> Iterator[tuple[Sources, Staged]]:
+    """Inside, the run's input lies staged in a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = sources.resolve(config.data, sources.place_of_embedded(config.data, config.out, folder))
+        found.identity()  # a missing file is named before its pictures' folders
+        found.reader.check_roots()
+        aside = Workspace.of(Path(folder) / "out")
+        aside.create()
+        yield found, staging.stage(config, found, aside)
+
+
+def check(
+    config: RunConfig, *, fresh: bool = False, trains: bool = False, servers: bool = True
+) -> tuple[RunConfig, Workspace, tuple[str, ...]]:
+    """Checks everything but the records and what `out` holds; writes nothing.
+
+    Args:
+        fresh: As for a run: a finished run needs no servers, unless it is to start over.
+        trains: Whether the editor's own weights are still to be made.
+        servers: Whether the cluster and the MLflow server have to answer.
+
+    Returns:
+        The configuration with full paths and settings that fit the model, its workspace, and what was changed.
+
+    Raises:
+        InputError: A setting is wrong, or a place or a server that it names cannot be used.
+    """
     workspace = Workspace.of(config.out)
     if config.tracking.enabled:
         tracking.store_uri(config.tracking, workspace.out)
-    load_processor(config.backbone.family, config.backbone.checkpoint)
-    config = with_checked_store(with_absolute_checkpoints(config))
-    check_access(workspace.out, "out")
-    found = sources.resolve(config.data, config.out)
+    config, notes = fitted(with_checked_store(with_absolute_checkpoints(config)), trains=trains)
+    for folder in (workspace.out, *workspace.folders):
+        check_access(folder, "out")
+    sources.check_apart(config.data, workspace.out)
+    if local_ray.address_of(config.pipeline) is None:
+        make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), 1)
+    if servers and (fresh or not _is_finished(config, workspace)):
+        local_ray.check_reachable(config.pipeline)
+        tracking.check(config.tracking, workspace.out)
+    return config, workspace, tuple(notes)
+
+
+def _is_finished(config: RunConfig, workspace: Workspace) -> bool:
+    """Whether there is nothing left to edit or to log."""
+    state = read_json(workspace.run)
+    is_logged = not config.tracking.enabled or (isinstance(state, dict) and state.get("logged"))
+    return bool(is_logged) and workspace.summary.exists()
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """What `out` holds of an earlier run.
+
+    Attributes:
+        settings: Settings of the run that is to begin or to go on.
+        is_none: There is no earlier run.
+        is_replaced: Its files are to be deleted.
+        notes: What the user should know of it.
+    """
+
+    settings: Mapping[str, Any]
+    is_none: bool
+    is_replaced: bool
+    notes: tuple[str, ...]
+
+
+def _earlier(config: RunConfig, found: Sources, workspace: Workspace, *, fresh: bool) -> _Earlier:
+    """Looks at `out`, and changes nothing. Raises InputError if it is another run's or holds foreign files."""
     found.reader.check_roots()
     settings = _settings(config, found)
     _check_config_is_ours(workspace)
-    # Only now: a mistake in the settings must not cost the results of an earlier run.
     before, notes = _own_run(workspace, found)
+    is_replaced = False
     if before is None:
-        _make_room(workspace, fresh=fresh)
+        _check_room(workspace, fresh=fresh)
     elif not fresh and (results.parts(workspace) or settings == before["settings"] or not before.get("ended")):
         _check_same_run(settings, before["settings"], workspace)
     else:
         # Asked for, or other settings after a run that has ended without any result: there is nothing to lose.
-        with staging.aside(config, found, workspace):
-            _clear(workspace)
-    workspace.create()
-    staged = staging.stage(config, found, workspace)
-    damage = intact.repair(workspace, staged, keep_edits=config.keep_edits)
-    code = code_version()
-    ready = Ready(config, workspace, found, staged, code, (*notes, *([damage] if damage else [])))
-    _remember(workspace, settings, code)
-    workspace.config.write_text(f"{CONFIG_HEADER} {code}\n{_public_yaml(config)}")
-    return ready
+        is_replaced = True
+    return _Earlier(settings, before is None, is_replaced, tuple(notes))
 
 
 def _check_config_is_ours(workspace: Workspace) -> None:
@@ -123,12 +221,13 @@ def _own_run(workspace: Workspace, found: Sources) -> tuple[dict[str, Any] | Non
     return None, []
 
 
-def _make_room(workspace: Workspace, *, fresh: bool) -> None:
-    """Removes what a run that never began left behind; refuses a folder with anything that might be worth keeping."""
+def _check_room(workspace: Workspace, *, fresh: bool) -> None:
+    """Refuses a folder without a run that holds anything that might be worth keeping."""
     if results.parts(workspace):
         raise InputError(f"out: {workspace.out} holds results without run.json. Choose another folder (out=...).")
-    staging.remove_leftovers(workspace)
-    stranger = workspace.out.first_file_below() if fresh else None
+    # What a run that never began left behind is deleted.
+    leftovers = staging.leftovers(workspace)
+    stranger = workspace.out.first_file_below(leftovers) if fresh else None
     if stranger is not None:
         name = stranger.rpartition("/")[2]
         raise InputError(
@@ -166,7 +265,8 @@ def _settings(config: RunConfig, found: Sources) -> dict[str, Any]:
     compared = {
         key: value for key, value in flat.items() if key in _COMPARED_ANYWAY or not key.startswith(_NOT_COMPARED)
     }
-    weights = {"backbone.weights": fingerprint(config.backbone.family, config.backbone.checkpoint)}
+    model = config.backbone
+    weights = {_WEIGHTS: fingerprint(model.family, model.checkpoint, dtype=model.dtype)}
     weights |= editor_weights(config)
     return {key: _told_apart(value) for key, value in (compared | found.identity() | weights).items()}
 
@@ -190,6 +290,8 @@ def _check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], workspace: 
         if then.get(key) != now.get(key)
     ]
     if changed:
+        if len(str(then.get(_WEIGHTS))) != len(str(now[_WEIGHTS])):
+            changed.append("  (an earlier odedit named the weights in another way, so that they cannot be compared)")
         lines = "\n".join(changed)
         raise InputError(
             f"out: {workspace.out} holds a run with other settings or input files:\n{lines}\n"

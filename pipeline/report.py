@@ -11,9 +11,10 @@ from typing import Any
 
 from rich.table import Table
 
+from odedit.errors import counted
 from odedit.locations import Location
 from odedit.metrics import MAIN, PairedDifference, paired, summarize
-from pipeline import results
+from pipeline import reasons, results
 from pipeline.workspace import Workspace
 
 LABELS = {
@@ -74,7 +75,7 @@ def summary_table(summary: Mapping[str, Any], title: str) -> Table:
 
 
 def counts(summary: Mapping[str, Any]) -> str:
-    return f"{summary['n']} edits, {summary['failed']} failed, {summary['skipped']} skipped"
+    return f"{counted(summary['n'], 'edit')}, {summary['failed']} failed, {summary['skipped']} skipped"
 
 
 def compare(first: Arm, second: Arm) -> tuple[list[dict[str, Any]], int]:
@@ -106,7 +107,7 @@ def comparison_table(first: Arm, second: Arm) -> Table:
     """Two runs side by side, with a paired t-test of each metric."""
     entries, shared = compare(first, second)
     table = Table(
-        title=f"{first.name} against {second.name}: {shared} edits that both have",
+        title=f"{first.name} against {second.name}: {counted(shared, 'edit')} that both have",
         title_justify="left",
         caption="Mean \u00b1 half its 95% interval; difference = second - first\non the same edits; p: paired t-test.",
         caption_justify="left",
@@ -218,6 +219,7 @@ def _arm_view(arm: Arm) -> dict[str, Any]:
         "summary": arm.summary,
         "counts": counts(arm.summary),
         "stop_reasons": ", ".join(f"{name} {count}" for name, count in arm.summary["stop_reasons"].items()),
+        "reasons": reasons.sentences(arm.summary.get("reasons", [])),
         "edits": _first_rows(arm, _MAX_EDITS, results.EDITED),
         "problems": _first_rows(arm, _MAX_PROBLEMS, results.FAILED, results.SKIPPED),
         "config": arm.workspace.config.read_text() if arm.workspace.config.exists() else "",

@@ -20,6 +20,7 @@ from odedit.locations import Location, delete_all
 from odedit.metrics import MAIN, Estimate, estimate_column
 from odedit.mmedit import RawRecord
 from pipeline.config import RunConfig
+from pipeline.reasons import Reasons
 from pipeline.workspace import Workspace, parquet_file, read_schema, write_table
 
 EDITED, FAILED, SKIPPED = "edited", "failed", "skipped"
@@ -242,16 +243,19 @@ def _with_schema(table: pyarrow.Table, schema: pyarrow.Schema) -> pyarrow.Table:
 
 
 def summarize_results(workspace: Workspace, config: RunConfig) -> dict[str, Any]:
-    """Counts, and every figure's mean and 95% confidence interval over the edits that worked."""
+    """Counts, why records were not edited, and every figure's mean and 95% interval over the edits that worked."""
     paths = parts(workspace)
     counts = dict.fromkeys((EDITED, FAILED, SKIPPED), 0)
-    reasons: Counter[str] = Counter()
+    stop_reasons: Counter[str] = Counter()
+    reasons = Reasons()
     facts = array("Q")
-    for row in read_rows(paths, ("status", "stop_reason", "fact", "edit_id")):
+    for row in read_rows(paths, ("status", "error", "file", "index", "stop_reason", "fact", "edit_id")):
         counts[row["status"]] += 1
         if row["status"] == EDITED:
-            reasons[row["stop_reason"] or "unknown"] += 1
+            stop_reasons[row["stop_reason"] or "unknown"] += 1
             facts.append(_number(row.get("fact") or row["edit_id"]))
+        else:
+            reasons.add(row)
     estimates = _estimates(paths, np.unique(facts, return_inverse=True)[1])
     names = [*MAIN, *sorted(estimates.keys() - set(MAIN))]
     return {
@@ -262,7 +266,8 @@ def summarize_results(workspace: Workspace, config: RunConfig) -> dict[str, Any]
         "objective": config.objective.name,
         "backbone": f"{config.backbone.family}:{config.backbone.checkpoint}",
         "supervision": supervision_name(config),
-        "stop_reasons": dict(reasons.most_common()),
+        "stop_reasons": dict(stop_reasons.most_common()),
+        "reasons": reasons.commonest(),
         "metrics": {
             name: {"mean": e.mean, "low": e.low, "high": e.high, "n": e.n}
             for name in names

@@ -7,14 +7,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 
-from odedit.errors import InputError
+from odedit.errors import InputError, counted
 from odedit.locations import delete_all
-from pipeline import intact, local_ray, results, tracking
+from pipeline import intact, local_ray, nodes, results, tracking
 from pipeline.config import RunConfig
 from pipeline.interrupts import raise_if_interrupted, terminate_as_interrupt
 from pipeline.profile import Profile
@@ -71,7 +72,7 @@ def run_many(
     """
     ready = [_prepared(config, fresh=fresh) for config in configs]
     done, total = (sum(one.num_done(one.pending) for one in ready), sum(one.staged.num_usable for one in ready))
-    console.print(f"{len(ready)} runs: {done} of {total} usable records done.", highlight=False)
+    _say(console, f"{counted(len(ready), 'run')}: {done} of {counted(total, 'usable record')} done.")
     for one in ready:
         _say_notes(one, console)
     return _run_ready(ready, console, parent_run)
@@ -89,6 +90,8 @@ def _run_ready(
     ready: Sequence[Ready], console: Console, parent_run: str | None, profile: Profile | None = None
 ) -> list[Outcome]:
     pending = [(index, group) for index, one in enumerate(ready) for group in one.pending]
+    if pending:
+        local_ray.check_reachable(ready[pending[0][0]].config.pipeline)
     with terminate_as_interrupt(), ExitStack() as stack:
         for one in ready:
             stack.enter_context(_forgiving(one.workspace))
@@ -97,9 +100,10 @@ def _run_ready(
             runs[0].start()  # before the first result, to be seen in MLflow while it works
         if pending:
             first = ready[pending[0][0]].config
-            plan = stack.enter_context(local_ray.connected(first.pipeline, first.backbone, len(pending)))
+            plan = stack.enter_context(local_ray.connected(first.pipeline, first.backbone, len(pending), console))
             # Again, because Ray puts a handler of its own in place, which ends the process at once.
             stack.enter_context(terminate_as_interrupt())
+            stack.enter_context(nodes.watched(local_ray.address_of(first.pipeline), partial(_say, console)))
             _edit(runs, pending, plan, console, profile)
         return [one.finish(console) for one in runs]
 
@@ -119,28 +123,28 @@ def announce(ready: Ready, console: Console) -> None:
     """Says whether the run is new, goes on, or is finished."""
     pending, total = ready.pending, ready.staged.num_usable
     done = ready.num_done(pending)
+    usable = counted(total, "usable record")
     skipped = f", {ready.staged.problems} skipped" if ready.staged.problems else ""
     if not pending:
-        text = f"{ready.workspace.out} is finished ({total} usable records{skipped}). Add --fresh to start over."
+        text = f"{ready.workspace.out} is finished ({usable}{skipped}). Add --fresh to start over."
     elif len(pending) < len(ready.staged.usable):
-        text = f"Resuming {ready.workspace.out}: {done} of {total} usable records done{skipped}."
+        text = f"Resuming {ready.workspace.out}: {done} of {usable} done{skipped}."
     else:
-        text = f"New run in {ready.workspace.out}: {total} usable records{skipped}."
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
+        text = f"New run in {ready.workspace.out}: {usable}{skipped}."
+    _say(console, text)
     _say_notes(ready, console)
     before = read_json(ready.workspace.run) or {}
     if pending and done and before.get("code") != ready.code:
-        console.print(
-            f"Note: the edits there were made by code version {before.get('code')}, this is {ready.code}.",
-            highlight=False,
-            soft_wrap=True,
-            markup=False,
-        )
+        _say(console, f"Note: the edits there were made by code version {before.get('code')}, this is {ready.code}.")
 
 
 def _say_notes(ready: Ready, console: Console) -> None:
     for note in ready.notes:
-        console.print(f"Note: {note}", highlight=False, soft_wrap=True, markup=False)
+        _say(console, f"Note: {note}")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 class _OpenRun:
@@ -202,7 +206,7 @@ class _OpenRun:
             self._keep_time()
             self._outcome = _finish(self.ready, self._tracker, console)
             if self._tracker is not None:
-                self._tracker.finish("FINISHED")
+                self._tracker.finish_with(self._outcome.summary)
         return self._outcome
 
 
@@ -215,7 +219,7 @@ def _edit(
 ) -> None:
     from pipeline import graph
 
-    console.print(f"Plan: {plan}.", highlight=False, soft_wrap=True, markup=False)
+    _say(console, f"Plan: {plan}.")
     ready = [one.ready for one in runs]
     jobs = [
         Job(
@@ -253,7 +257,7 @@ def _finish(ready: Ready, tracker: tracking.Tracker | None, console: Console | N
     workspace, config = ready.workspace, ready.config
     pending = ready.pending
     if pending:
-        raise RuntimeError(f"{len(pending)} groups of edits have no result; run the same command again.")
+        raise RuntimeError(f"{counted(len(pending), 'group')} of edits without a result; run the same command again.")
     intact.remove_temporaries(workspace)
     results.unify(workspace)
     state = read_json(workspace.run)

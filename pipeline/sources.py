@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,10 +13,11 @@ from typing import Any
 from pyarrow.fs import FileType
 
 from odedit import world
-from odedit.addresses import above, below, masked
+from odedit.addresses import above, below, masked, relative_note
 from odedit.errors import InputError
+from odedit.files import folder_written_atomically
 from odedit.images import ImageReader
-from odedit.locations import Place, at, copy_folder, locate
+from odedit.locations import Location, Place, at, copy_folder, locate
 from odedit.world.facts import WORLD
 from pipeline.config import DataConfig
 
@@ -87,6 +87,38 @@ def resolve(data: DataConfig, out: Path | str) -> Sources:
     )
 
 
+def place_of_embedded(data: DataConfig, out: str, aside: str) -> str:
+    """An `out` for `resolve` that writes nothing beside the run's own: where the benchmark is, else below `aside`."""
+    if data.split is None:
+        return out
+    folder = at(below(above(absolute(out)), embedded_name(data.split_seed)))
+    return out if (folder / _WRITTEN_LAST).exists() else f"{aside}/out"
+
+
+def check_apart(data: DataConfig, out: Location) -> None:
+    """Raises InputError if results would be written among the data, where they would be read, packed or sent with it.
+
+    A folder that holds the current one is no folder of data alone: a project may have its pictures at its top.
+    """
+    if data.split is not None or not out.is_local:
+        return
+    place, here = os.path.realpath(out), os.path.realpath(os.getcwd())
+    for name in ("path", *_ROOTS):
+        text = getattr(data, name)
+        if text is None or "://" in text:
+            continue
+        folder = os.path.realpath(absolute(text))
+        if os.path.isdir(folder) and _is_below(place, folder) and not _is_below(here, folder):
+            raise InputError(
+                f"out: {str(out)!r} lies in data.{name} ({folder!r}), whose files are not to be mixed with results. "
+                "Choose a folder elsewhere (out=...)."
+            )
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
+
+
 def embedded_name(seed: int = 0) -> str:
     """What the benchmark's folder is called; another version of the code that draws it has another folder."""
     digest = hashlib.sha256()
@@ -109,18 +141,12 @@ def build_embedded(place: Place, seed: int = 0) -> None:
 def _build_local(folder: Path, seed: int) -> None:
     if folder.is_dir():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        world.build(temporary, seed)
-        temporary.chmod(0o755)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another run was faster, with the same content
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with folder_written_atomically(folder) as temporary:
+            world.build(temporary, seed)
+    except OSError:
+        if not folder.is_dir():  # else another run was faster, with the same content
+            raise
 
 
 def with_absolute_paths(data: DataConfig) -> DataConfig:
@@ -144,5 +170,7 @@ def _identity(path: str, setting: str) -> str:
     except OSError as error:
         raise InputError(f"{setting}: cannot look at {masked(path)!r} ({masked(str(error))}).") from error
     if info.type == FileType.NotFound:
-        raise InputError(f"{setting}: there is no file {masked(path)!r}, and no packed folder of that name.")
+        raise InputError(
+            f"{setting}: there is no file {masked(path)!r}, and no packed folder of that name.{relative_note(path)}"
+        )
     return f"{path} ({info.size} bytes, modified {info.mtime_ns})"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from odedit import world
-from odedit.errors import InputError
+from odedit.errors import InputError, counted
 from pipeline.config import AUTO, EMBEDDED, BackboneConfig, PipelineConfig, RunConfig
 from pipeline.sources import Sources
 from pipeline.workspace import Workspace
@@ -26,6 +26,7 @@ class Job:
     """Everything a worker needs besides the group it is handed; paths are absolute.
 
     Attributes:
+        config: Without `tracking.uri`, which may hold a password: the driver alone writes to MLflow.
         memory_share: Of its device's memory.
         profile: Whether it reports where its time goes.
     """
@@ -37,6 +38,10 @@ class Job:
     num_threads: int = 1
     memory_share: float = 1.0
     profile: bool = False
+
+    def __post_init__(self) -> None:
+        tracking = replace(self.config.tracking, uri=None)
+        object.__setattr__(self, "config", replace(self.config, tracking=tracking))
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,9 @@ class Plan:
         return min(self.gpus_per_actor, 1.0) if self.device == "cuda" else 1 / self.num_actors
 
     def __str__(self) -> str:
-        actors = f"{self.num_actors} actor{'s' * (self.num_actors != 1)} on {self.device}"
-        threads = f" with {self.threads_per_actor} thread{'s' * (self.threads_per_actor != 1)} each"
-        preparers = f"{self.num_preparers} worker{'s' * (self.num_preparers != 1)} preparing pictures"
+        actors = f"{counted(self.num_actors, 'actor')} on {self.device}"
+        threads = f" with {counted(self.threads_per_actor, 'thread')} each"
+        preparers = f"{counted(self.num_preparers, 'worker')} preparing pictures"
         return f"{actors}{threads if self.device == 'cpu' else ''}, {preparers}"
 
 
@@ -98,17 +103,14 @@ def make_plan(
     )
 
 
-def check_fits(plan: Plan, num_cpus: float, num_gpus: float) -> None:
-    """Raises InputError if a running cluster can never hold the plan: Ray would wait for it without a word."""
+def shortage(plan: Plan, num_cpus: float, num_gpus: float) -> str:
+    """What a cluster with so many cores and GPUs has too little of for the plan, or ""."""
     if plan.gpus_per_actor * plan.num_actors > num_gpus + 1e-6 and plan.gpus_per_actor:
-        raise InputError(
-            f"pipeline.actors: {plan.num_actors} actors of {plan.gpus_per_actor} GPU each were asked for, "
-            f"the cluster has {num_gpus:g}. Ask for fewer, or lower pipeline.gpus_per_actor."
-        )
+        actors = f"{counted(plan.num_actors, 'actor')} of {plan.gpus_per_actor:g} GPU each"
+        return f"{actors} were asked for, the cluster has {num_gpus:g}"
     if plan.num_cpus > num_cpus:
-        raise InputError(
-            f"pipeline.actors: {plan} need {plan.num_cpus} cores, the cluster has {num_cpus:g}. Ask for fewer."
-        )
+        return f"{plan} need {plan.num_cpus} cores, the cluster has {num_cpus:g}"
+    return ""
 
 
 def machine_cpus() -> int:

@@ -12,7 +12,7 @@ import tempfile
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from odedit.mmedit import RawRecord, read_records
 from odedit.pack_format import RECORDS_SCHEMA
 from odedit.pool import Pool
 from pipeline.config import RunConfig
+from pipeline.pictures import Sample, check_pictures
+from pipeline.reasons import Reasons
 from pipeline.sources import Sources
 from pipeline.workspace import Workspace, parquet_file, read_schema, write_table
 
@@ -44,10 +46,12 @@ class Staged:
     Attributes:
         usable: Usable records of every group.
         records: Records of every group, the unusable ones included.
+        reasons: The commonest reasons why records are unusable, as `Reasons.commonest` gives them.
     """
 
     usable: tuple[int, ...]
     records: tuple[int, ...]
+    reasons: tuple[dict[str, Any], ...] = field(default=(), compare=False)
 
     @property
     def num_usable(self) -> int:
@@ -67,7 +71,8 @@ def stage(config: RunConfig, sources: Sources, workspace: Workspace) -> Staged:
     """Writes `records.parquet` and `pool.parquet` unless they are there and whole.
 
     Raises:
-        InputError: The input cannot be read, or held-out locality or hard negatives need a pool and there is none.
+        InputError: The input cannot be read, none of its pictures is there, or held-out locality or hard negatives need
+            a pool and there is none.
     """
     if sources.pool is None and config.objective.name == "contrast":
         raise InputError(
@@ -98,8 +103,8 @@ def aside(config: RunConfig, sources: Sources, workspace: Workspace) -> Iterator
                 getattr(workspace, name).take(Path(getattr(new, name)))
 
 
-def remove_leftovers(workspace: Workspace) -> None:
-    """Deletes what a run staged or measured before it failed: the input may be another one by now.
+def leftovers(workspace: Workspace) -> list[Location]:
+    """What a run staged or measured before it failed, to be deleted: the input may be another one by now.
 
     Raises:
         InputError: A file of one of these names is there that no run wrote.
@@ -110,9 +115,7 @@ def remove_leftovers(workspace: Workspace) -> None:
             raise InputError(
                 f"out: {path} was not written by a run and would be replaced. Choose another folder (out=...)."
             )
-    for path in found:
-        path.delete()
-    workspace.calibration.delete()
+    return [*found, *([workspace.calibration] if workspace.calibration.exists() else [])]
 
 
 def _is_staged(place: Location) -> bool:
@@ -127,10 +130,12 @@ def _write(config: RunConfig, sources: Sources, path: Path) -> None:
     sources.reader.check_roots()
     has_pool = sources.pool is not None
     rows: list[dict[str, Any]] = []
-    num_rows = 0
+    num_rows, sample = 0, Sample()
     with parquet.ParquetWriter(path, STAGED_SCHEMA) as writer:
         records = read_records(sources.path, task=config.data.task, limit=config.data.limit)
         for number, group in enumerate(_groups(records, config.pipeline.batch_size)):
+            for record in group:
+                sample.add(record)
             if not has_pool:
                 for record in group:
                     _check_locality(record, config)
@@ -142,6 +147,7 @@ def _write(config: RunConfig, sources: Sources, path: Path) -> None:
         _write_rows(writer, rows)
     if not num_rows:
         raise InputError(f"data.path: {masked(config.data.path)} holds no record.")
+    check_pictures(sample.records, sources.reader)
 
 
 def _write_rows(writer: parquet.ParquetWriter, rows: Sequence[dict[str, Any]]) -> None:
@@ -198,17 +204,22 @@ def read_pool(workspace: Workspace, sources: Sources) -> Pool | None:
 
 
 def read_staged(place: Location) -> Staged:
-    """Counts the records of every group; reads two columns."""
+    """Counts the records of every group; reads all columns but the records' fields."""
     usable: list[int] = []
     records: list[int] = []
+    reasons = Reasons()
     with parquet_file(place) as file:
-        for batch in file.iter_batches(columns=["group", "problem"]):
-            for group, problem in zip(*(batch.column(name).to_pylist() for name in ("group", "problem")), strict=True):
+        for batch in file.iter_batches(columns=["group", "problem", "file", "index", "edit_id"]):
+            for row in batch.to_pylist():
+                group, problem = row["group"], row["problem"]
                 for counts in (usable, records):
                     counts += [0] * (group + 1 - len(counts))
                 usable[group] += not problem
                 records[group] += 1
-    return Staged(tuple(usable), tuple(records))
+                if problem:
+                    where = f"{row['file']}, record {row['index']}: "
+                    reasons.add(row | {"status": "skipped", "error": f"{where}{problem}"})
+    return Staged(tuple(usable), tuple(records), tuple(reasons.commonest()))
 
 
 class GroupReader:

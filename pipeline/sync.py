@@ -47,7 +47,7 @@ def sync(folder: str, uri: str | None = None) -> str:
         tracker.finish("FAILED")
         raise
     update(workspace, logged=True)
-    tracker.finish("FINISHED")
+    tracker.finish_with(summary)
     return f"{folder} is logged, as run {tracker.run_id}."
 
 

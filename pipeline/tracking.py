@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,12 +26,15 @@ from odedit.locations import Location, Place, at
 from odedit.metrics import MAIN
 from pipeline import results
 from pipeline.config import RunConfig, TrackingConfig
+from pipeline.reachable import check_server
+from pipeline.reasons import sentences
 from pipeline.sharing import alone, patiently
-from pipeline.workspace import Workspace
+from pipeline.workspace import Workspace, check_access
 
 METRICS_PER_CALL = 1000
 PARAMETERS_PER_CALL = 100
 _EDITS_SHOWN = 3
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 PARENT_TAG = "mlflow.parentRunId"
 _TABLE_COLUMNS = (
     "edit_id",
@@ -66,6 +71,39 @@ def store_uri(tracking: TrackingConfig, out: Place) -> str:
     return f"sqlite:///{place.parent / 'mlflow.db'}"
 
 
+def check(tracking: TrackingConfig, out: Location) -> None:
+    """Looks whether a run could be logged, within seconds; makes nothing that was not there.
+
+    Raises:
+        InputError: The store or the experiment cannot be used.
+    """
+    if not tracking.enabled:
+        return
+    uri = store_uri(tracking, out)
+    if uri.startswith("sqlite:///"):
+        database = Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
+        check_access(at(database.parent), "tracking.uri")
+        if not database.exists():
+            return
+    else:
+        check_server(uri, "tracking.uri")
+    with _impatient():
+        _check_experiment(_client(uri).get_experiment_by_name(tracking.experiment), tracking.experiment)
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """Inside, a server that does not answer is given up within seconds, unless the user has said otherwise."""
+    names = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "6", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    ours = [name for name in names if name not in os.environ]
+    os.environ.update({name: names[name] for name in ours})
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
 def masked_values(value: Any) -> Any:
     """`masked` for every text inside nested lists and mappings."""
     if isinstance(value, str):
@@ -91,12 +129,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def open_command(uri: str) -> str:
     """What a user types to look at the store."""
     if uri.startswith("http"):
-        return f"open {masked(uri)}"
+        return shlex.join(["open", masked(uri)])
     program = Path(sys.executable).with_name("mlflow")
     beside_us = os.path.relpath(program) if program.exists() else "mlflow"
     if beside_us.startswith(os.pardir):
         beside_us = "mlflow"
-    return f"{beside_us} ui --backend-store-uri {masked(uri)}"
+    return shlex.join([beside_us, "ui", "--backend-store-uri", masked(uri)])
 
 
 def _client(uri: str) -> Any:
@@ -104,6 +142,8 @@ def _client(uri: str) -> Any:
     # A wrong address should fail in seconds.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    # MLflow would print the address of every run that ends, with the password in it, into results and logs.
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     logging.getLogger("alembic").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -113,6 +153,7 @@ def _client(uri: str) -> Any:
         if uri.startswith("sqlite:///"):
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         with alone(uri):
+            _connect_once(uri)
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
     except Exception as error:
@@ -121,6 +162,16 @@ def _client(uri: str) -> Any:
             hint = " Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
         raise InputError(f"tracking.uri: {masked(uri)!r} cannot be used ({_sentence(error)}).{hint}") from error
     return client
+
+
+def _connect_once(uri: str) -> None:
+    """Raises what a database says that cannot be used; MLflow would try again for more than a minute first."""
+    if uri.partition(":")[0].partition("+")[0] not in _DATABASES:
+        return
+    from sqlalchemy import create_engine
+    from sqlalchemy.pool import NullPool
+
+    create_engine(uri, poolclass=NullPool).connect().close()
 
 
 def _sentence(error: BaseException) -> str:
@@ -155,10 +206,9 @@ class Tracker:
         if run_id is not None and _exists(client, run_id):
             patiently(client.update_run, run_id, status="RUNNING")
             return cls(client, uri, run_id)
-        name = config.tracking.run_name or f"{config.editor.name}-{config.objective.name}"
         experiment = _experiment(client, uri, config.tracking.experiment)
         tags = _tags(config, code) | ({PARENT_TAG: parent_run} if parent_run else {})
-        run = patiently(client.create_run, experiment, run_name=name, tags=tags)
+        run = patiently(client.create_run, experiment, run_name=config.name, tags=tags)
         tracker = cls(client, uri, run.info.run_id)
         tracker._log_settings(config, dataset)
         return tracker
@@ -213,6 +263,8 @@ class Tracker:
             for path in results.parts(workspace):
                 self._log_file(path, "results")
             logged, left_out = self._log_edits(workspace, config.tracking.edits_gib)
+            if reasons := sentences(summary.get("reasons", [])):
+                self.set_tags({"odedit.reasons": "\n".join(reasons)})
             self.client.set_tag(self.run_id, "odedit.edits_logged", str(logged))
             self.client.set_tag(self.run_id, "odedit.edits_left_out", str(left_out))
         except Exception as error:
@@ -270,6 +322,10 @@ class Tracker:
         with place.local_copy() as file:
             self.client.log_artifact(self.run_id, str(file), folder)
 
+    def finish_with(self, summary: Mapping[str, Any]) -> None:
+        """Closes the run by what came of it: without a single edit it has failed."""
+        self.finish("FINISHED" if summary["n"] else "FAILED")
+
     def finish(self, status: str) -> None:
         """Closes the run as FINISHED, FAILED or KILLED; a store that is gone by now changes nothing for the results."""
         try:
@@ -299,7 +355,7 @@ def log_training(
     try:
         client = _client(uri)
         experiment = _experiment(client, uri, config.tracking.experiment)
-        name = config.tracking.run_name or f"train-{config.editor.name}-{config.objective.name}"
+        name = config.tracking.run_name or f"train-{out.stem}"
         run = client.create_run(experiment, run_name=name, tags=_tags(config, code) | dict(notes))
         tracker = Tracker(client, uri, run.info.run_id)
         tracker.log_parameters(config)
@@ -403,8 +459,7 @@ def _exists(client: Any, run_id: str) -> bool:
 def _experiment(client: Any, uri: str, name: str) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is not None:
-        if experiment.lifecycle_stage != "active":
-            raise InputError(f"tracking.experiment: {name!r} was deleted in MLflow. Restore it or choose another name.")
+        _check_experiment(experiment, name)
         return str(experiment.experiment_id)
     location = None
     if uri.startswith("sqlite:///"):
@@ -418,6 +473,11 @@ def _experiment(client: Any, uri: str, name: str) -> str:
         if experiment is None:
             raise
         return str(experiment.experiment_id)
+
+
+def _check_experiment(experiment: Any, name: str) -> None:
+    if experiment is not None and experiment.lifecycle_stage != "active":
+        raise InputError(f"tracking.experiment: {name!r} was deleted in MLflow. Restore it or choose another name.")
 
 
 def _tags(config: RunConfig, code: str) -> dict[str, str]:

@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from odedit import editors
-from odedit.addresses import above, below, reason
+from odedit.addresses import above, below
 from odedit.backbones.base import Backbone
 from odedit.editor_weights import save_weights
 from odedit.editors.base import Trainable
 from odedit.edits import EditRequest
-from odedit.errors import InputError
+from odedit.errors import InputError, counted
 from odedit.images import ImageError
 from odedit.locations import Location, locate
 from odedit.mmedit import read_records
@@ -32,12 +32,14 @@ from odedit.train import Figures, Trained, train
 from odedit.training_records import EncodedRequests
 from odedit.training_state import TrainingState, read_state
 from pipeline import sources, tracking
-from pipeline.checkpoints import with_absolute_checkpoints
+from pipeline.checkpoints import fitted, with_absolute_checkpoints
 from pipeline.config import EMBEDDED, RunConfig
 from pipeline.features import load_remembering, with_checked_store
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.negatives import negative_pool
+from pipeline.pictures import check_pictures
 from pipeline.prepare import located
+from pipeline.progress import duration
 from pipeline.results import supervision_name
 from pipeline.sources import Sources, absolute
 from pipeline.spec import machine_cpus, machine_gpus, make_plan
@@ -46,6 +48,7 @@ from pipeline.version import code_version
 from pipeline.workspace import check_access
 
 _RECORDS_AT_ONCE = 64
+_LOOKED_AT = 64
 _SECONDS_BETWEEN_LINES = 5.0
 _COMPARED = ("backbone", "editor", "objective", "supervision", "training", "seed")
 _COMPARED_DATA = ("task", "template", "max_pixels", "max_bytes", "pool")
@@ -85,10 +88,10 @@ def run(config: RunConfig, out: Path | str | None, console: Console, *, fresh: b
         TrainingError: The loss is not finite.
         TrackingError: The weights are there, but MLflow could not be written to.
     """
-    config = with_checked_store(with_absolute_checkpoints(config))
-    editor = editors.find(config.editor.name)(config.editor.settings)
-    if not isinstance(editor, Trainable):
+    if not isinstance(editors.find(config.editor.name)(config.editor.settings), Trainable):
         raise InputError(f"editor {config.editor.name!r} learns nothing before it edits: there is nothing to train.")
+    config, notes = fitted(with_checked_store(with_absolute_checkpoints(config)), trains=True)
+    editor: Any = editors.find(config.editor.name)(config.editor.settings)
     name = f"{config.editor.name}-{config.objective.name}-{config.backbone.family}.safetensors"
     files = Files(absolute(str(out or below(above(absolute(config.out)), name))))
     if config.tracking.enabled:
@@ -98,15 +101,20 @@ def run(config: RunConfig, out: Path | str | None, console: Console, *, fresh: b
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
+    for note in notes:
+        say(f"Note: {note}")
     plan = make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), 1)
     settle(plan.threads_per_actor, plan.device)
+    tracking.check(config.tracking, files.weights)
     found = {part: _sources(config, part, files) for part in ("training", "validation")}
     identity = _identity(config, found)
+    for part in found.values():
+        part.reader.check_roots()
+        check_pictures(list(islice(read_records(part.path, task=config.data.task), _LOOKED_AT)), part.reader)
+    files.weights.parent.make_folder()
     with terminate_as_interrupt():
         backbone = load_remembering(config.backbone, plan.device, config.pipeline.feature_store, say)
         identity["backbone.weights"] = backbone.fingerprint
-        # Its weights are what is to be made; everything else about it must fit the model.
-        editor.with_weights({}).check(backbone)
         if fresh:
             files.state.delete()
         elif files.state.exists():
@@ -133,10 +141,6 @@ def _check_out(files: Files, *, fresh: bool) -> None:
         raise InputError(f"--out: {files.weights} is there already. Name another file, or add --fresh to replace it.")
     if (files.weights.is_local and files.weights.is_folder()) or not files.weights.name.endswith(_SUFFIX):
         raise InputError(f"--out: got {str(files.weights)!r}, expected a file that ends in .safetensors.")
-    try:
-        files.weights.parent.make_folder()
-    except OSError as error:
-        raise InputError(f"--out: {str(files.weights)!r} cannot be written: {reason(error)}.") from error
 
 
 def _sources(config: RunConfig, part: str, files: Files) -> Sources:
@@ -201,7 +205,7 @@ def _train(
     objective_config = config.objective
     if bandwidth is None and objective_config.needs_bandwidth:
         objective_config = replace(objective_config, name="native")  # not read
-    say(f"{len(encoded['training'])} training records, {len(encoded['validation'])} validation records.")
+    say(", ".join(counted(len(records), f"{part} record") for part, records in encoded.items()) + ".")
     with _Bar(console, "step") as bar:
 
         def show(state: TrainingState, figures: Figures) -> None:
@@ -243,7 +247,7 @@ def _requests(config: RunConfig, found: Sources, limit: int | None, part: str, s
         num_used += 1
         yield request
     if problems:
-        say(f"{part}: {len(problems)} records skipped; first: {problems[0]}")
+        say(f"{part}: {counted(len(problems), 'record')} skipped; first: {problems[0]}")
     if not num_used:
         raise InputError(f"training.{'path' if part == 'training' else part}: no record can be used; see above.")
 
@@ -265,6 +269,7 @@ class _Bar:
 
     def __init__(self, console: Console, unit: str) -> None:
         self._console, self._unit, self._last = console, unit, 0.0
+        self._begun: dict[str, tuple[float, int]] = {}
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(), console=console, disable=not console.is_terminal,
@@ -278,7 +283,15 @@ class _Bar:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
+    def _left(self, name: str, done: int, total: int | None) -> str:
+        """How long it takes at most, by the speed since the first call."""
+        begun, before = self._begun[name]
+        if not total or done in (before, total):
+            return ""
+        return f"{duration((time.monotonic() - begun) / (done - before) * (total - done))} left at most"
+
     def __call__(self, name: str, done: int, total: int | None, figures: Figures) -> None:
+        self._begun.setdefault(name, (time.monotonic(), done))
         text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total, figures=text)
@@ -286,7 +299,9 @@ class _Bar:
         if not self._console.is_terminal and (done == total or time.monotonic() - self._last > _SECONDS_BETWEEN_LINES):
             self._last = time.monotonic()
             of = f" of {total}" if total else ""
-            line = f"{name}: {self._unit} {done}{of}" + (f", {text}" if text else "")
+            line = ", ".join(
+                part for part in (f"{name}: {self._unit} {done}{of}", text, self._left(name, done, total)) if part
+            )
             self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 

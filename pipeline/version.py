@@ -7,9 +7,16 @@ import platform
 import subprocess
 from pathlib import Path
 
+SENT = "VERSION"
+"""File beside this one: the version of code that was sent to a cluster, where there is neither git nor a package."""
+_PACKAGES = ("odedit", "pipeline", "tune", "cluster")
+
 
 def code_version() -> str:
     """Package version, and the commit where the package runs from a git working tree; `+changes` if that was edited."""
+    sent = Path(__file__).with_name(SENT)
+    if sent.is_file():
+        return sent.read_text(encoding="utf-8").strip()
     try:
         version = importlib.metadata.version("odedit")
     except importlib.metadata.PackageNotFoundError:
@@ -20,9 +27,8 @@ def code_version() -> str:
     commit = _git(root, "rev-parse", "--short=12", "HEAD")
     if not commit:
         return version
-    return (
-        f"{version} ({commit}{'+changes' if _git(root, 'status', '--porcelain', '--', 'odedit', 'pipeline') else ''})"
-    )
+    changes = "+changes" if _git(root, "status", "--porcelain", "--", *_PACKAGES) else ""
+    return f"{version} ({commit}{changes})"
 
 
 def software() -> dict[str, str]:

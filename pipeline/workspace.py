@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow
 from pyarrow import parquet
 
-from odedit.addresses import reason
+from odedit.addresses import reason, relative_note
 from odedit.errors import InputError
 from odedit.locations import Location, Place, at
 
@@ -94,18 +98,51 @@ class Workspace:
     def edit(self, edit_id: str) -> Location:
         return self.edits / f"{edit_id}.safetensors"
 
+    @property
+    def folders(self) -> tuple[Location, ...]:
+        """The folders that a run fills."""
+        return self.results, self.edits, self.attempts
+
     def create(self) -> None:
         """Makes the folders. Raises InputError if that is not possible."""
         try:
-            for folder in (self.results, self.edits, self.attempts):
+            for folder in self.folders:
                 folder.make_folder()
         except OSError as error:
             raise InputError(f"out: {str(self.out)!r} cannot be written to: {reason(error)}.") from error
 
 
+@contextmanager
+def kept_if_ready(folder: Location) -> Iterator[None]:
+    """Removes what the block has made of a folder and of those above it, if it raises an error.
+
+    Of a folder that was there before, only new folders that are empty are removed.
+    """
+    if not folder.is_local:
+        yield
+        return
+    path = Path(folder)
+    is_new = not os.path.lexists(path)
+    before = set(folder.names())
+    above = [place for place in path.parents if not os.path.lexists(place)]
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            shutil.rmtree(path, ignore_errors=True)
+        for place in (*(path / name for name in set(folder.names()) - before), *above):
+            with suppress(OSError):
+                place.rmdir()
+        raise
+
+
 def check_access(folder: Location, setting: str) -> None:
-    """Raises InputError if an address cannot be written to and deleted from: better said before any work."""
+    """Raises InputError if a folder cannot be made, written to and deleted from: better said before any work.
+
+    Nothing stays behind: of a local folder that is not there, the one above it is tried.
+    """
     if folder.is_local:
+        _check_local(Path(folder), setting)
         return
     probe = (folder / f".access-{uuid.uuid4().hex[:8]}").with_patience(_PATIENCE_AT_START_S)
     try:
@@ -115,6 +152,19 @@ def check_access(folder: Location, setting: str) -> None:
         raise InputError(
             f"{setting}: {folder} cannot be written to ({reason(error)}). Check the name and the credentials."
         ) from error
+
+
+def _check_local(folder: Path, setting: str) -> None:
+    above = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    note = relative_note(str(folder))
+    if not above.is_dir():
+        below = "" if above == folder else f", so there can be no {str(folder)!r}"
+        raise InputError(f"{setting}: {str(above)!r} is a file{below}. Choose another folder.{note}")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".odedit-", dir=above))
+    except OSError as error:
+        why = f"{str(above)!r}: {reason(error)}"
+        raise InputError(f"{setting}: {str(folder)!r} cannot be written to ({why}).{note}") from error
 
 
 def write_json(place: Location, value: Any) -> None:

@@ -30,7 +30,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces the graph and the connection to Ray for one test."""
 
     @contextmanager
-    def connected(pipeline: Any, backbone: Any, num_groups: int) -> Iterator[Plan]:
+    def connected(pipeline: Any, backbone: Any, num_groups: int, console: Any = None) -> Iterator[Plan]:
         yield make_plan(pipeline, backbone, 1, 0, num_groups)
 
     monkeypatch.setattr(local_ray, "connected", connected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mmedit_files import encoded, picture, record, write_array, write_images
 from typer.testing import CliRunner, Result
 
 from odedit.__main__ import app
+from pipeline import joining, local_ray, ready
 
 
 def odedit(*arguments: object) -> Result:
@@ -82,6 +84,81 @@ def test_wrong_settings_exit_with_2(files: dict[str, Any], override: str, expect
     expect(odedit("edit", "--config", files["config"], override), 2, expected)
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.image_root={empty}", ["data.image_root: none of 6 pictures looked for is there (fields: image, m_loc)",
+                                     "vqa_eval.json, record 0: '{empty}/val2014/COCO_val2014_000000000000.jpg'"]),
+        ("data.image_root={folder}/coco/val2014", ["data.image_root: none of 6 pictures"]),
+        ("data.rephrase_root={empty}", ["data.rephrase_root: none of 3 pictures", "(fields: image_rephrase)"]),
+        ("data.rephrase_root=null", ["data.image_root: none of 3 pictures", "Set data.rephrase_root to"]),
+        ("out={folder}/run.yaml", ["out: '{folder}/run.yaml' is a file. Choose another folder."]),
+        ("out={folder}/run.yaml/a", ["out: '{folder}/run.yaml' is a file, so there can be no '{folder}/run.yaml/a'"]),
+        ("out=/proc/odedit/x", ["out: '/proc/odedit/x' cannot be written to"]),
+        ("out={folder}/coco/run", ["out: '{folder}/coco/run' lies in data.image_root"]),
+        ("tracking={{uri: 'sqlite:///{folder}/run.yaml/mlflow.db'}}", ["tracking.uri: '{folder}/run.yaml' is a file"]),
+        ("tracking={{uri: 'sqlite:////proc/odedit/mlflow.db'}}", ["tracking.uri: '/proc/odedit' cannot be written to"]),
+        ("tracking={{uri: 'sqlite:///{folder}/vqa_eval.json'}}", ["tracking.uri: ", "file is not a database"]),
+        ("tracking={{uri: 'http://127.0.0.1:1'}}", ["tracking.uri: no server answers at 'http://127.0.0.1:1'"]),
+        ("tracking={{uri: 'postgresql://me:secret@127.0.0.1:1/x'}}", ["tracking.uri: no server answers at", "***"]),
+        ("tracking={{uri: 'sqlite:///{folder}/coco'}}", ["tracking.uri: ", "unable to open database file"]),
+        ("pipeline.ray_address=127.0.0.1:1", ["pipeline.ray_address: no Ray answers at '127.0.0.1:1'"]),
+        ("pipeline.ray_address=ray://127.0.0.1:1", ["pipeline.ray_address: no server answers at 'ray://127.0.0.1:1'"]),
+        ("pipeline.ray_address=http://127.0.0.1:8265", ["pipeline.ray_address: got", "expected host:port"]),
+        ("pipeline.ray_address=head", ["pipeline.ray_address: no Ray answers at 'head' (expected HOST:PORT, or auto)"]),
+        ("pipeline.device=cuda", ["pipeline.device: got 'cuda', but no GPU"]),
+        ("objective.name=contrast", ["objective.name: 'contrast'", "data.pool"]),
+        ("data.pool=none.json", ["data.pool: there is no file", "Relative paths start at the current folder"]),
+        ("data.path={folder}/run.yaml", ["run.yaml: not a file of records"]),
+    ],
+)  # fmt: skip
+def test_what_can_be_known_is_said_before_anything_is_written_or_printed(
+    files: dict[str, Any], monkeypatch: pytest.MonkeyPatch, override: str, expected: list[str], dry_run: bool
+) -> None:
+    def connected(*arguments: Any) -> Any:
+        pytest.fail("Ray would be started")
+
+    monkeypatch.setattr(local_ray, "connected", connected)
+    monkeypatch.setattr(ready, "machine_gpus", lambda: 0)
+    empty = files["folder"] / "empty"
+    empty.mkdir()
+    before = sorted(files["folder"].rglob("*"))
+    places = {"folder": str(files["folder"]), "empty": str(empty)}
+    options = ["--dry-run"] if dry_run else []
+    result = odedit("edit", "--config", files["config"], override.format(**places), *options)
+    expect(result, 2, *(part.format(**places) for part in expected))
+    assert result.stdout == "" and "secret" not in result.output
+    assert sorted(files["folder"].rglob("*")) == before
+
+
+def test_a_run_and_a_dry_run_refuse_a_folder_of_another_run(
+    files: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inline_pipeline.install(monkeypatch)
+    expect(odedit("edit", "--config", files["config"]), 0)
+    for options in ([], ["--dry-run"]):
+        result = odedit("edit", "--config", files["config"], "seed=5", *options)
+        expect(result, 2, "holds a run with other settings or input files", "seed: was 0, now 5")
+    expect(odedit("edit", "--config", files["config"], "seed=5", "--dry-run", "--fresh"), 0, "seed: 5")
+    assert len(list((files["folder"] / "out" / "edits").iterdir())) == 3, "and nothing is deleted"
+
+
+def test_some_missing_pictures_are_rows_and_the_reasons_are_counted(
+    files: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inline_pipeline.install(monkeypatch)
+    root = Path(files["values"]["data"]["image_root"])
+    for number in (1, 2):
+        (root / record(number)["image"]).unlink()
+    result = odedit("edit", "--config", files["config"])
+    expect(result, 0, "1 edit, 0 failed, 2 skipped")
+    expect(result, 0, "Not edited:\n  2 skipped, the first: vqa_eval.json, record 1: image '")
+    summary = json.loads((files["folder"] / "out" / "summary.json").read_text())
+    (reason,) = summary["reasons"]
+    assert (reason["status"], reason["count"]) == ("skipped", 2) and "is not under data.image_root" in reason["first"]
+
+
 def test_a_missing_configuration_exits_with_2() -> None:
     expect(odedit("edit", "--config", "none.yaml"), 2, "none.yaml: the configuration cannot be read")
 
@@ -102,7 +179,7 @@ def test_a_checkpoint_of_another_class_exits_with_2(files: dict[str, Any]) -> No
 
 def test_a_dry_run_prints_the_configuration_and_the_plan_and_writes_nothing(files: dict[str, Any]) -> None:
     result = odedit("edit", "--config", files["config"], "editor.clamp=0.5", "--dry-run")
-    expect(result, 0, "clamp: 0.5", "# input: 3 usable records in 1 groups", "# plan: 1 actor on")
+    expect(result, 0, "clamp: 0.5", "# input: 3 usable records in 1 group of 8, 0 skipped", "# plan: 1 actor on")
     assert yaml.safe_load(result.stdout)["editor"]["clamp"] == 0.5
     assert not Path(files["values"]["out"]).exists()
 
@@ -118,6 +195,7 @@ def test_a_dry_run_prints_the_configuration_and_the_plan_and_writes_nothing(file
 def test_a_job_of_a_cluster_runs_on_it(
     files: dict[str, Any], monkeypatch: pytest.MonkeyPatch, of_job: str, expected: str
 ) -> None:
+    monkeypatch.setattr(joining, "login", lambda address: {})
     monkeypatch.setenv("RAY_ADDRESS", of_job)
     expect(odedit("edit", "--config", files["config"], "--dry-run"), 0, f"# plan: {expected}")
     named = odedit("edit", "--config", files["config"], "--dry-run", "pipeline.ray_address=10.0.0.2:6379")
@@ -174,11 +252,13 @@ def test_a_run_without_a_usable_record_ends_with_its_summary_and_1(
     inline_pipeline.install(monkeypatch)
     data = files["values"]["data"]
     write_array(Path(data["path"]), [{"src": 1}, "text"])
-    expect(odedit("edit", "--config", files["config"], "--dry-run"), 1, "# input: 0 usable", "None of the records can")
+    expect(odedit("edit", "--config", files["config"], "--dry-run"), 1, "None of 2 records can be used:")
     roots = ["--image-root", data["image_root"], "--rephrase-root", data["rephrase_root"]]
     expect(odedit("data", "check", data["path"], *roots), 1, "0 of 2 records can be used")
     result = odedit("edit", "--config", files["config"])
     expect(result, 1, "2/2 records (2 skipped)", "0 edits, 0 failed, 2 skipped", "No record was edited (0 failed, 2 sk")
+    expect(result, 1, "1 skipped: vqa_eval.json, record 1: wrong type: the record is text")
+    assert "text" in (files["folder"] / "out" / "report.html").read_text()
     assert "Error" not in result.output
 
 
@@ -220,3 +300,11 @@ def test_an_interrupt_says_that_the_run_goes_on(files: dict[str, Any], monkeypat
 
     monkeypatch.setattr(commands, "run", interrupt)
     expect(odedit("edit", "--config", files["config"]), 130, "the same command goes on")
+
+
+def test_a_password_on_the_command_line_is_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for argument, is_said in (("tracking.uri=https://me:pa55word@host", True), ("out=s3://bucket/x", False)):
+        monkeypatch.setattr(sys, "argv", ["odedit", "edit", argument])
+        said = CliRunner().invoke(app, ["edit", "--config", "none.yaml", argument])
+        assert said.exit_code == 2 and ("`ps` shows to all users" in said.stderr) == is_said
+        assert "pa55word" not in said.output

@@ -428,5 +428,9 @@ def test_edit_files_that_do_not_fit_are_named(backbone, tmp_path):
         load_edits([tmp_path / "outside.safetensors"], backbone)
     info = EditInfo("e", "ftl", {}, "blip2", "elsewhere", "0" * 16, "mmedit")
     save_edit(tmp_path / "foreign.safetensors", {"layers.-1.ffn.in": torch.zeros(1, 512, 128)}, info)
-    with pytest.raises(InputError, match="belongs to 'elsewhere'"):
+    with pytest.raises(InputError, match="belongs to 'elsewhere' .* made by an earlier odedit"):
         load_edits([tmp_path / "foreign.safetensors"], backbone)
+    other = dataclasses.replace(info, fingerprint="0" * len(backbone.fingerprint))
+    save_edit(tmp_path / "other.safetensors", {"layers.-1.ffn.in": torch.zeros(1, 512, 128)}, other)
+    with pytest.raises(InputError, match="belongs to 'elsewhere' .* made for another model"):
+        load_edits([tmp_path / "other.safetensors"], backbone)

@@ -245,6 +245,9 @@ def test_a_missing_or_foreign_checkpoint_is_named(backbone, mend, tmp_path):
     with pytest.raises(InputError, match="trained for another setting"):
         load_editor("mend", SETTINGS | {"checkpoint": str(path), "rank": 8}).check(backbone)
     save_weights(path, weights, "mend", mend.weight_settings, "0" * 16)
+    with pytest.raises(InputError, match="trained by an earlier odedit"):
+        load_editor("mend", SETTINGS | {"checkpoint": str(path)}).check(backbone)
+    save_weights(path, weights, "mend", mend.weight_settings, "0" * len(backbone.fingerprint))
     with pytest.raises(InputError, match="trained for another model"):
         load_editor("mend", SETTINGS | {"checkpoint": str(path)}).check(backbone)
     with pytest.raises(InputError, match="expected different matrices"):

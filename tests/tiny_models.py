@@ -62,6 +62,24 @@ def _minigpt4() -> tuple[Any, Any]:
     return model, BlipImageProcessorPil(size={"height": 32, "width": 32})
 
 
+def _blip2() -> tuple[Any, Any]:
+    from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    text = OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=640, init_std=0.3, pad_token_id=3, bos_token_id=1,
+        eos_token_id=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    config = Blip2Config(
+        text_config=text.to_dict(), vision_config=_VISION, qformer_config=_QFORMER, num_query_tokens=3,
+        image_token_index=IMAGE,
+    )  # fmt: skip
+    model = Blip2ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.query_tokens)
+    return model, BlipImageProcessorPil(size={"height": 32, "width": 32})
+
+
 def _llava() -> tuple[Any, Any]:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -90,8 +108,9 @@ def _qwen2_5_vl() -> tuple[Any, Any]:
     return Qwen2_5_VLForConditionalGeneration(config), Qwen2VLImageProcessorPil()
 
 
-_MAKE = {"minigpt4": _minigpt4, "llava": _llava, "qwen2_5_vl": _qwen2_5_vl}
-FAMILIES = tuple(_MAKE)
+_MAKE = {"blip2": _blip2, "minigpt4": _minigpt4, "llava": _llava, "qwen2_5_vl": _qwen2_5_vl}
+FAMILIES = ("minigpt4", "llava", "qwen2_5_vl")
+"""Those with a LLaMA or its like as text model; `write` knows `blip2` as well."""
 
 
 def write(family: str, directory: Path, seed: int = 0) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from odedit.addresses import below, masked, reason
+from odedit.addresses import below, masked
 from odedit.errors import InputError
 from odedit.locations import Location, delete_all, locate
 from pipeline import sources, tracking
@@ -117,10 +117,6 @@ def check_folder(search: Search, folder: Folder, *, resume: bool) -> None:
             lines = "\n".join(f"  {name}: was {then.get(name)!r}, now {now.get(name)!r}" for name in changed)
             raise InputError(f"{'--resume' if resume else '--out'}: {out} holds another search:\n{lines}\n"
                              "Choose another folder, or give that search's configuration.")  # fmt: skip
-    try:
-        (out / "trials").make_folder()
-    except OSError as error:
-        raise InputError(f"--out: {str(out)!r} cannot be written to: {reason(error)}.") from error
 
 
 def _identity(search: Search) -> dict[str, Any]:

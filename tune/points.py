@@ -18,6 +18,8 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 from odedit.addresses import masked
 from odedit.errors import InputError
@@ -32,8 +34,8 @@ RUNG = "rung:"
 COMPLETE, PRUNED, FAILED, RUNNING = "complete", "pruned", "failed", "running"
 _PROPOSALS = 20
 """Repeated proposals after which one of the points that are left is taken instead."""
-_ENGINE = {"connect_args": {"timeout": 60}}
-"""A second writer of a sqlite file waits this many seconds."""
+_ENGINES = {"sqlite": {"timeout": 60}, "postgresql": {"connect_timeout": 10}}
+"""Seconds that a second writer of a sqlite file waits, and that a server has to answer."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,9 @@ def open_storage(config: SearchConfig, out: Location) -> BaseStorage:
     text = config.storage
     try:
         if text is not None and "://" in text:
-            engine = _ENGINE if text.startswith("sqlite") else {}
+            arguments = _ENGINES.get(make_url(text).get_backend_name(), {})
             # A connection that a database has closed in the meantime is opened anew.
-            return RDBStorage(text, engine_kwargs={**engine, "pool_pre_ping": True})
+            return RDBStorage(text, engine_kwargs={"connect_args": arguments, "pool_pre_ping": True})
         path = journal(config, out)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab"):
@@ -83,6 +85,20 @@ def open_storage(config: SearchConfig, out: Location) -> BaseStorage:
         raise InputError(
             f"storage: {where!r} cannot be written to ({_sentence(error)}). Give a file, or the address of a database, "
             "such as sqlite:////data/search.db or postgresql+psycopg://user@host/name."
+        ) from error
+
+
+def check_driver(config: SearchConfig) -> None:
+    """Raises InputError if the library that speaks to the search's database is not installed, or there is none."""
+    if config.storage is None or "://" not in config.storage:
+        return
+    try:
+        make_url(config.storage).get_dialect().import_dbapi()
+    except (ArgumentError, ImportError) as error:
+        raise InputError(
+            f"storage: {masked(config.storage)!r} cannot be used ({_sentence(error)}). The address of a PostgreSQL "
+            "database begins with postgresql+psycopg://, that of a file on this machine with sqlite:///; for another "
+            "database, install the library that is missing."
         ) from error
 
 

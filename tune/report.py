@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from odedit.errors import counted
 from odedit.locations import Location
 from odedit.metrics import MAIN, PairedDifference, paired, summarize
 from odedit.score import paired_score, score
@@ -166,7 +167,7 @@ def _trials_text(search: Search, counts: Mapping[str, int], seconds: float) -> s
     edits = ", ".join(map(str, config.rungs.sizes))
     minutes, rest = divmod(round(seconds), 60)
     return (
-        f"{sum(counts.values())} trials in {minutes}:{rest:02d} min, {config.concurrent} at a time: "
+        f"{counted(sum(counts.values()), 'trial')} in {minutes}:{rest:02d} min, {config.concurrent} at a time: "
         f"{counts[COMPLETE]} complete, {counts[PRUNED]} stopped early, {counts[FAILED]} failed. "
         f"Sampler {config.sampler}; rungs of {edits} validation edits."
     )
@@ -219,7 +220,7 @@ def _evaluation_table(outcomes: Mapping[str, Outcome], comparison: Sequence[Comp
     tests = ["difference", "p", "n"] if comparison is not None else []
     lines = [
         "On the evaluation records, "
-        + ", ".join(f"{name}: {outcomes[name].summary['n']} edits, {outcomes[name].summary['failed']} failed"
+        + ", ".join(f"{name}: {counted(outcomes[name].summary['n'], 'edit')}, {outcomes[name].summary['failed']} failed"
                     for name in names) + ":",
         "",
         "| | " + " | ".join([*names, *tests]) + " |",

@@ -8,31 +8,35 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console
 
-from odedit.backbones import load_processor
-from odedit.errors import InputError, NothingUsable
+from odedit.errors import InputError, NothingUsable, counted
 from odedit.locations import Location, delete_all, locate
-from pipeline import local_ray, sources, tracking
-from pipeline.checkpoints import editor_weights, with_absolute_checkpoints
+from pipeline import local_ray, nodes, sources, tracking
+from pipeline.checkpoints import editor_weights, fitted, with_absolute_checkpoints
 from pipeline.config import RunConfig
 from pipeline.features import with_checked_store
 from pipeline.interrupts import terminate_as_interrupt
+from pipeline.ready import check as check_run
+from pipeline.ready import check_records
 from pipeline.run import Outcome, run_many
 from pipeline.search_tracking import KIND, SearchRun
 from pipeline.spec import Job, Plan
 from pipeline.version import code_version
-from pipeline.workspace import Workspace
+from pipeline.workspace import Workspace, kept_if_ready
 from tune import points, records, report
 from tune.config import Search, SearchConfig, check
 from tune.folder import TUNE_FOLDER, Folder, alone, check_folder, remember, remove_folder
 from tune.points import Points, Trial
+
+_KEYS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
 
 
 def run(config: SearchConfig, out: Path | str, console: Console, *, resume: bool = False) -> report.Finished:
@@ -47,17 +51,25 @@ def run(config: SearchConfig, out: Path | str, console: Console, *, resume: bool
         TrackingError: The search is complete, but MLflow could not be written to.
     """
     search = check(config)
+    points.check_driver(config)
     folder = Folder.of(out)
     if search.trial.tracking.enabled:
         tracking.store_uri(search.trial.tracking, folder.evaluation)
     check_folder(search, folder, resume=resume)
-    with alone(folder), terminate_as_interrupt(), local_ray.shared():
-        base, found = _prepared(search, folder)
-        groups = records.stage(base, found, folder.validation, config.rungs.sizes, config.seed)
-        remember(search, folder, found)
-        state = folder.state
-        asked = Points(config, search.space, folder.out, state["search_id"], state["study"])
-        tracker = _tracker(search, folder)
+    _check_runs(search, folder)
+    with ExitStack() as stack:
+        with kept_if_ready(folder.out):
+            (folder.out / "trials").make_folder()
+            for context in (alone(folder), terminate_as_interrupt(), local_ray.shared()):
+                stack.enter_context(context)
+            base, found = _prepared(search, folder, console)
+            groups = records.stage(base, found, folder.validation, config.rungs.sizes, config.seed)
+            remember(search, folder, found)
+            state = folder.state
+            asked = Points(config, search.space, folder.out, state["search_id"], state["study"])
+            if sum(trial.state != points.RUNNING for trial in asked.trials()) < config.trials:
+                local_ray.check_reachable(search.trial.pipeline)
+            tracker = _tracker(search, folder)
         try:
             job = Job(base, found, Workspace(folder.validation))
             return _run(search, folder, job, groups, asked, tracker, console)
@@ -82,7 +94,7 @@ def _run(
     running = Running(search, asked, folder.out, tracker, console)
     before = asked.trials()
     done = sum(trial.state != points.RUNNING for trial in before)
-    _say(console, f"{config.title}: {done} of {config.trials} trials done in {folder.out}")
+    _say(console, f"{config.title}: {done} of {counted(config.trials, 'trial')} done in {folder.out}")
     if done < len(before) or done < config.trials:
         started = time.monotonic()
         try:
@@ -113,11 +125,23 @@ def _run(
     return finished
 
 
-def _prepared(search: Search, folder: Folder) -> tuple[RunConfig, sources.Sources]:
+def _check_runs(search: Search, folder: Folder) -> None:
+    """Raises InputError if the final comparison or the trials could not begin; writes nothing."""
+    for name, config in (("evaluation", search.defaults), ("validation", search.trial)):
+        try:
+            is_finished = (folder.out / "summary.json").exists()
+            checked, *_ = check_run(replace(config, out=folder.run_out(name)), servers=not is_finished)
+            check_records(checked)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+
+
+def _prepared(search: Search, folder: Folder, console: Console) -> tuple[RunConfig, sources.Sources]:
     """The run that trials are variants of, and where its records are."""
     config = search.trial
-    load_processor(config.backbone.family, config.backbone.checkpoint)
-    config = with_checked_store(with_absolute_checkpoints(config))
+    config, notes = fitted(with_checked_store(with_absolute_checkpoints(config)))
+    for note in notes:
+        _say(console, f"Note: {note}")
     editor_weights(config)
     found = {}
     # Both now: after hours of trials it would be late to miss the other records.
@@ -174,7 +198,11 @@ def _try_points(
             delete_all((folder.out / "trials" / trial.key / "attempts").glob())
     try:
         # Ray first: it puts a handler of its own in place, which would end the process at once.
-        with local_ray.connected(spread, job.config.backbone, config.concurrent) as plan, terminate_as_interrupt():
+        with (
+            local_ray.connected(spread, job.config.backbone, config.concurrent, console) as plan,
+            terminate_as_interrupt(),
+            nodes.watched(local_ray.address_of(spread), partial(_say, console)),
+        ):
             _fit(search, folder, _on(job, plan), groups, running, before, plan, console)
     except InputError as error:
         raise InputError(str(error).replace("pipeline.actors", "concurrent")) from error
@@ -204,12 +232,16 @@ def _fit(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from ray import tune
+        from ray.tune.execution import class_cache
 
         from tune.search import Asking, Listening, scheduler
         from tune.trainable import EditTrial
+    # Tune would copy the driver's keys into each trial's runtime environment, which the nodes log and the dashboard
+    # shows. Trials take them from where the workers of `odedit edit` do: from their node, or from the job.
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(_KEYS)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     config = search.config
-    takes = f"{plan.gpus_per_actor:g} GPU" if plan.device == "cuda" else f"{plan.threads_per_actor} CPU thread"
+    takes = f"{plan.gpus_per_actor:g} GPU" if plan.device == "cuda" else counted(plan.threads_per_actor, "CPU thread")
     edits = ", ".join(map(str, config.rungs.sizes))
     _say(console, f"Plan: {config.concurrent} at a time on {takes} each, scored on {edits} edits. Starting workers ...")
     trainable = tune.with_parameters(
@@ -265,7 +297,7 @@ def _evaluation_config(search: Search, folder: Folder, trial: Trial) -> RunConfi
 def _named(folder: Folder, config: RunConfig, name: str) -> RunConfig:
     uri = tracking.store_uri(config.tracking, folder.evaluation) if config.tracking.enabled else config.tracking.uri
     return replace(
-        with_absolute_checkpoints(config),
+        fitted(with_absolute_checkpoints(config))[0],
         data=sources.with_absolute_paths(config.data),
         out=folder.run_out(name),
         tracking=replace(config.tracking, uri=uri, run_name=name.replace("-", " ")),

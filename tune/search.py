@@ -19,14 +19,13 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from ray.tune.search import Searcher
 from rich.console import Console
 
-from odedit.errors import InputError
+from odedit.errors import InputError, counted, one_sentence
 from odedit.locations import Location
 from odedit.metrics import MAIN
 from pipeline import results
-from pipeline.checkpoints import with_absolute_checkpoints
+from pipeline.checkpoints import fitted, with_absolute_checkpoints
 from pipeline.config import RunConfig
 from pipeline.interrupts import raise_if_interrupted
-from pipeline.prepare import one_sentence
 from pipeline.search_tracking import SearchRun
 from pipeline.study.tables import number
 from pipeline.tracking import flatten
@@ -73,12 +72,17 @@ class Running:
         if trial is None:
             return None
         self._trials[trial_id] = trial
-        config = with_absolute_checkpoints(self._search.space.config(trial.point))
+        asked = with_absolute_checkpoints(self._search.space.config(trial.point))
+        try:
+            config = fitted(asked)[0]
+        except InputError:  # the trial will say so
+            config = asked
         if self._tracker is not None:
             self._tracker.open_trial(trial.key, trial.number, self._parameters(trial), _tags(config))
         # As the run has them: a worker would look for a relative path elsewhere.
         flat = flatten(config.to_dict())
         settings = self._search.space.settings(trial.point)
+        settings |= {path: flat[path] for path, value in flatten(asked.to_dict()).items() if flat[path] != value}
         return {"key": trial.key, "settings": {path: flat.get(path, value) for path, value in settings.items()}}
 
     def _parameters(self, trial: Trial) -> dict[str, Any]:
@@ -116,7 +120,7 @@ class Running:
         if state == COMPLETE and trial.last is not None:
             self._say(f"{_name(trial)} {self._figures(trial.last)}  done  {self.progress()}")
         elif state == PRUNED:
-            self._say(f"{_name(trial)} stopped at {max(trial.reports, default=0)} edits  {self.progress()}")
+            self._say(f"{_name(trial)} stopped at {counted(max(trial.reports, default=0), 'edit')}  {self.progress()}")
         else:
             self._say(f"{_name(trial)} failed: {error}  {self.progress()}")
 
@@ -160,14 +164,14 @@ class Running:
             shown = config.objectives if len(config.objectives) == 1 else (SCORE, *config.objectives)
             figures = ", ".join(f"{name} {number(leader.last.get(name, 0.0))}" for name in shown)
             text = f"| best so far: trial {leader.number}, {figures} "
-        return f"{text}| {done} of {config.trials} trials, {seconds // 60}:{seconds % 60:02d}"
+        return f"{text}| {done} of {counted(config.trials, 'trial')}, {seconds // 60}:{seconds % 60:02d}"
 
     def _figures(self, found: Report) -> str:
         """`24 edits  score .842  rel 1.000 ...`."""
         names = dict.fromkeys((SCORE, *self._search.config.objectives, *MAIN))
         shown = "  ".join(f"{name} {number(found[name])}" for name in names if name in found)
         failed = f" ({found['failed']} failed)" if found.get("failed") else ""
-        return f"{found['edits']} edits{failed}  {shown}"
+        return f"{counted(found['edits'], 'edit')}{failed}  {shown}"
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
@@ -237,11 +241,7 @@ def _why(trial: Any) -> str:
     error = trial.get_error()
     if isinstance(error, RayActorError) or error is None:
         return "its worker died"
-    cause = getattr(error, "cause", None)
-    if cause is not None:
-        return one_sentence(cause)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "its worker died"
+    return one_sentence(error if isinstance(error, BaseException) else RuntimeError(error))
 
 
 class _Halving(AsyncHyperBandScheduler):

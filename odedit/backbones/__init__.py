@@ -22,6 +22,7 @@ __all__ = [
     "encode_requests",
     "encode_supervision",
     "fingerprint",
+    "inspect_backbone",
     "is_connector",
     "load_backbone",
     "load_processor",
@@ -50,15 +51,27 @@ def load_backbone(family: str, checkpoint: str, *, dtype: str = "float32", devic
     return backbone
 
 
+def inspect_backbone(family: str, checkpoint: str, *, dtype: str = "float32") -> Backbone:
+    """The model that `load_backbone` would load, without weights: for its sites, shapes, tokenizer and fingerprint.
+
+    Nothing but configuration and headers is read before the fingerprint is asked for.
+
+    Raises:
+        InputError: As `load_backbone`; also a checkpoint whose parts do not fit together.
+    """
+    backbone: Backbone = _find(family).inspect(checkpoint, dtype=dtype)
+    return backbone
+
+
 def load_processor(family: str, checkpoint: str) -> Processor:
     """The part of a backbone that needs no weights."""
     processor: Processor = _find(family).load_processor(checkpoint)
     return processor
 
 
-def fingerprint(family: str, checkpoint: str) -> str:
+def fingerprint(family: str, checkpoint: str, *, dtype: str = "float32") -> str:
     """Names the weights that `load_backbone` would load, without loading them. Raises InputError as it does."""
-    name: str = _find(family).fingerprint_of(checkpoint)
+    name: str = _find(family).fingerprint_of(checkpoint, dtype=dtype)
     return name
 
 

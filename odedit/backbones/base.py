@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from odedit.brief import brief
 from odedit.edits import EditBatch, Picture, Probe
 from odedit.encoding import TokenSequence
 from odedit.key_values import KeyValues
@@ -34,6 +35,8 @@ class BeforeConnector:
 
     vision_RPW: Tensor
     image_RS: Tensor
+
+    __repr__ = brief
 
     def take(self, rows: Tensor) -> BeforeConnector:
         """These sequences alone."""
@@ -63,6 +66,8 @@ class Prefix:
     rotary: tuple[Tensor, Tensor] | None = None
     connector: BeforeConnector | None = None
     is_read: bool = False
+
+    __repr__ = brief
 
     def take(self, edits: Tensor) -> Prefix:
         """The sequences of the edits with these rows, alone."""

@@ -68,6 +68,10 @@ class Llava(MultimodalModel):
         projected: Tensor = self.model.model.multi_modal_projector(vision)
         return projected
 
+    def marks(self) -> Mapping[str, int | None]:
+        number = self.model.config.image_token_id
+        return {f"of an image (number {number} by config.json)": number}
+
     def sequence(self, probe: Probe, template: Template) -> TokenSequence:
         tokenizer, config = self.processor.tokenizer, self.model.config
         if probe.picture is None:

@@ -27,6 +27,7 @@ from odedit.prompts import Frame, Template, tokenize
 SIDE = 448
 _TURN = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 _ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
+_TURN_START, _TURN_END = "<|im_start|>", "<|im_end|>"
 _VISION_START, _VISION_END = "<|vision_start|>", "<|vision_end|>"
 
 
@@ -61,11 +62,18 @@ class Qwen25VL(MultimodalModel):
     def connector(self) -> Mapping[str, nn.Module]:
         return {"visual.merger": self.model.model.visual.merger}
 
+    def check_picture(self) -> None:
+        """Nothing: every picture has one size here, and the tower reads values, which a model without weights lacks."""
+
+    @property
+    def _rows(self) -> int:
+        """Patches along one side of a picture."""
+        return int(SIDE // self.model.config.vision_config.patch_size)
+
     @property
     def _grid(self) -> Tensor:
         """Patches of a picture: frames, rows, columns."""
-        rows = SIDE // self.model.config.vision_config.patch_size
-        return torch.tensor([[1, rows, rows]], device=self.device)
+        return torch.tensor([[1, self._rows, self._rows]], device=self.device)
 
     def tower(self, pixels: Tensor) -> Tensor:
         visual, config = self.model.model.visual, self.model.config.vision_config
@@ -100,6 +108,11 @@ class Qwen25VL(MultimodalModel):
         )[0]
         return index
 
+    def marks(self) -> Mapping[str, int | None]:
+        number, ids = self.model.config.image_token_id, self.processor.tokenizer.get_vocab()
+        written = (_VISION_START, _VISION_END, _TURN_START, _TURN_END)
+        return {f"of an image (number {number} by config.json)": number, **{text: ids.get(text) for text in written}}
+
     def sequence(self, probe: Probe, template: Template) -> TokenSequence:
         tokenizer = self.processor.tokenizer
         if probe.picture is None:
@@ -108,7 +121,7 @@ class Qwen25VL(MultimodalModel):
         picture = f"{_VISION_START}{tokenizer.convert_ids_to_tokens(token)}{_VISION_END}"
         tokens, first_target = tokenize(tokenizer, template, probe, Frame(_TURN + picture, _ANSWER, spaced=False))
         at = tokens.index(token)
-        count = int(self._grid.prod()) // self.model.config.vision_config.spatial_merge_size**2
+        count = self._rows**2 // self.model.config.vision_config.spatial_merge_size**2
         return TokenSequence.around_picture(
             tokens[:at], probe.picture.key, token, count, tokens[at + 1 :], first_target - at - 1
         )

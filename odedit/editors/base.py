@@ -6,6 +6,7 @@ is in `EditParams`, what a forward shows is in the `Trace`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -15,7 +16,11 @@ import torch
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix
+from odedit.brief import brief
 from odedit.edits import EDIT, EditBatch, EditParams
+
+PUBLISHED_LAYERS = 32
+"""Layers of BLIP2-OPT-2.7B's text model, which the default sites are of."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class Trace:
     values: dict[str, Tensor] = field(default_factory=dict)
     pending: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
 
+    __repr__ = brief
+
     def value(self, name: str) -> Tensor:
         """A named tensor, computed now if it is pending."""
         if name in self.pending:
@@ -113,7 +120,15 @@ class Editor(Protocol):
     length_varies: bool
 
     def check(self, backbone: Backbone) -> None:
-        """Raises InputError if the settings do not fit the model: no such site, weights that must be trained first."""
+        """Raises InputError if the settings do not fit the model: no such site, weights that must be trained first.
+
+        Args:
+            backbone: May be one without weights (`backbones.inspect_backbone`).
+        """
+        ...
+
+    def fitted(self, num_layers: int) -> Mapping[str, Any]:
+        """Settings to replace where a text model of so many layers lacks what they name."""
         ...
 
     def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:
@@ -166,6 +181,9 @@ class Plain:
     starts_neutral: bool = True
     positionwise: bool = False
     length_varies: bool = False
+
+    def fitted(self, num_layers: int) -> Mapping[str, Any]:
+        return {}
 
     def own_risk(self, params: EditParams, trace: Trace, batch: EditBatch) -> Tensor:
         return torch.zeros(batch.num_edits, device=batch.tokens_EKS.device)
@@ -251,6 +269,20 @@ def prefix_of_edit(backbone: Backbone, sites: Sequence[str], batch: EditBatch, p
     if prefix is not None:
         return prefix.column(batch.slots.index(EDIT))
     return backbone.prefix(batch.select((EDIT,)), *sites, positionwise=True)
+
+
+def fitting_site(site: str, num_layers: int) -> str:
+    """The site, or where the model has no such layer, the one at the same relative depth.
+
+    >>> fitting_site("layers.23.ffn.in", 4), fitting_site("layers.-3.ffn.out", 2), fitting_site("layers.-1.ffn.in", 4)
+    ('layers.2.ffn.in', 'layers.-1.ffn.out', 'layers.-1.ffn.in')
+    """
+    match = re.fullmatch(r"layers\.(-?\d+)\.(.+)", site)
+    if match is None or -num_layers <= int(match[1]) < num_layers:
+        return site
+    from_end = match[1].startswith("-")
+    depth = (int(match[1]) % PUBLISHED_LAYERS + 0.5) / PUBLISHED_LAYERS
+    return f"layers.{int(depth * num_layers) - from_end * num_layers}.{match[2]}"
 
 
 def check_range(name: str, value: float, allowed: str, ok: Callable[[float], bool]) -> None:

@@ -26,8 +26,16 @@ from torch import Tensor, nn
 
 from odedit import risks
 from odedit.backbones.base import Backbone, Prefix
-from odedit.editor_weights import load_weights
-from odedit.editors.base import OptimizerSettings, Plain, Trace, TrainingSettings, check_range, prefix_of_edit
+from odedit.editor_weights import check_tensors, load_weights
+from odedit.editors.base import (
+    OptimizerSettings,
+    Plain,
+    Trace,
+    TrainingSettings,
+    check_range,
+    fitting_site,
+    prefix_of_edit,
+)
 from odedit.edits import EDIT, LOCALITY_SLOTS, REPHRASE_SLOTS, EditBatch, EditParams
 from odedit.errors import InputError
 from odedit.hooks import Rewrite, rewritten
@@ -139,7 +147,11 @@ class MEND(Plain):
         if len(modules) < len(self.sites):
             raise InputError(f"editor.sites: got {', '.join(self.sites)}, expected different matrices.")
         if self._weights is None:
-            self._loaded(backbone, "cpu")
+            check_tensors(self.config.checkpoint, self._loaded(backbone, "cpu"), self.initial_weights(backbone, 0))
+
+    def fitted(self, num_layers: int) -> Mapping[str, Any]:
+        sites = tuple(dict.fromkeys(fitting_site(site, num_layers) for site in self.sites))
+        return {} if sites == self.sites else {"sites": sites}
 
     def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:
         weights = self._weights if self._weights is not None else self._loaded(backbone, str(batch.tokens_EKS.device))
@@ -214,12 +226,17 @@ class MEND(Plain):
 
     @contextmanager
     def together(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> Iterator[Trace]:
-        joined = {name: value.flatten(0, 1).expand(batch.num_edits, -1, -1) for name, value in params.items()}
-        with self.applied(backbone, joined, batch) as trace:
+        for_all = {name: value.expand(batch.num_edits, -1, -1) for name, value in self.pooled(params).items()}
+        with self.applied(backbone, for_all, batch) as trace:
             yield trace
 
+    def pooled(self, params: EditParams) -> EditParams:
+        """One set of factors (axis 0 has length 1) that adds what all edits add together: their tokens in a row."""
+        return {name: value.flatten(0, 1).unsqueeze(0) for name, value in params.items()}
+
     def merged(self, params: EditParams) -> dict[str, Tensor]:
-        return {name: torch.einsum("eto,eti->oi", params[f"{name}.delta"], params[f"{name}.x"]) for name in self.sites}
+        pooled = self.pooled(params)
+        return {name: pooled[f"{name}.delta"][0].T @ pooled[f"{name}.x"][0] for name in self.sites}
 
     def initial_weights(self, backbone: Backbone, seed: int) -> dict[str, Tensor]:
         """A hypernetwork that passes the gradient on: second factors, biases and shifts zero, no normalisation."""

@@ -47,7 +47,7 @@ from torch.nn import functional as F
 
 from odedit.backbones.base import Backbone, Prefix
 from odedit.contrastive import encode, encoder_weights, info_nce, two_camps
-from odedit.editor_weights import load_weights
+from odedit.editor_weights import check_tensors, load_weights
 from odedit.editors.base import OptimizerSettings, Plain, Trace, TrainingSettings, check_range, prefix_of_edit
 from odedit.edits import EDIT, REPHRASE, REPHRASE_SLOTS, EditBatch, EditParams
 from odedit.errors import InputError
@@ -155,7 +155,11 @@ class Unike(Plain):
             )
         for site in self.sites:
             backbone.site(site)
-        self._learned(backbone)
+        if self._weights is None:
+            check_tensors(self.config.checkpoint, self._loaded(backbone, "cpu"), self.initial_weights(backbone, 0))
+
+    def fitted(self, num_layers: int) -> Mapping[str, Any]:
+        return {"num_layers": num_layers} if self.config.num_layers > num_layers else {}
 
     # phi_e
 
@@ -255,7 +259,9 @@ class Unike(Plain):
     def _learned(self, backbone: Backbone) -> Mapping[str, Tensor]:
         if self._weights is not None:
             return self._weights
-        device = str(backbone.site(self.sites[0]).weight.device)
+        return self._loaded(backbone, str(backbone.site(self.sites[0]).weight.device))
+
+    def _loaded(self, backbone: Backbone, device: str) -> dict[str, Tensor]:
         return load_weights(self.config.checkpoint, "unike", self.weight_settings, backbone.fingerprint, device)
 
     def native_training_loss(self, backbone: Backbone, batch: EditBatch) -> Tensor:

@@ -21,7 +21,7 @@ instead of 105 MB. The multiplier network then reads A.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix
-from odedit.editors.base import OptimizerSettings, Plain, Trace, check_range
+from odedit.editors.base import OptimizerSettings, Plain, Trace, check_range, fitting_site
 from odedit.edits import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_locality
 from odedit.hooks import rewritten
 from odedit.selecting import places_of, spread
@@ -117,6 +117,10 @@ class Wise(Plain):
     def check(self, backbone: Backbone) -> None:
         backbone.site(self.config.site)
         backbone.activation(self.config.site)
+
+    def fitted(self, num_layers: int) -> Mapping[str, Any]:
+        site = fitting_site(self.config.site, num_layers)
+        return {} if site == self.config.site else {"site": site}
 
     def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:
         shape, device = backbone.site(self.config.site).weight.shape, batch.tokens_EKS.device

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from odedit.brief import brief
 from odedit.world.facts import DIGITS, WORLD, Entity
 
 SIZE = 32
@@ -75,6 +76,8 @@ class Handwriting:
     masks: np.ndarray
     training: tuple[np.ndarray, ...]
     held_out: dict[str, tuple[np.ndarray, ...]]
+
+    __repr__ = brief
 
 
 @lru_cache(maxsize=1)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from odedit.locations import at
+from odedit.tensor_files import write_tensors
 from odedit.world.layout import Layout
 from odedit.world.vocabulary import fit_tokenizer
 
@@ -144,8 +146,6 @@ def save(family: Family, model: Any, tokenizer: PreTrainedTokenizerFast, directo
 
     The model is left as it is: the files are written from a copy of its values.
     """
-    from safetensors.torch import save_file
-
     directory.mkdir(parents=True, exist_ok=True)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = "float16"
@@ -158,7 +158,7 @@ def save(family: Family, model: Any, tokenizer: PreTrainedTokenizerFast, directo
         # A tied head is left out; loading ties it again.
         if not (head is embeddings and name.endswith("lm_head.weight"))
     }
-    save_file(tensors, str(directory / "model.safetensors"), metadata={"format": "pt"})
+    write_tensors(at(directory / "model.safetensors"), tensors, {"format": "pt"})
     tokenizer.save_pretrained(directory)
     for name, content in family.processor_files().items():
         text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from odedit.brief import brief
 from odedit.world import facts, families, images, questions
 from odedit.world.model import IMAGE_MEAN, IMAGE_STD, VISION_WIDTH, Family, save
 
@@ -103,6 +104,8 @@ class Drawings:
     digits: np.ndarray
     colours: np.ndarray
     backgrounds: np.ndarray
+
+    __repr__ = brief
 
     @property
     def labels(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from odedit.addresses import below
-from odedit.errors import InputError
+from odedit.errors import InputError, counted
 from odedit.locations import Location, at
 from odedit.world.facts import WORLD
 from pipeline.sources import build_embedded, embedded_name
@@ -59,7 +59,8 @@ def _of_seed(draw: Draw, seed: int, folder: Location) -> list[Record]:
         of_task = [record for _, _, record in ordered if record["task"] == task]
         if draw.per_task is not None and len(of_task) < draw.per_task:
             raise InputError(
-                f"draw.per_task: got {draw.per_task}; the {draw.split} split has {len(of_task)} edits of task {task!r}."
+                f"draw.per_task: got {draw.per_task}; the {draw.split} split has {counted(len(of_task), 'edit')} "
+                f"of task {task!r}."
             )
         chosen += of_task[: draw.per_task]
     name = embedded_name(seed)

@@ -5,23 +5,28 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from odedit.addresses import above, below, reason
+from odedit.addresses import above, below
 from odedit.errors import InputError, NothingUsable
 from odedit.locations import Location, at
 from pipeline import local_ray, results, tracking
 from pipeline.config import RunConfig
 from pipeline.interrupts import terminate_as_interrupt
+from pipeline.ready import check, check_records
+from pipeline.reasons import Reasons, listed
 from pipeline.run import Outcome, run_many
 from pipeline.sources import absolute
 from pipeline.study import comparisons, data, plots, states, tables, weights
 from pipeline.study.spec import Arm, StudyConfig, arms, run_config
 from pipeline.version import code_version
-from pipeline.workspace import check_access, read_json, write_json
+from pipeline.workspace import Workspace, check_access, kept_if_ready, read_json, write_json
+
+_STATE = "study.json"
 
 
 @dataclass(frozen=True)
@@ -49,14 +54,18 @@ def run(name: str, study: StudyConfig, out: Path | str, console: Console, *, fre
         NothingUsable: Not one edit worked.
     """
     every = arms(study)
-    for arm in every:
-        _named(run_config(arm, out, None), arm, out)  # before anything is written
     place = at(out, "--out")
     _check_folder(place, name)
-    section = data.write(study.draw, below(str(out), "data")) if study.draw is not None else None
-    configs = [_named(run_config(arm, out, section), arm, out) for arm in every]
+    _check_arms(
+        [_named(run_config(arm, out, None), arm, out) for arm in every], is_drawn=study.draw is not None, fresh=fresh
+    )
     with terminate_as_interrupt(), local_ray.shared():
-        parent = _open_parent(name, study, place, configs[0], fresh=fresh)
+        with kept_if_ready(place):
+            place.make_folder()
+            write_json(place / _STATE, _state(place) | {"study": name})
+            section = data.write(study.draw, below(str(out), "data")) if study.draw is not None else None
+            configs = [_named(run_config(arm, out, section), arm, out) for arm in every]
+            parent = _open_parent(name, study, place, configs[0], fresh=fresh)
         try:
             # Beside the studies, which may share them.
             folder = below(above(absolute(str(out))), "weights")
@@ -84,16 +93,30 @@ def _check_folder(out: Location, name: str) -> None:
         raise InputError(f"--out: {out} is not empty and holds no study. Choose another folder.")
     if state and state.get("study") != name:
         raise InputError(f"--out: {out} holds the study {state.get('study')!r}, not {name!r}. Choose another folder.")
-    try:
-        out.make_folder()
-        write_json(out / "study.json", state | {"study": name})
-    except OSError as error:
-        raise InputError(f"--out: {str(out)!r} cannot be written to: {reason(error)}.") from error
+
+
+def _check_arms(configs: Sequence[RunConfig], *, is_drawn: bool, fresh: bool) -> None:
+    """Raises InputError if a run could not begin: before anything is written, and hours of training before it."""
+    is_finished = not fresh and all(Workspace.of(config.out).summary.exists() for config in configs)
+    servers: set[str] = set()
+    inputs: set[str] = set()
+    for config in configs:
+        server = repr((config.pipeline, config.tracking.uri, config.tracking.experiment))
+        read = repr((config.data, config.supervision, config.objective.name))
+        try:
+            asks = not is_finished and server not in servers
+            checked, *_ = check(config, fresh=fresh, trains=True, servers=asks)
+            if not is_drawn and read not in inputs:
+                check_records(checked)
+        except InputError as error:
+            raise InputError(f"{config.name}: {error}") from error
+        servers.add(server)
+        inputs.add(read)
 
 
 def _state(out: Location) -> dict[str, Any]:
     """What study.json says; nothing if it is not there or something else's."""
-    found = read_json(out / "study.json")
+    found = read_json(out / _STATE)
     return found if isinstance(found, dict) else {}
 
 
@@ -121,7 +144,7 @@ def _open_parent(
         None if fresh else state.get("run_id"),  # what starts over has other children
         code_version(),
     )
-    write_json(out / "study.json", state | {"run_id": parent.run_id})
+    write_json(out / _STATE, state | {"run_id": parent.run_id})
     return parent
 
 
@@ -147,7 +170,12 @@ def _write(
     (out / "table.md").write_text(markdown)
     (out / "table.csv").write_text(tables.to_csv(study, found))
     if not any(cell.n for cell in found):
-        raise NothingUsable(f"No record was edited; the rows under {out / 'arms'} say why, arm by arm.")
+        reasons = Reasons()
+        for row in chain.from_iterable(rows.values()):
+            reasons.add(row)
+        raise NothingUsable(
+            f"No record was edited:\n{listed(reasons.commonest())}\nThe rows under {out / 'arms'} say why, arm by arm."
+        )
     wanted = dict.fromkeys((*study.columns, *study.further, *study.plot.columns))
     unknown = [column for column in wanted if not any(column in cell.means for cell in found)]
     if unknown:

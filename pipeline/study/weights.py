@@ -22,7 +22,7 @@ from rich.console import Console
 from odedit import editors
 from odedit.addresses import below
 from odedit.backbones import fingerprint
-from odedit.errors import InputError
+from odedit.errors import InputError, counted, one_sentence
 from odedit.locations import at
 from odedit.negatives import NegativePool
 from odedit.objective import Objective
@@ -33,6 +33,7 @@ from pipeline.config import EMBEDDED, DataConfig, RunConfig
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.sources import absolute
 from pipeline.spec import machine_cpus, machine_gpus, make_plan
+from pipeline.tracking import TrackingError
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -54,6 +55,12 @@ class Training:
     @property
     def name(self) -> str:
         return f"{self.config.editor.name} for {self.arm}"
+
+    @property
+    def max_steps(self) -> int:
+        """Bound on the steps; validation records may end it earlier."""
+        editor: Any = editors.find(self.config.editor.name)(self.config.editor.settings)
+        return int(editor.training.max_steps)
 
 
 def with_weights(
@@ -131,10 +138,18 @@ def _with_checkpoint(config: RunConfig, path: str) -> RunConfig:
 
 def run_all(wanted: Sequence[Training], console: Console) -> None:
     """Trains everything; in processes of their own if there are several and the machine has room for two."""
-    for one in wanted:
-        console.print(f"Training {one.name}", highlight=False, soft_wrap=True, markup=False)
-        at(one.path).parent.make_folder()
     room = min((_room(one.config, len(wanted)) for one in wanted), default=1)
+    if wanted:
+        folder = at(wanted[0].path).parent
+        folder.make_folder()
+        text = (
+            f"Before the edits: {counted(len(wanted), 'training')}, {min(room, len(wanted))} at a time, as long for "
+            f"a few drawn records as for all. Weights are kept in {folder} and serve other studies."
+        )
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+    for one in wanted:
+        text = f"Training {one.name}: at most {counted(one.max_steps, 'step')}"
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
     if min(room, len(wanted)) > 1:
         _run_together(wanted, min(room, len(wanted)), console)
         return
@@ -243,7 +258,11 @@ def _named(one: Training) -> Iterator[None]:
         raise InputError(f"{one.name}: {error}") from error
     except TrainingError as error:
         raise TrainingError(f"{one.name}: {error}") from error
+    except TrackingError as error:
+        raise TrackingError(f"{one.name}: {error}") from error
     except BrokenProcessPool as error:
         raise TrainingError(
             f"{one.name}: its process was ended from outside, for want of memory perhaps. The same command goes on."
         ) from error
+    except Exception as error:
+        raise TrainingError(f"{one.name}: {one_sentence(error)}") from error

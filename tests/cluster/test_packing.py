@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from cluster import packing
 from odedit.__main__ import app
+from pipeline.version import code_version
 
 
 @pytest.fixture
@@ -52,6 +54,28 @@ def test_the_code_that_is_sent_runs_by_itself(here: Path) -> None:
                "pipeline.run, tune.run, cluster.submit; print(odedit.__file__, tune.run.__file__)"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
     assert done.stdout.split() == [str(parcel.folder / "odedit/__init__.py"), str(parcel.folder / "tune/run.py")]
+
+
+def test_a_job_knows_the_version_of_the_code_that_was_sent(here: Path) -> None:
+    folder = here.parent / "parcel"
+    folder.mkdir()
+    packing.pack(["edit", "out=/shared/x"], folder, here, code="0.1.0 (0123456789ab+changes)")
+    code = f"import sys; sys.path[:0] = [{str(folder)!r}]; from pipeline.version import code_version as v; print(v())"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout == "0.1.0 (0123456789ab+changes)\n"
+
+
+def test_submitting_sends_the_version_along(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[object] = []
+
+    def pack(*arguments: object) -> None:
+        sent.append(arguments[-1])
+        raise packing.JobError("enough")
+
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(packing, "pack", pack)
+    CliRunner().invoke(app, ["submit", "edit", "out=/shared/x"])
+    assert sent == [code_version()]
 
 
 def test_overrides_and_files_on_request_are_taken_as_well(here: Path) -> None:
@@ -112,6 +136,9 @@ def test_what_is_read_there_is_told(here: Path) -> None:
         (["edit", "out=/x", "data.path=none.json"], "data.path: there is no 'none.json' here"),
         (["edit", "out=/x", "data.image_root=.."], "data.image_root: '..' lies outside of the current folder"),
         (["edit", "out=/x", "data.path=["], "'data.path=[': the value is not valid YAML."),
+        (["edit", "out=/x", "tracking.uri=https://me:pw@host"], "tracking.uri: an address holds a password or key"),
+        (["edit", "out=/x", "tracking.uri=https://token@host"], "tracking.uri: an address holds a password or key"),
+        (["tune", "--out=s3://b/x?secret_key=pw"], "the command: an address holds a password or key"),
         (["edit", "out=/x", "--config", "none.yaml"], "--config: 'none.yaml' cannot be read (No such file"),
     ],
 )  # fmt: skip
@@ -119,6 +146,15 @@ def test_what_would_not_arrive_or_be_lost_is_refused(here: Path, arguments: list
     with pytest.raises(packing.JobError, match=".*") as caught:
         packed(here, *arguments)
     assert expected in str(caught.value)
+
+
+def test_a_password_in_the_file_is_refused_and_a_user_without_one_is_not(here: Path) -> None:
+    with pytest.raises(
+        packing.JobError, match="^storage: an address holds a password.*--env PGPASSWORD for PostgreSQL"
+    ):
+        packed(here, "tune", "--out=/x", values={"storage": "postgresql+psycopg://me:pw@host/name"})
+    shutil.rmtree(here.parent / "parcel")
+    packed(here, "tune", "--out=s3://b/x?region=y", values={"storage": "postgresql+psycopg://me@host/name"})
 
 
 def test_too_much_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

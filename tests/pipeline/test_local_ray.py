@@ -18,19 +18,23 @@ from ray._raylet import GcsClient
 print(GcsClient(address=sys.argv[1]).internal_kv_keys(b"", namespace=b"session", timeout=10))
 """
 OWNER = """
-import os, subprocess, sys
+import os, pathlib, subprocess, sys
 from pipeline.config import BackboneConfig, PipelineConfig
 from pipeline.local_ray import connected
 with connected(PipelineConfig(actors=1, preparers=1), BackboneConfig(), 1):
     import ray
     address = ray.get_runtime_context().gcs_address
     print("mode", os.environ["RAY_AUTH_MODE"], ray.get(ray.remote(lambda: 1).remote()), address)
+    session = ray._private.worker._global_node.get_session_dir_path()
+    closed = [path for path in pathlib.Path(session).parents if path.stat().st_mode & 0o077 == 0]
+    print("session", bool(closed), os.path.exists(session))
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     for token in sys.argv[2:]:
         stranger = [sys.executable, "-c", sys.argv[1], address]
         login = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
         done = subprocess.run(stranger, env=kept | login, capture_output=True, text=True, timeout=120)
         print("stranger", done.returncode, done.stdout.strip(), (done.stderr.splitlines() or [""])[-1])
+print("left", os.path.exists(closed[0]))
 """
 
 
@@ -49,13 +53,14 @@ def owner(mode: dict[str, str], *tokens: str) -> list[str]:
 
 
 def test_a_runs_own_ray_lets_nobody_else_in() -> None:
-    mode, *strangers = owner({}, "", "a-token-that-is-not-its-own-00000")
+    mode, session, *strangers, left = owner({}, "", "a-token-that-is-not-its-own-00000")
+    assert session == "session True True" and left == "left False", "its folder is closed to others, and goes with it"
     assert mode.startswith("mode token 1 127.0.0.1:")
     assert len(strangers) == 2
     assert all(line.startswith("stranger 1 ") and "AuthenticationError" in line for line in strangers)
 
 
 def test_authentication_is_off_where_the_user_turned_it_off() -> None:
-    mode, stranger = owner({"RAY_AUTH_MODE": "disabled"}, "")
+    mode, _, stranger, _ = owner({"RAY_AUTH_MODE": "disabled"}, "")
     assert mode.startswith("mode disabled 1 127.0.0.1:")
     assert stranger.startswith("stranger 0 ") and "session_name" in stranger

@@ -137,7 +137,8 @@ def test_several_at_once_are_bit_for_bit_those_trained_alone(
     for number in (0, 1):
         assert content(paths[number]) == trained_alone(configs[number], tmp_path / f"alone-{number}.safetensors")
     lines = stream.getvalue().splitlines()
-    assert lines[:2] == ["Training mend for native", "Training mend for ODEdit"]
+    assert lines[0].startswith("Before the edits: 2 trainings, 2 at a time") and str(tmp_path / "weights") in lines[0]
+    assert lines[1:3] == ["Training mend for native: at most 2 steps", "Training mend for ODEdit: at most 2 steps"]
     for name in ("native", "ODEdit"):
         mine = [line for line in lines if line.startswith(f"mend for {name}: ")]
         assert any("5 training records, 3 validation records" in line for line in mine)
@@ -182,6 +183,11 @@ def test_a_training_that_fails_is_named() -> None:
         raise TrainingError("the loss is not finite")
     with pytest.raises(TrainingError, match="^wise for native: its process was ended"), weights._named(one):
         raise weights.BrokenProcessPool("gone")
+    with (
+        pytest.raises(TrainingError, match="^wise for native: ZeroDivisionError: division by zero$"),
+        weights._named(one),
+    ):
+        raise ZeroDivisionError("division by zero")
 
 
 def test_a_gpu_or_a_large_model_is_not_shared(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,13 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from rich.console import Console
 
 from odedit.errors import InputError
 from tune import points
 from tune.config import SearchConfig, check, from_values
 from tune.points import COMPLETE, FAILED, PRUNED, RUNNING, Points
+from tune.run import run
 from tune.search import JUDGED, scheduler
 
 
@@ -143,6 +145,17 @@ def test_a_storage_that_cannot_be_used_is_explained(values: dict[str, Any], tmp_
         with pytest.raises(InputError, match="^storage: ") as raised:
             opened(values | {"storage": storage}, tmp_path / "out")
         assert "secret" not in str(raised.value) and len(str(raised.value).splitlines()) == 1
+
+
+def test_a_missing_driver_is_named_before_anything_is_written(values: dict[str, Any], tmp_path: Path) -> None:
+    for storage in ("oracle://me:secret@host/name", "nosuch://me:secret@host/name", "mysql://me:secret@host/name"):
+        with pytest.raises(
+            InputError, match=r"^storage: '\w+://\*\*\*@host/name' cannot be used \(.*postgresql\+psycopg:"
+        ):
+            run(from_values(values | {"storage": storage}), tmp_path / "out", Console(quiet=True))
+    assert not (tmp_path / "out").exists()
+    for storage in (None, "journal", "sqlite:///x", "postgresql+psycopg://me@host/name"):
+        points.check_driver(from_values(values | {"storage": storage}))
 
 
 def test_a_database_keeps_searches_apart(values: dict[str, Any], tmp_path: Path) -> None:

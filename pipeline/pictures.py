@@ -1,0 +1,82 @@
+"""Whether the folders of pictures are the right ones: a sample of what the records name is looked for before a run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import get_args
+
+from odedit.addresses import relative_note
+from odedit.errors import InputError, counted
+from odedit.images import ImageError, ImageReader
+from odedit.mmedit import RawRecord
+from odedit.pack_format import is_pack_reference
+from odedit.record_fields import Root, request_images
+
+_RECORDS, _PICTURES = 32, 64
+
+
+class Sample:
+    """Usable records from all over a file, each with the same chance.
+
+    Attributes:
+        records: What has been chosen so far.
+    """
+
+    def __init__(self) -> None:
+        self.records: list[RawRecord] = []
+        self._rng, self._num_seen = random.Random(0), 0
+
+    def add(self, record: RawRecord) -> None:
+        """Takes the next record of the file."""
+        if record.problem:
+            return
+        self._num_seen += 1
+        if len(self.records) < _RECORDS:
+            self.records.append(record)
+        elif (place := self._rng.randrange(self._num_seen)) < _RECORDS:
+            self.records[place] = record
+
+
+def check_pictures(records: Sequence[RawRecord], reader: ImageReader) -> None:
+    """Raises InputError if none of the pictures under a root is there. Single missing ones become skipped rows."""
+    for root in get_args(Root):
+        named = [
+            (record, reference.path)
+            for record in records
+            if not record.problem
+            for reference in request_images(record.fields)
+            if reference.root == root and not is_pack_reference(reference.path)
+        ]
+        named = named[:: max(1, len(named) // _PICTURES)]
+        if named and all(_is_missing(reader, path, root) for _, path in named):
+            raise InputError(_message(reader, named, root))
+
+
+def _is_missing(reader: ImageReader, path: str, root: Root) -> bool:
+    try:
+        return not reader.place(path, root).is_file()
+    except ImageError:
+        return True
+    except OSError:  # storage that refuses for now says nothing about the root
+        return False
+
+
+def _message(reader: ImageReader, named: Sequence[tuple[RawRecord, str]], root: Root) -> str:
+    record, path = named[0]
+    setting = reader.settings[root]
+    try:
+        place = reader.place(path, root)
+        tried = f"{str(place)!r}.{relative_note(str(place))}"
+    except ImageError as error:
+        tried = str(error)
+    fields = sorted({name for one, text in named for name, value in one.fields.items() if _names(value, text)})
+    return (
+        f"{setting}: none of {counted(len(named), 'picture')} looked for is there "
+        f"(fields: {', '.join(fields) or 'probes'}). The first, of {record.where}: {tried} "
+        f"Set {'data.rephrase_root' if root == 'rephrase' else setting} to the folder that {path!r} lies in."
+    )
+
+
+def _names(value: object, path: str) -> bool:
+    return isinstance(value, str) and value == path

@@ -1,0 +1,57 @@
+"""A question to a Ray cluster, in a process of its own: `python probe.py ADDRESS` ends with 0 if the cluster answers.
+
+Ray's client reads its login once, tries for 40 seconds, and ends its process where it finds no token.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+
+REFUSED = 3
+"""Exit code where the cluster asks for another token."""
+_TIMEOUT_S = 6.0
+
+
+def main(address: str) -> int:
+    try:
+        if address != "auto":
+            _connect(address)  # before Ray is imported, which may take a while
+        from ray._raylet import AuthenticationTokenLoader, GcsClient  # type: ignore[attr-defined]
+
+        if address == "auto":
+            from ray._private.services import canonicalize_bootstrap_address_or_die
+
+            address = canonicalize_bootstrap_address_or_die(address)
+            _connect(address)
+        if os.environ["RAY_AUTH_MODE"] == "token" and not AuthenticationTokenLoader.instance().has_token():
+            return REFUSED
+        threading.Timer(_TIMEOUT_S, _give_up).start()
+        GcsClient(address=address).internal_kv_keys(b"", namespace=b"session", timeout=_TIMEOUT_S)
+    except Exception as error:
+        if type(error).__name__ == "AuthenticationError":
+            return REFUSED
+        print(" ".join(str(error).split())[:300] or type(error).__name__)
+        return 1
+    return 0
+
+
+def _connect(address: str) -> None:
+    """Raises OSError or ValueError if nothing listens there."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        raise ValueError("expected HOST:PORT, or auto")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=_TIMEOUT_S).close()
+
+
+def _give_up() -> None:
+    print(f"what listens there has said nothing for {_TIMEOUT_S:g} s", flush=True)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1])
+    sys.stdout.flush()
+    os._exit(code)

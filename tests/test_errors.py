@@ -1,0 +1,59 @@
+"""What is said of an error: one sentence about its cause, whatever libraries have wrapped around it."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+from ray.exceptions import RayTaskError, UserCodeException
+
+from odedit.errors import InputError, cause_of, counted, one_sentence
+
+TEXT = (
+    "\x1b[36mray::MapWorker(EditStage).submit()\x1b[39m (pid=7, ip=10.0.0.1)\n"
+    '  File "actor.py", line 3, in work\n    raise Missing("x")\n'
+    "torch.OutOfMemoryError: no room for 3 MiB\n\n"
+    "The above exception was the direct cause of the following exception:\n\n"
+    "\x1b[36mray::MapWorker(EditStage).submit()\x1b[39m (pid=7, ip=10.0.0.1)\n"
+    "ray.exceptions.UserCodeException: UDF failed to process a data block."
+)
+
+
+def wrapped(error: BaseException) -> BaseException:
+    """As Ray Data hands on what a stage has raised."""
+    outer = UserCodeException("UDF failed to process a data block.")
+    outer.__cause__ = error
+    return RayTaskError("submit", TEXT, outer, "ray::MapWorker", 7, "10.0.0.1").as_instanceof_cause()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("the site\n is not there"), "ValueError: the site is not there"),
+        (InputError("editor.site: none"), "editor.site: none"),
+        (wrapped(ArithmeticError("a number that is none")), "ArithmeticError: a number that is none"),
+        (wrapped(InputError("editor.site: none")), "editor.site: none"),
+        (RuntimeError(TEXT), "OutOfMemoryError: no room for 3 MiB"),
+        (RuntimeError("\x1b[31mred\x1b[0m"), "RuntimeError: red"),
+        (RuntimeError(), "RuntimeError: no further explanation"),
+    ],
+)
+def test_an_error_is_one_sentence_about_its_cause(error: BaseException, expected: str) -> None:
+    assert one_sentence(error) == expected
+
+
+def test_the_cause_is_found_where_only_the_text_of_it_was_sent() -> None:
+    """Pickling, which is how an error comes from a worker, drops `__cause__`."""
+    error: Any = pickle.loads(pickle.dumps(UserCodeException("UDF failed to process a data block.")))
+    task_error = RayTaskError("submit", TEXT, error, "ray::MapWorker", 7, "10.0.0.1")
+    assert one_sentence(task_error.as_instanceof_cause()) == "OutOfMemoryError: no room for 3 MiB"
+
+
+def test_an_error_of_one_process_is_its_own_cause() -> None:
+    error = InputError("x")
+    assert cause_of(error) is error
+
+
+def test_nouns_have_their_numbers() -> None:
+    assert [counted(number, "run") for number in (0, 1, 2)] == ["0 runs", "1 run", "2 runs"]

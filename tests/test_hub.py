@@ -1,0 +1,86 @@
+"""Hub ids: the cache's copy is the same model as a folder of the same files, and a silent hub is named at once."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny_models
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
+
+from odedit import InputError, load_backbone
+from odedit.backbones import fingerprint, inspect_backbone
+from odedit.hub import snapshot
+
+HUB_ID = "made-up/tiny-llava"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny_models.write("llava", tmp_path / "folder")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub; the folder of the one version that it may come to hold."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    snapshot.cache_clear()
+    model = tmp_path / "cache" / "models--made-up--tiny-llava"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("0" * 40)
+    return model / "snapshots" / ("0" * 40)
+
+
+def unreachable(calls: list[str]):
+    def model_info(self, hub_id, **_):
+        calls.append(hub_id)
+        raise ConnectionError("no route to host")
+
+    return model_info
+
+
+def test_a_model_in_the_cache_is_the_folders(folder, cache, monkeypatch):
+    monkeypatch.setattr(HfApi, "model_info", unreachable([]))
+    shutil.copytree(folder, cache)
+    assert fingerprint("llava", HUB_ID) == fingerprint("llava", str(folder))
+    model = load_backbone("llava", HUB_ID)
+    assert model.checkpoint == HUB_ID and model.fingerprint == fingerprint("llava", str(folder))
+    tensors = load_file(cache / "model.safetensors")
+    tensors["language_model.lm_head.weight"][-1, -1] += 1
+    save_file(tensors, cache / "model.safetensors")
+    assert fingerprint("llava", HUB_ID) != fingerprint("llava", str(folder))
+
+
+def test_a_silent_hub_is_asked_once_and_local_folders_are_named(cache, monkeypatch):
+    calls: list[str] = []
+    monkeypatch.setattr(HfApi, "model_info", unreachable(calls))
+    expected = rf"{HUB_ID}.* does not answer \(no route to host\).*local folder .*backbone.checkpoint=/path"
+    with pytest.raises(InputError, match=expected):
+        inspect_backbone("llava", HUB_ID)
+    assert calls == [HUB_ID]
+
+
+def test_the_hub_is_not_asked_where_the_user_says_so(folder, cache, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"is not asked \(HF_HUB_OFFLINE is set\).*local folder"):
+        inspect_backbone("llava", HUB_ID)
+    shutil.copytree(folder, cache)
+    assert inspect_backbone("llava", HUB_ID).num_layers == 2
+
+
+def test_a_name_that_the_hub_does_not_have_is_said(cache, monkeypatch):
+    def model_info(self, hub_id, **_):
+        raise RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    with pytest.raises(InputError, match="has no such model, or a private one. Check the name, set HF_TOKEN"):
+        inspect_backbone("llava", HUB_ID)
+
+
+def test_a_name_that_is_no_hub_id_is_said(cache):
+    with pytest.raises(InputError, match="neither a folder nor a hub id"):
+        inspect_backbone("llava", "so many/wörds --")
