@@ -15,10 +15,10 @@ from odedit.errors import InputError
 from odedit.images import ImageError, ImageReader
 from odedit.key_values import KeyValues
 from odedit.locations import Place
-from odedit.metrics import greedy
+from odedit.metrics import generate, until_end
 from odedit.prompts import find_template
 
-_PLACEHOLDER = " x"
+_PLACEHOLDER = "x"
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def answers(
         picture = ImageReader(str(path.parent)).read(path.name)
     backbone = load_backbone_of(edits[0], checkpoint, dtype=dtype, device=device)
     editor, params, infos = load_edits(edits, backbone, device)
-    probe = Probe(prompt, _PLACEHOLDER * max_tokens, picture, caption)
+    probe = Probe(prompt, _PLACEHOLDER, picture, caption)
     before = any(is_connector(site) for site in editor.sites)
     features = backbone.image_features([picture] if picture else [], before)
     batch = backbone.encode(["question"], ["rel"], [[probe]], features, find_template(infos[0].template), before)
@@ -84,10 +84,9 @@ def load_backbone_of(
 
 
 def _generate(backbone: Backbone, batch: EditBatch, prefix: Prefix, memory: KeyValues, max_tokens: int) -> str:
-    """Fills the placeholders of the target greedily; stops at the end token."""
-    first_EKT = backbone.head(backbone.suffix(prefix, batch.predict_EKT, memory)).argmax(dim=-1)
-    tokens = greedy(backbone, batch, prefix, memory, first_EKT)[0, 0].tolist()[:max_tokens]
-    tokenizer = backbone.processor.tokenizer
-    if tokenizer.eos_token_id in tokens:
-        tokens = tokens[: tokens.index(tokenizer.eos_token_id)]
-    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip().split("\n")[0]
+    """The greedy answer in place of the target; stops at its end."""
+    read_EKT = batch.with_room(1, 0, backbone.max_positions).predict_EKT
+    first_EKT = backbone.head(backbone.suffix(prefix, read_EKT, memory)).argmax(dim=-1)
+    generated = generate(backbone, batch, prefix, memory, first_EKT, max_tokens)
+    tokens, _ = until_end(generated[0, 0, :max_tokens].tolist(), backbone.ends)
+    return str(backbone.processor.tokenizer.decode(tokens, skip_special_tokens=True)).strip().split("\n")[0]
