@@ -198,4 +198,4 @@ class _EditIds:
 
 
 def _plain(value: Any) -> Any:
-    return float(value) if isinstance(value, Decimal) else repr(value)
+    return float(value) if isinstance(value, Decimal) else repr(value)  # of a table's columns
