@@ -32,14 +32,18 @@ def without_leading_marker(question: str) -> str:
     >>> without_leading_marker("<|vision_start|><|image_pad|><|vision_end|>What is it?")
     'What is it?'
     """
-    found = _LEADING.match(question)
+    found = _LEADING.match(question) if _may_hold_one(question) else None
     return question if found is None else question[found.end() :]
 
 
 def image_marker(text: str) -> str | None:
     """The first image marker in a text, as it is written there."""
-    found = _MARKER.search(text)
+    found = _MARKER.search(text) if _may_hold_one(text) else None
     return None if found is None else found[0]
+
+
+def _may_hold_one(text: str) -> bool:
+    return "<" in text or "[" in text  # much faster than the pattern, and most texts hold neither
 
 
 def control_token_finder(tokenizer: Any) -> Callable[[str], str | None]:

@@ -162,11 +162,15 @@ def control_token_problem(fields: Mapping[str, Any], find: Callable[[str], str |
 
 def _first_in_texts(fields: Mapping[str, Any], find: Callable[[str], str | None]) -> tuple[str, str] | None:
     """The first text of a valid record that a model reads in which something is found, and what."""
-    texts = [(f"field {name!r}", fields[name]) for name in FIELDS if name not in _IMAGES and name in fields]
+    for name in FIELDS:
+        if name not in _IMAGES and (found := find(fields.get(name) or "")) is not None:
+            return f"field {name!r}", found
     for name in ("probes", "held_out"):
         for key, entry in (fields.get(name) or {}).items():
-            texts += [(f"{name}[{shorten(repr(key))}].{part}", entry[part]) for part in ("prompt", "target")]
-    return next(((where, found) for where, text in texts if (found := find(text)) is not None), None)
+            for part in ("prompt", "target"):
+                if (found := find(entry[part])) is not None:
+                    return f"{name}[{shorten(repr(key))}].{part}", found
+    return None
 
 
 def _problems(fields: Mapping[str, Any], task: str) -> Iterator[str]:
@@ -182,7 +186,8 @@ def _problems(fields: Mapping[str, Any], task: str) -> Iterator[str]:
     for name in ("probes", "held_out"):
         if fields.get(name) is not None:
             yield from _extension_problems(fields[name], name)
-    yield from filter(None, [marker_problem(fields)])  # reached by a record that is right in all else
+    # Reached by a record that is right in all else.
+    yield from filter(None, [marker_problem(fields)])
 
 
 def _extension_problems(entries: Any, name: str) -> Iterator[str]:
