@@ -185,7 +185,7 @@ class _Sites(ABC):
     ) -> Tensor:
         """What causal attention adds at T positions behind position `last_R` of others and `kept` more, `(R, T, D)`."""
         q, k = (self._heads(layer, part, normed_RTD, rotary) for part in "qk")
-        k, v = memory.extended(layer, k, self._heads(layer, "v", normed_RTD))
+        k, v = memory.extended(layer, k, self._heads(layer, "v", normed_RTD), kept)
         num_rows, num_next = normed_RTD.shape[:2]
         num_before = k.shape[2] - num_next - kept
         seen_RS = torch.arange(num_before, device=last_R.device) <= last_R.unsqueeze(-1)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from types import MappingProxyType
 
 import numpy as np
@@ -52,14 +53,41 @@ REPHRASE = "rephrase"
 RELIABILITY = "rel"
 LOCALITY_PROBES = ("t_loc", "m_loc")
 _PROBE_NAME = re.compile(r"[a-z]+_(gen|loc)(_[a-z]+)?")
-_COLUMN_ENDINGS = ("exact", "before", "generated", "whole", "mmedit", "far", "top10", "low", "high")
-"""What follows a probe's name in columns and logged figures that are made from it."""
 _LOCALITY_NAME = re.compile(r"[a-z]+_loc(ality)?(_|$)")  # the kind is the second word; details come after it
 _WORTH_SPLITTING = 1 / 16
 """Share of a batch's positions for which its short sequences run apart: a second start of every kernel costs, too."""
 _LEAST_SPARED = {"cuda": 2**13}
 """Positions, the same: so many must be spared where starting kernels takes longer than what they do."""
 _EDIT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class Variant(StrEnum):
+    """What may follow a probe's name in columns and logged figures; no probe's detail may be called like one.
+
+    There is no other way to name a column than `column`, so a variant that is not here cannot be written.
+    """
+
+    EXACT = "exact"
+    BEFORE = "before"
+    GENERATED = "generated"
+    WHOLE = "whole"
+    MMEDIT = "mmedit"
+    FAR = "far"
+    TOP10 = "top10"
+    LOW = "low"
+    HIGH = "high"
+
+
+def column(probe: str, *variants: Variant) -> str:
+    """The name of a figure of a probe.
+
+    Raises:
+        ValueError: A variant is not declared.
+
+    >>> column("m_gen", Variant.EXACT, Variant.BEFORE)
+    'm_gen_exact_before'
+    """
+    return "_".join((probe, *(Variant(variant) for variant in variants)))
 
 
 @dataclass(frozen=True)
@@ -160,7 +188,7 @@ def check_probe_name(name: str) -> None:
     """Raises ValueError unless `name` says what the probe measures, and no other probe's figures go by that name."""
     if name == RELIABILITY:
         raise ValueError(f"unknown probe {name!r}: {name!r} is the edit itself; give the further probe another name.")
-    taken = next((word for word in name.split("_")[2:] if word in _COLUMN_ENDINGS), None)
+    taken = next((word for word in name.split("_")[2:] if word in set(Variant)), None)
     if taken is not None:
         raise ValueError(
             f"unknown probe {name!r}: {taken!r} ends the name of a column that is made from another probe. "
@@ -261,7 +289,10 @@ class EditBatch:
             `before_connector`, what the image tower made of them, `(pictures, patches, width)`.
         picture_EK: Row of `features_NLD`, or -1 for a sequence without picture.
         image_EKS: True at positions that take image features.
+        white_EK: How many of the target's first tokens are white space and nothing else, as LLaMA's tokenizer makes one
+            in front of a digit. They are trained and generated as the rest is, but no score counts them.
         before_connector: Whether the connector to the text model has yet to run, because an editor changes it.
+        room: Positions behind the longest sequence that a generated answer may run on to, see `with_room`.
         lengths: Of each slot's longest sequence, known without waiting for a GPU; may be more than it is where edits
             have been left out. Empty if not known.
     """
@@ -278,7 +309,9 @@ class EditBatch:
     features_NLD: Tensor
     picture_EK: Tensor
     image_EKS: Tensor
+    white_EK: Tensor
     before_connector: bool = False
+    room: int = 0
     lengths: tuple[int, ...] = ()
     _answers: dict[tuple[str, ...], Answers] = field(default_factory=dict, init=False, repr=False, compare=False)
     _places: dict[tuple[tuple[str, ...], ...], tuple[Tensor, Tensor]] = field(
@@ -313,6 +346,33 @@ class EditBatch:
             self._places[groups] = at_M, places_of(at_M, self.target_mask_EKT.numel())
         return select(states_EKTD.flatten(0, 2), 0, *self._places[groups])
 
+    @property
+    def counted_EKT(self) -> Tensor:
+        """The target tokens that scores count: from the first that is not white space."""
+        places_T = torch.arange(self.target_EKT.shape[-1], device=self.target_EKT.device)
+        return self.target_mask_EKT & (places_T >= self.white_EK.unsqueeze(-1))
+
+    def with_room(self, size: int, token: int, max_positions: int) -> EditBatch:
+        """The same with further target tokens behind each target, where a generated answer ends or runs on.
+
+        Args:
+            size: How many.
+            token: Stands for all of them.
+            max_positions: Of the text model; what would go beyond is left out.
+        """
+        places_N = torch.arange(self.target_EKT.shape[-1] + size, device=self.target_EKT.device)
+        count_EK1 = self.target_mask_EKT.sum(dim=-1, keepdim=True)
+        predict_EKN = self.predict_EKT[..., :1] + places_N
+        is_there = (places_N < count_EK1 + size) & (predict_EKN < max_positions) & self.present_EK.unsqueeze(-1)
+        target_EKN = torch.nn.functional.pad(self.target_EKT, (0, size)).where(places_N < count_EK1, token)
+        return replace(
+            self,
+            predict_EKT=predict_EKN.where(is_there, 0),
+            target_EKT=target_EKN.where(is_there, 0),
+            target_mask_EKT=is_there,
+            room=size,
+        )
+
     def select(self, slots: Sequence[str]) -> EditBatch:
         """The same edits with only the named slots, in that order."""
         index = torch.tensor([self.slots.index(slot) for slot in slots], device=self.tokens_EKS.device)
@@ -343,7 +403,9 @@ class EditBatch:
 
 
 _PER_POSITION = ("tokens_EKS", "real_EKS", "prompt_EKS", "image_EKS")
-_PER_SEQUENCE = (*_PER_POSITION, "present_EK", "predict_EKT", "target_EKT", "target_mask_EKT", "picture_EK")
+_PER_SEQUENCE = (
+    *_PER_POSITION, "present_EK", "predict_EKT", "target_EKT", "target_mask_EKT", "picture_EK", "white_EK",
+)  # fmt: skip
 
 
 def stack_params(params: Sequence[EditParams]) -> EditParams:

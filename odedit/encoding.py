@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ class TokenSequence:
 
     Attributes:
         tokens: Token ids, the image token where features go.
-        first_target: Index of the target's first token.
+        first_target: Index of the target's first token, white space included: where a served model begins to generate.
         image: Positions that take image features, ascending; all before the target.
         picture: Key of the picture; None for a text-only probe.
     """
@@ -46,8 +47,13 @@ def assemble(
     pad_token: int,
     feature_width: int,
     device: torch.device,
+    is_white: Callable[[int], bool] = lambda token: False,
 ) -> EditBatch:
-    """Right-pads an E x K grid of sequences (None: absent) and marks where prompts, images and targets are."""
+    """Right-pads an E x K grid of sequences (None: absent) and marks where prompts, images and targets are.
+
+    Args:
+        is_white: Whether a token is white space and nothing else.
+    """
     shape = (len(cells), len(slots))
     present = [cell for row in cells for cell in row if cell is not None]
     length = max((len(cell.tokens) for cell in present), default=1)
@@ -60,6 +66,7 @@ def assemble(
     target_mask = np.zeros((*shape, num_targets), dtype=bool)
     is_present = np.zeros(shape, dtype=bool)
     picture = np.full(shape, -1, dtype=np.int64)
+    white = np.zeros(shape, dtype=np.int64)
     row_of = {key: index for index, key in enumerate(features)}
 
     for e, row in enumerate(cells):
@@ -76,6 +83,7 @@ def assemble(
             predict[e, k, : count - first] = np.arange(first - 1, count - 1)
             target[e, k, : count - first] = cell.tokens[first:]
             target_mask[e, k, : count - first] = True
+            white[e, k] = sum(1 for _ in takewhile(is_white, cell.tokens[first:]))
             if cell.picture is not None:
                 picture[e, k] = row_of[cell.picture]
 
@@ -96,5 +104,6 @@ def assemble(
         features_NLD=stacked,
         picture_EK=on_device(picture),
         image_EKS=on_device(image),
+        white_EK=on_device(white),
         lengths=tuple(int(real[:, k].sum(-1).max(initial=1)) for k in range(len(slots))),
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
+
+_SPARE = 8
+"""Positions beyond those asked for that memory is taken for."""
 
 
 class KeyValues:
@@ -25,21 +27,28 @@ class KeyValues:
         self._extended.pop(layer, None)
         return keys, values
 
-    def extended(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of a layer with T others behind them, `(R, heads, S + T, head width)`.
+    def extended(self, layer: int, keys: Tensor, values: Tensor, kept: int = 0) -> tuple[Tensor, Tensor]:
+        """Those of a layer with `kept` and T others behind them, `(R, heads, S + kept + T, head width)`.
 
-        Valid until the next call. That one may give the last of the T alone; those in front of them stay.
+        Valid until the next call.
+
+        Args:
+            kept: So many others stay from earlier calls, in front of the T.
 
         KeyError: no forward has been there.
         """
-        if layer not in self._extended:
-            before_keys, before_values = self._layers[layer]
-            self._extended[layer] = torch.cat([before_keys, keys], dim=2), torch.cat([before_values, values], dim=2)
-        else:
+        before = self._layers[layer]
+        size = before[0].shape[2] + kept
+        whole = self._extended.get(layer, before)
+        if whole[0].shape[2] < size + keys.shape[2]:
             # What is in front stays; copying it again would take longer than the attention.
-            for whole, behind in zip(self._extended[layer], (keys, values), strict=True):
-                whole[:, :, -behind.shape[2] :] = behind
-        return self._extended[layer]
+            wholes = [part.new_empty(*part.shape[:2], size + keys.shape[2] + _SPARE, part.shape[3]) for part in before]
+            for new, old in zip(wholes, whole, strict=True):
+                new[:, :, :size] = old[:, :, :size]
+            whole = self._extended[layer] = wholes[0], wholes[1]
+        for part, behind in zip(whole, (keys, values), strict=True):
+            part[:, :, size : size + behind.shape[2]] = behind
+        return whole[0][:, :, : size + keys.shape[2]], whole[1][:, :, : size + keys.shape[2]]
 
     def branch(self) -> KeyValues:
         """A copy that shares what is there, for a forward that goes another way from here on."""

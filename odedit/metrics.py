@@ -1,8 +1,13 @@
 """What an edit did, before against after: rel, t_gen, m_gen, t_loc, m_loc, and how sure the figures are.
 
-Token figures are teacher-forced shares of target tokens; `_exact` asks for the whole target; `_generated` compares
-with greedy generation, which sees neither the answer's content nor its errors corrected (teacher forcing flatters,
-arXiv 2502.11177).
+Token figures are teacher-forced shares of target tokens; `_exact` asks for the whole target. White space in front of an
+answer that is a token of its own, as LLaMA's tokenizer makes one in front of a digit, is not counted: it is almost
+always right.
+
+`_generated` compares with greedy generation, which sees neither the answer's content nor its errors corrected (teacher
+forcing flatters, arXiv 2502.11177). It starts where a served model starts, so that uncounted white space is generated,
+too. A generated answer goes on to its end, or `LONGEST_REST` tokens beyond the target: `_generated` is the share of
+target tokens that it has in their places, `_generated_exact` asks that it is the target and ends there.
 
 Locality compares the edited model with the unedited one, which is always run without any edit. `answer` reads only the
 positions that predict the answer; `mmedit` reads every position, as the MMEdit benchmark does (arXiv 2310.08475),
@@ -12,7 +17,7 @@ where prompt positions that an edit hardly reaches dilute the figure.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,12 +27,14 @@ from torch import Tensor
 from odedit.backbones.base import Backbone, Prefix
 from odedit.brief import brief
 from odedit.editors.base import Editor
-from odedit.edits import RELIABILITY, EditBatch, EditParams, is_locality
+from odedit.edits import RELIABILITY, EditBatch, EditParams, Variant, column, is_locality
 from odedit.key_values import KeyValues
 from odedit.selecting import gather_positions
 
 MAIN = ("rel", "t_gen", "m_gen", "t_loc", "m_loc")
 TOP_K = 10
+LONGEST_REST = 8
+"""Tokens beyond its target's length after which a generated answer that has not ended is cut off."""
 _LOGITS_AT_ONCE = {"cpu": 3 * 2**21, "cuda": 2**26}
 """Rows enough for a fast product, and on a CPU a result that finds its memory again: a larger one gets new pages."""
 _VALUES_AT_ONCE = {"cpu": 2**21}
@@ -56,7 +63,7 @@ class _Readout:
     Attributes:
         top_EKTR: The first `TOP_K` choices at the positions that predict the target; anything where there is none.
         top_EKSR: The same at every position of the probes of locality; None unless asked for.
-        greedy_EKT: Greedily generated tokens, as many as the target has; None unless asked for.
+        greedy_EKT: Greedily generated tokens, `LONGEST_REST` more than the target has; None unless asked for.
     """
 
     top_EKTR: Tensor
@@ -84,9 +91,10 @@ def evaluate(
         params: As `Editor.finished` made them, stacked over the edits of `batch`; on any device.
 
     Returns:
-        One row per edit: `rel`, `<probe>` and, for each, `_exact`, `_generated` and `_before` variants; for locality
-        `_whole`, `_generated` and `_mmedit` (where all of an answer must agree: `_whole`). `t_loc` and `m_loc` average
-        the record's own probe and its near one where there is one; `_far` and `_near` then tell them apart.
+        One row per edit: `rel`, `<probe>` and, for each, `_exact`, `_generated`, `_generated_exact` and `_before`
+        variants; for locality `_whole`, `_generated`, `_generated_exact` and `_mmedit` (where all of an answer must
+        agree: `_whole`; to its end: `_generated_exact`). `t_loc` and `m_loc` average the record's own probe and its
+        near one where there is one; `_far` and `_near` then tell them apart.
     """
     at_once = _edits_at_once(backbone, batch)
     if batch.num_edits > at_once:
@@ -107,7 +115,7 @@ def evaluate(
             for k, name in enumerate(part.slots):
                 if bool(part.present_EK[e, k]):
                     score = _locality_columns if is_locality(name) else _answer_columns
-                    scores[e][name] = score(name, part, before, after, e, k)
+                    scores[e][name] = score(backbone, name, part, before, after, e, k)
             if RELIABILITY in part.slots:
                 answers[e] = _answers(backbone, part, before, after, e)
     rows = []
@@ -124,24 +132,25 @@ def _before_and_after(
     backbone: Backbone, editor: Editor, params: EditParams, batch: EditBatch, config: EvaluationConfig
 ) -> tuple[_Readout, _Readout]:
     """What the unedited and the edited model say to the probes."""
-    read_EKT = None if config.mmedit else batch.predict_EKT
     memory = KeyValues() if config.generate else None
     prefix = backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise, memory=memory)
-    # Every position of what is compared, and wherever a target's token is predicted.
+    # Every position of what is compared, and wherever a target's token is predicted, or what follows the last one.
+    behind = batch.with_room(int(config.generate), 0, backbone.max_positions)
+    num_targets, read_EKT = batch.target_EKT.shape[-1], behind.predict_EKT
     compared_K = torch.tensor([is_locality(name) for name in batch.slots], device=batch.real_EKS.device)
     mask_EKS = (batch.real_EKS & compared_K[:, None]).int()
-    mask_EKS = mask_EKS.scatter_reduce(-1, batch.predict_EKT, batch.target_mask_EKT.int(), "amax").bool()
+    mask_EKS = mask_EKS.scatter_reduce(-1, read_EKT, behind.target_mask_EKT.int(), "amax").bool()
 
     def read() -> _Readout:
         own = None if memory is None else memory.branch()
-        hidden = backbone.suffix(prefix, read_EKT, own)
+        hidden = backbone.suffix(prefix, None if config.mmedit else read_EKT, own)
         everywhere = _top(backbone, hidden, mask_EKS) if config.mmedit else None
         if everywhere is None:
-            top_EKTR = _top(backbone, hidden, batch.target_mask_EKT)
+            top_EKTR = _top(backbone, hidden, behind.target_mask_EKT)
         else:
-            top_EKTR = gather_positions(everywhere, batch.predict_EKT)
-        greedy_EKT = None if own is None else greedy(backbone, batch, prefix, own, top_EKTR[..., 0])
-        return _Readout(top_EKTR, everywhere, greedy_EKT)
+            top_EKTR = gather_positions(everywhere, read_EKT)
+        greedy_EKT = None if own is None else generate(backbone, batch, prefix, own, top_EKTR[..., 0])
+        return _Readout(top_EKTR[..., :num_targets, :], everywhere, greedy_EKT)
 
     before = read()
     with editor.applied(backbone, params, batch):
@@ -157,7 +166,7 @@ def _edits_at_once(backbone: Backbone, batch: EditBatch) -> int:
 
 def _on_host(batch: EditBatch) -> EditBatch:
     """With what figures are made from on the CPU."""
-    names = ("present_EK", "real_EKS", "target_EKT", "target_mask_EKT")
+    names = ("present_EK", "real_EKS", "target_EKT", "target_mask_EKT", "white_EK")
     return replace(batch, **{name: getattr(batch, name).cpu() for name in names})
 
 
@@ -172,8 +181,44 @@ def _top(backbone: Backbone, hidden: Tensor, mask: Tensor) -> Tensor:
     return top
 
 
+def generate(
+    backbone: Backbone,
+    batch: EditBatch,
+    prefix: Prefix,
+    memory: KeyValues,
+    first_choice_EKT: Tensor,
+    longest_rest: int = LONGEST_REST,
+) -> Tensor:
+    """Greedily generated answers for every probe, `(E, K, T + longest_rest)`; see `until_end` for where each ends.
+
+    Args:
+        memory: As for `greedy`.
+        first_choice_EKT: The model's choices given the target, and the one behind it, `(E, K, T + 1)`.
+        longest_rest: Tokens beyond its target's length after which an answer that has not ended is cut off.
+    """
+    end = min(backbone.ends)
+    roomy = batch.with_room(longest_rest, end, backbone.max_positions)
+    count_EK1 = batch.target_mask_EKT.sum(dim=-1, keepdim=True)
+    places_N = torch.arange(roomy.target_EKT.shape[-1], device=count_EK1.device)
+    choice_EKN = torch.nn.functional.pad(first_choice_EKT, (0, longest_rest - 1)).where(places_N <= count_EK1, end)
+    return greedy(backbone, roomy, backbone.with_room(prefix, roomy), memory, choice_EKN, backbone.ends)
+
+
+def until_end(tokens: Sequence[int], ends: Collection[int]) -> tuple[list[int], bool]:
+    """A generated answer without its end and what follows, and whether it has ended."""
+    found = next((place for place, token in enumerate(tokens) if token in ends), None)
+    return list(tokens[:found]), found is not None
+
+
 @torch.no_grad()
-def greedy(backbone: Backbone, batch: EditBatch, prefix: Prefix, memory: KeyValues, first_choice_EKT: Tensor) -> Tensor:
+def greedy(
+    backbone: Backbone,
+    batch: EditBatch,
+    prefix: Prefix,
+    memory: KeyValues,
+    first_choice_EKT: Tensor,
+    ends: Collection[int] = (),
+) -> Tensor:
     """Greedily generated tokens for every probe, as many as its target has, `(E, K, T)`.
 
     By fixed-point iteration: feed a draft, replace it by the model's first choices, repeat. A token is final as soon
@@ -184,84 +229,123 @@ def greedy(backbone: Backbone, batch: EditBatch, prefix: Prefix, memory: KeyValu
         memory: Of a forward of `prefix` and suffix, under the edit if there is one; this must be called inside the same
             `applied` block.
         first_choice_EKT: The model's choices given the target, which is the first draft.
+        ends: Tokens that end an answer: what stands behind the first of them is not generated and has no meaning.
     """
-    mask_EKT = batch.target_mask_EKT
+    mask_EKT, num_targets = batch.target_mask_EKT, batch.target_EKT.shape[-1]
+    end_N = torch.tensor(sorted(ends), dtype=torch.long, device=mask_EKT.device)
     draft_EKT, choice_EKT, has_run = batch.target_EKT, first_choice_EKT, False
-    for _ in range(batch.target_EKT.shape[-1]):
-        changed = (choice_EKT != draft_EKT) & mask_EKT
-        # The last token is never fed back, so a change there alone needs no further round.
-        fed_back = changed & mask_EKT.roll(-1, dims=-1)
-        fed_back[..., -1] = False
+    for _ in range(num_targets):
+        changed = (choice_EKT != draft_EKT) & mask_EKT & _goes_on(draft_EKT, end_N)
         draft_EKT = torch.where(changed, choice_EKT, draft_EKT)
-        columns = fed_back.flatten(0, -2).any(dim=0).tolist()
+        # Whether a token is to be chosen anew: one in front of it has changed, and the answer goes on to it.
+        anew = torch.zeros_like(mask_EKT)
+        anew[..., 1:] = (changed.cumsum(dim=-1) > 0)[..., :-1]
+        anew &= mask_EKT & _goes_on(draft_EKT, end_N)
+        columns = anew.flatten(0, -2).any(dim=0).tolist()
         if True not in columns:
             break
         # A choice depends on what was fed before it and on nothing else, and so do keys and values. The first round
         # has none yet.
-        first = columns.index(True) if has_run else 0
-        states = backbone.behind(prefix, batch, draft_EKT, memory, first)
+        first = columns.index(True) - 1 if has_run else 0
+        behind_last = num_targets - columns[::-1].index(True)
+        states = backbone.behind(prefix, batch, draft_EKT[..., :behind_last], memory, first)
         has_run = True
-        anew = (fed_back.cumsum(dim=-1) > 0)[..., first:-1] & mask_EKT[..., 1 + first :]
+        chosen = anew[..., 1 + first : behind_last]
         choice_EKT = choice_EKT.clone()
-        choice_EKT[..., 1 + first :][anew] = backbone.head(states[anew]).argmax(dim=-1)
+        choice_EKT[..., 1 + first : behind_last][chosen] = backbone.head(states[chosen]).argmax(dim=-1)
     return draft_EKT
 
 
-def _answer_columns(name: str, batch: EditBatch, before: _Readout, after: _Readout, e: int, k: int) -> Row:
-    mask_T = batch.target_mask_EKT[e, k]
-    target_T = batch.target_EKT[e, k][mask_T]
+def _goes_on(tokens_EKT: Tensor, end_N: Tensor) -> Tensor:
+    """Whether no token in front is an end."""
+    if not len(end_N):
+        return torch.ones_like(tokens_EKT, dtype=torch.bool)
+    is_end = torch.isin(tokens_EKT, end_N).int()
+    return is_end.cumsum(dim=-1) - is_end == 0
+
+
+def _said(backbone: Backbone, batch: EditBatch, readout: _Readout, e: int, k: int) -> tuple[list[int], bool] | None:
+    """The generated answer to a probe up to its end, and whether it has come to it; None if none was generated."""
+    if readout.greedy_EKT is None:
+        return None
+    most = int(batch.target_mask_EKT[e, k].sum()) + LONGEST_REST
+    return until_end(readout.greedy_EKT[e, k, :most].tolist(), backbone.ends)
+
+
+def _text(backbone: Backbone, tokens: Sequence[int]) -> str:
+    return str(backbone.processor.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+def _answer_columns(
+    backbone: Backbone, name: str, batch: EditBatch, before: _Readout, after: _Readout, e: int, k: int
+) -> Row:
+    counted_T = batch.counted_EKT[e, k]
+    target = batch.target_EKT[e, k][batch.target_mask_EKT[e, k]].tolist()
     row: Row = {}
-    for suffix, readout in (("", after), ("_before", before)):
-        right_T = readout.top_EKTR[e, k, :, 0][mask_T] == target_T
-        row[name + suffix] = _share(right_T)
-        row[f"{name}_exact{suffix}"] = float(right_T.all())
-        if readout.greedy_EKT is not None:
-            row[f"{name}_generated{suffix}"] = _share(readout.greedy_EKT[e, k][mask_T] == target_T)
+    for readout, when in ((after, ()), (before, (Variant.BEFORE,))):
+        right_T = readout.top_EKTR[e, k, :, 0][counted_T] == batch.target_EKT[e, k][counted_T]
+        row[column(name, *when)] = _share(right_T)
+        row[column(name, Variant.EXACT, *when)] = float(right_T.all())
+        said = _said(backbone, batch, readout, e, k)
+        if said is not None:
+            tokens, has_ended = said
+            is_target = tokens == target or _text(backbone, tokens) == _text(backbone, target)
+            row[column(name, Variant.GENERATED, *when)] = _share_alike(tokens, target, counted_T)
+            row[column(name, Variant.GENERATED, Variant.EXACT, *when)] = float(has_ended and is_target)
     return row
 
 
 def _answers(backbone: Backbone, batch: EditBatch, before: _Readout, after: _Readout, e: int) -> Row:
-    """What is generated for the edit itself, in words."""
+    """What is generated for the edit itself, in words; with dots if it was cut off."""
     k, row = batch.slots.index(RELIABILITY), Row()
-    for column, readout in (("answer_before", before), ("answer_after", after)):
-        if readout.greedy_EKT is not None:
-            tokens = readout.greedy_EKT[e, k][batch.target_mask_EKT[e, k]].tolist()
-            row[column] = backbone.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    for name, readout in (("answer_before", before), ("answer_after", after)):
+        said = _said(backbone, batch, readout, e, k)
+        if said is not None:
+            row[name] = _text(backbone, said[0]) + ("" if said[1] else " ...")
     return row
 
 
-def _locality_columns(name: str, batch: EditBatch, before: _Readout, after: _Readout, e: int, k: int) -> Row:
-    mask_T = batch.target_mask_EKT[e, k]
-    same_TR = before.top_EKTR[e, k][mask_T] == after.top_EKTR[e, k][mask_T]
+def _locality_columns(
+    backbone: Backbone, name: str, batch: EditBatch, before: _Readout, after: _Readout, e: int, k: int
+) -> Row:
+    counted_T = batch.counted_EKT[e, k]
+    same_TR = before.top_EKTR[e, k][counted_T] == after.top_EKTR[e, k][counted_T]
     row: Row = {
-        name: _share(same_TR[:, 0]),
-        f"{name}_whole": float(same_TR[:, 0].all()),
-        f"{name}_top10": _share(same_TR),
+        column(name): _share(same_TR[:, 0]),
+        column(name, Variant.WHOLE): float(same_TR[:, 0].all()),
+        column(name, Variant.TOP10): _share(same_TR),
     }
     if before.top_EKSR is not None and after.top_EKSR is not None:
         real_S = batch.real_EKS[e, k]
         same_SR = before.top_EKSR[e, k][real_S] == after.top_EKSR[e, k][real_S]
         # Published: the first choice for text probes, ten choices rank by rank for probes with a picture.
-        row[f"{name}_mmedit"] = _share(same_SR if name.startswith("m_") else same_SR[:, 0])
-    if before.greedy_EKT is not None and after.greedy_EKT is not None:
-        row[f"{name}_generated"] = _share(before.greedy_EKT[e, k][mask_T] == after.greedy_EKT[e, k][mask_T])
+        row[column(name, Variant.MMEDIT)] = _share(same_SR if name.startswith("m_") else same_SR[:, 0])
+    said_before, said = (_said(backbone, batch, readout, e, k) for readout in (before, after))
+    if said_before is not None and said is not None:
+        row[column(name, Variant.GENERATED)] = _share_alike(said_before[0], said[0], counted_T)
+        row[column(name, Variant.GENERATED, Variant.EXACT)] = float(said_before == said)
     return row
 
 
 def _average_near_and_far(row: Row) -> None:
     """Where a record has a near locality probe, its own probe is the far one and the metric is their mean."""
     for metric in ("t_loc", "m_loc"):
-        if f"{metric}_near" not in row or metric not in row:
-            continue
-        for variant in ("", "_whole", "_top10", "_mmedit", "_generated"):
-            far, near = row.get(metric + variant), row.get(f"{metric}_near{variant}")
+        endings = [name.removeprefix(f"{metric}_near") for name in row if name.startswith(f"{metric}_near")]
+        for ending in endings:
+            far, near = row.get(metric + ending), row[f"{metric}_near{ending}"]
             if isinstance(far, float) and isinstance(near, float):
-                row[f"{metric}_far{variant}"] = far
-                row[metric + variant] = (far + near) / 2
+                row[column(metric, Variant.FAR) + ending] = far
+                row[metric + ending] = (far + near) / 2
 
 
 def _share(right: Tensor) -> float:
     return float(right.double().mean())
+
+
+def _share_alike(one: Sequence[int], other: Sequence[int], counted_T: Tensor) -> float:
+    """Share of the counted places at which two answers have the same token, or have both ended."""
+    places = counted_T.nonzero().flatten().tolist()
+    return sum(one[place : place + 1] == other[place : place + 1] for place in places) / len(places)
 
 
 @dataclass(frozen=True)

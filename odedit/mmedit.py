@@ -15,8 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
 
@@ -24,7 +24,15 @@ from odedit.edits import EditRequest, Probe
 from odedit.errors import InputError
 from odedit.locations import Location, locate
 from odedit.pack_format import is_pack, read_packed_rows
-from odedit.record_fields import TASKS, problem_of_fields, shorten, task_of, type_name
+from odedit.record_fields import (
+    TASKS,
+    marker_problem,
+    problem_of_fields,
+    shorten,
+    task_of,
+    type_name,
+    without_markers,
+)
 from odedit.record_files import BAD_LINE, Entry, read_entries
 
 
@@ -37,7 +45,8 @@ class RawRecord:
         index: Position in that file, from 0.
         edit_id: The record's own, or `<file stem>-<index>`; unique within a file, also for records with a problem.
         task: `vqa` or `caption`.
-        fields: The record's keys and values. `{"unparsed": ...}` for what is no JSON object.
+        fields: The record's keys and values, questions without a leading image marker. `{"unparsed": ...}` for what is
+            no JSON object.
         problem: `<kind>: <what and where>`, or empty.
     """
 
@@ -71,7 +80,13 @@ class RawRecord:
         return cls(**values | {"index": int(row["index"])}, fields=json.loads(row["fields"]))
 
 
-def read_records(path: str, *, task: str = "auto", limit: int | None = None) -> Iterator[RawRecord]:
+Check = Callable[[Mapping[str, Any]], str]
+"""Says what keeps a valid record's fields from being used with a certain model, as `<kind>: <what>`; or nothing."""
+
+
+def read_records(
+    path: str, *, task: str = "auto", limit: int | None = None, check: Check | None = None
+) -> Iterator[RawRecord]:
     """Streams the records of a file or of a packed folder, the bad ones included.
 
     Memory does not grow with the file, but for what finds repeated edit ids: some 200 bytes for each record that
@@ -81,6 +96,7 @@ def read_records(path: str, *, task: str = "auto", limit: int | None = None) -> 
         path: `.json`, `.jsonl`, `.parquet`, or a folder written by `odedit.pack.pack`; local or an address.
         task: `vqa` or `caption` for records that do not say; `auto`: caption if the prompt is "a photo of".
         limit: Stop after so many *usable* records; bad ones in between are still given.
+        check: A further check of records that are right so far.
 
     Raises:
         InputError: The file is missing or broken; already given records remain valid.
@@ -95,6 +111,8 @@ def read_records(path: str, *, task: str = "auto", limit: int | None = None) -> 
     if limit == 0:
         return
     for record in records:
+        if check is not None and not record.problem:
+            record = replace(record, problem=check(record.fields))
         yield record
         num_usable += not record.problem
         if num_usable == limit:
@@ -102,7 +120,12 @@ def read_records(path: str, *, task: str = "auto", limit: int | None = None) -> 
 
 
 def _read_pack(location: Location) -> Iterator[RawRecord]:
-    return (RawRecord.from_row(row) for row in read_packed_rows(location))
+    for row in read_packed_rows(location):
+        record = RawRecord.from_row(row)
+        if not record.problem:
+            fields = without_markers(record.fields)
+            record = replace(record, fields=fields, problem=marker_problem(fields))
+        yield record
 
 
 def _read_file(location: Location, task: str) -> Iterator[RawRecord]:
@@ -118,7 +141,7 @@ def _to_record(file: str, index: int, entry: Entry, edit_ids: _EditIds, default_
         text = entry.value if isinstance(entry.value, str) else json.dumps(entry.value, default=_plain)
         fallback = "vqa" if default_task == "auto" else default_task
         return RawRecord(file, index, edit_ids.fallback(index), fallback, {"unparsed": text}, problem)
-    fields = entry.value
+    fields = without_markers(entry.value)
     record_task = task_of(fields, default_task)
     edit_id, id_problem = edit_ids.assign(index, fields.get("edit_id"))
     problem = problem_of_fields(fields, record_task) or id_problem
@@ -175,4 +198,4 @@ class _EditIds:
 
 
 def _plain(value: Any) -> Any:
-    return float(value) if isinstance(value, Decimal) else repr(value)
+    return float(value) if isinstance(value, Decimal) else repr(value)  # of a table's columns

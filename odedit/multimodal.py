@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from odedit import pretrained
 from odedit.backbones.base import CONNECTOR, BeforeConnector, Prefix, is_connector
@@ -43,6 +44,8 @@ class MultimodalModel(ABC):
     family: ClassVar[str]
     architecture: ClassVar[Architecture]
     Processor: ClassVar[type[PretrainedProcessor]]
+    stop: ClassVar[str | None] = None
+    """How the text begins that ends an answer, where a family has one beside its end tokens."""
 
     def __init__(self, model: Any, processor: Any, checkpoint: str, fingerprint: Callable[[], str]) -> None:
         """Takes the fingerprint as a function: it reads all of the weights."""
@@ -55,6 +58,8 @@ class MultimodalModel(ABC):
         self.hidden_size = self._decoder.hidden_size
         self.max_positions = self._decoder.max_positions
         self.vocabulary_size = self._decoder.vocabulary_size
+        self.ends = self._ends()
+        self._white: dict[int, bool] = {}
         self._connector_linears = {
             f"{CONNECTOR}{name}.{path}".rstrip("."): linear
             for name, module in self.connector().items()
@@ -165,6 +170,14 @@ class MultimodalModel(ABC):
         """Special tokens that `sequence` writes: what they are, and their numbers in the tokenizer."""
         return {}
 
+    def _ends(self) -> frozenset[int]:
+        tokenizer, configured = self.processor.tokenizer, self.model.generation_config.eos_token_id
+        ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
+        if self.stop is not None:
+            words = tokenizer.get_vocab().items()
+            ends |= {number for word, number in words if word.lstrip("\u2581\u0120 ").startswith(self.stop)}
+        return frozenset(ends or {tokenizer.pad_token_id or 0})
+
     def positions(self, tokens_RS: Tensor, image_RS: Tensor) -> Tensor | None:
         """Position ids where they are not 0, 1, 2, ..."""
         return None
@@ -207,8 +220,14 @@ class MultimodalModel(ABC):
                     )
         pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
         width = self.vision_width if before_connector else self.hidden_size
-        batch = assemble(edit_ids, slots, cells, features, pad, width, self.device)
+        batch = assemble(edit_ids, slots, cells, features, pad, width, self.device, self._is_white)
         return replace(batch, before_connector=before_connector)
+
+    def _is_white(self, token: int) -> bool:
+        """Whether a token is white space and nothing else."""
+        if token not in self._white:
+            self._white[token] = not self.processor.tokenizer.decode([token]).strip()
+        return self._white[token]
 
     @property
     def vision_width(self) -> int:
@@ -352,10 +371,16 @@ class MultimodalModel(ABC):
         hidden = self._decoder.finish(hidden)
         return hidden.reshape(*prefix.shape, *hidden.shape[1:])
 
+    def with_room(self, prefix: Prefix, batch: EditBatch) -> Prefix:
+        if prefix.rotary is None or not batch.room:
+            return prefix
+        tokens_EKS, image_EKS = (functional.pad(part, (0, batch.room)) for part in (batch.tokens_EKS, batch.image_EKS))
+        return replace(prefix, rotary=self._rotary(replace(batch, tokens_EKS=tokens_EKS, image_EKS=image_EKS)))
+
     @torch.no_grad()
     def behind(self, prefix: Prefix, batch: EditBatch, tokens_EKT: Tensor, memory: KeyValues, first: int = 0) -> Tensor:
         # A token stands where the one after it is predicted; the first is predicted by the prompt.
-        at_RT = batch.predict_EKT[..., 1 + first :].flatten(0, 1)
+        at_RT = batch.predict_EKT[..., 1 + first : tokens_EKT.shape[-1]].flatten(0, 1)
         last_R = batch.predict_EKT[..., 0].flatten()
         rotary = None
         if prefix.rotary is not None:

@@ -32,6 +32,7 @@ from odedit.editors.base import Editor, Trace
 from odedit.edits import (
     EDIT,
     LOCALITY_SLOTS,
+    NEAR,
     REPHRASE,
     REPHRASE_SLOTS,
     SUPERVISION_SLOTS,
@@ -162,6 +163,22 @@ class ObjectiveConfig:
             return self.own_weight
         return 0.0 if self.name in ("odedit", "contrast") else 1.0
 
+    def reads(self, editor: Editor) -> frozenset[str]:
+        """The supervision slots that an edit is made from under this objective."""
+        if self.name == "odedit":
+            return frozenset(SUPERVISION_SLOTS)
+        wanted = self.base_slots(editor)
+        if self.name == "native_kl":
+            wanted |= set(LOCALITY_SLOTS)
+        if self.name == "contrast":
+            # Its rephrase is made of both, and a record's near picture is its first negative.
+            wanted |= {NEAR, *(REPHRASE_SLOTS if self.generality_weight else ())}
+        return frozenset(wanted)
+
+    def base_slots(self, editor: Editor) -> set[str]:
+        """The edit, and what the base editor's own terms read."""
+        return {EDIT, *(editor.own_slots if self.effective_own_weight else ())}
+
     @property
     def takes_turns(self) -> bool:
         """Whether a step sees some of the negatives only."""
@@ -266,12 +283,9 @@ class Objective:
         Raises:
             InputError: It reads hard negatives, and the batch was made without.
         """
-        if self.config.name == "odedit":
-            return tuple(slot for slot in batch.slots if slot in SUPERVISION_SLOTS)
-        wanted = {EDIT, *(editor.own_slots if self.config.effective_own_weight else ())}
-        if self.config.name == "native_kl":
-            wanted |= set(LOCALITY_SLOTS)
+        wanted = set(self.config.reads(editor))
         if self.config.name == "contrast":
+            wanted = self.config.base_slots(editor)
             negatives = self._compared_slots(batch)
             if not negatives:
                 raise InputError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from odedit.addresses import masked
 from odedit.errors import InputError
 from odedit.images import ImageReader
-from odedit.mmedit import RawRecord, read_records
+from odedit.mmedit import Check, RawRecord, read_records
 from odedit.pack_format import original_path
 from odedit.record_fields import REPHRASE_PREFIX, edit_text, probe_texts, request_images
 
@@ -27,8 +28,20 @@ class Pool:
     reader: ImageReader
 
     @classmethod
-    def sample(cls, path: str, reader: ImageReader, *, size: int = 256, seed: int = 0, task: str = "auto") -> Pool:
+    def sample(
+        cls,
+        path: str,
+        reader: ImageReader,
+        *,
+        size: int = 256,
+        seed: int = 0,
+        task: str = "auto",
+        check: Check | None = None,
+    ) -> Pool:
         """Draws `size` usable records, each with the same chance, in one pass over the file.
+
+        Args:
+            check: As for `read_records`.
 
         Raises:
             InputError: The file cannot be read or has no usable record.
@@ -38,7 +51,7 @@ class Pool:
         rng = random.Random(seed)
         chosen: list[RawRecord] = []
         num_seen = 0
-        for record in read_records(path, task=task):
+        for record in read_records(path, task=task, check=check):
             if record.problem:
                 continue
             num_seen += 1
@@ -57,18 +70,45 @@ class Pool:
         `record` is scored on. Training on these would make the scores meaningless. Those that ask one of its questions
         about another image come last: they show nothing that is scored, but a stock of few questions needs them.
         """
-        own_images = image_names(record)
-        own_prompts = scored_prompts(record)
+        scored = _Scored.by(record)
         last = []
         for other in rng.sample(self.records, len(self.records)):
-            is_itself = (other.file, other.index) == (record.file, record.index) or other.edit_id == record.edit_id
-            if is_itself or own_images & image_names(other) or normal(other.fields["loc"]) in own_prompts:
+            if scored.shared_with(other):
                 continue
-            if normal(other.fields["m_loc_q"]) in own_prompts:
+            if normal(other.fields["m_loc_q"]) in scored.prompts:
                 last.append(other)
             else:
                 yield other
         yield from last
+
+    def left_out(self, record: RawRecord) -> Counter[str]:
+        """What keeps records of the pool from supervising `record`, and how many of them."""
+        scored = _Scored.by(record)
+        reasons = Counter(scored.shared_with(other) for other in self.records)
+        del reasons[""]
+        return reasons
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """What a record is scored on, to be kept out of what supervises it."""
+
+    record: RawRecord
+    images: set[str]
+    prompts: set[str]
+
+    @classmethod
+    def by(cls, record: RawRecord) -> _Scored:
+        return cls(record, image_names(record), scored_prompts(record))
+
+    def shared_with(self, other: RawRecord) -> str:
+        """What another record has in common with it, in words; empty if nothing that matters."""
+        own = self.record
+        if (other.file, other.index) == (own.file, own.index) or other.edit_id == own.edit_id:
+            return "the record itself"
+        if normal(other.fields["loc"]) in self.prompts:
+            return "the same text question (field 'loc')"
+        return "one of its pictures" if self.images & image_names(other) else ""
 
 
 def image_names(record: RawRecord) -> set[str]:

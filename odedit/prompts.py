@@ -5,11 +5,14 @@ Every probe of a run, before and after the edit, goes through the same `Template
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from odedit.edits import Probe
-from odedit.errors import unknown_name
+from odedit.errors import InputError, unknown_name
+from odedit.markers import image_marker
 
 
 @dataclass(frozen=True)
@@ -71,15 +74,50 @@ def tokenize(tokenizer: Any, template: Template, probe: Probe, frame: Frame = Fr
     crosses the boundary, and then the model is asked for tokens that it never sees in running text.
 
     Raises:
+        InputError: Prompt or target holds an image marker or a special token of the tokenizer.
         ValueError: The target has no token.
     """
-    prompt, target = template.render(probe)
-    prompt = frame.before + prompt + frame.after
+    dressed, target = template.render(probe)
+    prompt = frame.before + dressed + frame.after
     target = target if frame.spaced else target.lstrip()
     encoded = tokenizer(prompt + target, return_offsets_mapping=True, add_special_tokens=frame.begins)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    start = len(frame.before)
+    _check_plain(probe, _special_ids(tokenizer), ids, offsets, (range(start, start + len(dressed)), len(prompt)))
     # A special token has the empty span (0, 0) and belongs to the prompt.
     first = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), None)
     if first is None or not probe.target.strip():
         raise ValueError(f"target {probe.target!r} of the prompt {probe.prompt!r} has no token.")
     return list(ids), first
+
+
+@lru_cache(maxsize=8)
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    return frozenset(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+
+
+def _check_plain(
+    probe: Probe,
+    special: frozenset[int],
+    ids: Iterable[int],
+    offsets: Iterable[tuple[int, int]],
+    places: tuple[range, int],
+) -> None:
+    """Raises InputError if the probe's own texts hold what a model or its tokenizer reads as control.
+
+    Args:
+        places: The characters of the dressed prompt, and the first one of the target.
+    """
+    prompt, target = places
+    by_tokenizer = any(
+        number in special and end > start and (start in prompt or start >= target)
+        for number, (start, end) in zip(ids, offsets, strict=True)
+    )
+    marker = image_marker(probe.prompt) or image_marker(probe.target)
+    if marker is None and not by_tokenizer:
+        return
+    what = f"the image marker {marker!r}" if marker else "a special token of the model's tokenizer"
+    raise InputError(
+        f"the prompt {probe.prompt!r} or its target {probe.target!r} holds {what}: it would not be read as text. "
+        "Remove it; a picture is given beside its question."
+    )

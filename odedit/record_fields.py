@@ -2,21 +2,28 @@
 
 Every record is scored on the same five metrics, so a record that lacks one of the fields is skipped, as the
 toolkit of MMEdit skips records with an empty field in E-VQA. `pred` may be empty in captions: nothing scored reads it.
+
+An image marker in front of a question about a picture is taken off; a record that holds one elsewhere is skipped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from odedit.edits import RELIABILITY, SUPERVISION_SLOTS, check_probe_name, is_locality
+from odedit.markers import image_marker, without_leading_marker
 
 TASKS = ("vqa", "caption")
 CAPTION_PROMPT = "a photo of"
 FIELDS = (
     "src", "pred", "alt", "rephrase", "image", "image_rephrase", "loc", "loc_ans", "m_loc", "m_loc_q", "m_loc_a",
 )  # fmt: skip
+_IMAGES = ("image", "image_rephrase", "m_loc")
+_QUESTIONS = ("src", "rephrase", "m_loc_q")
+"""Fields that hold a question about a picture."""
 STANDARD_PROBES = ("t_gen", "m_gen", "t_loc", "m_loc")
 MAX_CHARACTERS = 50_000
 """Of one text; more fills no model's context with anything that is meant."""
@@ -53,6 +60,22 @@ def task_of(fields: Mapping[str, Any], default: str) -> str:
         return default
     src = fields.get("src")
     return "caption" if isinstance(src, str) and src.strip() == CAPTION_PROMPT else "vqa"
+
+
+def without_markers(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields, each question about a picture without the image marker that it begins with. Odd values stay."""
+    changed: dict[str, Any] = {}
+    changed |= {name: without_leading_marker(fields[name]) for name in _QUESTIONS if isinstance(fields.get(name), str)}
+    for name in ("probes", "held_out"):
+        if isinstance(fields.get(name), dict):
+            changed[name] = {key: _without_marker(entry) for key, entry in fields[name].items()}
+    return {**fields, **changed}
+
+
+def _without_marker(entry: Any) -> Any:
+    if not isinstance(entry, dict) or entry.get("image") is None or not isinstance(entry.get("prompt"), str):
+        return entry
+    return entry | {"prompt": without_leading_marker(entry["prompt"])}
 
 
 def edit_text(fields: Mapping[str, Any], task: str) -> ProbeText:
@@ -111,6 +134,45 @@ def problem_of_fields(fields: Mapping[str, Any], task: str) -> str:
     return next(_problems(fields, task), "")
 
 
+def marker_problem(fields: Mapping[str, Any]) -> str:
+    """What is wrong with a record whose texts hold an image marker; empty if none does."""
+    found = _first_in_texts(fields, image_marker)
+    if found is None:
+        return ""
+    return (
+        f"image marker: {found[0]} holds {found[1]!r}, which would take an image position of its own. Only a marker in "
+        "front of a question about a picture is taken off; remove it here"
+    )
+
+
+def control_token_problem(fields: Mapping[str, Any], find: Callable[[str], str | None]) -> str:
+    """What is wrong with a record whose texts hold a special token of the model's tokenizer; empty if none does.
+
+    Args:
+        find: As `odedit.markers.control_token_finder` makes it.
+    """
+    found = _first_in_texts(fields, find)
+    if found is None:
+        return ""
+    return (
+        f"control token: {found[0]} holds {found[1]!r}, which the model's tokenizer reads as a special token and not "
+        "as text; write it otherwise"
+    )
+
+
+def _first_in_texts(fields: Mapping[str, Any], find: Callable[[str], str | None]) -> tuple[str, str] | None:
+    """The first text of a valid record that a model reads in which something is found, and what."""
+    for name in FIELDS:
+        if name not in _IMAGES and (found := find(fields.get(name) or "")) is not None:
+            return f"field {name!r}", found
+    for name in ("probes", "held_out"):
+        for key, entry in (fields.get(name) or {}).items():
+            for part in ("prompt", "target"):
+                if (found := find(entry[part])) is not None:
+                    return f"{name}[{shorten(repr(key))}].{part}", found
+    return None
+
+
 def _problems(fields: Mapping[str, Any], task: str) -> Iterator[str]:
     if fields.get("alt") == "":
         yield "not an edit: field 'alt' is empty"
@@ -124,6 +186,8 @@ def _problems(fields: Mapping[str, Any], task: str) -> Iterator[str]:
     for name in ("probes", "held_out"):
         if fields.get(name) is not None:
             yield from _extension_problems(fields[name], name)
+    # Reached by a record that is right in all else.
+    yield from filter(None, [marker_problem(fields)])
 
 
 def _extension_problems(entries: Any, name: str) -> Iterator[str]:
@@ -190,6 +254,8 @@ def type_name(value: Any) -> str:
     """
     if value is None:
         return "null"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "infinite"
     names: list[tuple[type, str]] = [(bool, "true or false"), (str, "text"), (dict, "an object"), (list, "a list")]
     return next((name for kind, name in names if isinstance(value, kind)), "a number")
 

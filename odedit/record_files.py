@@ -6,15 +6,15 @@ what a record must hold is decided in `odedit.mmedit`.
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import ijson
 import pyarrow
-from ijson.common import ObjectBuilder
 from pyarrow import parquet
 
 from odedit.addresses import relative_note
@@ -22,13 +22,15 @@ from odedit.errors import InputError
 from odedit.locations import Location
 
 MAX_DEPTH = 32
-"""Deepest nesting accepted in a JSON array. Records need four levels; a file of opening brackets would fill memory."""
+"""Deepest nesting accepted in a record. Records need four levels; what is much deeper cannot be written again."""
 MAX_RECORD_BYTES = 16 * 2**20
 BAD_LINE = "invalid JSON: line"
 """How the problem of a line that is no JSON begins; its number follows."""
 _BATCH_ROWS = 256
-_BYTES_AT_ONCE = 2**20
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BYTES_AT_ONCE = 2**16
+_WHITE_SPACE = re.compile(r"[ \t\n\r]*")
+_CUT_OFF = 16
+"""Characters before the end of what has been read in which an error may only mean that a value goes on."""
 
 
 @dataclass(frozen=True)
@@ -72,96 +74,159 @@ def check_is_file(location: Location) -> None:
 
 
 def _read_array(stream: Any, text: str) -> Iterator[Entry]:
-    if stream.read(len(_BYTE_ORDER_MARK)) != _BYTE_ORDER_MARK:
-        stream.seek(0)
-    metered = _Metered(io.BufferedReader(stream, _BYTES_AT_ONCE), text)
+    source = _Text(io.BufferedReader(stream, _BYTES_AT_ONCE), text)
     try:
-        for value in _array_items(ijson.basic_parse(metered), text):
+        for value in _array_items(source, text):
+            if _is_too_deep(value):
+                raise InputError(f"{text}: nested deeper than {MAX_DEPTH} levels; this is not a file of records.")
             yield Entry(value)
-            metered.end_record()
+            source.num_read += 1
     except InputError:
         raise
-    # SystemError: for a whole number of thousands of digits, ijson fails without saying so, and the next call does.
-    except (ijson.JSONError, ValueError, OSError, SystemError) as error:
-        where = f"after record {metered.num_read - 1}" if metered.num_read else "before the first record"
+    except RecursionError as error:
+        raise InputError(f"{text}: nested deeper than {MAX_DEPTH} levels; this is not a file of records.") from error
+    except (ValueError, OSError) as error:
+        where = f"after record {source.num_read - 1}" if source.num_read else "before the first record"
         raise InputError(
-            f"{text}: not valid JSON {where} ({_first_line(_said_by(error))}). The file is damaged or was cut off; "
+            f"{text}: not valid JSON {where} ({_reason(error)}). The file is damaged or was cut off; "
             "fetch it again and compare its size."
         ) from error
 
 
-class _Metered:
-    """A stream that refuses to give a record of more than `MAX_RECORD_BYTES`.
-
-    The parser reads ahead, so some kB of a record may count for the one before it.
-    """
-
-    def __init__(self, stream: Any, text: str) -> None:
-        self._stream, self._text = stream, text
-        self.num_read, self._num_bytes = 0, 0
-
-    def end_record(self) -> None:
-        self.num_read, self._num_bytes = self.num_read + 1, 0
-
-    def read(self, size: int = -1) -> bytes:
-        data: bytes = self._stream.read(size)
-        self._num_bytes += len(data)
-        if self._num_bytes > MAX_RECORD_BYTES:
-            limit = f"{MAX_RECORD_BYTES // 2**20} MiB"
-            raise InputError(f"{self._text}: record {self.num_read} is larger than {limit}; no record needs so much.")
-        return data
-
-
-def _array_items(events: Iterator[tuple[str, Any]], text: str) -> Iterator[Any]:
-    """The elements of the outermost array.
-
-    `ijson.items` would do, but it keeps the path of every open bracket, and so a file of brackets fills memory.
-    """
-    if next(events)[0] != "start_array":
+def _array_items(source: _Text, text: str) -> Iterator[Any]:
+    """The elements of the outermost array, one at a time."""
+    if source.peek() == "{" or (source.peek() != "[" and source.value() is not None):
         raise InputError(
             f"{text}: expected a JSON array of objects, '[{{...}}, ...]'. "
             "A file with one object per line must be named .jsonl."
         )
-    depth, builder = 0, ObjectBuilder()
-    for event, value in events:
-        if depth == 0 and event == "end_array":
-            continue
-        if event in ("start_map", "start_array"):
-            depth += 1
-        elif event in ("end_map", "end_array"):
-            depth -= 1
-        if depth > MAX_DEPTH:
-            raise InputError(f"{text}: nested deeper than {MAX_DEPTH} levels; this is not a file of records.")
-        builder.event(event, value)
-        if depth == 0:
-            yield builder.value
-            builder = ObjectBuilder()
+    source.expect("[")
+    if source.peek() != "]":
+        yield source.value()
+        while source.peek() != "]":
+            source.expect(",")
+            yield source.value()
+    source.expect("]")
+    if source.peek():
+        raise ValueError("more text behind the array")
+
+
+class _Text:
+    """The text of a JSON file, in any encoding that JSON may have, read as it is needed.
+
+    NaN and Infinity are read as Python writes them, as in a line of a .jsonl file.
+
+    Attributes:
+        num_read: Records given so far.
+    """
+
+    def __init__(self, stream: io.BufferedReader, name: str) -> None:
+        self._stream, self._name = stream, name
+        self._decode = codecs.getincrementaldecoder(_encoding(stream))().decode
+        self._parse = json.JSONDecoder().raw_decode
+        self._text, self._at, self._is_whole = "", 0, False
+        self.num_read = 0
+
+    def peek(self) -> str:
+        """The next character that is not white space; empty at the end."""
+        while True:
+            match = _WHITE_SPACE.match(self._text, self._at)
+            assert match is not None, "white space may be empty"
+            self._at = match.end()
+            if self._at < len(self._text) or self._is_whole:
+                return self._text[self._at : self._at + 1]
+            self._read_on()
+
+    def expect(self, character: str) -> None:
+        """Takes a character. Raises ValueError if there is another."""
+        if self.peek() != character:
+            raise ValueError(f"expected {character!r}, got {self.peek() or 'the end'!r}")
+        self._at += 1
+
+    def value(self) -> Any:
+        """Takes a value.
+
+        Raises:
+            InputError: It is too large.
+            ValueError: It is no JSON.
+        """
+        self.peek()
+        while True:
+            try:
+                value, end = self._parse(self._text, self._at)
+            except json.JSONDecodeError as error:
+                goes_on = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - _CUT_OFF
+                if self._is_whole or not goes_on:
+                    raise
+                end = len(self._text)
+            if end - self._at > MAX_RECORD_BYTES:
+                limit = f"{MAX_RECORD_BYTES // 2**20} MiB"
+                raise InputError(
+                    f"{self._name}: record {self.num_read} is larger than {limit}; no record needs so much."
+                )
+            # A number goes on where more digits follow.
+            if end < len(self._text) or self._is_whole:
+                self._at = end
+                return value
+            self._read_on()
+
+    def _read_on(self) -> None:
+        """Reads as much as is there already, so that a long value is parsed a few times only."""
+        left = self._text[self._at :]
+        data = self._stream.read(max(_BYTES_AT_ONCE, len(left)))
+        self._is_whole = not data
+        self._text, self._at = left + self._decode(data, self._is_whole), 0
+
+
+def _encoding(stream: io.BufferedReader) -> str:
+    """By its first bytes: UTF-8, UTF-16 or UTF-32, with or without a byte order mark."""
+    return json.detect_encoding(stream.peek(4)[:4])
+
+
+def _is_too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
 
 
 def _read_lines(stream: Any, text: str) -> Iterator[Entry]:
     lines = io.BufferedReader(stream, _BYTES_AT_ONCE)
-    number = 0
+    encoding, number = _encoding(lines), 0
+    in_bytes = encoding.startswith("utf-8")  # a line that is no UTF-8 costs that line only
+    decoded = None if in_bytes else io.TextIOWrapper(lines, encoding, newline="\n")
     while True:
         try:
-            line = lines.readline(MAX_RECORD_BYTES)
-        except OSError as error:
+            if decoded is None:
+                line = lines.readline(MAX_RECORD_BYTES)
+            else:
+                line = decoded.readline(MAX_RECORD_BYTES).encode("utf-8", "surrogatepass")
+        except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{text}: reading failed after line {number} ({error}).") from error
         if not line:
             return
         number += 1
-        if len(line) == MAX_RECORD_BYTES and not line.endswith(b"\n"):
+        if len(line) >= MAX_RECORD_BYTES and not line.endswith(b"\n"):
             raise InputError(
                 f"{text}: line {number} is longer than {MAX_RECORD_BYTES // 2**20} MiB. "
                 "A file that holds one JSON array must be named .json."
             )
-        line = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if line.strip():
             yield _parse_line(line, number)
 
 
 def _parse_line(line: bytes, number: int) -> Entry:
     try:
-        return Entry(json.loads(line.decode("utf-8")))
+        value = json.loads(line.decode("utf-8"))
+        if _is_too_deep(value):
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+        return Entry(value)
     except (ValueError, RecursionError) as error:
         unparsed = line.decode("utf-8", errors="replace").rstrip("\n")
         # A JSON error would call this line 1 of what it was given.
@@ -205,13 +270,11 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _said_by(error: BaseException) -> BaseException:
-    return error.__cause__ if isinstance(error, SystemError) and error.__cause__ else error
+def _reason(error: BaseException) -> str:
+    """What an error says of a part of a file; a JSON error would also say where in that part."""
+    return error.msg if isinstance(error, json.JSONDecodeError) else _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:
-    message = error.args[0] if error.args else ""
-    if isinstance(message, bytes):  # ijson passes on the raw text when it is not UTF-8
-        message = message.decode("utf-8", errors="replace")
-    lines = str(message or error).strip().splitlines()
+    lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__

@@ -8,12 +8,13 @@ record's own probes, as published runs of some methods do, is possible and has t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal
 
-from odedit.edits import EditRequest, Picture, Probe
-from odedit.errors import InputError, unknown_name
+from odedit.edits import LOCALITY_SLOTS, NEAR, EditRequest, Picture, Probe
+from odedit.errors import InputError, StorageError, unknown_name
 from odedit.images import ImageError, ImageReader
 from odedit.mmedit import RawRecord
 from odedit.pool import Pool, scored_prompts
@@ -27,6 +28,12 @@ _RECORD_SLOTS = {
     "text_locality": "t_loc",
     "image_locality": "m_loc",
 }
+_POOLLESS = (
+    "Set data.pool to a file of other records (the training file), give the records `held_out` entries of their own, "
+    "or set supervision.locality_source to 'record', which trains on the questions that locality is scored on."
+)
+_RECORDS_TRIED, _PICTURES_TRIED = 256, 3
+"""Records for which a pool is looked through, and for which the pictures of a pool are, before it is refused."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,12 @@ class Supervision:
 
 
 def build_request(
-    record: RawRecord, reader: ImageReader, supervision: Supervision, pool: Pool | None = None
+    record: RawRecord,
+    reader: ImageReader,
+    supervision: Supervision,
+    pool: Pool | None = None,
+    *,
+    locality: bool = True,
 ) -> EditRequest:
     """Reads a record's images and gathers its probes and its supervision.
 
@@ -69,6 +81,7 @@ def build_request(
         reader: Opens the record's images.
         supervision: Which sources are used.
         pool: Other records; needed for held-out locality unless the record brings its own.
+        locality: Whether locality supervision is made: no need for it where neither objective nor editor reads it.
 
     Raises:
         ImageError: One of the record's images cannot be used: skip the record and report why.
@@ -84,10 +97,55 @@ def build_request(
     slots = _rephrases(record, edit, probes, own, supervision)
     if supervision.rephrase_noise:
         slots = _with_noise(record.edit_id, slots, supervision, pool)
-    locality, drawn_from = _locality(record, edit, probes, own, supervision, pool)
+    unrelated, drawn_from = _locality(record, edit, probes, own, supervision, pool) if locality else ({}, "")
     meta = {"file": record.file, "index": str(record.index)} | ({"pool_record": drawn_from} if drawn_from else {})
     replaced = record.fields["pred"].strip() or None
-    return EditRequest(record.edit_id, edit, slots | locality, probes, record.task, meta, replaced)
+    return EditRequest(record.edit_id, edit, slots | unrelated, probes, record.task, meta, replaced)
+
+
+def check_pool(records: Iterable[RawRecord], reader: ImageReader, supervision: Supervision, pool: Pool) -> None:
+    """Finds a record that the pool can supervise among the first of some records, to refuse a useless pool at once.
+
+    Args:
+        records: Usable records that are to be edited.
+        reader: Opens their images.
+
+    Raises:
+        InputError: There is none.
+    """
+    if supervision.locality_source == "record":
+        return
+    num_unreadable, error, blocked = 0, "", None
+    for record in islice(records, _RECORDS_TRIED):
+        draws = _wanted(supervision) - set(held_out_texts(record.fields, record.task))
+        if draws and sum(pool.left_out(record).values()) == len(pool.records):
+            blocked = blocked or record
+            continue
+        try:
+            build_request(record, reader, supervision, pool)
+        except ImageError:
+            continue  # its own images are at fault, which its row will say
+        except StorageError:
+            return
+        except InputError as said:
+            num_unreadable, error = num_unreadable + 1, str(said)
+            if num_unreadable == _PICTURES_TRIED:
+                break
+            continue
+        return
+    if error:
+        raise InputError(
+            f"{error} The pictures of data.pool are looked for under data.image_root and data.rephrase_root, as those "
+            "of data.path are. Put them there, or pack the pool with its own folders (`odedit data pack`) and set "
+            "data.pool to the packed folder."
+        )
+    if blocked is not None:
+        shared = "; ".join(f"{count} with {what}" for what, count in pool.left_out(blocked).most_common())
+        raise InputError(
+            f"data.pool: none of its {len(pool.records)} records can supervise the records of data.path: unrelated "
+            f"questions must share nothing with what is scored, and for {blocked.edit_id}, for one, the pool has "
+            f"{shared}. {_POOLLESS}"
+        )
 
 
 class _Pictures:
@@ -154,6 +212,11 @@ def rephrase_distance(request: EditRequest) -> float | None:
     return 1 - len(edit & other) / len(edit | other) if edit | other else None
 
 
+def _wanted(supervision: Supervision) -> set[str]:
+    """The locality slots that an edit is to have."""
+    return {slot for slot in LOCALITY_SLOTS if slot != NEAR or supervision.near_locality}
+
+
 def _locality(
     record: RawRecord,
     edit: Probe,
@@ -163,7 +226,7 @@ def _locality(
     pool: Pool | None,
 ) -> tuple[dict[str, Probe], str]:
     """The locality slots, and the edit id of the pool's record that was drawn, if any."""
-    wanted = ["text_locality", "image_locality"] + ["near_locality"] * supervision.near_locality
+    wanted = [slot for slot in LOCALITY_SLOTS if slot in _wanted(supervision)]
     if supervision.locality_source == "record":
         found = {slot: probes[_RECORD_SLOTS[slot]] for slot in wanted[:2]}
         if supervision.near_locality:
@@ -177,9 +240,8 @@ def _locality(
         return found | {"near_locality": _near(edit, found["image_locality"])}, ""
     if pool is None:
         raise InputError(
-            f"{record.file}, record {record.index}: has no held_out entry for {' and '.join(missing)}. "
-            "Set data.pool to a file of other records (the training file), or supervision.locality_source to "
-            "'record', which trains on the questions that locality is scored on."
+            f"{record.file}, record {record.index}: has no held_out entry for {' and '.join(missing)}, and there is no "
+            f"pool of other records. {_POOLLESS}"
         )
     drawn, drawn_from = _draw(record, edit, probes, missing, supervision, pool)
     return found | drawn, drawn_from

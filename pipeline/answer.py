@@ -15,10 +15,10 @@ from odedit.edits import EditParams, Picture, Probe
 from odedit.errors import InputError
 from odedit.images import ImageError, ImageReader
 from odedit.key_values import KeyValues
-from odedit.metrics import greedy
+from odedit.metrics import generate, until_end
 from odedit.prompts import Template, find_template
 
-_PLACEHOLDER = " x"
+_PLACEHOLDER = "x"
 
 
 class Questions:
@@ -49,10 +49,7 @@ class Questions:
         before = any(is_connector(site) for site in sites)
         pictures = [probe.picture for probe in probes if probe.picture is not None]
         features = backbone.image_features(pictures, before)
-        grid = [
-            [Probe(probe.prompt, _PLACEHOLDER * count, probe.picture, probe.is_caption)]
-            for probe, count in zip(probes, max_tokens, strict=True)
-        ]
+        grid = [[Probe(probe.prompt, _PLACEHOLDER, probe.picture, probe.is_caption)] for probe in probes]
         ids = [f"question-{number}" for number in range(len(grid))]
         self.batch = backbone.encode(ids, ["rel"], grid, features, template, before)
         self._backbone, self._max_tokens = backbone, tuple(max_tokens)
@@ -63,29 +60,22 @@ class Questions:
     def answers(self) -> list[str]:
         """What the model says now, each answer to its end or to its longest."""
         backbone, memory = self._backbone, self._memory.branch()
-        first_EKT = backbone.head(backbone.suffix(self._prefix, self.batch.predict_EKT, memory)).argmax(dim=-1)
-        tokens_EKT = greedy(backbone, self.batch, self._prefix, memory, first_EKT)
+        read_EKT = self.batch.with_room(1, 0, backbone.max_positions).predict_EKT
+        first_EKT = backbone.head(backbone.suffix(self._prefix, read_EKT, memory)).argmax(dim=-1)
+        longest = max(self._max_tokens)
+        tokens_EKT = generate(backbone, self.batch, self._prefix, memory, first_EKT, longest)
         rows = zip(tokens_EKT[:, 0].tolist(), self._max_tokens, strict=True)
         return [words(backbone, tokens[:count]) for tokens, count in rows]
 
 
 def words(backbone: Backbone, tokens: Sequence[int]) -> str:
     """An answer's text, up to the first token that ends it."""
-    ends = _end_tokens(backbone)
-    end = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
-    return str(backbone.processor.tokenizer.decode(tokens[:end], skip_special_tokens=True)).strip()
-
-
-def _end_tokens(backbone: Backbone) -> set[int]:
-    """Tokens that end an answer: the tokenizer's, and those of the checkpoint's settings for generation."""
-    settings = getattr(getattr(backbone, "model", None), "generation_config", None)
-    further = getattr(settings, "eos_token_id", None)
-    found = [backbone.processor.tokenizer.eos_token_id, *(further if isinstance(further, list) else [further])]
-    return {token for token in found if token is not None}
+    answer, _ = until_end(tokens, backbone.ends)
+    return str(backbone.processor.tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
 
 def first_line(answer: str) -> str:
-    """Models that were trained on lines go on with further ones."""
+    """The answer without the further lines that a model trained on lines goes on with."""
     return answer.split("\n")[0].strip()
 
 

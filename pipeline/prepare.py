@@ -50,8 +50,15 @@ class Preparer:
         self._job = job
         self._cache = cache if cache is not None else RequestCache(max_bytes=0)
         config = job.config
+        self._locality = staging.reads_locality(config)
         # What a request is made from, beside the record itself.
-        self._made_from = (job.sources, config.supervision, config.backbone.family, config.backbone.checkpoint)
+        self._made_from = (
+            job.sources,
+            config.supervision,
+            self._locality,
+            config.backbone.family,
+            config.backbone.checkpoint,
+        )
         self._processor = load_processor(job.config.backbone.family, job.config.backbone.checkpoint)
         self._pool = staging.read_pool(job.workspace, job.sources)
         self._read_group = staging.GroupReader(job.workspace.records)
@@ -80,7 +87,9 @@ class Preparer:
         try:
             request = self._cache.get(key)
             if request is None:
-                request = build_request(record, self._job.sources.reader, config.supervision, self._pool)
+                request = build_request(
+                    record, self._job.sources.reader, config.supervision, self._pool, locality=self._locality
+                )
                 request = process(request, self._processor, shared)
                 self._cache.put(key, request)
             return request

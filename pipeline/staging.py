@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,18 @@ import numpy as np
 import pyarrow
 from pyarrow import parquet
 
+from odedit import editors
 from odedit.addresses import masked
+from odedit.backbones import load_processor
+from odedit.edits import LOCALITY_SLOTS
 from odedit.errors import InputError
 from odedit.locations import Location, locate
-from odedit.mmedit import RawRecord, read_records
+from odedit.markers import control_token_finder
+from odedit.mmedit import Check, RawRecord, read_records
 from odedit.pack_format import RECORDS_SCHEMA
 from odedit.pool import Pool
+from odedit.record_fields import control_token_problem
+from odedit.supervision import check_pool
 from pipeline.config import RunConfig
 from pipeline.pictures import Sample, check_pictures
 from pipeline.reasons import Reasons
@@ -72,18 +79,44 @@ def stage(config: RunConfig, sources: Sources, workspace: Workspace) -> Staged:
 
     Raises:
         InputError: The input cannot be read, none of its pictures is there, or held-out locality or hard negatives need
-            a pool and there is none.
+            a pool and there is none, or one whose records can supervise none of the run's.
     """
     if sources.pool is None and config.objective.name == "contrast":
         raise InputError(
             "objective.name: 'contrast' compares an edit with pictures of other records, and there are none. Set "
             "data.pool to a file of other records (the training file)."
         )
-    if sources.pool is not None and not _is_staged(workspace.pool):
-        _stage_pool(config, sources, workspace.pool)
-    if not (_is_staged(workspace.records) and "group" in read_schema(workspace.records).names):
-        workspace.records.write_with(lambda path: _write(config, sources, path))
+    needs_pool = sources.pool is not None and not _is_staged(workspace.pool)
+    needs_records = not (_is_staged(workspace.records) and "group" in read_schema(workspace.records).names)
+    if needs_pool or needs_records:
+        check = check_for(load_processor(config.backbone.family, config.backbone.checkpoint).tokenizer)
+        if needs_pool:
+            _stage_pool(config, sources, workspace.pool, check)
+        if needs_records:
+            _check_supervision(config, sources, read_pool(workspace, sources), check)
+            workspace.records.write_with(lambda path: _write(config, sources, path, check))
     return read_staged(workspace.records)
+
+
+def check_for(tokenizer: Any) -> Check:
+    """The check of records that a model with this tokenizer needs."""
+    return partial(control_token_problem, find=control_token_finder(tokenizer))
+
+
+def reads_locality(config: RunConfig) -> bool:
+    """Whether edits of the run are made from locality supervision: what they do not read, no pool has to give."""
+    editor = editors.find(config.editor.name)(config.editor.settings)
+    return not config.objective.reads(editor).isdisjoint(LOCALITY_SLOTS)
+
+
+def _check_supervision(config: RunConfig, sources: Sources, pool: Pool | None, check: Check) -> None:
+    """Raises InputError if the pool is of no use, said once instead of in every row."""
+    if pool is None or not reads_locality(config):
+        return
+    sources.reader.check_roots()
+    records = read_records(sources.path, task=config.data.task, limit=config.data.limit, check=check)
+    usable = (record for record in records if not record.problem)
+    check_pool(usable, sources.reader, config.supervision, pool)
 
 
 @contextmanager
@@ -126,19 +159,19 @@ def _is_staged(place: Location) -> bool:
     return bool(metadata.get(b"odedit") == b"staged")
 
 
-def _write(config: RunConfig, sources: Sources, path: Path) -> None:
+def _write(config: RunConfig, sources: Sources, path: Path, check: Check) -> None:
     sources.reader.check_roots()
-    has_pool = sources.pool is not None
+    needs_own = sources.pool is None and config.supervision.locality_source != "record" and reads_locality(config)
     rows: list[dict[str, Any]] = []
     num_rows, sample = 0, Sample()
     with parquet.ParquetWriter(path, STAGED_SCHEMA) as writer:
-        records = read_records(sources.path, task=config.data.task, limit=config.data.limit)
+        records = read_records(sources.path, task=config.data.task, limit=config.data.limit, check=check)
         for number, group in enumerate(_groups(records, config.pipeline.batch_size)):
             for record in group:
                 sample.add(record)
-            if not has_pool:
+            if needs_own:
                 for record in group:
-                    _check_locality(record, config)
+                    _check_locality(record)
             rows += (record.to_row() | {"group": number} for record in group)
             num_rows += len(group)
             if len(rows) >= _ROWS_TOGETHER:
@@ -169,10 +202,9 @@ def _groups(records: Iterator[RawRecord], batch_size: int) -> Iterator[list[RawR
         yield group
 
 
-def _check_locality(record: RawRecord, config: RunConfig) -> None:
+def _check_locality(record: RawRecord) -> None:
     """Without a pool every record must bring its own unrelated questions: better said once, before the run."""
-    supervision = config.supervision
-    if record.problem or supervision.locality_source == "record":
+    if record.problem:
         return
     missing = [
         slot for slot in ("text_locality", "image_locality") if slot not in (record.fields.get("held_out") or {})
@@ -185,10 +217,11 @@ def _check_locality(record: RawRecord, config: RunConfig) -> None:
         )
 
 
-def _stage_pool(config: RunConfig, sources: Sources, place: Location) -> None:
+def _stage_pool(config: RunConfig, sources: Sources, place: Location, check: Check) -> None:
     assert sources.pool is not None
+    seed = config.supervision.seed
     pool = Pool.sample(
-        sources.pool, sources.pool_reader, size=POOL_RECORDS, seed=config.supervision.seed, task=config.data.task
+        sources.pool, sources.pool_reader, size=POOL_RECORDS, seed=seed, task=config.data.task, check=check
     )
     rows = [record.to_row() | {"group": 0} for record in pool.records]
     write_table(place, pyarrow.Table.from_pylist(rows, schema=STAGED_SCHEMA))

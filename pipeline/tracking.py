@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from odedit.addresses import masked
+from odedit.edits import Variant, column
 from odedit.errors import InputError
 from odedit.locations import Location, Place, at
 from odedit.metrics import MAIN
@@ -276,7 +277,11 @@ class Tracker:
     def _log_metrics(self, summary: Mapping[str, Any]) -> None:
         values: dict[str, float] = {name: float(summary[name]) for name in ("n", "failed", "skipped")}
         for name, figure in summary["metrics"].items():
-            values |= {name: figure["mean"], f"{name}_low": figure["low"], f"{name}_high": figure["high"]}
+            values |= {
+                name: figure["mean"],
+                column(name, Variant.LOW): figure["low"],
+                column(name, Variant.HIGH): figure["high"],
+            }
         self.log_points((name, value, 0) for name, value in values.items())
 
     def _log_curves(self, workspace: Workspace, num_edits: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from odedit.edits import EditRequest
 from odedit.errors import InputError, counted
 from odedit.images import ImageError
 from odedit.locations import Location, locate
-from odedit.mmedit import read_records
+from odedit.mmedit import Check, read_records
 from odedit.objective import Objective, calibrate
 from odedit.pool import Pool
 from odedit.process import settle
 from odedit.prompts import find_template
-from odedit.supervision import build_request
+from odedit.supervision import build_request, check_pool
 from odedit.train import Figures, Trained, train
 from odedit.training_records import EncodedRequests
 from odedit.training_state import TrainingState, read_state
@@ -43,7 +43,7 @@ from pipeline.progress import duration
 from pipeline.results import supervision_name
 from pipeline.sources import Sources, absolute
 from pipeline.spec import machine_cpus, machine_gpus, make_plan
-from pipeline.staging import POOL_RECORDS
+from pipeline.staging import POOL_RECORDS, check_for
 from pipeline.version import code_version
 from pipeline.workspace import check_access
 
@@ -189,14 +189,17 @@ def _train(
             return Trained(state.best, state)
     template = find_template(config.data.template)
     limits = {"training": config.training.limit, "validation": config.training.validation_limit}
+    check = check_for(backbone.processor.tokenizer)
     negatives = None
     if editor.trains_with_objective:
-        negatives = negative_pool(config.objective, backbone, lambda: _pool(config, found["training"]), editor.sites)
+        negatives = negative_pool(
+            config.objective, backbone, lambda: _pool(config, found["training"], check), editor.sites
+        )
     encoded = {part: EncodedRequests(backbone, template, editor.sites, negatives=negatives) for part in found}
     bandwidth = config.objective.sigma2_0
     with _Bar(console, "record") as bar:
         for part, records in encoded.items():
-            for chunk in _chunks(_requests(config, found[part], limits[part], part, say)):
+            for chunk in _chunks(_requests(config, found[part], limits[part], part, check, say)):
                 needs_bandwidth = config.objective.needs_bandwidth and editor.trains_with_objective
                 if part == "training" and bandwidth is None and needs_bandwidth:
                     bandwidth = _bandwidth(config, backbone, chunk)
@@ -226,16 +229,20 @@ def _bandwidth(config: RunConfig, backbone: Backbone, requests: Sequence[EditReq
         raise InputError(f"training.path: {error} Use other records, or set objective.sigma2_0.") from error
 
 
-def _requests(config: RunConfig, found: Sources, limit: int | None, part: str, say: Say) -> Iterator[EditRequest]:
+def _requests(
+    config: RunConfig, found: Sources, limit: int | None, part: str, check: Check, say: Say
+) -> Iterator[EditRequest]:
     """The usable records, as edits with their supervision.
 
     Raises:
         InputError: None can be used.
     """
     found.reader.check_roots()
-    pool = _pool(config, found)
+    pool = _pool(config, found, check)
+    records = partial(read_records, found.path, task=config.data.task, limit=limit, check=check)
+    check_pool((one for one in records() if not one.problem), found.reader, config.supervision, pool)
     num_used, problems = 0, []
-    for record in read_records(found.path, task=config.data.task, limit=limit):
+    for record in records():
         if record.problem:
             problems.append(located(record, record.problem))
             continue
@@ -252,11 +259,10 @@ def _requests(config: RunConfig, found: Sources, limit: int | None, part: str, s
         raise InputError(f"training.{'path' if part == 'training' else part}: no record can be used; see above.")
 
 
-def _pool(config: RunConfig, found: Sources) -> Pool:
+def _pool(config: RunConfig, found: Sources, check: Check) -> Pool:
     assert found.pool is not None
-    return Pool.sample(
-        found.pool, found.pool_reader, size=POOL_RECORDS, seed=config.supervision.seed, task=config.data.task
-    )
+    seed = config.supervision.seed
+    return Pool.sample(found.pool, found.pool_reader, size=POOL_RECORDS, seed=seed, task=config.data.task, check=check)
 
 
 def _chunks(requests: Iterator[EditRequest]) -> Iterator[Sequence[EditRequest]]:

@@ -17,6 +17,8 @@ from torch import nn
 from odedit import InputError, Picture, Probe, load_backbone, multimodal
 from odedit.backbones import encode_requests, fingerprint, load_processor
 from odedit.decoders import LlamaDecoder
+from odedit.key_values import KeyValues
+from odedit.metrics import LONGEST_REST, generate, until_end
 
 
 @pytest.fixture(scope="module", params=tiny_models.FAMILIES)
@@ -117,6 +119,50 @@ def test_padding_and_batch_mates_change_nothing(model, requests, batch):
             length = int(alone.real_EKS[0, k].sum())
             expected = together[e, batch.slots.index(slot), :length]
             torch.testing.assert_close(states[0, k, :length], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_generated_answers_go_on_behind_the_longest_sequence(model, requests, batch):
+    """As token by token with the class's own forward: at the right positions, whatever kind they are."""
+    memory = KeyValues()
+    prefix = model.prefix(batch, "layers.1.ffn.in", memory=memory)
+    first = model.head(model.suffix(prefix, batch.with_room(1, 0, 640).predict_EKT, memory)).argmax(-1)
+    made = generate(model, batch, prefix, memory, first)
+    lengths_EK = batch.real_EKS.sum(-1)
+    longest, at = int(lengths_EK.max()), divmod(int(lengths_EK.argmax()), len(batch.slots))
+    beyond = 0
+    for e, k in (at, (0, batch.slots.index("t_loc")), (2, batch.slots.index("m_loc_near"))):
+        probe = probes_of(requests[e])[batch.slots[k]]
+        cell = model.sequence(probe, TEMPLATE)
+        tokens, count = cell.tokens[: cell.first_target], len(cell.tokens) - cell.first_target
+        for _ in range(count + LONGEST_REST):
+            tokens.append(int(library_logits(model, torch.tensor([tokens]), probe.picture)[-1].argmax()))
+        expected = until_end(tokens[cell.first_target :], model.ends)
+        assert until_end(made[e, k, : count + LONGEST_REST].tolist(), model.ends) == expected
+        beyond = max(beyond, cell.first_target + len(expected[0]) - longest)
+    assert beyond > 1, "no answer goes on behind the longest sequence"
+
+
+def test_an_answer_may_fill_the_positions_there_are(model, requests, batch, monkeypatch):
+    """Where the text model takes no position more, the answer is cut off."""
+    length = batch.tokens_EKS.shape[-1]
+    monkeypatch.setattr(model, "max_positions", length + 2)
+    memory = KeyValues()
+    prefix = model.prefix(batch, "layers.1.ffn.in", memory=memory)
+    first = model.head(model.suffix(prefix, batch.with_room(1, 0, length + 2).predict_EKT, memory)).argmax(-1)
+    generate(model, batch, prefix, memory, first)
+    roomy = batch.with_room(LONGEST_REST, 0, length + 2)
+    assert int(roomy.predict_EKT.max()) == length + 1
+    assert int((roomy.target_mask_EKT.sum(-1) - batch.target_mask_EKT.sum(-1)).min()) < LONGEST_REST
+
+
+def test_what_ends_an_answer_is_what_the_checkpoint_and_the_family_say(model, monkeypatch):
+    tokenizer = model.processor.tokenizer
+    assert tokenizer.eos_token_id in model.ends
+    words = {tokenizer.decode([token]) for token in model.ends}
+    assert ("###" in words) == (model.family == "minigpt4"), words
+    monkeypatch.setattr(model.model.generation_config, "eos_token_id", [7, 9])
+    assert {7, 9, tokenizer.eos_token_id} <= model._ends()
 
 
 LAYOUT = {

@@ -58,7 +58,8 @@ def test_any_json_value_is_a_record_or_a_problem(tmp_path, values):
     records = check(tmp_path / "a.jsonl")
     assert records is not None and len(records) == len(values)
     (tmp_path / "a.json").write_text(json.dumps(values))
-    check(tmp_path / "a.json")  # NaN, which a line may hold, ends an array
+    in_array = check(tmp_path / "a.json")
+    assert in_array is not None and [one.problem for one in in_array] == [one.problem for one in records]
 
 
 def test_a_number_of_thousands_of_digits_is_refused_in_words(tmp_path):

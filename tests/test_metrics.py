@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from itertools import permutations
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
-from made_up import TEMPLATE, make_request
+from made_up import TEMPLATE, make_picture, make_request
 from scipy import stats
 
-from odedit import EvaluationConfig, encode_requests, evaluate, load_editor, metrics, paired, summarize
+from odedit import (
+    EditRequest,
+    EvaluationConfig,
+    Probe,
+    encode_requests,
+    evaluate,
+    load_backbone,
+    load_editor,
+    metrics,
+    paired,
+    summarize,
+)
+from odedit.edits import Variant, column
 from odedit.key_values import KeyValues
-from odedit.metrics import MAIN, Estimate, estimate, greedy
+from odedit.metrics import LONGEST_REST, MAIN, Estimate, estimate, generate, until_end
 
 
 @pytest.fixture(scope="module")
@@ -67,27 +82,164 @@ def test_every_figure_equals_the_plain_computation(backbone, scored):
                     assert row[f"{name}_exact{suffix}"] == float(right.all())
 
 
-def test_greedy_generation_equals_token_by_token(backbone, scored):
-    requests, evaluation, editor, params, _ = scored
-    memory = KeyValues()
+def test_generated_answers_equal_token_by_token_decoding_under_edits(backbone, scored):
+    """To their end, or to the bound, also where they are longer than their target."""
+    requests, _, editor, params, _ = scored
+    params = {name: torch.tensor([1.0, 3.0, 8.0]).view(-1, 1, 1) * value[:3] for name, value in params.items()}
+    short = [
+        replace(one, probes={name: replace(probe, target="Anna") for name, probe in one.probes.items()})
+        for one in requests[:3]
+    ]
+    _, evaluation = encode_requests(backbone, short, TEMPLATE)
+    memory, drafted = KeyValues(), {}
+    read_EKT = evaluation.with_room(1, 0, backbone.max_positions).predict_EKT
     with torch.no_grad(), editor.applied(backbone, params, evaluation):
         prefix = backbone.prefix(evaluation, *editor.sites, memory=memory)
-        first = backbone.head(backbone.suffix(prefix, evaluation.predict_EKT, memory)).argmax(-1)
-        drafted = greedy(backbone, evaluation, prefix, memory, first)
-    for e in (0, 1, 4):
+        first = backbone.head(backbone.suffix(prefix, read_EKT, memory)).argmax(-1)
+        for rest in (1, LONGEST_REST):
+            drafted[rest] = generate(backbone, evaluation, prefix, memory.branch(), first, rest)
+    lengths = []
+    for e, request in enumerate(short):
         for k, name in enumerate(evaluation.slots):
-            request = requests[e]
             probe = request.edit if name == "rel" else request.probes[name]
             count = int(evaluation.target_mask_EKT[e, k].sum())
-            batch, _ = run_one(backbone, editor, params, e, probe)
+            longer = replace(probe, target=probe.target + " x" * LONGEST_REST)
+            batch, _ = run_one(backbone, editor, params, e, longer)
             tokens, generated = batch.tokens_EKS[0, 0].clone(), []
-            for t in range(count):
-                _, logits = run_one(backbone, editor, params, e, probe, tokens)
+            for t in range(count + LONGEST_REST):
+                _, logits = run_one(backbone, editor, params, e, longer, tokens)
                 generated.append(int(logits[batch.predict_EKT[0, 0, t]].argmax()))
+                if generated[-1] in backbone.ends:
+                    break
                 tokens[batch.predict_EKT[0, 0, t] + 1] = generated[-1]
-            assert drafted[e, k, :count].tolist() == generated
+            for rest, made in drafted.items():
+                drawn = until_end(made[e, k, : count + rest].tolist(), backbone.ends)
+                assert drawn == until_end(generated[: count + rest], backbone.ends)
+                lengths.append((len(drawn[0]) - count, drawn[1]))
+    rests = {rest for rest, _ in lengths}
+    assert min(rests) < 0 < 1 < max(rests), "no answer is shorter than its target, or none longer"
+    assert {ended for _, ended in lengths} == {True, False}, "no answer is cut off, or all are"
     mask = evaluation.target_mask_EKT
-    assert not torch.equal(drafted[mask], first[mask]), "no draft had to be revised: the test shows nothing"
+    made = drafted[LONGEST_REST][..., : mask.shape[-1]]
+    assert not torch.equal(made[mask], first[..., :-1][mask]), "no draft had to be revised"
+
+
+@pytest.mark.parametrize("family", ["blip2", "minigpt4", "llava"])
+def test_a_generated_answer_is_compared_to_its_end(family, backbone):
+    """With what the library generates from the prompt alone, and with the beginning of it."""
+    model = backbone if family == "blip2" else load_backbone(family, "embedded")
+    tokenizer, editor = model.processor.tokenizer, load_editor("ftl")
+    seen = Probe("who owns this digit?", "?", make_picture(1))
+    told = Probe("what is the capital of Arland?", "?")
+    said = {name: library_answer(model, probe) for name, probe in (("rel", seen), ("t_gen", told))}
+    words = said["rel"].split()
+    assert len(words) > 1, "the beginning of the answer is all of it"
+    for target, share, exact in ((said["rel"], 1.0, 1.0), (words[0], 1.0, 0.0), (f"{said['rel']} too", None, 0.0)):
+        request = EditRequest("a", replace(seen, target=target), probes={"t_gen": replace(told, target=said["t_gen"])})
+        _, batch = encode_requests(model, [request], TEMPLATE)
+        (row,) = evaluate(model, editor, editor.init(model, batch), batch)
+        assert row["answer_before"] == row["answer_after"] == said["rel"]
+        for when in ("", "_before"):
+            assert row[f"rel_generated_exact{when}"] == exact
+            assert row[f"t_gen_generated_exact{when}"] == row[f"t_gen_generated{when}"] == 1.0
+            if share is None:
+                assert 0 < row[f"rel_generated{when}"] < 1, "what stands behind the end counts as right"
+            else:
+                assert row[f"rel{when}"] == row[f"rel_generated{when}"] == share
+    assert tokenizer.eos_token_id in model.ends
+
+
+@torch.no_grad()
+def library_answer(model, probe):
+    """What transformers' own `generate` says to the prompt, which holds nothing of a target."""
+    cell = model.sequence(probe, TEMPLATE)
+    prompt = {"input_ids": torch.tensor([cell.tokens[: cell.first_target]])}
+    prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
+    whole, skipped = model.model, cell.first_target
+    if probe.picture is not None:
+        prompt["pixel_values"] = torch.from_numpy(model.processor.process(probe.picture).pixels)[None]
+    elif model.family != "llava":
+        whole = model.model.language_model
+    tokens = whole.generate(**prompt, do_sample=False, max_new_tokens=12)[0].tolist()
+    # Given embeddings, the class returns the answer alone.
+    answer = tokens[skipped:] if tokens[:skipped] == cell.tokens[:skipped] else tokens
+    return model.processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def test_locality_of_generated_answers_is_that_of_whole_answers(backbone, scored):
+    _, evaluation, editor, params, _ = scored
+    rows = evaluate(backbone, editor, params, evaluation, EvaluationConfig(mmedit=False))
+    assert all(row["t_loc_generated"] == 1.0 for row in rows if row["t_loc_generated_exact"] == 1.0)
+    parted = [row for row in rows for name in ("t_loc", "m_loc_near") if row.get(f"{name}_generated_exact") == 0.0]
+    assert parted
+    zeros = {name: torch.zeros_like(value) for name, value in params.items()}
+    for row in evaluate(backbone, editor, zeros, evaluation):
+        assert all(row[name] == 1.0 for name in row if "_loc" in name and name.endswith("generated_exact"))
+
+
+def test_every_column_is_made_of_a_probe_and_declared_variants(backbone, scored):
+    requests, _, _, _, rows = scored
+    endings = [(), *((one,) for one in Variant), *permutations(Variant, 2), *permutations(Variant, 3)]
+    for request, row in zip(requests, rows, strict=True):
+        owners = {name: [] for name in row}
+        for probe in ("rel", *request.probes):
+            for some in endings:
+                owners.get(column(probe, *some), []).append(probe)
+        owners = {name: found for name, found in owners.items() if not name.startswith("answer_")}
+        assert all(len(found) == 1 for found in owners.values()), owners
+
+
+@pytest.fixture(scope="module")
+def llama_like(tmp_path_factory):
+    """A LLaVA whose tokenizer splits as LLaMA's does: white space in front of a digit is a token of its own."""
+    return load_backbone("llava", str(tiny_models.write("llava", tmp_path_factory.mktemp("llama"), with_pieces=True)))
+
+
+def test_white_space_in_front_of_an_answer_is_generated_and_not_counted(llama_like, monkeypatch):
+    model = llama_like
+    tokenizer = model.processor.tokenizer
+    white, seven, one, zero = tokenizer.convert_tokens_to_ids(["\u2581", "7", "1", "0"])
+    requests = [
+        EditRequest(answer, Probe("who?", answer, make_picture(0)), probes={"t_loc": Probe("who?", answer)})
+        for answer in ("7", "10", "anna")
+    ]
+    supervision, batch = encode_requests(model, requests, TEMPLATE)
+    for some in (supervision.select(("edit",)), batch.select(("rel",))):
+        assert some.white_EK.flatten().tolist() == [1, 1, 0]
+        # Trained and generated is the white space too.
+        assert some.target_EKT[0, 0][some.target_mask_EKT[0, 0]].tolist() == [white, seven]
+        assert some.target_EKT[1, 0][some.target_mask_EKT[1, 0]].tolist() == [white, one, zero]
+        assert some.target_EKT[1, 0][some.counted_EKT[1, 0]].tolist() == [one, zero]
+        assert int(some.prompt_EKS[0, 0].sum()) == int(some.predict_EKT[0, 0, 0]) + 1
+    head = model.head
+
+    def says(token):
+        return lambda hidden: head(hidden).index_fill(-1, torch.tensor([token]), 1e4)
+
+    editor = load_editor("ftl", {"sites": ["layers.1.ffn.out"]})
+    for token, right, generated in ((white, [0.0, 0.0], [0.0, 0.0]), (seven, [1.0, 0.0], [1.0, 0.0])):
+        monkeypatch.setattr(model, "head", says(token))
+        rows = evaluate(model, editor, editor.init(model, batch), batch)
+        assert [row["rel"] for row in rows[:2]] == right
+        assert [row["rel_generated"] for row in rows[:2]] == generated
+        assert all(row["rel_generated_exact"] == 0.0 for row in rows), "an answer that never ends"
+        assert rows[0]["t_loc"] == rows[0]["t_loc_generated"] == 1.0
+    monkeypatch.setattr(model, "head", head)
+    memory = KeyValues()
+    prefix = model.prefix(batch, "layers.1.ffn.out", memory=memory)
+    read_EKT = batch.with_room(1, 0, model.max_positions).predict_EKT
+    first = head(model.suffix(prefix, read_EKT, memory)).argmax(-1)
+    made = generate(model, batch, prefix, memory, first)
+    cell = model.sequence(requests[0].edit, TEMPLATE)
+    tokens = model.processor.tokenizer("USER: <image>\nQuestion: who? Short answer: ASSISTANT:")["input_ids"]
+    at = tokens.index(tiny_models.IMAGE)
+    assert cell.tokens[: cell.first_target] == [*tokens[:at], *[tiny_models.IMAGE] * 16, *tokens[at + 1 :]]
+    inputs = torch.tensor([cell.tokens[: cell.first_target]])
+    pixels = torch.from_numpy(model.processor.process(make_picture(0)).pixels)[None]
+    expected = model.model.generate(
+        input_ids=inputs, pixel_values=pixels, attention_mask=torch.ones_like(inputs), do_sample=False, max_new_tokens=6
+    )
+    assert made[0, 0, :6].tolist() == expected[0].tolist()[-6:]
 
 
 def test_an_evaluation_in_parts_is_that_of_the_whole(backbone, scored, monkeypatch):

@@ -45,6 +45,52 @@ def test_every_format_gives_the_same_fields(tmp_path, ending):
         assert [item.problem for item in records] == ["", ""]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_every_encoding_of_json_is_read(tmp_path, ending, encoding):
+    fields = [record(number, alt="\u00e9t\u00e9 \U0001f600", padding="\u4e00" * 40_000) for number in range(3)]
+    lines = [json.dumps(item, ensure_ascii=False) for item in fields]
+    text = "[" + ",\n".join(lines) + "]" if ending == "json" else "\n".join(lines)
+    (tmp_path / f"a.{ending}").write_bytes(text.encode(encoding))
+    assert [item.fields for item in read_records(str(tmp_path / f"a.{ending}"))] == fields
+
+
+def test_a_file_of_lines_that_ends_within_a_character_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(json.dumps(record()).encode("utf-16")[:-1])
+    with pytest.raises(InputError, match="reading failed after line 0"):
+        list(read_records(str(tmp_path / "a.jsonl")))
+
+
+@pytest.mark.parametrize(("value", "said"), [(float("nan"), "NaN"), (float("inf"), "infinite"), (-1e999, "infinite")])
+def test_a_number_that_is_none_matters_where_it_is_needed(tmp_path, value, said):
+    fields = [record(0, score=value), record(1, alt=value), record(2), record(3, probes={"a_gen": {"prompt": value}})]
+    write_array(tmp_path / "a.json", fields)
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, fields)))
+    frames = [{key: one[key] for key in record()} | {"score": one.get("score")} for one in (fields[0], fields[2])]
+    parquet.write_table(pyarrow.Table.from_pylist(frames), tmp_path / "a.parquet")
+    problems = [
+        "",
+        f"wrong type: field 'alt' is {said}, expected text",
+        "",
+        f"wrong type: probes['a_gen'].prompt is {said}",
+    ]
+    for ending in ("json", "jsonl"):
+        records = list(read_records(str(tmp_path / f"a.{ending}")))
+        assert [item.problem[: len(end)] for item, end in zip(records, problems, strict=True)] == problems
+        assert records[0].problem == records[2].problem == ""
+        assert RawRecord.from_row(records[0].to_row()).fields["src"] == fields[0]["src"]
+    assert [item.problem for item in read_records(str(tmp_path / "a.parquet"))] == ["", ""]
+
+
+def test_a_nested_line_is_a_record_with_a_problem(tmp_path):
+    (tmp_path / "a.jsonl").write_text("[" * 40 + "]" * 40 + "\n" + json.dumps(record()))
+    first, second = read_records(str(tmp_path / "a.jsonl"))
+    assert "nested deeper than 32 levels" in first.problem and second.problem == ""
+    (tmp_path / "a.json").write_text("[" * 40 + "]" * 40)
+    with pytest.raises(InputError, match="nested deeper than 32 levels"):
+        list(read_records(str(tmp_path / "a.json")))
+
+
 def test_parquet_nulls_are_absent_fields(tmp_path):
     probe = {"prompt": "p", "target": "t"}
     rows = [record(0), record(1, probes=json.dumps({"far_gen": probe})), record(2, probes="no json")]

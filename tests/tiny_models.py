@@ -49,6 +49,23 @@ def tokenizer(begins: bool) -> Any:
     )
 
 
+def pieces() -> Any:
+    """As LLaMA's: words begin with `\u2581`, every digit is a token of its own and never merged with it."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    words = pre_tokenizers.Metaspace(prepend_scheme="never", split=True)
+    made.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.Split(Regex("[0-9]"), "isolated")])
+    made.decoder = decoders.Metaspace(prepend_scheme="never")
+    text = "USER: \nQuestion: who owns this digit? 0 1 2 3 4 5 6 7 8 9 Short answer: ASSISTANT: anna hill"
+    made.train_from_iterator([text] * 9, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=list(SPECIAL)))
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
 def _minigpt4() -> tuple[Any, Any]:
     from transformers import Blip2Config, Blip2ForConditionalGeneration, LlamaConfig
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
@@ -113,11 +130,16 @@ FAMILIES = ("minigpt4", "llava", "qwen2_5_vl")
 """Those with a LLaMA or its like as text model; `write` knows `blip2` as well."""
 
 
-def write(family: str, directory: Path, seed: int = 0) -> Path:
-    """A checkpoint of a family; returns its directory."""
+def write(family: str, directory: Path, seed: int = 0, *, with_pieces: bool = False) -> Path:
+    """A checkpoint of a family; returns its directory.
+
+    Args:
+        with_pieces: With a tokenizer of `pieces`.
+    """
     torch.manual_seed(seed)
     model, images = _MAKE[family]()
     model.save_pretrained(directory)
-    tokenizer(begins=family != "qwen2_5_vl").save_pretrained(directory)
+    made = pieces() if with_pieces else tokenizer(begins=family != "qwen2_5_vl")
+    made.save_pretrained(directory)
     images.save_pretrained(directory)
     return directory

@@ -112,6 +112,9 @@ class Processor(Protocol):
 class Backbone(Protocol):
     """A frozen multimodal model that edits can be applied to.
 
+    `ends` are the tokens that end an answer: those of the checkpoint's generation settings and tokenizer, and where a
+    family ends its turns by a text, those that begin it.
+
     Between `encode` and `suffix` nothing depends on an edit: `encode` runs the image tower once per distinct picture,
     `prefix` the language model below the lowest edited site once per batch, and an optimisation step runs `suffix`
     only.
@@ -125,13 +128,19 @@ class Backbone(Protocol):
     hidden_size: int
     max_positions: int
     vocabulary_size: int
+    ends: frozenset[int]
 
     def image_features(self, pictures: Sequence[Picture], before_connector: bool = False) -> Mapping[str, Tensor]:
         """Features `(L, hidden)` of each distinct picture, by its key; `(patches, width)` before the connector."""
         ...
 
     def sequence(self, probe: Probe, template: Template) -> TokenSequence:
-        """A probe's tokens, and where its picture and its target stand. ValueError: the target has no token."""
+        """A probe's tokens, and where its picture and its target stand.
+
+        Raises:
+            InputError: Its text holds an image marker or a special token of the tokenizer.
+            ValueError: The target has no token.
+        """
         ...
 
     def encode(
@@ -149,7 +158,7 @@ class Backbone(Protocol):
             before_connector: How `features` were made by `image_features`.
 
         Raises:
-            InputError: A probe has more tokens than `max_positions`.
+            InputError: A probe has more tokens than `max_positions`, or an image marker or special token in its text.
             ValueError: A target has no token.
         """
         ...
@@ -201,6 +210,10 @@ class Backbone(Protocol):
         """
         ...
 
+    def with_room(self, prefix: Prefix, batch: EditBatch) -> Prefix:
+        """The prefix for `behind` of `batch.with_room(...)`, where it may run on to positions behind all sequences."""
+        ...
+
     def behind(self, prefix: Prefix, batch: EditBatch, tokens_EKT: Tensor, memory: KeyValues, first: int = 0) -> Tensor:
         """Final states at the target's tokens but the last, `(E, K, T - 1, D)`, were `tokens_EKT` the target.
 
@@ -208,6 +221,7 @@ class Backbone(Protocol):
         `applied` block.
 
         Args:
+            tokens_EKT: As many as the batch has targets, or the first of them.
             first: Runs and returns tokens from this one on; those in front are as in an earlier call.
         """
         ...

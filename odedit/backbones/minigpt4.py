@@ -24,6 +24,7 @@ class MiniGPT4(QFormerModel):
     """A frozen `Blip2ForConditionalGeneration` with a LLaMA text model."""
 
     family = "minigpt4"
+    stop = "##"  # of "###Human:", as the published code stops
     architecture = Architecture("Blip2ForConditionalGeneration", "blip-2", ("llama",), "a LLaMA")
 
     def make_decoder(self) -> Decoder:
