@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from odedit.metrics import greedy
 from odedit.prompts import Template, find_template
 
 _PLACEHOLDER = " x"
+_END_OF_LINE = re.compile(r"\n|##")
+"""MiniGPT-4 begins a turn with `###`."""
 
 
 class Questions:
@@ -85,8 +88,8 @@ def _end_tokens(backbone: Backbone) -> set[int]:
 
 
 def first_line(answer: str) -> str:
-    """Models that were trained on lines go on with further ones."""
-    return answer.split("\n")[0].strip()
+    """The answer without what a model that was trained on lines or turns goes on with."""
+    return _END_OF_LINE.split(answer, maxsplit=1)[0].strip()
 
 
 def before_and_after(
