@@ -46,7 +46,8 @@ def answer(family: str, processor: Any, model: Any, text: str, image: str) -> st
     text = f"Question: {text} Short answer:"
     picture: Any = Image.open(image).convert("RGB")
     if family == "minigpt4":  # The library has no processor for its layout: the image tokens are written out.
-        tokens = str(processor.image_token) * model.config.num_query_tokens
+        token = processor.tokenizer.convert_ids_to_tokens(model.config.image_token_id)
+        tokens = token * model.config.num_query_tokens
         text = f"###Human: <Img>{tokens}</Img> {text}###Assistant:"
     elif family == "llava":
         text = f"USER: <image>\n{text} ASSISTANT:"

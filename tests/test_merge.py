@@ -268,7 +268,7 @@ def test_the_same_edit_given_twice_counts_once(runs: dict[str, Run], tmp_path: P
     shutil.copy(made.edits[0], tmp_path / "copy.safetensors")
     result = made.merged(tmp_path / "twice", made.edits[0], tmp_path / "copy.safetensors", made.edits[0])
     assert f"{made.edits[0].stem}: given more than once; counts once." in result.stderr
-    assert "1 of 1 edits hold" in result.stderr and "Warning" not in result.stderr
+    assert "1 of 1 edit holds" in result.stderr and "Warning" not in result.stderr
     made.merged(tmp_path / "once", made.edits[0])
     weights = [tmp_path / name / "model.safetensors" for name in ("once", "twice")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -313,7 +313,7 @@ def test_edits_whose_picture_is_gone_cannot_be_asked(runs: dict[str, Run], tmp_p
 
     told = replace(info, edit_id="told", picture="", image="", image_root="")
     save_edit(tmp_path / "told.safetensors", params, told)
-    assert " of 1 edits hold" in made.merged(tmp_path / "text", tmp_path / "told.safetensors").stderr
+    assert " of 1 edit holds" in made.merged(tmp_path / "text", tmp_path / "told.safetensors").stderr
 
 
 @pytest.mark.parametrize("editor", [
