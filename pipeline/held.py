@@ -43,7 +43,8 @@ class Held:
     def sentences(self) -> Iterator[str]:
         """What the user is told."""
         if self.asked:
-            yield f"{self.asked - len(self.lost)} of {self.asked} edits hold (whole answers, generated greedily)."
+            hold = "edit holds" if self.asked == 1 else "edits hold"
+            yield f"{self.asked - len(self.lost)} of {self.asked} {hold} (whole answers, generated greedily)."
         if not self.is_enough:
             more = f"; {len(self.lost) - _SHOWN} more" if len(self.lost) > _SHOWN else ""
             yield (
@@ -51,8 +52,8 @@ class Held:
                 f"more there are, the fewer hold. Lost: {'; '.join(self.lost[:_SHOWN])}{more}."
             )
         if self.unasked:
-            edits = "1 edit" if len(self.unasked) == 1 else f"{len(self.unasked)} edits"
-            yield f"Whether {edits} hold is not known: the question cannot be asked. First reason: {self.unasked[0]}"
+            hold = "1 edit holds" if len(self.unasked) == 1 else f"{len(self.unasked)} edits hold"
+            yield f"Whether {hold} is not known: the question cannot be asked. First reason: {self.unasked[0]}"
 
 
 def ask(

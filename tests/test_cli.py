@@ -167,6 +167,7 @@ def test_a_truncated_file_of_records_exits_with_2(files: dict[str, Any]) -> None
     path = Path(files["values"]["data"]["path"])
     path.write_text(path.read_text()[:-50])
     expect(odedit("edit", "--config", files["config"]), 2, "vqa_eval.json")
+    assert not Path(files["values"]["out"]).exists()
 
 
 def test_a_checkpoint_of_another_class_exits_with_2(files: dict[str, Any]) -> None:
@@ -279,6 +280,8 @@ def test_a_missing_file_of_records_is_called_missing(files: dict[str, Any]) -> N
 def test_an_edit_that_was_never_logged_cannot_be_fetched(tmp_path: Path) -> None:
     address = f"sqlite:///{tmp_path}/none.db"
     expect(odedit("fetch", "edit-1", "--run", "0" * 32, "--uri", address, "--out", tmp_path), 2, "no database")
+    expect(odedit("fetch", "edit-1", "--run", "0" * 32, "--uri", address, "--out", tmp_path / "new"), 2, "no database")
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_unexpected_error_is_one_sentence_and_exit_1(files: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -307,7 +307,7 @@ def test_together_with_one_edit_is_applied(backbone, editor, requests_8, sigma2_
 
 def test_merged_weights_are_the_edits_together(backbone, editor, encoded, sigma2_0, tmp_path):
     from odedit import load_backbone
-    from odedit.checkpoint import export
+    from odedit.merging import export
 
     supervision, evaluation = encoded(editor)
     results = edit(backbone, editor, Objective(ObjectiveConfig(), sigma2_0), supervision, Stopping(max_steps=3))
@@ -320,7 +320,8 @@ def test_merged_weights_are_the_edits_together(backbone, editor, encoded, sigma2
     exported = load_backbone("blip2", str(tmp_path))
     with editor.together(backbone, params, evaluation):
         expected = logits_of(backbone, editor, evaluation)
-    torch.testing.assert_close(logits_of(exported, editor, evaluation), expected, rtol=1e-4, atol=1e-4)
+    # The checkpoint stores half precision.
+    torch.testing.assert_close(logits_of(exported, editor, evaluation), expected, rtol=1e-2, atol=1e-2)
     assert exported.fingerprint != backbone.fingerprint
 
 

@@ -31,9 +31,10 @@ from odedit import (
     stack_params,
     world,
 )
-from odedit.checkpoint import EditInfo, export, load_edits, save_edit
+from odedit.checkpoint import EditInfo, load_edits, save_edit
 from odedit.editors.base import Mergeable
 from odedit.edits import EDIT, EditBatch, EditParams
+from odedit.merging import export, merged_into
 
 REQUESTS = [make_request(0), make_request(1, full=False), make_request(2)]
 OBJECTIVES = {
@@ -176,8 +177,12 @@ def test_merged_into_a_checkpoint_the_edits_answer_as_they_do_together(pair, tmp
     with pair.editor.together(pair.model, params, pair.evaluation):
         expected = pair.logits_of(pair.evaluation)
     assert not torch.equal(expected, before)
+    # The checkpoints that ship store half precision, which edits in memory do not have.
     logits = dataclasses.replace(pair, model=merged).logits_of(pair.evaluation)
-    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits, expected, rtol=2e-2, atol=2e-2)
+    with merged_into(pair.model, pair.editor, params):
+        torch.testing.assert_close(pair.logits_of(pair.evaluation), logits, rtol=1e-5, atol=1e-5)
+    assert torch.equal(pair.logits_of(pair.evaluation), before)
 
 
 def test_an_editor_from_outside_edits_a_family_from_outside(tmp_path):
