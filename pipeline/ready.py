@@ -75,9 +75,8 @@ def prepare(config: RunConfig, *, fresh: bool = False) -> Ready:
         # Asked for, or other settings after a run that has ended without any result: there is nothing to lose.
         with staging.aside(config, found, workspace):
             _clear(workspace)
-    with workspace.unless_refused():
-        workspace.create()
-        staged = staging.stage(config, found, workspace)
+    workspace.create()
+    staged = staging.stage(config, found, workspace)
     damage = intact.repair(workspace, staged, keep_edits=config.keep_edits)
     code = code_version()
     ready = Ready(config, workspace, found, staged, code, (*notes, *([damage] if damage else [])))

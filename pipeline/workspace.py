@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow
@@ -15,7 +14,6 @@ from pyarrow import parquet
 
 from odedit.addresses import reason
 from odedit.errors import InputError
-from odedit.files import no_empty_folder_left
 from odedit.locations import Location, Place, at
 
 CONFIG_HEADER = "# odedit"
@@ -96,18 +94,10 @@ class Workspace:
     def edit(self, edit_id: str) -> Location:
         return self.edits / f"{edit_id}.safetensors"
 
-    @property
-    def _folders(self) -> tuple[Location, ...]:
-        return self.results, self.edits, self.attempts
-
-    def unless_refused(self) -> AbstractContextManager[None]:
-        """Where the block fails, no empty folder of a run that has not begun stays behind."""
-        return no_empty_folder_left(*(Path(folder) for folder in self._folders if folder.is_local))
-
     def create(self) -> None:
         """Makes the folders. Raises InputError if that is not possible."""
         try:
-            for folder in self._folders:
+            for folder in (self.results, self.edits, self.attempts):
                 folder.make_folder()
         except OSError as error:
             raise InputError(f"out: {str(self.out)!r} cannot be written to: {reason(error)}.") from error
