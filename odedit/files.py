@@ -37,24 +37,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def no_empty_folder_left(*paths: Path) -> Iterator[None]:
-    """Where the block fails, those of the folders that it has made and left empty go again, and those above them."""
-    missing = [folder for path in paths for folder in (path, *path.parents) if not folder.exists()]
+def new_folder(path: Path) -> Iterator[None]:
+    """Makes a folder, those above it included; where the block fails, those that are still empty go again."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
-        for folder in sorted(set(missing), key=lambda folder: len(folder.parts), reverse=True):
-            with suppress(OSError):  # not there, or not empty
+        with suppress(OSError):  # not empty
+            for folder in made:
                 folder.rmdir()
         raise
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[None]:
-    """Makes a folder, those above it included; where the block fails, those that are still empty go again."""
-    with no_empty_folder_left(path):
-        path.mkdir(parents=True, exist_ok=True)
-        yield
 
 
 def check_new(directory: Path) -> None:
