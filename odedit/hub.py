@@ -71,12 +71,12 @@ def _cached(hub_id: str) -> Path | None:
 
     try:
         folder = Path(snapshot_download(hub_id, local_files_only=True, allow_patterns=[*_PATTERNS]))
-        shards = shards_of(folder)
-        if shards:
-            snapshot_download(hub_id, local_files_only=True, allow_patterns=shards)
     except LocalEntryNotFoundError:
         return None
-    return folder if (folder / "config.json").exists() else None
+    # A download that was broken off, or of other files alone, leaves a folder too.
+    weights = ["model.safetensors"] if (folder / "model.safetensors").exists() else shards_of(folder)
+    is_whole = bool(weights) and all((folder / name).exists() for name in ("config.json", *weights))
+    return folder if is_whole else None
 
 
 def _downloaded(hub_id: str, commit: str) -> Path:

@@ -98,6 +98,11 @@ def read_config(source: str, family: str, architecture: Architecture) -> Any:
 
 def _check_plain(values: dict[str, Any], source: str) -> None:
     """Raises InputError for a configuration of quantised weights."""
+    if values.get("transformers_weights"):
+        raise InputError(
+            f"backbone.checkpoint {source!r}: config.json names a weight file of its own (transformers_weights), which "
+            f"is not followed. Name the file {weight_files.WEIGHTS}, and take the setting out."
+        )
     parts = [values, *(part for part in values.values() if isinstance(part, dict))]
     for key in ("quantization_config", "compression_config"):
         for found in (part[key] for part in parts if part.get(key)):

@@ -124,7 +124,7 @@ def test_a_checkpoint_of_another_class_is_named(tmp_path):
     from transformers import OPTConfig
 
     OPTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, ffn_dim=8).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="is opt with text model None; family 'blip2' takes"):
+    with pytest.raises(InputError, match="is model_type 'opt' with text model None; family 'blip2' takes"):
         load_backbone("blip2", str(tmp_path))
 
 

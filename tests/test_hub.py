@@ -69,6 +69,10 @@ def test_the_hub_is_not_asked_where_the_user_says_so(folder, cache, monkeypatch)
     with pytest.raises(InputError, match=r"is not asked \(HF_HUB_OFFLINE is set\).*local folder"):
         inspect_backbone("llava", HUB_ID)
     shutil.copytree(folder, cache)
+    (cache / "model.safetensors").rename(cache / "elsewhere")
+    with pytest.raises(InputError, match="the local cache lacks some of the model's files"):
+        inspect_backbone("llava", HUB_ID)
+    (cache / "elsewhere").rename(cache / "model.safetensors")
     assert inspect_backbone("llava", HUB_ID).num_layers == 2
 
 

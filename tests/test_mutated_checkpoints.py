@@ -209,6 +209,7 @@ OF_ANY: dict[str, tuple[Mutation, str]] = {
     "AWQ": (quantised(quant_method="awq", bits=4), r"quantised \(awq, 4 bits\)"),
     "GPTQ": (quantised(quant_method="gptq", bits=8), r"quantised \(gptq, 8 bits\)"),
     "FP8": (quantised(quant_method="fp8"), r"quantised \(fp8\)"),
+    "weights by another name": (config("transformers_weights", "other.safetensors"), "transformers_weights"),
     "a configuration cut off": (cut("config.json", 0.5), "config.json cannot be read"),
     "no configuration": (without("config.json"), "config.json cannot be read"),
 }  # fmt: skip

@@ -47,7 +47,7 @@ def load(size: str, *, dtype: str = "float32", device: str = "cpu") -> Backbone:
         torch.set_default_dtype(before)
     with tempfile.TemporaryDirectory() as folder:
         _save_processor(Path(folder))
-        return Blip2(model, Blip2.Processor(folder), f"random:{size}", f"random:{size}")
+        return Blip2(model, Blip2.Processor(folder), f"random:{size}", lambda: f"random:{size}")
 
 
 def write(size: str, folder: Path) -> Path:

@@ -97,3 +97,11 @@ def test_a_trial_that_breaks_off_is_handed_out_again_so_often(values: dict[str, 
     (run,) = search.runs()
     assert run.info.status == "FAILED" and run.data.tags["odedit.error"] == "its worker died"
     assert len(search.tracker.client.get_metric_history(run.info.run_id, "score")) == 1
+
+
+def test_a_trial_is_handed_the_site_that_its_model_has(values: dict[str, Any], tmp_path: Path) -> None:
+    """Also of an editor that the base does not name."""
+    values["space"] = {"editor.name": {"choices": ["wise"]}}
+    asked = Search(values, tmp_path).running.ask("a")
+    assert asked is not None
+    assert asked["settings"] == {"editor.name": "wise", "editor.site": "layers.2.ffn.in"}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from odedit.metrics import MAIN
 from odedit.mmedit import RawRecord
@@ -24,7 +25,7 @@ def trial_of(values: dict[str, Any], folder: Path, point: dict[str, Any]) -> Edi
     """A trial as Tune sets it up, without an actor around it."""
     search = check(from_values(values))
     place = Folder.of(folder)
-    base, found = _prepared(search, place)
+    base, found = _prepared(search, place, Console(quiet=True))
     rungs = records.stage(base, found, place.validation, search.config.rungs.sizes, 0)
     trial = EditTrial.__new__(EditTrial)
     job = Job(base, found, Workspace(place.validation))
