@@ -35,8 +35,9 @@ def test_the_merged_checkpoint_answers_as_the_edited_model(backbone, tmp_path):
     untouched = {name: torch.zeros_like(value) for name, value in params.items()}
     (expected,) = evaluate(backbone, editor, params, evaluation)
     (row,) = evaluate(merged, editor, untouched, evaluation)
-    assert row["answer_before"] == expected["answer_after"] == "anna hill"
-    assert row["rel_before"] == expected["rel"] == 1.0
+    # The whole answer, which runs on: this edit teaches a model to say what it never said, and not to end there.
+    assert row["answer_before"] == expected["answer_after"] and row["answer_before"].startswith("anna hill")
+    assert row["rel_before"] == expected["rel"] == expected["rel_generated"] == 1.0
 
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 2
