@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
@@ -346,7 +347,7 @@ class EditBatch:
             self._places[groups] = at_M, places_of(at_M, self.target_mask_EKT.numel())
         return select(states_EKTD.flatten(0, 2), 0, *self._places[groups])
 
-    @property
+    @cached_property
     def counted_EKT(self) -> Tensor:
         """The target tokens that scores count: from the first that is not white space."""
         places_T = torch.arange(self.target_EKT.shape[-1], device=self.target_EKT.device)

@@ -109,15 +109,15 @@ def _check_plain(
         places: The characters of the dressed prompt, and the first one of the target.
     """
     prompt, target = places
-    by_tokenizer = any(
-        number in special and end > start and (start in prompt or start >= target)
-        for number, (start, end) in zip(ids, offsets, strict=True)
-    )
-    marker = image_marker(probe.prompt) or image_marker(probe.target)
-    if marker is None and not by_tokenizer:
-        return
-    what = f"the image marker {marker!r}" if marker else "a special token of the model's tokenizer"
-    raise InputError(
-        f"the prompt {probe.prompt!r} or its target {probe.target!r} holds {what}: it would not be read as text. "
-        "Remove it; a picture is given beside its question."
-    )
+    spans = [span for number, span in zip(ids, offsets, strict=True) if number in special and span[1] > span[0]]
+    for name, text, is_control in (
+        ("prompt", probe.prompt, any(start in prompt for start, _ in spans)),
+        ("target", probe.target, any(start >= target for start, _ in spans)),
+    ):
+        marker = image_marker(text)
+        if marker is not None or is_control:
+            what = f"the image marker {marker!r}" if marker else "a special token of the model's tokenizer"
+            raise InputError(
+                f"the {name} {text!r} holds {what}: it would not be read as text. Remove it; a picture is given beside "
+                "its question."
+            )

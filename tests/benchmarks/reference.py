@@ -18,6 +18,7 @@ from torch.nn import functional
 from odedit import mmd
 from odedit.backbones import encode_requests
 from odedit.edits import EDIT, LOCALITY_SLOTS, REPHRASE_SLOTS, EditParams, EditRequest, Probe, is_locality
+from odedit.encoding import TokenSequence
 from odedit.irm_tv import tv_penalty
 from odedit.objective import Objective, Terms
 from odedit.primal_dual import PrimalDual
@@ -169,10 +170,9 @@ class Reference:
         for name, probe in {"rel": request.edit, **request.probes}.items():
             is_edited = "side_live" not in params or self._distance(probe, params) >= threshold
             cell = self._backbone.sequence(probe, TEMPLATE)
-            at, target = (
-                slice(cell.first_target - 1, len(cell.tokens) - 1),
-                torch.tensor(cell.tokens[cell.first_target :]),
-            )
+            # White space that is a token of its own is generated and not counted.
+            first = self._first_counted(cell)
+            at, target = slice(first - 1, len(cell.tokens) - 1), torch.tensor(cell.tokens[first:])
             before, _ = self._forward(cell.tokens, probe)
             with self._edited(params, is_edited):
                 after, _ = self._forward(cell.tokens, probe)
@@ -182,21 +182,30 @@ class Reference:
                 row[name] = share(before[at].argmax(-1) == after[at].argmax(-1))
                 ten = before.topk(10).indices == after.topk(10).indices
                 row[f"{name}_mmedit"] = share(ten if name.startswith("m_") else ten[:, 0])
-                row[f"{name}_generated"] = share(said == said_before)
+                row[f"{name}_generated"] = share(torch.tensor(said_before) == torch.tensor(said))
             else:
                 row[name], row[f"{name}_before"] = (
                     share(after[at].argmax(-1) == target),
                     share(before[at].argmax(-1) == target),
                 )
-                row[f"{name}_generated"] = share(said == target)
+                row[f"{name}_generated"] = share(torch.tensor(said) == target)
         return row
 
-    def _generated(self, probe: Probe) -> Tensor:
+    def _generated(self, probe: Probe) -> list[int]:
+        """As many tokens as the target has; -1 behind the end of an answer."""
         cell = self._backbone.sequence(probe, TEMPLATE)
-        tokens = cell.tokens[: cell.first_target]
+        tokens, said = cell.tokens[: cell.first_target], []
         while len(tokens) < len(cell.tokens):
             tokens = [*tokens, int(self._forward(tokens, probe)[0][-1].argmax())]
-        return torch.tensor(tokens[cell.first_target :])
+            if tokens[-1] in self._backbone.ends:
+                break
+            said.append(tokens[-1])
+        said += [-1] * (len(cell.tokens) - cell.first_target - len(said))
+        return said[self._first_counted(cell) - cell.first_target :]
+
+    def _first_counted(self, cell: TokenSequence) -> int:
+        decode = self._backbone.processor.tokenizer.decode
+        return next(at for at in range(cell.first_target, len(cell.tokens)) if decode([cell.tokens[at]]).strip())
 
     def _distance(self, probe: Probe, params: EditParams) -> float:
         """WISE's eq. 2, averaged over the prompt."""

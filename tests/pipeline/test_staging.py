@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mmedit_files import record, write_array
+from mmedit_files import record, write_array, write_images
 from pyarrow import parquet
 
 from odedit.errors import InputError
-from pipeline import sources, staging
+from pipeline import results, sources, staging
 from pipeline.config import RunConfig, from_dict
+from pipeline.run import Outcome
 from pipeline.workspace import Workspace
 
 
@@ -62,6 +64,103 @@ def test_held_out_locality_without_a_pool_is_refused_before_any_work(settings: d
     with pytest.raises(InputError, match=r"data\.pool is not set"):
         staged(config)
     staged(replace(config, data=replace(config.data, pool=config.data.path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "reads"),
+    [
+        ("ftl", "native", False), ("ftv", "native", False), ("lora", "native", False), ("mend", "native", False),
+        ("unike", "native", False), ("wise", "native", True), ("tpatcher", "native", True),
+        ("ftl", "native_kl", True), ("ftl", "odedit", True), ("ftl", "contrast", True),
+    ],
+)  # fmt: skip
+def test_a_pool_is_needed_where_unrelated_questions_are_read(
+    settings: dict[str, Any], name: str, objective: str, reads: bool
+) -> None:
+    values = {"supervision": {}, "editor": {"name": name}, "objective": {"name": objective}}
+    config = from_dict(settings | values)
+    assert staging.reads_locality(config) == reads
+    if reads:
+        with pytest.raises(InputError, match=r"data\.pool"):
+            staged(config)
+    else:
+        assert staged(config)[0].num_usable == 5
+
+
+def test_an_edit_that_reads_no_unrelated_question_is_the_same_without_a_pool(
+    settings: dict[str, Any], inline: Callable[[RunConfig], Outcome], tmp_path: Path
+) -> None:
+    values = settings | {
+        "supervision": {}, "editor": {"name": "ftl", "max_steps": 2}, "objective": {"name": "native"},
+    }  # fmt: skip
+    others = [record(number) for number in range(10, 14)]
+    write_images(tmp_path, others)
+    pool = str(write_array(tmp_path / "pool.json", others))
+    found = []
+    for number, data in enumerate((settings["data"], settings["data"] | {"pool": pool})):
+        outcome = inline(from_dict(values | {"data": data, "out": str(tmp_path / str(number))}))
+        rows = list(results.read_rows(results.parts(outcome.workspace)))
+        assert {row["status"] for row in rows} == {"edited"}
+        found.append([results.to_json_row(row) for row in rows])
+    assert found[0] == found[1]
+
+
+def test_a_pool_that_can_supervise_nothing_is_refused_once(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = from_dict(settings | {"supervision": {}})
+    records = [record(number, loc="who wrote it?") for number in range(5)]
+    path = str(write_array(Path(config.data.path), records))
+    with pytest.raises(InputError) as caught:
+        staged(replace(config, data=replace(config.data, pool=path)))
+    said = str(caught.value)
+    assert "none of its 5 records can supervise the records of data.path" in said
+    assert "4 with the same text question (field 'loc'); 1 with the record itself" in said
+    assert "supervision.locality_source to 'record'" in said and "`held_out`" in said
+    assert not Workspace.of(config.out).records.exists()
+    # Its own unrelated questions need no pool.
+    held_out = {
+        "text_locality": {"prompt": "why?", "target": "so"},
+        **{
+            slot: {"prompt": "why?", "target": "so", "image": record(1)["m_loc"]}
+            for slot in ("image_locality", "near_locality")
+        },
+    }
+    write_array(Path(config.data.path), [one | {"held_out": held_out} for one in records])
+    assert staged(replace(config, data=replace(config.data, pool=path)))[0].num_usable == 5
+
+
+def test_a_pool_whose_pictures_lie_elsewhere_is_refused_once(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = from_dict(settings | {"supervision": {}})
+    pool = [record(number) for number in range(10, 14)]
+    with_pool = replace(config, data=replace(config.data, pool=str(write_array(tmp_path / "pool.json", pool))))
+    with pytest.raises(InputError, match=r"none of those has images.*looked for under data\.image_root.*data pack"):
+        staged(with_pool)
+    write_images(tmp_path, pool[2:3])
+    assert staged(with_pool)[0].num_usable == 5, "one that can be used is enough"
+
+
+def test_one_record_that_a_pool_can_supervise_is_enough(settings: dict[str, Any]) -> None:
+    config = from_dict(settings | {"supervision": {}})
+    records = [record(number, loc="who wrote it?") for number in range(4)] + [record(4)]
+    write_array(Path(config.data.path), records)
+    assert staged(replace(config, data=replace(config.data, pool=config.data.path)))[0].num_usable == 5
+
+
+def test_records_and_pools_with_special_tokens_of_the_model_are_skipped(settings: dict[str, Any]) -> None:
+    texts = [{"alt": "red </s> pier"}, {"src": "what does <s> mean?"}, {"rephrase": "which <image>?"}, {}, {}]
+    records = [record(number) | changes for number, changes in enumerate(texts)]
+    config = with_records(settings | {"supervision": {}}, records, pool=settings["data"]["path"], limit=2)
+    found, workspace = staged(config)
+    assert (found.num_usable, found.problems) == (2, 3)
+    problems = [
+        one.problem for group in range(len(found.records)) for one in staging.GroupReader(workspace.records)(group)
+    ]
+    assert [problem.split(",")[0] for problem in problems if problem] == [
+        "control token: field 'alt' holds '</s>'",
+        "control token: field 'src' holds '<s>'",
+        "image marker: field 'rephrase' holds '<image>'",
+    ]
+    pool = staging.read_pool(workspace, sources.resolve(config.data, workspace.out))
+    assert pool is not None and {one.index for one in pool.records} == {3, 4}
 
 
 def test_repeated_edit_ids_become_problems(settings: dict[str, Any]) -> None:
