@@ -28,7 +28,7 @@ from tests.nodes import Cluster, two_nodes
 from tests.object_store import BUCKET, ObjectStore
 from tests.services import database, free_port, server
 
-COMMAND_S = 400.0
+COMMAND_S = 800.0
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 APIS = (
     "api/jobs/", "logical/actors", "nodes?view=summary", "api/cluster_status",
@@ -36,7 +36,7 @@ APIS = (
                                                          "objects", "placement_groups", "cluster_events")),
 )  # fmt: skip
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 
 class Store(ObjectStore):
