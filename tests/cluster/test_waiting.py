@@ -17,7 +17,7 @@ from mmedit_files import record, write_array, write_images
 
 from tests.nodes import PATIENCE_S, Cluster, two_nodes
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
