@@ -201,7 +201,7 @@ def test_what_no_arm_can_do_is_said_before_anything_is_written_or_trained(
     monkeypatch.setattr(runner.weights, "with_weights", lambda *arguments: pytest.fail("training"))
     for section, values in changes.items():
         small["settings"][section] = small["settings"].get(section, {}) | values
-    small["settings"]["tracking"] = {"enabled": True} | small["settings"].get("tracking", {})
+    small["settings"]["tracking"] = small["settings"].get("tracking", {}) | {"enabled": True}
     with pytest.raises(InputError, match=expected):
         runner.run("fig2", study_of(small), tmp_path / "studies" / "one", QUIET)
     assert not (tmp_path / "studies").exists()
