@@ -76,6 +76,8 @@ def _show_plan(config: run_config.RunConfig, *, fresh: bool) -> None:
             f"None of {counted(ready.staged.problems, 'record')} can be used:\n{listed(ready.staged.reasons)}\n"
             "`odedit data check` names every one."
         )
+    for note in ready.notes:
+        _line(Console(stderr=True), f"Note: {note}")
     print(tracking.masked(replace(ready.config, out=config.out).to_yaml()))
     print(f"# input: {records}")
     address = local_ray.address_of(config.pipeline)
@@ -87,8 +89,6 @@ def _show_plan(config: run_config.RunConfig, *, fresh: bool) -> None:
     print(f"# results: {out}" + (f" (finished groups there: {done})" if done else ""))
     if config.tracking.enabled:
         print(f"# MLflow: {tracking.masked(tracking.store_uri(config.tracking, out))}")
-    for note in ready.notes:
-        print(f"# note: {note}")
 
 
 def show_outcome(outcome: Outcome) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 from odedit.addresses import masked, reason
 from odedit.backbones import fingerprint
 from odedit.errors import InputError
-from odedit.locations import delete_all
+from odedit.locations import at, delete_all
 from pipeline import intact, local_ray, results, sources, staging, tracking
 from pipeline.checkpoints import editor_weights, fitted, with_absolute_checkpoints
 from pipeline.config import RunConfig, from_dict, load
-from pipeline.features import with_checked_store
+from pipeline.features import SETTING, with_checked_store
 from pipeline.sources import Sources
 from pipeline.spec import machine_cpus, machine_gpus, make_plan
 from pipeline.staging import Staged
@@ -133,6 +133,9 @@ def check(
     config, notes = fitted(with_checked_store(with_absolute_checkpoints(config)), trains=trains)
     for folder in (workspace.out, *workspace.folders):
         check_access(folder, "out")
+    store = config.pipeline.feature_store
+    if store is not None and "://" not in store and not os.path.exists(store):  # one that is there may be read alone
+        check_access(at(store), SETTING)
     sources.check_apart(config.data, workspace.out)
     if local_ray.address_of(config.pipeline) is None:
         make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), 1)

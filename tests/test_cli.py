@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,7 @@ def test_wrong_settings_exit_with_2(files: dict[str, Any], override: str, expect
         ("pipeline.ray_address=ray://127.0.0.1:1", ["pipeline.ray_address: no server answers at 'ray://127.0.0.1:1'"]),
         ("pipeline.ray_address=http://127.0.0.1:8265", ["pipeline.ray_address: got", "expected host:port"]),
         ("pipeline.ray_address=head", ["pipeline.ray_address: no Ray answers at 'head' (expected HOST:PORT, or auto)"]),
+        ("pipeline.feature_store=/proc/odedit", ["pipeline.feature_store: '/proc/odedit' cannot be written to"]),
         ("pipeline.device=cuda", ["pipeline.device: got 'cuda', but no GPU"]),
         ("objective.name=contrast", ["objective.name: 'contrast'", "data.pool"]),
         ("data.pool=none.json", ["data.pool: there is no file", "Relative paths start at the current folder"]),
@@ -292,6 +294,19 @@ def test_an_unexpected_error_is_one_sentence_and_exit_1(files: dict[str, Any], m
     monkeypatch.setattr(commands, "run", fail)
     result = odedit("edit", "--config", files["config"])
     expect(result, 1, "Failed: ZeroDivisionError: something", "odedit --debug")
+
+
+def test_an_output_that_is_closed_ends_the_command_quietly(files: dict[str, Any]) -> None:
+    path = write_array(files["folder"] / "many.json", [record(number, src=number) for number in range(3000)])
+    data = files["values"]["data"]
+    roots = ["--image-root", data["image_root"], "--rephrase-root", data["rephrase_root"]]
+    command = [sys.executable, "-m", "odedit", "data", "check", str(path), *roots]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()  # as `head -1` does
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 def test_an_interrupt_says_that_the_run_goes_on(files: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from pipeline.checkpoints import editor_weights, fitted, with_absolute_checkpoin
 from pipeline.config import RunConfig
 from pipeline.features import with_checked_store
 from pipeline.interrupts import terminate_as_interrupt
+from pipeline.reachable import check_server
 from pipeline.ready import check as check_run
 from pipeline.ready import check_records
 from pipeline.run import Outcome, run_many
@@ -127,6 +128,8 @@ def _run(
 
 def _check_runs(search: Search, folder: Folder) -> None:
     """Raises InputError if the final comparison or the trials could not begin; writes nothing."""
+    if "://" in (search.config.storage or ""):
+        check_server(str(search.config.storage), "storage")
     for name, config in (("evaluation", search.defaults), ("validation", search.trial)):
         try:
             is_finished = (folder.out / "summary.json").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from cluster import packing
 from odedit.__main__ import app
+from pipeline import version
 from pipeline.version import code_version
 
 
@@ -63,6 +65,21 @@ def test_a_job_knows_the_version_of_the_code_that_was_sent(here: Path) -> None:
     code = f"import sys; sys.path[:0] = [{str(folder)!r}]; from pipeline.version import code_version as v; print(v())"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, cwd="/")
     assert done.stdout == "0.1.0 (0123456789ab+changes)\n"
+
+
+def test_a_version_knows_of_changes_in_every_package(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "pipeline").mkdir()
+    (here / "cluster").mkdir()
+    (here / ".gitignore").write_text("")
+    (here / "cluster" / "submit.py").write_text("")
+    monkeypatch.setattr(version, "__file__", str(here / "pipeline" / "version.py"))
+    for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=x", "-c", "user.email=x@y", "commit", "-qm", "x"]):
+        subprocess.run(["git", *command], cwd=here, check=True)
+    assert re.search(r"\([0-9a-f]{12}\)$", code_version())
+    (here / "records.json").write_text("of no interest")
+    assert "+changes" not in code_version()
+    (here / "cluster" / "submit.py").write_text("changed")
+    assert re.search(r"\([0-9a-f]{12}\+changes\)$", code_version())
 
 
 def test_submitting_sends_the_version_along(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from pipeline import actor, graph, local_ray, results
 from pipeline import run as runner
 from pipeline.config import BackboneConfig, from_dict
 from pipeline.features import load_remembering, with_checked_store
-from pipeline.prepare import Prepared, write_traceback
+from pipeline.prepare import Prepared, Preparer, write_traceback
 from pipeline.ready import prepare
 from pipeline.run import Outcome
 from pipeline.spec import Job
@@ -82,6 +82,28 @@ def test_a_worker_tells_in_one_sentence_what_ends_the_run_and_edits_no_further(e
         with pytest.raises(expected, match="No space left"):
             graph.raise_fatal(report, [None])
     assert tried == [0]
+
+
+def test_an_exception_that_no_edit_is_to_blame_for_is_a_sentence_and_its_traceback_a_file(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left to Ray it would arrive as a page: `RayTaskError(UserCodeException): ray::MapWorker...`."""
+    ready = prepare(from_dict(settings))
+    job = Job(ready.config, ready.sources, ready.workspace)
+
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("mat1 and mat2\ncannot be multiplied")
+
+    for owner, name in ((actor.EditActor, "_objective"), (Preparer, "__call__")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, broken)
+            prepared = graph.PrepareStage([job])({"job": [0], "group": [0]})
+            report = {name: values[0] for name, values in graph.EditStage([job])(prepared).items()}
+        expected = r"^RuntimeError: mat1 and mat2 cannot be multiplied \(traceback: .*/errors/group-000000\.txt\)$"
+        with pytest.raises(graph.GraphError, match=expected):
+            graph.raise_fatal(report, [job])
+        assert "Traceback" in (ready.workspace.errors / "group-000000.txt").read_text()
+        (ready.workspace.errors / "group-000000.txt").delete()
 
 
 def test_a_full_disk_does_not_hide_why_a_run_ended(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

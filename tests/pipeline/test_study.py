@@ -186,6 +186,27 @@ def test_errors_name_the_arm_and_other_settings_are_refused(
     assert [path.read_bytes() for path in runner.run("fig2", study_of(small), out, QUIET).files] == files
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"data": {"path": "none.json"}}, "there is no file"),
+        ({"tracking": {"uri": "http://127.0.0.1:1"}}, "tracking.uri: no server answers"),
+        ({"pipeline": {"ray_address": "127.0.0.1:1"}}, "pipeline.ray_address: no Ray answers"),
+        ({"editor": {"name": "wise", "site": "layers.99.ffn.in"}}, "layers.99.ffn.in"),
+    ],
+)
+def test_what_no_arm_can_do_is_said_before_anything_is_written_or_trained(
+    tmp_path: Path, small: dict[str, Any], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expected: str
+) -> None:
+    monkeypatch.setattr(runner.weights, "with_weights", lambda *arguments: pytest.fail("training"))
+    for section, values in changes.items():
+        small["settings"][section] = small["settings"].get(section, {}) | values
+    small["settings"]["tracking"] = small["settings"].get("tracking", {}) | {"enabled": True}
+    with pytest.raises(InputError, match=expected):
+        runner.run("fig2", study_of(small), tmp_path / "studies" / "one", QUIET)
+    assert not (tmp_path / "studies").exists()
+
+
 def test_a_study_without_an_edit_that_worked_says_so(
     tmp_path: Path, small: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

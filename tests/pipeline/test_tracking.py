@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mmedit_files import record, write_array
 from typer.testing import CliRunner
 
 from odedit.__main__ import app
@@ -115,6 +117,40 @@ def test_a_store_that_was_gone_at_the_end_is_given_the_run_later(
         (out / "summary.json").unlink(missing_ok=True)
         found = CliRunner().invoke(app, ["mlflow", "sync", str(folder)])
         assert found.exit_code == 2 and expected in found.stderr
+
+
+def test_a_run_without_an_edit_has_failed_and_says_why(
+    tracked: dict[str, Any], inline: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    records = [record(number, src=number) for number in range(3)]  # a question that is no text
+    write_array(Path(tracked["data"]["path"]), [*records, "no record"])
+    outcome = inline(from_dict(tracked | {"out": str(tmp_path / "runs" / "nothing")}))
+    reasons = [(one["status"], one["count"]) for one in outcome.summary["reasons"]]
+    assert outcome.summary["n"] == 0 and reasons == [("skipped", 3), ("skipped", 1)]
+    run = tracking._client(outcome.tracking_uri or "").get_run(outcome.run_id)
+    assert run.info.status == "FAILED" and run.info.run_name == "nothing"
+    assert "3 skipped, the first: vqa_eval.json, record 0: wrong type" in run.data.tags["odedit.reasons"]
+    assert "3 skipped, the first: vqa_eval.json, record 0" in outcome.workspace.report.read_text()
+
+
+@pytest.mark.parametrize(
+    ("out", "name"),
+    [
+        ("runs/wise-odedit", "wise-odedit"),
+        ("runs/one/", "one"),
+        ("s3://bucket/runs/two?region=eu-west-1", "two"),
+        (".", Path.cwd().name),
+    ],
+)
+def test_runs_are_named_by_their_folder(out: str, name: str) -> None:
+    assert from_dict({"out": out}).name == name
+    assert from_dict({"out": out, "tracking": {"run_name": "mine"}}).name == "mine"
+
+
+def test_the_command_that_opens_a_store_can_be_pasted(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'my runs' / 'mlflow.db'}"
+    command = shlex.split(tracking.open_command(uri))
+    assert command[1:] == ["ui", "--backend-store-uri", uri]
 
 
 def test_a_store_that_cannot_be_used_is_told_before_any_work(

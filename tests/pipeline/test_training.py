@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,6 +179,18 @@ def test_an_editor_that_learns_nothing_and_a_wrong_file_are_named(values: dict[s
         training.run(from_dict(values | {"editor": {"name": "ftl"}}), None, quiet, fresh=False)
     with pytest.raises(InputError, match="expected a file that ends in .safetensors"):
         training.run(from_dict(values), tmp_path / "weights.pt", quiet, fresh=False)
+
+
+def test_a_log_says_how_long_a_training_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, clock = io.StringIO(), iter(range(0, 1000, 30))
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    with training._Bar(Console(file=stream, width=200), "step") as bar:
+        for step in (0, 10, 100):
+            bar("training", step, 100, {"loss": 2.0})
+    first, second, last = stream.getvalue().splitlines()
+    assert first == "training: step 0 of 100, loss 2"
+    assert second.startswith("training: step 10 of 100, loss 2, ") and second.endswith(" left at most")
+    assert last == "training: step 100 of 100, loss 2"
 
 
 def test_unusable_records_are_counted_and_none_usable_is_an_error(values: dict[str, Any], tmp_path: Path) -> None:
