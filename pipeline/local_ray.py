@@ -20,7 +20,7 @@ import psutil
 from rich.console import Console
 
 from odedit.errors import InputError
-from pipeline import joining
+from pipeline import joining, nodes
 from pipeline.config import BackboneConfig, PipelineConfig
 from pipeline.reachable import check_server
 from pipeline.spec import Plan, machine_cpus, machine_gpus, make_plan, shortage
@@ -168,7 +168,7 @@ def _start(ray: Any, plan: Plan) -> None:
 @contextmanager
 def _cluster(address: str) -> Iterator[None]:
     ray = _import_ray()
-    with _environment({} if ray.is_initialized() else joining.login(address)):
+    with _environment({} if ray.is_initialized() else joining.login(address)), nodes.silenced():
         _read_login(ray)
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)

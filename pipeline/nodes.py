@@ -12,11 +12,25 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 
 
 @contextmanager
-def watched(address: str | None, say: Callable[[str], None]) -> Iterator[None]:
-    """Inside, a node that is lost is reported in one line, and Ray prints nothing of its own.
+def silenced() -> Iterator[None]:
+    """Inside, Ray's driver prints none of the reports of the cluster's nodes.
 
-    Ray's driver prints what every node of the cluster reports, whatever `log_to_driver` says: of a lost node several
-    times the end of its log, which is a dump of its state.
+    It prints them whatever `log_to_driver` says, and some as late as it is shut down: of a lost node several times the
+    end of its log, which is a dump of its state.
+    """
+    from ray._private import worker
+
+    before = worker._worker_logs_enabled
+    worker._worker_logs_enabled = False
+    try:
+        yield
+    finally:
+        worker._worker_logs_enabled = before
+
+
+@contextmanager
+def watched(address: str | None, say: Callable[[str], None]) -> Iterator[None]:
+    """Inside, a node that is lost is reported in one line.
 
     Args:
         address: Address of the cluster; None: Ray of this process alone, which has one node.
@@ -25,19 +39,14 @@ def watched(address: str | None, say: Callable[[str], None]) -> Iterator[None]:
     if address is None:
         yield
         return
-    from ray._private import worker
-
     end = threading.Event()
     thread = threading.Thread(target=_watch, args=(end, say), name="odedit-nodes", daemon=True)
-    before = worker._worker_logs_enabled
-    worker._worker_logs_enabled = False
     thread.start()
     try:
         yield
     finally:
         end.set()
         thread.join()
-        worker._worker_logs_enabled = before
 
 
 def _watch(end: threading.Event, say: Callable[[str], None]) -> None:

@@ -33,7 +33,7 @@ from odedit.training_records import EncodedRequests
 from odedit.training_state import TrainingState, read_state
 from pipeline import sources, tracking
 from pipeline.checkpoints import fitted, with_absolute_checkpoints
-from pipeline.config import EMBEDDED, RunConfig
+from pipeline.config import EMBEDDED, DataConfig, RunConfig
 from pipeline.features import load_remembering, with_checked_store
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.negatives import negative_pool
@@ -45,7 +45,7 @@ from pipeline.sources import Sources, absolute
 from pipeline.spec import machine_cpus, machine_gpus, make_plan
 from pipeline.staging import POOL_RECORDS, check_for
 from pipeline.version import code_version
-from pipeline.workspace import check_access
+from pipeline.workspace import check_access, kept_if_ready
 
 _RECORDS_AT_ONCE = 64
 _LOOKED_AT = 64
@@ -106,12 +106,10 @@ def run(config: RunConfig, out: Path | str | None, console: Console, *, fresh: b
     plan = make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), 1)
     settle(plan.threads_per_actor, plan.device)
     tracking.check(config.tracking, files.weights)
-    found = {part: _sources(config, part, files) for part in ("training", "validation")}
-    identity = _identity(config, found)
-    for part in found.values():
-        part.reader.check_roots()
-        check_pictures(list(islice(read_records(part.path, task=config.data.task), _LOOKED_AT)), part.reader)
-    files.weights.parent.make_folder()
+    with kept_if_ready(files.weights.parent):
+        found = _inputs(config, files)
+        identity = _identity(config, found)
+        files.weights.parent.make_folder()
     with terminate_as_interrupt():
         backbone = load_remembering(config.backbone, plan.device, config.pipeline.feature_store, say)
         identity["backbone.weights"] = backbone.fingerprint
@@ -143,13 +141,26 @@ def _check_out(files: Files, *, fresh: bool) -> None:
         raise InputError(f"--out: got {str(files.weights)!r}, expected a file that ends in .safetensors.")
 
 
-def _sources(config: RunConfig, part: str, files: Files) -> Sources:
-    """The files of the training or validation records; locality is drawn from the training records."""
+def _inputs(config: RunConfig, files: Files) -> dict[str, Sources]:
+    """The files of both parts. Raises InputError if records or pictures are not there."""
+    data = {part: _data(config, part) for part in ("training", "validation")}
+    found: dict[str, Sources] = {}
+    # What is to be written, which takes a while, after what has to be there.
+    for part in sorted(data, key=lambda part: data[part].split is not None):
+        one = found[part] = sources.resolve(data[part], files.path)
+        one.identity()
+        one.reader.check_roots()
+        check_pictures(list(islice(read_records(one.path, task=config.data.task), _LOOKED_AT)), one.reader)
+    return {part: found[part] for part in data}
+
+
+def _data(config: RunConfig, part: str) -> DataConfig:
+    """The training or validation records as a run's; locality is drawn from the training records."""
     training = config.training
     path = training.path if part == "training" else training.validation
     is_embedded = path.partition(":")[0] == EMBEDDED
     try:
-        data = replace(
+        return replace(
             config.data,
             path=path,
             image_root=training.image_root or config.data.image_root,
@@ -158,7 +169,6 @@ def _sources(config: RunConfig, part: str, files: Files) -> Sources:
         )
     except ValueError as error:
         raise InputError(f"training.{'path' if part == 'training' else 'validation'}: {error}") from error
-    return sources.resolve(data, files.path)
 
 
 def _identity(config: RunConfig, found: dict[str, Sources]) -> dict[str, Any]:

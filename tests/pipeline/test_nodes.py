@@ -38,7 +38,7 @@ def test_a_lost_node_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     def report(text: str) -> None:
         print_to_stdstream({"lines": [text], "pid": "raylet", "is_err": False}, ignore_prefix=False)
 
-    with nodes.watched("10.0.0.1:6379", say):
+    with nodes.silenced(), nodes.watched("10.0.0.1:6379", say):
         report("Raylet is terminated.\n [state-dump] of a node")
         assert seen_all.wait(30)
     assert said == [

@@ -200,7 +200,7 @@ def test_unusable_records_are_counted_and_none_usable_is_an_error(values: dict[s
     values["editor"]["training_steps"] = 1
     stream = io.StringIO()
     training.run(from_dict(values), tmp_path / "mend.safetensors", Console(file=stream), fresh=False)
-    assert "training: 1 records skipped; first: " in stream.getvalue()
+    assert "training: 1 record skipped; first: " in stream.getvalue()
     assert "4 training records" in stream.getvalue()
 
 
