@@ -69,10 +69,10 @@ def stage(config: RunConfig, sources: Sources, workspace: Workspace) -> Staged:
     Raises:
         InputError: The input cannot be read, or held-out locality or hard negatives need a pool and there is none.
     """
-    if sources.pool is None and config.objective.name == "contrast":
+    if sources.pool is None and config.objective.settings.num_negatives:
         raise InputError(
-            "objective.name: 'contrast' compares an edit with pictures of other records, and there are none. Set "
-            "data.pool to a file of other records (the training file)."
+            f"objective.name: {config.objective.name!r} compares an edit with pictures of other records, and there are "
+            "none. Set data.pool to a file of other records (the training file)."
         )
     if sources.pool is not None and not _is_staged(workspace.pool):
         _stage_pool(config, sources, workspace.pool)

@@ -1,204 +1,187 @@
-"""The objective as named terms of every edit; nothing moves here.
+"""The contract of an objective: the terms that an edit is optimised for, as tensors per edit.
 
-`native` is the base editor's own loss: the likelihood of the edit and the method's own terms. `native_kl` adds R_loc to
-it and nothing else: what a comparison needs to tell what the rest of the objective adds. `odedit` is the
-tripartite risk of arXiv 2601.19700 (eq. 2-6) with the invariance penalty (eq. 9-11); its multiplier belongs to
-`primal_dual`. `contrast` is ours: the same three regions by what is measured in each,
+An objective is one file that defines `OBJECTIVE`, a subclass of `Objective` with its frozen `Config` beside it. An
+objective computes terms and takes no step: `odedit.primal_dual` moves phi_e and the multiplier.
 
-    G = NLL(edit) + w_gen NLL(rephrase) + w_loc sum_k v_k KL(p_k || q_k),     v_k = 2 (1 - q_k(o)),
-
-over one rephrase that asks in other words about another picture (`EditRequest.rephrase`), and hard negatives (see
-`odedit.negatives`), some of them in each step, all in turn. o is the answer that the edit replaces: a picture that the
-unedited model answers alike shows the same thing. q_k(o) is the probability of the whole answer, near 0 for a long one
-whatever the picture shows. An edit stops when the least likely answer token of edit *and* rephrase has come below the
-threshold.
+Four terms are there for every objective, 0 where it does not use them: `rel`, the negative log-likelihood of the
+edit's answer; `loc`, the divergence from the unedited model; `gen`, generality; `own`, the editor's own terms. The
+total is their weighted sum. `Objective` computes `rel`, `loc` and `own`; a subclass says which sequences it reads and
+overrides `generality`, `scale_gradients` or `further_terms`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from odedit import mmd, risks
-from odedit.backbones import encode_requests
+from odedit import risks
 from odedit.backbones.base import Backbone
 from odedit.editors.base import Editor, Trace
-from odedit.edits import (
-    EDIT,
-    LOCALITY_SLOTS,
-    REPHRASE,
-    REPHRASE_SLOTS,
-    SUPERVISION_SLOTS,
-    Answers,
-    EditBatch,
-    EditParams,
-    EditRequest,
-    is_locality,
-    is_negative,
-)
+from odedit.edits import EDIT, LOCALITY_SLOTS, REPHRASE_SLOTS, Answers, EditBatch, EditParams, is_locality
 from odedit.errors import InputError
-from odedit.irm_tv import MultiplierConfig, tv_penalty
-from odedit.prompts import Template
+from odedit.objectives.common.penalty import Invariance, tv_penalty
 from odedit.risks import Risk
 from odedit.selecting import gather_positions
 from odedit.token_risks import KL, NLL, TokenRisk, Tokens, kl_of_states, token_risks
 
-Name = Literal["native", "native_kl", "odedit", "contrast"]
-Kernel = Literal["rbf", "linear", "contrastive"]
-CALIBRATION_STATES = 256
+TERMS = ("rel", "loc", "gen", "own")
+"""Terms that every objective reports and that the multiplier reads, in this order."""
+ENVIRONMENTS = ("rel", "loc", "gen", *REPHRASE_SLOTS)
+"""Order in which the multiplier reads scale gradients; environments with other names follow, sorted."""
+COMPARED = "locality"
+"""Key of the compared sequences' tokens in `Forward.tokens`."""
+Positions = Literal["target", "text"]
 _TOKENS_KEPT = 1024
-"""Most tokens whose unedited distributions over the vocabulary are kept from step to step."""
+"""Most tokens whose unedited distributions over the vocabulary stay in memory between steps."""
 _VALUES_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}
-"""Logits that the head makes at a time where they are not kept: rows enough for a fast product, and no more."""
-_LOCALITY = "locality"
-_NEGATIVE_WEIGHT = 2.0
-"""Of a negative, beside an NLL; chosen on the validation split of the embedded world."""
+"""Logits computed at a time where they are not kept: enough rows for a fast product with the head."""
 
 
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """What an edit is trained with. The paper states no value for most of these; the defaults are ours.
-
-    Attributes:
-        name: `native` (the base editor's loss), `native_kl` (the same and R_loc), `odedit`, or `contrast`.
-        reliability_weight, locality_weight, generality_weight: Of R_rel, R_loc, R_gen; 0 drops a term, also from the
-            environments of the penalty.
-        own_weight: Of the editor's own terms; None: 0 under `odedit` and `contrast`, which replace them, else 1.
-        negatives: Hard negatives of an edit, under `contrast`.
-        negatives_at_once: How many of them a step sees.
-        locality_direction: `edited_first`, KL(edited || base) as in the paper's eq. 3, or `base_first`.
-        kernel: Of R_gen: `rbf` (MMD, eq. 4-6), `linear` (MMD), or `contrastive` (the paper's Table 4).
-        rephrases: `single` compares the edit with each rephrase by itself and averages; `multiple` pools them (MMD-m).
-        bandwidths: sigma_q^2 as multiples of sigma_0^2.
-        sigma2_0: The base bandwidth; None: measured on unedited states by `calibrate`.
-        positions: Hidden states compared by R_gen: those that predict the `target`, or all of the prompt's `text`.
-        environments: `regions` (one risk for each of IN, SE, OUT) or `prompts` (one NLL per prompt variant, and OUT).
-        penalty: `adaptive` (lambda is learned), `fixed:<value>`, or `none`.
-        warmup, ramp: Shares of the steps without penalty, and until it has full weight.
-        dual_rate: gamma_2, the IRM-TV learning rate; the paper's sweet spot is 1e-3 to 5e-3.
-        dual_schedule: `adaptive` divides it by |g| (k + 1)^1.0001 as the IRM-TV code does; or `constant`.
-        multiplier: The network lambda(delta, phi_e).
-    """
-
-    name: Name = "odedit"
-    reliability_weight: float = 1.0
-    locality_weight: float = 1.0
-    generality_weight: float = 1.0
-    own_weight: float | None = None
-    negatives: int = 12
-    negatives_at_once: int = 2
-    locality_direction: risks.Direction = "edited_first"
-    kernel: Kernel = "rbf"
-    rephrases: Literal["single", "multiple"] = "single"
-    bandwidths: tuple[float, ...] = mmd.BANDWIDTH_MULTIPLIERS
-    sigma2_0: float | None = None
-    positions: Literal["target", "text"] = "target"
-    environments: Literal["regions", "prompts"] = "regions"
-    penalty: str = "adaptive"
-    warmup: float = 0.25
-    ramp: float = 0.10
-    dual_rate: float = 1e-3
-    dual_schedule: Literal["adaptive", "constant"] = "adaptive"
-    multiplier: MultiplierConfig = field(default_factory=MultiplierConfig)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "bandwidths", tuple(self.bandwidths))
-        for name in ("reliability_weight", "locality_weight", "generality_weight", "warmup", "ramp"):
-            value = getattr(self, name)
-            _require(name, value, value >= 0, "a number >= 0")
-        _require("name", self.name, self.name in get_args(Name), f"one of {', '.join(get_args(Name))}")
-        _require("kernel", self.kernel, self.kernel in get_args(Kernel), f"one of {', '.join(get_args(Kernel))}")
-        trained = self.reliability_weight or self.locality_weight or self.generality_weight
-        _require("reliability_weight", self.reliability_weight, bool(trained), "not all three risks without weight")
-        _require("dual_rate", self.dual_rate, self.dual_rate > 0, "a number > 0")
-        _require("warmup + ramp", self.warmup + self.ramp, self.warmup + self.ramp <= 1, "at most 1")
-        _require("bandwidths", self.bandwidths, all(b > 0 for b in self.bandwidths), "numbers > 0")
-        _require("bandwidths", self.bandwidths, len(self.bandwidths) > 0, "at least one number")
-        _require("sigma2_0", self.sigma2_0, self.sigma2_0 is None or self.sigma2_0 > 0, "a number > 0 or null")
-        _require("negatives_at_once", self.negatives_at_once, self.negatives_at_once >= 1, "at least 1")
-        fits = self.negatives >= self.negatives_at_once
-        _require("negatives", self.negatives, fits, f"at least negatives_at_once ({self.negatives_at_once})")
-        self.fixed_multiplier()
-
-    def check(self, editor: Editor) -> None:
-        """Raises InputError if the editor's edits are nothing that lambda could read, or need the same sequences in
-        every step where they take turns.
-        """
-        if self.takes_turns and editor.length_varies:
-            raise InputError(
-                "objective.name: 'contrast' shows an edit other pictures in each step, but with these settings the "
-                "editor keeps what it was shown in the first one; give it a clamp or a mask of entries, or set "
-                "objective.negatives to objective.negatives_at_once."
-            )
-        if self.fixed_multiplier() is None and self.multiplier.input == "flat" and editor.length_varies:
-            raise InputError(
-                "objective.multiplier.input: got 'flat', but with these settings of the editor an edit is as long as "
-                "its batch's sequences; use 'sketch'."
-            )
-
-    def fixed_multiplier(self) -> float | None:
-        """The value of a fixed lambda, 0 for no penalty, None if lambda is learned."""
-        if self.name != "odedit" or self.penalty == "none":
-            return 0.0
-        if self.penalty == "adaptive":
-            return None
-        kind, _, value = self.penalty.partition(":")
-        try:
-            number = float(value) if kind == "fixed" else -1.0
-        except ValueError:
-            number = -1.0
-        _require("penalty", self.penalty, 0 <= number < float("inf"), "'adaptive', 'none' or 'fixed:<number >= 0>'")
-        return number
-
-    @property
-    def effective_own_weight(self) -> float:
-        if self.own_weight is not None:
-            return self.own_weight
-        return 0.0 if self.name in ("odedit", "contrast") else 1.0
-
-    @property
-    def takes_turns(self) -> bool:
-        """Whether a step sees some of the negatives only."""
-        return self.name == "contrast" and self.negatives > self.negatives_at_once
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Of every term that can be part of the objective, by its name in `Terms.risks`."""
-        return {
-            "rel": self.reliability_weight,
-            "loc": self.locality_weight,
-            "gen": self.generality_weight,
-            "own": self.effective_own_weight,
-        }
-
-    @property
-    def needs_bandwidth(self) -> bool:
-        """Whether sigma_0^2 must be known before the first step."""
-        return self.name == "odedit" and self.kernel == "rbf"
-
-
-def _require(name: str, got: object, ok: bool, allowed: str) -> None:
+def require(name: str, got: object, ok: bool, allowed: str) -> None:
+    """Raises ValueError with the setting, its value and the allowed values, unless `ok`."""
     if not ok:
         raise ValueError(f"{name}: got {got!r}, expected {allowed}.")
 
 
 @dataclass(frozen=True)
-class Terms:
-    """Everything the objective says about E edits at one phi_e; every tensor is `(E,)`.
+class BaseConfig:
+    """Settings of every objective, and what other modules ask about an objective before it runs.
 
     Attributes:
-        risks: `rel`, `loc`, `gen`, `own`, unweighted.
-        total: Their weighted sum: G without the penalty.
-        scale_gradients: One per environment, by name.
+        reliability_weight: Weight of R_rel, the negative log-likelihood of the edit's answer.
+        own_weight: Weight of the editor's own terms; null: 1, or 0 under an objective that replaces the editor's loss.
+    """
+
+    reliability_weight: float = 1.0
+    own_weight: float | None = None
+
+    replaces_native_loss: ClassVar[bool] = True
+    """Whether the objective replaces the editor's own loss: its terms, its label smoothing, and the loss with which
+    `odedit train` trains the editor's weights.
+    """
+    compares: ClassVar[bool] = False
+    """Whether a term compares with the unedited model."""
+    terms_added_to_training: ClassVar[tuple[str, ...]] = ()
+    """Terms that `odedit train` adds to the editor's own training loss where that is not replaced."""
+
+    def __post_init__(self) -> None:
+        require("reliability_weight", self.reliability_weight, self.reliability_weight >= 0, "a number >= 0")
+        learned = [value for name, value in self.weights.items() if name != "own" or not self.replaces_native_loss]
+        require("reliability_weight", self.reliability_weight, any(learned), "not all risks without weight")
+
+    @property
+    def name(self) -> str:
+        """The file name in `odedit/objectives`, or the dotted module outside of it."""
+        return type(self).__module__.removeprefix(f"{__package__}.")
+
+    @property
+    def effective_own_weight(self) -> float:
+        """The weight of the editor's own terms."""
+        if self.own_weight is not None:
+            return self.own_weight
+        return 0.0 if self.replaces_native_loss else 1.0
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of every term, by its name in `Terms.risks`."""
+        return {"rel": self.reliability_weight, "loc": 0.0, "gen": 0.0, "own": self.effective_own_weight}
+
+    @property
+    def supervision_slots(self) -> tuple[str, ...]:
+        """Sequences of an edit's supervision that the objective reads."""
+        return ()
+
+    @property
+    def num_negatives(self) -> int:
+        """Hard negatives that every edit needs (see `odedit.negatives`); 0: none."""
+        return 0
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether a step reads only some of the hard negatives."""
+        return False
+
+    @property
+    def calibrated_positions(self) -> Positions | None:
+        """Positions of the unedited states whose spread `calibrate` must measure first; None: nothing to measure."""
+        return None
+
+    @property
+    def needs_bandwidth(self) -> bool:
+        """Whether the objective needs the measured bandwidth sigma_0^2."""
+        return self.calibrated_positions is not None
+
+    @property
+    def invariance(self) -> Invariance:
+        """How the invariance penalty enters; by default there is none."""
+        return Invariance()
+
+    def slots(self, editor: Editor) -> frozenset[str]:
+        """Sequences that a step reads: the edit, its supervision, what the editor's own terms read; not the negatives.
+
+        A run whose editor and objective read none of `LOCALITY_SLOTS` and no negatives needs no unrelated records.
+        """
+        own = editor.own_slots if self.effective_own_weight else ()
+        return frozenset({EDIT, *self.supervision_slots, *own})
+
+    def check(self, editor: Editor) -> None:
+        """Raises InputError if the objective cannot train the editor's edits."""
+        learns = self.invariance.fixed is None
+        if learns and self.invariance.multiplier.input == "flat" and editor.length_varies:
+            raise InputError(
+                "objective.multiplier.input: got 'flat', but with these settings of the editor an edit is as long as "
+                "its batch's sequences; use 'sketch'."
+            )
+
+
+@dataclass(frozen=True)
+class ComparingConfig(BaseConfig):
+    """Settings of an objective with the term R_loc.
+
+    Attributes:
+        locality_weight: Weight of R_loc, the divergence from the unedited model; 0 leaves it out.
+        locality_direction: `edited_first`, KL(edited || unedited) as in eq. 3 of the paper, or `base_first`,
+            KL(unedited || edited).
+    """
+
+    locality_weight: float = 1.0
+    locality_direction: risks.Direction = "edited_first"
+
+    compares: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require("locality_weight", self.locality_weight, self.locality_weight >= 0, "a number >= 0")
+        directions = get_args(risks.Direction)
+        allowed = f"one of {', '.join(directions)}"
+        require("locality_direction", self.locality_direction, self.locality_direction in directions, allowed)
+        super().__post_init__()
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return super().weights | {"loc": self.locality_weight}
+
+    @property
+    def supervision_slots(self) -> tuple[str, ...]:
+        return LOCALITY_SLOTS
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The objective of E edits at one phi_e; every tensor is `(E,)`.
+
+    Attributes:
+        risks: Value of every term without its weight: `TERMS`, then the objective's further terms.
+        total: Weighted sum of the terms: G without the penalty.
+        scale_gradients: Derivative of each environment's risk with respect to the scale of the final states.
         penalty: `( sum |g| )^2` over the environments.
-        worst_nll: Largest NLL among the edit's target tokens.
-        worst_trained_nll: The same, of all answers whose likelihood the objective trains.
-        all_right: Whether every target token of the edit is the model's first choice.
+        worst_nll: Largest NLL among the tokens of the edit's answer.
+        worst_trained_nll: Largest NLL among the tokens of all answers whose likelihood is trained.
+        all_right: Whether every token of the edit's answer is the model's first choice.
     """
 
     risks: dict[str, Tensor]
@@ -209,16 +192,28 @@ class Terms:
     worst_trained_nll: Tensor
     all_right: Tensor
 
+    def multiplier_inputs(self) -> tuple[Tensor, Tensor]:
+        """What the multiplier reads: the risks `(E, len(TERMS))` and the scale gradients `(E, environments)`.
+
+        The list is fixed: a further term of an objective changes neither the width of the network nor its input.
+        """
+        known = [name for name in ENVIRONMENTS if name in self.scale_gradients]
+        order = known + sorted(self.scale_gradients.keys() - set(known))
+        return (
+            torch.stack([self.risks[name] for name in TERMS], 1),
+            torch.stack([self.scale_gradients[name] for name in order], 1),
+        )
+
 
 @dataclass(frozen=True)
 class Unedited:
-    """What R_loc compares with: the unedited model at the M tokens of the locality prompts' answers.
+    """The unedited model at the M answer tokens of the compared sequences.
 
     Attributes:
         states_MD: Final hidden states.
-        log_q_MV: Log-probabilities; None where so many would not fit or are read only once: then they are computed from
-            the states each time, some at a time.
-        weight_EK: What each sequence of the batch weighs in R_loc; None: all alike.
+        log_q_MV: Log-probabilities. None where they are too many or read only once: each step then computes them from
+            the states, some rows at a time.
+        weight_EK: Weight of each sequence of the batch in R_loc; None: the mean over the sequences.
     """
 
     states_MD: Tensor
@@ -226,28 +221,67 @@ class Unedited:
     weight_EK: Tensor | None = None
 
 
-class Objective:
-    """Computes `Terms`; holds settings and the bandwidths, no state."""
+@dataclass(frozen=True)
+class Forward:
+    """One forward of the edited model, from which the terms are computed.
 
-    def __init__(self, config: ObjectiveConfig, sigma2_0: float | None = None) -> None:
-        """Raises ValueError if the kernel needs a bandwidth and neither the settings nor the caller give one."""
+    Attributes:
+        editor, params, trace: The editor, phi_e, and what the editor recorded.
+        batch: The sequences that the step reads.
+        hidden: Final hidden states at the positions of `Objective.read`.
+        states_EKTD: Final hidden states at the positions that predict the answers.
+        tokens: Risks of single tokens: NLL by slot, and KL of all compared sequences as `COMPARED`.
+    """
+
+    editor: Editor
+    params: EditParams
+    trace: Trace
+    batch: EditBatch
+    hidden: Tensor
+    states_EKTD: Tensor
+    tokens: Mapping[str, Tokens]
+
+    def likelihood(self, slot: str) -> Risk:
+        """Mean NLL of one sequence's answer, `(E,)`."""
+        value_E1, slope_E1 = _token_means(self.tokens[slot], self.batch.answers((slot,)))
+        return Risk(value_E1.squeeze(1), slope_E1.squeeze(1))
+
+    def worst_nll(self, slot: str) -> Tensor:
+        """Largest NLL of one sequence's answer tokens, `(E,)`."""
+        nll_M = self.tokens[slot].kept[:, 1]
+        return self.batch.answers((slot,)).spread(nll_M, -torch.inf).flatten(1).amax(dim=-1)
+
+    def no_risk(self) -> Risk:
+        """The value of a term that the objective does not use."""
+        zero_E = torch.zeros(self.batch.num_edits, device=self.hidden.device)
+        return Risk(zero_E, zero_E)
+
+
+class Objective:
+    """Computes `Terms` from a forward; holds settings and no state. By itself: the edit's likelihood and own terms."""
+
+    Config: ClassVar[type] = BaseConfig
+    has_environments: ClassVar[bool] = False
+    """Whether the terms have scale gradients, from which the penalty is made."""
+
+    def __init__(self, config: Any, sigma2_0: float | None = None) -> None:
+        """
+        Args:
+            config: A `Config`.
+            sigma2_0: Measured bandwidth, read where `config.needs_bandwidth`.
+
+        Raises:
+            ValueError: The objective needs a bandwidth and got none.
+        """
         self.config = config
-        base = config.sigma2_0 if config.sigma2_0 is not None else sigma2_0
-        if config.needs_bandwidth and base is None:
-            raise ValueError("objective.sigma2_0 is not set: measure it with odedit.objective.calibrate(...).")
         self._once = False
-        self._sigma2_Q: dict[torch.device, Tensor] = {}
-        if config.needs_bandwidth and base:
-            self._sigma2_Q[torch.device("cpu")] = mmd.bandwidths(float(base), config.bandwidths)
 
     def without_warmup(self) -> Objective:
-        """The same with the penalty at full weight from the first step."""
-        other = copy.copy(self)
-        other.config = replace(self.config, warmup=0.0, ramp=0.0)
-        return other
+        """A copy whose penalty has its full weight from the first step."""
+        return self
 
     def for_one_gradient(self) -> Objective:
-        """The same, frugal: of its terms a gradient is taken once at most, in the place of what it is made from.
+        """A copy whose backward overwrites the logits: its terms can be differentiated only once.
 
         A second gradient of the same terms raises RuntimeError.
         """
@@ -255,77 +289,84 @@ class Objective:
         other._once = True
         return other
 
+    # --- sequences ---------------------------------------------------------------------------------------------------
+
     def slots(self, editor: Editor, batch: EditBatch) -> tuple[str, ...]:
-        """The sequences that this objective reads; the others need not run.
+        """The sequences of the batch that the objective reads; the others need not run.
 
         Raises:
-            InputError: It reads hard negatives, and the batch was made without.
+            InputError: The batch lacks sequences that the objective cannot do without.
         """
-        if self.config.name == "odedit":
-            return tuple(slot for slot in batch.slots if slot in SUPERVISION_SLOTS)
-        wanted = {EDIT, *(editor.own_slots if self.config.effective_own_weight else ())}
-        if self.config.name == "native_kl":
-            wanted |= set(LOCALITY_SLOTS)
-        if self.config.name == "contrast":
-            negatives = self._compared_slots(batch)
-            if not negatives:
-                raise InputError(
-                    "objective.name: 'contrast' reads hard negatives, and this batch was made without; give "
-                    "encode_requests a NegativePool."
-                )
-            wanted |= {*negatives, *([REPHRASE] if self.config.generality_weight else [])}
+        wanted = self.config.slots(editor)
         return tuple(slot for slot in batch.slots if slot in wanted)
 
     def slots_at_once(self, slots: Sequence[str]) -> tuple[str, ...]:
-        """Those of `slots` that one step sees: of the negatives, which take turns and stand last, the first ones."""
+        """The part of `slots` that a single step reads."""
         return self.slots_within(slots, 1)
 
     def slots_within(self, slots: Sequence[str], steps: int) -> tuple[str, ...]:
-        """Those of `slots` that so many steps get to see between them."""
-        negatives = [slot for slot in slots if is_negative(slot)]
-        seen = steps * self.config.negatives_at_once if self.config.takes_turns else len(negatives)
-        return tuple(slot for slot in slots if slot not in negatives[seen:])
+        """The part of `slots` that the first `steps` steps read."""
+        return tuple(slots)
 
     def columns_in_turn(self, slots: Sequence[str], present_EK: Tensor, steps_E: Tensor) -> Tensor | None:
-        """Which of `slots` each edit sees in its step of this number, `(E, K at once)`; None: all.
+        """Columns of `slots` that each edit reads in its step of this number, `(E, K of a step)`; None: all of them.
 
         Args:
-            present_EK: Which of `slots` each edit has; of its negatives, the first ones.
+            present_EK: Which of `slots` each edit has.
+            steps_E: Number of each edit's step, from 0.
         """
-        seen = self.slots_at_once(slots)
-        if len(seen) == len(slots):
-            return None
-        first = len(slots) - sum(map(is_negative, slots))
-        at_once = len(seen) - first
-        count_E1 = present_EK[:, first:].sum(1, keepdim=True).clamp_min(1)
-        fixed_EK = torch.arange(first, device=steps_E.device).expand(len(steps_E), -1)
-        turn_EK = steps_E.long().unsqueeze(1) * at_once + torch.arange(at_once, device=steps_E.device)
-        return torch.cat([fixed_EK, first + turn_EK % count_E1], dim=1)
+        return None
 
     def in_turn(self, batch: EditBatch, turn: int) -> EditBatch:
-        """The batch with what its edits see in the step of this number, for who makes each step's batch anew."""
-        turn_E = torch.full((batch.num_edits,), turn, device=batch.tokens_EKS.device)
-        columns_EK = self.columns_in_turn(batch.slots, batch.present_EK, turn_E)
-        if columns_EK is None:
-            return batch
-        seen = batch.select(self.slots_at_once(batch.slots))
-        # Who has fewer negatives than a step shows does not see one twice.
-        return replace(
-            batch.pick(seen.slots, columns_EK), present_EK=seen.present_EK, target_mask_EKT=seen.target_mask_EKT
-        )
+        """The part of the batch that all edits read in the step of this number."""
+        return batch
+
+    def compared_slots(self, batch: EditBatch) -> tuple[str, ...]:
+        """The sequences on which R_loc is measured."""
+        return tuple(filter(is_locality, batch.slots))
+
+    def likelihood_slots(self, batch: EditBatch) -> tuple[str, ...]:
+        """The sequences whose answers' NLL is computed; the edit is the first."""
+        return (EDIT,)
+
+    def trained_slots(self, batch: EditBatch) -> tuple[str, ...]:
+        """The sequences whose answers' likelihood is trained: an edit stops when all of them are learned."""
+        return (EDIT,)
 
     @property
     def compares(self) -> bool:
-        """Whether there is anything to compare with the unedited model."""
-        return self.config.name != "native"
-
-    def read(self, batch: EditBatch) -> Tensor | None:
-        """The positions `(E, K, T)` whose final states this objective reads; None: all."""
-        return None if self._reads_text else batch.predict_EKT
+        """Whether a term compares with the unedited model."""
+        return bool(self.config.compares)
 
     @property
-    def _reads_text(self) -> bool:
-        return self.config.name == "odedit" and self.config.positions == "text"
+    def reads_text(self) -> bool:
+        """Whether a term reads states at all positions rather than at the answers' alone."""
+        return False
+
+    def read(self, batch: EditBatch) -> Tensor | None:
+        """The positions `(E, K, T)` whose final states the objective reads; None: all."""
+        return None if self.reads_text else batch.predict_EKT
+
+    # --- terms -------------------------------------------------------------------------------------------------------
+
+    def generality(self, forward: Forward) -> Risk:
+        """The term `gen`."""
+        return forward.no_risk()
+
+    def scale_gradients(self, forward: Forward, found: Mapping[str, Risk]) -> dict[str, Tensor]:
+        """Scale gradients of the penalty's environments, by name.
+
+        Args:
+            found: The terms `rel`, `loc` and `gen`.
+        """
+        return {}
+
+    def further_terms(self, forward: Forward) -> dict[str, Tensor]:
+        """Terms `(E,)` beside `TERMS`, by other names, each with its weight in `config.weights`.
+
+        A term of weight 0 is reported and changes nothing else.
+        """
+        return {}
 
     def __call__(
         self,
@@ -341,50 +382,34 @@ class Objective:
 
         Args:
             hidden: Final hidden states of the edited model at the positions of `read`.
-            unedited: What the same batch is without edit; None unless the objective `compares`.
+            unedited: What `unedited` returned for the same batch; None unless the objective `compares`.
         """
-        config, weights = self.config, self.config.weights
-        states_EKTD = gather_positions(hidden, batch.predict_EKT) if self._reads_text else hidden
-        zero_E = torch.zeros(batch.num_edits, device=hidden.device)
-        answer = batch.answers((EDIT,))
+        assert (unedited is not None) == self.compares
+        weights = self.config.weights
+        states_EKTD = gather_positions(hidden, batch.predict_EKT) if self.reads_text else hidden
         tokens = self._tokens(backbone, editor, batch, states_EKTD, unedited)
-
-        reliability = _of_one(tokens[EDIT], answer)
-        locality = generality = Risk(zero_E, zero_E)
-        scale_gradients: dict[str, Tensor] = {}
-        if self.compares:
-            assert unedited is not None, "what is compared with"
-            compared = batch.answers(self._compared_slots(batch))
-            locality = _locality(compared, tokens[_LOCALITY], unedited.weight_EK)
-        _, nll_M, is_first_M = tokens[EDIT].kept.unbind(-1)
-        worst_E = trained_E = answer.spread(nll_M, -torch.inf).flatten(1).amax(dim=-1)
-        if REPHRASE in tokens:
-            rephrase = batch.answers((REPHRASE,))
-            generality = _of_one(tokens[REPHRASE], rephrase)
-            of_rephrase = rephrase.spread(tokens[REPHRASE].kept[:, 1], -torch.inf)
-            trained_E = torch.maximum(worst_E, of_rephrase.flatten(1).amax(dim=-1))
-        if config.name == "odedit":
-            generality = self._generality(batch, hidden, states_EKTD)
-            regions = {"rel": reliability, "loc": locality, "gen": generality}
-            if config.environments == "prompts":
-                del regions["gen"]
-            # A risk that is left out is no environment either.
-            scale_gradients = {name: risk.scale_gradient for name, risk in regions.items() if weights[name]}
-            if config.environments == "prompts":
-                # One NLL per rephrase, beside the edit's own.
-                for slot in REPHRASE_SLOTS:
-                    scale_gradients[slot] = _of_one(tokens[slot], batch.answers((slot,))).scale_gradient
-        own_E = editor.own_risk(params, trace, batch) if weights["own"] else zero_E
-        values = {"rel": reliability.value, "loc": locality.value, "gen": generality.value, "own": own_E}
-        total_E = torch.stack([weights[name] * value for name, value in values.items()]).sum(dim=0)
+        forward = Forward(editor, params, trace, batch, hidden, states_EKTD, tokens)
+        found = {
+            "rel": forward.likelihood(EDIT),
+            "loc": forward.no_risk() if unedited is None else self._locality(forward, unedited.weight_EK),
+            "gen": self.generality(forward),
+        }
+        scale_gradients = self.scale_gradients(forward, found)
+        no_risk_E = forward.no_risk().value
+        own_E = editor.own_risk(params, trace, batch) if weights["own"] else no_risk_E
+        values = {name: risk.value for name, risk in found.items()} | {"own": own_E} | self.further_terms(forward)
+        worst_E = trained_E = forward.worst_nll(EDIT)
+        for slot in self.trained_slots(batch)[1:]:
+            trained_E = torch.maximum(trained_E, forward.worst_nll(slot))
+        is_first_M = tokens[EDIT].kept[:, 2]
         return Terms(
             risks=values,
-            total=total_E,
+            total=_weighted_sum(weights, values),
             scale_gradients=scale_gradients,
-            penalty=tv_penalty(list(scale_gradients.values())) if scale_gradients else zero_E,
+            penalty=tv_penalty(list(scale_gradients.values())) if scale_gradients else no_risk_E,
             worst_nll=worst_E,
             worst_trained_nll=trained_E,
-            all_right=answer.spread(is_first_M, 1.0).flatten(1).bool().all(dim=-1),
+            all_right=batch.answers((EDIT,)).spread(is_first_M, 1.0).flatten(1).bool().all(dim=-1),
         )
 
     def unedited(
@@ -393,172 +418,88 @@ class Objective:
         """What the terms compare with, from the unedited model's final states at `batch.predict_EKT`.
 
         Args:
-            weight_EK: What `weights_of_locality` found; None: found here.
+            weight_EK: What `weights_of_locality` returned; None: computed here.
         """
         if not self.compares:
             return None
         if weight_EK is None:
             weight_EK = self.weights_of_locality(backbone, batch, states_EKTD)
         read = self._read_by_head(batch)
-        num_compared = len(read[_LOCALITY].at_M)
+        num_compared = len(read[COMPARED].at_M)
         if self.config.takes_turns or num_compared > _TOKENS_KEPT:
-            return Unedited(batch.states_at(states_EKTD, read[_LOCALITY]), None, weight_EK)
+            return Unedited(batch.states_at(states_EKTD, read[COMPARED]), None, weight_EK)
         with torch.no_grad():
-            # The same product as in a step: rounding depends on the number of rows, and Adam makes much of a gradient
-            # that should be 0.
+            # The matmul has the same shape as in a step. Rounding depends on the number of rows, and Adam amplifies a
+            # gradient that should be exactly 0.
             states_MD = batch.states_at(states_EKTD, *read.values())
             log_q_MV = risks.log_probs(backbone.head(states_MD)[len(states_MD) - num_compared :])
             return Unedited(states_MD[len(states_MD) - num_compared :], log_q_MV, weight_EK)
 
-    @torch.no_grad()
     def weights_of_locality(self, backbone: Backbone, batch: EditBatch, states_EKTD: Tensor) -> Tensor | None:
-        """What a sequence weighs in R_loc, `(E, K)`, under `contrast`; None: all alike.
-
-        A negative weighs 2 (1 - q(its target)).
-        """
-        if self.config.name != "contrast":
-            return None
-        answers = batch.answers(self._compared_slots(batch))
-        states_MD = batch.states_at(states_EKTD, answers)
-        size = max(1, _rows_at_once(backbone, states_MD.device) // 2)
-        parts = [
-            risks.log_probs(backbone.head(states_CD)).gather(-1, tokens_C.unsqueeze(-1)).squeeze(-1)
-            for states_CD, tokens_C in zip(states_MD.split(size), answers.tokens_M.split(size), strict=True)
-        ]
-        same_EK = answers.spread(torch.cat(parts)).sum(dim=-1).exp()
-        weight_EK = torch.zeros(batch.present_EK.shape, device=same_EK.device)
-        return weight_EK.index_copy(1, answers.columns_K, _NEGATIVE_WEIGHT * (1.0 - same_EK))
+        """The weight of each sequence in R_loc, `(E, K)`; None: R_loc is the mean over the compared sequences."""
+        return None
 
     def _read_by_head(self, batch: EditBatch) -> dict[str, Answers]:
-        """The tokens whose distribution is read, by slot; those of all locality prompts last."""
-        slots = [EDIT]
-        if self.config.name == "odedit" and self.config.environments == "prompts":
-            slots += REPHRASE_SLOTS
-        if self.config.name == "contrast" and REPHRASE in batch.slots:
-            slots.append(REPHRASE)
-        read = {slot: batch.answers((slot,)) for slot in slots}
-        return read | ({_LOCALITY: batch.answers(self._compared_slots(batch))} if self.compares else {})
-
-    def _compared_slots(self, batch: EditBatch) -> tuple[str, ...]:
-        """Where R_loc is measured: not on what only the editor's own terms read."""
-        return tuple(filter(is_negative if self.config.name == "contrast" else is_locality, batch.slots))
+        """The answers whose distributions the head computes, by slot; the compared sequences' are the last."""
+        read = {slot: batch.answers((slot,)) for slot in self.likelihood_slots(batch)}
+        return read | ({COMPARED: batch.answers(self.compared_slots(batch))} if self.compares else {})
 
     def _tokens(
         self, backbone: Backbone, editor: Editor, batch: EditBatch, states_EKTD: Tensor, unedited: Unedited | None
     ) -> dict[str, Tokens]:
-        """Risks of single tokens: NLL by slot, KL of all locality prompts. One product with the head for all."""
+        """Risks of single tokens: NLL by slot, KL of the compared sequences. One product with the head for all."""
         read = self._read_by_head(batch)
         several: dict[str, Tokens] = {}
-        smoothing = editor.label_smoothing if self.config.name in ("native", "native_kl") else 0.0
+        smoothing = 0.0 if self.config.replaces_native_loss else editor.label_smoothing
         kinds: dict[str, TokenRisk] = {
-            name: NLL(answers.tokens_M, smoothing) for name, answers in read.items() if name != _LOCALITY
+            name: NLL(answers.tokens_M, smoothing) for name, answers in read.items() if name != COMPARED
         }
         if unedited is not None and unedited.log_q_MV is not None:
-            kinds[_LOCALITY] = KL(unedited.log_q_MV, self.config.locality_direction)
+            kinds[COMPARED] = KL(unedited.log_q_MV, self.config.locality_direction)
         elif unedited is not None:
-            compared_MD = batch.states_at(states_EKTD, read.pop(_LOCALITY))
-            several[_LOCALITY] = kl_of_states(
+            compared_MD = batch.states_at(states_EKTD, read.pop(COMPARED))
+            several[COMPARED] = kl_of_states(
                 compared_MD,
                 unedited.states_MD,
                 backbone.head,
-                _rows_at_once(backbone, compared_MD.device),
+                rows_at_once(backbone, compared_MD.device),
                 self.config.locality_direction,
-                # Only a penalty is made of it.
-                with_slope=self.config.name == "odedit",
+                with_slope=self.has_environments,
             )
         logits_MV = backbone.head(batch.states_at(states_EKTD, *read.values()))
         return several | dict(zip(kinds, token_risks(logits_MV, list(kinds.values()), self._once), strict=True))
 
-    def _generality(self, batch: EditBatch, hidden: Tensor, states_EKTD: Tensor) -> Risk:
-        """R_gen: edit against rephrases, in the states that `positions` names."""
-        if self.config.positions == "target":
-            states, mask = states_EKTD, batch.target_mask_EKT
-        else:
-            states, mask = hidden, batch.prompt_EKS & ~batch.image_EKS
-        edit = batch.slots.index(EDIT)
-        others = batch.answers(tuple(slot for slot in REPHRASE_SLOTS if slot in batch.slots))
-        x, x_mask = states[:, edit], mask[:, edit]
-        y, y_mask = others.of(states), others.of(mask)
-        unlike = None
-        if self.config.kernel == "contrastive":
-            negatives = batch.answers(self._compared_slots(batch))
-            unlike = negatives.of(states), negatives.of(mask)
-        if self.config.rephrases == "multiple":
-            return self._distance(x, x_mask, y.flatten(1, 2), y_mask.flatten(1, 2), unlike)
-        # The edit with each of its K rephrases.
-        x, x_mask = x.unsqueeze(1).expand_as(y), x_mask.unsqueeze(1).expand_as(y_mask)
-        unlike = None if unlike is None else (unlike[0].unsqueeze(1), unlike[1].unsqueeze(1))
-        return _mean_over_slots(self._distance(x, x_mask, y, y_mask, unlike), others.present_EK)
-
-    def _distance(
-        self, x: Tensor, x_mask: Tensor, y: Tensor, y_mask: Tensor, unlike: tuple[Tensor, Tensor] | None
-    ) -> Risk:
-        """Of states x from states y; `contrastive` compares with unlike ones, `(..., K, T, D)` and their mask."""
-        if unlike is not None:
-            return mmd.contrastive(x, y, unlike[0], x_mask, y_mask, unlike[1])
-        if self.config.kernel == "linear":
-            return mmd.mmd2_linear(x, y, x_mask, y_mask)
-        return mmd.mmd2_rbf(x, y, x_mask, y_mask, self._bandwidths(x.device))
-
-    def _bandwidths(self, device: torch.device) -> Tensor:
-        if device not in self._sigma2_Q:
-            self._sigma2_Q[device] = self._sigma2_Q[torch.device("cpu")].to(device)
-        return self._sigma2_Q[device]
+    def _locality(self, forward: Forward, weight_EK: Tensor | None) -> Risk:
+        """R_loc: KL at the answers' positions. The mean over the compared sequences that an edit has; with weights,
+        their weighted sum.
+        """
+        answers = forward.batch.answers(self.compared_slots(forward.batch))
+        means = _token_means(forward.tokens[COMPARED], answers)
+        if weight_EK is None:
+            return mean_over_slots(means, answers.present_EK)
+        weight_EK = answers.of(weight_EK) * answers.present_EK
+        return Risk((weight_EK * means.value).sum(1), (weight_EK * means.scale_gradient).sum(1))
 
 
-def _rows_at_once(backbone: Backbone, device: torch.device) -> int:
+def rows_at_once(backbone: Backbone, device: torch.device) -> int:
+    """Rows of logits that are computed at a time where they are not kept."""
     return max(1, _VALUES_AT_ONCE.get(device.type, _VALUES_AT_ONCE["cuda"]) // backbone.vocabulary_size)
 
 
-def _means(tokens: Tokens, answers: Answers) -> Risk:
-    """Of each sequence's tokens, `(E, K)`."""
+def mean_over_slots(risk_EK: Risk, present_EK: Tensor) -> Risk:
+    """The mean over the sequences that each edit has, `(E,)`."""
+    return Risk(risks.masked_mean(risk_EK.value, present_EK), risks.masked_mean(risk_EK.scale_gradient, present_EK))
+
+
+def _token_means(tokens: Tokens, answers: Answers) -> Risk:
+    """The mean over each sequence's answer tokens, `(E, K)`."""
     value, slope = (risks.masked_mean(answers.spread(v), answers.mask_EKT) for v in tokens[:2])
     return Risk(value, slope)
 
 
-def _of_one(tokens: Tokens, answer: Answers) -> Risk:
-    value_E1, slope_E1 = _means(tokens, answer)
-    return Risk(value_E1.squeeze(1), slope_E1.squeeze(1))
-
-
-def _locality(answers: Answers, tokens: Tokens, weight_EK: Tensor | None) -> Risk:
-    """R_loc: KL at the answer positions, averaged over the locality prompts that the edit has; the sum where they have
-    weights.
-    """
-    means = _means(tokens, answers)
-    if weight_EK is None:
-        return _mean_over_slots(means, answers.present_EK)
-    weight_EK = answers.of(weight_EK) * answers.present_EK
-    return Risk((weight_EK * means.value).sum(1), (weight_EK * means.scale_gradient).sum(1))
-
-
-def _mean_over_slots(risk_EK: Risk, present_EK: Tensor) -> Risk:
-    return Risk(risks.masked_mean(risk_EK.value, present_EK), risks.masked_mean(risk_EK.scale_gradient, present_EK))
-
-
-@torch.no_grad()
-def calibrate(
-    backbone: Backbone, requests: Sequence[EditRequest], template: Template, positions: str = "target"
-) -> float:
-    """sigma_0^2: the mean squared distance between unedited states of edits and rephrases.
-
-    Measured once on other records than the edited ones and kept: a bandwidth taken from the pair that is compared makes
-    the loss constant when answers have one token.
-
-    Args:
-        requests: Enough for `CALIBRATION_STATES` states; further states are dropped.
-
-    Raises:
-        ValueError: Fewer than two states, or all states are the same.
-    """
-    supervision, _ = encode_requests(backbone, requests, template)
-    batch = supervision.select((EDIT, *REPHRASE_SLOTS))
-    prefix = backbone.prefix(batch, f"layers.{backbone.num_layers - 1}.ffn.in", positionwise=True)
-    if positions == "target":
-        states = backbone.suffix(prefix, batch.predict_EKT)[batch.target_mask_EKT]
-    else:
-        states = backbone.suffix(prefix)[batch.prompt_EKS & ~batch.image_EKS]
-    distance = float(mmd.mean_squared_distance(states[:CALIBRATION_STATES].float()))
-    if not distance > 0:
-        raise ValueError("sigma_0^2 cannot be measured: all states of the calibration records are the same.")
-    return distance
+def _weighted_sum(weights: Mapping[str, float], values: Mapping[str, Tensor]) -> Tensor:
+    total_E = torch.stack([weights[name] * values[name] for name in TERMS]).sum(dim=0)
+    for name, value_E in values.items():
+        if name not in TERMS and weights[name]:
+            total_E = total_E + weights[name] * value_E
+    return total_E
