@@ -6,6 +6,7 @@ objective. The settings that the named objective does not have are checked and n
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -53,7 +54,7 @@ def ObjectiveConfig(name: str = DEFAULT, **settings: Any) -> Any:
     own = find(name).Config
     parts, unknown = discovery.by_config(settings, own, configs())
     if unknown:
-        known = [field for part in parts for field in part.__dataclass_fields__]
+        known = [item.name for part in parts for item in dataclasses.fields(part)]
         raise unknown_name(f"setting of objective {name!r}", unknown[0], known)
     return {config_class: config_class(**part) for config_class, part in parts.items()}[own]
 

@@ -36,15 +36,14 @@ MultiplierInput = Literal["sketch", "flat"]
 
 
 def flat_input(params: EditParams) -> Tensor:
-    """All weights of each edit, tensors in order of their names, `(E, n)`: the paper's input of lambda."""
+    """All weights of each edit, `(E, n)`, tensors in the order of their names: the paper's input of lambda."""
     return torch.cat([upcast(params[name]).flatten(1) for name in sorted(params)], dim=-1)
 
 
 def features(phi_EP: Tensor, risks_ER: Tensor, scale_gradients_EN: Tensor) -> Tensor:
-    """Input of lambda, `(E, P + R + N)`: phi_e as sketch or flat, the risks, and every `|g_env|`.
+    """Input of lambda, `(E, P + R + N)`: phi_e as sketch or flat, the risks, and `|g_env|` of every environment.
 
-    Risks and gradients are detached: they tell lambda how far the edit is, but the penalty must not be lowered by
-    moving phi_e towards risks for which lambda is small.
+    Risks and gradients are detached: the penalty must not be lowered by moving phi_e to risks where lambda is small.
     """
     context = (upcast(risks_ER).detach(), upcast(scale_gradients_EN).detach().abs())
     return torch.cat([phi_EP, *(part.to(phi_EP.dtype) for part in context)], dim=-1)
@@ -55,14 +54,14 @@ class MultiplierConfig:
     """How lambda(delta, phi_e) is computed.
 
     Attributes:
-        input: `sketch` of phi_e - phi_0, or all of phi_e, `flat`. Flat is what the paper builds on, usable up to
-            about a million weights: its first layer has n x width weights per edit.
-        depth: Linear layers, 3 in the paper (its Fig. 4 compares 1 to 4).
-        width: Hidden units. The paper gives none; 64 is our choice.
-        sketch_dim: Buckets of the sketch, 256 to 1024 are sensible. Our choice.
-        initial: lambda before the first dual step. Our choice; the paper finds a fixed 0.01 too strong.
-        cap: lambda never exceeds it. Our choice.
-        detach: Leave the term `penalty * d lambda / d phi_e` out of the primal step. The paper keeps it.
+        input: `sketch` of phi_e - phi_0, or `flat`: all of phi_e, as in the paper. `flat` is usable up to about a
+            million weights: the first layer has n x width weights per edit.
+        depth: Linear layers; 3 in the paper, whose Fig. 4 compares 1 to 4.
+        width: Hidden units. The paper gives no number; 64 is ours.
+        sketch_dim: Buckets of the sketch; 256 to 1024 are sensible. The default is ours.
+        initial: lambda before the first dual step. The default is ours; the paper finds a fixed 0.01 too strong.
+        cap: Upper bound of lambda. The default is ours.
+        detach: Whether to leave the term `penalty * d lambda / d phi_e` out of the primal step. The paper keeps it.
 
     Raises:
         ValueError: For a value that is not allowed.
@@ -91,10 +90,10 @@ class MultiplierConfig:
 
 
 class MultiplierNetwork:
-    """lambda(delta, phi_e) as a batch of independent perceptrons, one per edit; delta is explicit state.
+    """lambda(delta, phi_e) as a batch of independent perceptrons, one per edit; their weights delta are an argument.
 
-    Hidden layers are Softplus rather than ReLU: the term `penalty * d lambda / d phi_e` enters the primal step, and
-    a smooth lambda keeps it continuous as phi_e moves.
+    The activation is Softplus rather than ReLU: the primal step contains `penalty * d lambda / d phi_e`, which a smooth
+    lambda keeps continuous.
     """
 
     @staticmethod
@@ -107,9 +106,9 @@ class MultiplierNetwork:
     ) -> EditParams:
         """delta before the first step: `weight_<i>` `(E, in, out)` and `bias_<i>` `(E, out)`, float32 leaves.
 
-        Every edit starts from the same weights, drawn on the CPU, so that neither its batch mates nor the device
-        change its result. The last layer is small and its bias the inverse Softplus of `config.initial`: lambda
-        starts there, within a few percent, whatever the features.
+        Every edit starts from the same weights, drawn on the CPU: neither the other edits of the batch nor the device
+        change its result. The last layer's weights are small and its bias is the inverse Softplus of `config.initial`,
+        so lambda starts within a few percent of `initial` for any features.
         """
         generator = torch.Generator().manual_seed(seed)
         widths = [in_dim, *[config.width] * (config.depth - 1), 1]
@@ -127,14 +126,13 @@ class MultiplierNetwork:
     def apply(config: MultiplierConfig, delta: EditParams, features_EI: Tensor) -> Tensor:
         """lambda of every edit, `(E,)`, in [0, cap].
 
-        Features are divided by `sqrt(1 + mean square)`: small changes of phi_e are passed on as they are, large
-        inputs cannot drive the network into saturation, and nothing is divided by zero at phi_0.
+        Features are divided by `sqrt(1 + mean square)`: small features pass almost unchanged, large ones cannot
+        saturate the network, and the divisor is never 0.
 
-        At the cap the value is `min(softplus, cap)` while the gradient is that of the Softplus. The gradient of G
-        with respect to lambda is the penalty, never negative, so the dual step always pushes lambda up; with the
-        zero gradient of a plain minimum nothing would ever bring it below the cap again.
+        At the cap the value is `min(softplus, cap)`, but the gradient is that of the Softplus. The dual step only
+        raises lambda; with the zero gradient of a plain minimum, the primal step could not lower it again.
         """
-        # Under autocast the products would run in half precision, too coarse for a lambda of 1e-3.
+        # Autocast would run the products in half precision, which is too coarse for a lambda of 1e-3.
         with torch.autocast(features_EI.device.type, enabled=False):
             x_EI = features_EI.detach() if config.detach else features_EI
             x_EI = x_EI * torch.rsqrt(1.0 + x_EI.square().mean(-1, keepdim=True))

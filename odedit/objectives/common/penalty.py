@@ -43,12 +43,12 @@ class Invariance:
 def tv_penalty(scale_gradients: Sequence[Tensor] | Tensor, present_EN: Tensor | None = None) -> Tensor:
     """`( sum_env |g_env| )^2` of every edit, `(E,)` (arXiv 2601.19700, eq. 9-11).
 
-    The absolute value is taken per environment: gradients of opposite sign must not cancel, or two environments
-    that pull apart would look invariant.
+    The absolute value is taken per environment. Gradients of opposite sign must not cancel: two environments that pull
+    in opposite directions would look invariant.
 
     Args:
         scale_gradients: One `(E,)` tensor per environment, or all of them as `(E, N)`.
-        present_EN: False where an edit lacks an environment; all present by default.
+        present_EN: False where an edit lacks an environment; None: every edit has all of them.
 
     >>> tv_penalty([torch.tensor([1.0]), torch.tensor([-2.0])])
     tensor([9.])
@@ -61,10 +61,14 @@ def tv_penalty(scale_gradients: Sequence[Tensor] | Tensor, present_EN: Tensor | 
 
 
 def penalty_schedule(step: int, max_steps: int, warmup: float = 0.25, ramp: float = 0.10) -> float:
-    """The factor of the penalty at a step (0-based): 0 for the first `warmup` of the steps, 1 after `ramp` more.
+    """The factor of the penalty at a step: 0 during the warm-up, then rising to 1 during the ramp.
 
-    While the target's NLL exceeds the entropy, a smaller `|NLL - H|` also means a higher entropy: switched on at
-    the start, the penalty would work against the edit. The code of the IRM-TV papers anneals as well.
+    The warm-up is needed because the scale gradient of the NLL is NLL - H: while the answer is unlikely, the penalty
+    falls fastest by a higher entropy H, which works against the edit. The code of the IRM-TV papers anneals as well.
+
+    Args:
+        step: Number of the step, from 0.
+        warmup, ramp: Shares of `max_steps`.
 
     Raises:
         ValueError: If `max_steps` is below 1, or `warmup` or `ramp` is negative.
@@ -79,5 +83,5 @@ def penalty_schedule(step: int, max_steps: int, warmup: float = 0.25, ramp: floa
     start, length = warmup * max_steps, ramp * max_steps
     if step < start:
         return 0.0
-    # Rounded because 0.1 * 20 and the like are a last bit off.
+    # Rounded, because products such as 0.1 * 20 are off by the last bit.
     return 1.0 if step >= start + length else round((step - start) / length, 12)

@@ -22,26 +22,25 @@ _NORM_FLOOR = 1e-12
 
 
 class CountSketch:
-    """A fixed random linear map of `phi_e - phi_0` to a few hundred numbers, and the tensors' log-norms.
+    """A fixed random linear map of `phi_e - phi_0` to a few hundred numbers, followed by each tensor's log-norm.
 
-    Every weight is added, with a random sign, to one bucket: inner products, and with them distances, are preserved on
-    average, with variance of order 1/dim. Linear, so that lambda stays a differentiable function of phi_e, which is all
-    that the convergence result (Prop. 4.2) asks.
+    Every weight is added, with a random sign, to one bucket. Inner products and distances are preserved on average,
+    with a variance of order 1/dim. The map is linear, so lambda stays a differentiable function of phi_e, which the
+    convergence result (Prop. 4.2 of the paper) requires.
 
-    Differs from the published sketch: buckets are not drawn weight by weight. Each block of dim consecutive weights is
-    spread over the dim buckets by a random permutation of its own. Two weights of one block never meet, two of
-    different blocks do with probability 1/dim; signs are independent, hence the same mean, and a variance of the same
-    order. But every bucket then has a fixed number of weights, read from where they are: no atomic additions, and the
-    same sums in the same order each time.
+    Differs from the published sketch: a bucket is not drawn for every weight. Each block of dim consecutive weights is
+    spread over the dim buckets by its own random permutation. Two weights of a block never share a bucket; two weights
+    of different blocks share one with probability 1/dim. The mean is the same and the variance of the same order. Every
+    bucket has a fixed number of weights, so gathering computes it: no atomic additions, and sums in a fixed order.
 
-    The hash costs 4 bytes per weight and is shared by all edits; apart from gradients, neither pass creates a tensor of
-    the size of all edits' weights. It is drawn on the CPU from the seed and the tensor's name: the same on every
-    device, and for every order of the tensors.
+    The hash takes 4 bytes per weight and is shared by all edits. Apart from gradients, neither pass allocates a tensor
+    of the size of all edits' weights. The hash is drawn on the CPU from the seed and the tensor's name: it is the same
+    on every device and for every order of the tensors.
 
     Args:
-        sizes: Name to number of weights *of one edit*.
+        sizes: Name of each tensor to its number of weights in one edit.
         dim: Number of buckets.
-        seed: Fixes the map. Keep it over the steps of an edit, or lambda's input jumps.
+        seed: Seed of the map. It must stay the same over the steps of an edit, or lambda's input jumps.
 
     Raises:
         ValueError: For an empty `sizes`, a size below 1, or a `dim` that int16 cannot index.
@@ -67,12 +66,12 @@ class CountSketch:
         return self.dim + len(self.sizes)
 
     def __call__(self, delta: EditParams) -> Tensor:
-        """`(E, dim + number of tensors)`: the sketch, then `log |delta_name|` by sorted name.
+        """`(E, dim + number of tensors)`: the sketch, then `log |delta_name|` in the order of the names.
 
-        The log-norm is `log(1e-12 + |delta|^2) / 2`: finite, with gradient 0, at phi_0, where delta is 0.
+        The log-norm is `log(1e-12 + |delta|^2) / 2`: at phi_0, where delta is 0, it is finite and has gradient 0.
 
         Raises:
-            ValueError: If names or sizes differ from those the sketch was made for.
+            ValueError: If names or sizes are not those that the sketch was made for.
         """
         sizes = {name: tensor[0].numel() for name, tensor in delta.items()}
         if sizes != self.sizes:
@@ -93,11 +92,11 @@ class CountSketch:
 
 
 class _Hash(NamedTuple):
-    """Which weight of a block goes to which bucket, from both sides; plus dim where its sign is negative.
+    """The permutation of every block and its inverse; dim is added to an entry whose sign is negative.
 
     Attributes:
-        bucket_BP: Of the weights of every block, `(blocks, dim)` int16.
-        weight_BP: Of the buckets, as places in the block.
+        bucket_BP: Bucket of each weight of a block, `(blocks, dim)` int16.
+        weight_BP: Place in the block of each bucket's weight, `(blocks, dim)` int16.
     """
 
     bucket_BP: Tensor
@@ -105,9 +104,9 @@ class _Hash(NamedTuple):
 
     @classmethod
     def draw(cls, size: int, dim: int, seed: int, name: str) -> _Hash:
-        # The CPU generator reads 32 bits of its seed.
+        # The CPU generator uses only 32 bits of its seed.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        # Row by row, so that a longer tensor has the blocks of a shorter one, and more.
+        # Drawn block by block, so that a longer tensor begins with the blocks of a shorter one.
         drawn_B2P = torch.rand(-(-size // dim), 2, dim, generator=generator)
         weight_BP = drawn_B2P[:, 0].argsort(dim=-1)
         negative_BP = (drawn_B2P[:, 1] < 0.5).long() * dim
@@ -117,11 +116,10 @@ class _Hash(NamedTuple):
 
 
 class _BucketSum(torch.autograd.Function):
-    """`sum of sign[i] x[e, i]` over the weights i of each bucket, `(E, dim)`, and `|x[e]|^2`, `(E,)`; some blocks at a
-    time.
+    """The sum of `sign[i] x[e, i]` over the weights i of each bucket, `(E, dim)`, and `|x[e]|^2`, `(E,)`.
 
-    Plain autograd would keep an int64 index, eight bytes per weight, from forward to backward, and go over the weights
-    twice as often.
+    Both passes work on some blocks at a time. Plain autograd would keep an int64 index, eight bytes per weight, from
+    forward to backward, and read the weights twice as often.
     """
 
     @staticmethod
@@ -153,7 +151,7 @@ class _BucketSum(torch.autograd.Function):
 
 
 def _parts(x_EN: Tensor, hash: _Hash) -> Iterator[tuple[slice, slice]]:
-    """Some blocks at a time: which weights, and which blocks, these are."""
+    """The parts that are worked on together: the slice of weights and the slice of blocks of each."""
     num_blocks, dim = hash.weight_BP.shape
     at_once = _SKETCHED_AT_ONCE.get(x_EN.device.type, _SKETCHED_AT_ONCE["cuda"])
     step = max(1, at_once // (dim * len(x_EN)))
@@ -162,6 +160,6 @@ def _parts(x_EN: Tensor, hash: _Hash) -> Iterator[tuple[slice, slice]]:
 
 
 def _whole_blocks(x_EM: Tensor, dim: int) -> Tensor:
-    """`(E, blocks, dim)`, the last one filled up with zeros."""
+    """The weights as `(E, blocks, dim)`, the last block padded with zeros."""
     missing = -x_EM.shape[1] % dim
     return (functional.pad(x_EM, (0, missing)) if missing else x_EM).unflatten(1, (-1, dim))
