@@ -74,7 +74,7 @@ class ContrastConfig(ComparingConfig):
         super().check(editor)
         if self.takes_turns and editor.length_varies:
             raise InputError(
-                "objective.name: 'contrast' shows an edit other pictures in each step, but with these settings the "
+                f"objective.name: {self.name!r} shows an edit other pictures in each step, but with these settings the "
                 "editor keeps what it was shown in the first one; give it a clamp or a mask of entries, or set "
                 "objective.negatives to objective.negatives_at_once."
             )
@@ -87,7 +87,7 @@ class Contrast(Objective):
         wanted = {*super().slots(editor, batch), *self.compared_slots(batch)}
         if not any(map(is_negative, wanted)):
             raise InputError(
-                "objective.name: 'contrast' reads hard negatives, and this batch was made without; give "
+                f"objective.name: {self.config.name!r} reads hard negatives, and this batch was made without; give "
                 "encode_requests a NegativePool."
             )
         return tuple(slot for slot in batch.slots if slot in wanted)
