@@ -17,10 +17,11 @@ from torch import Tensor
 
 from odedit.editors.base import Editor, OptimizerSettings
 from odedit.edits import EditParams, stack_params
-from odedit.objectives.base import BaseConfig, Terms
+from odedit.objectives.base import BaseConfig
 from odedit.objectives.common.multiplier import DUAL_DECAY, MultiplierNetwork, features, flat_input
 from odedit.objectives.common.penalty import penalty_schedule
 from odedit.objectives.common.sketch import CountSketch
+from odedit.objectives.common.terms import Terms
 
 _BETAS = (0.9, 0.999)
 _EPSILON = 1e-8

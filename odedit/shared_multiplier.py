@@ -17,10 +17,11 @@ from torch import Tensor
 
 from odedit.editors.base import Mergeable
 from odedit.edits import EditParams
-from odedit.objectives.base import BaseConfig, Terms
+from odedit.objectives.base import BaseConfig
 from odedit.objectives.common.multiplier import DUAL_DECAY, MultiplierNetwork, features, flat_input
 from odedit.objectives.common.penalty import penalty_schedule
 from odedit.objectives.common.sketch import CountSketch
+from odedit.objectives.common.terms import Terms
 
 
 @dataclass(frozen=True)

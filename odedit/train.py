@@ -19,7 +19,8 @@ from odedit.backbones.base import Backbone
 from odedit.editors.base import Editor, Estimating, Mergeable, Trainable, TrainingSettings
 from odedit.edits import EditBatch, EditParams
 from odedit.locations import Place, at
-from odedit.objectives.base import Objective, Terms
+from odedit.objectives.base import Objective
+from odedit.objectives.common.terms import Terms
 from odedit.shared_multiplier import SharedMultiplier
 from odedit.training_state import TrainingState, read_state, write_state
 

@@ -22,6 +22,7 @@ from odedit import (
 )
 from odedit.edits import EDIT, LOCALITY_SLOTS, SUPERVISION_SLOTS
 from odedit.objectives import base
+from odedit.objectives.common.terms import TERMS, Terms
 from odedit.selecting import gather_positions
 from odedit.train import train
 from odedit.training_records import EncodedRequests
@@ -94,7 +95,7 @@ def test_the_config_is_frozen_documented_and_named_by_its_file(name):
         config.reliability_weight = 2.0
     documented = "".join(one.__doc__ or "" for one in config_class.__mro__)
     assert all(f"{item.name}:" in documented or f"{item.name}," in documented for item in dataclasses.fields(config))
-    assert set(base.TERMS) <= config.weights.keys() and list(config.weights)[:4] == list(base.TERMS)
+    assert set(TERMS) <= config.weights.keys() and list(config.weights)[:4] == list(TERMS)
 
 
 def test_settings_that_objectives_share_have_one_default():
@@ -251,7 +252,7 @@ def test_what_the_multiplier_reads_is_a_fixed_list():
     one_E = torch.ones(2)
     risks = {name: number * one_E for number, name in enumerate(("norm", "own", "gen", "loc", "rel"))}
     gradients = {name: number * one_E for number, name in enumerate(("zeta", "image_rephrase", "loc", "alpha", "rel"))}
-    terms = base.Terms(risks, one_E, gradients, one_E, one_E, one_E, one_E)
+    terms = Terms(risks, one_E, gradients, one_E, one_E, one_E, one_E)
     read_ER, gradients_EN = terms.multiplier_inputs()
     assert read_ER[0].tolist() == [4, 3, 2, 1]  # rel, loc, gen, own
     assert gradients_EN[0].tolist() == [4, 2, 1, 3, 0]  # rel, loc, image_rephrase, alpha, zeta

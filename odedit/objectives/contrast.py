@@ -23,7 +23,8 @@ from odedit.backbones.base import Backbone
 from odedit.editors.base import Editor
 from odedit.edits import EDIT, REPHRASE, EditBatch, is_negative
 from odedit.errors import InputError
-from odedit.objectives.base import ComparingConfig, Forward, Objective, require, rows_at_once
+from odedit.objectives.base import ComparingConfig, Objective, require, rows_at_once
+from odedit.objectives.common.terms import Forward
 from odedit.risks import Risk
 
 _NEGATIVE_WEIGHT = 2.0

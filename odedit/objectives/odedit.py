@@ -20,9 +20,10 @@ from torch import Tensor
 
 from odedit import mmd
 from odedit.edits import EDIT, REPHRASE_SLOTS, SUPERVISION_SLOTS, EditBatch
-from odedit.objectives.base import ComparingConfig, Forward, Objective, Positions, mean_over_slots, require
+from odedit.objectives.base import ComparingConfig, Objective, Positions, require
 from odedit.objectives.common.multiplier import MultiplierConfig
 from odedit.objectives.common.penalty import Invariance
+from odedit.objectives.common.terms import Forward, mean_over_slots
 from odedit.risks import Risk
 
 Kernel = Literal["rbf", "linear", "contrastive"]

@@ -18,8 +18,9 @@ from torch.nn import functional
 from odedit import mmd
 from odedit.backbones import encode_requests
 from odedit.edits import EDIT, LOCALITY_SLOTS, REPHRASE_SLOTS, EditParams, EditRequest, Probe, is_locality
-from odedit.objectives.base import Objective, Terms
+from odedit.objectives.base import Objective
 from odedit.objectives.common.penalty import tv_penalty
+from odedit.objectives.common.terms import Terms
 from odedit.primal_dual import PrimalDual
 from odedit.prompts import find_template
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from odedit.objectives.base import Forward
+from odedit.objectives.common.terms import Forward
 from odedit.objectives.odedit import ODEdit, ODEditConfig
 
 
