@@ -20,7 +20,7 @@ from odedit import (
     load_editor,
     objectives,
 )
-from odedit.edits import EDIT, LOCALITY_SLOTS, SUPERVISION_SLOTS
+from odedit.edits import EDIT, LOCALITY_SLOTS, NEAR, REPHRASE_SLOTS, SUPERVISION_SLOTS
 from odedit.objectives import base
 from odedit.objectives.common.terms import TERMS, Terms
 from odedit.selecting import gather_positions
@@ -126,12 +126,12 @@ def test_settings_of_other_objectives_are_checked_and_not_read():
 def test_what_is_read_is_known_before_any_batch(editor):
     """By it a run knows whether it needs unrelated records."""
     plain = load_editor("ftl")
-    assert ObjectiveConfig("native").slots(plain) == {EDIT}
-    assert ObjectiveConfig("native").slots(editor) == {EDIT, *LOCALITY_SLOTS}
-    assert ObjectiveConfig("native", own_weight=0.0).slots(editor) == {EDIT}
-    assert ObjectiveConfig("native_kl").slots(plain) == {EDIT, *LOCALITY_SLOTS}
-    assert ObjectiveConfig("odedit").slots(plain) == set(SUPERVISION_SLOTS)
-    assert ObjectiveConfig("contrast").slots(plain) == {EDIT, "rephrase"}
+    assert ObjectiveConfig("native").reads(plain) == {EDIT}
+    assert ObjectiveConfig("native").reads(editor) == {EDIT, *LOCALITY_SLOTS}
+    assert ObjectiveConfig("native", own_weight=0.0).reads(editor) == {EDIT}
+    assert ObjectiveConfig("native_kl").reads(plain) == {EDIT, *LOCALITY_SLOTS}
+    assert ObjectiveConfig("odedit").reads(plain) == set(SUPERVISION_SLOTS)
+    assert ObjectiveConfig("contrast").reads(plain) == {EDIT, *REPHRASE_SLOTS, NEAR}
     assert [ObjectiveConfig(name).num_negatives for name in objectives.names()] == [12, 0, 0, 0]
 
 

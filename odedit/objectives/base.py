@@ -96,7 +96,7 @@ class BaseConfig:
 
     @property
     def supervision_slots(self) -> tuple[str, ...]:
-        """Sequences of an edit's supervision that the objective reads."""
+        """Parts of `EditRequest.supervision` that the objective's sequences are made from."""
         return ()
 
     @property
@@ -124,13 +124,16 @@ class BaseConfig:
         """How the invariance penalty enters; by default there is none."""
         return Invariance()
 
-    def slots(self, editor: Editor) -> frozenset[str]:
-        """Sequences that a step reads: the edit, its supervision, what the editor's own terms read; not the negatives.
+    def base_slots(self, editor: Editor) -> frozenset[str]:
+        """The edit, and the sequences that the editor's own terms read."""
+        return frozenset({EDIT, *(editor.own_slots if self.effective_own_weight else ())})
 
-        A run whose editor and objective read none of `LOCALITY_SLOTS` and no negatives needs no unrelated records.
+    def reads(self, editor: Editor) -> frozenset[str]:
+        """The edit, and the parts of its supervision that it is trained with.
+
+        A run that reads none of `LOCALITY_SLOTS` and no negatives needs no unrelated records.
         """
-        own = editor.own_slots if self.effective_own_weight else ()
-        return frozenset({EDIT, *self.supervision_slots, *own})
+        return self.base_slots(editor).union(self.supervision_slots)
 
     def check(self, editor: Editor) -> None:
         """Raises InputError if the objective cannot train the editor's edits."""
@@ -213,7 +216,7 @@ class Objective:
         Raises:
             InputError: The batch lacks sequences that the objective cannot do without.
         """
-        wanted = self.config.slots(editor)
+        wanted = self.config.reads(editor)
         return tuple(slot for slot in batch.slots if slot in wanted)
 
     def slots_at_once(self, slots: Sequence[str]) -> tuple[str, ...]:

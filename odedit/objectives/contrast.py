@@ -21,7 +21,7 @@ from torch import Tensor
 from odedit import risks
 from odedit.backbones.base import Backbone
 from odedit.editors.base import Editor
-from odedit.edits import EDIT, REPHRASE, EditBatch, is_negative
+from odedit.edits import EDIT, NEAR, REPHRASE, REPHRASE_SLOTS, EditBatch, is_negative
 from odedit.errors import InputError
 from odedit.objectives.base import ComparingConfig, Objective, require, rows_at_once
 from odedit.objectives.common.terms import Forward
@@ -61,7 +61,8 @@ class ContrastConfig(ComparingConfig):
 
     @property
     def supervision_slots(self) -> tuple[str, ...]:
-        return (REPHRASE,) if self.generality_weight else ()
+        # Both rephrases make one sequence; a record's near picture is its first negative.
+        return (*(REPHRASE_SLOTS if self.generality_weight else ()), NEAR)
 
     @property
     def num_negatives(self) -> int:
@@ -85,12 +86,13 @@ class Contrast(Objective):
     Config = ContrastConfig
 
     def slots(self, editor: Editor, batch: EditBatch) -> tuple[str, ...]:
-        wanted = {*super().slots(editor, batch), *self.compared_slots(batch)}
-        if not any(map(is_negative, wanted)):
+        negatives = self.compared_slots(batch)
+        if not negatives:
             raise InputError(
                 f"objective.name: {self.config.name!r} reads hard negatives, and this batch was made without; give "
                 "encode_requests a NegativePool."
             )
+        wanted = self.config.base_slots(editor).union(negatives, (REPHRASE,) if self.config.generality_weight else ())
         return tuple(slot for slot in batch.slots if slot in wanted)
 
     def slots_within(self, slots: Sequence[str], steps: int) -> tuple[str, ...]:
