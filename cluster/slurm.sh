@@ -28,6 +28,8 @@ fi
 # Ray's ports are open to the network: who comes in has to know a secret, which is this job's own.
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+# Its metrics ports would demand no secret, so there are none.
+export RAY_enable_metrics_collection=0 AUTOSCALER_METRIC_PORT=-1 DASHBOARD_METRIC_PORT=-1
 # When nodes are told to end, the run has ended: there is nothing to wait for.
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 
@@ -35,6 +37,8 @@ mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 # This script runs on the first node. ODEDIT_HEAD_IP names another of its network cards.
 ip=${ODEDIT_HEAD_IP:-$(python -c 'import ray; print(ray.util.get_node_ip_address())')}
 port=$((20000 + SLURM_JOB_ID % 10000))
+# Where Ray works on each node. Ray opens its own folders to everyone, so they lie in one that is the user's alone.
+folder=/tmp/ray-$SLURM_JOB_ID
 
 steps=()
 # shellcheck disable=SC2329  # the trap calls it
@@ -43,6 +47,7 @@ finish() {
   if ((${#steps[@]})); then
     kill "${steps[@]}" 2>/dev/null || true
     wait "${steps[@]}" || true
+    srun --overlap --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" rm -rf -- "$folder" || true
   fi
 }
 trap finish EXIT
@@ -51,8 +56,10 @@ trap finish EXIT
 step() {
   local names=$1 number=$2
   shift 2
+  # shellcheck disable=SC2016  # expanded on the node
   srun --overlap --nodes="$number" --ntasks="$number" --nodelist="$names" --cpus-per-task="$SLURM_CPUS_PER_TASK" \
-    ray start --block --num-cpus="$SLURM_CPUS_PER_TASK" --temp-dir="/tmp/ray-$SLURM_JOB_ID" "$@" &
+    bash -c 'mkdir -p -m 700 "$0" && [[ -O $0 && ! -L $0 ]] && chmod 700 "$0" && exec ray start "$@"' "$folder" \
+    --block --num-cpus="$SLURM_CPUS_PER_TASK" --temp-dir="$folder/ray" "$@" &
   steps+=($!)
 }
 step "${nodes[0]}" 1 --head --node-ip-address="$ip" --port="$port" --include-dashboard=false

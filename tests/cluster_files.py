@@ -9,15 +9,30 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "cluster"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
+PINS = {
+    canonicalize_name(name): version
+    for name, version in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
+}
 FILES = sorted(path for path in FOLDER.iterdir() if path.is_file() and path.suffix != ".py")
 LAUNCHED = ("onprem.yaml", "aws.yaml")
 KUBERAY = ("raycluster.yaml", "rayjob.yaml")
-CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+CREDENTIALS = (
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "HF_TOKEN",
+)
+NO_METRICS = {"RAY_enable_metrics_collection": "0", "AUTOSCALER_METRIC_PORT": "-1", "DASHBOARD_METRIC_PORT": "-1"}
+"""What keeps Ray from opening its metrics ports, which demand no token."""
+MAKE_TOKEN = "(umask 077; ray get-auth-token --generate > /dev/null); chmod 600 ~/.ray/auth_token"
 
 
 def text(name: str) -> str:
@@ -35,8 +50,19 @@ def cluster_of(name: str) -> dict[str, Any]:
 
 
 def pods(name: str) -> list[dict[str, Any]]:
+    """The templates of a file's nodes."""
     spec = cluster_of(name)
     return [group["template"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+
+
+def all_pods(name: str) -> list[dict[str, Any]]:
+    """The templates of a file's nodes, and of the pod that hands in its run."""
+    submitter = load(name)["spec"].get("submitterPodTemplate")
+    return pods(name) + ([submitter] if submitter else [])
+
+
+def readme_section() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8").split("### On a cluster")[1].split("\n### ")[0]
 
 
 def slurm(option: str) -> str:

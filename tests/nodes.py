@@ -115,7 +115,7 @@ def two_nodes(cpus: int = 2, head_cpus: int | None = None, **variables: str) -> 
         head.append(f"--num-cpus={cpus if head_cpus is None else head_cpus}")
         start = [sys.executable, "-m", "ray.scripts.scripts", "start", *common]
         logs = stack.enter_context((home / "log.txt").open("wb"))
-        first = stack.enter_context(_running([*start, *head, f"--temp-dir={home / 'one'}"], environment, logs))
+        first = stack.enter_context(running([*start, *head, f"--temp-dir={home / 'one'}"], environment, logs))
         address = f"http://127.0.0.1:{dashboard}"
         cluster = Cluster(address, f"127.0.0.1:{gcs}", environment, first)
         wait_for(lambda: cluster.alive() >= 1, first, home / "log.txt")
@@ -123,7 +123,7 @@ def two_nodes(cpus: int = 2, head_cpus: int | None = None, **variables: str) -> 
         def add() -> None:
             number = cluster.alive()
             more = [f"--address=127.0.0.1:{gcs}", f"--num-cpus={cpus}", f"--temp-dir={home / str(number)}"]
-            cluster.second = stack.enter_context(_running([*start, *more], environment, logs))
+            cluster.second = stack.enter_context(running([*start, *more], environment, logs))
             wait_for(lambda: cluster.alive() > number, cluster.second, home / "log.txt")
 
         cluster.add = add
@@ -132,7 +132,7 @@ def two_nodes(cpus: int = 2, head_cpus: int | None = None, **variables: str) -> 
 
 
 @contextmanager
-def _running(command: list[str], environment: Mapping[str, str], log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+def running(command: list[str], environment: Mapping[str, str], log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen(command, env=dict(environment), stdout=log, stderr=log, start_new_session=True)
     try:
         yield process

@@ -6,9 +6,11 @@ None of them is started here: there is no Docker, no AWS, no Kubernetes and no S
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
+import stat
 import subprocess
 import sysconfig
 import warnings
@@ -25,12 +27,13 @@ from cluster_files import (
     FOLDER,
     KUBERAY,
     LAUNCHED,
+    MAKE_TOKEN,
     PROJECT,
     ROOT,
+    all_pods,
     cluster_of,
     commands,
     load,
-    pods,
     text,
 )
 from test_readme import is_command
@@ -109,7 +112,7 @@ def test_ec2_takes_the_nodes_as_they_are_described(node_type: str) -> None:
 
 @pytest.mark.parametrize("name", KUBERAY)
 def test_kubernetes_takes_the_pods_of_the_file(name: str) -> None:
-    for template in pods(name):
+    for template in all_pods(name):
         pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "checked"}, "template": template}
         kubernetes_validate.validate(pod, "1.37", strict=True)
         template["spec"]["containers"][0]["volumeMount"] = []
@@ -117,16 +120,68 @@ def test_kubernetes_takes_the_pods_of_the_file(name: str) -> None:
             kubernetes_validate.validate(pod, "1.37", strict=True)
 
 
-def test_kubernetes_takes_the_volume_and_the_secret_that_the_documented_command_makes() -> None:
-    kubernetes_validate.validate(load("storage.yaml"), "1.37", strict=True)
-    (command,) = {line for name in KUBERAY for line in commands(name) if "create secret" in line}
-    name = command.split()[4]
-    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "type": "Opaque"}
+@pytest.mark.parametrize("name", ["storage.yaml", "efs.yaml", "network.yaml"])
+def test_kubernetes_takes_the_other_files(name: str) -> None:
+    values = load(name)
+    kubernetes_validate.validate(values, "1.37", strict=True)
+    values["specs"] = values.pop("spec", {})
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(values, "1.37", strict=True)
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_the_documented_commands_make_the_secrets_that_the_pods_name(name: str) -> None:
+    made = {line.split()[4] for line in commands(name) if "create secret" in line}
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "odedit-secrets"}, "type": "Opaque"}
     kubernetes_validate.validate({**secret, "stringData": dict.fromkeys(CREDENTIALS, "x")}, "1.37", strict=True)
-    for template in pods(KUBERAY[0]):
+    named = set()
+    for template in all_pods(name):
         (container,) = template["spec"]["containers"]
-        named = {item["valueFrom"]["secretKeyRef"]["name"] for item in container["env"] if "valueFrom" in item}
-        assert named == {name}
+        named |= {item["name"] for item in template["spec"]["imagePullSecrets"]}
+        named |= {item["secretRef"]["name"] for item in container.get("envFrom", [])}
+    assert named == made == {"odedit-secrets", "odedit-registry"}
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_pods_may_run_where_kubernetes_enforces_its_restricted_standard(name: str) -> None:
+    contexts = [container["securityContext"] for pod in all_pods(name) for container in pod["spec"]["containers"]]
+    if "autoscalerOptions" in cluster_of(name):
+        contexts.append(cluster_of(name)["autoscalerOptions"]["securityContext"])
+    assert len(contexts) == 3
+    for context in contexts:
+        assert context == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    for pod in all_pods(name):
+        context = pod["spec"]["securityContext"]
+        assert context["runAsNonRoot"] is True and context["seccompProfile"] == {"type": "RuntimeDefault"}
+
+
+def test_cloudformation_takes_the_roles(tmp_path: Path) -> None:
+    lint = tool("cfn-lint")
+    assert lint, "moto[server] brings cfn-lint"
+    found = subprocess.run([lint, FOLDER / "aws-roles.yaml"], capture_output=True, text=True, timeout=120)
+    assert (found.returncode, found.stdout) == (0, "")
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(text("aws-roles.yaml").replace("InstanceProfileName", "ProfileName"))
+    assert subprocess.run([lint, wrong], capture_output=True, timeout=120).returncode != 0
+
+
+def test_the_token_is_made_for_its_owner_alone(tmp_path: Path) -> None:
+    """Fresh, and where one lies that everybody may read."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"PATH": f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"}
+    for number in range(2):
+        home = tmp_path / str(number)
+        home.mkdir()
+        token = home / ".ray" / "auth_token"
+        if number:
+            token.parent.mkdir()
+            token.write_text("x" * 64)
+            token.chmod(0o644)
+        own = environment | {"HOME": str(home)}
+        made = subprocess.run(["bash", "-c", MAKE_TOKEN], env=own, capture_output=True, text=True, timeout=120)
+        assert (made.returncode, made.stdout) == (0, "")
+        assert stat.S_IMODE(token.stat().st_mode) == 0o600 and len(token.read_text()) == 64
+        assert token.read_text() not in made.stderr
 
 
 # The fields of ray.io/v1 that these files use or could well use, by their JSON types, from the field reference of
@@ -308,7 +363,8 @@ def test_the_commands_in_the_files_are_commands_that_odedit_has() -> None:
 def test_rays_commands_in_the_files_are_commands_that_ray_has() -> None:
     from ray.scripts.scripts import cli
 
-    calls = {tuple(line.split()) for path in FILES for line in commands(path.name) if line.startswith("ray ")}
+    lines = [line for path in FILES for line in commands(path.name)]
+    calls = {tuple(call.split()) for line in lines for call in re.findall(r"(?:^|[;(] ?)(ray [^;>)]+)", line)}
     assert {call[1] for call in calls} >= {"get-auth-token", "up", "dashboard", "down"}
     for call in sorted(calls):
         assert call[1] in cli.commands, call

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
@@ -13,15 +15,22 @@ from cluster_files import (
     FOLDER,
     KUBERAY,
     LAUNCHED,
+    MAKE_TOKEN,
+    NO_METRICS,
     PINS,
     PROJECT,
     ROOT,
+    all_pods,
     cluster_of,
+    commands,
     load,
     pods,
+    readme_section,
     slurm,
     text,
 )
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from pipeline import config
 
@@ -29,7 +38,7 @@ from pipeline import config
 def test_all_name_one_image_of_this_version() -> None:
     images = {
         *(load(name)["docker"]["image"] for name in LAUNCHED),
-        *(container["image"] for name in KUBERAY for pod in pods(name) for container in pod["spec"]["containers"]),
+        *(container["image"] for name in KUBERAY for pod in all_pods(name) for container in pod["spec"]["containers"]),
         *re.findall(r"docker build .*-t (\S+) \.", text("Dockerfile")),
     }
     assert images == {f"registry.example.com/odedit:{PROJECT['project']['version']}"}
@@ -38,14 +47,49 @@ def test_all_name_one_image_of_this_version() -> None:
 def test_versions_are_those_of_the_project() -> None:
     from packaging.specifiers import SpecifierSet
 
-    (python,) = re.findall(r"^FROM python:(\S+?)-slim", text("Dockerfile"), flags=re.MULTILINE)
+    base = r"^FROM python:([\d.]+)-slim-\w+@sha256:[0-9a-f]{64}$"
+    (python,) = re.findall(base, text("Dockerfile"), flags=re.MULTILINE)
     assert python in SpecifierSet(PROJECT["project"]["requires-python"])
-    assert python == PROJECT["tool"]["mypy"]["python_version"]
+    assert python.startswith(PROJECT["tool"]["mypy"]["python_version"] + ".")
     assert {cluster_of(name)["rayVersion"] for name in KUBERAY} == {PINS["ray"]}
     installs = re.findall(r"^RUN pip install (.*)$", text("Dockerfile"), flags=re.MULTILINE)
     assert len(installs) == 2 and all("-c constraints.txt" in line for line in installs)
     # Without a pin, the newest version on the day of the build.
     assert {"torch", "boto3"} <= set(installs[0].split()) & set(PINS)
+    # The driver of a search's storage at postgresql+psycopg://.
+    assert installs[1].endswith(" .") and [
+        line for line in PROJECT["project"]["dependencies"] if line.startswith("psycopg[binary]")
+    ]
+
+
+def test_everything_that_the_project_needs_in_turn_is_pinned() -> None:
+    needed = {*PROJECT["project"]["dependencies"]}
+    for lines in PROJECT["project"]["optional-dependencies"].values():
+        needed |= {*lines}
+    names = installed_for(needed)
+    assert len(names) > 100 and names - {"pip"} <= PINS.keys(), sorted(names - PINS.keys())
+    # What the CUDA build of torch leaves open.
+    assert {"cuda-bindings", "cuda-pathfinder", "nvidia-nvjitlink", "triton"} <= PINS.keys()
+
+
+def installed_for(requirements: Iterable[str]) -> set[str]:
+    """The installed distributions that requirements bring, with what these need in turn."""
+    found: set[tuple[str, str]] = set()
+    waiting = [Requirement(line) for line in requirements]
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        for extra in ("", *requirement.extras):
+            if (name, extra) in found:
+                continue
+            try:
+                lines = requires(name) or []
+            except PackageNotFoundError:  # not on this platform
+                continue
+            found.add((name, extra))
+            more = [Requirement(line) for line in lines]
+            waiting += [item for item in more if item.marker is None or item.marker.evaluate({"extra": extra})]
+    return {name for name, _ in found}
 
 
 def test_the_image_gets_everything_that_its_build_needs_and_nothing_else() -> None:
@@ -61,14 +105,14 @@ def test_the_image_gets_everything_that_its_build_needs_and_nothing_else() -> No
     assert lines[0] == "*" and {line[1:] for line in lines if line.startswith("!")} == copied
 
 
-def environment(name: str) -> dict[str, str | None]:
-    """Variables that a container gets, by value; None: from a Secret."""
+def environment(name: str) -> dict[str, str]:
+    """Variables that a container gets, without those of a Secret."""
     if name in LAUNCHED:
         options = [option.removeprefix("--env=") for option in load(name)["docker"]["run_options"] if "--env" in option]
         return dict(option.split("=", 1) for option in options)
     first, *others = [pod["spec"]["containers"][0]["env"] for pod in pods(name)]
     assert all(env == first for env in others)
-    return {item["name"]: item.get("value") for item in first}
+    return {item["name"]: item["value"] for item in first}
 
 
 def test_every_node_demands_the_token_and_has_the_same_storage() -> None:
@@ -87,17 +131,49 @@ def test_every_node_demands_the_token_and_has_the_same_storage() -> None:
     assert "RAY_AUTH_MODE=token" in text("slurm.sh")
 
 
-def test_kubernetes_gives_every_credential_that_is_documented_and_only_from_the_secret() -> None:
-    from mlflow.environment_variables import MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_USERNAME
+def test_every_node_on_kubernetes_gets_all_of_the_secret_if_there_is_one() -> None:
+    from mlflow import environment_variables as mlflow
 
-    assert CREDENTIALS[:2] == (MLFLOW_TRACKING_USERNAME.name, MLFLOW_TRACKING_PASSWORD.name)
+    names = [getattr(mlflow, name).name for name in CREDENTIALS if name.startswith("MLFLOW_")]
+    assert tuple(names) == CREDENTIALS[:3]
     for name in KUBERAY:
-        assert {key for key, value in environment(name).items() if value is None} == {*CREDENTIALS, "AWS_ENDPOINT_URL"}
         for pod in pods(name):
-            for item in pod["spec"]["containers"][0]["env"]:
-                assert ("value" in item) or item["valueFrom"]["secretKeyRef"]["key"] == item["name"]
-    for key in CREDENTIALS:
-        assert key in text("run.yaml"), key
+            (container,) = pod["spec"]["containers"]
+            assert container["envFrom"] == [{"secretRef": {"name": "odedit-secrets", "optional": True}}]
+        assert not environment(name).keys() & {*CREDENTIALS}
+    for key in (*CREDENTIALS, "AWS_ENDPOINT_URL"):
+        assert key in text("raycluster.yaml"), key
+
+
+def test_no_node_opens_a_metrics_port() -> None:
+    """The image's variables are those of every container that names no others."""
+    image = dict(re.findall(r"^(?:ENV| {3}) (\w+)=(\S+)", text("Dockerfile"), flags=re.MULTILINE))
+    assert NO_METRICS.items() <= image.items()
+    for name in (*LAUNCHED, *KUBERAY):
+        assert not environment(name).keys() & NO_METRICS.keys()
+    line = " ".join(f"{key}={value}" for key, value in NO_METRICS.items())
+    assert f"\nexport {line}\n" in text("slurm.sh")
+    assert f" {line}\n" in readme_section()
+
+
+def test_the_token_is_made_alike_everywhere() -> None:
+    for name in LAUNCHED:
+        assert MAKE_TOKEN in commands(name)
+    assert f"\n    {MAKE_TOKEN}\n" in readme_section()
+    for content in (*map(text, (path.name for path in FILES)), readme_section()):
+        assert content.count("get-auth-token") == content.count(MAKE_TOKEN)
+
+
+def test_only_pods_of_the_clusters_reach_each_other_and_kuberay_the_dashboard() -> None:
+    policy = load("network.yaml")["spec"]
+    assert policy["policyTypes"] == ["Ingress"]
+    for name in KUBERAY:
+        for pod in all_pods(name):
+            assert policy["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    among, kuberay = policy["ingress"]
+    assert among == {"from": [{"podSelector": policy["podSelector"]}]}
+    assert [port["port"] for port in kuberay["ports"]] == [8265]
+    assert kuberay["from"][0]["podSelector"]["matchLabels"] == {"app.kubernetes.io/component": "kuberay-operator"}
 
 
 def test_the_run_takes_as_many_gpu_workers_as_each_file_starts() -> None:
@@ -125,22 +201,28 @@ def test_containers_run_as_the_images_user_whose_home_holds_the_token() -> None:
         for pod in pods(name):
             context = pod["spec"]["securityContext"]
             assert (context["runAsNonRoot"], context["runAsUser"], context["fsGroup"]) == (True, int(uid), int(uid))
-            assert pod["spec"]["containers"][0]["securityContext"]["allowPrivilegeEscalation"] is False
+            assert context["fsGroupChangePolicy"] == "OnRootMismatch"
+        for pod in all_pods(name):
+            assert pod["spec"]["securityContext"]["runAsUser"] == int(uid)
+    parameters = load("efs.yaml")["parameters"]
+    assert (parameters["uid"], parameters["gid"], parameters["provisioningMode"]) == (uid, uid, "efs-ap")
     for name in LAUNCHED:
         assert load(name)["file_mounts"] == {f"{home}/.ray/auth_token": "~/.ray/auth_token"}
 
 
 def test_nothing_is_open_to_the_world() -> None:
     for path in FILES:
-        assert not re.search(r"0\.0\.0\.0|LoadBalancer|NodePort|Ingress", path.read_text()), path.name
+        assert not re.search(r"0\.0\.0\.0|LoadBalancer|NodePort|kind: Ingress|enableIngress", path.read_text()), (
+            path.name
+        )
     assert {cluster_of(name)["headGroupSpec"]["serviceType"] for name in KUBERAY} == {"ClusterIP"}
     assert "--include-dashboard=false" in text("slurm.sh")
 
 
 # A name that ends like a secret's, with a value that is neither taken from somewhere else nor empty.
 SECRET = re.compile(
-    r"""[\w-]*(?:password|secret|token|access_key|access_key_id|api_key|credential)s?["']?\s*[=:]\s*["']?(?![$({"'\s])[^\s"'#]{4,}"""
-    r"|AKIA[0-9A-Z]{16}|hf_[A-Za-z0-9]{20,}|-----BEGIN|://[^/\s:@]+:[^/\s@]+@|\b[0-9a-f]{32,}\b",
+    r"""[\w-]*(?:password|secret|token|access_key|access_key_id|api_key|credential)s?["']?\s*[=:]\s*["']?(?![$({*&"'\s])[^\s"'#]{4,}"""
+    r"|AKIA[0-9A-Z]{16}|hf_[A-Za-z0-9]{20,}|-----BEGIN|://[^/\s:@]+:[^/\s@]+@|(?<!@sha256:)\b[0-9a-f]{32,}\b",
     re.IGNORECASE,
 )
 
@@ -181,7 +263,7 @@ def test_every_file_ships_with_the_package() -> None:
 
 
 def test_the_readme_says_what_each_file_is_for() -> None:
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("### On a cluster")[1].split("\n## ")[0]
+    section = readme_section()
     named = {
         name for cell in re.findall(r"^\| (`[^|]*) \|", section, flags=re.M) for name in re.findall(r"`([^`]+)`", cell)
     }

@@ -26,6 +26,7 @@ SCONTROL = """#!/usr/bin/env bash
 [[ $* == "show hostnames node[1-2]" ]] && printf '%s\\n' $NODES
 """
 RAY = """#!/usr/bin/env bash
+stat -c %a "/tmp/ray-$SLURM_JOB_ID" >> "$MODES"
 [[ $* == *--address* && -n ${FAILING:-} ]] && exit 1
 trap 'exit 0' TERM
 while true; do sleep 0.1; done
@@ -68,8 +69,13 @@ class Allocation:
             "SLURM_CPUS_PER_TASK": "2",
             "ODEDIT_HEAD_IP": "127.0.0.1",
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray stays on the loopback address
-            **{name.upper(): str(folder / name) for name in ("steps", "called", "asked")},
+            **{name.upper(): str(folder / name) for name in ("steps", "called", "asked", "modes")},
         }
+
+    @property
+    def scratch(self) -> Path:
+        """Where Ray works on a node, while the job runs."""
+        return Path(f"/tmp/ray-{self.job}")
 
     def read(self, name: str) -> str:
         return (self.folder / name).read_text()
@@ -117,7 +123,7 @@ def test_the_command_runs_once_all_nodes_have_joined_and_its_exit_code_counts(al
 
     steps = dict(re.findall(r"--nodelist=(\S+) (.*)", allocation.read("steps")))
     assert set(steps) == {"node1", "node2"}
-    assert "--cpus-per-task=2 ray start --block --num-cpus=2 " in steps["node1"]
+    assert "--cpus-per-task=2 bash -c " in steps["node1"] and " --block --num-cpus=2 " in steps["node1"]
     assert f"--head --node-ip-address=127.0.0.1 --port={allocation.port} --include-dashboard=false" in steps["node1"]
     assert f"--address=127.0.0.1:{allocation.port}" in steps["node2"]
 
@@ -131,6 +137,24 @@ def test_every_step_has_the_token_which_is_another_for_each_job_and_on_no_comman
         assert mode == "token" and re.fullmatch("[0-9a-f]{64}", token) and token not in command
         tokens.add(token)
     assert len(tokens) == 2
+
+
+def test_what_ray_writes_on_a_node_is_the_users_alone_and_goes_with_the_job(allocation: Allocation) -> None:
+    allocation.run("edit")
+    assert allocation.read("modes").split() == ["700", "700"]
+    *_, last = allocation.read("steps").splitlines()
+    assert last.endswith(f"--nodes=2 --ntasks=2 rm -rf -- {allocation.scratch}")
+    assert not allocation.scratch.exists()
+
+
+def test_a_folder_that_another_user_has_put_in_its_place_is_not_used(allocation: Allocation) -> None:
+    elsewhere = allocation.folder / "elsewhere"
+    elsewhere.mkdir(mode=0o755)
+    allocation.scratch.symlink_to(elsewhere)
+    ended = allocation.run("edit")
+    assert ended.returncode == 1 and "the others ended" in ended.stderr
+    assert elsewhere.stat().st_mode & 0o777 == 0o755 and not list(elsewhere.iterdir())
+    assert not (allocation.folder / "modes").exists() and not allocation.scratch.is_symlink()
 
 
 def test_a_node_that_does_not_join_ends_the_job(allocation: Allocation) -> None:
@@ -161,6 +185,6 @@ def test_a_real_ray_is_started_used_and_ended(tmp_path: Path) -> None:
         ended = allocation.run("edit", "--config", str(tmp_path / "run.yaml"))
         assert ended.returncode == 2, ended.stderr
         assert "Ray: 1 of 1 nodes have joined." in ended.stderr and "Did you mean 'wise'?" in ended.stderr
-        assert allocation.left() == []
+        assert allocation.left() == [] and not allocation.scratch.exists()
     finally:
-        shutil.rmtree(f"/tmp/ray-{allocation.job}", ignore_errors=True)
+        shutil.rmtree(allocation.scratch, ignore_errors=True)
