@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from odedit.errors import InputError
     from odedit.metrics import EvaluationConfig, evaluate, paired, summarize
     from odedit.negatives import NegativePool
-    from odedit.objective import Objective, ObjectiveConfig, calibrate
+    from odedit.objectives import Objective, ObjectiveConfig, calibrate
     from odedit.progress import EditResult
     from odedit.prompts import find_template
 
@@ -29,7 +29,7 @@ _HOME = {
     "errors": ("InputError",),
     "metrics": ("EvaluationConfig", "evaluate", "paired", "summarize"),
     "negatives": ("NegativePool",),
-    "objective": ("Objective", "ObjectiveConfig", "calibrate"),
+    "objectives": ("Objective", "ObjectiveConfig", "calibrate"),
     "progress": ("EditResult",),
     "prompts": ("find_template",),
 }

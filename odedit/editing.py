@@ -19,7 +19,8 @@ from odedit.backbones.base import Backbone, Prefix
 from odedit.brief import brief
 from odedit.editors.base import Editor, Trace
 from odedit.edits import EditBatch, EditParams, stack_params
-from odedit.objective import Objective, Terms, Unedited
+from odedit.objectives.base import Objective
+from odedit.objectives.common.terms import Terms, Unedited
 from odedit.primal_dual import PrimalDual, State
 from odedit.progress import EditResult, Progress
 from odedit.stages import stage, unmeasured

@@ -18,8 +18,11 @@ from torch import Tensor
 from odedit.brief import brief
 from odedit.editors.base import Editor, OptimizerSettings
 from odedit.edits import EditParams, stack_params
-from odedit.irm_tv import DUAL_DECAY, CountSketch, MultiplierNetwork, features, flat_input, penalty_schedule
-from odedit.objective import ObjectiveConfig, Terms
+from odedit.objectives.base import BaseConfig
+from odedit.objectives.common.multiplier import DUAL_DECAY, MultiplierNetwork, features, flat_input
+from odedit.objectives.common.penalty import penalty_schedule
+from odedit.objectives.common.sketch import CountSketch
+from odedit.objectives.common.terms import Terms
 
 _BETAS = (0.9, 0.999)
 _EPSILON = 1e-8
@@ -70,13 +73,14 @@ class State:
 class PrimalDual:
     """Steps of E edits; pure: takes and returns parameters and state."""
 
-    def __init__(self, editor: Editor, config: ObjectiveConfig, max_steps: int, seed: int = 0) -> None:
+    def __init__(self, editor: Editor, config: BaseConfig, max_steps: int, seed: int = 0) -> None:
         self._editor = editor
-        self._config = config
+        self._config = config.invariance
         self._seed = seed
-        self._fixed = config.fixed_multiplier()
+        self._fixed = self._config.fixed
         config.check(editor)
-        self._shares = [penalty_schedule(step, max_steps, config.warmup, config.ramp) for step in range(max_steps + 1)]
+        warmup, ramp = self._config.warmup, self._config.ramp
+        self._shares = [penalty_schedule(step, max_steps, warmup, ramp) for step in range(max_steps + 1)]
         self._schedule = torch.tensor(self._shares)
 
     def init(self, params: EditParams) -> State:
@@ -205,9 +209,7 @@ class PrimalDual:
         else:
             sizes = tuple((name, value[0].numel()) for name, value in sorted(params.items()))
             phi_EP = _sketch(sizes, config.sketch_dim, self._seed)({n: params[n] - origin[n] for n in params})
-        return features(
-            phi_EP, torch.stack(list(terms.risks.values()), 1), torch.stack(list(terms.scale_gradients.values()), 1)
-        )
+        return features(phi_EP, *terms.multiplier_inputs())
 
     def _init_delta(self, context_EI: Tensor) -> EditParams:
         num_edits, width = context_EI.shape

@@ -18,8 +18,11 @@ from torch import Tensor
 from odedit.brief import brief
 from odedit.editors.base import Mergeable
 from odedit.edits import EditParams
-from odedit.irm_tv import DUAL_DECAY, CountSketch, MultiplierNetwork, features, flat_input, penalty_schedule
-from odedit.objective import ObjectiveConfig, Terms
+from odedit.objectives.base import BaseConfig
+from odedit.objectives.common.multiplier import DUAL_DECAY, MultiplierNetwork, features, flat_input
+from odedit.objectives.common.penalty import penalty_schedule
+from odedit.objectives.common.sketch import CountSketch
+from odedit.objectives.common.terms import Terms
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,11 @@ class Dual:
 class SharedMultiplier:
     """Adds lambda times the penalty to the objective, and moves lambda; pure but for the sketch's hash."""
 
-    def __init__(self, config: ObjectiveConfig, max_steps: int, seed: int) -> None:
-        self._config = config
+    def __init__(self, config: BaseConfig, max_steps: int, seed: int) -> None:
+        self._config = config.invariance
         self._max_steps = max_steps
         self._seed = seed
-        self._fixed = config.fixed_multiplier()
+        self._fixed = self._config.fixed
         self._sketch: CountSketch | None = None
 
     def schedule(self, step: int) -> float:
@@ -91,9 +94,7 @@ class SharedMultiplier:
                 sizes = {site: value[0].numel() for site, value in change.items()}
                 self._sketch = CountSketch(sizes, self._config.multiplier.sketch_dim, self._seed)
             phi_EP = self._sketch(change)
-        return features(
-            phi_EP, torch.stack(list(terms.risks.values()), 1), torch.stack(list(terms.scale_gradients.values()), 1)
-        )
+        return features(phi_EP, *terms.multiplier_inputs())
 
     def _initial(self, context_EI: Tensor) -> EditParams:
         return MultiplierNetwork.init(self._config.multiplier, context_EI.shape[1], 1, self._seed, context_EI.device)

@@ -20,7 +20,8 @@ from odedit.brief import brief
 from odedit.editors.base import Editor, Estimating, Mergeable, Trainable, TrainingSettings
 from odedit.edits import EditBatch, EditParams
 from odedit.locations import Place, at
-from odedit.objective import Objective, Terms
+from odedit.objectives.base import Objective
+from odedit.objectives.common.terms import Terms
 from odedit.shared_multiplier import SharedMultiplier
 from odedit.training_state import TrainingState, read_state, write_state
 
@@ -64,7 +65,7 @@ class Trained:
 def train(
     backbone: Backbone,
     editor: Trainable,
-    objective: Objective,
+    objective: Objective | None,
     records: TrainingRecords,
     validation: TrainingRecords,
     *,
@@ -77,7 +78,8 @@ def train(
 
     Args:
         editor: With settings; weights it may hold are not read.
-        objective: If the editor trains with it: replaces the native loss, or under `native_kl` adds R_loc to it.
+        objective: Replaces the editor's own training loss, or adds terms to it (see `BaseConfig`); None: neither. Not
+            read for an editor that trains with its own loss alone.
         seed: Of the initial weights, the order of the records, and the multiplier network.
         path: File of the training's state: written at every look at the validation records and when interrupted;
             where it exists, training goes on from it. None: nothing is written.
@@ -142,19 +144,22 @@ class _Trainer:
         self,
         backbone: Backbone,
         editor: Trainable,
-        objective: Objective,
+        objective: Objective | None,
         records: TrainingRecords,
         validation: TrainingRecords,
         seed: int,
     ) -> None:
-        self._backbone, self._editor, self._objective = backbone, editor, objective
+        self._backbone, self._editor = backbone, editor
         self._records, self._validation, self._seed = records, validation, seed
         self._settings: TrainingSettings = editor.training
-        name = objective.config.name if editor.trains_with_objective else "native"
-        self._with_objective, self._with_locality = name in ("odedit", "contrast"), name == "native_kl"
-        self._multiplier = SharedMultiplier(objective.config, self._settings.max_steps, seed)
-        if self._with_objective and objective.config.fixed_multiplier() is None and not isinstance(editor, Mergeable):
-            raise ValueError("penalty='adaptive' reads the change of the weights, which this editor cannot state.")
+        self._objective = objective if editor.trains_with_objective else None
+        # Only where the objective replaces the editor's own loss.
+        self._multiplier: SharedMultiplier | None = None
+        if self._objective is not None and self._objective.config.replaces_native_loss:
+            config = self._objective.config
+            if config.invariance.fixed is None and not isinstance(editor, Mergeable):
+                raise ValueError("penalty='adaptive' reads the change of the weights, which this editor cannot state.")
+            self._multiplier = SharedMultiplier(config, self._settings.max_steps, seed)
 
     def first_state(self) -> TrainingState:
         weights = self._editor.initial_weights(self._backbone, self._seed)
@@ -176,7 +181,7 @@ class _Trainer:
             first = (state.step * settings.accumulate + part) * settings.batch_size
             batch = self._records.batch(draw(settings.batch_size, len(self._records), first, self._seed))
             editor = self._editor.with_weights(weights)
-            if self._with_objective:
+            if self._multiplier is not None:
                 terms, params = self._terms(editor, batch, state.step)
                 loss_E, multiplier_E, dual = self._multiplier.penalised(
                     editor, params, terms, dual, state.step, ascend=part == 0
@@ -205,7 +210,8 @@ class _Trainer:
             for start in range(0, len(self._validation), size):
                 numbers = range(start, min(start + size, len(self._validation)))
                 batch = self._validation.batch(list(numbers))
-                loss_E = self._terms(editor, batch)[0].total if self._with_objective else self._native(editor, batch)
+                replaced = self._multiplier is not None
+                loss_E = self._terms(editor, batch)[0].total if replaced else self._native(editor, batch)
                 self._check_finite(loss_E, batch, state.step)
                 total += float(loss_E.sum())
         loss = total / len(self._validation)
@@ -227,24 +233,27 @@ class _Trainer:
     def _native(self, editor: Editor, batch: EditBatch) -> Tensor:
         assert isinstance(editor, Trainable)
         loss_E = editor.native_training_loss(self._backbone, batch)
-        if self._with_locality:
-            weight = self._objective.config.locality_weight
-            loss_E = loss_E + weight * self._terms(editor, batch)[0].risks["loc"]
+        if self._objective is not None and self._objective.config.terms_added_to_training:
+            config, (terms, _) = self._objective.config, self._terms(editor, batch)
+            for name in config.terms_added_to_training:
+                loss_E = loss_E + config.weights[name] * terms.risks[name]
         return loss_E
 
     def _terms(self, editor: Editor, batch: EditBatch, step: int = 0) -> tuple[Terms, EditParams]:
         """The objective of records edited by these weights, and phi_e as the weights make it."""
+        objective = self._objective
+        assert objective is not None
         # A record comes back after as many steps as an epoch has: the number itself might always bring the same turn.
         turn = zlib.crc32(f"{self._seed} {step}".encode())
-        batch = self._objective.in_turn(batch.select(self._objective.slots(editor, batch)), turn)
+        batch = objective.in_turn(batch.select(objective.slots(editor, batch)), turn)
         prefix = self._backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise)
         with torch.no_grad():
             base_EKTD = self._backbone.suffix(prefix, batch.predict_EKT)
         params = editor.init(self._backbone, batch, prefix)
         with editor.applied(self._backbone, params, batch) as trace:
-            hidden = self._backbone.suffix(prefix, self._objective.read(batch))
-        unedited = self._objective.unedited(self._backbone, batch, base_EKTD)
-        return self._objective(self._backbone, editor, params, trace, batch, hidden, unedited), params
+            hidden = self._backbone.suffix(prefix, objective.read(batch))
+        unedited = objective.unedited(self._backbone, batch, base_EKTD)
+        return objective(self._backbone, editor, params, trace, batch, hidden, unedited), params
 
     def _check_finite(self, loss_E: Tensor, batch: EditBatch, step: int) -> None:
         wrong = [name for name, ok in zip(batch.edit_ids, torch.isfinite(loss_E).tolist(), strict=True) if not ok]

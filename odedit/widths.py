@@ -11,10 +11,11 @@ import math
 
 from torch import Tensor
 
+from odedit import objectives
 from odedit.backbones.base import Backbone, Prefix
 from odedit.editors.base import Editor
 from odedit.edits import EDIT, REPHRASE, EditBatch, EditParams, is_locality
-from odedit.objective import Objective, ObjectiveConfig
+from odedit.objectives.base import Objective
 
 _KEPT = 12
 """Times the hidden size that a layer keeps of a position: what enters its norms, queries, keys, values, what attention
@@ -42,7 +43,8 @@ def width_like_native(
     """
     device, num_edits = batch.tokens_EKS.device.type, batch.num_edits
     of_one = _kept(backbone, editor, objective, batch, prefix)
-    of_all = num_edits * _kept(backbone, editor, Objective(ObjectiveConfig(name="native")), batch, prefix)
+    native = objectives.Objective(objectives.ObjectiveConfig("native"))
+    of_all = num_edits * _kept(backbone, editor, native, batch, prefix)
     leeway = _LEEWAY_OF_HEAD if _is_read_alone(backbone, editor, objective.read(batch), prefix) else _LEEWAY
     room = of_all + leeway.get(device, leeway["cuda"])
     busy = math.ceil(_WORK.get(device, _WORK["cuda"]) / _operations(backbone, of_one))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from odedit import editors, graphs
+from odedit import editors, graphs, objectives
 from odedit.addresses import masked
 from odedit.backbones import Backbone, encode_requests
 from odedit.checkpoint import EditInfo, save_edit
@@ -29,7 +29,8 @@ from odedit.memory import peak_memory
 from odedit.metrics import evaluate
 from odedit.mmedit import RawRecord
 from odedit.negatives import NegativePool
-from odedit.objective import CALIBRATION_STATES, Objective, calibrate
+from odedit.objectives import CALIBRATION_STATES, calibrate
+from odedit.objectives.base import Objective, Positions
 from odedit.pack_format import is_pack_reference
 from odedit.pool import image_names, normal, scored_prompts
 from odedit.process import settle
@@ -248,10 +249,10 @@ class EditActor:
     def _objective(self) -> Objective:
         """Made for the first group that has something to edit: a run of unusable records has nothing to measure."""
         if self._lazy_objective is None:
-            job = self._job
+            job, settings = self._job, self._job.config.objective.settings
             read_pool = partial(staging.read_pool, job.workspace, job.sources)
-            self._negatives = negative_pool(job.config.objective, self._backbone, read_pool, self._editor.sites)
-            self._lazy_objective = Objective(self._job.config.objective, self._bandwidth())
+            self._negatives = negative_pool(settings, self._backbone, read_pool, self._editor.sites)
+            self._lazy_objective = objectives.Objective(settings, self._bandwidth())
         if isinstance(self._editor, Measuring) and not self._is_measured:
             unscored = self._unscored()
             if unscored:  # else the editor makes do with what supervises each edit
@@ -315,9 +316,9 @@ class EditActor:
         return all(len(cell.tokens) <= self._backbone.max_positions for cell in cells)
 
     def _num_states(self, request: EditRequest) -> int:
-        """How many states one request gives the measurement, as `odedit.objective.calibrate` selects them."""
+        """How many states one request gives the measurement, as `odedit.objectives.calibrate` selects them."""
         probes = [request.edit, *(request.supervision[slot] for slot in REPHRASE_SLOTS if slot in request.supervision)]
-        is_target = self._job.config.objective.positions == "target"
+        is_target = self._job.config.objective.settings.calibrated_positions == "target"
         total = 0
         for probe in probes:
             cell = self._backbone.sequence(probe, self._template)
@@ -327,22 +328,22 @@ class EditActor:
     def _bandwidth(self) -> float | None:
         """sigma_0^2, measured once per run and shared by all workers through a file."""
         config, path = self._job.config, self._job.workspace.calibration
-        if not config.objective.needs_bandwidth or config.objective.sigma2_0 is not None:
-            return config.objective.sigma2_0
+        positions = config.objective.settings.calibrated_positions
+        if positions is None:
+            return None
         if not path.exists():
             job = self._job
             rephrases = replace(config.supervision, locality_source="record", near_locality=False)
             # Another run of this worker, with the same records and model, has measured the same.
             files = tuple(job.sources.identity().items())
-            key = (files, config.data, config.backbone, rephrases, config.objective.positions, job.device)
+            key = (files, config.data, config.backbone, rephrases, positions, job.device)
             if key not in _MEASURED:
-                _MEASURED[key] = self._measure_bandwidth()
+                _MEASURED[key] = self._measure_bandwidth(positions)
             # The first worker's value counts for all, whatever kind of machine it runs on.
             path.write_once(json.dumps(_MEASURED[key], indent=2) + "\n")
         return float(read_json(path)["sigma2_0"])
 
-    def _measure_bandwidth(self) -> dict[str, Any]:
-        positions = self._job.config.objective.positions
+    def _measure_bandwidth(self, positions: Positions) -> dict[str, Any]:
         requests, setting = self._unedited()
         try:
             value = calibrate(self._backbone, requests, self._template, positions)

@@ -11,20 +11,19 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from odedit import backbones, editors
+from odedit import backbones, discovery, editors, objectives
 from odedit.addresses import reason
 from odedit.editing import Stopping
 from odedit.errors import InputError, unknown_name
 from odedit.locations import Place, at
 from odedit.metrics import EvaluationConfig
-from odedit.objective import ObjectiveConfig
 from odedit.prompts import find_template
 from odedit.supervision import Supervision
 from pipeline import strict
@@ -215,19 +214,49 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class EditorChoice:
-    """A base editor and its settings: in YAML, `name` and the settings side by side.
+class _Plugins:
+    """A kind of plug-in that a section of the configuration chooses from.
 
     Attributes:
-        given: Settings that the user has set; the others may be fitted to the model.
+        package: The package with `find`.
+        default: Name of the plug-in where the section names none.
+        sharing: `Config` of the plug-ins whose settings may stand in the section beside those of the chosen one.
+    """
+
+    package: Any
+    default: str
+    sharing: Callable[[], tuple[type, ...]] = tuple
+
+
+_PLUGINS = {
+    "editor": _Plugins(editors, "wise"),
+    "objective": _Plugins(objectives, objectives.DEFAULT, objectives.configs),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plug-in and its settings: in YAML, `name` and the settings side by side.
+
+    Attributes:
+        name: File name in the plug-ins' folder, or a dotted module.
+        settings: Its `Config`.
+        others: Settings of the section that the plug-in does not have, by name: those of the other objectives.
+        given: Names of the settings that the user has set; the others may be fitted to the model.
     """
 
     name: str
     settings: Any
+    others: Mapping[str, Any] = field(default_factory=dict)
     given: frozenset[str] = field(default=frozenset(), compare=False)
 
-    def to_dict(self) -> dict[str, Any]:
+    def own_values(self) -> dict[str, Any]:
+        """The name, and plain values of the plug-in's own settings."""
         return {"name": self.name, **dataclasses.asdict(self.settings)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values of the whole section."""
+        return self.own_values() | {name: _plain(value) for name, value in self.others.items()}
 
 
 @dataclass(frozen=True)
@@ -243,8 +272,8 @@ class RunConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     data: DataConfig = field(default_factory=DataConfig)
     supervision: Supervision = field(default_factory=Supervision)
-    editor: EditorChoice = field(default_factory=lambda: _editor_choice({}, []))
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    editor: Choice = field(default_factory=lambda: _choice("editor", {}, []))
+    objective: Choice = field(default_factory=lambda: _choice("objective", {}, []))
     stopping: Stopping = field(default_factory=Stopping)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
@@ -264,8 +293,7 @@ class RunConfig:
         """Plain values of every setting, as YAML and JSON have them."""
         values = {name: getattr(self, name) for name in _names()}
         plain = {
-            name: value.to_dict() if isinstance(value, EditorChoice) else _plain(value)
-            for name, value in values.items()
+            name: value.to_dict() if isinstance(value, Choice) else _plain(value) for name, value in values.items()
         }
         return json.loads(json.dumps(plain))
 
@@ -296,17 +324,17 @@ def load(path: Place | None, overrides: Sequence[str] = ()) -> RunConfig:
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
     """The run that a mapping as read from YAML describes. Raises InputError as `load` does."""
     problems: list[str] = []
-    rest = {key: value for key, value in values.items() if key != "editor"}
-    accepted: dict[str, Any] = {"editor": _editor_choice(values.get("editor", {}), problems)}
+    rest = {key: value for key, value in values.items() if key not in _PLUGINS}
+    accepted: dict[str, Any] = {kind: _choice(kind, values.get(kind), problems) for kind in _PLUGINS}
     try:
         run = strict.build(RunConfig, rest)
-        accepted |= {name: getattr(run, name) for name in _names() if name != "editor"}
+        accepted |= {name: getattr(run, name) for name in _names() if name not in _PLUGINS}
         _check_family(run.backbone.family, problems)
     except InputError as error:
         problems.extend(str(error).splitlines())
     strict.raise_problems(problems)
     run = RunConfig(**accepted)
-    run.objective.check(editors.find(run.editor.name)(run.editor.settings))
+    run.objective.settings.check(editors.find(run.editor.name)(run.editor.settings))
     return run
 
 
@@ -315,25 +343,49 @@ def _check_family(name: str, problems: list[str]) -> None:
         problems.append(f"backbone.family: {unknown_name('backbone', name, backbones.names())}")
 
 
-def _editor_choice(section: Any, problems: list[str]) -> EditorChoice:
-    if not isinstance(section, Mapping):
+def _choice(kind: str, section: Any, problems: list[str]) -> Choice:
+    """The plug-in that a section names, and its settings; mistakes are added to `problems`.
+
+    Args:
+        kind: Name of the section, a key of `_PLUGINS`.
+    """
+    plugins = _PLUGINS[kind]
+    if not isinstance(section, Mapping | None):
         problems.append(
-            f"editor: got {strict.show(section)}, expected a section with 'name' and the editor's settings."
+            f"{kind}: got {strict.show(section)}, expected a section with 'name' and the {kind}'s settings."
         )
-        section = {}
-    name = section.get("name", "wise")
-    settings = {key: value for key, value in section.items() if key != "name"}
+    given = dict(section) if isinstance(section, Mapping) else {}
+    name = str(given.pop("name", plugins.default))
     try:
-        config_class = editors.find(str(name)).Config
-        known = [item.name for item in dataclasses.fields(config_class)]
-        for key in [key for key in settings if key not in known]:
-            problems.append(strict.unknown_key(f"editor.{key}", str(key), [*known, "name"]))
-            del settings[key]
-        return EditorChoice(str(name), strict.build(config_class, settings, "editor"), frozenset(settings))
+        own = plugins.package.find(name).Config
     except InputError as error:
-        prefix = "" if str(error).startswith("editor.") else "editor.name: "
-        problems.extend(f"{prefix}{line}" for line in str(error).splitlines())
-    return EditorChoice(str(name), None)
+        problems.append(f"{kind}.name: {error}")
+        return Choice(name, None)
+    others = plugins.sharing()
+    parts, unknown = discovery.by_config(given, own, others)
+    known = [item.name for part in parts for item in dataclasses.fields(part)]
+    problems += [strict.unknown_key(f"{kind}.{key}", str(key), {*known, "name"}) for key in unknown]
+    built = {}
+    for config_class, values in parts.items():
+        try:
+            built[config_class] = strict.build(config_class, values, kind)
+        except InputError as error:
+            # Objectives share settings: a value is refused once.
+            problems += [line for line in str(error).splitlines() if line not in problems]
+    if len(built) < len(parts):
+        return Choice(name, None)
+    own_names = {item.name for item in dataclasses.fields(own)}
+    return Choice(
+        name,
+        built[own],
+        {
+            item.name: getattr(built[other], item.name)
+            for other in others
+            for item in dataclasses.fields(other)
+            if item.name not in own_names
+        },
+        frozenset(given),
+    )
 
 
 class _Loader(yaml.SafeLoader):

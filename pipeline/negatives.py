@@ -10,7 +10,7 @@ from odedit.backbones.base import Backbone, Processor, is_connector
 from odedit.edits import Picture
 from odedit.images import ImageError
 from odedit.negatives import NegativePool
-from odedit.objective import ObjectiveConfig
+from odedit.objectives.base import BaseConfig
 from odedit.pool import Pool
 from odedit.record_fields import image_reference
 
@@ -18,7 +18,7 @@ _PICTURES_AT_ONCE = 32
 
 
 def negative_pool(
-    config: ObjectiveConfig, backbone: Backbone, read_pool: Callable[[], Pool | None], sites: Sequence[str]
+    config: BaseConfig, backbone: Backbone, read_pool: Callable[[], Pool | None], sites: Sequence[str]
 ) -> NegativePool | None:
     """Where the objective's hard negatives come from; None if it uses none.
 
@@ -26,7 +26,7 @@ def negative_pool(
         read_pool: Other records, which a run under this objective has; asked if they are needed.
         sites: What the editor changes; decides whether the features are those before the connector.
     """
-    if config.name != "contrast":
+    if not config.num_negatives:
         return None
     pool = read_pool()
     assert pool is not None, "a run that needs other records does not begin without"
@@ -36,7 +36,7 @@ def negative_pool(
     while some := list(islice(pictures, _PICTURES_AT_ONCE)):
         for key, feature in backbone.image_features(some, before).items():
             features[key] = feature.cpu()
-    return NegativePool(features, config.negatives)
+    return NegativePool(features, config.num_negatives)
 
 
 def _pictures(pool: Pool, processor: Processor) -> Iterator[Picture]:

@@ -303,8 +303,9 @@ def _check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], workspace: 
 
 
 def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Every setting of a run with that editor, as if none had been given."""
-    return tracking.flatten(from_dict({"editor": {"name": settings["editor.name"]}}).to_dict())
+    """Every setting of a run with that editor and objective, as if none had been given."""
+    names = {kind: {"name": settings[f"{kind}.name"]} for kind in ("editor", "objective")}
+    return tracking.flatten(from_dict(names).to_dict())
 
 
 def _remember(workspace: Workspace, settings: Mapping[str, Any], code: str) -> None:

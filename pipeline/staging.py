@@ -81,10 +81,10 @@ def stage(config: RunConfig, sources: Sources, workspace: Workspace) -> Staged:
         InputError: The input cannot be read, none of its pictures is there, or held-out locality or hard negatives need
             a pool and there is none, or one whose records can supervise none of the run's.
     """
-    if sources.pool is None and config.objective.name == "contrast":
+    if sources.pool is None and config.objective.settings.num_negatives:
         raise InputError(
-            "objective.name: 'contrast' compares an edit with pictures of other records, and there are none. Set "
-            "data.pool to a file of other records (the training file)."
+            f"objective.name: {config.objective.name!r} compares an edit with pictures of other records, and there are "
+            "none. Set data.pool to a file of other records (the training file)."
         )
     needs_pool = sources.pool is not None and not _is_staged(workspace.pool)
     needs_records = not (_is_staged(workspace.records) and "group" in read_schema(workspace.records).names)
@@ -106,7 +106,7 @@ def check_for(tokenizer: Any) -> Check:
 def reads_locality(config: RunConfig) -> bool:
     """Whether edits of the run are made from locality supervision: what they do not read, no pool has to give."""
     editor = editors.find(config.editor.name)(config.editor.settings)
-    return not config.objective.reads(editor).isdisjoint(LOCALITY_SLOTS)
+    return not config.objective.settings.reads(editor).isdisjoint(LOCALITY_SLOTS)
 
 
 def _check_supervision(config: RunConfig, sources: Sources, pool: Pool | None, check: Check) -> None:

@@ -23,7 +23,7 @@ from odedit.errors import InputError, counted
 from odedit.images import ImageError
 from odedit.locations import Location, locate
 from odedit.mmedit import Check, read_records
-from odedit.objective import Objective, calibrate
+from odedit.objectives import Objective, calibrate
 from odedit.pool import Pool
 from odedit.process import settle
 from odedit.prompts import find_template
@@ -200,24 +200,20 @@ def _train(
     template = find_template(config.data.template)
     limits = {"training": config.training.limit, "validation": config.training.validation_limit}
     check = check_for(backbone.processor.tokenizer)
-    negatives = None
+    negatives, settings = None, config.objective.settings
     if editor.trains_with_objective:
-        negatives = negative_pool(
-            config.objective, backbone, lambda: _pool(config, found["training"], check), editor.sites
-        )
+        negatives = negative_pool(settings, backbone, lambda: _pool(config, found["training"], check), editor.sites)
     encoded = {part: EncodedRequests(backbone, template, editor.sites, negatives=negatives) for part in found}
-    bandwidth = config.objective.sigma2_0
+    bandwidth = None
     with _Bar(console, "record") as bar:
         for part, records in encoded.items():
             for chunk in _chunks(_requests(config, found[part], limits[part], part, check, say)):
-                needs_bandwidth = config.objective.needs_bandwidth and editor.trains_with_objective
+                needs_bandwidth = settings.needs_bandwidth and editor.trains_with_objective
                 if part == "training" and bandwidth is None and needs_bandwidth:
                     bandwidth = _bandwidth(config, backbone, chunk)
                 records.add(chunk)
                 bar(part, len(records), limits[part], {})
-    objective_config = config.objective
-    if bandwidth is None and objective_config.needs_bandwidth:
-        objective_config = replace(objective_config, name="native")  # not read
+    objective = Objective(settings, bandwidth) if editor.trains_with_objective else None
     say(", ".join(counted(len(records), f"{part} record") for part, records in encoded.items()) + ".")
     with _Bar(console, "step") as bar:
 
@@ -227,14 +223,15 @@ def _train(
             bar("training", state.step, editor.training.max_steps, shown | {"best validation": state.best_loss})
 
         return train(
-            backbone, editor, Objective(objective_config, bandwidth), encoded["training"], encoded["validation"],
+            backbone, editor, objective, encoded["training"], encoded["validation"],
             seed=config.seed, path=files.state, identity=identity, progress=show,
         )  # fmt: skip
 
 
 def _bandwidth(config: RunConfig, backbone: Backbone, requests: Sequence[EditRequest]) -> float:
     try:
-        return calibrate(backbone, requests, find_template(config.data.template), config.objective.positions)
+        positions = config.objective.settings.calibrated_positions
+        return calibrate(backbone, requests, find_template(config.data.template), positions)
     except ValueError as error:
         raise InputError(f"training.path: {error} Use other records, or set objective.sigma2_0.") from error
 

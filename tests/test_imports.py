@@ -51,22 +51,25 @@ def test_only_tracking_knows_mlflow() -> None:
     assert users == ["tracking.py"]
 
 
-def test_no_editor_imports_another_or_a_backbone_and_no_backbone_an_editor() -> None:
-    for folder, other in (("editors", "backbones"), ("backbones", "editors")):
-        names = {path.stem for path in sources(f"odedit/{folder}")} - {"base", "__init__"}
-        for path in sources(f"odedit/{folder}"):
-            if path.stem in ("base", "__init__"):
-                continue
-            modules = {
-                f"{node.module}.{alias.name}"
-                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-                if isinstance(node, ast.ImportFrom) and node.module
-                for alias in node.names
-            }
-            for module in modules:
-                assert not module.startswith(f"odedit.{other}.") or module.startswith(f"odedit.{other}.base.")
-                siblings = {f"odedit.{folder}.{name}" for name in names - {path.stem}}
-                assert not any(module.startswith(sibling) for sibling in siblings), f"{path.name} imports {module}"
+PLUGINS = ("editors", "backbones", "objectives")
+
+
+@pytest.mark.parametrize("folder", PLUGINS)
+def test_a_plug_in_imports_no_other(folder: str) -> None:
+    """Of its own folder `base` and what is in sub-packages, of the others' `base` alone."""
+    files = [path for path in sources(f"odedit/{folder}") if path.parent.name == folder and path.stem != "__init__"]
+    for path in files:
+        siblings = [f"odedit.{folder}.{one.stem}." for one in files if one.stem not in ("base", path.stem)]
+        others = [f"odedit.{other}." for other in PLUGINS if other != folder]
+        modules = {
+            f"{node.module}.{alias.name}."
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.ImportFrom) and node.module
+            for alias in node.names
+        }
+        for module in modules:
+            is_base = any(module.startswith(f"{other}base.") for other in others)
+            assert is_base or not module.startswith((*siblings, *others)), f"{path.name} imports {module}"
 
 
 def test_importing_the_core_loads_nothing_heavy_but_torch() -> None:

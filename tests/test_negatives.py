@@ -12,6 +12,7 @@ from torch.nn import functional
 from odedit import EditRequest, InputError, Objective, ObjectiveConfig, Stopping, edit, encode_requests, load_editor
 from odedit.edits import EDIT, REPHRASE, SUPERVISION_SLOTS, negative_slots
 from odedit.negatives import NegativePool
+from odedit.objectives.contrast import Contrast
 
 CONTRAST = ObjectiveConfig(name="contrast", negatives=5, negatives_at_once=2)
 
@@ -109,9 +110,9 @@ def test_what_no_step_gets_to_see_is_not_computed(backbone, supervision, monkeyp
         shown.append(batch.slots), prefix_of(batch, *sites, **how))[1])  # fmt: skip
     results = edit(backbone, editor, Objective(CONTRAST), supervision, stopping)
     assert shown == [(EDIT, REPHRASE, *negative_slots(seen))]
-    within = Objective.slots_within
-    monkeypatch.setattr(Objective, "slots_within", lambda self, slots, steps: tuple(slots))
-    monkeypatch.setattr(Objective, "slots_at_once", lambda self, slots: within(self, slots, 1))
+    within = Contrast.slots_within
+    monkeypatch.setattr(Contrast, "slots_within", lambda self, slots, steps: tuple(slots))
+    monkeypatch.setattr(Contrast, "slots_at_once", lambda self, slots: within(self, slots, 1))
     for result, whole in zip(results, edit(backbone, editor, Objective(CONTRAST), supervision, stopping), strict=True):
         assert result.steps == whole.steps == steps
         for name, curve in whole.curves.items():

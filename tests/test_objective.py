@@ -8,7 +8,7 @@ from made_up import TEMPLATE
 
 from odedit import Objective, ObjectiveConfig, calibrate, load_editor
 from odedit.edits import EDIT, LOCALITY_SLOTS, SUPERVISION_SLOTS
-from odedit.objective import _VALUES_AT_ONCE
+from odedit.objectives.base import _VALUES_AT_ONCE
 from odedit.selecting import gather_positions
 
 
@@ -91,7 +91,7 @@ def test_weights_scale_their_term_only(backbone, forward):
 def test_more_tokens_than_fit_at_once_have_the_same_risk_and_gradient(backbone, forward, monkeypatch):
     w = torch.ones(8, requires_grad=True)
     at_once = terms_at(backbone, forward, ObjectiveConfig(), w)
-    monkeypatch.setattr("odedit.objective._TOKENS_KEPT", 3)
+    monkeypatch.setattr("odedit.objectives.base._TOKENS_KEPT", 3)
     monkeypatch.setitem(_VALUES_AT_ONCE, "cpu", 3 * backbone.vocabulary_size)
     in_parts = terms_at(backbone, forward, ObjectiveConfig(), w)
     torch.testing.assert_close(in_parts.risks["loc"], at_once.risks["loc"])

@@ -9,8 +9,9 @@ import torch
 
 from odedit.editors.base import OptimizerSettings
 from odedit.errors import InputError
-from odedit.irm_tv import MultiplierConfig, MultiplierNetwork
-from odedit.objective import ObjectiveConfig, Terms
+from odedit.objectives import ObjectiveConfig
+from odedit.objectives.common.multiplier import MultiplierConfig, MultiplierNetwork
+from odedit.objectives.common.terms import TERMS, Terms
 from odedit.primal_dual import PrimalDual
 
 TARGET = torch.linspace(-1, 1, 12).reshape(3, 4)
@@ -35,7 +36,7 @@ def terms_of(params, penalty_weight=0.0):
     total = ((flat - TARGET[: len(flat)]) ** 2).sum(1) * torch.arange(1, len(flat) + 1)
     gradient = flat.sum(1)
     return Terms(
-        risks={"rel": total},
+        risks={name: total if name == "rel" else torch.zeros_like(total) for name in TERMS},
         total=total,
         scale_gradients={"rel": gradient},
         penalty=penalty_weight * gradient.square(),

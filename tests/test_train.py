@@ -10,6 +10,7 @@ import torch
 from made_up import TEMPLATE, make_pool, make_request
 
 from odedit import InputError, Objective, ObjectiveConfig, encode_requests, load_editor
+from odedit.objectives.contrast import Contrast
 from odedit.shared_multiplier import Dual, SharedMultiplier
 from odedit.train import TrainingError, adam_step, draw, train
 from odedit.training_records import EncodedRequests
@@ -149,8 +150,8 @@ def test_training_lowers_what_it_minimises(backbone, records, validation, object
 
 def test_a_record_meets_other_negatives_in_other_steps(backbone, records, validation, monkeypatch):
     seen = []
-    of_turn = Objective.in_turn
-    monkeypatch.setattr(Objective, "in_turn", lambda *given: seen.append(of_turn(*given)) or seen[-1])
+    of_turn = Contrast.in_turn
+    monkeypatch.setattr(Contrast, "in_turn", lambda *given: seen.append(of_turn(*given)) or seen[-1])
     train(backbone, mend(training_steps=12, batch_size=1, validate_every=100), Objective(CONTRAST), records, validation)
     of_first = {tuple(batch.features_NLD[batch.picture_EK[0, 2:]].flatten(1).sum(1).tolist()) for batch in seen
                 if batch.edit_ids == ("edit-0",)}  # fmt: skip

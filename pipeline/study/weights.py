@@ -19,13 +19,12 @@ from typing import Any
 
 from rich.console import Console
 
-from odedit import editors
+from odedit import editors, objectives
 from odedit.addresses import below
 from odedit.backbones import fingerprint
 from odedit.errors import InputError, counted, one_sentence
 from odedit.locations import at
 from odedit.negatives import NegativePool
-from odedit.objective import Objective
 from odedit.train import TrainingError, train
 from odedit.world.facts import WORLD
 from pipeline import training
@@ -99,10 +98,10 @@ def _training(config: RunConfig, name: str, folder: str) -> Training | None:
         "backbone": asdict(config.backbone),
         "training": asdict(config.training),
         "supervision": asdict(config.supervision),
-        "objective": asdict(config.objective) if kind.trains_with_objective else None,
+        "objective": config.objective.own_values() if kind.trains_with_objective else None,
         "seed": config.seed,
         "model": fingerprint(config.backbone.family, config.backbone.checkpoint),
-        "code": _code(kind),
+        "code": _code(kind, config.objective.name),
         "world": WORLD,
     }
     data = {key: value for key, value in asdict(config.data).items() if value != getattr(DataConfig(), key)}
@@ -115,11 +114,12 @@ def _training(config: RunConfig, name: str, folder: str) -> Training | None:
     return Training(replace(config, tracking=tracking, out=out), path, name)
 
 
-def _code(kind: Any) -> str:
+def _code(kind: Any, objective: str) -> str:
     """A hash of what learns and of the loop that trains it: weights of an earlier version are not taken for today's."""
     files = [inspect.getfile(kind), inspect.getfile(train)]
     if kind.trains_with_objective:
-        files += [inspect.getfile(Objective), inspect.getfile(NegativePool)]
+        shipped = sorted(str(path) for path in Path(objectives.__path__[0]).rglob("*.py"))
+        files += [*shipped, inspect.getfile(objectives.find(objective)), inspect.getfile(NegativePool)]
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:10]
 
 

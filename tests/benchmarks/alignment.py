@@ -48,6 +48,7 @@ from odedit.edits import (
 from odedit.images import ImageReader
 from odedit.mmedit import read_records
 from odedit.negatives import NegativePool
+from odedit.objectives.base import BaseConfig
 from odedit.pool import Pool
 from odedit.supervision import Supervision, build_request
 from tests.benchmarks.tables import show
@@ -114,7 +115,7 @@ class Alignment:
         kl = ObjectiveConfig(name="native_kl")
         near = list(filter(is_negative, supervision.slots))
 
-        def gradient(slots: Iterable[str], config: ObjectiveConfig, term: str) -> Tensor:
+        def gradient(slots: Iterable[str], config: BaseConfig, term: str) -> Tensor:
             return self._gradients(editor, params, supervision.select([EDIT, *slots]), config, [term])[0]
 
         of_odedit = {"MMD of the rephrases": "gen", "penalty": "penalty"}
@@ -159,7 +160,7 @@ class Alignment:
         }
 
     def _gradients(
-        self, editor: Any, params: EditParams, batch: EditBatch, config: ObjectiveConfig, names: Iterable[str]
+        self, editor: Any, params: EditParams, batch: EditBatch, config: BaseConfig, names: Iterable[str]
     ) -> list[Tensor]:
         """Of a risk, of `penalty`, or of a risk's scale gradient, `g_<risk>`."""
         objective = Objective(config)

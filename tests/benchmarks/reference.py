@@ -19,8 +19,9 @@ from odedit import mmd
 from odedit.backbones import encode_requests
 from odedit.edits import EDIT, LOCALITY_SLOTS, REPHRASE_SLOTS, EditParams, EditRequest, Probe, is_locality
 from odedit.encoding import TokenSequence
-from odedit.irm_tv import tv_penalty
-from odedit.objective import Objective, Terms
+from odedit.objectives.base import Objective
+from odedit.objectives.common.penalty import tv_penalty
+from odedit.objectives.common.terms import Terms
 from odedit.primal_dual import PrimalDual
 from odedit.prompts import find_template
 

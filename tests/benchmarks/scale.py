@@ -164,7 +164,7 @@ def bare_loop(values: dict[str, Any]) -> tuple[Any, list[Any], Any]:
     from odedit.edits import stack_params
     from odedit.feature_memory import remembering
     from odedit.metrics import evaluate
-    from odedit.objective import Objective
+    from odedit.objectives import Objective
     from odedit.process import settle
     from odedit.prompts import find_template
     from pipeline import ready
@@ -181,7 +181,7 @@ def bare_loop(values: dict[str, Any]) -> tuple[Any, list[Any], Any]:
     # As a worker does: pictures that come again are not computed again.
     backbone = remembering(load_backbone(config.backbone.family, config.backbone.checkpoint))
     editor = editors.find(config.editor.name)(config.editor.settings)
-    objective, template = Objective(config.objective, config.objective.sigma2_0), find_template(config.data.template)
+    objective, template = Objective(config.objective.settings), find_template(config.data.template)
 
     def work(requests: Any) -> None:
         supervision, evaluation = encode_requests(backbone, requests, template, editor.sites)

@@ -36,7 +36,7 @@ from odedit.editors.base import Measuring, Trainable
 from odedit.edits import EditBatch, stack_params
 from odedit.memory import peak_memory
 from odedit.negatives import NegativePool
-from odedit.objective import Name
+from odedit.objectives import base
 from odedit.process import settle
 from pipeline.prepare import process
 from tests.benchmarks import models
@@ -47,7 +47,7 @@ from tests.made_up import make_request
 
 EDITORS = ("wise", "tpatcher", "mend", "unike", "ftl", "ftv", "lora")
 STEPS = {"wise": 10, "tpatcher": 40, "mend": 0, "unike": 20, "ftl": 15, "ftv": 15, "lora": 15}
-OBJECTIVES: tuple[Name, ...] = ("native", "odedit", "contrast")
+OBJECTIVES = ("native", "odedit", "contrast")
 POOL = 64
 REPEATS = 3
 """Of what is compared, in turns; the least counts, since a shared machine only ever adds."""
@@ -96,13 +96,13 @@ class Bench:
             editor = editor.measured(self.backbone, encode_requests(self.backbone, self.requests(8, 6000), TEMPLATE)[0])
         return editor
 
-    def objective(self, name: Name) -> Objective:
+    def objective(self, name: str) -> base.Objective:
         return Objective(ObjectiveConfig(name=name, sigma2_0=self.sigma2_0))
 
     def run(
         self,
         editor: Any,
-        objective: Objective,
+        objective: base.Objective,
         requests: Sequence[EditRequest],
         steps: int,
         width: int,
@@ -117,7 +117,7 @@ class Bench:
     def seconds(
         self,
         editor: Any,
-        objective: Objective,
+        objective: base.Objective,
         requests: Sequence[EditRequest],
         steps: int,
         width: int,
@@ -131,10 +131,10 @@ class Bench:
         return (time.perf_counter() - started) / len(requests)
 
     def encoded(
-        self, editor: Any, objective: Objective, requests: Sequence[EditRequest]
+        self, editor: Any, objective: base.Objective, requests: Sequence[EditRequest]
     ) -> tuple[EditBatch, EditBatch]:
         """With hard negatives where the objective reads any; the features of their pool are made once for all runs."""
-        if objective.config.name != "contrast":
+        if not objective.config.num_negatives:
             return encode_requests(self.backbone, requests, TEMPLATE, editor.sites)
         before = any(map(is_connector, editor.sites))
         if before not in self._pools:
@@ -142,13 +142,13 @@ class Bench:
                 request.edit.picture for request in self.requests(POOL, 7000) if request.edit.picture is not None
             ]
             features = self.backbone.image_features(pictures, before)
-            self._pools[before] = NegativePool(features, objective.config.negatives)
+            self._pools[before] = NegativePool(features, objective.config.num_negatives)
         return encode_requests(self.backbone, requests, TEMPLATE, editor.sites, self._pools[before])
 
     def _edit_and_score(
         self,
         editor: Any,
-        objective: Objective,
+        objective: base.Objective,
         requests: Sequence[EditRequest],
         steps: int,
         width: int,
@@ -314,7 +314,7 @@ def throughput(bench: Bench, out: Path, editors: Sequence[str] = EDITORS, width:
     bars("ms per edit", list(shown), parts, "ms", out / "throughput.png")
 
 
-def _floor(bench: Bench, editor: Any, objective: Objective, requests: Sequence[EditRequest], steps: int) -> Floor:
+def _floor(bench: Bench, editor: Any, objective: base.Objective, requests: Sequence[EditRequest], steps: int) -> Floor:
     supervision, evaluation = bench.encoded(editor, objective, requests)
     read = supervision.select(objective.slots(editor, supervision))
     shown = read.select(objective.slots_at_once(read.slots))

@@ -43,10 +43,10 @@ def test_a_resolved_configuration_builds_itself_again(tmp_path: Path) -> None:
         ({"editor": {"max_steps": 2.5}}, "editor.max_steps: got 2.5, expected a whole number."),
         ({"editor": {"max_steps": True}}, "editor.max_steps: got True, expected a whole number."),
         ({"editor": "wise"}, "editor: got 'wise', expected a section"),
-        (
-            {"objective": {"name": "odedt"}},
-            "expected 'native' or 'native_kl' or 'odedit' or 'contrast'. Did you mean 'odedit'?",
-        ),
+        ({"objective": {"name": "odedt"}}, "objective.name: Unknown objective 'odedt'. Did you mean 'odedit'?"),
+        ({"objective": {"name": "native", "warmup": -1}}, "objective.warmup: got -1"),
+        ({"objective": {"name": "native", "negatives": 1}}, "objective.negatives: got 1, expected at least"),
+        ({"objective": {"name": "native", "warmpu": 0.1}}, "objective.warmpu: unknown key. Did you mean 'warmup'?"),
         ({"objective": {"multiplier": {"depht": 2}}}, "objective.multiplier.depht: unknown key. Did you mean 'depth'?"),
         ({"objective": {"penalty": "fixed:x"}}, "objective.penalty: got 'fixed:x'"),
         ({"pipeline": {"actors": 0}}, "pipeline.actors: got 0, expected at least 1."),
@@ -73,7 +73,7 @@ def test_overrides_are_yaml_and_reach_any_depth(tmp_path: Path) -> None:
     path.write_text("editor: {name: wise}\n")
     config = load(path, ["editor.learning_rate=1e-3", "data.limit=7", "objective.multiplier.depth=2", "data.pool="])
     assert config.editor.settings.learning_rate == 1e-3
-    assert (config.data.limit, config.objective.multiplier.depth, config.data.pool) == (7, 2, None)
+    assert (config.data.limit, config.objective.settings.multiplier.depth, config.data.pool) == (7, 2, None)
 
 
 @pytest.mark.parametrize("text", ["10.0.0.2:6379", "1.2.3", "1e5x", "1.5 GiB", "-1.0-2"])

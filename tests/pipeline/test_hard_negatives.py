@@ -12,7 +12,7 @@ from mmedit_files import record, write_array, write_images
 from odedit.errors import InputError
 from odedit.images import ImageReader
 from odedit.negatives import NegativePool
-from odedit.objective import ObjectiveConfig
+from odedit.objectives import ObjectiveConfig
 from odedit.pack import pack
 from odedit.pool import Pool
 from pipeline import negatives, results

@@ -23,7 +23,7 @@ from odedit.checkpoint import load_edit
 from odedit.editor_weights import save_weights
 from odedit.edits import EditBatch
 from odedit.mmedit import RawRecord
-from odedit.objective import Objective
+from odedit.objectives.contrast import Contrast
 from odedit.training_state import TrainingState
 from pipeline import results, training
 from pipeline.config import RunConfig, from_dict
@@ -81,15 +81,15 @@ def test_training_takes_hard_negatives_from_the_training_records(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[set[str]] = []
-    of_turn = Objective.in_turn
+    of_turn = Contrast.in_turn
 
-    def in_turn(self: Objective, batch: EditBatch, turn: int) -> EditBatch:
+    def in_turn(self: Contrast, batch: EditBatch, turn: int) -> EditBatch:
         shown = of_turn(self, batch, turn)
         seen.append(set(shown.slots))
         assert bool(shown.select(["near_locality_2"]).present_EK.all())
         return shown
 
-    monkeypatch.setattr(Objective, "in_turn", in_turn)
+    monkeypatch.setattr(Contrast, "in_turn", in_turn)
     config, weights = write(tmp_path, values), tmp_path / "weights" / "mend.safetensors"
     done = odedit("train", "mend", "--config", config, "--out", weights, "objective.name=contrast")
     assert done.exit_code == 0, (done.output, done.exception)

@@ -65,7 +65,7 @@ def test_what_does_not_count_is_left_alone() -> None:
         run = space.config(point)
         assert run.editor.name == point["editor.name"]
         if point["objective.kernel"] == "rbf":
-            assert len(run.objective.bandwidths) == point["objective.bandwidths.number"]
+            assert len(run.objective.settings.bandwidths) == point["objective.bandwidths.number"]
         if point["editor.name"] == "wise":
             assert run.editor.settings.margin_in == point["editor.margin_in"]
             assert run.editor.settings.site == "layers.2.ffn.in", "the shared settings of the same editor stay"
@@ -82,7 +82,7 @@ def test_a_space_that_can_be_listed_is() -> None:
     assert space.every_point is not None and len(space.every_point) == 6
     lists = Space({"objective.bandwidths": {"choices": [[1.0], [0.5, 2.0]]}}, WISE)
     assert {space_point["objective.bandwidths"].__len__() for space_point in drawn(lists)} == {1, 2}
-    assert lists.config({"objective.bandwidths": [0.5, 2.0]}).objective.bandwidths == (0.5, 2.0)
+    assert lists.config({"objective.bandwidths": [0.5, 2.0]}).objective.settings.bandwidths == (0.5, 2.0)
     assert Space({"objective.dual_rate": {"low": 1e-4, "high": 1e-1}}, WISE).every_point is None
 
 

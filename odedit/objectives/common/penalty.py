@@ -1,0 +1,87 @@
+"""The invariance penalty, its schedule over the steps, and how it enters an objective.
+
+    G(delta, phi_e) = risks(phi_e) + lambda(delta, phi_e) * ( sum over environments |g_env| )^2
+
+References:
+    arXiv 2601.19700, eq. 9-13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from odedit.objectives.common.multiplier import MultiplierConfig
+from odedit.risks import upcast
+
+
+@dataclass(frozen=True)
+class Invariance:
+    """How the invariance penalty enters an objective.
+
+    Attributes:
+        fixed: Value of a fixed lambda; 0: no penalty; None: lambda is learned.
+        warmup: Share of the steps without penalty.
+        ramp: Share of the steps over which the penalty rises to its full weight.
+        dual_rate: Learning rate of the multiplier network.
+        dual_schedule: `adaptive` divides the rate by |g| (k + 1)^1.0001, as the IRM-TV code does; or `constant`.
+        multiplier: Settings of the multiplier network.
+    """
+
+    fixed: float | None = 0.0
+    warmup: float = 0.25
+    ramp: float = 0.10
+    dual_rate: float = 1e-3
+    dual_schedule: Literal["adaptive", "constant"] = "adaptive"
+    multiplier: MultiplierConfig = field(default_factory=MultiplierConfig)
+
+
+def tv_penalty(scale_gradients: Sequence[Tensor] | Tensor, present_EN: Tensor | None = None) -> Tensor:
+    """`( sum_env |g_env| )^2` of every edit, `(E,)` (arXiv 2601.19700, eq. 9-11).
+
+    The absolute value is taken per environment. Gradients of opposite sign must not cancel: two environments that pull
+    in opposite directions would look invariant.
+
+    Args:
+        scale_gradients: One `(E,)` tensor per environment, or all of them as `(E, N)`.
+        present_EN: False where an edit lacks an environment; None: every edit has all of them.
+
+    >>> tv_penalty([torch.tensor([1.0]), torch.tensor([-2.0])])
+    tensor([9.])
+    """
+    stacked = scale_gradients if isinstance(scale_gradients, Tensor) else torch.stack(tuple(scale_gradients), dim=-1)
+    gradients_EN = upcast(stacked)
+    if present_EN is not None:
+        gradients_EN = gradients_EN.masked_fill(~present_EN, 0.0)
+    return gradients_EN.abs().sum(-1).square()
+
+
+def penalty_schedule(step: int, max_steps: int, warmup: float = 0.25, ramp: float = 0.10) -> float:
+    """The factor of the penalty at a step: 0 during the warm-up, then rising to 1 during the ramp.
+
+    The warm-up is needed because the scale gradient of the NLL is NLL - H: while the answer is unlikely, the penalty
+    falls fastest by a higher entropy H, which works against the edit. The code of the IRM-TV papers anneals as well.
+
+    Args:
+        step: Number of the step, from 0.
+        warmup, ramp: Shares of `max_steps`.
+
+    Raises:
+        ValueError: If `max_steps` is below 1, or `warmup` or `ramp` is negative.
+
+    >>> [penalty_schedule(step, 20) for step in (0, 5, 6, 7, 19)]
+    [0.0, 0.0, 0.5, 1.0, 1.0]
+    """
+    if max_steps < 1:
+        raise ValueError(f"max_steps: got {max_steps}, expected at least 1.")
+    if not (warmup >= 0.0 and ramp >= 0.0):
+        raise ValueError(f"warmup, ramp: got {warmup} and {ramp}, expected fractions of the steps, 0 or more.")
+    start, length = warmup * max_steps, ramp * max_steps
+    if step < start:
+        return 0.0
+    # Rounded, because products such as 0.1 * 20 are off by the last bit.
+    return 1.0 if step >= start + length else round((step - start) / length, 12)

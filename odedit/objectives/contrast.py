@@ -1,0 +1,155 @@
+"""Contrast, an objective of ours: the same three regions by what is measured in each.
+
+    G = NLL(edit) + w_gen NLL(rephrase) + w_loc sum_k v_k KL(p_k || q_k),     v_k = 2 (1 - q_k(o))
+
+The rephrase asks in other words about another picture (`EditRequest.rephrase`). The k are hard negatives, the edit's
+own question about similar pictures (see `odedit.negatives`); each step reads some of them, all in turn. o is the answer
+that the edit replaces: where the unedited model answers a picture with o, the picture shows the same thing, and v_k
+leaves it out. q_k(o) is the probability of the whole answer, near 0 for a long answer whatever the picture shows.
+
+An edit stops when the least likely answer token of the edit *and* of the rephrase has reached the threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from odedit import risks
+from odedit.backbones.base import Backbone
+from odedit.editors.base import Editor
+from odedit.edits import EDIT, NEAR, REPHRASE, REPHRASE_SLOTS, EditBatch, is_negative
+from odedit.errors import InputError
+from odedit.objectives.base import ComparingConfig, Objective, require, rows_at_once
+from odedit.objectives.common.terms import Forward
+from odedit.risks import Risk
+
+_NEGATIVE_WEIGHT = 2.0
+"""Weight of a negative relative to an NLL, chosen on the validation split of the embedded world."""
+
+
+@dataclass(frozen=True)
+class ContrastConfig(ComparingConfig):
+    """Settings of the contrast objective.
+
+    Attributes:
+        reliability_weight: Weight of the edit's NLL.
+        generality_weight: Weight of the rephrase's NLL; 0 leaves the rephrase out.
+        locality_weight: Weight of the negatives' KL; 0 leaves it out.
+        own_weight, locality_direction: As in `ComparingConfig`.
+        negatives: Hard negatives of an edit.
+        negatives_at_once: Hard negatives that one step reads.
+    """
+
+    generality_weight: float = 1.0
+    negatives: int = 12
+    negatives_at_once: int = 2
+
+    def __post_init__(self) -> None:
+        require("generality_weight", self.generality_weight, self.generality_weight >= 0, "a number >= 0")
+        require("negatives_at_once", self.negatives_at_once, self.negatives_at_once >= 1, "at least 1")
+        fits = self.negatives >= self.negatives_at_once
+        require("negatives", self.negatives, fits, f"at least negatives_at_once ({self.negatives_at_once})")
+        super().__post_init__()
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return super().weights | {"gen": self.generality_weight}
+
+    @property
+    def supervision_slots(self) -> tuple[str, ...]:
+        # Both rephrases make one sequence; a record's near picture is its first negative.
+        return (*(REPHRASE_SLOTS if self.generality_weight else ()), NEAR)
+
+    @property
+    def num_negatives(self) -> int:
+        return self.negatives
+
+    @property
+    def takes_turns(self) -> bool:
+        return self.negatives > self.negatives_at_once
+
+    def check(self, editor: Editor) -> None:
+        super().check(editor)
+        if self.takes_turns and editor.length_varies:
+            raise InputError(
+                f"objective.name: {self.name!r} shows an edit other pictures in each step, but with these settings the "
+                "editor keeps what it was shown in the first one; give it a clamp or a mask of entries, or set "
+                "objective.negatives to objective.negatives_at_once."
+            )
+
+
+class Contrast(Objective):
+    Config = ContrastConfig
+
+    def slots(self, editor: Editor, batch: EditBatch) -> tuple[str, ...]:
+        negatives = self.compared_slots(batch)
+        if not negatives:
+            raise InputError(
+                f"objective.name: {self.config.name!r} reads hard negatives, and this batch was made without; give "
+                "encode_requests a NegativePool."
+            )
+        wanted = self.config.base_slots(editor).union(negatives, (REPHRASE,) if self.config.generality_weight else ())
+        return tuple(slot for slot in batch.slots if slot in wanted)
+
+    def slots_within(self, slots: Sequence[str], steps: int) -> tuple[str, ...]:
+        # The negatives stand last in a batch, and the first steps read the first of them.
+        negatives = [slot for slot in slots if is_negative(slot)]
+        read = steps * self.config.negatives_at_once if self.config.takes_turns else len(negatives)
+        return tuple(slot for slot in slots if slot not in negatives[read:])
+
+    def columns_in_turn(self, slots: Sequence[str], present_EK: Tensor, steps_E: Tensor) -> Tensor | None:
+        read = self.slots_at_once(slots)
+        if len(read) == len(slots):
+            return None
+        first = len(slots) - sum(map(is_negative, slots))
+        at_once = len(read) - first
+        # The negatives that an edit has are the first ones.
+        count_E1 = present_EK[:, first:].sum(1, keepdim=True).clamp_min(1)
+        fixed_EK = torch.arange(first, device=steps_E.device).expand(len(steps_E), -1)
+        turn_EK = steps_E.long().unsqueeze(1) * at_once + torch.arange(at_once, device=steps_E.device)
+        return torch.cat([fixed_EK, first + turn_EK % count_E1], dim=1)
+
+    def in_turn(self, batch: EditBatch, turn: int) -> EditBatch:
+        turn_E = torch.full((batch.num_edits,), turn, device=batch.tokens_EKS.device)
+        columns_EK = self.columns_in_turn(batch.slots, batch.present_EK, turn_E)
+        if columns_EK is None:
+            return batch
+        read = batch.select(self.slots_at_once(batch.slots))
+        # An edit with fewer negatives than a step reads must not count one of them twice.
+        return replace(
+            batch.pick(read.slots, columns_EK), present_EK=read.present_EK, target_mask_EKT=read.target_mask_EKT
+        )
+
+    def compared_slots(self, batch: EditBatch) -> tuple[str, ...]:
+        return tuple(filter(is_negative, batch.slots))
+
+    def likelihood_slots(self, batch: EditBatch) -> tuple[str, ...]:
+        return (EDIT, REPHRASE) if REPHRASE in batch.slots else (EDIT,)
+
+    def trained_slots(self, batch: EditBatch) -> tuple[str, ...]:
+        return self.likelihood_slots(batch)
+
+    def generality(self, forward: Forward) -> Risk:
+        """The NLL of the rephrase's answer."""
+        return forward.likelihood(REPHRASE) if REPHRASE in forward.tokens else forward.no_risk()
+
+    @torch.no_grad()
+    def weights_of_locality(self, backbone: Backbone, batch: EditBatch, states_EKTD: Tensor) -> Tensor:
+        """2 (1 - q(its target)) for every negative; 0 for the other sequences."""
+        answers = batch.answers(self.compared_slots(batch))
+        states_MD = batch.states_at(states_EKTD, answers)
+        size = max(1, rows_at_once(backbone, states_MD.device) // 2)
+        parts = [
+            risks.log_probs(backbone.head(states_CD)).gather(-1, tokens_C.unsqueeze(-1)).squeeze(-1)
+            for states_CD, tokens_C in zip(states_MD.split(size), answers.tokens_M.split(size), strict=True)
+        ]
+        same_EK = answers.spread(torch.cat(parts)).sum(dim=-1).exp()
+        weight_EK = torch.zeros(batch.present_EK.shape, device=same_EK.device)
+        return weight_EK.index_copy(1, answers.columns_K, _NEGATIVE_WEIGHT * (1.0 - same_EK))
+
+
+OBJECTIVE = Contrast

@@ -1,0 +1,26 @@
+"""The base editor's own loss: the likelihood of the edit's answer and the method's own terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from odedit.objectives.base import BaseConfig, Objective
+
+
+@dataclass(frozen=True)
+class NativeConfig(BaseConfig):
+    """Settings of the native objective.
+
+    Attributes:
+        reliability_weight, own_weight: As in `BaseConfig`.
+    """
+
+    replaces_native_loss: ClassVar[bool] = False
+
+
+class Native(Objective):
+    Config = NativeConfig
+
+
+OBJECTIVE = Native

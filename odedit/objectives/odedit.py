@@ -1,0 +1,188 @@
+"""ODEdit: the tripartite risk R_rel + R_loc + R_gen with the invariance penalty.
+
+R_rel is the likelihood of the edit's answer, R_loc the divergence from the unedited model on unrelated prompts, R_gen
+the distance between the final states of the edit and of its rephrases. The penalty reads the derivative of each
+environment's risk with respect to the scale of the final states; `odedit.primal_dual` learns its multiplier.
+
+References:
+    arXiv 2601.19700: eq. 2-6 for the risks, eq. 9-11 for the penalty.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from odedit import mmd
+from odedit.edits import EDIT, REPHRASE_SLOTS, SUPERVISION_SLOTS, EditBatch
+from odedit.objectives.base import ComparingConfig, Objective, Positions, require
+from odedit.objectives.common.multiplier import MultiplierConfig
+from odedit.objectives.common.penalty import Invariance
+from odedit.objectives.common.terms import Forward, mean_over_slots
+from odedit.risks import Risk
+
+Kernel = Literal["rbf", "linear", "contrastive"]
+
+
+@dataclass(frozen=True)
+class ODEditConfig(ComparingConfig):
+    """Settings of ODEdit. The paper states no value for most of them; the defaults are ours.
+
+    Attributes:
+        reliability_weight, locality_weight: Weights of R_rel and R_loc; 0 leaves a term out, also as an environment.
+        generality_weight: Weight of R_gen; 0 leaves it out, also as an environment.
+        own_weight, locality_direction: As in `ComparingConfig`.
+        kernel: Distance in R_gen: `rbf` (MMD, eq. 4-6), `linear` (MMD), or `contrastive` (Table 4 of the paper).
+        rephrases: `single` compares the edit with each rephrase and averages; `multiple` pools the rephrases (MMD-m).
+        bandwidths: Bandwidths sigma_q^2 of the RBF kernel, as multiples of sigma_0^2.
+        sigma2_0: Base bandwidth sigma_0^2; null: measured on unedited states by `calibrate`.
+        positions: Hidden states that R_gen compares: those that predict the `target`, or all of the prompt's `text`.
+        environments: `regions` (one risk for each of IN, SE, OUT) or `prompts` (one NLL per prompt variant, and OUT).
+        penalty: `adaptive` (lambda is learned), `fixed:<value>`, or `none`.
+        warmup: Share of the steps without penalty.
+        ramp: Share of the steps, after the warm-up, over which the penalty rises to its full weight.
+        dual_rate: Learning rate gamma_2 of the multiplier network; the paper recommends 1e-3 to 5e-3.
+        dual_schedule: `adaptive` divides the rate by |g| (k + 1)^1.0001, as the IRM-TV code does; or `constant`.
+        multiplier: The network lambda(delta, phi_e).
+    """
+
+    generality_weight: float = 1.0
+    kernel: Kernel = "rbf"
+    rephrases: Literal["single", "multiple"] = "single"
+    bandwidths: tuple[float, ...] = mmd.BANDWIDTH_MULTIPLIERS
+    sigma2_0: float | None = None
+    positions: Positions = "target"
+    environments: Literal["regions", "prompts"] = "regions"
+    penalty: str = "adaptive"
+    warmup: float = 0.25
+    ramp: float = 0.10
+    dual_rate: float = 1e-3
+    dual_schedule: Literal["adaptive", "constant"] = "adaptive"
+    multiplier: MultiplierConfig = field(default_factory=MultiplierConfig)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bandwidths", tuple(self.bandwidths))
+        for name in ("generality_weight", "warmup", "ramp"):
+            value = getattr(self, name)
+            require(name, value, value >= 0, "a number >= 0")
+        require("kernel", self.kernel, self.kernel in get_args(Kernel), f"one of {', '.join(get_args(Kernel))}")
+        require("dual_rate", self.dual_rate, self.dual_rate > 0, "a number > 0")
+        require("warmup + ramp", self.warmup + self.ramp, self.warmup + self.ramp <= 1, "at most 1")
+        require("bandwidths", self.bandwidths, all(b > 0 for b in self.bandwidths), "numbers > 0")
+        require("bandwidths", self.bandwidths, len(self.bandwidths) > 0, "at least one number")
+        require("sigma2_0", self.sigma2_0, self.sigma2_0 is None or self.sigma2_0 > 0, "a number > 0 or null")
+        self._fixed_multiplier()
+        super().__post_init__()
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return super().weights | {"gen": self.generality_weight}
+
+    @property
+    def supervision_slots(self) -> tuple[str, ...]:
+        return SUPERVISION_SLOTS[1:]
+
+    @property
+    def calibrated_positions(self) -> Positions | None:
+        return self.positions if self.kernel == "rbf" and self.sigma2_0 is None else None
+
+    @property
+    def invariance(self) -> Invariance:
+        return Invariance(
+            self._fixed_multiplier(), self.warmup, self.ramp, self.dual_rate, self.dual_schedule, self.multiplier
+        )
+
+    def _fixed_multiplier(self) -> float | None:
+        """The value of a fixed lambda, 0 without penalty, None if lambda is learned."""
+        if self.penalty in ("none", "adaptive"):
+            return 0.0 if self.penalty == "none" else None
+        kind, _, value = self.penalty.partition(":")
+        try:
+            number = float(value) if kind == "fixed" else -1.0
+        except ValueError:
+            number = -1.0
+        require("penalty", self.penalty, 0 <= number < float("inf"), "'adaptive', 'none' or 'fixed:<number >= 0>'")
+        return number
+
+
+class ODEdit(Objective):
+    Config = ODEditConfig
+    has_environments: ClassVar[bool] = True
+
+    def __init__(self, config: ODEditConfig, sigma2_0: float | None = None) -> None:
+        super().__init__(config, sigma2_0)
+        base = config.sigma2_0 if config.sigma2_0 is not None else sigma2_0
+        self._sigma2_Q: dict[torch.device, Tensor] = {}
+        if config.kernel == "rbf":
+            if base is None:
+                raise ValueError("objective.sigma2_0 is not set: measure it with odedit.calibrate(...).")
+            self._sigma2_Q[torch.device("cpu")] = mmd.bandwidths(float(base), config.bandwidths)
+
+    def without_warmup(self) -> Objective:
+        other = copy.copy(self)
+        other.config = replace(self.config, warmup=0.0, ramp=0.0)
+        return other
+
+    @property
+    def reads_text(self) -> bool:
+        return bool(self.config.positions == "text")
+
+    def likelihood_slots(self, batch: EditBatch) -> tuple[str, ...]:
+        return (EDIT, *REPHRASE_SLOTS) if self.config.environments == "prompts" else (EDIT,)
+
+    def scale_gradients(self, forward: Forward, found: Mapping[str, Risk]) -> dict[str, Tensor]:
+        # A risk without weight is no environment either.
+        regions = {name: risk.scale_gradient for name, risk in found.items() if self.config.weights[name]}
+        if self.config.environments == "regions":
+            return regions
+        prompts = {slot: forward.likelihood(slot).scale_gradient for slot in REPHRASE_SLOTS}
+        return {name: gradient for name, gradient in regions.items() if name != "gen"} | prompts
+
+    def generality(self, forward: Forward) -> Risk:
+        """R_gen: the distance between the edit's and the rephrases' states at the positions that `positions` names."""
+        batch = forward.batch
+        if self.reads_text:
+            states, mask = forward.hidden, batch.prompt_EKS & ~batch.image_EKS
+        else:
+            states, mask = forward.states_EKTD, batch.target_mask_EKT
+        edit = batch.slots.index(EDIT)
+        others = batch.answers(tuple(slot for slot in REPHRASE_SLOTS if slot in batch.slots))
+        x, x_mask = states[:, edit], mask[:, edit]
+        y, y_mask = others.of(states), others.of(mask)
+        unlike = None
+        if self.config.kernel == "contrastive":
+            negatives = batch.answers(self.compared_slots(batch))
+            unlike = negatives.of(states), negatives.of(mask)
+        if self.config.rephrases == "multiple":
+            return self._distance(x, x_mask, y.flatten(1, 2), y_mask.flatten(1, 2), unlike)
+        # The edit is paired with each of its K rephrases.
+        x, x_mask = x.unsqueeze(1).expand_as(y), x_mask.unsqueeze(1).expand_as(y_mask)
+        unlike = None if unlike is None else (unlike[0].unsqueeze(1), unlike[1].unsqueeze(1))
+        return mean_over_slots(self._distance(x, x_mask, y, y_mask, unlike), others.present_EK)
+
+    def _distance(
+        self, x: Tensor, x_mask: Tensor, y: Tensor, y_mask: Tensor, unlike: tuple[Tensor, Tensor] | None
+    ) -> Risk:
+        """Distance of states x from states y.
+
+        Args:
+            unlike: Under the `contrastive` kernel: states that must stay apart, `(..., K, T, D)`, and their mask.
+        """
+        if unlike is not None:
+            return mmd.contrastive(x, y, unlike[0], x_mask, y_mask, unlike[1])
+        if self.config.kernel == "linear":
+            return mmd.mmd2_linear(x, y, x_mask, y_mask)
+        return mmd.mmd2_rbf(x, y, x_mask, y_mask, self._bandwidths(x.device))
+
+    def _bandwidths(self, device: torch.device) -> Tensor:
+        if device not in self._sigma2_Q:
+            self._sigma2_Q[device] = self._sigma2_Q[torch.device("cpu")].to(device)
+        return self._sigma2_Q[device]
+
+
+OBJECTIVE = ODEdit

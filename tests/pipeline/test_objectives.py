@@ -1,0 +1,75 @@
+"""The section `objective` of a run: every objective has the same settings in it, and one from outside is a name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from odedit import objectives
+from odedit.errors import InputError
+from pipeline import results
+from pipeline.config import from_dict, load
+from pipeline.ready import prepare
+from pipeline.run import Outcome
+
+Inline = Callable[..., Outcome]
+SETTINGS = {
+    "name", "reliability_weight", "locality_weight", "generality_weight", "own_weight", "negatives",
+    "negatives_at_once", "locality_direction", "kernel", "rephrases", "bandwidths", "sigma2_0", "positions",
+    "environments", "penalty", "warmup", "ramp", "dual_rate", "dual_schedule", "multiplier",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", objectives.names())
+def test_a_run_lists_the_settings_of_every_objective(name: str) -> None:
+    section = from_dict({"objective": {"name": name}}).to_dict()["objective"]
+    assert section.keys() == SETTINGS and section["name"] == name
+    default = from_dict({}).to_dict()["objective"]
+    assert {key for key, value in section.items() if value != default[key]} <= {"name"}
+
+
+def test_settings_of_another_objective_are_kept_and_not_read(tmp_path: Path) -> None:
+    """A study sets them once for all its arms."""
+    run = from_dict({"objective": {"name": "native", "warmup": 0.1, "multiplier": {"depth": 2}}})
+    assert run.objective.settings == objectives.ObjectiveConfig("native")
+    assert run.objective.own_values() == {"name": "native", "reliability_weight": 1.0, "own_weight": None}
+    section = run.to_dict()["objective"]
+    assert (section["warmup"], section["multiplier"]["depth"]) == (0.1, 2)
+    (tmp_path / "run.yaml").write_text(run.to_yaml())
+    again = load(tmp_path / "run.yaml", ["objective.name=odedit"])
+    assert (again.objective.settings.warmup, again.objective.settings.multiplier.depth) == (0.1, 2)
+
+
+def test_a_value_that_several_objectives_refuse_is_refused_once() -> None:
+    with pytest.raises(InputError) as caught:
+        from_dict({"objective": {"name": "native", "locality_weight": -1.0}})
+    assert str(caught.value).splitlines() == ["objective.locality_weight: got -1.0, expected a number >= 0."]
+
+
+def test_a_run_is_the_same_whose_file_lists_all_settings(settings: dict[str, Any]) -> None:
+    """As run.json did before objectives had settings of their own."""
+    values = settings | {"objective": {"name": "native", "warmup": 0.1}}
+    workspace = prepare(from_dict(values), fresh=False).workspace
+    listed = {name for name in json.loads(workspace.run.read_text())["settings"] if name.startswith("objective.")}
+    assert {"objective.kernel", "objective.negatives", "objective.multiplier.depth"} <= listed
+    prepare(from_dict(values), fresh=False)
+    with pytest.raises(InputError, match=r"objective\.warmup: was 0\.1, now 0\.2"):
+        prepare(from_dict(values | {"objective": {"name": "native", "warmup": 0.2}}), fresh=False)
+
+
+def test_an_objective_from_outside_runs_by_its_dotted_name(settings: dict[str, Any], inline: Inline) -> None:
+    objective = {"name": "outside.norm", "norm_weight": 0.5, "sigma2_0": 50.0, "warmup": 0.0, "ramp": 0.0}
+    outcome = inline(from_dict(settings | {"objective": objective, "keep_edits": False}))
+    assert (outcome.summary["n"], outcome.summary["failed"]) == (5, 0)
+    assert outcome.summary["objective"] == "outside.norm"
+    for row in results.read_rows(results.parts(outcome.workspace)):
+        losses = row["losses"]
+        parts = [losses[name][-1] for name in ("rel", "loc", "gen")] + [0.5 * losses["norm"][-1]]
+        penalty = losses["lambda"][-1] * losses["penalty"][-1]
+        assert losses["objective"][-1] == pytest.approx(sum(parts) + penalty, rel=1e-4)
+    with pytest.raises(InputError, match=r"objective\.norm_wieght: unknown key\. Did you mean 'norm_weight'"):
+        from_dict({"objective": {"name": "outside.norm", "norm_wieght": 0.5}})
