@@ -67,7 +67,7 @@ def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
         where = f"{path}.{key}" if path else str(key)
         if key not in hints or not _is_field(cls, key):
             problems.append(unknown_key(where, str(key), [field.name for field in dataclasses.fields(cls)]))
-        elif (section := _section_type(hints[key])) is not None and not (value is None and _allows_none(hints[key])):
+        elif (section := section_type(hints[key])) is not None and not (value is None and _allows_none(hints[key])):
             accepted[key] = _build(section, value, where, problems)
         else:
             accepted[key] = _scalar(hints[key], value, where, problems)
@@ -154,7 +154,7 @@ def _is_field(cls: type, key: str) -> bool:
     return any(field.name == key and field.init for field in dataclasses.fields(cls))
 
 
-def _section_type(annotation: Any) -> type | None:
+def section_type(annotation: Any) -> type | None:
     """The dataclass behind `Section` or `Section | None`; None for anything else."""
     parts = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     sections = [part for part in parts if isinstance(part, type) and dataclasses.is_dataclass(part)]
