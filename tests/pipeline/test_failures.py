@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -122,10 +121,12 @@ def test_a_full_disk_does_not_hide_why_a_run_ended(settings: dict[str, Any], mon
 
 
 def test_settings_that_do_not_fit_the_model_are_the_users_error(settings: dict[str, Any]) -> None:
-    wrong = settings | {"editor": settings["editor"] | {"site": "layers.99.ffn.in"}}
+    wrong = from_dict(settings | {"editor": settings["editor"] | {"site": "layers.99.ffn.in"}})
+    with pytest.raises(InputError, match=r"layers\.99\.ffn\.in"):
+        prepare(wrong)
+    # A worker may load another model than the one that was looked at.
     ready = prepare(from_dict(settings))
-    # A worker's copy of the model may be another one than the driver's.
-    job = Job(replace(ready.config, editor=from_dict(wrong).editor), ready.sources, ready.workspace)
+    job = Job(wrong, ready.sources, ready.workspace)
     prepared = graph.PrepareStage([job])({"job": [0], "group": [0]})
     report = {name: values[0] for name, values in graph.EditStage([job])(prepared).items()}
     with pytest.raises(InputError, match=r"layers\.99\.ffn\.in"):
