@@ -64,7 +64,8 @@ def run_many(
     """Runs or resumes several runs, one after the other, with the same workers.
 
     Args:
-        fresh: As for `run`.
+        configs: The runs. Those at an address lie below a folder that the caller has written to.
+        fresh: Whether existing runs are replaced.
         parent_run: MLflow run that each run becomes a child of.
 
     Raises:
@@ -81,7 +82,7 @@ def run_many(
 def _prepared(config: RunConfig, *, fresh: bool) -> Ready:
     """As `prepare`, for one of several runs."""
     try:
-        return prepare(config, fresh=fresh)
+        return prepare(config, fresh=fresh, is_storage_tried=True)
     except InputError as error:
         raise InputError(f"{config.name}: {error}") from error
 

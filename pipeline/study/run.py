@@ -105,7 +105,7 @@ def _check_arms(configs: Sequence[RunConfig], *, is_drawn: bool, fresh: bool) ->
         read = repr((config.data, config.supervision, config.objective.name))
         try:
             asks = not is_finished and server not in servers
-            checked, *_ = check(config, fresh=fresh, trains=True, servers=asks)
+            checked, *_ = check(config, fresh=fresh, trains=True, servers=asks, is_storage_tried=True)
             if not is_drawn and read not in inputs:
                 check_records(checked)
         except InputError as error:
