@@ -48,7 +48,6 @@ from pipeline.version import code_version
 from pipeline.workspace import check_access, kept_if_ready
 
 _RECORDS_AT_ONCE = 64
-_LOOKED_AT = 64
 _SECONDS_BETWEEN_LINES = 5.0
 _COMPARED = ("backbone", "editor", "objective", "supervision", "training", "seed")
 _COMPARED_DATA = ("task", "template", "max_pixels", "max_bytes", "pool")
@@ -150,7 +149,7 @@ def _inputs(config: RunConfig, files: Files) -> dict[str, Sources]:
         one = found[part] = sources.resolve(data[part], files.path)
         one.identity()
         one.reader.check_roots()
-        check_pictures(list(islice(read_records(one.path, task=config.data.task), _LOOKED_AT)), one.reader)
+        check_pictures(read_records(one.path, task=config.data.task), one.reader)
     return {part: found[part] for part in data}
 
 
