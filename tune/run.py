@@ -127,14 +127,20 @@ def _run(
 
 
 def _check_runs(search: Search, folder: Folder) -> None:
-    """Raises InputError if the final comparison or the trials could not begin; writes nothing."""
+    """Raises InputError if the final comparison or the trials could not begin; writes nothing.
+
+    Validation records are checked when they are staged, which is the next thing.
+    """
     if "://" in (search.config.storage or ""):
         check_server(str(search.config.storage), "storage")
+    is_finished = (folder.out / "summary.json").exists()
     for name, config in (("evaluation", search.defaults), ("validation", search.trial)):
         try:
-            is_finished = (folder.out / "summary.json").exists()
-            checked, *_ = check_run(replace(config, out=folder.run_out(name)), servers=not is_finished)
-            check_records(checked)
+            config, *_ = check_run(
+                replace(config, out=folder.run_out(name)), servers=not is_finished, is_storage_tried=True
+            )
+            if name == "evaluation" and not is_finished:
+                check_records(config)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
 
