@@ -88,7 +88,7 @@ def prepare(config: RunConfig, *, fresh: bool = False, is_storage_tried: bool = 
 
 
 def look(config: RunConfig, *, fresh: bool = False) -> Ready:
-    """As `prepare`, but nothing of it stays: for a plan that begins no run. Its workspace and files are gone again."""
+    """Runs the checks of `prepare` and stages into a temporary folder, which is deleted; for `--dry-run`."""
     config, workspace, fits = check(config, fresh=fresh)
     with _staged_aside(config) as (found, staged):
         earlier = _earlier(config, found, workspace, fresh=fresh)

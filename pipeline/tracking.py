@@ -323,7 +323,7 @@ class Tracker:
             self.client.log_artifact(self.run_id, str(file), folder)
 
     def finish_with(self, summary: Mapping[str, Any]) -> None:
-        """Closes the run by what came of it: without a single edit it has failed."""
+        """Closes the run as FINISHED, or as FAILED if no record was edited."""
         self.finish("FINISHED" if summary["n"] else "FAILED")
 
     def finish(self, status: str) -> None:

@@ -134,11 +134,11 @@ def seconds_per_step(config: RunConfig, out: Path | str) -> float:
     """Measures one step of a training on its first records, without beginning it.
 
     Args:
-        config: As for `run`.
+        config: The run whose editor would be trained.
         out: File of the weights, or its address. Nothing is written there.
 
     Raises:
-        InputError: As for `run`.
+        InputError: The settings or the records are wrong.
         TrainingError: The loss is not finite.
     """
     quiet = Console(quiet=True)
