@@ -125,7 +125,7 @@ def _is_output_closed() -> bool:
     except (OSError, ValueError):  # no file behind it
         return False
     if is_closed:
-        # Python flushes once more when it ends, and would complain then.
+        # Python flushes once more when it ends, which would raise.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return is_closed
 

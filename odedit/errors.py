@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from odedit.addresses import masked
 
@@ -43,7 +43,7 @@ def cause_of(error: BaseException) -> BaseException:
     """The exception that a worker raised, out of what Ray wraps it in; any other exception itself."""
     inner = error.__cause__ if _is_wrapper(error) else getattr(error, "cause", None)
     found = cause_of(inner) if isinstance(inner, BaseException) else None
-    # A wrapper that came from another process has lost its cause; the text of what is around it still has it.
+    # A wrapper that came from another process has lost its cause, which is still in the outer exception's text.
     return error if found is None or _is_wrapper(found) else found
 
 
@@ -70,14 +70,19 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def listed(names: Sequence[str], shown: int = 3, separator: str = ", ") -> str:
+    """The first of some names, and how many more there are.
+
+    >>> listed(["a", "b"]), listed(["a", "b", "c", "d"], shown=2)
+    ('a, b', 'a, b and 2 more')
+    """
+    more = len(names) - shown
+    return separator.join(names[:shown]) + (f" and {more} more" if more > 0 else "")
 
 
 def in_words(error: BaseException, most: int = 200) -> str:
-    """All that an error says, in one line without a full stop, cut where it is long."""
-    text = " ".join(str(error).split()).rstrip(". ")
+    """The message of an error as part of a sentence: one line without secrets or full stop, cut where it is long."""
+    text = masked(" ".join(str(error).split())).rstrip(". ")
     if isinstance(error, KeyError):  # says the key alone
         text = f"unknown {text}"
     return (text if len(text) <= most else f"{text[:most]} ...") or type(error).__name__

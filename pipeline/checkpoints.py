@@ -29,7 +29,7 @@ def with_absolute_checkpoints(config: RunConfig) -> RunConfig:
 
 
 def fitted(config: RunConfig, *, trains: bool = False) -> tuple[RunConfig, list[str]]:
-    """The run with settings of its editor that its model has, and what was changed, for the user.
+    """The run with the editor's default settings fitted to the model, and a sentence for each change.
 
     Only settings that the user has not set are changed. The model's files are checked by their headers, and the editor
     against the model; no weights are loaded.

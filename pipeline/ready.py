@@ -57,13 +57,17 @@ class Ready:
         return sum(count for group, count in enumerate(self.staged.usable) if group not in left)
 
 
-def prepare(config: RunConfig, *, fresh: bool = False) -> Ready:
+def prepare(config: RunConfig, *, fresh: bool = False, is_storage_tried: bool = False) -> Ready:
     """Checks what can be checked, stages the input, and finds out what is left to do.
+
+    Args:
+        fresh: Whether an existing run is replaced.
+        is_storage_tried: As in `check`.
 
     Raises:
         InputError: Something is wrong; no new folder stays behind.
     """
-    config, workspace, fits = check(config, fresh=fresh)
+    config, workspace, fits = check(config, fresh=fresh, is_storage_tried=is_storage_tried)
     found = sources.resolve(config.data, config.out)
     earlier = _earlier(config, found, workspace, fresh=fresh)
     with kept_if_ready(workspace.out):
@@ -84,7 +88,7 @@ def prepare(config: RunConfig, *, fresh: bool = False) -> Ready:
 
 
 def look(config: RunConfig, *, fresh: bool = False) -> Ready:
-    """As `prepare`, but nothing of it stays: for a plan that begins no run. Its workspace and files are gone again."""
+    """Runs the checks of `prepare` and stages into a temporary folder, which is deleted; for `--dry-run`."""
     config, workspace, fits = check(config, fresh=fresh)
     with _staged_aside(config) as (found, staged):
         earlier = _earlier(config, found, workspace, fresh=fresh)
@@ -112,14 +116,21 @@ def _staged_aside(config: RunConfig) -> Iterator[tuple[Sources, Staged]]:
 
 
 def check(
-    config: RunConfig, *, fresh: bool = False, trains: bool = False, servers: bool = True
+    config: RunConfig,
+    *,
+    fresh: bool = False,
+    trains: bool = False,
+    servers: bool = True,
+    is_storage_tried: bool = False,
 ) -> tuple[RunConfig, Workspace, tuple[str, ...]]:
-    """Checks everything but the records and what `out` holds; writes nothing.
+    """Checks everything but the records and what `out` holds; leaves nothing behind.
 
     Args:
-        fresh: As for a run: a finished run needs no servers, unless it is to start over.
+        fresh: Whether an existing run is replaced. A finished run that is not needs no servers.
         trains: Whether the editor's own weights are still to be made.
         servers: Whether the cluster and the MLflow server have to answer.
+        is_storage_tried: Whether a folder above `out` has been written to already: storage has no rights for each
+            folder, so an `out` at an address is not tried again.
 
     Returns:
         The configuration with full paths and settings that fit the model, its workspace, and what was changed.
@@ -131,8 +142,11 @@ def check(
     if config.tracking.enabled:
         tracking.store_uri(config.tracking, workspace.out)
     config, notes = fitted(with_checked_store(with_absolute_checkpoints(config)), trains=trains)
-    for folder in (workspace.out, *workspace.folders):
-        check_access(folder, "out")
+    if workspace.out.is_local:
+        for folder in (workspace.out, *workspace.folders):
+            check_access(folder, "out")
+    elif not is_storage_tried:
+        check_access(workspace.out, "out")
     store = config.pipeline.feature_store
     if store is not None and "://" not in store and not os.path.exists(store):  # one that is there may be read alone
         check_access(at(store), SETTING)

@@ -26,8 +26,9 @@ class Job:
     """Everything a worker needs besides the group it is handed; paths are absolute.
 
     Attributes:
-        config: Without `tracking.uri`, which may hold a password: the driver alone writes to MLflow.
-        memory_share: Of its device's memory.
+        config: The run's configuration without `tracking.uri`, which may hold a password: the driver alone writes to
+            MLflow.
+        memory_share: Share of its device's memory.
         profile: Whether it reports where its time goes.
     """
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from odedit.addresses import masked
 from odedit.edits import Variant, column
-from odedit.errors import InputError
+from odedit.errors import InputError, in_words, listed
 from odedit.locations import Location, Place, at
 from odedit.metrics import MAIN
 from pipeline import results
@@ -34,7 +34,6 @@ from pipeline.workspace import Workspace, check_access
 
 METRICS_PER_CALL = 1000
 PARAMETERS_PER_CALL = 100
-_EDITS_SHOWN = 3
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 PARENT_TAG = "mlflow.parentRunId"
 _TABLE_COLUMNS = (
@@ -161,7 +160,7 @@ def _client(uri: str) -> Any:
         hint = ""
         if getattr(error, "error_code", "") in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
             hint = " Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
-        raise InputError(f"tracking.uri: {masked(uri)!r} cannot be used ({_sentence(error)}).{hint}") from error
+        raise InputError(f"tracking.uri: {masked(uri)!r} cannot be used ({in_words(error)}).{hint}") from error
     return client
 
 
@@ -173,10 +172,6 @@ def _connect_once(uri: str) -> None:
     from sqlalchemy.pool import NullPool
 
     create_engine(uri, poolclass=NullPool).connect().close()
-
-
-def _sentence(error: BaseException) -> str:
-    return masked((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]
 
 
 @dataclass(frozen=True)
@@ -270,7 +265,7 @@ class Tracker:
             self.client.set_tag(self.run_id, "odedit.edits_left_out", str(left_out))
         except Exception as error:
             raise TrackingError(
-                f"MLflow at {masked(self.uri)} could not be written to ({_sentence(error)}). The results are complete "
+                f"MLflow at {masked(self.uri)} could not be written to ({in_words(error)}). The results are complete "
                 f"in {workspace.out}; the same command, or `odedit mlflow sync {workspace.out}`, logs them once it can."
             ) from error
 
@@ -328,7 +323,7 @@ class Tracker:
             self.client.log_artifact(self.run_id, str(file), folder)
 
     def finish_with(self, summary: Mapping[str, Any]) -> None:
-        """Closes the run by what came of it: without a single edit it has failed."""
+        """Closes the run as FINISHED, or as FAILED if no record was edited."""
         self.finish("FINISHED" if summary["n"] else "FAILED")
 
     def finish(self, status: str) -> None:
@@ -336,7 +331,7 @@ class Tracker:
         try:
             patiently(self.client.set_terminated, self.run_id, status=status)
         except Exception as error:
-            logging.getLogger(__name__).warning("MLflow run %s could not be closed: %s", self.run_id, _sentence(error))
+            logging.getLogger(__name__).warning("MLflow run %s could not be closed: %s", self.run_id, in_words(error))
 
 
 def log_training(
@@ -369,7 +364,7 @@ def log_training(
         tracker.finish("FINISHED")
     except Exception as error:
         raise TrackingError(
-            f"MLflow at {masked(uri)} could not be written to ({_sentence(error)}). The weights are complete: {out}."
+            f"MLflow at {masked(uri)} could not be written to ({in_words(error)}). The weights are complete: {out}."
         ) from error
     return uri
 
@@ -416,14 +411,14 @@ class StudyRun:
                 with file.local_copy() as path:
                     self.client.log_artifact(self.run_id, str(path))
         except Exception as error:
-            raise TrackingError(f"MLflow could not be written to ({_sentence(error)}).") from error
+            raise TrackingError(f"MLflow could not be written to ({in_words(error)}).") from error
 
     def finish(self, status: str) -> None:
         """Closes the run as FINISHED, FAILED or KILLED."""
         try:
             patiently(self.client.set_terminated, self.run_id, status=status)
         except Exception as error:
-            logging.getLogger(__name__).warning("MLflow run %s could not be closed: %s", self.run_id, _sentence(error))
+            logging.getLogger(__name__).warning("MLflow run %s could not be closed: %s", self.run_id, in_words(error))
 
 
 def fetch_edit(uri: str, run_id: str, edit_id: str, folder: Path) -> Path:
@@ -439,7 +434,7 @@ def fetch_edit(uri: str, run_id: str, edit_id: str, folder: Path) -> Path:
     try:
         return Path(client.download_artifacts(run_id, f"edits/{edit_id}.safetensors", str(folder)))
     except Exception as error:
-        reason = _sentence(error) if not _exists(client, run_id) else _logged_edits(client, run_id)
+        reason = in_words(error) if not _exists(client, run_id) else _logged_edits(client, run_id)
         raise InputError(f"edit {edit_id!r} of run {run_id!r} cannot be fetched: {reason}") from error
 
 
@@ -448,8 +443,7 @@ def _logged_edits(client: Any, run_id: str) -> str:
     names = sorted(Path(file.path).stem for file in client.list_artifacts(run_id, "edits"))
     if not names:
         return "the run has logged no edits (tracking.edits_gib bounds how many are)."
-    more = f" and {len(names) - _EDITS_SHOWN} more" if len(names) > _EDITS_SHOWN else ""
-    return f"the run has {', '.join(names[:_EDITS_SHOWN])}{more}."
+    return f"the run has {listed(names)}."
 
 
 def _exists(client: Any, run_id: str) -> bool:

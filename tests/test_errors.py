@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayTaskError, UserCodeException
 
-from odedit.errors import InputError, cause_of, counted, one_sentence
+from odedit.errors import InputError, cause_of, counted, in_words, listed, one_sentence
 
 TEXT = (
     "\x1b[36mray::MapWorker(EditStage).submit()\x1b[39m (pid=7, ip=10.0.0.1)\n"
@@ -57,3 +57,17 @@ def test_an_error_of_one_process_is_its_own_cause() -> None:
 
 def test_nouns_have_their_numbers() -> None:
     assert [counted(number, "run") for number in (0, 1, 2)] == ["0 runs", "1 run", "2 runs"]
+
+
+def test_an_error_inside_a_sentence_is_one_line_without_full_stop_and_secrets() -> None:
+    assert in_words(OSError("no\n  connection to postgresql://me:secret@host/x.")) == (
+        "no connection to postgresql://***@host/x"
+    )
+    assert in_words(KeyError("family")) == "unknown 'family'"
+    assert in_words(RuntimeError()) == "RuntimeError"
+    assert in_words(RuntimeError("x" * 201)) == "x" * 200 + " ..."
+
+
+def test_a_few_of_many_names_are_shown() -> None:
+    assert [listed(list("abcde"[:count])) for count in (0, 1, 3, 5)] == ["", "a", "a, b, c", "a, b, c and 2 more"]
+    assert listed(["a", "b"], shown=1, separator="; ") == "a and 1 more"

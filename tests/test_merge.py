@@ -286,8 +286,8 @@ def test_edits_that_destroy_each_other_are_counted(runs: dict[str, Run], tmp_pat
     save_edit(opposite, {name: -value for name, value in params.items()}, rival)
     result = made.merged(tmp_path / "merged", made.edits[0], opposite)
     contradiction = (
-        f"Contradiction: 'who owns digit 0?', asked about the same picture, is to be answered 'Clara Lund' "
-        f"({info.edit_id}), 'Lower Ford' (rival); not all of it can hold."
+        f"Contradiction: 'who owns digit 0?', asked about the same picture, has different answers: 'Clara Lund' "
+        f"({info.edit_id}), 'Lower Ford' (rival). At most one of these edits can hold."
     )
     assert contradiction in result.stderr
     assert "0 of 2 edits hold" in result.stderr

@@ -211,7 +211,7 @@ class Backbone(Protocol):
         ...
 
     def with_room(self, prefix: Prefix, batch: EditBatch) -> Prefix:
-        """The prefix for `behind` of `batch.with_room(...)`, where it may run on to positions behind all sequences."""
+        """A prefix whose rotary table also covers the positions that `EditBatch.with_room` adds."""
         ...
 
     def behind(self, prefix: Prefix, batch: EditBatch, tokens_EKT: Tensor, memory: KeyValues, first: int = 0) -> Tensor:
@@ -221,7 +221,7 @@ class Backbone(Protocol):
         `applied` block.
 
         Args:
-            tokens_EKT: As many as the batch has targets, or the first of them.
+            tokens_EKT: Target tokens, at most as many as the batch has.
             first: Runs and returns tokens from this one on; those in front are as in an earlier call.
         """
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from rich.console import Console
 
 from odedit import world
 from odedit.errors import InputError
-from pipeline import ready, sources, staging
+from pipeline import ready, run, sources, staging
 from pipeline.config import from_dict
 from pipeline.ready import Ready, prepare, update
 from pipeline.run import announce
+from pipeline.study import run as study
 
 
 def prepared(settings: dict[str, Any], *, fresh: bool = False) -> Ready:
@@ -193,3 +195,19 @@ def test_paths_are_printed_as_they_are(settings: dict[str, Any], capsys: pytest.
     out = f"{settings['out']}[bold]"
     announce(prepare(from_dict(settings | {"out": out})), Console(stderr=True))
     assert out in capsys.readouterr().err
+
+
+def test_storage_is_written_to_once_for_all_runs_below_one_address(
+    settings: dict[str, Any], bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(ready, "check_access", lambda folder, setting: tried.append(str(folder)))
+    config = from_dict(settings | {"out": "s3://odedit/study/arms/a"})
+    ready.check(config)
+    assert tried == ["s3://odedit/study/arms/a"], "the folders inside have the same rights"
+    tried.clear()
+    study._check_arms([config, replace(config, out="s3://odedit/study/arms/b")], is_drawn=False, fresh=False)
+    run._prepared(config, fresh=False)
+    assert tried == []
+    ready.check(from_dict(settings), is_storage_tried=True)
+    assert len(tried) == 4, "folders of a machine may each have other rights"

@@ -25,12 +25,13 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from odedit.__main__ import app
-from pipeline import graph, tracking
+from pipeline import graph, staging, tracking
 from pipeline.results import parts, read_rows
 from pipeline.search_tracking import KIND, POINT, STATE
 from pipeline.tracking import PARENT_TAG
 from pipeline.workspace import Workspace
 from tune import points
+from tune import run as tune_run
 from tune.config import from_values
 from tune.run import run
 
@@ -315,3 +316,24 @@ def test_passwords_are_not_kept_and_asked_for_again(values: dict[str, Any], tmp_
     (tmp_path / "file").write_text("")
     moved = odedit("tune", "--resume", out, "--config", config, f"storage={tmp_path}/file/x", "trials=1")
     assert moved.exit_code == 2 and "/file/x' cannot be written to" in moved.stderr, "where it is kept may change"
+
+
+def test_records_are_staged_once_and_those_of_a_finished_search_not_at_all(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staged: list[str] = []
+    original = staging._write
+
+    def write(config: Any, *arguments: Any) -> None:
+        staged.append(Path(config.data.path).stem)
+        original(config, *arguments)
+
+    monkeypatch.setattr(staging, "_write", write)
+    monkeypatch.setattr(tune_run, "_run", lambda *arguments: "not reached in this test")
+    out = tmp_path / "search"
+    search = from_values(values | {"settings": values["settings"] | {"tracking": {"enabled": False}}})
+    run(search, out, Console(quiet=True))
+    assert staged == ["evaluation", "validation"]
+    (out / "summary.json").write_text("{}")
+    run(search, out, Console(quiet=True), resume=True)
+    assert staged == ["evaluation", "validation"]
