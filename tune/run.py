@@ -58,12 +58,17 @@ def run(config: SearchConfig, out: Path | str, console: Console, *, resume: bool
     if search.trial.tracking.enabled:
         tracking.store_uri(search.trial.tracking, folder.evaluation)
     check_folder(search, folder, resume=resume)
-    _check_runs(search, folder)
     with ExitStack() as stack:
+        is_begun = bool(folder.state)
+        if is_begun:  # one that is running is refused at once
+            stack.enter_context(alone(folder))
+        _check_runs(search, folder)
         with kept_if_ready(folder.out):
             (folder.out / "trials").make_folder()
-            for context in (alone(folder), terminate_as_interrupt(), local_ray.shared()):
-                stack.enter_context(context)
+            if not is_begun:
+                stack.enter_context(alone(folder))
+            stack.enter_context(terminate_as_interrupt())
+            stack.enter_context(local_ray.shared())
             base, found = _prepared(search, folder, console)
             groups = records.stage(base, found, folder.validation, config.rungs.sizes, config.seed)
             remember(search, folder, found)
