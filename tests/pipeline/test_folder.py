@@ -113,8 +113,11 @@ def test_what_a_run_left_that_never_began_is_staged_anew(settings: dict[str, Any
         with pytest.raises(InputError, match="holds no record"):
             prepared(with_pool)
     out = Path(settings["out"])
-    assert not (out / "records.parquet").exists()
-    assert (out / "pool.parquet").exists(), "the pool is staged first"
+    assert not out.exists(), "of a folder that was not there nothing stays"
+    out.mkdir()
+    with pytest.raises(InputError, match="holds no record"):
+        prepared(with_pool)
+    assert [path.name for path in out.iterdir()] == ["pool.parquet"], "the pool is staged first"
 
     Path(data["path"]).write_text(records)
     write_array(pool, [record(number) for number in range(20, 23)])
