@@ -22,7 +22,7 @@ TEXT = (
 CHAINED = (
     "Traceback (most recent call last):\n  File \"a.py\", line 3, in find\nKeyError: 'path'\n\n"
     "During handling of the above exception, another exception occurred:\n\n"
-    "Traceback (most recent call last):\n  File \"a.py\", line 5, in find\n"
+    'Traceback (most recent call last):\n  File "a.py", line 5, in find\n'
     "odedit.errors.InputError: data.path: there is no file\n"
 )
 
