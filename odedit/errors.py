@@ -11,6 +11,8 @@ from odedit.addresses import masked
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _RAISED = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception|Exit|Interrupt|Warning)(?:: .*)?)$", re.MULTILINE)
 """Last line of a traceback: exception and message, without the module."""
+_ANOTHER = "During handling of the above exception, another exception occurred"
+"""Between the tracebacks of an exception that was not passed on and of the one that was raised instead."""
 _TRACEBACK = ("Traceback (most recent call last)", "ray::")
 _LONGEST = 300
 
@@ -55,7 +57,7 @@ def one_sentence(error: BaseException) -> str:
     """An exception on one line, its kind included unless it is an `InputError`; of a wrapped one, the cause."""
     error = cause_of(error)
     text = masked(_COLOURS.sub("", str(error)))
-    if any(mark in text for mark in _TRACEBACK) and (raised := _RAISED.search(text)):
+    if any(mark in text for mark in _TRACEBACK) and (raised := _RAISED.search(text.rpartition(_ANOTHER)[2])):
         return raised[1][:_LONGEST]
     text = " ".join(text.split())[:_LONGEST] or "no further explanation"
     return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from odedit.checkpoint import EditInfo
 from odedit.errors import InputError, NothingUsable, counted
 from odedit.locations import Location, locate
 from pipeline import config as run_config
@@ -150,6 +151,7 @@ def apply(
     from odedit.checkpoint import load_edits
     from odedit.edits import Probe
     from odedit.images import ImageError
+    from odedit.markers import without_leading_marker
     from pipeline import edit_files, held
     from pipeline.answer import before_and_after, load_backbone_of, read_picture
 
@@ -163,13 +165,23 @@ def apply(
     given = edit_files.find(edits)
     backbone = load_backbone_of(given.infos[0], checkpoint, dtype=dtype, device=device)
     editor, params, infos = load_edits(given.files, backbone, device)
-    question = Probe(prompt, "", picture, caption)
+    question = Probe(prompt if picture is None else without_leading_marker(prompt), "", picture, caption)
     before, after = before_and_after(backbone, editor, params, infos[0].template, question, max_tokens)
     print(f"before: {before}\nafter:  {after}")
-    _say_of_edits(given.notes)
+    _say_of_edits([*given.notes, *_of_templates(infos)])
     if len(infos) > 1:  # one alone has been scored when it was made
         found = held.ask(backbone, editor.sites, infos, lambda batch: editor.together(backbone, params, batch))
         _say_of_edits(found.sentences())
+
+
+def _of_templates(infos: Sequence[EditInfo]) -> Iterator[str]:
+    """What to say of the question's template if the edits were made with different ones."""
+    templates = sorted({info.template for info in infos})
+    if len(templates) > 1:
+        yield (
+            f"The edits were made with different prompt templates ({', '.join(templates)}). The question was asked "
+            f"with the first edit's, {infos[0].template!r}."
+        )
 
 
 def _say_of_edits(sentences: Iterable[str]) -> None:

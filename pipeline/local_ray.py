@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 from rich.console import Console
 
+from odedit.addresses import masked
 from odedit.errors import InputError
 from pipeline import joining, nodes
 from pipeline.config import BackboneConfig, PipelineConfig
@@ -280,7 +281,7 @@ def _held_back_stderr() -> Iterator[None]:
             yield
         except BaseException:
             held.seek(0)
-            os.write(before, held.read())
+            os.write(before, masked(held.read().decode(errors="replace")).encode())
             raise
         finally:
             os.dup2(before, 2)

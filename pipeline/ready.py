@@ -23,7 +23,7 @@ from pipeline.sources import Sources
 from pipeline.spec import machine_cpus, machine_gpus, make_plan
 from pipeline.staging import Staged
 from pipeline.version import code_version, software
-from pipeline.workspace import CONFIG_HEADER, Workspace, check_access, kept_if_ready, read_json, write_json
+from pipeline.workspace import CONFIG_HEADER, Workspace, check_access, new_place, read_json, write_json
 
 _NOT_COMPARED = ("tracking.", "training.", "out", "pipeline.")
 _COMPARED_ANYWAY = ("pipeline.batch_size",)
@@ -70,15 +70,16 @@ def prepare(config: RunConfig, *, fresh: bool = False, is_storage_tried: bool = 
     config, workspace, fits = check(config, fresh=fresh, is_storage_tried=is_storage_tried)
     found = sources.resolve(config.data, config.out)
     earlier = _earlier(config, found, workspace, fresh=fresh)
-    with kept_if_ready(workspace.out):
-        if earlier.is_none:
-            for path in staging.leftovers(workspace):
-                path.delete()
-        elif earlier.is_replaced:
-            with staging.aside(config, found, workspace):
-                _clear(workspace)
+    with new_place(workspace.out):
+        if earlier.is_none or earlier.is_replaced:
+            with staging.aside(config, found, workspace) as staged:
+                if earlier.is_replaced:
+                    _clear(workspace)
+                else:
+                    delete_all(staging.leftovers(workspace))
+        else:
+            staged = staging.stage(config, found, workspace)
         workspace.create()
-        staged = staging.stage(config, found, workspace)
         damage = intact.repair(workspace, staged, keep_edits=config.keep_edits)
         code = code_version()
         notes = (*fits, *earlier.notes, *([damage] if damage else []))
@@ -243,7 +244,7 @@ def _check_room(workspace: Workspace, *, fresh: bool) -> None:
     if results.parts(workspace):
         raise InputError(f"out: {workspace.out} holds results without run.json. Choose another folder (out=...).")
     # What a run that never began left behind is deleted.
-    leftovers = staging.leftovers(workspace)
+    leftovers = [*staging.leftovers(workspace), *staging.cut_off(workspace)]
     stranger = workspace.out.first_file_below(leftovers) if fresh else None
     if stranger is not None:
         name = stranger.rpartition("/")[2]

@@ -43,6 +43,7 @@ POOL_RECORDS = 256
 STAGED_SCHEMA = RECORDS_SCHEMA.append(pyarrow.field("group", pyarrow.int64())).with_metadata({"odedit": "staged"})
 """Marked, so that a user's own Parquet file of the same name is never taken for one that may be deleted."""
 _PROBLEMS_PER_GROUP = 2000
+_ASIDE = ".staging-"
 _ROWS_TOGETHER = 512
 
 
@@ -121,17 +122,18 @@ def _check_supervision(config: RunConfig, sources: Sources, pool: Pool | None, c
 
 
 @contextmanager
-def aside(config: RunConfig, sources: Sources, workspace: Workspace) -> Iterator[None]:
+def aside(config: RunConfig, sources: Sources, workspace: Workspace) -> Iterator[Staged]:
     """Stages beside what is there, and takes the place of it after the block: wrong input costs no earlier result.
+
+    Nothing is left in the folder if the input is wrong or the block fails.
 
     Raises:
         InputError: As `stage` does, before the block is entered.
     """
     beside = workspace.out if workspace.out.is_local else None
-    with tempfile.TemporaryDirectory(prefix=".staging-", dir=beside) as folder:
+    with tempfile.TemporaryDirectory(prefix=_ASIDE, dir=beside) as folder:
         new = Workspace(locate(folder, "out"))
-        stage(config, sources, new)
-        yield
+        yield stage(config, sources, new)
         for name in ("records", "pool"):
             if getattr(new, name).exists():
                 getattr(workspace, name).take(Path(getattr(new, name)))
@@ -150,6 +152,11 @@ def leftovers(workspace: Workspace) -> list[Location]:
                 f"out: {path} was not written by a run and would be replaced. Choose another folder (out=...)."
             )
     return [*found, *([workspace.calibration] if workspace.calibration.exists() else [])]
+
+
+def cut_off(workspace: Workspace) -> list[Location]:
+    """Files that `aside` has left where its process was killed."""
+    return [file for folder in workspace.out.glob(f"{_ASIDE}*") for file in folder.glob()]
 
 
 def _is_staged(place: Location) -> bool:

@@ -47,7 +47,7 @@ from pipeline.sources import Sources, absolute
 from pipeline.spec import machine_cpus, machine_gpus, make_plan
 from pipeline.staging import POOL_RECORDS, check_for
 from pipeline.version import code_version
-from pipeline.workspace import check_access, kept_if_ready
+from pipeline.workspace import check_access, new_place
 
 _RECORDS_AT_ONCE = 64
 _STEPS_MEASURED = 2
@@ -103,10 +103,9 @@ def run(config: RunConfig, out: Path | str | None, console: Console, *, fresh: b
     plan = make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), 1)
     settle(plan.threads_per_actor, plan.device)
     tracking.check(config.tracking, files.weights)
-    with kept_if_ready(files.weights.parent):
+    with new_place(files.weights.parent):
         found = _inputs(config, files)
         identity = _identity(config, found)
-        files.weights.parent.make_folder()
     with terminate_as_interrupt():
         backbone = load_remembering(config.backbone, plan.device, config.pipeline.feature_store, partial(say, console))
         identity["backbone.weights"] = backbone.fingerprint

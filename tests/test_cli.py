@@ -212,6 +212,9 @@ def test_edit_and_apply(files: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
     image.write_bytes(encoded(picture(1)))
     result = odedit("apply", *edits[:2], "--prompt", "What is it?", "--image", image)
     expect(result, 0, "before: ", "after:  ")
+    marked = odedit("apply", *edits[:2], "--prompt", "<image>\nWhat is it?", "--image", image)
+    assert marked.exit_code == 0 and marked.stdout == result.stdout, marked.output
+    expect(odedit("apply", edits[0], "--prompt", "<image>\nWhat is it?"), 2, "image marker")
     image.write_bytes(b"no picture")
     expect(odedit("apply", edits[0], "--prompt", "What is it?", "--image", image), 2, "--image: ")
     result = odedit("apply", edits[0], "--prompt", "What is it?", "--image", "nope.png")
@@ -294,6 +297,25 @@ def test_an_unexpected_error_is_one_sentence_and_exit_1(files: dict[str, Any], m
     monkeypatch.setattr(commands, "run", fail)
     result = odedit("edit", "--config", files["config"])
     expect(result, 1, "Failed: ZeroDivisionError: something", "odedit --debug")
+
+
+def test_a_traceback_shows_no_secret(files: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline import commands
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise ZeroDivisionError("no answer from https://me:pa55word@host/x")
+
+    monkeypatch.setattr(commands, "run", fail)
+    result = odedit("--debug", "edit", "--config", files["config"])
+    assert result.exit_code == 1 and "ZeroDivisionError: no answer from https://***@host/x" in result.output
+    assert "Traceback" in result.output and "pa55word" not in result.output
+
+
+def test_an_output_that_was_closed_from_the_start_changes_nothing() -> None:
+    for arguments, code in (("study list", 0), ("data check none.json", 2)):
+        command = f'exec "{sys.executable}" -m odedit {arguments} >&-'
+        done = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, timeout=120)
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
 
 
 def test_an_output_that_is_closed_ends_the_command_quietly(files: dict[str, Any]) -> None:

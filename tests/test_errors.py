@@ -19,6 +19,13 @@ TEXT = (
     "ray.exceptions.UserCodeException: UDF failed to process a data block."
 )
 
+CHAINED = (
+    "Traceback (most recent call last):\n  File \"a.py\", line 3, in find\nKeyError: 'path'\n\n"
+    "During handling of the above exception, another exception occurred:\n\n"
+    'Traceback (most recent call last):\n  File "a.py", line 5, in find\n'
+    "odedit.errors.InputError: data.path: there is no file\n"
+)
+
 
 def wrapped(error: BaseException) -> BaseException:
     """As Ray Data hands on what a stage has raised."""
@@ -35,6 +42,7 @@ def wrapped(error: BaseException) -> BaseException:
         (wrapped(ArithmeticError("a number that is none")), "ArithmeticError: a number that is none"),
         (wrapped(InputError("editor.site: none")), "editor.site: none"),
         (RuntimeError(TEXT), "OutOfMemoryError: no room for 3 MiB"),
+        (RuntimeError(CHAINED), "InputError: data.path: there is no file"),
         (RuntimeError("\x1b[31mred\x1b[0m"), "RuntimeError: red"),
         (RuntimeError(), "RuntimeError: no further explanation"),
     ],

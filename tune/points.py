@@ -26,6 +26,7 @@ from odedit.errors import InputError, in_words
 from odedit.locations import Location
 from tune.config import SearchConfig
 from tune.dimensions import label
+from tune.folder import JOURNAL
 from tune.scoring import Report
 from tune.space import Point, Space, key_of
 
@@ -104,7 +105,7 @@ def check_driver(config: SearchConfig) -> None:
 
 def journal(config: SearchConfig, out: Location) -> Path:
     """The journal file of a search that is kept in one."""
-    return Path(config.storage).expanduser().absolute() if config.storage is not None else Path(out / "optuna.journal")
+    return Path(config.storage).expanduser().absolute() if config.storage is not None else Path(out / JOURNAL)
 
 
 class Points:

@@ -32,10 +32,10 @@ from pipeline.run import Outcome, run_many
 from pipeline.search_tracking import KIND, SearchRun
 from pipeline.spec import Job, Plan
 from pipeline.version import code_version
-from pipeline.workspace import Workspace, kept_if_ready
+from pipeline.workspace import Workspace, new_place
 from tune import points, records, report
 from tune.config import Search, SearchConfig, check
-from tune.folder import TUNE_FOLDER, Folder, alone, check_folder, remember, remove_folder
+from tune.folder import BEFORE_THE_FIRST_TRIAL, TUNE_FOLDER, Folder, alone, check_folder, remember, remove_folder
 from tune.points import Points, Trial
 
 _KEYS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
@@ -63,12 +63,13 @@ def run(config: SearchConfig, out: Path | str, console: Console, *, resume: bool
         if is_begun:  # one that is running is refused at once
             stack.enter_context(alone(folder))
         _check_runs(search, folder)
-        with kept_if_ready(folder.out):
+        stack.enter_context(new_place(folder.out))
+        if not is_begun:
+            stack.enter_context(alone(folder))
+        for context in (terminate_as_interrupt(), local_ray.shared()):
+            stack.enter_context(context)
+        with new_place(folder.out, BEFORE_THE_FIRST_TRIAL):
             (folder.out / "trials").make_folder()
-            if not is_begun:
-                stack.enter_context(alone(folder))
-            stack.enter_context(terminate_as_interrupt())
-            stack.enter_context(local_ray.shared())
             base, found = _prepared(search, folder, console)
             groups = records.stage(base, found, folder.validation, config.rungs.sizes, config.seed)
             remember(search, folder, found)

@@ -25,7 +25,7 @@ from pipeline.sources import absolute
 from pipeline.study import comparisons, data, plots, states, tables, weights
 from pipeline.study.spec import Arm, StudyConfig, arms, run_config
 from pipeline.version import code_version
-from pipeline.workspace import Workspace, check_access, kept_if_ready, read_json, write_json
+from pipeline.workspace import Workspace, check_access, new_place, read_json, write_json
 
 _STATE = "study.json"
 
@@ -61,10 +61,10 @@ def run(name: str, study: StudyConfig, out: Path | str, console: Console, *, fre
         [_named(run_config(arm, out, None), arm, out) for arm in every], is_drawn=study.draw is not None, fresh=fresh
     )
     with terminate_as_interrupt(), local_ray.shared():
-        with kept_if_ready(place):
-            place.make_folder()
-            write_json(place / _STATE, _state(place) | {"study": name})
+        with new_place(place):
+            # The records first: a study whose records cannot be drawn has not begun.
             section = data.write(study.draw, below(str(out), "data")) if study.draw is not None else None
+            write_json(place / _STATE, _state(place) | {"study": name})
             configs = [_named(run_config(arm, out, section), arm, out) for arm in every]
             parent = _open_parent(name, study, place, configs[0], fresh=fresh)
         try:

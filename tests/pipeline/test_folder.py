@@ -119,17 +119,61 @@ def test_what_a_run_left_that_never_began_is_staged_anew(settings: dict[str, Any
     out.mkdir()
     with pytest.raises(InputError, match="holds no record"):
         prepared(with_pool)
-    assert [path.name for path in out.iterdir()] == ["pool.parquet"], "the pool is staged first"
+    assert not list(out.iterdir()), "nor anything in one that was there"
 
     Path(data["path"]).write_text(records)
+    workspace = prepared(with_pool).workspace
+    workspace.run.delete()  # as a process leaves it that is killed before its run begins
+    workspace.config.delete()
+    (out / ".staging-killed").mkdir()
+    (out / ".staging-killed" / "records.parquet").write_text("cut off")
     write_array(pool, [record(number) for number in range(20, 23)])
     (out / "calibration.json").write_text('{"sigma2_0": 9}')
-    ready = prepared(with_pool)
+    ready = prepared(with_pool, fresh=True)
     found = staging.read_pool(ready.workspace, ready.sources)
     assert found is not None and {other.fields["src"] for other in found.records} == {
         f"What is object {number}?" for number in range(20, 23)
     }
     assert not ready.workspace.calibration.exists()
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_what_another_process_has_written_meanwhile_stays(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, is_begun: bool
+) -> None:
+    """The same command was started twice, and the one that has made the folder fails."""
+    out, stage = Path(settings["out"]), staging.stage
+
+    def fail(*arguments: Any) -> None:
+        with monkeypatch.context() as other:
+            other.setattr(staging, "stage", stage)
+            if is_begun:
+                prepared(settings).workspace.part(0).write_bytes(b"rows")
+            else:
+                (out / "notes.md").write_text("mine")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(staging, "stage", fail)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(settings)
+    names = sorted(path.name for path in out.iterdir())
+    if not is_begun:
+        assert names == ["notes.md"]
+        return
+    assert names == ["attempts", "config.yaml", "edits", "records.parquet", "results", "run.json"]
+    assert (out / "results" / "part-000000.parquet").read_bytes() == b"rows"
+
+
+def test_a_run_that_lies_among_the_data_can_be_resumed_but_not_begun(settings: dict[str, Any]) -> None:
+    out = Path(settings["data"]["image_root"]) / "runs" / "one"
+    settings |= {"out": str(out)}
+    with pytest.raises(InputError, match=r"lies in data\.image_root"):
+        prepared(settings)
+    assert not out.parent.exists()
+    with pytest.MonkeyPatch.context() as earlier:
+        earlier.setattr(sources, "check_apart", lambda data, out: None)
+        prepared(settings)
+    assert prepared(settings).pending
 
 
 def test_secrets_are_not_stored_but_a_changed_one_is_noticed(settings: dict[str, Any], tmp_path: Path) -> None:
