@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -15,7 +14,7 @@ from rich.console import Console
 
 from odedit.errors import InputError, counted
 from odedit.locations import delete_all
-from pipeline import intact, local_ray, nodes, results, tracking
+from pipeline import intact, local_ray, results, tracking
 from pipeline.config import RunConfig
 from pipeline.console import say
 from pipeline.interrupts import raise_if_interrupted, terminate_as_interrupt
@@ -105,7 +104,6 @@ def _run_ready(
             plan = stack.enter_context(local_ray.connected(first.pipeline, first.backbone, len(pending), console))
             # Again, because Ray puts a handler of its own in place, which ends the process at once.
             stack.enter_context(terminate_as_interrupt())
-            stack.enter_context(nodes.watched(local_ray.address_of(first.pipeline), partial(say, console)))
             _edit(runs, pending, plan, console, profile)
         return [one.finish(console) for one in runs]
 

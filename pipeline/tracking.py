@@ -11,10 +11,11 @@ import logging
 import os
 import shlex
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -30,10 +31,12 @@ from pipeline.config import RunConfig, TrackingConfig
 from pipeline.reachable import check_server
 from pipeline.reasons import sentences
 from pipeline.sharing import alone, patiently
+from pipeline.variables import environment
 from pipeline.workspace import Workspace, check_access
 
 METRICS_PER_CALL = 1000
 PARAMETERS_PER_CALL = 100
+_IMPATIENT_S = 6
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 PARENT_TAG = "mlflow.parentRunId"
 _TABLE_COLUMNS = (
@@ -88,20 +91,13 @@ def check(tracking: TrackingConfig, out: Location) -> None:
     else:
         check_server(uri, "tracking.uri")
     with _impatient():
-        _check_experiment(_client(uri).get_experiment_by_name(tracking.experiment), tracking.experiment)
+        _check_experiment(_client(uri, _IMPATIENT_S).get_experiment_by_name(tracking.experiment), tracking.experiment)
 
 
-@contextmanager
-def _impatient() -> Iterator[None]:
+def _impatient() -> AbstractContextManager[None]:
     """Inside, a server that does not answer is given up within seconds, unless the user has said otherwise."""
-    names = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "6", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    ours = [name for name in names if name not in os.environ]
-    os.environ.update({name: names[name] for name in ours})
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
+    names = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(_IMPATIENT_S), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    return environment({name: value for name, value in names.items() if name not in os.environ})
 
 
 def masked_values(value: Any) -> Any:
@@ -137,7 +133,7 @@ def open_command(uri: str) -> str:
     return shlex.join([beside_us, "ui", "--backend-store-uri", masked(uri)])
 
 
-def _client(uri: str) -> Any:
+def _client(uri: str, patience_s: float = 60.0) -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # A wrong address should fail in seconds.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -153,7 +149,7 @@ def _client(uri: str) -> Any:
         if uri.startswith("sqlite:///"):
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         with alone(uri):
-            _connect_once(uri)
+            _connect_once(uri, patience_s)
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
     except Exception as error:
@@ -164,14 +160,31 @@ def _client(uri: str) -> Any:
     return client
 
 
-def _connect_once(uri: str) -> None:
-    """Raises what a database says that cannot be used; MLflow would try again for more than a minute first."""
+def _connect_once(uri: str, patience_s: float) -> None:
+    """Raises what a database says that cannot be used; MLflow would try again for more than a minute first.
+
+    In another thread: most drivers have no time-out for a server that takes the connection and sends nothing.
+    """
     if uri.partition(":")[0].partition("+")[0] not in _DATABASES:
         return
     from sqlalchemy import create_engine
     from sqlalchemy.pool import NullPool
 
-    create_engine(uri, poolclass=NullPool).connect().close()
+    errors: list[Exception] = []
+
+    def connect() -> None:
+        try:
+            create_engine(uri, poolclass=NullPool).connect().close()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=connect, name="odedit-database", daemon=True)
+    thread.start()
+    thread.join(patience_s)
+    if thread.is_alive():
+        raise TimeoutError(f"the database has not answered within {patience_s:g} s")
+    if errors:
+        raise errors[0]
 
 
 @dataclass(frozen=True)

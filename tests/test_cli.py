@@ -105,7 +105,7 @@ def test_wrong_settings_exit_with_2(files: dict[str, Any], override: str, expect
         ("tracking={{uri: 'postgresql://me:secret@127.0.0.1:1/x'}}", ["tracking.uri: no server answers at", "***"]),
         ("tracking={{uri: 'sqlite:///{folder}/coco'}}", ["tracking.uri: ", "unable to open database file"]),
         ("pipeline.ray_address=127.0.0.1:1", ["pipeline.ray_address: no Ray answers at '127.0.0.1:1'"]),
-        ("pipeline.ray_address=ray://127.0.0.1:1", ["pipeline.ray_address: no server answers at 'ray://127.0.0.1:1'"]),
+        ("pipeline.ray_address=ray://127.0.0.1:1", ["pipeline.ray_address: no Ray answers at 'ray://127.0.0.1:1'"]),
         ("pipeline.ray_address=http://127.0.0.1:8265", ["pipeline.ray_address: got", "expected host:port"]),
         ("pipeline.ray_address=head", ["pipeline.ray_address: no Ray answers at 'head' (expected HOST:PORT, or auto)"]),
         ("pipeline.feature_store=/proc/odedit", ["pipeline.feature_store: '/proc/odedit' cannot be written to"]),
@@ -197,7 +197,7 @@ def test_a_dry_run_prints_the_configuration_and_the_plan_and_writes_nothing(file
 def test_a_job_of_a_cluster_runs_on_it(
     files: dict[str, Any], monkeypatch: pytest.MonkeyPatch, of_job: str, expected: str
 ) -> None:
-    monkeypatch.setattr(joining, "login", lambda address: {})
+    monkeypatch.setattr(joining, "login_to", lambda address: {})
     monkeypatch.setenv("RAY_ADDRESS", of_job)
     expect(odedit("edit", "--config", files["config"], "--dry-run"), 0, f"# plan: {expected}")
     named = odedit("edit", "--config", files["config"], "--dry-run", "pipeline.ray_address=10.0.0.2:6379")

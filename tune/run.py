@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from rich.console import Console
 
 from odedit.errors import InputError, NothingUsable, counted
 from odedit.locations import Location, delete_all, locate
-from pipeline import local_ray, nodes, sources, tracking
+from pipeline import local_ray, sources, tracking
 from pipeline.checkpoints import editor_weights, fitted, with_absolute_checkpoints
 from pipeline.config import RunConfig
 from pipeline.console import say
@@ -217,7 +216,6 @@ def _try_points(
         with (
             local_ray.connected(spread, job.config.backbone, config.concurrent, console) as plan,
             terminate_as_interrupt(),
-            nodes.watched(local_ray.address_of(spread), partial(say, console)),
         ):
             _fit(search, folder, _on(job, plan), groups, running, before, plan, console)
     except InputError as error:

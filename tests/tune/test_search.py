@@ -35,11 +35,7 @@ from pipeline.search_tracking import KIND, POINT, STATE
 from pipeline.tracking import PARENT_TAG
 from pipeline.workspace import Workspace
 from tune import points
-<<<<<<< HEAD
-from tune import run as tune_run
-=======
 from tune import run as runner
->>>>>>> fixb
 from tune.config import from_values
 from tune.folder import Folder, alone
 from tune.run import run
@@ -378,7 +374,7 @@ def test_records_are_staged_once_and_those_of_a_finished_search_not_at_all(
         original(config, *arguments)
 
     monkeypatch.setattr(staging, "_write", write)
-    monkeypatch.setattr(tune_run, "_run", lambda *arguments: "not reached in this test")
+    monkeypatch.setattr(runner, "_run", lambda *arguments: "not reached in this test")
     out = tmp_path / "search"
     search = from_values(values | {"settings": values["settings"] | {"tracking": {"enabled": False}}})
     run(search, out, Console(quiet=True))
