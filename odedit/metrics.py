@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odedit.backbones.base import Backbone, Prefix
+from odedit.backbones.base import Backbone, Prefix, ends_of
 from odedit.brief import brief
 from odedit.editors.base import Editor
 from odedit.edits import RELIABILITY, EditBatch, EditParams, Variant, column, is_locality
@@ -196,12 +196,13 @@ def generate(
         first_choice_EKT: The model's choices given the target, and the one behind it, `(E, K, T + 1)`.
         longest_rest: Tokens beyond its target's length after which an answer that has not ended is cut off.
     """
-    end = min(backbone.ends)
+    ends = ends_of(backbone)
+    end = min(ends)
     roomy = batch.with_room(longest_rest, end, backbone.max_positions)
     count_EK1 = batch.target_mask_EKT.sum(dim=-1, keepdim=True)
     places_N = torch.arange(roomy.target_EKT.shape[-1], device=count_EK1.device)
     choice_EKN = torch.nn.functional.pad(first_choice_EKT, (0, longest_rest - 1)).where(places_N <= count_EK1, end)
-    return greedy(backbone, roomy, backbone.with_room(prefix, roomy), memory, choice_EKN, backbone.ends)
+    return greedy(backbone, roomy, backbone.with_room(prefix, roomy), memory, choice_EKN, ends)
 
 
 def until_end(tokens: Sequence[int], ends: Collection[int]) -> tuple[list[int], bool]:
@@ -269,7 +270,7 @@ def _said(backbone: Backbone, batch: EditBatch, readout: _Readout, e: int, k: in
     if readout.greedy_EKT is None:
         return None
     most = int(batch.target_mask_EKT[e, k].sum()) + LONGEST_REST
-    return until_end(readout.greedy_EKT[e, k, :most].tolist(), backbone.ends)
+    return until_end(readout.greedy_EKT[e, k, :most].tolist(), ends_of(backbone))
 
 
 def _text(backbone: Backbone, tokens: Sequence[int]) -> str:

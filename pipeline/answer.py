@@ -9,6 +9,7 @@ import torch
 
 from odedit.addresses import masked
 from odedit.backbones import Backbone, is_connector, load_backbone, names
+from odedit.backbones.base import ends_of
 from odedit.checkpoint import EditInfo
 from odedit.editors.base import Editor
 from odedit.edits import EditParams, Picture, Probe
@@ -70,7 +71,7 @@ class Questions:
 
 def words(backbone: Backbone, tokens: Sequence[int]) -> str:
     """An answer's text, up to the first token that ends it."""
-    answer, _ = until_end(tokens, backbone.ends)
+    answer, _ = until_end(tokens, ends_of(backbone))
     return str(backbone.processor.tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
 
