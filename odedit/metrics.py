@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odedit.backbones.base import Backbone, Prefix
+from odedit.backbones.base import Backbone, Prefix, ends_of
 from odedit.brief import brief
 from odedit.editors.base import Editor
 from odedit.edits import RELIABILITY, EditBatch, EditParams, Variant, column, is_locality
@@ -200,12 +200,13 @@ def generate(
         first_choice_EKT: The model's choices given the target, and the one behind it, `(E, K, T + 1)`.
         longest_rest: Tokens beyond its target's length after which an answer that has not ended is cut off.
     """
-    end = min(backbone.ends)
+    ends = ends_of(backbone)
+    end = min(ends)
     roomy = batch.with_room(longest_rest, end, backbone.max_positions)
     count_EK1 = batch.target_mask_EKT.sum(dim=-1, keepdim=True)
     places_N = torch.arange(roomy.target_EKT.shape[-1], device=count_EK1.device)
     choice_EKN = torch.nn.functional.pad(first_choice_EKT, (0, longest_rest - 1)).where(places_N <= count_EK1, end)
-    tokens_EKN = greedy(backbone, roomy, backbone.with_room(prefix, roomy), memory, choice_EKN, backbone.ends)
+    tokens_EKN = greedy(backbone, roomy, backbone.with_room(prefix, roomy), memory, choice_EKN, ends)
     return tokens_EKN.where(roomy.target_mask_EKT, NO_TOKEN)
 
 
@@ -217,13 +218,13 @@ def until_end(tokens: Sequence[int], ends: Collection[int]) -> tuple[list[int], 
 
 def said(backbone: Backbone, tokens: Sequence[int]) -> str:
     """A generated answer in words, up to its end; with dots if it was cut off."""
-    answer, has_ended = until_end(tokens, backbone.ends)
+    answer, has_ended = until_end(tokens, ends_of(backbone))
     return in_words(backbone, answer) + ("" if has_ended else " ...")
 
 
 def is_said(backbone: Backbone, tokens: Sequence[int], target: Sequence[int]) -> bool:
     """Whether a generated answer is the target, in tokens or in words, and ends there."""
-    answer, has_ended = until_end(tokens, backbone.ends)
+    answer, has_ended = until_end(tokens, ends_of(backbone))
     return has_ended and (answer == list(target) or in_words(backbone, answer) == in_words(backbone, target))
 
 
@@ -303,7 +304,7 @@ def _answer_columns(
         row[column(name, Variant.EXACT, *when)] = float(right_T.all())
         tokens = _generated(readout, e, k)
         if tokens is not None:
-            answer, _ = until_end(tokens, backbone.ends)
+            answer, _ = until_end(tokens, ends_of(backbone))
             row[column(name, Variant.GENERATED, *when)] = _share_alike(answer, target, counted_T)
             row[column(name, Variant.GENERATED, Variant.EXACT, *when)] = float(is_said(backbone, tokens, target))
     return row
@@ -336,7 +337,7 @@ def _locality_columns(
         row[column(name, Variant.MMEDIT)] = _share(same_SR if name.startswith("m_") else same_SR[:, 0])
     tokens_before, tokens = (_generated(readout, e, k) for readout in (before, after))
     if tokens_before is not None and tokens is not None:
-        answer_before, answer = (until_end(one, backbone.ends) for one in (tokens_before, tokens))
+        answer_before, answer = (until_end(one, ends_of(backbone)) for one in (tokens_before, tokens))
         row[column(name, Variant.GENERATED)] = _share_alike(answer_before[0], answer[0], counted_T)
         row[column(name, Variant.GENERATED, Variant.EXACT)] = float(answer_before == answer)
     return row

@@ -81,7 +81,7 @@ def before_and_after(
 
 def _without_further_lines(backbone: Backbone, tokens: Sequence[int]) -> str:
     """The first line of an answer: a model that was trained on lines goes on with others before it ends."""
-    answer, _ = until_end(tokens, backbone.ends)
+    answer, _ = until_end(tokens, ends_of(backbone))
     return in_words(backbone, answer).split("\n")[0].strip()
 
 

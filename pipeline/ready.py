@@ -14,6 +14,7 @@ from typing import Any
 from odedit.addresses import masked, reason
 from odedit.backbones import fingerprint
 from odedit.errors import InputError
+from odedit.fingerprints import EARLIER_LENGTH, comparable
 from odedit.locations import at, delete_all
 from pipeline import intact, local_ray, results, sources, staging, tracking
 from pipeline.checkpoints import editor_weights, fitted, with_absolute_checkpoints
@@ -142,7 +143,7 @@ def check(
     workspace = Workspace.of(config.out)
     if config.tracking.enabled:
         tracking.store_uri(config.tracking, workspace.out)
-    config, notes = fitted(with_checked_store(with_absolute_checkpoints(config)), trains=trains)
+    config = with_checked_store(with_absolute_checkpoints(config))
     if workspace.out.is_local:
         for folder in (workspace.out, *workspace.folders):
             check_access(folder, "out")
@@ -157,6 +158,7 @@ def check(
     if servers and (fresh or not _is_finished(config, workspace)):
         local_ray.check_reachable(config.pipeline)
         tracking.check(config.tracking, workspace.out)
+    config, notes = fitted(config, trains=trains)  # last, since an editor that learns has the model's weights read
     return config, workspace, tuple(notes)
 
 
@@ -193,6 +195,10 @@ def _earlier(config: RunConfig, found: Sources, workspace: Workspace, *, fresh: 
     is_replaced = False
     if before is None:
         _check_room(workspace, fresh=fresh)
+    elif not fresh and workspace.summary.exists() and len(before["settings"].get(_WEIGHTS, "")) == EARLIER_LENGTH:
+        # The run is finished: its model is not needed, and its earlier fingerprint depends on versions of libraries.
+        settings |= {_WEIGHTS: before["settings"][_WEIGHTS]}
+        _check_same_run(settings, before["settings"], workspace)
     elif not fresh and (results.parts(workspace) or settings == before["settings"] or not before.get("ended")):
         _check_same_run(settings, before["settings"], workspace)
     else:
@@ -302,14 +308,13 @@ def _check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], workspace: 
     """Raises InputError if `out` holds the results of other settings or other input files."""
     # A setting that is newer than the run had its default then.
     then = {key: value for key, value in _defaults(now).items() if key in now} | dict(then)
+    now = {key: comparable(value, then.get(key)) for key, value in now.items()}
     changed = [
         f"  {key}: was {then.get(key)!r}, now {now.get(key)!r}"
         for key in sorted({*then, *now})
         if then.get(key) != now.get(key)
     ]
     if changed:
-        if len(str(then.get(_WEIGHTS))) != len(str(now[_WEIGHTS])):
-            changed.append("  (an earlier odedit named the weights in another way, so that they cannot be compared)")
         lines = "\n".join(changed)
         raise InputError(
             f"out: {workspace.out} holds a run with other settings or input files:\n{lines}\n"

@@ -24,6 +24,15 @@ def is_connector(site: str) -> bool:
     return site.startswith(CONNECTOR)
 
 
+def ends_of(backbone: Backbone) -> frozenset[int]:
+    """The backbone's `ends`; of a family that does not name them, the tokenizer's end of a text."""
+    named: frozenset[int] | None = getattr(backbone, "ends", None)
+    if named is None:
+        end = backbone.processor.tokenizer.eos_token_id
+        return frozenset({0 if end is None else end})
+    return named
+
+
 @dataclass(frozen=True)
 class BeforeConnector:
     """What enters the connector, one row per sequence: an edit of the connector is seen by its own sequences only.
