@@ -9,6 +9,7 @@ import torch
 
 from odedit.addresses import masked
 from odedit.backbones import Backbone, is_connector, load_backbone, names
+from odedit.backbones.base import ends_of
 from odedit.checkpoint import EditInfo
 from odedit.editors.base import Editor
 from odedit.edits import EditParams, Picture, Probe
