@@ -1,7 +1,8 @@
 """Variables on their way to a job, encrypted with the cluster's token.
 
 Ray shows the variables of a job in its dashboard, in the logs of every node and on the command lines of workers. Only
-processes of the cluster have its token, and they can run code there anyway, so the token is the key.
+processes of the cluster have its token, and they can run code there anyway, so the token is the key. A token that
+becomes known later decrypts what old logs hold.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import secrets
 from collections.abc import Mapping
 
+from cluster import login
 from cluster.packing import JobError
 
 SEALED = "ODEDIT_SEALED_VARIABLES"
@@ -23,7 +25,13 @@ _SALT_BYTES = 16
 
 
 def seal(values: Mapping[str, str], token: str) -> str:
-    """The variables as text that only a holder of the token can read."""
+    """The variables as text that only a holder of the token can read.
+
+    Raises:
+        JobError: The token is empty, so anyone could read the text.
+    """
+    if not token.strip():
+        raise JobError("--env: the cluster's token is empty, so it cannot encrypt the variables. Set RAY_AUTH_TOKEN.")
     from cryptography.fernet import Fernet
 
     salt = secrets.token_bytes(_SALT_BYTES)
@@ -35,7 +43,7 @@ def unseal() -> None:
     """Sets the variables that this process was handed encrypted, if there are any.
 
     Raises:
-        JobError: This process has another token than the one that they were encrypted with.
+        JobError: This process has no token, or another than the one that they were encrypted with.
     """
     text = os.environ.get(SEALED)
     if not text:
@@ -44,22 +52,14 @@ def unseal() -> None:
 
     salt, _, secret = text.partition(":")
     try:
-        values = Fernet(_key(token(), bytes.fromhex(salt))).decrypt(secret.encode())
-    except InvalidToken as error:
+        values = Fernet(_key(login.token().text, bytes.fromhex(salt))).decrypt(secret.encode())
+    except (InvalidToken, JobError) as error:
         raise JobError(
-            "--env: the variables cannot be decrypted where the job runs: its nodes have another token than the one "
-            "that the job was submitted with. Submit with the nodes' own token (RAY_AUTH_TOKEN), or set the variables "
-            "on the nodes."
+            "--env: the variables cannot be decrypted where the job runs: its nodes have no token, or another than the "
+            "one that the job was submitted with. Submit with the nodes' own token (RAY_AUTH_TOKEN), or with "
+            "RAY_AUTH_MODE=disabled if they have none; or set the variables on the nodes."
         ) from error
     os.environ.update(json.loads(values))
-
-
-def token() -> str:
-    """The cluster's token as Ray finds it (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token); "" for none."""
-    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
-
-    loader = AuthenticationTokenLoader.instance()
-    return str(loader.get_raw_token()) if loader.has_token() else ""
 
 
 def _key(token: str, salt: bytes) -> bytes:

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster import packing, sealing
+from cluster import login, packing, sealing
 from cluster.packing import JobError
 
 LOST = 1
@@ -71,14 +71,13 @@ def submit(
 
 
 def _hand_on(values: dict[str, str], runtime: dict[str, Any], notes: list[str]) -> None:
-    """Adds the user's variables to what the job gets, encrypted where the cluster has a token."""
-    token = sealing.token() if os.environ["RAY_AUTH_MODE"] == "token" else ""
-    if token:
-        runtime["env_vars"][sealing.SEALED] = sealing.seal(values, token)
-        runtime["worker_process_setup_hook"] = sealing.HOOK
-    else:
+    """Adds the user's variables to what the job gets, encrypted unless the cluster works without token."""
+    if os.environ[login.MODE] == login.DISABLED:
         runtime["env_vars"] |= values
         notes.append("The cluster has no token, so what --env hands on can be read in Ray's dashboard and logs.")
+    else:
+        runtime["env_vars"][sealing.SEALED] = sealing.seal(values, login.token().text)
+        runtime["worker_process_setup_hook"] = sealing.HOOK
 
 
 def _sent(client: Any, address: str, command: str, runtime: dict[str, Any]) -> str:
@@ -187,19 +186,31 @@ def _outcome(job: str, details: Any, console: Console) -> int:
 
 
 def _client(address: str) -> Any:
-    # Never left unset: with Ray 2.60 that means no token here but one there, and from 2.61 always a token.
-    has_token = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    has_token = has_token or (Path.home() / ".ray" / "auth_token").is_file()
-    os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")
+    """A client that the cluster has accepted, in the mode that `RAY_AUTH_MODE` holds from then on.
+
+    The mode is never left unset: with Ray 2.60 that means no token here but one there, and from 2.61 always a token.
+    """
+    modes = login.modes()
+    for mode in modes:
+        if mode == login.TOKEN:
+            login.token()  # says what is wrong with it, before the cluster is asked
+        os.environ[login.MODE] = mode
+        login.read_again()
+        try:
+            return _connected(address)
+        except _troubles() as error:
+            if mode == modes[-1] or not _is_refusal(error):
+                raise _explained(address, error) from error
+    raise AssertionError("a login has at least one mode")
+
+
+def _connected(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("ray.dashboard", "ray._private.runtime_env")):
             logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        return JobSubmissionClient(address)
-    except _troubles() as error:
-        raise _explained(address, error) from error
+    return JobSubmissionClient(address)
 
 
 def _troubles() -> tuple[type[Exception], ...]:
@@ -218,14 +229,15 @@ def _details(client: Any, job: str, address: str) -> Any:
         raise _explained(address, error) from error
 
 
+def _is_refusal(error: BaseException) -> bool:
+    """Whether the cluster has refused the login."""
+    return any(sign in str(error) for sign in ("uthentication", "nauthorized", "Forbidden", "AUTH_TOKEN"))
+
+
 def _explained(address: str, error: BaseException) -> JobError:
-    text = str(error)
-    reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)[:300]
-    if any(sign in text for sign in ("401", "403", "uthentication", "nauthorized", "AUTH_TOKEN")):
-        return JobError(
-            f"--address: the cluster at {address} refuses without its token ({reason.partition('. ')[0].rstrip('.')}). "
-            "Set RAY_AUTH_TOKEN to it, or RAY_AUTH_TOKEN_PATH to its file."
-        )
+    if _is_refusal(error):
+        return JobError(f"--address: the cluster at {address} {login.refusal(os.environ[login.MODE])}")
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
     return JobError(f"--address: no cluster takes jobs at {address} ({reason}). Give the address of its dashboard.")
 
 

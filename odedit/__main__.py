@@ -105,7 +105,7 @@ def _explained(
         if isinstance(error, BrokenPipeError) and _is_output_closed():
             raise typer.Exit(_OUTPUT_CLOSED) from error
         if _debug:
-            traceback.print_exc()
+            _say(traceback.format_exc().rstrip())
         text = one_sentence(error)
         for name in ("GraphError", "StorageError", "TrackingError", "TrainingError"):
             text = text.removeprefix(f"{name}: ")
@@ -115,6 +115,8 @@ def _explained(
 
 def _is_output_closed() -> bool:
     """Whether the program that reads standard output has ended, as `head` does when it has seen enough."""
+    if sys.stdout is None:  # closed before the command began
+        return True
     try:
         sys.stdout.flush()
         poll = select.poll()
@@ -125,7 +127,7 @@ def _is_output_closed() -> bool:
     except (OSError, ValueError):  # no file behind it
         return False
     if is_closed:
-        # Python flushes once more when it ends, and would complain then.
+        # Python flushes once more when it ends, which would raise.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return is_closed
 

@@ -53,13 +53,18 @@ def _split(text: str) -> tuple[str, str, str]:
 
 
 def relative_note(path: str) -> str:
-    """What to add to a message about a local path: where relative paths start; nothing if it lies elsewhere.
+    """What to add to a message about a local path: where relative paths start.
+
+    Nothing if it lies outside of the current folder and of the one above, where `../x` lies.
 
     >>> relative_note("/far/away")
     ''
     """
     here = os.getcwd()
-    is_below = path == here or path.startswith(f"{here.rstrip('/')}/")
+    folder = os.path.dirname(here)
+    if folder == "/":
+        folder = here
+    is_below = path in (here, folder) or path.startswith(f"{folder.rstrip('/')}/")
     return f" Relative paths start at the current folder, {here!r}." if is_below and "://" not in path else ""
 
 

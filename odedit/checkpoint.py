@@ -15,8 +15,8 @@ from odedit.backbones.base import Backbone
 from odedit.editors.base import Editor
 from odedit.edits import EditParams, stack_params
 from odedit.errors import InputError
+from odedit.fingerprints import comparable, mismatch
 from odedit.locations import Location, Place, at
-from odedit.pretrained import mismatch
 from odedit.tensor_files import read_metadata, read_tensors, write_tensors
 
 FORMAT = "odedit-edit-1"
@@ -127,7 +127,7 @@ def load_edits(
                 f"edit {name} was made by {info.editor!r} with other settings than {names[0]} "
                 f"({first.editor!r}); edits applied together must share editor and settings."
             )
-        if info.fingerprint != backbone.fingerprint:
+        if info.fingerprint != comparable(backbone.fingerprint, info.fingerprint):
             raise InputError(
                 f"edit {name} belongs to {info.checkpoint!r} and not to {backbone.checkpoint!r}: it was made "
                 f"{mismatch(info.fingerprint, backbone.fingerprint)}."

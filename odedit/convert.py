@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from odedit.errors import InputError, first_line
+from odedit.errors import InputError, in_words
 from odedit.files import check_new, folder_written_atomically
 from odedit.locations import at
 from odedit.qformer import QFormerProcessor
@@ -78,7 +78,7 @@ def _read_tokenizer(vicuna: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(vicuna, use_fast=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise InputError(
-            f"--vicuna: the tokenizer in {vicuna} cannot be read: {first_line(error)} (a folder with tokenizer.model "
+            f"--vicuna: the tokenizer in {vicuna} cannot be read: {in_words(error)} (a folder with tokenizer.model "
             "and no tokenizer.json needs the package sentencepiece.)"
         ) from error
     if not tokenizer.is_fast or tokenizer.unk_token_id is None:
@@ -93,7 +93,7 @@ def _read_image_processor(blip2: Path) -> Any:
     try:
         return getattr(importlib.import_module(module), name).from_pretrained(blip2)
     except (OSError, ValueError) as error:
-        raise InputError(f"--blip2: the image processor in {blip2} cannot be read: {first_line(error)}") from error
+        raise InputError(f"--blip2: the image processor in {blip2} cannot be read: {in_words(error)}.") from error
 
 
 def _make_config(bridge: Any, text: Any, image_token: int) -> Any:
@@ -122,7 +122,7 @@ def _read_config(option: str, directory: Path, model_type: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"{option}: {directory / 'config.json'} cannot be read: {first_line(error)}") from error
+        raise InputError(f"{option}: {directory / 'config.json'} cannot be read: {in_words(error)}.") from error
     if config.model_type != model_type:
         raise InputError(f"{option}: {directory} is {config.model_type!r}, expected {model_type!r}.")
     return config
@@ -187,7 +187,7 @@ def _read(file: Path, option: str) -> Iterator[tuple[str, Tensor]]:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(
-            f"{option}: {file} cannot be read: {first_line(error)} (Nothing but tensors is read from such a file.)"
+            f"{option}: {file} cannot be read: {in_words(error)} (Nothing but tensors is read from such a file.)"
         ) from error
     yield from _state_of(loaded, file, option).items()
 

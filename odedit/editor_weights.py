@@ -17,8 +17,8 @@ from torch import Tensor
 
 from odedit.addresses import masked, reason
 from odedit.errors import InputError
+from odedit.fingerprints import comparable, mismatch
 from odedit.locations import Location, Place, at, locate
-from odedit.pretrained import mismatch
 from odedit.tensor_files import read_metadata, read_tensors, write_tensors
 
 FORMAT = "odedit-editor-1"
@@ -65,7 +65,7 @@ def load_weights(
     wanted = {"editor": editor, "settings": json.loads(json.dumps(dict(settings))), "fingerprint": fingerprint}
     for name, value in wanted.items():
         got = info.get(name)
-        if got == value:
+        if got == comparable(value, got):
             continue
         if name == "fingerprint":
             raise InputError(

@@ -65,7 +65,7 @@ _EDIT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 class Variant(StrEnum):
     """What may follow a probe's name in columns and logged figures; no probe's detail may be called like one.
 
-    There is no other way to name a column than `column`, so a variant that is not here cannot be written.
+    `column` refuses a variant that is not declared here.
     """
 
     EXACT = "exact"
@@ -354,12 +354,12 @@ class EditBatch:
         return self.target_mask_EKT & (places_T >= self.white_EK.unsqueeze(-1))
 
     def with_room(self, size: int, token: int, max_positions: int) -> EditBatch:
-        """The same with further target tokens behind each target, where a generated answer ends or runs on.
+        """A copy with `size` more target places per probe, for generated answers that are longer than the target.
 
         Args:
-            size: How many.
-            token: Stands for all of them.
-            max_positions: Of the text model; what would go beyond is left out.
+            size: Places to add.
+            token: Token at each of them.
+            max_positions: Positions of the text model; places beyond them are masked out.
         """
         places_N = torch.arange(self.target_EKT.shape[-1] + size, device=self.target_EKT.device)
         count_EK1 = self.target_mask_EKT.sum(dim=-1, keepdim=True)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from odedit.addresses import masked
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _RAISED = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception|Exit|Interrupt|Warning)(?:: .*)?)$", re.MULTILINE)
 """Last line of a traceback: exception and message, without the module."""
+_ANOTHER = "During handling of the above exception, another exception occurred"
+"""Between the tracebacks of an exception that was not passed on and of the one that was raised instead."""
 _TRACEBACK = ("Traceback (most recent call last)", "ray::")
 _LONGEST = 300
 
@@ -43,7 +45,7 @@ def cause_of(error: BaseException) -> BaseException:
     """The exception that a worker raised, out of what Ray wraps it in; any other exception itself."""
     inner = error.__cause__ if _is_wrapper(error) else getattr(error, "cause", None)
     found = cause_of(inner) if isinstance(inner, BaseException) else None
-    # A wrapper that came from another process has lost its cause; the text of what is around it still has it.
+    # A wrapper that came from another process has lost its cause, which is still in the outer exception's text.
     return error if found is None or _is_wrapper(found) else found
 
 
@@ -55,7 +57,7 @@ def one_sentence(error: BaseException) -> str:
     """An exception on one line, its kind included unless it is an `InputError`; of a wrapped one, the cause."""
     error = cause_of(error)
     text = masked(_COLOURS.sub("", str(error)))
-    if any(mark in text for mark in _TRACEBACK) and (raised := _RAISED.search(text)):
+    if any(mark in text for mark in _TRACEBACK) and (raised := _RAISED.search(text.rpartition(_ANOTHER)[2])):
         return raised[1][:_LONGEST]
     text = " ".join(text.split())[:_LONGEST] or "no further explanation"
     return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
@@ -70,14 +72,19 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def listed(names: Sequence[str], shown: int = 3, separator: str = ", ") -> str:
+    """The first of some names, and how many more there are.
+
+    >>> listed(["a", "b"]), listed(["a", "b", "c", "d"], shown=2)
+    ('a, b', 'a, b and 2 more')
+    """
+    more = len(names) - shown
+    return separator.join(names[:shown]) + (f" and {more} more" if more > 0 else "")
 
 
 def in_words(error: BaseException, most: int = 200) -> str:
-    """All that an error says, in one line without a full stop, cut where it is long."""
-    text = " ".join(str(error).split()).rstrip(". ")
+    """The message of an error as part of a sentence: one line without secrets or full stop, cut where it is long."""
+    text = masked(" ".join(str(error).split())).rstrip(". ")
     if isinstance(error, KeyError):  # says the key alone
         text = f"unknown {text}"
     return (text if len(text) <= most else f"{text[:most]} ...") or type(error).__name__

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -37,22 +38,54 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[None]:
-    """Makes a folder, those above it included; where the block fails, those that are still empty go again."""
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
+def new_folder(path: Path, own: Collection[str] = ()) -> Iterator[None]:
+    """Makes a folder and its parents; if the block fails, removes those of them that it made and that are empty.
+
+    Args:
+        own: Names of what the block writes into the folder. If the block fails, those that are new are removed, unless
+            the folder has other new names by then. No other process may write them: hold a lock.
+    """
+    made = _made_with_parents(path)
+    before = set(os.listdir(path)) if own else set()
     try:
         yield
     except BaseException:
+        new = set(os.listdir(path)) - before if own else set()
+        for name in new if new <= set(own) else ():
+            _remove(path / name)
         with suppress(OSError):  # not empty
             for folder in made:
                 folder.rmdir()
         raise
 
 
+def _made_with_parents(path: Path) -> list[Path]:
+    """Makes a folder and its parents; returns those that no other process has made, the innermost first."""
+    made: list[Path] = []
+    for folder in [folder for folder in (path, *path.parents) if not folder.exists()][::-1]:
+        try:
+            folder.mkdir()
+            made.insert(0, folder)
+        except FileExistsError:
+            if not folder.is_dir():
+                raise
+    if not path.is_dir():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    return made
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def check_new(directory: Path) -> None:
-    """Raises InputError if a file, or a folder that holds something, is there already."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    """Raises InputError if a file, or a folder that holds something, is there already; or if it is the current one."""
+    if directory.exists() and (
+        not directory.is_dir() or any(directory.iterdir()) or directory.resolve() == Path.cwd().resolve()
+    ):
         raise InputError(f"--out: {directory} is there already; name a new folder.")
 
 
@@ -63,6 +96,7 @@ def folder_written_atomically(path: Path) -> Iterator[Path]:
     Raises:
         OSError: There is a folder that holds something at `path`, or it cannot be written there.
     """
+    path = path.resolve()  # of a link, the folder that it names; "." has no name of its own
     temporary = temporary_beside(path)
     with new_folder(path.parent):
         try:

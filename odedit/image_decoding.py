@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from odedit.errors import in_words
+
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """What may be opened. Pillow knows many more, some of which start other programs."""
 
@@ -68,7 +70,7 @@ def decode(data: bytes, name: str, max_pixels: int) -> np.ndarray:
     # Pillow's decoders let through whatever a damaged file leads them into: OSError, SyntaxError, struct.error, ...
     except Exception as error:
         raise ImageError(
-            f"{name}: the file is damaged or cut off ({_reason(error)}). Fetch it again.", "damaged image"
+            f"{name}: the file is damaged or cut off ({in_words(error)}). Fetch it again.", "damaged image"
         ) from error
 
 
@@ -77,7 +79,7 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(
-            f"{name}: has far more pixels than the limit of {max_pixels:,} ({_reason(error)}).", "image too large"
+            f"{name}: has far more pixels than the limit of {max_pixels:,} ({in_words(error)}).", "image too large"
         ) from error
     except Image.UnidentifiedImageError as error:
         raise ImageError(
@@ -85,7 +87,7 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
         ) from error
     except Exception as error:  # as above: a damaged header ends in any exception
         raise ImageError(
-            f"{name}: the file is damaged or cut off ({_reason(error)}). Fetch it again.", "damaged image"
+            f"{name}: the file is damaged or cut off ({in_words(error)}). Fetch it again.", "damaged image"
         ) from error
 
 
@@ -118,8 +120,3 @@ def _from_16_bits(values: np.ndarray, name: str) -> Image.Image:
             "unknown brightness",
         )
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 _SPARE = 8
-"""Positions beyond those asked for that memory is taken for."""
+"""Spare positions that are allocated beyond those asked for."""
 
 
 class KeyValues:
@@ -28,12 +28,14 @@ class KeyValues:
         return keys, values
 
     def extended(self, layer: int, keys: Tensor, values: Tensor, kept: int = 0) -> tuple[Tensor, Tensor]:
-        """Those of a layer with `kept` and T others behind them, `(R, heads, S + kept + T, head width)`.
+        """A layer's keys and values, followed by `kept` from earlier calls and the T new ones.
+
+        The shape is `(R, heads, S + kept + T, head width)`.
 
         Valid until the next call.
 
         Args:
-            kept: So many others stay from earlier calls, in front of the T.
+            kept: Number of positions from earlier calls that stay, in front of the T new ones.
 
         KeyError: no forward has been there.
         """

@@ -18,14 +18,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from odedit import weight_files
 from odedit.brief import brief
 from odedit.editors.base import Editor, Mergeable
 from odedit.edits import EditParams
 from odedit.errors import InputError
 from odedit.files import check_new, folder_written_atomically
+from odedit.hub import INDEX, WEIGHTS
 from odedit.pretrained import resolve
 
-_WEIGHTS = "model.safetensors"
 _COPIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "additional_chat_templates/*.jinja")
 """What a checkpoint has beside its weights. Never code or pickles; its README describes another model."""
 
@@ -91,8 +92,8 @@ def merged_into(backbone: Any, editor: Editor, params: EditParams) -> Iterator[M
         )
     deltas = editor.merged(params)
     modules = {site: backbone.site(site) for site in deltas}
-    source = _folder_of(backbone)
-    weights = _weight_files(source)
+    source = Path(resolve(backbone.checkpoint, backbone.family, backbone.architecture))
+    weights = tuple(path.name for path in weight_files.find(source))
     stored_at = _stored_at(backbone.model, source, weights, modules)
     changed: dict[str, dict[str, Tensor]] = {}
     kept = {site: module.weight.data for site, module in modules.items()}
@@ -121,42 +122,14 @@ def _rounded(stored: Tensor, delta: Tensor, name: str) -> Tensor:
     return value
 
 
-def _folder_of(backbone: Any) -> Path:
-    """The checkpoint's folder; of a hub id, its snapshot in the cache."""
-    source = resolve(backbone.checkpoint, backbone.family, backbone.architecture)
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    # The weights are there, since the model was loaded from them; of the other files, those that loading did not need
-    # may be missing.
-    commit = getattr(backbone.model.config, "_commit_hash", None)
-    return Path(snapshot_download(source, revision=commit, allow_patterns=list(_COPIED)))
-
-
-def _weight_files(source: Path) -> tuple[str, ...]:
-    """Names of the files that the library loads weights from."""
-    if (source / _WEIGHTS).is_file():
-        return (_WEIGHTS,)
-    index = source / f"{_WEIGHTS}.index.json"
-    if not index.is_file():
-        raise InputError(f"{source} has neither {_WEIGHTS} nor {index.name}; only safetensors can be merged into.")
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    outside = next((name for name in names if Path(name).name != name), None)
-    if outside is not None:
-        raise InputError(f"{index}: names the file {outside!r}, which is not in its own folder.")
-    return tuple(names)
-
-
 def _other_files(source: Path) -> list[Path]:
     """Files beside the weights; no index of weights that are not copied."""
-    index = f"{_WEIGHTS}.index.json"
-    has_index = not (source / _WEIGHTS).is_file()
+    has_index = not (source / WEIGHTS).is_file()
     return [
         path
         for pattern in _COPIED
         for path in sorted(source.glob(pattern))
-        if path.is_file() and (not path.name.endswith(".index.json") or (has_index and path.name == index))
+        if path.is_file() and (not path.name.endswith(".index.json") or (has_index and path.name == INDEX))
     ]
 
 

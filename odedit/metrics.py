@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odedit.backbones.base import Backbone, Prefix
+from odedit.backbones.base import Backbone, Prefix, ends_of
 from odedit.brief import brief
 from odedit.editors.base import Editor
 from odedit.edits import RELIABILITY, EditBatch, EditParams, Variant, column, is_locality
@@ -35,6 +35,8 @@ MAIN = ("rel", "t_gen", "m_gen", "t_loc", "m_loc")
 TOP_K = 10
 LONGEST_REST = 8
 """Tokens beyond its target's length after which a generated answer that has not ended is cut off."""
+NO_TOKEN = -1
+"""Stands for a token that was not generated, since the model takes no more positions or the answer is cut off there."""
 _LOGITS_AT_ONCE = {"cpu": 3 * 2**21, "cuda": 2**26}
 """Rows enough for a fast product, and on a CPU a result that finds its memory again: a larger one gets new pages."""
 _VALUES_AT_ONCE = {"cpu": 2**21}
@@ -63,7 +65,7 @@ class _Readout:
     Attributes:
         top_EKTR: The first `TOP_K` choices at the positions that predict the target; anything where there is none.
         top_EKSR: The same at every position of the probes of locality; None unless asked for.
-        greedy_EKT: Greedily generated tokens, `LONGEST_REST` more than the target has; None unless asked for.
+        greedy_EKT: Answers as `generate` returns them; None unless asked for.
     """
 
     top_EKTR: Tensor
@@ -189,25 +191,46 @@ def generate(
     first_choice_EKT: Tensor,
     longest_rest: int = LONGEST_REST,
 ) -> Tensor:
-    """Greedily generated answers for every probe, `(E, K, T + longest_rest)`; see `until_end` for where each ends.
+    """Greedily generated answers for every probe, `(E, K, T + longest_rest)`, with `NO_TOKEN` behind the last token.
+
+    `until_end` says where each ends.
 
     Args:
         memory: As for `greedy`.
         first_choice_EKT: The model's choices given the target, and the one behind it, `(E, K, T + 1)`.
         longest_rest: Tokens beyond its target's length after which an answer that has not ended is cut off.
     """
-    end = min(backbone.ends)
+    ends = ends_of(backbone)
+    end = min(ends)
     roomy = batch.with_room(longest_rest, end, backbone.max_positions)
     count_EK1 = batch.target_mask_EKT.sum(dim=-1, keepdim=True)
     places_N = torch.arange(roomy.target_EKT.shape[-1], device=count_EK1.device)
     choice_EKN = torch.nn.functional.pad(first_choice_EKT, (0, longest_rest - 1)).where(places_N <= count_EK1, end)
-    return greedy(backbone, roomy, backbone.with_room(prefix, roomy), memory, choice_EKN, backbone.ends)
+    tokens_EKN = greedy(backbone, roomy, backbone.with_room(prefix, roomy), memory, choice_EKN, ends)
+    return tokens_EKN.where(roomy.target_mask_EKT, NO_TOKEN)
 
 
 def until_end(tokens: Sequence[int], ends: Collection[int]) -> tuple[list[int], bool]:
     """A generated answer without its end and what follows, and whether it has ended."""
-    found = next((place for place, token in enumerate(tokens) if token in ends), None)
-    return list(tokens[:found]), found is not None
+    found = next((place for place, token in enumerate(tokens) if token in ends or token == NO_TOKEN), None)
+    return list(tokens[:found]), found is not None and tokens[found] != NO_TOKEN
+
+
+def said(backbone: Backbone, tokens: Sequence[int]) -> str:
+    """A generated answer in words, up to its end; with dots if it was cut off."""
+    answer, has_ended = until_end(tokens, ends_of(backbone))
+    return in_words(backbone, answer) + ("" if has_ended else " ...")
+
+
+def is_said(backbone: Backbone, tokens: Sequence[int], target: Sequence[int]) -> bool:
+    """Whether a generated answer is the target, in tokens or in words, and ends there."""
+    answer, has_ended = until_end(tokens, ends_of(backbone))
+    return has_ended and (answer == list(target) or in_words(backbone, answer) == in_words(backbone, target))
+
+
+def in_words(backbone: Backbone, tokens: Sequence[int]) -> str:
+    """The text of an answer's tokens."""
+    return str(backbone.processor.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
 @torch.no_grad()
@@ -264,16 +287,9 @@ def _goes_on(tokens_EKT: Tensor, end_N: Tensor) -> Tensor:
     return is_end.cumsum(dim=-1) - is_end == 0
 
 
-def _said(backbone: Backbone, batch: EditBatch, readout: _Readout, e: int, k: int) -> tuple[list[int], bool] | None:
-    """The generated answer to a probe up to its end, and whether it has come to it; None if none was generated."""
-    if readout.greedy_EKT is None:
-        return None
-    most = int(batch.target_mask_EKT[e, k].sum()) + LONGEST_REST
-    return until_end(readout.greedy_EKT[e, k, :most].tolist(), backbone.ends)
-
-
-def _text(backbone: Backbone, tokens: Sequence[int]) -> str:
-    return str(backbone.processor.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+def _generated(readout: _Readout, e: int, k: int) -> list[int] | None:
+    """The tokens that were generated for a probe, its end and what follows included; None if none were."""
+    return None if readout.greedy_EKT is None else list(readout.greedy_EKT[e, k].tolist())
 
 
 def _answer_columns(
@@ -286,12 +302,11 @@ def _answer_columns(
         right_T = readout.top_EKTR[e, k, :, 0][counted_T] == batch.target_EKT[e, k][counted_T]
         row[column(name, *when)] = _share(right_T)
         row[column(name, Variant.EXACT, *when)] = float(right_T.all())
-        said = _said(backbone, batch, readout, e, k)
-        if said is not None:
-            tokens, has_ended = said
-            is_target = tokens == target or _text(backbone, tokens) == _text(backbone, target)
-            row[column(name, Variant.GENERATED, *when)] = _share_alike(tokens, target, counted_T)
-            row[column(name, Variant.GENERATED, Variant.EXACT, *when)] = float(has_ended and is_target)
+        tokens = _generated(readout, e, k)
+        if tokens is not None:
+            answer, _ = until_end(tokens, ends_of(backbone))
+            row[column(name, Variant.GENERATED, *when)] = _share_alike(answer, target, counted_T)
+            row[column(name, Variant.GENERATED, Variant.EXACT, *when)] = float(is_said(backbone, tokens, target))
     return row
 
 
@@ -299,9 +314,9 @@ def _answers(backbone: Backbone, batch: EditBatch, before: _Readout, after: _Rea
     """What is generated for the edit itself, in words; with dots if it was cut off."""
     k, row = batch.slots.index(RELIABILITY), Row()
     for name, readout in (("answer_before", before), ("answer_after", after)):
-        said = _said(backbone, batch, readout, e, k)
-        if said is not None:
-            row[name] = _text(backbone, said[0]) + ("" if said[1] else " ...")
+        tokens = _generated(readout, e, k)
+        if tokens is not None:
+            row[name] = said(backbone, tokens)
     return row
 
 
@@ -320,10 +335,11 @@ def _locality_columns(
         same_SR = before.top_EKSR[e, k][real_S] == after.top_EKSR[e, k][real_S]
         # Published: the first choice for text probes, ten choices rank by rank for probes with a picture.
         row[column(name, Variant.MMEDIT)] = _share(same_SR if name.startswith("m_") else same_SR[:, 0])
-    said_before, said = (_said(backbone, batch, readout, e, k) for readout in (before, after))
-    if said_before is not None and said is not None:
-        row[column(name, Variant.GENERATED)] = _share_alike(said_before[0], said[0], counted_T)
-        row[column(name, Variant.GENERATED, Variant.EXACT)] = float(said_before == said)
+    tokens_before, tokens = (_generated(readout, e, k) for readout in (before, after))
+    if tokens_before is not None and tokens is not None:
+        answer_before, answer = (until_end(one, ends_of(backbone)) for one in (tokens_before, tokens))
+        row[column(name, Variant.GENERATED)] = _share_alike(answer_before[0], answer[0], counted_T)
+        row[column(name, Variant.GENERATED, Variant.EXACT)] = float(answer_before == answer)
     return row
 
 

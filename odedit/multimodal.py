@@ -10,7 +10,7 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -73,12 +73,13 @@ class MultimodalModel(ABC):
 
     @classmethod
     def load_processor(cls, checkpoint: str) -> PretrainedProcessor:
-        return cls.Processor(cls._found(checkpoint)[0])
+        return cls.Processor(cls._found(checkpoint, weights=False)[0])
 
     @classmethod
     def fingerprint_of(cls, checkpoint: str, *, dtype: str = "float32") -> str:
         """What `fingerprint` will be, without loading the model."""
-        return pretrained.fingerprint(*cls._found(checkpoint), dtype)
+        source, config = cls._found(checkpoint)
+        return pretrained.fingerprint(source, checkpoint, config, dtype)
 
     @classmethod
     def load(cls, checkpoint: str, *, dtype: str = "float32", device: str = "cpu") -> Self:
@@ -98,7 +99,8 @@ class MultimodalModel(ABC):
         pretrained.check_dtype(dtype)
         source, config = cls._found(checkpoint)
         model = pretrained.empty_model(source, checkpoint, config, cls.architecture, dtype)
-        empty = cls(model, cls.Processor(source), checkpoint, lambda: pretrained.fingerprint(source, config, dtype))
+        fingerprint = partial(pretrained.fingerprint, source, checkpoint, config, dtype)
+        empty = cls(model, cls.Processor(source), checkpoint, fingerprint)
         empty._check_tokenizer()
         empty.check_picture()
         return empty
@@ -142,8 +144,8 @@ class MultimodalModel(ABC):
             )
 
     @classmethod
-    def _found(cls, checkpoint: str) -> tuple[str, Any]:
-        source = pretrained.resolve(checkpoint, cls.family, cls.architecture)
+    def _found(cls, checkpoint: str, *, weights: bool = True) -> tuple[str, Any]:
+        source = pretrained.resolve(checkpoint, cls.family, cls.architecture, weights=weights)
         return source, pretrained.read_config(source, cls.family, cls.architecture)
 
     @abstractmethod

@@ -41,7 +41,7 @@ class Pool:
         """Draws `size` usable records, each with the same chance, in one pass over the file.
 
         Args:
-            check: As for `read_records`.
+            check: A further check of records that are right so far.
 
         Raises:
             InputError: The file cannot be read or has no usable record.

@@ -17,11 +17,10 @@ import torch
 from odedit import hub, weight_files
 from odedit.edits import Picture
 from odedit.errors import InputError, in_words
+from odedit.fingerprints import LENGTH, Fingerprint, earlier_fingerprint
 from odedit.loading_report import LoadingReport, shared_prefixes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_EXPONENTS = {"float32": 127, "bfloat16": 127, "float16": 15}
-_FINGERPRINT = 24
 _POSITIONS = "position_ids"
 _NOT_TELLING = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
@@ -47,8 +46,11 @@ class Architecture:
     vision_types: Sequence[str] = ()
 
 
-def resolve(checkpoint: str, family: str, architecture: Architecture) -> str:
+def resolve(checkpoint: str, family: str, architecture: Architecture, *, weights: bool = True) -> str:
     """The folder behind a setting; a hub id's is in the hub's cache.
+
+    Args:
+        weights: Whether a hub id's weights are needed, besides its configuration, tokenizer and processor.
 
     Raises:
         InputError: A folder that is not there, or a hub id whose files cannot be had.
@@ -67,7 +69,7 @@ def resolve(checkpoint: str, family: str, architecture: Architecture) -> str:
             f"backbone.checkpoint: directory {checkpoint!r} does not exist; give a checkpoint directory, "
             f"{example}or 'embedded'."
         )
-    return str(hub.snapshot(checkpoint))
+    return str(hub.snapshot_with_weights(checkpoint) if weights else hub.snapshot(checkpoint))
 
 
 def read_config(source: str, family: str, architecture: Architecture) -> Any:
@@ -197,10 +199,11 @@ def _without_reports() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def fingerprint(source: str, config: Any, dtype: str = "float32") -> str:
+def fingerprint(source: str, checkpoint: str, config: Any, dtype: str = "float32") -> Fingerprint:
     """Names the model by its configuration and every byte of its weights, however they are spread over files.
 
     Args:
+        checkpoint: Folder or hub id as the user gave it; fingerprints of earlier versions depend on it.
         dtype: Type that the weights are loaded in; the name does not depend on it.
 
     Raises:
@@ -210,13 +213,19 @@ def fingerprint(source: str, config: Any, dtype: str = "float32") -> str:
     stored, contents = weight_files.read_headers(files), weight_files.read_contents(files)
     _check_values(contents, source, dtype)
     settings = json.dumps(_telling(config.to_diff_dict()), sort_keys=True, default=str)
-    lines = [f"{name} {stored[name].dtype} {stored[name].shape} {contents[name].digest.hex()}" for name in stored]
-    return hashlib.sha256("\n".join([settings, *sorted(lines)]).encode()).hexdigest()[:_FINGERPRINT]
+    lines = [f"{name} {stored[name].dtype} {stored[name].shape} {contents[name].digest}" for name in stored]
+    text = hashlib.sha256("\n".join([settings, *sorted(lines)]).encode()).hexdigest()[:LENGTH]
+    is_local = checkpoint == "embedded" or Path(checkpoint).expanduser().is_dir()
+    hub_id = None if is_local else checkpoint
+    return Fingerprint(text, lambda: earlier_fingerprint(Path(source), config.to_dict(), hub_id))
 
 
 def _check_values(contents: Mapping[str, weight_files.Content], source: str, dtype: str) -> None:
-    broken = [name for name, content in contents.items() if not content.finite]
-    large = [name for name, content in contents.items() if content.exponent > _EXPONENTS[dtype]]
+    names = list(contents)
+    largest = torch.tensor([content.largest for content in contents.values()], dtype=torch.float64)
+    loaded = largest.to(torch.float32).to(DTYPES[dtype])
+    broken = [names[at] for at in (~largest.isfinite()).nonzero().flatten()]
+    large = [names[at] for at in (~loaded.isfinite()).nonzero().flatten()]
     if not broken and not large:
         return
     names = broken or large
@@ -238,13 +247,6 @@ def _telling(values: Any) -> Any:
     return {
         key: _telling(value) for key, value in values.items() if not key.startswith("_") and key not in _NOT_TELLING
     }
-
-
-def mismatch(kept: str, loaded: str) -> str:
-    """What two different fingerprints mean, to follow "made": that of a file, and that of the model at hand."""
-    if len(kept) == len(loaded):
-        return f"for another model (fingerprint {kept}, this model's is {loaded})"
-    return f"by an earlier odedit (its fingerprint {kept} cannot be compared with this model's, {loaded})"
 
 
 class PretrainedProcessor:

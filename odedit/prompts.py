@@ -5,14 +5,14 @@ Every probe of a run, before and after the edit, goes through the same `Template
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from odedit.edits import Probe
 from odedit.errors import InputError, unknown_name
-from odedit.markers import image_marker
+from odedit.markers import control_token_finder, image_marker
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,7 @@ def tokenize(tokenizer: Any, template: Template, probe: Probe, frame: Frame = Fr
     target = target if frame.spaced else target.lstrip()
     encoded = tokenizer(prompt + target, return_offsets_mapping=True, add_special_tokens=frame.begins)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    start = len(frame.before)
-    _check_plain(probe, _special_ids(tokenizer), ids, offsets, (range(start, start + len(dressed)), len(prompt)))
+    _check_plain(probe, _finder(tokenizer))
     # A special token has the empty span (0, 0) and belongs to the prompt.
     first = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), None)
     if first is None or not probe.target.strip():
@@ -92,31 +91,16 @@ def tokenize(tokenizer: Any, template: Template, probe: Probe, frame: Frame = Fr
 
 
 @lru_cache(maxsize=8)
-def _special_ids(tokenizer: Any) -> frozenset[int]:
-    return frozenset(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+def _finder(tokenizer: Any) -> Callable[[str], str | None]:
+    return control_token_finder(tokenizer)
 
 
-def _check_plain(
-    probe: Probe,
-    special: frozenset[int],
-    ids: Iterable[int],
-    offsets: Iterable[tuple[int, int]],
-    places: tuple[range, int],
-) -> None:
-    """Raises InputError if the probe's own texts hold what a model or its tokenizer reads as control.
-
-    Args:
-        places: The characters of the dressed prompt, and the first one of the target.
-    """
-    prompt, target = places
-    spans = [span for number, span in zip(ids, offsets, strict=True) if number in special and span[1] > span[0]]
-    for name, text, is_control in (
-        ("prompt", probe.prompt, any(start in prompt for start, _ in spans)),
-        ("target", probe.target, any(start >= target for start, _ in spans)),
-    ):
-        marker = image_marker(text)
-        if marker is not None or is_control:
-            what = f"the image marker {marker!r}" if marker else "a special token of the model's tokenizer"
+def _check_plain(probe: Probe, find: Callable[[str], str | None]) -> None:
+    """Raises InputError if the probe's own texts hold what a model or its tokenizer reads as control."""
+    for name, text in (("prompt", probe.prompt), ("target", probe.target)):
+        marker, token = image_marker(text), find(text)
+        if marker is not None or token is not None:
+            what = f"the image marker {marker!r}" if marker else f"the special token {token!r} of the model's tokenizer"
             raise InputError(
                 f"the {name} {text!r} holds {what}: it would not be read as text. Remove it; a picture is given beside "
                 "its question."

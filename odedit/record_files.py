@@ -18,7 +18,7 @@ import pyarrow
 from pyarrow import parquet
 
 from odedit.addresses import relative_note
-from odedit.errors import InputError
+from odedit.errors import InputError, in_words
 from odedit.locations import Location
 
 MAX_DEPTH = 32
@@ -30,7 +30,7 @@ _BATCH_ROWS = 256
 _BYTES_AT_ONCE = 2**16
 _WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 _CUT_OFF = 16
-"""Characters before the end of what has been read in which an error may only mean that a value goes on."""
+"""An error in this many last characters of the buffer may only mean that the value is not complete yet."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class _Text:
 
 
 def _encoding(stream: io.BufferedReader) -> str:
-    """By its first bytes: UTF-8, UTF-16 or UTF-32, with or without a byte order mark."""
+    """The encoding, by the first bytes: UTF-8, UTF-16 or UTF-32, with or without a byte order mark."""
     return json.detect_encoding(stream.peek(4)[:4])
 
 
@@ -230,7 +230,7 @@ def _parse_line(line: bytes, number: int) -> Entry:
     except (ValueError, RecursionError) as error:
         unparsed = line.decode("utf-8", errors="replace").rstrip("\n")
         # A JSON error would call this line 1 of what it was given.
-        reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else _first_line(error)
+        reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else in_words(error)
         return Entry(unparsed, f"{BAD_LINE} {number} cannot be parsed ({reason})")
 
 
@@ -244,7 +244,7 @@ def _read_parquet(stream: Any, text: str) -> Iterator[Entry]:
                     num_read += 1
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise InputError(
-            f"{text}: not a readable Parquet file after {num_read} records ({_first_line(error)}). "
+            f"{text}: not a readable Parquet file after {num_read} records ({in_words(error)}). "
             "Fetch or write it again."
         ) from error
 
@@ -272,9 +272,4 @@ def _without_nulls(value: Any) -> Any:
 
 def _reason(error: BaseException) -> str:
     """What an error says of a part of a file; a JSON error would also say where in that part."""
-    return error.msg if isinstance(error, json.JSONDecodeError) else _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return error.msg if isinstance(error, json.JSONDecodeError) else in_words(error)

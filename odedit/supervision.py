@@ -33,7 +33,7 @@ _POOLLESS = (
     "or set supervision.locality_source to 'record', which trains on the questions that locality is scored on."
 )
 _RECORDS_TRIED, _PICTURES_TRIED = 256, 3
-"""Records for which a pool is looked through, and for which the pictures of a pool are, before it is refused."""
+"""A pool is refused after so many records without a partner, or so many whose partner's pictures cannot be read."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from odedit.backbones.base import Backbone
 from odedit.brief import brief
 from odedit.editors.base import Editor, Estimating, Mergeable, Trainable, TrainingSettings
 from odedit.edits import EditBatch, EditParams
+from odedit.errors import listed
 from odedit.locations import Place, at
 from odedit.objectives.base import Objective
 from odedit.objectives.common.terms import Terms
@@ -259,7 +260,7 @@ class _Trainer:
         wrong = [name for name, ok in zip(batch.edit_ids, torch.isfinite(loss_E).tolist(), strict=True) if not ok]
         if wrong:
             raise TrainingError(
-                f"the training loss is not finite at step {step} (records: {', '.join(wrong[:3])}). "
+                f"the training loss is not finite at step {step} (records: {listed(wrong)}). "
                 "Lower editor.learning_rate or editor.clip_norm, and start anew with --fresh."
             )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from odedit.addresses import masked
 from odedit.brief import brief
 from odedit.errors import InputError
+from odedit.fingerprints import comparable
 from odedit.locations import Location, Place, at
 from odedit.shared_multiplier import Dual
 from odedit.tensor_files import read_tensors, write_tensors
@@ -113,7 +114,9 @@ def read_state(path: Place, identity: Mapping[str, Any], device: str = "cpu") ->
         raise InputError(
             f"{place}: this state of a training is damaged ({masked(str(error))}). Remove it to start over."
         ) from error
-    _check_identity(place, json.loads(json.dumps(dict(identity))), info["identity"])
+    then = info["identity"]
+    now = {key: comparable(value, then.get(key)) for key, value in identity.items()}
+    _check_identity(place, json.loads(json.dumps(now)), then)
     delta = {name: value.requires_grad_() for name, value in groups["dual"].items()}
     return TrainingState(
         **{group: groups[group] for group in _GROUPS},

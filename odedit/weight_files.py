@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 
+from odedit import kept_notes
 from odedit.errors import InputError
-from odedit.hub import INDEX, shards_of
+from odedit.hub import INDEX, WEIGHTS, shards_of
 
-WEIGHTS = "model.safetensors"
+FORMAT = "odedit-contents-1"
+FileState: TypeAlias = tuple[str, int, int, int, int]
+"""Path, size, times of the last write and the last change, and inode."""
+_DIGITS = 64
 _BLOCK = 2**22
 _THREADS = 8
-# Unsigned type of the same width, the bits of the exponent, how far they stand to the left, and what is added to them.
+# Unsigned type of the same width, and the bits of a value without its sign.
 _FLOATS = {
-    "F64": (np.uint64, 0x7FF0_0000_0000_0000, 52, 1023),
-    "F32": (np.uint32, 0x7F80_0000, 23, 127),
-    "F16": (np.uint16, 0x7C00, 10, 15),
-    "BF16": (np.uint16, 0x7F80, 7, 127),
+    "F64": (np.uint64, 0x7FFF_FFFF_FFFF_FFFF),
+    "F32": (np.uint32, 0x7FFF_FFFF),
+    "F16": (np.uint16, 0x7FFF),
+    "BF16": (np.uint16, 0x7FFF),
 }
 FLOATS = frozenset(_FLOATS)
 """Types of weights as safetensors names them; others are quantised weights or positions."""
@@ -52,14 +59,12 @@ class Content:
     """What the bytes of a tensor show.
 
     Attributes:
-        digest: A hash of them.
-        finite: Whether no value is NaN or infinite.
-        exponent: The largest value is below 2 to the power of one more than this; 0 for a type that is no float.
+        digest: Their SHA-256, block by block, in hexadecimal digits.
+        largest: The largest magnitude; infinity also for NaN, 0 for a type that is no float.
     """
 
-    digest: bytes
-    finite: bool
-    exponent: int
+    digest: str
+    largest: float
 
 
 def find(folder: Path) -> list[Path]:
@@ -121,24 +126,45 @@ def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
 
 
 def read_contents(files: Sequence[Path]) -> Mapping[str, Content]:
-    """What every tensor's bytes show; read once per process and state of the files.
+    """What every tensor's bytes show; read once per machine and state of the files.
 
     Raises:
         InputError: A file is damaged or cannot be read.
     """
     try:
-        states = tuple((path, (stat := path.stat()).st_size, stat.st_mtime_ns, stat.st_ino) for path in files)
-        return _contents(states)
+        return _contents(tuple(_state(path) for path in files))
     except OSError as error:
         raise InputError(f"backbone.checkpoint: a weight file cannot be read: {error}.") from error
 
 
+def _state(path: Path) -> FileState:
+    found = path.stat()
+    return str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
 @lru_cache(maxsize=8)
-def _contents(states: tuple[tuple[Path, int, int, int], ...]) -> Mapping[str, Content]:
-    headers = read_headers([path for path, *_ in states])
-    streams = {path: os.open(path, os.O_RDONLY) for path, *_ in states}
+def _contents(states: tuple[FileState, ...]) -> Mapping[str, Content]:
+    headers = read_headers([Path(path) for path, *_ in states])
+    found = kept_notes.once([FORMAT, *states], lambda notes: _from_notes(notes, headers), lambda: _to_notes(headers))
+    return _from_notes(found, headers)
+
+
+def _to_notes(headers: Mapping[str, StoredTensor]) -> dict[str, list[Any]]:
+    return {name: [content.digest, content.largest] for name, content in _hashed(headers).items()}
+
+
+def _from_notes(notes: Any, headers: Mapping[str, StoredTensor]) -> dict[str, Content]:
+    """Raises ValueError, TypeError or AttributeError unless the notes are of these tensors."""
+    contents = {name: Content(str(digest), float(largest)) for name, (digest, largest) in notes.items()}
+    if contents.keys() != headers.keys() or any(len(content.digest) != _DIGITS for content in contents.values()):
+        raise ValueError("notes of other tensors")
+    return contents
+
+
+def _hashed(headers: Mapping[str, StoredTensor]) -> dict[str, Content]:
+    streams = {path: os.open(path, os.O_RDONLY) for path in {one.path for one in headers.values()}}
     try:
-        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(_THREADS, torch.get_num_threads())) as pool:
             blocks = {
                 name: [
                     pool.submit(_block, streams[one.path], start, min(_BLOCK, one.stop - start), one.dtype)
@@ -152,18 +178,24 @@ def _contents(states: tuple[tuple[Path, int, int, int], ...]) -> Mapping[str, Co
             os.close(stream)
 
 
-def _block(stream: int, start: int, size: int, dtype: str) -> Content:
+def _block(stream: int, start: int, size: int, dtype: str) -> tuple[bytes, float]:
+    """Digest and largest magnitude."""
     data = os.pread(stream, size, start)
     if len(data) < size:
         raise OSError("it became shorter while it was read")
     digest = hashlib.sha256(data).digest()
     if dtype not in _FLOATS:
-        return Content(digest, True, 0)
-    unsigned, mask, shift, bias = _FLOATS[dtype]
-    largest = int((np.frombuffer(data, unsigned) & unsigned(mask)).max())
-    return Content(digest, largest != mask, (largest >> shift) - bias)
+        return digest, 0.0
+    unsigned, mask = _FLOATS[dtype]
+    # Magnitudes are in the order of their bits, with infinity and then NaN at the end.
+    largest = (np.frombuffer(data, unsigned) & unsigned(mask)).max()
+    if dtype == "BF16":
+        value = float((np.uint32(largest) << np.uint32(16)).view(np.float32))
+    else:
+        value = float(largest.view(f"f{largest.itemsize}"))
+    return digest, value if math.isfinite(value) else math.inf
 
 
-def _joined(blocks: Sequence[Content]) -> Content:
-    digest = hashlib.sha256(b"".join(block.digest for block in blocks)).digest()
-    return Content(digest, all(block.finite for block in blocks), max((block.exponent for block in blocks), default=0))
+def _joined(blocks: Sequence[tuple[bytes, float]]) -> Content:
+    digest = hashlib.sha256(b"".join(digest for digest, _ in blocks)).hexdigest()
+    return Content(digest, max((largest for _, largest in blocks), default=0.0))

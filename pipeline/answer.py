@@ -9,13 +9,14 @@ import torch
 
 from odedit.addresses import masked
 from odedit.backbones import Backbone, is_connector, load_backbone, names
+from odedit.backbones.base import ends_of
 from odedit.checkpoint import EditInfo
 from odedit.editors.base import Editor
 from odedit.edits import EditParams, Picture, Probe
 from odedit.errors import InputError
 from odedit.images import ImageError, ImageReader
 from odedit.key_values import KeyValues
-from odedit.metrics import generate, until_end
+from odedit.metrics import generate, in_words, until_end
 from odedit.prompts import Template, find_template
 
 _PLACEHOLDER = "x"
@@ -57,26 +58,15 @@ class Questions:
         self._prefix = backbone.prefix(self.batch, *sites, memory=self._memory)
 
     @torch.no_grad()
-    def answers(self) -> list[str]:
-        """What the model says now, each answer to its end or to its longest."""
+    def answers(self) -> list[list[int]]:
+        """The tokens that the model generates now for each question: to the answer's end and beyond, or its longest."""
         backbone, memory = self._backbone, self._memory.branch()
         read_EKT = self.batch.with_room(1, 0, backbone.max_positions).predict_EKT
         first_EKT = backbone.head(backbone.suffix(self._prefix, read_EKT, memory)).argmax(dim=-1)
         longest = max(self._max_tokens)
         tokens_EKT = generate(backbone, self.batch, self._prefix, memory, first_EKT, longest)
         rows = zip(tokens_EKT[:, 0].tolist(), self._max_tokens, strict=True)
-        return [words(backbone, tokens[:count]) for tokens, count in rows]
-
-
-def words(backbone: Backbone, tokens: Sequence[int]) -> str:
-    """An answer's text, up to the first token that ends it."""
-    answer, _ = until_end(tokens, backbone.ends)
-    return str(backbone.processor.tokenizer.decode(answer, skip_special_tokens=True)).strip()
-
-
-def first_line(answer: str) -> str:
-    """The answer without the further lines that a model trained on lines goes on with."""
-    return answer.split("\n")[0].strip()
+        return [tokens[:count] for tokens, count in rows]
 
 
 def before_and_after(
@@ -87,7 +77,13 @@ def before_and_after(
     (before,) = questions.answers()
     with editor.together(backbone, params, questions.batch):
         (after,) = questions.answers()
-    return first_line(before), first_line(after)
+    return _without_further_lines(backbone, before), _without_further_lines(backbone, after)
+
+
+def _without_further_lines(backbone: Backbone, tokens: Sequence[int]) -> str:
+    """The first line of an answer: a model that was trained on lines goes on with others before it ends."""
+    answer, _ = until_end(tokens, ends_of(backbone))
+    return in_words(backbone, answer).split("\n")[0].strip()
 
 
 def read_picture(image: Path) -> Picture:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from odedit import editors
-from odedit.backbones import Backbone, fingerprint, inspect_backbone
+from odedit.backbones import Backbone, can_inspect, fingerprint, inspect_backbone, load_processor
 from odedit.editor_weights import load_weights
 from odedit.editors.base import Trainable
+from odedit.errors import InputError
 from odedit.locations import locate
 from pipeline.config import EMBEDDED, BackboneConfig, RunConfig
 
@@ -29,10 +30,11 @@ def with_absolute_checkpoints(config: RunConfig) -> RunConfig:
 
 
 def fitted(config: RunConfig, *, trains: bool = False) -> tuple[RunConfig, list[str]]:
-    """The run with settings of its editor that its model has, and what was changed, for the user.
+    """The run with the editor's default settings fitted to the model, and a sentence for each change.
 
     Only settings that the user has not set are changed. The model's files are checked by their headers, and the editor
-    against the model; no weights are loaded.
+    against the model; no weights are loaded. A family or an editor from outside the package that offers no such check
+    is checked by the workers.
 
     Args:
         trains: Whether the editor's own weights are still to be made.
@@ -40,13 +42,13 @@ def fitted(config: RunConfig, *, trains: bool = False) -> tuple[RunConfig, list[
     Raises:
         InputError: The model cannot be loaded, or settings of the editor do not fit it.
     """
+    if not can_inspect(config.backbone.family):
+        load_processor(config.backbone.family, config.backbone.checkpoint)
+        return config, []
     model = _inspected(config.backbone, _state(config.backbone.checkpoint))
     kind, choice = editors.find(config.editor.name), config.editor
-    changed = {
-        name: value
-        for name, value in kind(choice.settings).fitted(model.num_layers).items()
-        if name not in choice.given
-    }
+    replaced = getattr(kind(choice.settings), "fitted", _nothing)(model.num_layers)
+    changed = {name: value for name, value in replaced.items() if name not in choice.given}
     notes = [
         f"editor.{name}: the default {_in_words(getattr(choice.settings, name))} is for other models; this one has "
         f"{model.num_layers} layers, and {_in_words(value)} is used."
@@ -54,8 +56,19 @@ def fitted(config: RunConfig, *, trains: bool = False) -> tuple[RunConfig, list[
     ]
     config = replace(config, editor=replace(choice, settings=replace(choice.settings, **changed)))
     editor = kind(config.editor.settings)
-    (editor.with_weights({}) if trains and isinstance(editor, Trainable) else editor).check(model)
+    try:
+        (editor.with_weights({}) if trains and isinstance(editor, Trainable) else editor).check(model)
+    except InputError:
+        raise
+    except Exception:
+        if config.editor.name in editors.names():
+            raise
+        # An editor from outside the package may look at weights, which this model lacks; a worker checks it again.
     return config, notes
+
+
+def _nothing(num_layers: int) -> dict[str, Any]:
+    return {}
 
 
 def _in_words(value: Any) -> str:

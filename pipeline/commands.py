@@ -13,13 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from odedit.checkpoint import EditInfo
 from odedit.errors import InputError, NothingUsable, counted
 from odedit.locations import Location, locate
 from pipeline import config as run_config
 from pipeline import report, results, tracking
+from pipeline.console import say
 from pipeline.profile import Profile
 from pipeline.ready import look
-from pipeline.reasons import listed
+from pipeline.reasons import lines
 from pipeline.run import Outcome, run
 
 
@@ -38,7 +40,7 @@ def edit(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: bool, pr
     if not outcome.summary["n"]:
         counts = ", ".join(f"{outcome.summary[status]} {status}" for status in ("failed", "skipped"))
         raise NothingUsable(
-            f"No record was edited ({counts}):\n{listed(outcome.summary['reasons'])}\n"
+            f"No record was edited ({counts}):\n{lines(outcome.summary['reasons'])}\n"
             f"The reason of every record is in {outcome.workspace.results}."
         )
 
@@ -54,7 +56,7 @@ def train(editor: str, path: Path, overrides: Sequence[str], out: str | None, *,
     if named not in (None, editor):
         # The run's own editor may be another: what it says of the model and the records holds all the same.
         text = f"{path}: its editor is {named!r}; {editor!r} takes its defaults and what the command line says."
-        errors.print(text, highlight=False, soft_wrap=True, markup=False)
+        say(errors, text)
         values["editor"] = {}
     for text in (f"editor.name={editor}", *overrides):
         run_config.apply_override(values, text)
@@ -73,11 +75,11 @@ def _show_plan(config: run_config.RunConfig, *, fresh: bool) -> None:
     records = f"{counted(num_usable, 'usable record')} in {groups}, {ready.staged.problems} skipped"
     if not num_usable:
         raise NothingUsable(
-            f"None of {counted(ready.staged.problems, 'record')} can be used:\n{listed(ready.staged.reasons)}\n"
+            f"None of {counted(ready.staged.problems, 'record')} can be used:\n{lines(ready.staged.reasons)}\n"
             "`odedit data check` names every one."
         )
     for note in ready.notes:
-        _line(Console(stderr=True), f"Note: {note}")
+        say(Console(stderr=True), f"Note: {note}")
     print(tracking.masked(replace(ready.config, out=config.out).to_yaml()))
     print(f"# input: {records}")
     address = local_ray.address_of(config.pipeline)
@@ -97,14 +99,10 @@ def show_outcome(outcome: Outcome) -> None:
     title = f"{outcome.summary['editor']}, {outcome.summary['objective']} objective"
     out.print(report.summary_table(outcome.summary, title))
     if outcome.summary["n"] and outcome.summary["reasons"]:
-        _line(out, f"Not edited:\n{listed(outcome.summary['reasons'])}")
-    _line(out, f"Results: {outcome.workspace.out} (report.html, summary.json, results/, edits/)")
+        say(out, f"Not edited:\n{lines(outcome.summary['reasons'])}")
+    say(out, f"Results: {outcome.workspace.out} (report.html, summary.json, results/, edits/)")
     if outcome.tracking_uri:
-        _line(out, f"MLflow:  {tracking.open_command(outcome.tracking_uri)}")
-
-
-def _line(console: Console, text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
+        say(out, f"MLflow:  {tracking.open_command(outcome.tracking_uri)}")
 
 
 def study(name: str, config: Path | None, overrides: Sequence[str], out: str | None, *, fresh: bool) -> None:
@@ -115,14 +113,14 @@ def study(name: str, config: Path | None, overrides: Sequence[str], out: str | N
     console = Console()
     if name == "list":
         for one in spec.names():
-            _line(console, f"{one:10} {spec.load(one, None).title}")
+            say(console, f"{one:10} {spec.load(one, None).title}")
         return
     found_study = spec.load(name, config, overrides)
     folder = out if out is not None else f"studies/{name}"
     found = runner.run(name, found_study, folder, Console(stderr=True), fresh=fresh)
     print(found.markdown)
     for line in runner.describe(found, locate(folder, "--out")):
-        _line(Console(stderr=True), line)
+        say(Console(stderr=True), line)
 
 
 def compare(names: Sequence[str], uri: str | None, html: str | None) -> None:
@@ -135,7 +133,7 @@ def compare(names: Sequence[str], uri: str | None, html: str | None) -> None:
         if html is not None:
             page = locate(html, "--html")
             comparing.write_html(found, page)
-            _line(Console(stderr=True), f"Page: {page.text}")
+            say(Console(stderr=True), f"Page: {page.text}")
 
 
 def apply(
@@ -153,6 +151,7 @@ def apply(
     from odedit.checkpoint import load_edits
     from odedit.edits import Probe
     from odedit.images import ImageError
+    from odedit.markers import without_leading_marker
     from pipeline import edit_files, held
     from pipeline.answer import before_and_after, load_backbone_of, read_picture
 
@@ -166,19 +165,29 @@ def apply(
     given = edit_files.find(edits)
     backbone = load_backbone_of(given.infos[0], checkpoint, dtype=dtype, device=device)
     editor, params, infos = load_edits(given.files, backbone, device)
-    question = Probe(prompt, "", picture, caption)
+    question = Probe(prompt if picture is None else without_leading_marker(prompt), "", picture, caption)
     before, after = before_and_after(backbone, editor, params, infos[0].template, question, max_tokens)
     print(f"before: {before}\nafter:  {after}")
-    _say_of_edits(given.notes)
+    _say_of_edits([*given.notes, *_of_templates(infos)])
     if len(infos) > 1:  # one alone has been scored when it was made
         found = held.ask(backbone, editor.sites, infos, lambda batch: editor.together(backbone, params, batch))
         _say_of_edits(found.sentences())
 
 
+def _of_templates(infos: Sequence[EditInfo]) -> Iterator[str]:
+    """What to say of the question's template if the edits were made with different ones."""
+    templates = sorted({info.template for info in infos})
+    if len(templates) > 1:
+        yield (
+            f"The edits were made with different prompt templates ({', '.join(templates)}). The question was asked "
+            f"with the first edit's, {infos[0].template!r}."
+        )
+
+
 def _say_of_edits(sentences: Iterable[str]) -> None:
     errors = Console(stderr=True)
     for sentence in sentences:
-        _line(errors, sentence)
+        say(errors, sentence)
 
 
 def _check_device(device: str) -> None:
@@ -243,7 +252,7 @@ def train_world(out: Path, seed: int, vision_steps: int, joint_steps: int, famil
             # A bar needs a terminal; a log gets a line now and then.
             if not errors.is_terminal and (step == steps or time.monotonic() - last > 5):
                 last = time.monotonic()
-                _line(errors, f"{stage}: step {step} of {steps}, loss {loss:.3f}")
+                say(errors, f"{stage}: step {step} of {steps}, loss {loss:.3f}")
 
         return train.train(out, seed, show, vision_steps, joint_steps, family)
 
@@ -261,7 +270,7 @@ def check_world(checkpoint: Path | None, samples: int, family: str) -> int:
     Console().print(table)
     shortfalls = check.shortfalls(found)
     for line in shortfalls:
-        _line(Console(stderr=True), line)
+        say(Console(stderr=True), line)
     return 1 if shortfalls else 0
 
 
@@ -289,7 +298,7 @@ def pack_data(path: str, out: str, image_root: str | None, rephrase_root: str | 
     errors = Console(stderr=True)
 
     def show(finding: object) -> None:
-        _line(errors, _with_flags(str(finding)))
+        say(errors, _with_flags(str(finding)))
 
     with _named_by_flags():
         done = pack(path, image_root, rephrase_root, out, task=task, on_problem=show)

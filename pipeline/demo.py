@@ -10,6 +10,7 @@ import odedit
 from odedit.locations import locate
 from pipeline import local_ray, report, tracking
 from pipeline.config import RunConfig, from_dict, read_yaml
+from pipeline.console import say
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.run import run
 
@@ -43,4 +44,4 @@ def main(out: Path, edits: int, *, fresh: bool) -> None:
     if uri is not None:
         lines.append(f"MLflow:  {tracking.open_command(uri)}")
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        say(console, line)

@@ -12,13 +12,12 @@ import torch
 
 from odedit.addresses import masked
 from odedit.checkpoint import EditInfo, load_edit, read_info
-from odedit.errors import InputError
+from odedit.errors import InputError, listed
 from odedit.locations import Location, locate
 from pipeline.workspace import Workspace
 
 _ENDING = ".safetensors"
 _PATTERN = re.compile(r"[*?[]")
-_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def find(arguments: Sequence[str]) -> Given:
     infos = [read_info(file) for file in files]
     first = _first_of_each(files, infos)
     repeats = [infos[index].edit_id for index in range(len(files)) if index not in first]
-    notes = [f"{_listed(repeats)}: given more than once; counts once."] if repeats else []
+    notes = [f"{listed(list(dict.fromkeys(repeats)))}: given more than once; counts once."] if repeats else []
     kept = tuple(infos[index] for index in first)
     return Given(tuple(files[index] for index in first), kept, (*notes, *_contradictions(kept)))
 
@@ -85,7 +84,7 @@ def _inside(place: Location) -> list[Location]:
 
 
 def _visible(folder: Location, pattern: str) -> list[Location]:
-    """Without files that are just being written."""
+    """Files that match, temporary ones left out."""
     return [child for child in folder.glob(pattern) if not child.name.startswith(".")]
 
 
@@ -124,15 +123,12 @@ def _contradictions(infos: Sequence[EditInfo]) -> list[str]:
         if info.picture is not None:
             answers = facts[(info.prompt.strip(), info.picture)]
             answers.setdefault(info.target.strip(), info.edit_id)
-    return [
-        f"Contradiction: {prompt!r}{', asked about the same picture,' if picture else ''} is to be answered "
-        f"{_listed([f'{answer!r} ({edit_id})' for answer, edit_id in answers.items()])}; not all of it can hold."
-        for (prompt, picture), answers in facts.items()
-        if len(answers) > 1
-    ]
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = list(dict.fromkeys(names))
-    more = [f"{len(shown) - _SHOWN} more"] if len(shown) > _SHOWN else []
-    return ", ".join([*shown[:_SHOWN], *more])
+    found = []
+    for (prompt, picture), answers in facts.items():
+        if len(answers) > 1:
+            said = listed([f"{answer!r} ({edit_id})" for answer, edit_id in answers.items()])
+            about = ", asked about the same picture," if picture else ""
+            found.append(
+                f"Contradiction: {prompt!r}{about} has different answers: {said}. At most one of these edits can hold."
+            )
+    return found

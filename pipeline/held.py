@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import groupby
 
 from odedit.backbones import Backbone
 from odedit.checkpoint import EditInfo
 from odedit.edits import EditBatch, Picture, Probe
 from odedit.errors import InputError, StorageError
 from odedit.images import ImageError, ImageReader, image_name
+from odedit.metrics import LONGEST_REST, in_words, is_said, said
 from odedit.pack_format import is_pack_reference
 from odedit.prompts import Template, find_template
-from pipeline.answer import Questions, first_line, words
+from pipeline.answer import Questions
 
 ENOUGH = 0.95
 """Share of the edits below which the user is warned."""
@@ -62,7 +64,7 @@ def ask(
     infos: Sequence[EditInfo],
     edited: Callable[[EditBatch], AbstractContextManager[object]],
 ) -> Held:
-    """Asks every edit's own question, with its picture.
+    """Asks every edit's own question, with its picture, in the prompt template that it was made with.
 
     Args:
         sites: What the edits change.
@@ -71,15 +73,28 @@ def ask(
     readers: dict[str, ImageReader] = {}
     lost: list[str] = []
     unasked: list[str] = []
-    for start in range(0, len(infos), _ASKED_AT_ONCE):
+    for template, group in _asked_together(infos):
         kept: list[tuple[EditInfo, Probe]] = []
-        for info in infos[start : start + _ASKED_AT_ONCE]:
+        for info in group:
             try:
                 kept.append((info, Probe(info.prompt, info.target, _picture(info, readers), info.is_caption)))
             except (ImageError, InputError, StorageError) as error:
                 unasked.append(str(error))
-        lost += _lost(backbone, sites, kept, edited)
+        if kept:
+            lost += _lost(backbone, sites, kept, find_template(template), edited)
     return Held(len(infos) - len(unasked), tuple(lost), tuple(unasked))
+
+
+def _asked_together(infos: Sequence[EditInfo]) -> Iterator[tuple[str, Sequence[EditInfo]]]:
+    """Edits of one prompt template, so many that their questions fit into a batch."""
+    for template, group in groupby(sorted(infos, key=_template_of), key=_template_of):
+        edits = list(group)
+        for start in range(0, len(edits), _ASKED_AT_ONCE):
+            yield template, edits[start : start + _ASKED_AT_ONCE]
+
+
+def _template_of(info: EditInfo) -> str:
+    return info.template
 
 
 def _picture(info: EditInfo, readers: dict[str, ImageReader]) -> Picture | None:
@@ -103,25 +118,23 @@ def _lost(
     backbone: Backbone,
     sites: Sequence[str],
     asked: Sequence[tuple[EditInfo, Probe]],
+    template: Template,
     edited: Callable[[EditBatch], AbstractContextManager[object]],
 ) -> list[str]:
     """A phrase for each edit that is answered otherwise."""
-    if not asked:
-        return []
-    template = find_template(asked[0][0].template)
-    wanted, most = zip(*(_wanted(backbone, probe, template) for _, probe in asked), strict=True)
-    questions = Questions(backbone, sites, [probe for _, probe in asked], most, template)
+    targets = [_target(backbone, probe, template) for _, probe in asked]
+    longest = [len(target) + LONGEST_REST for target in targets]
+    questions = Questions(backbone, sites, [probe for _, probe in asked], longest, template)
     with edited(questions.batch):
         answers = questions.answers()
     return [
-        f"{info.edit_id} says {first_line(answer)!r} instead of {target!r}"
-        for (info, _), target, answer in zip(asked, wanted, answers, strict=True)
-        if target not in (answer, first_line(answer))
+        f"{info.edit_id} says {said(backbone, answer)!r} instead of {in_words(backbone, target)!r}"
+        for (info, _), target, answer in zip(asked, targets, answers, strict=True)
+        if not is_said(backbone, answer, target)
     ]
 
 
-def _wanted(backbone: Backbone, probe: Probe, template: Template) -> tuple[str, int]:
-    """The answer as the tokenizer writes it, and how many tokens show whether the model says it and no more."""
+def _target(backbone: Backbone, probe: Probe, template: Template) -> list[int]:
+    """The tokens of an edit's answer."""
     sequence = backbone.sequence(probe, template)
-    target = sequence.tokens[sequence.first_target :]
-    return words(backbone, target), min(len(target) + 1, backbone.max_positions - sequence.first_target)
+    return list(sequence.tokens[sequence.first_target :])

@@ -13,12 +13,12 @@ import pyarrow
 from pyarrow import parquet
 
 from odedit.checkpoint import is_whole
+from odedit.errors import listed
 from odedit.locations import Location
 from pipeline import results
 from pipeline.staging import Staged
 from pipeline.workspace import Workspace, read_json
 
-_SHOWN = 3
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 """As `odedit.files.temporary_beside` names them."""
 
@@ -90,9 +90,8 @@ def _read(path: Location) -> list[tuple[str, str]] | None:
 
 
 def _sentence(names: Sequence[str], num_groups: int) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     again = "1 group of edits is" if num_groups == 1 else f"{num_groups} groups of edits are"
-    return f"Damaged or missing: {', '.join(names[:_SHOWN])}{more}. {again} done again."
+    return f"Damaged or missing: {listed(names)}. {again} done again."
 
 
 def remove_temporaries(workspace: Workspace) -> None:

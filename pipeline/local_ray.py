@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,19 @@ from typing import Any
 import psutil
 from rich.console import Console
 
+from cluster import login
+from odedit.addresses import masked
 from odedit.errors import InputError
 from pipeline import joining, nodes
 from pipeline.config import BackboneConfig, PipelineConfig
-from pipeline.reachable import check_server
-from pipeline.spec import Plan, machine_cpus, machine_gpus, make_plan, shortage
+from pipeline.spec import Plan, lacking, machine_cpus, machine_gpus, make_plan, shortage
+from pipeline.variables import environment
 
 _OBJECT_STORE_BYTES = 2 * 2**30
 _LOOPBACK = "127.0.0.1"
+_SOCKET = "/rXXXXXXXX/r/session_2000-01-01_00-00-00_000000_0000000/sockets/plasma_store"
+_LONGEST_BASE = (103 if sys.platform == "darwin" else 107) - len(_SOCKET)
+"""Bytes that the folder's path may have below which Ray makes its sockets."""
 _READ_AHEAD = ("iter_threaded", "StreamingExecutor")
 _READ_AHEAD_S = 10.0
 
@@ -42,7 +47,7 @@ def connected(
     no address means that cluster.
 
     Args:
-        console: Told what a cluster still lacks.
+        console: Takes a line for what a cluster lacks, and for each node that it loses.
 
     Raises:
         InputError: The cluster cannot be reached, or lacks what is asked for for longer than `pipeline.wait_s`.
@@ -51,30 +56,26 @@ def connected(
     address = address_of(pipeline)
     if address is None:
         plan = make_plan(pipeline, backbone, machine_cpus(), machine_gpus(), num_groups)
-        with _environment(_local_environment() | _authentication()), _local(plan):
+        with environment(_local_environment() | _authentication()), _local(plan):
             yield plan
     else:
         with _cluster(address):
             plan = _cluster_plan(pipeline, backbone, num_groups, console)
-            with joining.watched(plan, pipeline.wait_s, console):
+            with nodes.watched(plan, pipeline.wait_s, console):
                 yield plan
 
 
 def check_reachable(pipeline: PipelineConfig) -> None:
     """Raises InputError, within ten seconds, if the cluster that a run is to use does not let it in."""
     address = address_of(pipeline)
-    if address is None or address in _reached:
+    if address is None:
         return
-    if "://" not in address:
-        joining.login(address)
-    elif address.startswith("ray://"):
-        check_server(address, "pipeline.ray_address")
-    else:
+    if "://" in address and not address.startswith("ray://"):
         raise InputError(
             f"pipeline.ray_address: got {address!r}, expected host:port of a cluster's head, ray://host:port or auto; "
             "null starts Ray on this machine."
         )
-    _reached.add(address)
+    joining.login_to(address)
 
 
 def address_of(pipeline: PipelineConfig) -> str | None:
@@ -87,8 +88,6 @@ def address_of(pipeline: PipelineConfig) -> str | None:
 
 
 _keep_running = False
-_reached: set[str] = set()
-"""Clusters that have answered to this process."""
 _session: Path | None = None
 """Folder of a Ray of this process: sockets, logs, what does not fit into memory."""
 
@@ -149,8 +148,7 @@ def _remove_session() -> None:
 
 def _start(ray: Any, plan: Plan) -> None:
     global _session
-    # Ray's own folder is open to every user of the machine (mode 0777) and stays. A short name: sockets lie in it.
-    _session = Path(tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR") or "/tmp"))
+    _session = _new_session()
     with _held_back_stderr():
         ray.init(
             address="local",
@@ -158,18 +156,39 @@ def _start(ray: Any, plan: Plan) -> None:
             num_gpus=machine_gpus() if plan.device == "cuda" else 0,
             include_dashboard=False,
             _node_ip_address=_LOOPBACK,
-            _temp_dir=str(_session / "ray"),
+            _temp_dir=str(_session / "r"),
             object_store_memory=_object_store_bytes(),
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
 
 
+def _new_session() -> Path:
+    """A folder for Ray's sockets and logs; Ray's own is open to every user of the machine (mode 0777) and stays.
+
+    Raises:
+        InputError: `RAY_TMPDIR` cannot be used.
+    """
+    base = os.environ.get("RAY_TMPDIR") or "/tmp"
+    if len(os.fsencode(os.path.abspath(base))) > _LONGEST_BASE:
+        raise InputError(
+            f"RAY_TMPDIR: {base!r} is longer than {_LONGEST_BASE} bytes, and the system allows no longer paths for the "
+            "sockets that lie in it. Name a folder with a shorter path."
+        )
+    try:
+        os.makedirs(base, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="r", dir=os.path.abspath(base)))
+    except OSError as error:
+        raise InputError(
+            f"RAY_TMPDIR: no folder can be made in {base!r} ({error.strerror}). Name one that you may write to."
+        ) from error
+
+
 @contextmanager
 def _cluster(address: str) -> Iterator[None]:
     ray = _import_ray()
-    with _environment({} if ray.is_initialized() else joining.login(address)), nodes.silenced():
-        _read_login(ray)
+    with environment({} if ray.is_initialized() else joining.login_to(address)), nodes.silenced():
+        login.read_again()
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -183,15 +202,6 @@ def _cluster(address: str) -> Iterator[None]:
             _stop(ray)  # ends the connection, not the cluster
 
 
-def _read_login(ray: Any) -> None:
-    """Lets Ray read its login from the environment again; it did so when it was imported."""
-    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
-
-    if not ray.is_initialized():
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
-
-
 def _cluster_plan(pipeline: PipelineConfig, backbone: BackboneConfig, num_groups: int, console: Console | None) -> Plan:
     """The plan for what the cluster has, once it has what is asked for."""
     ray = _import_ray()
@@ -201,9 +211,9 @@ def _cluster_plan(pipeline: PipelineConfig, backbone: BackboneConfig, num_groups
         num_cpus, num_gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
         planned = num_gpus or (pipeline.gpus_per_actor if pipeline.device == "cuda" else 0.0)
         plan = make_plan(pipeline, backbone, max(1, int(num_cpus)), planned, num_groups)
-        return plan, shortage(plan, num_cpus, num_gpus) or joining.lacking(plan)
+        return plan, shortage(plan, num_cpus, num_gpus) or lacking(plan, ray.nodes())
 
-    return joining.awaited(look, pipeline.wait_s, console)
+    return nodes.awaited(look, pipeline.wait_s, console)
 
 
 def _import_ray() -> Any:
@@ -255,21 +265,6 @@ def _authentication() -> dict[str, str]:
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Sets variables for the processes started inside, and puts the old ones back."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-@contextmanager
 def _held_back_stderr() -> Iterator[None]:
     """Keeps what native code writes to standard error inside; shows it only if the block fails."""
     sys.stderr.flush()
@@ -280,7 +275,7 @@ def _held_back_stderr() -> Iterator[None]:
             yield
         except BaseException:
             held.seek(0)
-            os.write(before, held.read())
+            os.write(before, masked(held.read().decode(errors="replace")).encode())
             raise
         finally:
             os.dup2(before, 2)

@@ -1,9 +1,9 @@
-"""Whether the folders of pictures are the right ones: a sample of what the records name is looked for before a run."""
+"""Whether the folders of pictures are the right ones: some that the records name are looked for before a run."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import get_args
 
 from odedit.addresses import relative_note
@@ -13,38 +13,24 @@ from odedit.mmedit import RawRecord
 from odedit.pack_format import is_pack_reference
 from odedit.record_fields import Root, request_images
 
-_RECORDS, _PICTURES = 32, 64
+_RECORDS, _PICTURES = 512, 64
 
 
-class Sample:
-    """Usable records from all over a file, each with the same chance.
+def check_pictures(records: Iterable[RawRecord], reader: ImageReader) -> None:
+    """Looks for pictures of the first records. Single missing ones become skipped rows later.
 
-    Attributes:
-        records: What has been chosen so far.
+    Args:
+        records: All records; a few hundred are read, so that a wrong folder is noticed before a long file is read.
+        reader: Opens their pictures.
+
+    Raises:
+        InputError: None of the pictures under a root is there.
     """
-
-    def __init__(self) -> None:
-        self.records: list[RawRecord] = []
-        self._rng, self._num_seen = random.Random(0), 0
-
-    def add(self, record: RawRecord) -> None:
-        """Takes the next record of the file."""
-        if record.problem:
-            return
-        self._num_seen += 1
-        if len(self.records) < _RECORDS:
-            self.records.append(record)
-        elif (place := self._rng.randrange(self._num_seen)) < _RECORDS:
-            self.records[place] = record
-
-
-def check_pictures(records: Sequence[RawRecord], reader: ImageReader) -> None:
-    """Raises InputError if none of the pictures under a root is there. Single missing ones become skipped rows."""
+    first = [record for record in islice(records, _RECORDS) if not record.problem]
     for root in get_args(Root):
         named = [
             (record, reference.path)
-            for record in records
-            if not record.problem
+            for record in first
             for reference in request_images(record.fields)
             if reference.root == root and not is_pack_reference(reference.path)
         ]

@@ -13,12 +13,14 @@ import threading
 REFUSED = 3
 """Exit code where the cluster asks for another token."""
 _TIMEOUT_S = 6.0
+_CLIENT = "ray://"
+"""Scheme of the address of a Ray Client server."""
 
 
 def main(address: str) -> int:
     try:
         if address != "auto":
-            _connect(address)  # before Ray is imported, which may take a while
+            _connect(address.removeprefix(_CLIENT))  # before Ray is imported, which may take a while
         from ray._raylet import AuthenticationTokenLoader, GcsClient  # type: ignore[attr-defined]
 
         if address == "auto":
@@ -28,10 +30,13 @@ def main(address: str) -> int:
             _connect(address)
         if os.environ["RAY_AUTH_MODE"] == "token" and not AuthenticationTokenLoader.instance().has_token():
             return REFUSED
-        threading.Timer(_TIMEOUT_S, _give_up).start()
-        GcsClient(address=address).internal_kv_keys(b"", namespace=b"session", timeout=_TIMEOUT_S)
+        if address.startswith(_CLIENT):
+            _ping(address.removeprefix(_CLIENT))
+        else:
+            threading.Timer(_TIMEOUT_S, _give_up).start()
+            GcsClient(address=address).internal_kv_keys(b"", namespace=b"session", timeout=_TIMEOUT_S)
     except Exception as error:
-        if type(error).__name__ == "AuthenticationError":
+        if type(error).__name__ == "AuthenticationError" or "StatusCode.UNAUTHENTICATED" in str(error):
             return REFUSED
         print(" ".join(str(error).split())[:300] or type(error).__name__)
         return 1
@@ -46,8 +51,18 @@ def _connect(address: str) -> None:
     socket.create_connection((host.strip("[]"), int(port)), timeout=_TIMEOUT_S).close()
 
 
+def _ping(address: str) -> None:
+    """Raises the error of gRPC unless a Ray Client server accepts the login."""
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import ray_client_pb2 as messages
+    from ray.core.generated import ray_client_pb2_grpc as services
+
+    server = services.RayletDriverStub(init_grpc_channel(address))
+    server.ClusterInfo(messages.ClusterInfoRequest(type=messages.ClusterInfoType.PING), timeout=_TIMEOUT_S)
+
+
 def _give_up() -> None:
-    print(f"what listens there has said nothing for {_TIMEOUT_S:g} s", flush=True)
+    print(f"no answer within {_TIMEOUT_S:g} s", flush=True)
     os._exit(1)
 
 

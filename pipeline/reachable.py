@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from odedit.addresses import masked
@@ -11,14 +11,18 @@ from odedit.errors import InputError
 
 _PATIENCE_S = 5.0
 _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_ELSEWHERE = {"unix_socket", "host", "odbc_connect"}
+"""Parameters of a database's address that take the place of its host and port."""
 
 
 def check_server(uri: str, setting: str) -> None:
     """Raises InputError unless something listens at the address, where the address says at which port.
 
-    Behind a proxy nothing is tried: only the proxy knows.
+    Nothing is tried behind a proxy, which alone knows, or where the query names the database's socket or host.
     """
     address = _split(uri, setting)
+    if not _ELSEWHERE.isdisjoint(parse_qs(address.query)):
+        return
     scheme = address.scheme.partition("+")[0]
     is_behind_proxy = scheme in getproxies() and not proxy_bypass(address.hostname or "")
     port = address.port or _PORTS.get(scheme)

@@ -14,6 +14,7 @@ from typing import Any
 from odedit.addresses import masked, reason
 from odedit.backbones import fingerprint
 from odedit.errors import InputError
+from odedit.fingerprints import EARLIER_LENGTH, comparable
 from odedit.locations import at, delete_all
 from pipeline import intact, local_ray, results, sources, staging, tracking
 from pipeline.checkpoints import editor_weights, fitted, with_absolute_checkpoints
@@ -23,7 +24,7 @@ from pipeline.sources import Sources
 from pipeline.spec import machine_cpus, machine_gpus, make_plan
 from pipeline.staging import Staged
 from pipeline.version import code_version, software
-from pipeline.workspace import CONFIG_HEADER, Workspace, check_access, kept_if_ready, read_json, write_json
+from pipeline.workspace import CONFIG_HEADER, Workspace, check_access, new_place, read_json, write_json
 
 _NOT_COMPARED = ("tracking.", "training.", "out", "pipeline.")
 _COMPARED_ANYWAY = ("pipeline.batch_size",)
@@ -57,24 +58,29 @@ class Ready:
         return sum(count for group, count in enumerate(self.staged.usable) if group not in left)
 
 
-def prepare(config: RunConfig, *, fresh: bool = False) -> Ready:
+def prepare(config: RunConfig, *, fresh: bool = False, is_storage_tried: bool = False) -> Ready:
     """Checks what can be checked, stages the input, and finds out what is left to do.
+
+    Args:
+        fresh: Whether an existing run is replaced.
+        is_storage_tried: As in `check`.
 
     Raises:
         InputError: Something is wrong; no new folder stays behind.
     """
-    config, workspace, fits = check(config, fresh=fresh)
+    config, workspace, fits = check(config, fresh=fresh, is_storage_tried=is_storage_tried)
     found = sources.resolve(config.data, config.out)
     earlier = _earlier(config, found, workspace, fresh=fresh)
-    with kept_if_ready(workspace.out):
-        if earlier.is_none:
-            for path in staging.leftovers(workspace):
-                path.delete()
-        elif earlier.is_replaced:
-            with staging.aside(config, found, workspace):
-                _clear(workspace)
+    with new_place(workspace.out):
+        if earlier.is_none or earlier.is_replaced:
+            with staging.aside(config, found, workspace) as staged:
+                if earlier.is_replaced:
+                    _clear(workspace)
+                else:
+                    delete_all(staging.leftovers(workspace))
+        else:
+            staged = staging.stage(config, found, workspace)
         workspace.create()
-        staged = staging.stage(config, found, workspace)
         damage = intact.repair(workspace, staged, keep_edits=config.keep_edits)
         code = code_version()
         notes = (*fits, *earlier.notes, *([damage] if damage else []))
@@ -84,7 +90,7 @@ def prepare(config: RunConfig, *, fresh: bool = False) -> Ready:
 
 
 def look(config: RunConfig, *, fresh: bool = False) -> Ready:
-    """As `prepare`, but nothing of it stays: for a plan that begins no run. Its workspace and files are gone again."""
+    """Runs the checks of `prepare` and stages into a temporary folder, which is deleted; for `--dry-run`."""
     config, workspace, fits = check(config, fresh=fresh)
     with _staged_aside(config) as (found, staged):
         earlier = _earlier(config, found, workspace, fresh=fresh)
@@ -112,14 +118,21 @@ def _staged_aside(config: RunConfig) -> Iterator[tuple[Sources, Staged]]:
 
 
 def check(
-    config: RunConfig, *, fresh: bool = False, trains: bool = False, servers: bool = True
+    config: RunConfig,
+    *,
+    fresh: bool = False,
+    trains: bool = False,
+    servers: bool = True,
+    is_storage_tried: bool = False,
 ) -> tuple[RunConfig, Workspace, tuple[str, ...]]:
-    """Checks everything but the records and what `out` holds; writes nothing.
+    """Checks everything but the records and what `out` holds; leaves nothing behind.
 
     Args:
-        fresh: As for a run: a finished run needs no servers, unless it is to start over.
+        fresh: Whether an existing run is replaced. A finished run that is not needs no servers.
         trains: Whether the editor's own weights are still to be made.
         servers: Whether the cluster and the MLflow server have to answer.
+        is_storage_tried: Whether a folder above `out` has been written to already: storage has no rights for each
+            folder, so an `out` at an address is not tried again.
 
     Returns:
         The configuration with full paths and settings that fit the model, its workspace, and what was changed.
@@ -130,9 +143,12 @@ def check(
     workspace = Workspace.of(config.out)
     if config.tracking.enabled:
         tracking.store_uri(config.tracking, workspace.out)
-    config, notes = fitted(with_checked_store(with_absolute_checkpoints(config)), trains=trains)
-    for folder in (workspace.out, *workspace.folders):
-        check_access(folder, "out")
+    config = with_checked_store(with_absolute_checkpoints(config))
+    if workspace.out.is_local:
+        for folder in (workspace.out, *workspace.folders):
+            check_access(folder, "out")
+    elif not is_storage_tried:
+        check_access(workspace.out, "out")
     store = config.pipeline.feature_store
     if store is not None and "://" not in store and not os.path.exists(store):  # one that is there may be read alone
         check_access(at(store), SETTING)
@@ -142,6 +158,7 @@ def check(
     if servers and (fresh or not _is_finished(config, workspace)):
         local_ray.check_reachable(config.pipeline)
         tracking.check(config.tracking, workspace.out)
+    config, notes = fitted(config, trains=trains)  # last, since an editor that learns has the model's weights read
     return config, workspace, tuple(notes)
 
 
@@ -178,6 +195,10 @@ def _earlier(config: RunConfig, found: Sources, workspace: Workspace, *, fresh: 
     is_replaced = False
     if before is None:
         _check_room(workspace, fresh=fresh)
+    elif not fresh and workspace.summary.exists() and len(before["settings"].get(_WEIGHTS, "")) == EARLIER_LENGTH:
+        # The run is finished: its model is not needed, and its earlier fingerprint depends on versions of libraries.
+        settings |= {_WEIGHTS: before["settings"][_WEIGHTS]}
+        _check_same_run(settings, before["settings"], workspace)
     elif not fresh and (results.parts(workspace) or settings == before["settings"] or not before.get("ended")):
         _check_same_run(settings, before["settings"], workspace)
     else:
@@ -229,7 +250,7 @@ def _check_room(workspace: Workspace, *, fresh: bool) -> None:
     if results.parts(workspace):
         raise InputError(f"out: {workspace.out} holds results without run.json. Choose another folder (out=...).")
     # What a run that never began left behind is deleted.
-    leftovers = staging.leftovers(workspace)
+    leftovers = [*staging.leftovers(workspace), *staging.cut_off(workspace)]
     stranger = workspace.out.first_file_below(leftovers) if fresh else None
     if stranger is not None:
         name = stranger.rpartition("/")[2]
@@ -287,14 +308,13 @@ def _check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], workspace: 
     """Raises InputError if `out` holds the results of other settings or other input files."""
     # A setting that is newer than the run had its default then.
     then = {key: value for key, value in _defaults(now).items() if key in now} | dict(then)
+    now = {key: comparable(value, then.get(key)) for key, value in now.items()}
     changed = [
         f"  {key}: was {then.get(key)!r}, now {now.get(key)!r}"
         for key in sorted({*then, *now})
         if then.get(key) != now.get(key)
     ]
     if changed:
-        if len(str(then.get(_WEIGHTS))) != len(str(now[_WEIGHTS])):
-            changed.append("  (an earlier odedit named the weights in another way, so that they cannot be compared)")
         lines = "\n".join(changed)
         raise InputError(
             f"out: {workspace.out} holds a run with other settings or input files:\n{lines}\n"

@@ -44,6 +44,6 @@ def sentences(reasons: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{one['count']} {one['status']}{', the first' * (one['count'] > 1)}: {one['first']}" for one in reasons]
 
 
-def listed(reasons: Sequence[Mapping[str, Any]]) -> str:
+def lines(reasons: Sequence[Mapping[str, Any]]) -> str:
     """The sentences on lines of their own."""
     return "\n".join(f"  {sentence}" for sentence in sentences(reasons))

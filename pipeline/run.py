@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -15,8 +14,9 @@ from rich.console import Console
 
 from odedit.errors import InputError, counted
 from odedit.locations import delete_all
-from pipeline import intact, local_ray, nodes, results, tracking
+from pipeline import intact, local_ray, results, tracking
 from pipeline.config import RunConfig
+from pipeline.console import say
 from pipeline.interrupts import raise_if_interrupted, terminate_as_interrupt
 from pipeline.profile import Profile
 from pipeline.progress import Progress
@@ -64,7 +64,8 @@ def run_many(
     """Runs or resumes several runs, one after the other, with the same workers.
 
     Args:
-        fresh: As for `run`.
+        configs: The runs. Those at an address lie below a folder that the caller has written to.
+        fresh: Whether existing runs are replaced.
         parent_run: MLflow run that each run becomes a child of.
 
     Raises:
@@ -72,7 +73,7 @@ def run_many(
     """
     ready = [_prepared(config, fresh=fresh) for config in configs]
     done, total = (sum(one.num_done(one.pending) for one in ready), sum(one.staged.num_usable for one in ready))
-    _say(console, f"{counted(len(ready), 'run')}: {done} of {counted(total, 'usable record')} done.")
+    say(console, f"{counted(len(ready), 'run')}: {done} of {counted(total, 'usable record')} done.")
     for one in ready:
         _say_notes(one, console)
     return _run_ready(ready, console, parent_run)
@@ -81,7 +82,7 @@ def run_many(
 def _prepared(config: RunConfig, *, fresh: bool) -> Ready:
     """As `prepare`, for one of several runs."""
     try:
-        return prepare(config, fresh=fresh)
+        return prepare(config, fresh=fresh, is_storage_tried=True)
     except InputError as error:
         raise InputError(f"{config.name}: {error}") from error
 
@@ -103,7 +104,6 @@ def _run_ready(
             plan = stack.enter_context(local_ray.connected(first.pipeline, first.backbone, len(pending), console))
             # Again, because Ray puts a handler of its own in place, which ends the process at once.
             stack.enter_context(terminate_as_interrupt())
-            stack.enter_context(nodes.watched(local_ray.address_of(first.pipeline), partial(_say, console)))
             _edit(runs, pending, plan, console, profile)
         return [one.finish(console) for one in runs]
 
@@ -131,20 +131,16 @@ def announce(ready: Ready, console: Console) -> None:
         text = f"Resuming {ready.workspace.out}: {done} of {usable} done{skipped}."
     else:
         text = f"New run in {ready.workspace.out}: {usable}{skipped}."
-    _say(console, text)
+    say(console, text)
     _say_notes(ready, console)
     before = read_json(ready.workspace.run) or {}
     if pending and done and before.get("code") != ready.code:
-        _say(console, f"Note: the edits there were made by code version {before.get('code')}, this is {ready.code}.")
+        say(console, f"Note: the edits there were made by code version {before.get('code')}, this is {ready.code}.")
 
 
 def _say_notes(ready: Ready, console: Console) -> None:
     for note in ready.notes:
-        _say(console, f"Note: {note}")
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
+        say(console, f"Note: {note}")
 
 
 class _OpenRun:
@@ -219,7 +215,7 @@ def _edit(
 ) -> None:
     from pipeline import graph
 
-    _say(console, f"Plan: {plan}.")
+    say(console, f"Plan: {plan}.")
     ready = [one.ready for one in runs]
     jobs = [
         Job(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from odedit.addresses import masked
+from odedit.errors import in_words
 from odedit.locations import Location
 from pipeline import tracking
 from pipeline.sharing import patiently
@@ -95,7 +96,7 @@ class SearchRun:
             call()
         except Exception as error:
             if self.failed is None:
-                self.failed = tracking._sentence(error)
+                self.failed = in_words(error)
                 _log.warning("MLflow cannot be written to for now: %s", self.failed)
 
     def open_trial(self, key: str, number: int, parameters: Mapping[str, Any], tags: Mapping[str, str]) -> None:
@@ -189,7 +190,7 @@ class SearchRun:
                 with file.local_copy() as path:
                     patiently(self.client.log_artifact, self.run_id, str(path))
         except Exception as error:
-            raise self._error(tracking._sentence(error)) from error
+            raise self._error(in_words(error)) from error
 
     def end(self, status: str) -> None:
         """Closes the parent, and the trials that are still open, as FINISHED, FAILED or KILLED."""

@@ -14,9 +14,9 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from odedit import editors
+from odedit import editors, objectives
 from pipeline import strict
-from pipeline.config import EditorChoice, RunConfig
+from pipeline.config import Choice, RunConfig
 
 _HEADER = """# Settings
 
@@ -24,7 +24,7 @@ Every setting of a run, by its path: in a YAML `editor: {name: wise, max_steps: 
 `editor.max_steps=20`. A YAML holds only what differs from the defaults. The page is generated from the code:
 `python -m pipeline.settings_page > pipeline/SETTINGS.md`; a test fails when it is out of date.
 """
-_PLUGINS = (EditorChoice,)
+_PLUGINS = (Choice,)
 """Sections whose settings depend on the plug-in that they name."""
 _ATTRIBUTE = re.compile(r"^    (\w+(?:, \w+)*): (.*)$")
 
@@ -102,8 +102,9 @@ def page() -> str:
         if section is None or section in _PLUGINS:
             continue
         parts.append(_table(f"`{field.name}`", settings(section, field.name)))
-    for name in editors.names():
-        parts.append(_table(f"`editor: {{name: {name}}}`", settings(editors.find(name).Config, "editor")))
+    for kind, package in (("editor", editors), ("objective", objectives)):
+        for name in package.names():
+            parts.append(_table(f"`{kind}: {{name: {name}}}`", settings(package.find(name).Config, kind)))
     top = [one for one in settings(RunConfig) if "." not in one.path]
     parts.append(_table("Top level", iter(top)))
     return "\n".join(parts)

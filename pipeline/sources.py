@@ -20,6 +20,7 @@ from odedit.images import ImageReader
 from odedit.locations import Location, Place, at, copy_folder, locate
 from odedit.world.facts import WORLD
 from pipeline.config import DataConfig
+from pipeline.workspace import Workspace
 
 _ROOTS = ("image_root", "rephrase_root", "pool")
 _WRITTEN_LAST = "evaluation.json"
@@ -88,7 +89,10 @@ def resolve(data: DataConfig, out: Path | str) -> Sources:
 
 
 def place_of_embedded(data: DataConfig, out: str, aside: str) -> str:
-    """An `out` for `resolve` that writes nothing beside the run's own: where the benchmark is, else below `aside`."""
+    """The `out` to give to `resolve` in a dry run.
+
+    It is the run's own if the embedded benchmark is already beside it, else one below `aside`.
+    """
     if data.split is None:
         return out
     folder = at(below(above(absolute(out)), embedded_name(data.split_seed)))
@@ -96,11 +100,11 @@ def place_of_embedded(data: DataConfig, out: str, aside: str) -> str:
 
 
 def check_apart(data: DataConfig, out: Location) -> None:
-    """Raises InputError if results would be written among the data, where they would be read, packed or sent with it.
+    """Raises InputError if a new run would be written among the data, where it would be read, packed or sent with it.
 
-    A folder that holds the current one is no folder of data alone: a project may have its pictures at its top.
+    Exempt: a data folder that contains the current folder, since a project may keep its pictures at its top.
     """
-    if data.split is not None or not out.is_local:
+    if data.split is not None or not out.is_local or Workspace(out).run.exists():
         return
     place, here = os.path.realpath(out), os.path.realpath(os.getcwd())
     for name in ("path", *_ROOTS):

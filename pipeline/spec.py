@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from odedit import world
 from odedit.errors import InputError, counted
@@ -26,8 +28,9 @@ class Job:
     """Everything a worker needs besides the group it is handed; paths are absolute.
 
     Attributes:
-        config: Without `tracking.uri`, which may hold a password: the driver alone writes to MLflow.
-        memory_share: Of its device's memory.
+        config: The run's configuration without `tracking.uri`, which may hold a password: the driver alone writes to
+            MLflow.
+        memory_share: Share of its device's memory.
         profile: Whether it reports where its time goes.
     """
 
@@ -111,6 +114,16 @@ def shortage(plan: Plan, num_cpus: float, num_gpus: float) -> str:
     if plan.num_cpus > num_cpus:
         return f"{plan} need {plan.num_cpus} cores, the cluster has {num_cpus:g}"
     return ""
+
+
+def lacking(plan: Plan, nodes: Iterable[Mapping[str, Any]]) -> str:
+    """What the nodes, as Ray lists them, have too little of for one worker, or "" if one of them has room for it."""
+    for node in nodes:
+        found = node["Resources"] if node["Alive"] else {}
+        if found.get("CPU", 0.0) >= plan.cpus_per_actor and found.get("GPU", 0.0) >= plan.gpus_per_actor:
+            return ""
+    gpus = f" and {plan.gpus_per_actor:g} GPU" if plan.gpus_per_actor else ""
+    return f"a worker takes {plan.cpus_per_actor:g} CPU{gpus}, and no node of the cluster has as much"
 
 
 def machine_cpus() -> int:

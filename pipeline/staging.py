@@ -34,7 +34,7 @@ from odedit.pool import Pool
 from odedit.record_fields import control_token_problem
 from odedit.supervision import check_pool
 from pipeline.config import RunConfig
-from pipeline.pictures import Sample, check_pictures
+from pipeline.pictures import check_pictures
 from pipeline.reasons import Reasons
 from pipeline.sources import Sources
 from pipeline.workspace import Workspace, parquet_file, read_schema, write_table
@@ -43,6 +43,7 @@ POOL_RECORDS = 256
 STAGED_SCHEMA = RECORDS_SCHEMA.append(pyarrow.field("group", pyarrow.int64())).with_metadata({"odedit": "staged"})
 """Marked, so that a user's own Parquet file of the same name is never taken for one that may be deleted."""
 _PROBLEMS_PER_GROUP = 2000
+_ASIDE = ".staging-"
 _ROWS_TOGETHER = 512
 
 
@@ -90,6 +91,9 @@ def stage(config: RunConfig, sources: Sources, workspace: Workspace) -> Staged:
     needs_records = not (_is_staged(workspace.records) and "group" in read_schema(workspace.records).names)
     if needs_pool or needs_records:
         check = check_for(load_processor(config.backbone.family, config.backbone.checkpoint).tokenizer)
+        if needs_records:
+            sources.reader.check_roots()
+            check_pictures(_records(config, sources, check), sources.reader)
         if needs_pool:
             _stage_pool(config, sources, workspace.pool, check)
         if needs_records:
@@ -104,7 +108,7 @@ def check_for(tokenizer: Any) -> Check:
 
 
 def reads_locality(config: RunConfig) -> bool:
-    """Whether edits of the run are made from locality supervision: what they do not read, no pool has to give."""
+    """Whether edits of the run are made from locality supervision. If not, no pool is needed."""
     editor = editors.find(config.editor.name)(config.editor.settings)
     return not config.objective.settings.reads(editor).isdisjoint(LOCALITY_SLOTS)
 
@@ -113,31 +117,30 @@ def _check_supervision(config: RunConfig, sources: Sources, pool: Pool | None, c
     """Raises InputError if the pool is of no use, said once instead of in every row."""
     if pool is None or not reads_locality(config):
         return
-    sources.reader.check_roots()
-    records = read_records(sources.path, task=config.data.task, limit=config.data.limit, check=check)
-    usable = (record for record in records if not record.problem)
+    usable = (record for record in _records(config, sources, check) if not record.problem)
     check_pool(usable, sources.reader, config.supervision, pool)
 
 
 @contextmanager
-def aside(config: RunConfig, sources: Sources, workspace: Workspace) -> Iterator[None]:
+def aside(config: RunConfig, sources: Sources, workspace: Workspace) -> Iterator[Staged]:
     """Stages beside what is there, and takes the place of it after the block: wrong input costs no earlier result.
+
+    Nothing is left in the folder if the input is wrong or the block fails.
 
     Raises:
         InputError: As `stage` does, before the block is entered.
     """
     beside = workspace.out if workspace.out.is_local else None
-    with tempfile.TemporaryDirectory(prefix=".staging-", dir=beside) as folder:
+    with tempfile.TemporaryDirectory(prefix=_ASIDE, dir=beside) as folder:
         new = Workspace(locate(folder, "out"))
-        stage(config, sources, new)
-        yield
+        yield stage(config, sources, new)
         for name in ("records", "pool"):
             if getattr(new, name).exists():
                 getattr(workspace, name).take(Path(getattr(new, name)))
 
 
 def leftovers(workspace: Workspace) -> list[Location]:
-    """What a run staged or measured before it failed, to be deleted: the input may be another one by now.
+    """Files of a run that failed before its first result. The caller deletes them, since the input may have changed.
 
     Raises:
         InputError: A file of one of these names is there that no run wrote.
@@ -151,6 +154,11 @@ def leftovers(workspace: Workspace) -> list[Location]:
     return [*found, *([workspace.calibration] if workspace.calibration.exists() else [])]
 
 
+def cut_off(workspace: Workspace) -> list[Location]:
+    """Files that `aside` has left where its process was killed."""
+    return [file for folder in workspace.out.glob(f"{_ASIDE}*") for file in folder.glob()]
+
+
 def _is_staged(place: Location) -> bool:
     try:
         metadata = read_schema(place).metadata or {}
@@ -159,16 +167,16 @@ def _is_staged(place: Location) -> bool:
     return bool(metadata.get(b"odedit") == b"staged")
 
 
+def _records(config: RunConfig, sources: Sources, check: Check) -> Iterator[RawRecord]:
+    return read_records(sources.path, task=config.data.task, limit=config.data.limit, check=check)
+
+
 def _write(config: RunConfig, sources: Sources, path: Path, check: Check) -> None:
-    sources.reader.check_roots()
     needs_own = sources.pool is None and config.supervision.locality_source != "record" and reads_locality(config)
     rows: list[dict[str, Any]] = []
-    num_rows, sample = 0, Sample()
+    num_rows = 0
     with parquet.ParquetWriter(path, STAGED_SCHEMA) as writer:
-        records = read_records(sources.path, task=config.data.task, limit=config.data.limit, check=check)
-        for number, group in enumerate(_groups(records, config.pipeline.batch_size)):
-            for record in group:
-                sample.add(record)
+        for number, group in enumerate(_groups(_records(config, sources, check), config.pipeline.batch_size)):
             if needs_own:
                 for record in group:
                     _check_locality(record)
@@ -180,7 +188,6 @@ def _write(config: RunConfig, sources: Sources, path: Path, check: Check) -> Non
         _write_rows(writer, rows)
     if not num_rows:
         raise InputError(f"data.path: {masked(config.data.path)} holds no record.")
-    check_pictures(sample.records, sources.reader)
 
 
 def _write_rows(writer: parquet.ParquetWriter, rows: Sequence[dict[str, Any]]) -> None:

@@ -11,10 +11,11 @@ import logging
 import os
 import shlex
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 
 from odedit.addresses import masked
 from odedit.edits import Variant, column
-from odedit.errors import InputError
+from odedit.errors import InputError, in_words, listed
 from odedit.locations import Location, Place, at
 from odedit.metrics import MAIN
 from pipeline import results
@@ -30,11 +31,12 @@ from pipeline.config import RunConfig, TrackingConfig
 from pipeline.reachable import check_server
 from pipeline.reasons import sentences
 from pipeline.sharing import alone, patiently
+from pipeline.variables import environment
 from pipeline.workspace import Workspace, check_access
 
 METRICS_PER_CALL = 1000
 PARAMETERS_PER_CALL = 100
-_EDITS_SHOWN = 3
+_IMPATIENT_S = 6
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 PARENT_TAG = "mlflow.parentRunId"
 _TABLE_COLUMNS = (
@@ -89,20 +91,13 @@ def check(tracking: TrackingConfig, out: Location) -> None:
     else:
         check_server(uri, "tracking.uri")
     with _impatient():
-        _check_experiment(_client(uri).get_experiment_by_name(tracking.experiment), tracking.experiment)
+        _check_experiment(_client(uri, _IMPATIENT_S).get_experiment_by_name(tracking.experiment), tracking.experiment)
 
 
-@contextmanager
-def _impatient() -> Iterator[None]:
+def _impatient() -> AbstractContextManager[None]:
     """Inside, a server that does not answer is given up within seconds, unless the user has said otherwise."""
-    names = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "6", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    ours = [name for name in names if name not in os.environ]
-    os.environ.update({name: names[name] for name in ours})
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
+    names = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(_IMPATIENT_S), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    return environment({name: value for name, value in names.items() if name not in os.environ})
 
 
 def masked_values(value: Any) -> Any:
@@ -138,7 +133,7 @@ def open_command(uri: str) -> str:
     return shlex.join([beside_us, "ui", "--backend-store-uri", masked(uri)])
 
 
-def _client(uri: str) -> Any:
+def _client(uri: str, patience_s: float = 60.0) -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # A wrong address should fail in seconds.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -154,29 +149,42 @@ def _client(uri: str) -> Any:
         if uri.startswith("sqlite:///"):
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         with alone(uri):
-            _connect_once(uri)
+            _connect_once(uri, patience_s)
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
     except Exception as error:
         hint = ""
         if getattr(error, "error_code", "") in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
             hint = " Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
-        raise InputError(f"tracking.uri: {masked(uri)!r} cannot be used ({_sentence(error)}).{hint}") from error
+        raise InputError(f"tracking.uri: {masked(uri)!r} cannot be used ({in_words(error)}).{hint}") from error
     return client
 
 
-def _connect_once(uri: str) -> None:
-    """Raises what a database says that cannot be used; MLflow would try again for more than a minute first."""
+def _connect_once(uri: str, patience_s: float) -> None:
+    """Raises what a database says that cannot be used; MLflow would try again for more than a minute first.
+
+    In another thread: most drivers have no time-out for a server that takes the connection and sends nothing.
+    """
     if uri.partition(":")[0].partition("+")[0] not in _DATABASES:
         return
     from sqlalchemy import create_engine
     from sqlalchemy.pool import NullPool
 
-    create_engine(uri, poolclass=NullPool).connect().close()
+    errors: list[Exception] = []
 
+    def connect() -> None:
+        try:
+            create_engine(uri, poolclass=NullPool).connect().close()
+        except Exception as error:
+            errors.append(error)
 
-def _sentence(error: BaseException) -> str:
-    return masked((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]
+    thread = threading.Thread(target=connect, name="odedit-database", daemon=True)
+    thread.start()
+    thread.join(patience_s)
+    if thread.is_alive():
+        raise TimeoutError(f"the database has not answered within {patience_s:g} s")
+    if errors:
+        raise errors[0]
 
 
 @dataclass(frozen=True)
@@ -270,7 +278,7 @@ class Tracker:
             self.client.set_tag(self.run_id, "odedit.edits_left_out", str(left_out))
         except Exception as error:
             raise TrackingError(
-                f"MLflow at {masked(self.uri)} could not be written to ({_sentence(error)}). The results are complete "
+                f"MLflow at {masked(self.uri)} could not be written to ({in_words(error)}). The results are complete "
                 f"in {workspace.out}; the same command, or `odedit mlflow sync {workspace.out}`, logs them once it can."
             ) from error
 
@@ -328,7 +336,7 @@ class Tracker:
             self.client.log_artifact(self.run_id, str(file), folder)
 
     def finish_with(self, summary: Mapping[str, Any]) -> None:
-        """Closes the run by what came of it: without a single edit it has failed."""
+        """Closes the run as FINISHED, or as FAILED if no record was edited."""
         self.finish("FINISHED" if summary["n"] else "FAILED")
 
     def finish(self, status: str) -> None:
@@ -336,7 +344,7 @@ class Tracker:
         try:
             patiently(self.client.set_terminated, self.run_id, status=status)
         except Exception as error:
-            logging.getLogger(__name__).warning("MLflow run %s could not be closed: %s", self.run_id, _sentence(error))
+            logging.getLogger(__name__).warning("MLflow run %s could not be closed: %s", self.run_id, in_words(error))
 
 
 def log_training(
@@ -369,7 +377,7 @@ def log_training(
         tracker.finish("FINISHED")
     except Exception as error:
         raise TrackingError(
-            f"MLflow at {masked(uri)} could not be written to ({_sentence(error)}). The weights are complete: {out}."
+            f"MLflow at {masked(uri)} could not be written to ({in_words(error)}). The weights are complete: {out}."
         ) from error
     return uri
 
@@ -416,14 +424,14 @@ class StudyRun:
                 with file.local_copy() as path:
                     self.client.log_artifact(self.run_id, str(path))
         except Exception as error:
-            raise TrackingError(f"MLflow could not be written to ({_sentence(error)}).") from error
+            raise TrackingError(f"MLflow could not be written to ({in_words(error)}).") from error
 
     def finish(self, status: str) -> None:
         """Closes the run as FINISHED, FAILED or KILLED."""
         try:
             patiently(self.client.set_terminated, self.run_id, status=status)
         except Exception as error:
-            logging.getLogger(__name__).warning("MLflow run %s could not be closed: %s", self.run_id, _sentence(error))
+            logging.getLogger(__name__).warning("MLflow run %s could not be closed: %s", self.run_id, in_words(error))
 
 
 def fetch_edit(uri: str, run_id: str, edit_id: str, folder: Path) -> Path:
@@ -439,7 +447,7 @@ def fetch_edit(uri: str, run_id: str, edit_id: str, folder: Path) -> Path:
     try:
         return Path(client.download_artifacts(run_id, f"edits/{edit_id}.safetensors", str(folder)))
     except Exception as error:
-        reason = _sentence(error) if not _exists(client, run_id) else _logged_edits(client, run_id)
+        reason = in_words(error) if not _exists(client, run_id) else _logged_edits(client, run_id)
         raise InputError(f"edit {edit_id!r} of run {run_id!r} cannot be fetched: {reason}") from error
 
 
@@ -448,8 +456,7 @@ def _logged_edits(client: Any, run_id: str) -> str:
     names = sorted(Path(file.path).stem for file in client.list_artifacts(run_id, "edits"))
     if not names:
         return "the run has logged no edits (tracking.edits_gib bounds how many are)."
-    more = f" and {len(names) - _EDITS_SHOWN} more" if len(names) > _EDITS_SHOWN else ""
-    return f"the run has {', '.join(names[:_EDITS_SHOWN])}{more}."
+    return f"the run has {listed(names)}."
 
 
 def _exists(client: Any, run_id: str) -> bool:

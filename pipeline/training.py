@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
@@ -23,7 +24,7 @@ from odedit.errors import InputError, counted
 from odedit.images import ImageError
 from odedit.locations import Location, locate
 from odedit.mmedit import Check, read_records
-from odedit.objectives import Objective, calibrate
+from odedit.objectives import Objective, base, calibrate
 from odedit.pool import Pool
 from odedit.process import settle
 from odedit.prompts import find_template
@@ -34,6 +35,7 @@ from odedit.training_state import TrainingState, read_state
 from pipeline import sources, tracking
 from pipeline.checkpoints import fitted, with_absolute_checkpoints
 from pipeline.config import EMBEDDED, DataConfig, RunConfig
+from pipeline.console import say
 from pipeline.features import load_remembering, with_checked_store
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.negatives import negative_pool
@@ -45,17 +47,15 @@ from pipeline.sources import Sources, absolute
 from pipeline.spec import machine_cpus, machine_gpus, make_plan
 from pipeline.staging import POOL_RECORDS, check_for
 from pipeline.version import code_version
-from pipeline.workspace import check_access, kept_if_ready
+from pipeline.workspace import check_access, new_place
 
 _RECORDS_AT_ONCE = 64
-_LOOKED_AT = 64
+_STEPS_MEASURED = 2
 _SECONDS_BETWEEN_LINES = 5.0
 _COMPARED = ("backbone", "editor", "objective", "supervision", "training", "seed")
 _COMPARED_DATA = ("task", "template", "max_pixels", "max_bytes", "pool")
 _SUFFIX = ".safetensors"
 _SHOWN = ("rel", "gen", "loc", "lambda")
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -98,38 +98,71 @@ def run(config: RunConfig, out: Path | str | None, console: Console, *, fresh: b
         tracking.store_uri(config.tracking, files.weights)
     _check_out(files, fresh=fresh)
 
-    def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
-
     for note in notes:
-        say(f"Note: {note}")
+        say(console, f"Note: {note}")
     plan = make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), 1)
     settle(plan.threads_per_actor, plan.device)
     tracking.check(config.tracking, files.weights)
-    with kept_if_ready(files.weights.parent):
+    with new_place(files.weights.parent):
         found = _inputs(config, files)
         identity = _identity(config, found)
-        files.weights.parent.make_folder()
     with terminate_as_interrupt():
-        backbone = load_remembering(config.backbone, plan.device, config.pipeline.feature_store, say)
+        backbone = load_remembering(config.backbone, plan.device, config.pipeline.feature_store, partial(say, console))
         identity["backbone.weights"] = backbone.fingerprint
         if fresh:
             files.state.delete()
         elif files.state.exists():
             before = read_state(files.state, identity)
-            say(f"{files.state}: finished at step {before.step}." if before.stop_reason
+            say(console, f"{files.state}: finished at step {before.step}." if before.stop_reason
                 else f"Resuming {files.state} at step {before.step} of {editor.training.max_steps}.")  # fmt: skip
-        trained = _train(config, editor, backbone, found, files, identity, console, say)
+        trained = _train(config, editor, backbone, found, files, identity, console)
         save_weights(
             files.weights, trained.weights, config.editor.name, editor.weight_settings, backbone.fingerprint,
             f"{config.objective.name if editor.trains_with_objective else 'its own loss'}, {supervision_name(config)}",
         )  # fmt: skip
     state = trained.state
-    say(f"Best validation loss {state.best_loss:.4f} at step {state.best_step} of {state.step} ({state.stop_reason}).")
-    say(f"Use it with: editor.name={config.editor.name} editor.checkpoint={files.weights}")
+    best = f"Best validation loss {state.best_loss:.4f} at step {state.best_step} of {state.step}"
+    say(console, f"{best} ({state.stop_reason}).")
+    say(console, f"Use it with: editor.name={config.editor.name} editor.checkpoint={files.weights}")
     if config.tracking.enabled:
         _log(config, state, files)
     return files.weights
+
+
+def seconds_per_step(config: RunConfig, out: Path | str) -> float:
+    """Measures one step of a training on its first records, without beginning it.
+
+    Args:
+        config: The run whose editor would be trained.
+        out: File of the weights, or its address. Nothing is written there.
+
+    Raises:
+        InputError: The settings or the records are wrong.
+        TrainingError: The loss is not finite.
+    """
+    quiet = Console(quiet=True)
+    config, _ = fitted(with_checked_store(with_absolute_checkpoints(config)), trains=True)
+    editor: Any = editors.find(config.editor.name)(config.editor.settings)
+    plan = make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), 1)
+    settle(plan.threads_per_actor, plan.device)
+    found = _inputs(config, Files(absolute(str(out))))["training"]
+    backbone = load_remembering(config.backbone, plan.device, config.pipeline.feature_store, partial(say, quiet))
+    encoded, objective = _encoded(config, editor, backbone, {"training": found}, quiet, most=editor.training.batch_size)
+    times: list[float] = []
+
+    def show(state: TrainingState, figures: Figures) -> None:
+        times.append(time.monotonic())
+        if state.step == _STEPS_MEASURED:  # the first one is slower than those behind it
+            raise _Measured
+
+    records = encoded["training"]
+    with suppress(_Measured):
+        train(backbone, editor, objective, records, records, seed=config.seed, progress=show)
+    return times[-1] - times[-2]
+
+
+class _Measured(Exception):
+    """Ends a training whose steps have been measured."""
 
 
 def _check_out(files: Files, *, fresh: bool) -> None:
@@ -150,7 +183,7 @@ def _inputs(config: RunConfig, files: Files) -> dict[str, Sources]:
         one = found[part] = sources.resolve(data[part], files.path)
         one.identity()
         one.reader.check_roots()
-        check_pictures(list(islice(read_records(one.path, task=config.data.task), _LOOKED_AT)), one.reader)
+        check_pictures(read_records(one.path, task=config.data.task), one.reader)
     return {part: found[part] for part in data}
 
 
@@ -191,30 +224,13 @@ def _train(
     files: Files,
     identity: dict[str, Any],
     console: Console,
-    say: Say,
 ) -> Trained:
     if files.state.exists():
         state = read_state(files.state, identity)
         if state.stop_reason:
             return Trained(state.best, state)
-    template = find_template(config.data.template)
-    limits = {"training": config.training.limit, "validation": config.training.validation_limit}
-    check = check_for(backbone.processor.tokenizer)
-    negatives, settings = None, config.objective.settings
-    if editor.trains_with_objective:
-        negatives = negative_pool(settings, backbone, lambda: _pool(config, found["training"], check), editor.sites)
-    encoded = {part: EncodedRequests(backbone, template, editor.sites, negatives=negatives) for part in found}
-    bandwidth = None
-    with _Bar(console, "record") as bar:
-        for part, records in encoded.items():
-            for chunk in _chunks(_requests(config, found[part], limits[part], part, check, say)):
-                needs_bandwidth = settings.needs_bandwidth and editor.trains_with_objective
-                if part == "training" and bandwidth is None and needs_bandwidth:
-                    bandwidth = _bandwidth(config, backbone, chunk)
-                records.add(chunk)
-                bar(part, len(records), limits[part], {})
-    objective = Objective(settings, bandwidth) if editor.trains_with_objective else None
-    say(", ".join(counted(len(records), f"{part} record") for part, records in encoded.items()) + ".")
+    encoded, objective = _encoded(config, editor, backbone, found, console)
+    say(console, ", ".join(counted(len(records), f"{part} record") for part, records in encoded.items()) + ".")
     with _Bar(console, "step") as bar:
 
         def show(state: TrainingState, figures: Figures) -> None:
@@ -228,6 +244,35 @@ def _train(
         )  # fmt: skip
 
 
+def _encoded(
+    config: RunConfig,
+    editor: Any,
+    backbone: Backbone,
+    found: dict[str, Sources],
+    console: Console,
+    most: int | None = None,
+) -> tuple[dict[str, EncodedRequests], base.Objective | None]:
+    """The encoded records of each part, `most` at most, and the objective if the editor trains with it."""
+    template = find_template(config.data.template)
+    limits = {"training": config.training.limit, "validation": config.training.validation_limit}
+    check = check_for(backbone.processor.tokenizer)
+    negatives, settings = None, config.objective.settings
+    if editor.trains_with_objective:
+        negatives = negative_pool(settings, backbone, lambda: _pool(config, found["training"], check), editor.sites)
+    encoded = {part: EncodedRequests(backbone, template, editor.sites, negatives=negatives) for part in found}
+    bandwidth = None
+    with _Bar(console, "record") as bar:
+        for part, records in encoded.items():
+            requests = _requests(config, found[part], limits[part], part, check, console)
+            for chunk in _chunks(islice(requests, most)):
+                needs_bandwidth = settings.needs_bandwidth and editor.trains_with_objective
+                if part == "training" and bandwidth is None and needs_bandwidth:
+                    bandwidth = _bandwidth(config, backbone, chunk)
+                records.add(chunk)
+                bar(part, len(records), limits[part], {})
+    return encoded, Objective(settings, bandwidth) if editor.trains_with_objective else None
+
+
 def _bandwidth(config: RunConfig, backbone: Backbone, requests: Sequence[EditRequest]) -> float:
     try:
         positions = config.objective.settings.calibrated_positions
@@ -237,7 +282,7 @@ def _bandwidth(config: RunConfig, backbone: Backbone, requests: Sequence[EditReq
 
 
 def _requests(
-    config: RunConfig, found: Sources, limit: int | None, part: str, check: Check, say: Say
+    config: RunConfig, found: Sources, limit: int | None, part: str, check: Check, console: Console
 ) -> Iterator[EditRequest]:
     """The usable records, as edits with their supervision.
 
@@ -261,7 +306,7 @@ def _requests(
         num_used += 1
         yield request
     if problems:
-        say(f"{part}: {counted(len(problems), 'record')} skipped; first: {problems[0]}")
+        say(console, f"{part}: {counted(len(problems), 'record')} skipped; first: {problems[0]}")
     if not num_used:
         raise InputError(f"training.{'path' if part == 'training' else part}: no record can be used; see above.")
 
@@ -315,7 +360,7 @@ class _Bar:
             line = ", ".join(
                 part for part in (f"{name}: {self._unit} {done}{of}", text, self._left(name, done, total)) if part
             )
-            self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+            say(self._console, line)
 
 
 def _log(config: RunConfig, state: TrainingState, files: Files) -> None:

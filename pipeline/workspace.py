@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from pyarrow import parquet
 
 from odedit.addresses import reason, relative_note
 from odedit.errors import InputError
+from odedit.files import new_folder
 from odedit.locations import Location, Place, at
 
 CONFIG_HEADER = "# odedit"
@@ -112,28 +112,9 @@ class Workspace:
             raise InputError(f"out: {str(self.out)!r} cannot be written to: {reason(error)}.") from error
 
 
-@contextmanager
-def kept_if_ready(folder: Location) -> Iterator[None]:
-    """Removes what the block has made of a folder and of those above it, if it raises an error.
-
-    Of a folder that was there before, only new folders that are empty are removed.
-    """
-    if not folder.is_local:
-        yield
-        return
-    path = Path(folder)
-    is_new = not os.path.lexists(path)
-    before = set(folder.names())
-    above = [place for place in path.parents if not os.path.lexists(place)]
-    try:
-        yield
-    except BaseException:
-        if is_new:
-            shutil.rmtree(path, ignore_errors=True)
-        for place in (*(path / name for name in set(folder.names()) - before), *above):
-            with suppress(OSError):
-                place.rmdir()
-        raise
+def new_place(folder: Location, own: Collection[str] = ()) -> AbstractContextManager[None]:
+    """`new_folder` for a folder or an address, where names are enough and there is no folder to be made."""
+    return new_folder(Path(folder), own) if folder.is_local else nullcontext()
 
 
 def check_access(folder: Location, setting: str) -> None:

@@ -18,7 +18,7 @@ from odedit import InputError, Picture, Probe, load_backbone, multimodal
 from odedit.backbones import encode_requests, fingerprint, load_processor
 from odedit.decoders import LlamaDecoder
 from odedit.key_values import KeyValues
-from odedit.metrics import LONGEST_REST, generate, until_end
+from odedit.metrics import LONGEST_REST, NO_TOKEN, generate, until_end
 
 
 @pytest.fixture(scope="module", params=tiny_models.FAMILIES)
@@ -150,8 +150,12 @@ def test_an_answer_may_fill_the_positions_there_are(model, requests, batch, monk
     memory = KeyValues()
     prefix = model.prefix(batch, "layers.1.ffn.in", memory=memory)
     first = model.head(model.suffix(prefix, batch.with_room(1, 0, length + 2).predict_EKT, memory)).argmax(-1)
-    generate(model, batch, prefix, memory, first)
+    made = generate(model, batch, prefix, memory, first)
     roomy = batch.with_room(LONGEST_REST, 0, length + 2)
+    assert torch.equal(made == NO_TOKEN, ~roomy.target_mask_EKT), "no token stands for a place that there is not"
+    for row, count in zip(made.flatten(0, 1).tolist(), roomy.target_mask_EKT.sum(-1).flatten().tolist(), strict=True):
+        answer, has_ended = until_end(row, model.ends)
+        assert has_ended or len(answer) == count
     assert int(roomy.predict_EKT.max()) == length + 1
     assert int((roomy.target_mask_EKT.sum(-1) - batch.target_mask_EKT.sum(-1)).min()) < LONGEST_REST
 

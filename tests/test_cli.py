@@ -105,7 +105,7 @@ def test_wrong_settings_exit_with_2(files: dict[str, Any], override: str, expect
         ("tracking={{uri: 'postgresql://me:secret@127.0.0.1:1/x'}}", ["tracking.uri: no server answers at", "***"]),
         ("tracking={{uri: 'sqlite:///{folder}/coco'}}", ["tracking.uri: ", "unable to open database file"]),
         ("pipeline.ray_address=127.0.0.1:1", ["pipeline.ray_address: no Ray answers at '127.0.0.1:1'"]),
-        ("pipeline.ray_address=ray://127.0.0.1:1", ["pipeline.ray_address: no server answers at 'ray://127.0.0.1:1'"]),
+        ("pipeline.ray_address=ray://127.0.0.1:1", ["pipeline.ray_address: no Ray answers at 'ray://127.0.0.1:1'"]),
         ("pipeline.ray_address=http://127.0.0.1:8265", ["pipeline.ray_address: got", "expected host:port"]),
         ("pipeline.ray_address=head", ["pipeline.ray_address: no Ray answers at 'head' (expected HOST:PORT, or auto)"]),
         ("pipeline.feature_store=/proc/odedit", ["pipeline.feature_store: '/proc/odedit' cannot be written to"]),
@@ -197,7 +197,7 @@ def test_a_dry_run_prints_the_configuration_and_the_plan_and_writes_nothing(file
 def test_a_job_of_a_cluster_runs_on_it(
     files: dict[str, Any], monkeypatch: pytest.MonkeyPatch, of_job: str, expected: str
 ) -> None:
-    monkeypatch.setattr(joining, "login", lambda address: {})
+    monkeypatch.setattr(joining, "login_to", lambda address: {})
     monkeypatch.setenv("RAY_ADDRESS", of_job)
     expect(odedit("edit", "--config", files["config"], "--dry-run"), 0, f"# plan: {expected}")
     named = odedit("edit", "--config", files["config"], "--dry-run", "pipeline.ray_address=10.0.0.2:6379")
@@ -212,6 +212,9 @@ def test_edit_and_apply(files: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
     image.write_bytes(encoded(picture(1)))
     result = odedit("apply", *edits[:2], "--prompt", "What is it?", "--image", image)
     expect(result, 0, "before: ", "after:  ")
+    marked = odedit("apply", *edits[:2], "--prompt", "<image>\nWhat is it?", "--image", image)
+    assert marked.exit_code == 0 and marked.stdout == result.stdout, marked.output
+    expect(odedit("apply", edits[0], "--prompt", "<image>\nWhat is it?"), 2, "image marker")
     image.write_bytes(b"no picture")
     expect(odedit("apply", edits[0], "--prompt", "What is it?", "--image", image), 2, "--image: ")
     result = odedit("apply", edits[0], "--prompt", "What is it?", "--image", "nope.png")
@@ -294,6 +297,25 @@ def test_an_unexpected_error_is_one_sentence_and_exit_1(files: dict[str, Any], m
     monkeypatch.setattr(commands, "run", fail)
     result = odedit("edit", "--config", files["config"])
     expect(result, 1, "Failed: ZeroDivisionError: something", "odedit --debug")
+
+
+def test_a_traceback_shows_no_secret(files: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline import commands
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise ZeroDivisionError("no answer from https://me:pa55word@host/x")
+
+    monkeypatch.setattr(commands, "run", fail)
+    result = odedit("--debug", "edit", "--config", files["config"])
+    assert result.exit_code == 1 and "ZeroDivisionError: no answer from https://***@host/x" in result.output
+    assert "Traceback" in result.output and "pa55word" not in result.output
+
+
+def test_an_output_that_was_closed_from_the_start_changes_nothing() -> None:
+    for arguments, code in (("study list", 0), ("data check none.json", 2)):
+        command = f'exec "{sys.executable}" -m odedit {arguments} >&-'
+        done = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, timeout=120)
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
 
 
 def test_an_output_that_is_closed_ends_the_command_quietly(files: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayTaskError, UserCodeException
 
-from odedit.errors import InputError, cause_of, counted, one_sentence
+from odedit.errors import InputError, cause_of, counted, in_words, listed, one_sentence
 
 TEXT = (
     "\x1b[36mray::MapWorker(EditStage).submit()\x1b[39m (pid=7, ip=10.0.0.1)\n"
@@ -17,6 +17,13 @@ TEXT = (
     "The above exception was the direct cause of the following exception:\n\n"
     "\x1b[36mray::MapWorker(EditStage).submit()\x1b[39m (pid=7, ip=10.0.0.1)\n"
     "ray.exceptions.UserCodeException: UDF failed to process a data block."
+)
+
+CHAINED = (
+    "Traceback (most recent call last):\n  File \"a.py\", line 3, in find\nKeyError: 'path'\n\n"
+    "During handling of the above exception, another exception occurred:\n\n"
+    'Traceback (most recent call last):\n  File "a.py", line 5, in find\n'
+    "odedit.errors.InputError: data.path: there is no file\n"
 )
 
 
@@ -35,6 +42,7 @@ def wrapped(error: BaseException) -> BaseException:
         (wrapped(ArithmeticError("a number that is none")), "ArithmeticError: a number that is none"),
         (wrapped(InputError("editor.site: none")), "editor.site: none"),
         (RuntimeError(TEXT), "OutOfMemoryError: no room for 3 MiB"),
+        (RuntimeError(CHAINED), "InputError: data.path: there is no file"),
         (RuntimeError("\x1b[31mred\x1b[0m"), "RuntimeError: red"),
         (RuntimeError(), "RuntimeError: no further explanation"),
     ],
@@ -57,3 +65,17 @@ def test_an_error_of_one_process_is_its_own_cause() -> None:
 
 def test_nouns_have_their_numbers() -> None:
     assert [counted(number, "run") for number in (0, 1, 2)] == ["0 runs", "1 run", "2 runs"]
+
+
+def test_an_error_inside_a_sentence_is_one_line_without_full_stop_and_secrets() -> None:
+    assert in_words(OSError("no\n  connection to postgresql://me:secret@host/x.")) == (
+        "no connection to postgresql://***@host/x"
+    )
+    assert in_words(KeyError("family")) == "unknown 'family'"
+    assert in_words(RuntimeError()) == "RuntimeError"
+    assert in_words(RuntimeError("x" * 201)) == "x" * 200 + " ..."
+
+
+def test_a_few_of_many_names_are_shown() -> None:
+    assert [listed(list("abcde"[:count])) for count in (0, 1, 3, 5)] == ["", "a", "a, b, c", "a, b, c and 2 more"]
+    assert listed(["a", "b"], shown=1, separator="; ") == "a and 1 more"

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FORBIDDEN = {
     "odedit": {"ray", "mlflow", "optuna", "pipeline", "tune", "cluster"},
-    "pipeline": {"tune", "cluster", "optuna"},
+    "pipeline": {"tune", "optuna"},
     "tune": {"cluster", "mlflow"},
     "cluster": {"torch", "transformers", "odedit", "pipeline", "tune", "mlflow", "optuna"},
 }

@@ -27,7 +27,7 @@ from odedit.__main__ import app
 from odedit.checkpoint import load_edit, read_info, save_edit
 from odedit.images import ImageReader
 from odedit.prompts import find_template
-from pipeline import edit_files
+from pipeline import edit_files, held
 from pipeline.answer import Questions
 
 TARGETS = ("Clara Lund", "Lower Ford", "yellow zero")  # words that the models that ship know, and end answers with
@@ -286,8 +286,8 @@ def test_edits_that_destroy_each_other_are_counted(runs: dict[str, Run], tmp_pat
     save_edit(opposite, {name: -value for name, value in params.items()}, rival)
     result = made.merged(tmp_path / "merged", made.edits[0], opposite)
     contradiction = (
-        f"Contradiction: 'who owns digit 0?', asked about the same picture, is to be answered 'Clara Lund' "
-        f"({info.edit_id}), 'Lower Ford' (rival); not all of it can hold."
+        f"Contradiction: 'who owns digit 0?', asked about the same picture, has different answers: 'Clara Lund' "
+        f"({info.edit_id}), 'Lower Ford' (rival). At most one of these edits can hold."
     )
     assert contradiction in result.stderr
     assert "0 of 2 edits hold" in result.stderr
@@ -296,6 +296,44 @@ def test_edits_that_destroy_each_other_are_counted(runs: dict[str, Run], tmp_pat
     asked = odedit("apply", made.edits[0], opposite, "--prompt", "who owns this?")
     assert asked.exit_code == 0 and asked.stdout.startswith("before: ")
     assert contradiction in asked.stderr and "0 of 2 edits hold" in asked.stderr
+
+
+def test_edits_are_asked_in_the_template_that_each_was_made_with(
+    runs: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, asked = runs["blip2"], []
+
+    class Watched(Questions):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            *_, probes, _, template = arguments
+            asked.extend((probe.prompt, template.name) for probe in probes)
+
+    monkeypatch.setattr(held, "Questions", Watched)
+    expected = set()
+    for number, template in enumerate(("raw", "mmedit", "raw")):
+        params, info = load_edit(made.edits[number])
+        save_edit(tmp_path / "edits" / f"{number}.safetensors", params, replace(info, template=template))
+        expected.add((info.prompt, template))
+    result = odedit("apply", tmp_path / "edits", "--prompt", "who owns this?")
+    assert result.exit_code == 0 and set(asked) == expected and len(asked) == 3, (result.output, result.exception)
+    assert "different prompt templates (mmedit, raw). The question was asked with the first edit's" in result.stderr
+
+
+def test_an_edit_whose_answer_goes_on_does_not_hold(runs: dict[str, Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the metrics, where the first line of an answer is not enough either."""
+    made = runs["blip2"]
+    answers = Questions.answers
+
+    def with_another_line(self: Questions) -> Any:
+        tokenizer, end = self._backbone.processor.tokenizer, min(self._backbone.ends)
+        more = tokenizer("\nleo", add_special_tokens=False)["input_ids"]
+        return [[*tokens[: tokens.index(end)], *more, end] for tokens in answers(self)]
+
+    assert "2 of 2 edits hold" in odedit("apply", *made.edits[:2], "--prompt", "who owns this?").stderr
+    monkeypatch.setattr(Questions, "answers", with_another_line)
+    result = odedit("apply", *made.edits[:2], "--prompt", "who owns this?")
+    assert "0 of 2 edits hold" in result.stderr and "leo' instead of 'Clara Lund'" in result.stderr, result.stderr
 
 
 def test_edits_whose_picture_is_gone_cannot_be_asked(runs: dict[str, Run], tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from odedit import (
 )
 from odedit.edits import Variant, column
 from odedit.key_values import KeyValues
-from odedit.metrics import LONGEST_REST, MAIN, Estimate, estimate, generate, until_end
+from odedit.metrics import LONGEST_REST, MAIN, NO_TOKEN, Estimate, estimate, generate, is_said, said, until_end
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,22 @@ def test_generated_answers_equal_token_by_token_decoding_under_edits(backbone, s
     mask = evaluation.target_mask_EKT
     made = drafted[LONGEST_REST][..., : mask.shape[-1]]
     assert not torch.equal(made[mask], first[..., :-1][mask]), "no draft had to be revised"
+
+
+def test_an_answer_is_the_target_if_it_ends_there(backbone):
+    def tokens(text: str) -> list[int]:
+        return list(backbone.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    target, more, end = tokens(" anna hill"), tokens(" leo"), min(backbone.ends)
+    for generated, expected, text in (
+        ([*target, end, *more], True, "anna hill"),
+        ([*tokens("anna hill"), end], True, "anna hill"),  # in words
+        ([*target, *more, end], False, "anna hill leo"),
+        (target, False, "anna hill ..."),
+        ([*target, NO_TOKEN, end], False, "anna hill ..."),
+        ([end], False, ""),
+    ):
+        assert (is_said(backbone, generated, target), said(backbone, generated)) == (expected, text)
 
 
 @pytest.mark.parametrize("family", ["blip2", "minigpt4", "llava"])

@@ -80,6 +80,56 @@ def test_a_new_folder_goes_again_while_it_is_empty(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b" / "file").exists()
 
 
+def test_a_folder_goes_with_what_the_block_itself_has_written(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "folder"
+    for stranger in (None, "notes.md"):
+        with pytest.raises(ValueError, match="wrong"), new_folder(folder, {"records", "parts"}):
+            (folder / "parts").mkdir()
+            (folder / "parts" / "one").touch()
+            (folder / "records").touch()
+            if stranger:
+                (folder / stranger).touch()
+            raise ValueError("wrong")
+        assert (tmp_path / "a").exists() == bool(stranger)
+    assert sorted(path.name for path in folder.iterdir()) == ["notes.md", "parts", "records"]
+
+    with pytest.raises(ValueError, match="wrong"), new_folder(folder, {"records", "state"}):
+        (folder / "state").touch()
+        raise ValueError("wrong")
+    assert sorted(path.name for path in folder.iterdir()) == ["notes.md", "parts", "records"], "what was there stays"
+
+
+def test_a_folder_that_another_process_makes_first_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mkdir = Path.mkdir
+
+    def late(self: Path, *arguments: Any, **options: Any) -> None:
+        os.mkdir(self)  # the other process
+        mkdir(self, *arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="wrong"):
+        patch.setattr(Path, "mkdir", late)
+        with new_folder(tmp_path / "a" / "b"):
+            raise ValueError("wrong")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="file"), new_folder(tmp_path / "file"):
+        pass
+
+
+def test_a_folder_may_be_named_by_a_link_but_not_be_the_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    with folder_written_atomically(tmp_path / "link") as folder:
+        (folder / "file").write_text("whole")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "empty" / "file").read_text() == "whole"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(InputError, match="--out: . is there already"):
+        check_new(Path("."))
+
+
 def _dataclasses() -> Iterator[Any]:
     for package in (odedit, pipeline, tune):
         for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):

@@ -10,6 +10,7 @@ from rich.console import Console
 from odedit.addresses import below, masked
 from odedit.errors import InputError
 from pipeline import tracking
+from pipeline.console import say
 from tune import config as search_config
 from tune import run as runner
 from tune.folder import resumed
@@ -32,4 +33,4 @@ def tune(path: Path | None, overrides: Sequence[str], out: str | None, resume: s
     if found.tracking_uri is not None:
         lines.append(f"MLflow:        {tracking.open_command(found.tracking_uri)}")
     for line in lines:
-        errors.print(line, highlight=False, soft_wrap=True, markup=False)
+        say(errors, line)

@@ -25,9 +25,12 @@ from pipeline.version import code_version
 from pipeline.workspace import CONFIG_HEADER, check_access, read_json, write_json
 from tune.config import Search, SearchConfig, from_values, override
 
-STATE, CONFIG = "search.json", "search.yaml"
-_BEFORE_IT_BEGINS = {".lock", "trials", "validation", "evaluation"}
+STATE, CONFIG, JOURNAL = "search.json", "search.yaml", "optuna.journal"
+_LOCK = ".lock"
+_BEFORE_IT_BEGINS = {_LOCK, "trials", "validation", "evaluation"}
 """What is there of a search whose records turned out not to be."""
+BEFORE_THE_FIRST_TRIAL = {*_BEFORE_IT_BEGINS, STATE, CONFIG, JOURNAL}
+"""What a search writes before its first trial: of no use if that cannot begin."""
 TUNE_FOLDER = ".tune-"
 """How the folders begin in which Tune keeps its own state while a search runs."""
 
@@ -136,6 +139,8 @@ def alone(folder: Folder) -> Iterator[None]:
     with open(_lock_file(folder), "a+") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(stream.fileno()).st_nlink:
+                raise OSError("the process that had the lock has just removed the file")
         except OSError as error:
             stream.seek(0)
             number = stream.read().strip()
@@ -147,12 +152,16 @@ def alone(folder: Folder) -> Iterator[None]:
         stream.flush()
         for left in folder.out.glob(f"{TUNE_FOLDER}*"):  # of a driver that was killed
             remove_folder(left)
-        yield
+        try:
+            yield
+        finally:
+            if folder.out.is_local and folder.out.names() == [_LOCK]:
+                (folder.out / _LOCK).delete()
 
 
 def _lock_file(folder: Folder) -> Path:
     if folder.out.is_local:
-        return Path(folder.out / ".lock")
+        return Path(folder.out / _LOCK)
     digest = hashlib.blake2b(folder.address.encode(), digest_size=8).hexdigest()
     return Path(tempfile.gettempdir()) / f"odedit-{os.getuid()}-{digest}.lock"
 

@@ -22,10 +22,11 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from odedit.addresses import masked
-from odedit.errors import InputError
+from odedit.errors import InputError, in_words
 from odedit.locations import Location
 from tune.config import SearchConfig
 from tune.dimensions import label
+from tune.folder import JOURNAL
 from tune.scoring import Report
 from tune.space import Point, Space, key_of
 
@@ -83,7 +84,7 @@ def open_storage(config: SearchConfig, out: Location) -> BaseStorage:
     except Exception as error:
         where = masked(text) if text is not None else str(journal(config, out))
         raise InputError(
-            f"storage: {where!r} cannot be written to ({_sentence(error)}). Give a file, or the address of a database, "
+            f"storage: {where!r} cannot be written to ({in_words(error)}). Give a file, or the address of a database, "
             "such as sqlite:////data/search.db or postgresql+psycopg://user@host/name."
         ) from error
 
@@ -96,7 +97,7 @@ def check_driver(config: SearchConfig) -> None:
         make_url(config.storage).get_dialect().import_dbapi()
     except (ArgumentError, ImportError) as error:
         raise InputError(
-            f"storage: {masked(config.storage)!r} cannot be used ({_sentence(error)}). The address of a PostgreSQL "
+            f"storage: {masked(config.storage)!r} cannot be used ({in_words(error)}). The address of a PostgreSQL "
             "database begins with postgresql+psycopg://, that of a file on this machine with sqlite:///; for another "
             "database, install the library that is missing."
         ) from error
@@ -104,12 +105,7 @@ def check_driver(config: SearchConfig) -> None:
 
 def journal(config: SearchConfig, out: Location) -> Path:
     """The journal file of a search that is kept in one."""
-    return Path(config.storage).expanduser().absolute() if config.storage is not None else Path(out / "optuna.journal")
-
-
-def _sentence(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return masked(text)[:200]
+    return Path(config.storage).expanduser().absolute() if config.storage is not None else Path(out / JOURNAL)
 
 
 class Points:
@@ -139,7 +135,7 @@ class Points:
                 if owner is None:
                     self.study.set_user_attr(SEARCH, search_id)
             except Exception as error:
-                raise InputError(f"storage: the study {study_name!r} cannot be opened ({_sentence(error)}).") from error
+                raise InputError(f"storage: the study {study_name!r} cannot be opened ({in_words(error)}).") from error
         if owner not in (None, search_id):
             raise InputError(f"storage: its study {study_name!r} belongs to another search. Choose another storage.")
         num_before = len(self.study.get_trials(deepcopy=False))

@@ -46,7 +46,10 @@ def stage(config: RunConfig, sources: Sources, folder: Location, sizes: Sequence
     """
     workspace = Workspace(folder)
     folder.make_folder()
-    staged = staging.stage(config, sources, workspace)
+    try:
+        staged = staging.stage(config, sources, workspace)
+    except InputError as error:
+        raise InputError(f"validation: {error}") from error
     if staged.num_usable < sizes[-1]:
         raise InputError(
             f"rungs: the last one takes {sizes[-1]} validation records, and there are {staged.num_usable} that can be "

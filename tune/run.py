@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,10 @@ from rich.console import Console
 
 from odedit.errors import InputError, NothingUsable, counted
 from odedit.locations import Location, delete_all, locate
-from pipeline import local_ray, nodes, sources, tracking
+from pipeline import local_ray, sources, tracking
 from pipeline.checkpoints import editor_weights, fitted, with_absolute_checkpoints
 from pipeline.config import RunConfig
+from pipeline.console import say
 from pipeline.features import with_checked_store
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.reachable import check_server
@@ -31,10 +31,10 @@ from pipeline.run import Outcome, run_many
 from pipeline.search_tracking import KIND, SearchRun
 from pipeline.spec import Job, Plan
 from pipeline.version import code_version
-from pipeline.workspace import Workspace, kept_if_ready
+from pipeline.workspace import Workspace, new_place
 from tune import points, records, report
 from tune.config import Search, SearchConfig, check
-from tune.folder import TUNE_FOLDER, Folder, alone, check_folder, remember, remove_folder
+from tune.folder import BEFORE_THE_FIRST_TRIAL, TUNE_FOLDER, Folder, alone, check_folder, remember, remove_folder
 from tune.points import Points, Trial
 
 _KEYS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
@@ -57,12 +57,18 @@ def run(config: SearchConfig, out: Path | str, console: Console, *, resume: bool
     if search.trial.tracking.enabled:
         tracking.store_uri(search.trial.tracking, folder.evaluation)
     check_folder(search, folder, resume=resume)
-    _check_runs(search, folder)
     with ExitStack() as stack:
-        with kept_if_ready(folder.out):
+        is_begun = bool(folder.state)
+        if is_begun:  # one that is running is refused at once
+            stack.enter_context(alone(folder))
+        _check_runs(search, folder)
+        stack.enter_context(new_place(folder.out))
+        if not is_begun:
+            stack.enter_context(alone(folder))
+        for context in (terminate_as_interrupt(), local_ray.shared()):
+            stack.enter_context(context)
+        with new_place(folder.out, BEFORE_THE_FIRST_TRIAL):
             (folder.out / "trials").make_folder()
-            for context in (alone(folder), terminate_as_interrupt(), local_ray.shared()):
-                stack.enter_context(context)
             base, found = _prepared(search, folder, console)
             groups = records.stage(base, found, folder.validation, config.rungs.sizes, config.seed)
             remember(search, folder, found)
@@ -95,7 +101,7 @@ def _run(
     running = Running(search, asked, folder.out, tracker, console)
     before = asked.trials()
     done = sum(trial.state != points.RUNNING for trial in before)
-    _say(console, f"{config.title}: {done} of {counted(config.trials, 'trial')} done in {folder.out}")
+    say(console, f"{config.title}: {done} of {counted(config.trials, 'trial')} done in {folder.out}")
     if done < len(before) or done < config.trials:
         started = time.monotonic()
         try:
@@ -107,7 +113,7 @@ def _run(
     running.catch_up()
     every = asked.trials()
     if len(every) < config.trials:
-        _say(console, f"The space holds {len(every)} different points, and all were tried.")
+        say(console, f"The space holds {len(every)} different points, and all were tried.")
     best = points.best(every, config)
     if best is None:
         reasons = next((f" The first: {trial.error}" for trial in every if trial.error), "")
@@ -127,14 +133,20 @@ def _run(
 
 
 def _check_runs(search: Search, folder: Folder) -> None:
-    """Raises InputError if the final comparison or the trials could not begin; writes nothing."""
+    """Raises InputError if the final comparison or the trials could not begin; writes nothing.
+
+    Validation records are checked when they are staged, which is the next thing.
+    """
     if "://" in (search.config.storage or ""):
         check_server(str(search.config.storage), "storage")
+    is_finished = (folder.out / "summary.json").exists()
     for name, config in (("evaluation", search.defaults), ("validation", search.trial)):
         try:
-            is_finished = (folder.out / "summary.json").exists()
-            checked, *_ = check_run(replace(config, out=folder.run_out(name)), servers=not is_finished)
-            check_records(checked)
+            config, *_ = check_run(
+                replace(config, out=folder.run_out(name)), servers=not is_finished, is_storage_tried=True
+            )
+            if name == "evaluation" and not is_finished:
+                check_records(config)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
 
@@ -144,7 +156,7 @@ def _prepared(search: Search, folder: Folder, console: Console) -> tuple[RunConf
     config = search.trial
     config, notes = fitted(with_checked_store(with_absolute_checkpoints(config)))
     for note in notes:
-        _say(console, f"Note: {note}")
+        say(console, f"Note: {note}")
     editor_weights(config)
     found = {}
     # Both now: after hours of trials it would be late to miss the other records.
@@ -204,7 +216,6 @@ def _try_points(
         with (
             local_ray.connected(spread, job.config.backbone, config.concurrent, console) as plan,
             terminate_as_interrupt(),
-            nodes.watched(local_ray.address_of(spread), partial(_say, console)),
         ):
             _fit(search, folder, _on(job, plan), groups, running, before, plan, console)
     except InputError as error:
@@ -246,7 +257,7 @@ def _fit(
     config = search.config
     takes = f"{plan.gpus_per_actor:g} GPU" if plan.device == "cuda" else counted(plan.threads_per_actor, "CPU thread")
     edits = ", ".join(map(str, config.rungs.sizes))
-    _say(console, f"Plan: {config.concurrent} at a time on {takes} each, scored on {edits} edits. Starting workers ...")
+    say(console, f"Plan: {config.concurrent} at a time on {takes} each, scored on {edits} edits. Starting workers ...")
     trainable = tune.with_parameters(
         EditTrial,
         job=job,
@@ -323,7 +334,7 @@ def _evaluate(search: Search, folder: Folder, changed: RunConfig, best: Trial, c
     configs = {"defaults": _named(folder, search.defaults, "defaults")}
     if changed != configs["defaults"]:
         configs["best"] = changed
-    _say(console, f"Best on the validation records: trial {best.number}. Now on the evaluation records:")
+    say(console, f"Best on the validation records: trial {best.number}. Now on the evaluation records:")
     outcomes = dict(zip(configs, run_many(list(configs.values()), console), strict=True))
     folder.update(evaluated=[locate(one.out, "out").name for one in configs.values()])
     return outcomes
@@ -348,7 +359,3 @@ def _log(
     for trial in every:
         if trial.key in tracker.trials and trial in finished.front:
             tracker.tag_run(tracker.trials[trial.key], {"odedit.best": "true" if trial is best else "front"})
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True, markup=False)

@@ -25,6 +25,7 @@ from odedit.metrics import MAIN
 from pipeline import results
 from pipeline.checkpoints import fitted, with_absolute_checkpoints
 from pipeline.config import RunConfig
+from pipeline.console import say
 from pipeline.interrupts import raise_if_interrupted
 from pipeline.search_tracking import SearchRun
 from pipeline.study.tables import number
@@ -103,7 +104,7 @@ class Running:
         if self._tracker is not None:
             self._tracker.log_rungs(trial.key, {found["edits"]: found})
         if found["edits"] < self._search.config.rungs.sizes[-1]:
-            self._say(f"{_name(trial)} {self._figures(found)}")
+            say(self._console, f"{_name(trial)} {self._figures(found)}")
 
     def complete(self, trial_id: str, error: str = "") -> None:
         """A trial has ended: with all its edits, stopped before, or failed."""
@@ -118,11 +119,14 @@ class Running:
         if self._tracker is not None:
             self._log_end(trial, state, error)
         if state == COMPLETE and trial.last is not None:
-            self._say(f"{_name(trial)} {self._figures(trial.last)}  done  {self.progress()}")
+            say(self._console, f"{_name(trial)} {self._figures(trial.last)}  done  {self.progress()}")
         elif state == PRUNED:
-            self._say(f"{_name(trial)} stopped at {counted(max(trial.reports, default=0), 'edit')}  {self.progress()}")
+            say(
+                self._console,
+                f"{_name(trial)} stopped at {counted(max(trial.reports, default=0), 'edit')}  {self.progress()}",
+            )
         else:
-            self._say(f"{_name(trial)} failed: {error}  {self.progress()}")
+            say(self._console, f"{_name(trial)} failed: {error}  {self.progress()}")
 
     def _log_end(self, trial: Trial, state: str, error: str) -> None:
         assert self._tracker is not None
@@ -150,7 +154,7 @@ class Running:
             self.complete(trial_id, why)
             return
         self._broken.append(self._trials.pop(trial_id))
-        self._say(f"{_name(trial)} broke off ({why}); it goes on behind its last finished group")
+        say(self._console, f"{_name(trial)} broke off ({why}); it goes on behind its last finished group")
 
     def progress(self) -> str:
         """`| best so far: trial 3, .871 | 5 of 20 trials, 1:32`."""
@@ -172,9 +176,6 @@ class Running:
         shown = "  ".join(f"{name} {number(found[name])}" for name in names if name in found)
         failed = f" ({found['failed']} failed)" if found.get("failed") else ""
         return f"{counted(found['edits'], 'edit')}{failed}  {shown}"
-
-    def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def _name(trial: Trial) -> str:

@@ -19,6 +19,7 @@ __all__ = [
     "Backbone",
     "Prefix",
     "Processor",
+    "can_inspect",
     "encode_requests",
     "encode_supervision",
     "fingerprint",
@@ -61,6 +62,11 @@ def inspect_backbone(family: str, checkpoint: str, *, dtype: str = "float32") ->
     """
     backbone: Backbone = _find(family).inspect(checkpoint, dtype=dtype)
     return backbone
+
+
+def can_inspect(family: str) -> bool:
+    """Whether `inspect_backbone` knows the family; one from outside the package need not have `inspect`."""
+    return hasattr(_find(family), "inspect")
 
 
 def load_processor(family: str, checkpoint: str) -> Processor:

@@ -24,6 +24,15 @@ def is_connector(site: str) -> bool:
     return site.startswith(CONNECTOR)
 
 
+def ends_of(backbone: Backbone) -> frozenset[int]:
+    """The backbone's `ends`; of a family that does not name them, the tokenizer's end of a text."""
+    named: frozenset[int] | None = getattr(backbone, "ends", None)
+    if named is None:
+        end = backbone.processor.tokenizer.eos_token_id
+        return frozenset({0 if end is None else end})
+    return named
+
+
 @dataclass(frozen=True)
 class BeforeConnector:
     """What enters the connector, one row per sequence: an edit of the connector is seen by its own sequences only.
@@ -211,7 +220,7 @@ class Backbone(Protocol):
         ...
 
     def with_room(self, prefix: Prefix, batch: EditBatch) -> Prefix:
-        """The prefix for `behind` of `batch.with_room(...)`, where it may run on to positions behind all sequences."""
+        """A prefix whose rotary table also covers the positions that `EditBatch.with_room` adds."""
         ...
 
     def behind(self, prefix: Prefix, batch: EditBatch, tokens_EKT: Tensor, memory: KeyValues, first: int = 0) -> Tensor:
@@ -221,7 +230,7 @@ class Backbone(Protocol):
         `applied` block.
 
         Args:
-            tokens_EKT: As many as the batch has targets, or the first of them.
+            tokens_EKT: Target tokens, at most as many as the batch has.
             first: Runs and returns tokens from this one on; those in front are as in an earlier call.
         """
         ...

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from odedit.decoders import Decoder, LlamaDecoder
 from odedit.edits import Probe
 from odedit.encoding import TokenSequence
+from odedit.errors import InputError
 from odedit.multimodal import MultimodalModel
 from odedit.pretrained import Architecture, PretrainedProcessor
 from odedit.prompts import Frame, Template, tokenize
@@ -63,7 +64,17 @@ class Qwen25VL(MultimodalModel):
         return {"visual.merger": self.model.model.visual.merger}
 
     def check_picture(self) -> None:
-        """Nothing: every picture has one size here, and the tower reads values, which a model without weights lacks."""
+        """Raises InputError unless a picture's features have the width of the text model.
+
+        Every picture has one size here, and the tower reads values, which a model without weights lacks.
+        """
+        width = self.model.config.vision_config.out_hidden_size
+        if width != self.hidden_size:
+            raise InputError(
+                f"backbone.checkpoint {self.checkpoint!r}: a picture becomes features of width {width} "
+                f"(vision_config.out_hidden_size), and the text model takes width {self.hidden_size}. Take "
+                "config.json from the model that the weights are of."
+            )
 
     @property
     def _rows(self) -> int:

@@ -20,7 +20,7 @@ from odedit.brief import brief
 from odedit.edits import EDIT, EditBatch, EditParams
 
 PUBLISHED_LAYERS = 32
-"""Layers of BLIP2-OPT-2.7B's text model, which the default sites are of."""
+"""Number of text layers of BLIP2-OPT-2.7B, for which the default sites were published."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Editor(Protocol):
         ...
 
     def fitted(self, num_layers: int) -> Mapping[str, Any]:
-        """Settings to replace where a text model of so many layers lacks what they name."""
+        """Replacements for settings that name layers which a text model with `num_layers` layers does not have."""
         ...
 
     def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:

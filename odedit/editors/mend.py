@@ -147,7 +147,9 @@ class MEND(Plain):
         if len(modules) < len(self.sites):
             raise InputError(f"editor.sites: got {', '.join(self.sites)}, expected different matrices.")
         if self._weights is None:
-            check_tensors(self.config.checkpoint, self._loaded(backbone, "cpu"), self.initial_weights(backbone, 0))
+            with torch.device("meta"):  # shapes alone
+                expected = self._drawn(backbone, 0)
+            check_tensors(self.config.checkpoint, self._loaded(backbone, "cpu"), expected)
 
     def fitted(self, num_layers: int) -> Mapping[str, Any]:
         sites = tuple(dict.fromkeys(fitting_site(site, num_layers) for site in self.sites))
@@ -240,6 +242,10 @@ class MEND(Plain):
 
     def initial_weights(self, backbone: Backbone, seed: int) -> dict[str, Tensor]:
         """A hypernetwork that passes the gradient on: second factors, biases and shifts zero, no normalisation."""
+        device = backbone.site(self.sites[0]).weight.device
+        return {name: value.to(device) for name, value in self._drawn(backbone, seed).items()}
+
+    def _drawn(self, backbone: Backbone, seed: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
         weights = {_RATE: torch.full((len(self.sites),), self.config.edit_rate)}
         for name in self.sites:
@@ -256,8 +262,7 @@ class MEND(Plain):
                     weights[f"{shape}.{block}.v"] = bound * (2 * torch.rand(rank, width, generator=generator) - 1)
                     weights[f"{shape}.{block}.u"] = torch.zeros(width, rank)
             weights[f"{shape}.bias"] = torch.zeros(width)
-        device = backbone.site(self.sites[0]).weight.device
-        return {name: value.to(device) for name, value in weights.items()}
+        return weights
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> MEND:
         return MEND(self.config, weights)

@@ -156,7 +156,9 @@ class Unike(Plain):
         for site in self.sites:
             backbone.site(site)
         if self._weights is None:
-            check_tensors(self.config.checkpoint, self._loaded(backbone, "cpu"), self.initial_weights(backbone, 0))
+            with torch.device("meta"):  # shapes alone
+                expected = self._drawn(backbone, 0)
+            check_tensors(self.config.checkpoint, self._loaded(backbone, "cpu"), expected)
 
     def fitted(self, num_layers: int) -> Mapping[str, Any]:
         return {"num_layers": num_layers} if self.config.num_layers > num_layers else {}
@@ -241,6 +243,10 @@ class Unike(Plain):
     # The weights of the encoders
 
     def initial_weights(self, backbone: Backbone, seed: int) -> dict[str, Tensor]:
+        device = backbone.site(self.sites[0]).weight.device
+        return {name: value.to(device) for name, value in self._drawn(backbone, seed).items()}
+
+    def _drawn(self, backbone: Backbone, seed: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
         width, hidden, code = backbone.hidden_size, self.config.encoder_width, self.config.code_width
         weights: dict[str, Tensor] = {}
@@ -250,8 +256,7 @@ class Unike(Plain):
                 weights |= {f"{layer}.{encoder}.{name}": value for name, value in made.items()}
             weights[f"{layer}.{ZETA}"] = torch.zeros(code)
             weights[f"{layer}.{BACK}"] = torch.zeros(width, code)
-        device = backbone.site(self.sites[0]).weight.device
-        return {name: value.to(device) for name, value in weights.items()}
+        return weights
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> Unike:
         return Unike(self.config, weights)

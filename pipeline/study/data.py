@@ -8,6 +8,7 @@ from typing import Any
 
 from odedit.addresses import below
 from odedit.errors import InputError, counted
+from odedit.files import folder_written_atomically
 from odedit.locations import Location, at
 from odedit.world.facts import WORLD
 from pipeline.sources import build_embedded, embedded_name
@@ -22,6 +23,8 @@ Record = dict[str, Any]
 def write(draw: Draw, folder: Path | str) -> dict[str, str]:
     """Writes the records under `folder` and returns the `data` section of a run that edits them.
 
+    A new folder of this machine appears whole or not at all.
+
     Edits of different seeds have different ids and name their facts alike, so that tests over seeds are clustered by
     fact: all facts, where so many are drawn, else those that come first in each seed's order.
 
@@ -32,16 +35,31 @@ def write(draw: Draw, folder: Path | str) -> dict[str, str]:
         InputError: The split has fewer edits of a task.
     """
     place = at(folder)
+    if place.is_local and not place.exists():
+        try:
+            with folder_written_atomically(Path(place)) as temporary:
+                names = _write(draw, at(temporary))
+        except OSError:
+            if not place.is_folder():  # else another process was faster
+                raise
+            names = _write(draw, place)
+    else:
+        names = _write(draw, place)
+    root = str(folder)
+    path, pool = (below(root, name) for name in names)
+    return {"path": path, "image_root": root, "rephrase_root": root, "pool": pool}
+
+
+def _write(draw: Draw, place: Location) -> tuple[str, str]:
+    """Writes the records and the pool; returns the names of their files."""
     records = [record for seed in draw.seeds for record in _of_seed(draw, seed, place)]
     seeds = "-".join(str(seed) for seed in draw.seeds)
     world = f"world{WORLD}-" if WORLD else ""
-    name = f"{world}{draw.split}-seeds-{seeds}-{draw.per_task or 'all'}.json"
+    name, pool = f"{world}{draw.split}-seeds-{seeds}-{draw.per_task or 'all'}.json", f"{world}pool.json"
     _write_json(place / name, records)
     of_pool = [_moved(record, embedded_name(_POOL_SEED)) for record in _read(place, _POOL_SEED, "train")]
-    _write_json(place / f"{world}pool.json", of_pool)
-    root = str(folder)
-    pool = below(root, f"{world}pool.json")
-    return {"path": below(root, name), "image_root": root, "rephrase_root": root, "pool": pool}
+    _write_json(place / pool, of_pool)
+    return name, pool
 
 
 def _of_seed(draw: Draw, seed: int, folder: Location) -> list[Record]:

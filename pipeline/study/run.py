@@ -16,15 +16,16 @@ from odedit.errors import InputError, NothingUsable
 from odedit.locations import Location, at
 from pipeline import local_ray, results, tracking
 from pipeline.config import RunConfig
+from pipeline.console import say
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.ready import check, check_records
-from pipeline.reasons import Reasons, listed
+from pipeline.reasons import Reasons, lines
 from pipeline.run import Outcome, run_many
 from pipeline.sources import absolute
 from pipeline.study import comparisons, data, plots, states, tables, weights
 from pipeline.study.spec import Arm, StudyConfig, arms, run_config
 from pipeline.version import code_version
-from pipeline.workspace import Workspace, check_access, kept_if_ready, read_json, write_json
+from pipeline.workspace import Workspace, check_access, new_place, read_json, write_json
 
 _STATE = "study.json"
 
@@ -60,10 +61,10 @@ def run(name: str, study: StudyConfig, out: Path | str, console: Console, *, fre
         [_named(run_config(arm, out, None), arm, out) for arm in every], is_drawn=study.draw is not None, fresh=fresh
     )
     with terminate_as_interrupt(), local_ray.shared():
-        with kept_if_ready(place):
-            place.make_folder()
-            write_json(place / _STATE, _state(place) | {"study": name})
+        with new_place(place):
+            # The records first: a study whose records cannot be drawn has not begun.
             section = data.write(study.draw, below(str(out), "data")) if study.draw is not None else None
+            write_json(place / _STATE, _state(place) | {"study": name})
             configs = [_named(run_config(arm, out, section), arm, out) for arm in every]
             parent = _open_parent(name, study, place, configs[0], fresh=fresh)
         try:
@@ -105,7 +106,7 @@ def _check_arms(configs: Sequence[RunConfig], *, is_drawn: bool, fresh: bool) ->
         read = repr((config.data, config.supervision, config.objective.name))
         try:
             asks = not is_finished and server not in servers
-            checked, *_ = check(config, fresh=fresh, trains=True, servers=asks)
+            checked, *_ = check(config, fresh=fresh, trains=True, servers=asks, is_storage_tried=True)
             if not is_drawn and read not in inputs:
                 check_records(checked)
         except InputError as error:
@@ -174,13 +175,13 @@ def _write(
         for row in chain.from_iterable(rows.values()):
             reasons.add(row)
         raise NothingUsable(
-            f"No record was edited:\n{listed(reasons.commonest())}\nThe rows under {out / 'arms'} say why, arm by arm."
+            f"No record was edited:\n{lines(reasons.commonest())}\nThe rows under {out / 'arms'} say why, arm by arm."
         )
     wanted = dict.fromkeys((*study.columns, *study.further, *study.plot.columns))
     unknown = [column for column in wanted if not any(column in cell.means for cell in found)]
     if unknown:
         text = f"Note: no edit has the columns {', '.join(unknown)}."
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
+        say(console, text)
     is_of_states = study.plot.kind == "states"
     image = states.draw(study, every, outcomes, console) if is_of_states else plots.draw(study, found)
     (out / "plot.png").write_bytes(image)

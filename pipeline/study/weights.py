@@ -23,13 +23,15 @@ from odedit import editors, objectives
 from odedit.addresses import below
 from odedit.backbones import fingerprint
 from odedit.errors import InputError, counted, one_sentence
-from odedit.locations import at
+from odedit.locations import Location, at
 from odedit.negatives import NegativePool
 from odedit.train import TrainingError, train
 from odedit.world.facts import WORLD
 from pipeline import training
 from pipeline.config import EMBEDDED, DataConfig, RunConfig
+from pipeline.console import say
 from pipeline.interrupts import terminate_as_interrupt
+from pipeline.progress import duration
 from pipeline.sources import absolute
 from pipeline.spec import machine_cpus, machine_gpus, make_plan
 from pipeline.tracking import TrackingError
@@ -142,20 +144,33 @@ def run_all(wanted: Sequence[Training], console: Console) -> None:
     if wanted:
         folder = at(wanted[0].path).parent
         folder.make_folder()
-        text = (
-            f"Before the edits: {counted(len(wanted), 'training')}, {min(room, len(wanted))} at a time, as long for "
-            f"a few drawn records as for all. Weights are kept in {folder} and serve other studies."
-        )
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
-    for one in wanted:
-        text = f"Training {one.name}: at most {counted(one.max_steps, 'step')}"
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
+        _announce(wanted, min(room, len(wanted)), folder, console)
     if min(room, len(wanted)) > 1:
         _run_together(wanted, min(room, len(wanted)), console)
         return
     for one in wanted:
         with _named(one):
             training.run(one.config, one.path, console, fresh=False)
+
+
+def _announce(wanted: Sequence[Training], num_together: int, folder: Location, console: Console) -> None:
+    """Says what is to be trained, and how long that takes by a step that is measured."""
+    verb = "is" if len(wanted) == 1 else "are"
+    say(
+        console,
+        f"First {counted(len(wanted), 'editor')} {verb} trained, {num_together} at a time. Training takes the same "
+        f"time for a small draw. Weights are kept in {folder} and serve other studies.",
+    )
+    seconds = []
+    for one in wanted:
+        with _named(one):
+            step = training.seconds_per_step(one.config, one.path)
+        seconds.append(step * one.max_steps)
+        steps = f"at most {counted(one.max_steps, 'step')} of about {step:.2g} s"
+        say(console, f"Training {one.name}: {steps}, {duration(seconds[-1])} without validation.")
+    if len(wanted) > 1:
+        total = max(*seconds, sum(seconds) / num_together)
+        say(console, f"All trainings together: at most about {duration(total)}.")
 
 
 def _room(config: RunConfig, count: int) -> int:
@@ -196,7 +211,7 @@ class _Link:
     def show(self, console: Console) -> None:
         """Prints what the processes have said."""
         for line in _taken(self.lines):
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
+            say(console, line)
 
     def stop(self) -> None:
         """Interrupts the processes; one that has yet to begin a training finds that it need not."""

@@ -221,4 +221,4 @@ def test_rays_own_command_does_it_too_and_without_the_token_nobody(site: Site, t
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
     assert len(rows(tmp_path / "out")) == RECORDS
     refused = site.odedit("submit", "--address", site.cluster.address, "--stop", "x", RAY_AUTH_TOKEN="wrong")
-    assert "refuses without its token" in ended(refused, 2)
+    assert "refuses the token in RAY_AUTH_TOKEN." in ended(refused, 2)

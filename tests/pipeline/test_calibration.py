@@ -59,7 +59,7 @@ def test_a_run_without_anything_to_edit_ends_with_its_skipped_rows(
     settings: dict[str, Any], inline: Inline, tmp_path: Path
 ) -> None:
     for path in (tmp_path / "coco").rglob("*.jpg"):
-        path.unlink()
+        path.write_text("no picture")
     outcome = inline(from_dict(settings))
     rows = list(results.read_rows(results.parts(outcome.workspace)))
     assert [row["status"] for row in rows] == ["skipped"] * 5

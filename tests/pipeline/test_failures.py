@@ -121,9 +121,12 @@ def test_a_full_disk_does_not_hide_why_a_run_ended(settings: dict[str, Any], mon
 
 
 def test_settings_that_do_not_fit_the_model_are_the_users_error(settings: dict[str, Any]) -> None:
-    wrong = settings | {"editor": settings["editor"] | {"site": "layers.99.ffn.in"}}
-    ready = prepare(from_dict(wrong))
-    job = Job(ready.config, ready.sources, ready.workspace)
+    wrong = from_dict(settings | {"editor": settings["editor"] | {"site": "layers.99.ffn.in"}})
+    with pytest.raises(InputError, match=r"layers\.99\.ffn\.in"):
+        prepare(wrong)
+    # A worker may load another model than the one that was looked at.
+    ready = prepare(from_dict(settings))
+    job = Job(wrong, ready.sources, ready.workspace)
     prepared = graph.PrepareStage([job])({"job": [0], "group": [0]})
     report = {name: values[0] for name, values in graph.EditStage([job])(prepared).items()}
     with pytest.raises(InputError, match=r"layers\.99\.ffn\.in"):

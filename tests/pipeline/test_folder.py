@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from rich.console import Console
 
 from odedit import world
 from odedit.errors import InputError
-from pipeline import ready, sources, staging
+from pipeline import ready, run, sources, staging
 from pipeline.config import from_dict
 from pipeline.ready import Ready, prepare, update
 from pipeline.run import announce
+from pipeline.study import run as study
 
 
 def prepared(settings: dict[str, Any], *, fresh: bool = False) -> Ready:
@@ -113,18 +115,65 @@ def test_what_a_run_left_that_never_began_is_staged_anew(settings: dict[str, Any
         with pytest.raises(InputError, match="holds no record"):
             prepared(with_pool)
     out = Path(settings["out"])
-    assert not (out / "records.parquet").exists()
-    assert (out / "pool.parquet").exists(), "the pool is staged first"
+    assert not out.exists(), "of a folder that was not there nothing stays"
+    out.mkdir()
+    with pytest.raises(InputError, match="holds no record"):
+        prepared(with_pool)
+    assert not list(out.iterdir()), "nor anything in one that was there"
 
     Path(data["path"]).write_text(records)
+    workspace = prepared(with_pool).workspace
+    workspace.run.delete()  # as a process leaves it that is killed before its run begins
+    workspace.config.delete()
+    (out / ".staging-killed").mkdir()
+    (out / ".staging-killed" / "records.parquet").write_text("cut off")
     write_array(pool, [record(number) for number in range(20, 23)])
     (out / "calibration.json").write_text('{"sigma2_0": 9}')
-    ready = prepared(with_pool)
+    ready = prepared(with_pool, fresh=True)
     found = staging.read_pool(ready.workspace, ready.sources)
     assert found is not None and {other.fields["src"] for other in found.records} == {
         f"What is object {number}?" for number in range(20, 23)
     }
     assert not ready.workspace.calibration.exists()
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_what_another_process_has_written_meanwhile_stays(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, is_begun: bool
+) -> None:
+    """The same command was started twice, and the one that has made the folder fails."""
+    out, stage = Path(settings["out"]), staging.stage
+
+    def fail(*arguments: Any) -> None:
+        with monkeypatch.context() as other:
+            other.setattr(staging, "stage", stage)
+            if is_begun:
+                prepared(settings).workspace.part(0).write_bytes(b"rows")
+            else:
+                (out / "notes.md").write_text("mine")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(staging, "stage", fail)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(settings)
+    names = sorted(path.name for path in out.iterdir())
+    if not is_begun:
+        assert names == ["notes.md"]
+        return
+    assert names == ["attempts", "config.yaml", "edits", "records.parquet", "results", "run.json"]
+    assert (out / "results" / "part-000000.parquet").read_bytes() == b"rows"
+
+
+def test_a_run_that_lies_among_the_data_can_be_resumed_but_not_begun(settings: dict[str, Any]) -> None:
+    out = Path(settings["data"]["image_root"]) / "runs" / "one"
+    settings |= {"out": str(out)}
+    with pytest.raises(InputError, match=r"lies in data\.image_root"):
+        prepared(settings)
+    assert not out.parent.exists()
+    with pytest.MonkeyPatch.context() as earlier:
+        earlier.setattr(sources, "check_apart", lambda data, out: None)
+        prepared(settings)
+    assert prepared(settings).pending
 
 
 def test_secrets_are_not_stored_but_a_changed_one_is_noticed(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -190,3 +239,19 @@ def test_paths_are_printed_as_they_are(settings: dict[str, Any], capsys: pytest.
     out = f"{settings['out']}[bold]"
     announce(prepare(from_dict(settings | {"out": out})), Console(stderr=True))
     assert out in capsys.readouterr().err
+
+
+def test_storage_is_written_to_once_for_all_runs_below_one_address(
+    settings: dict[str, Any], bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(ready, "check_access", lambda folder, setting: tried.append(str(folder)))
+    config = from_dict(settings | {"out": "s3://odedit/study/arms/a"})
+    ready.check(config)
+    assert tried == ["s3://odedit/study/arms/a"], "the folders inside have the same rights"
+    tried.clear()
+    study._check_arms([config, replace(config, out="s3://odedit/study/arms/b")], is_drawn=False, fresh=False)
+    run._prepared(config, fresh=False)
+    assert tried == []
+    ready.check(from_dict(settings), is_storage_tried=True)
+    assert len(tried) == 4, "folders of a machine may each have other rights"

@@ -1,22 +1,39 @@
-"""Joining a cluster: which token is used, what is waited for, and what is said where it does not come."""
+"""Joining a cluster: which token is used, and what is said where it is refused."""
 
 from __future__ import annotations
 
-import io
-import time
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
-from rich.console import Console
+from ray.core.generated import ray_client_pb2 as messages
+from ray.core.generated import ray_client_pb2_grpc as services
 
 from odedit.errors import InputError
-from pipeline import joining, probe
-from pipeline.config import BackboneConfig, PipelineConfig, from_dict
-from pipeline.graph import GraphError
-from pipeline.spec import Plan, make_plan, shortage
+from pipeline import joining, local_ray, probe
+from pipeline.config import PipelineConfig
 
-PLAN = Plan("cpu", 2, 4, 0.0, 1)
+
+class RayClientServer(services.RayletDriverServicer):
+    """Answers those that send its token, as a head does at its port for Ray Client."""
+
+    def ClusterInfo(self, request: Any, context: grpc.ServicerContext) -> Any:
+        if dict(context.invocation_metadata()).get("authorization") != "Bearer right":
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "Invalid or missing authentication token")
+        return messages.ClusterInfoResponse(json="{}")
+
+
+@pytest.fixture
+def client_server() -> Iterator[str]:
+    server = grpc.server(ThreadPoolExecutor(2))
+    services.add_RayletDriverServicer_to_server(RayClientServer(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"ray://127.0.0.1:{port}"
+    server.stop(None).wait()
 
 
 @pytest.fixture
@@ -25,6 +42,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(joining, "_accepted", {})
     answers: dict[str, str] = {}
 
     def ask(address: str, mode: str) -> tuple[int, str]:
@@ -39,30 +57,30 @@ def test_a_token_is_used_where_the_environment_or_a_file_has_one(
     cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     cluster["disabled"] = "ok"
-    assert joining.login("host:1") == {"RAY_AUTH_MODE": "disabled"}
+    assert joining.login_to("host:1") == {"RAY_AUTH_MODE": "disabled"}
     (tmp_path / ".ray").mkdir()
     file = tmp_path / ".ray" / "auth_token"
     file.write_text("of another cluster")
-    assert joining.login("host:1") == {"RAY_AUTH_MODE": "disabled"}, "the file is used only where it is asked for"
+    assert joining.login_to("host:2") == {"RAY_AUTH_MODE": "disabled"}, "the file is used only where it is asked for"
     cluster |= {"disabled": "refused", "token": "ok"}
-    assert joining.login("host:1") == {"RAY_AUTH_MODE": "token"}
+    assert joining.login_to("host:3") == {"RAY_AUTH_MODE": "token"}
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
-    assert joining.login("host:1") == {"RAY_AUTH_MODE": "token"}
+    assert joining.login_to("host:4") == {"RAY_AUTH_MODE": "token"}
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with pytest.raises(InputError, match="asks for a token"):
-        joining.login("host:1")
+        joining.login_to("host:5")
 
 
 def test_a_refusal_says_what_was_wrong(
     cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="^pipeline.ray_address: the cluster at host:1 asks for a token, and none is"):
-        joining.login("host:1")
+        joining.login_to("host:1")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a-secret")
     with pytest.raises(
         InputError, match="^pipeline.ray_address: the cluster at host:1 refuses the token in RAY_AUTH_TOKEN\\."
     ) as caught:
-        joining.login("host:1")
+        joining.login_to("host:1")
     assert "a-secret" not in str(caught.value)
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     for content, expected in ((None, "cannot be read (No such file or directory)"), (" \n", "is empty")):
@@ -71,48 +89,60 @@ def test_a_refusal_says_what_was_wrong(
             file.write_text(content)
         monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
         with pytest.raises(InputError) as caught:
-            joining.login("host:1")
+            joining.login_to("host:1")
         assert str(caught.value).startswith(f"RAY_AUTH_TOKEN_PATH: the token's file {file} {expected}")
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
     cluster["disabled"] = "Connection refused"
     with pytest.raises(InputError, match=r"no Ray answers at 'host:1' \(Connection refused\)"):
-        joining.login("host:1")
+        joining.login_to("host:1")
 
 
 def test_an_address_where_nothing_answers_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with pytest.raises(InputError, match=r"no Ray answers at '127.0.0.1:1' \(.*Connection refused"):
-        joining.login("127.0.0.1:1")
+        joining.login_to("127.0.0.1:1")
 
 
-def test_what_a_cluster_lacks_is_counted() -> None:
-    gpus = make_plan(PipelineConfig(device="cuda", actors=2), BackboneConfig(), 8, 1.0, 10)
-    assert shortage(gpus, 8, 1) == "2 actors of 1 GPU each were asked for, the cluster has 1"
-    assert shortage(gpus, 8, 2) == ""
-    assert shortage(PLAN, 4, 0).endswith("need 7 cores, the cluster has 4")
-    with pytest.raises(InputError, match="wait_s: got -1"):
-        from_dict({"pipeline": {"wait_s": -1}})
+@pytest.mark.parametrize("address", ["host:1", "ray://host:1", "auto"])
+def test_a_cluster_is_asked_once(
+    cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch, no_ray: Callable[[], Any], address: str
+) -> None:
+    cluster["disabled"] = "ok"
+    asked: list[str] = []
+    answer = joining._ask
+    monkeypatch.setattr(joining, "_ask", lambda *arguments: asked.append(arguments[0]) or answer(*arguments))
+    pipeline = PipelineConfig(ray_address=address)
+    local_ray.check_reachable(pipeline)
+    for _ in range(2):
+        with pytest.raises(InputError, match="no Ray answers"), local_ray._cluster(address):
+            pass
+    assert asked == [address]
 
 
-def test_nodes_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joining, "_POLL_S", 0.01)
-    monkeypatch.setattr(joining, "_asked_for", lambda plan: nullcontext())
-    missing, stream = ["two GPUs", "a GPU", ""], io.StringIO()
-    assert joining.awaited(lambda: (PLAN, missing.pop(0)), 60, Console(file=stream, width=200)) is PLAN
-    assert stream.getvalue() == "Waiting for the cluster, for at most 60 s (pipeline.wait_s): two GPUs.\n"
-    with pytest.raises(InputError, match=r"^pipeline.actors: two GPUs; nothing was added within 0.05 s \(pipeline.w"):
-        joining.awaited(lambda: (PLAN, "two GPUs"), 0.05, None)
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's client, which connects to nothing."""
+    import ray
+
+    def init(**settings: object) -> None:
+        raise ConnectionError("not in this test")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
 
 
-def test_a_cluster_that_loses_its_nodes_ends_the_run_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joining, "_POLL_S", 0.01)
-    states = ["", "no node", "", *["no node"] * 1000]
-    monkeypatch.setattr(joining, "lacking", lambda plan: states.pop(0))
-    expected = "^The cluster has lost what the run needs: no node; nothing was added within 0.1 s"
-    with pytest.raises(GraphError, match=expected), joining.watched(PLAN, 0.1, None):
-        time.sleep(30)
-    monkeypatch.setattr(joining, "lacking", lambda plan: "")
-    with joining.watched(PLAN, 0.0, None):
-        time.sleep(0.1)
-    with pytest.raises(KeyError), joining.watched(PLAN, 0.0, None):
-        raise KeyError
+def test_a_server_for_ray_client_asks_for_the_token_as_well(
+    client_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    pipeline = PipelineConfig(ray_address=client_server)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
+    with pytest.raises(InputError, match="refuses the token in RAY_AUTH_TOKEN"):
+        local_ray.check_reachable(pipeline)
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("right")
+    local_ray.check_reachable(pipeline)
+    assert joining.login_to(client_server) == {"RAY_AUTH_MODE": "token"}

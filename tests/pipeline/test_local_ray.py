@@ -6,8 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+
+from odedit.errors import InputError
+from pipeline import local_ray
 
 pytestmark = pytest.mark.ray
 
@@ -34,7 +38,7 @@ with connected(PipelineConfig(actors=1, preparers=1), BackboneConfig(), 1):
         login = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
         done = subprocess.run(stranger, env=kept | login, capture_output=True, text=True, timeout=120)
         print("stranger", done.returncode, done.stdout.strip(), (done.stderr.splitlines() or [""])[-1])
-print("left", os.path.exists(closed[0]))
+print("left", os.path.exists(closed[0]), session)
 """
 
 
@@ -53,8 +57,11 @@ def owner(mode: dict[str, str], *tokens: str) -> list[str]:
 
 
 def test_a_runs_own_ray_lets_nobody_else_in() -> None:
-    mode, session, *strangers, left = owner({}, "", "a-token-that-is-not-its-own-00000")
-    assert session == "session True True" and left == "left False", "its folder is closed to others, and goes with it"
+    with TemporaryDirectory(prefix="x", dir="/tmp") as home:
+        base = Path(home, "y" * (local_ray._LONGEST_BASE - len(home) - 1))  # the longest that will do
+        mode, session, *strangers, left = owner({"RAY_TMPDIR": str(base)}, "", "a-token-that-is-not-its-own-00000")
+        assert left.startswith(f"left False {base}/") and not list(base.iterdir()), "it goes with the run"
+    assert session == "session True True", "its folder is closed to others"
     assert mode.startswith("mode token 1 127.0.0.1:")
     assert len(strangers) == 2
     assert all(line.startswith("stranger 1 ") and "AuthenticationError" in line for line in strangers)
@@ -64,3 +71,14 @@ def test_authentication_is_off_where_the_user_turned_it_off() -> None:
     mode, _, stranger, _ = owner({"RAY_AUTH_MODE": "disabled"}, "")
     assert mode.startswith("mode disabled 1 127.0.0.1:")
     assert stranger.startswith("stranger 0 ") and "session_name" in stranger
+
+
+def test_a_folder_that_ray_cannot_use_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "y" * local_ray._LONGEST_BASE)
+    with pytest.raises(InputError, match="^RAY_TMPDIR: '/tmp/y*' is longer than .. bytes"):
+        local_ray._new_session()
+    (tmp_path / "f").write_text("")
+    monkeypatch.setattr(local_ray, "_LONGEST_BASE", 1000)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "f" / "g"))
+    with pytest.raises(InputError, match=r"^RAY_TMPDIR: no folder can be made in .* \(Not a directory\)"):
+        local_ray._new_session()

@@ -12,7 +12,7 @@ from mmedit_files import record, write_array, write_images
 from pyarrow import parquet
 
 from odedit.errors import InputError
-from pipeline import results, sources, staging
+from pipeline import pictures, results, sources, staging
 from pipeline.config import RunConfig, from_dict
 from pipeline.run import Outcome
 from pipeline.workspace import Workspace
@@ -204,3 +204,29 @@ def test_what_an_older_version_staged_is_staged_again(config: RunConfig) -> None
     parquet.write_table(old, workspace.records, row_group_size=2)
     assert staged(config)[0] == first
     assert len(staging.GroupReader(workspace.records)(0)) == 2
+
+
+def test_wrong_folders_of_pictures_are_refused_before_a_long_file_is_read(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the records behind the first ones nor the pool are read."""
+    read: list[int] = []
+    original = staging.read_records
+
+    def read_records(*arguments: Any, **options: Any) -> Any:
+        for one in original(*arguments, **options):
+            read.append(one.index)
+            yield one
+
+    records = [record(number) for number in range(30)]
+    config = from_dict(settings | {"supervision": {}})
+    config = replace(config, data=replace(config.data, pool=str(write_array(tmp_path / "pool.json", records))))
+    write_array(Path(config.data.path), records)
+    monkeypatch.setattr(staging, "read_records", read_records)
+    monkeypatch.setattr(staging.Pool, "sample", lambda *arguments, **options: pytest.fail("the pool is read"))
+    monkeypatch.setattr(pictures, "_RECORDS", 10)
+    wrong = tmp_path / "empty"
+    wrong.mkdir()
+    with pytest.raises(InputError, match=r"^data\.image_root: none of 20 pictures looked for is there"):
+        staged(replace(config, data=replace(config.data, image_root=str(wrong))))
+    assert read == list(range(10))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import inline_pipeline
@@ -137,12 +139,47 @@ def test_several_at_once_are_bit_for_bit_those_trained_alone(
     for number in (0, 1):
         assert content(paths[number]) == trained_alone(configs[number], tmp_path / f"alone-{number}.safetensors")
     lines = stream.getvalue().splitlines()
-    assert lines[0].startswith("Before the edits: 2 trainings, 2 at a time") and str(tmp_path / "weights") in lines[0]
-    assert lines[1:3] == ["Training mend for native: at most 2 steps", "Training mend for ODEdit: at most 2 steps"]
+    assert lines[0].startswith("First 2 editors are trained, 2 at a time.") and str(tmp_path / "weights") in lines[0]
+    time = r"about [\d.e-]+ s"
+    for name, line in zip(("native", "ODEdit"), lines[1:3], strict=True):
+        assert re.fullmatch(rf"Training mend for {name}: at most 2 steps of {time}, \d+ s without validation\.", line)
+    assert re.fullmatch(r"All trainings together: at most about \d+ s\.", lines[3])
     for name in ("native", "ODEdit"):
         mine = [line for line in lines if line.startswith(f"mend for {name}: ")]
         assert any("5 training records, 3 validation records" in line for line in mine)
         assert any("step 2 of 2" in line for line in mine)
+
+
+@pytest.mark.parametrize("editor", [MEND, MEND | {"training_steps": 1, "validate_every": 1}, UNIKE])
+def test_the_time_of_a_step_is_measured_before_a_training_begins(
+    tmp_path: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, editor: dict[str, Any]
+) -> None:
+    ticks = iter(range(100))
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    before = sorted(tmp_path.rglob("*"))
+    config = config_of(values | {"editor": editor})
+    assert training.seconds_per_step(config, tmp_path / "weights.safetensors") == 1.0
+    assert sorted(tmp_path.rglob("*")) == before, "it leaves no state"
+
+
+def test_a_study_says_how_long_its_trainings_take_before_the_first_of_them(
+    tmp_path: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = io.StringIO()
+    seconds = iter([0.5, 90.0])
+    monkeypatch.setattr(training, "seconds_per_step", lambda config, path: next(seconds))
+    monkeypatch.setattr(training, "run", lambda *arguments, **options: stream.write("trained\n"))
+    monkeypatch.setattr(weights, "machine_cpus", lambda: 1)
+    with_weights([long(values, name="native"), config_of(values)], ["a", "b"], tmp_path, Console(file=stream, width=80))
+    first, *lines = stream.getvalue().splitlines()
+    assert first.startswith("First 2 editors are trained, 1 at a time. Training takes the same time for a small draw.")
+    assert lines == [
+        "Training mend for a: at most 100000 steps of about 0.5 s, 13 h 53 min without validation.",
+        "Training mend for b: at most 2 steps of about 90 s, 3 min 0 s without validation.",
+        "All trainings together: at most about 13 h 56 min.",
+        "trained",
+        "trained",
+    ]
 
 
 def long(values: dict[str, Any], **objective: Any) -> RunConfig:

@@ -11,7 +11,10 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import inline_pipeline
@@ -24,14 +27,17 @@ from optuna.storages.journal import JournalFileBackend
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
+from odedit import InputError
 from odedit.__main__ import app
-from pipeline import graph, tracking
+from pipeline import graph, staging, tracking
 from pipeline.results import parts, read_rows
 from pipeline.search_tracking import KIND, POINT, STATE
 from pipeline.tracking import PARENT_TAG
 from pipeline.workspace import Workspace
 from tune import points
+from tune import run as runner
 from tune.config import from_values
+from tune.folder import Folder, alone
 from tune.run import run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -282,36 +288,97 @@ def test_what_cannot_work_is_said_before_any_worker_starts(values: dict[str, Any
         assert "Traceback" not in wrong.output
 
 
-def test_a_search_that_could_not_begin_is_tried_again_in_its_folder(values: dict[str, Any], tmp_path: Path) -> None:
-    config, out = written(values, tmp_path), tmp_path / "out"
+def stop(*arguments: Any) -> Any:
+    """Stands for the trials."""
+    raise InputError("the search has begun")
+
+
+def test_a_search_that_could_not_begin_is_tried_again_in_its_folder(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values["settings"]["tracking"] = {"enabled": False}
+    config, out = written(values, tmp_path), tmp_path / "above" / "out"
     (tmp_path / "file").write_text("")
-    stop = f"storage={tmp_path}/file/x"  # every time, so that no worker starts
     for override, expected in (
         ("validation.path=none.json", "there is no file"),
         ("rungs.edits=3", "there are 8 that can be used"),
-        ("seed=1", "storage: "),
-        ("seed=2", "storage: "),
+        (f"storage={tmp_path}/file/x", "storage: "),
     ):
-        wrong = odedit("tune", "--config", config, override, stop, "--out", out)
+        wrong = odedit("tune", "--config", config, override, "--out", out)
         assert wrong.exit_code == 2 and expected in wrong.stderr, (override, wrong.output, wrong.exception)
+        assert not out.parent.exists(), override
+    monkeypatch.setattr(runner, "_run", stop)
+    for seed in (1, 2):  # other settings, as long as there is no trial
+        begun = odedit("tune", "--config", config, f"seed={seed}", "--out", out)
+        assert begun.exit_code == 2 and "the search has begun" in begun.stderr, (begun.output, begun.exception)
     assert yaml.safe_load((out / "search.yaml").read_text())["seed"] == 2
     (out / "trials" / "0123456789abcdef").mkdir()
-    other = odedit("tune", "--config", config, "seed=3", stop, "--out", out)
+    other = odedit("tune", "--config", config, "seed=3", "--out", out)
     assert other.exit_code == 2 and "holds another search" in other.stderr
     (out / "search.json").unlink()
-    stranger = odedit("tune", "--config", config, stop, "--out", out)
+    stranger = odedit("tune", "--config", config, "--out", out)
     assert stranger.exit_code == 2 and "is not empty and holds no search" in stranger.stderr
 
 
-def test_passwords_are_not_kept_and_asked_for_again(values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_search_of_another_process_stays_where_this_one_is_refused(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both were started at once: this one has made the folder, and the other one has its lock."""
+    out = tmp_path / "out"
+
+    @contextmanager
+    def late(folder: Folder) -> Iterator[None]:
+        with alone(folder):
+            (out / "trials").mkdir()
+            (out / "search.json").write_text("{}")
+            with alone(folder):
+                yield
+
+    monkeypatch.setattr(runner, "alone", late)
+    refused = odedit("tune", "--config", written(values, tmp_path), "--out", out)
+    assert refused.exit_code == 2 and "is running (process " in refused.stderr, refused.output
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "search.json", "trials"]
+
+
+def test_passwords_are_not_kept_and_asked_for_again(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values["settings"]["tracking"] = {"enabled": False}
     values["storage"] = "postgresql+psycopg://me:secret@127.0.0.1:1/name"
     config = written(values, tmp_path)
     out = tmp_path / "out"
     refused = odedit("tune", "--config", config, "--out", out)
-    assert refused.exit_code == 2 and "storage: 'postgresql+psycopg://***@127.0.0.1:1/name'" in refused.stderr
+    assert refused.exit_code == 2 and "no server answers at 'postgresql+psycopg://***@127" in refused.stderr
+    assert not out.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "check_server", lambda *arguments: None)
+        patch.setattr(runner, "Points", lambda *arguments: SimpleNamespace(trials=list))
+        patch.setattr(runner, "_run", stop)
+        assert "the search has begun" in odedit("tune", "--config", config, "--out", out).stderr
     assert not any("me:secret" in path.read_text() for path in out.glob("search.*"))
     again = odedit("tune", "--resume", out)
     assert again.exit_code == 2 and "add --config with the file" in again.stderr
     (tmp_path / "file").write_text("")
     moved = odedit("tune", "--resume", out, "--config", config, f"storage={tmp_path}/file/x", "trials=1")
     assert moved.exit_code == 2 and "/file/x' cannot be written to" in moved.stderr, "where it is kept may change"
+
+
+def test_records_are_staged_once_and_those_of_a_finished_search_not_at_all(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staged: list[str] = []
+    original = staging._write
+
+    def write(config: Any, *arguments: Any) -> None:
+        staged.append(Path(config.data.path).stem)
+        original(config, *arguments)
+
+    monkeypatch.setattr(staging, "_write", write)
+    monkeypatch.setattr(runner, "_run", lambda *arguments: "not reached in this test")
+    out = tmp_path / "search"
+    search = from_values(values | {"settings": values["settings"] | {"tracking": {"enabled": False}}})
+    run(search, out, Console(quiet=True))
+    assert staged == ["evaluation", "validation"]
+    (out / "summary.json").write_text("{}")
+    run(search, out, Console(quiet=True), resume=True)
+    assert staged == ["evaluation", "validation"]
