@@ -195,7 +195,7 @@ def _earlier(config: RunConfig, found: Sources, workspace: Workspace, *, fresh: 
     is_replaced = False
     if before is None:
         _check_room(workspace, fresh=fresh)
-    elif not fresh and workspace.summary.exists() and len(before["settings"].get(_WEIGHTS, "")) == EARLIER_LENGTH:
+    elif not fresh and workspace.summary.exists() and len(str(before["settings"].get(_WEIGHTS))) == EARLIER_LENGTH:
         # The run is finished: its model is not needed, and its earlier fingerprint depends on versions of libraries.
         settings |= {_WEIGHTS: before["settings"][_WEIGHTS]}
         _check_same_run(settings, before["settings"], workspace)

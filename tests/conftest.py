@@ -16,7 +16,7 @@ import pytest
 import torch
 from made_up import TEMPLATE, make_request
 
-from odedit import EditRequest, load_backbone, world
+from odedit import EditRequest, kept_notes, load_backbone, world
 from odedit.backbones import Backbone, encode_requests
 from odedit.edits import EditBatch
 from pipeline.sources import embedded_name
@@ -26,6 +26,15 @@ if TYPE_CHECKING:
 
 # Two cores are shared by everything that runs; tiny matrices gain nothing from more threads.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def notes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Notes of this process go to a folder of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("notes") / "own"
+        patch.setattr(kept_notes, "folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +11,12 @@ import pytest
 import tiny_models
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
 from safetensors.torch import load_file, save_file
 
 from odedit import InputError, load_backbone
-from odedit.backbones import fingerprint, inspect_backbone
-from odedit.hub import snapshot
+from odedit.backbones import fingerprint, inspect_backbone, load_processor
+from odedit.hub import snapshot, snapshot_with_weights
 
 HUB_ID = "made-up/tiny-llava"
 
@@ -29,6 +31,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of the hub; the folder of the one version that it may come to hold."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     snapshot.cache_clear()
+    snapshot_with_weights.cache_clear()
     model = tmp_path / "cache" / "models--made-up--tiny-llava"
     (model / "refs").mkdir(parents=True)
     (model / "refs" / "main").write_text("0" * 40)
@@ -88,3 +91,79 @@ def test_a_name_that_the_hub_does_not_have_is_said(cache, monkeypatch):
 def test_a_name_that_is_no_hub_id_is_said(cache):
     with pytest.raises(InputError, match="neither a folder nor a hub id"):
         inspect_backbone("llava", "so many/wörds --")
+
+
+class Hub:
+    """A hub with the files of a folder as its newest version.
+
+    Attributes:
+        fetched: Names of the files that were downloaded.
+    """
+
+    def __init__(self, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.commit, self.fetched = "1" * 40, []
+
+        def listed(api, *_, **__):
+            for path in folder.iterdir():
+                yield RepoFile(path=path.name, size=path.stat().st_size, oid="0" * 40, type="file")
+
+        def download(repo_id: str, filename: str, revision: str, **_: object) -> str:
+            self.fetched.append(filename)
+            target = cache.parent / revision / filename
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / filename, target)
+            return str(target)
+
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha=self.commit))
+        monkeypatch.setattr(HfApi, "repo_info", lambda *_, **__: SimpleNamespace(sha=self.commit))
+        monkeypatch.setattr(HfApi, "list_repo_tree", listed)
+        monkeypatch.setattr("huggingface_hub._snapshot_download.hf_hub_download", download)
+
+
+def forget() -> None:
+    """As in a new process."""
+    snapshot.cache_clear()
+    snapshot_with_weights.cache_clear()
+
+
+@pytest.mark.parametrize("in_shards", [False, True])
+def test_what_was_downloaded_is_found_again_without_the_hub(in_shards, folder, cache, monkeypatch):
+    if in_shards:
+        names = list(load_file(folder / "model.safetensors"))
+        (folder / "model.safetensors").rename(folder / "part-1.safetensors")
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "part-1.safetensors")})
+        )
+    (folder / "pytorch_model.bin").touch()
+    hub = Hub(folder, cache, monkeypatch)
+    load_processor("llava", HUB_ID)
+    weights = {"part-1.safetensors" if in_shards else "model.safetensors"}
+    assert "tokenizer.json" in hub.fetched and not weights & {*hub.fetched}, "a processor needs no weights"
+    named = fingerprint("llava", HUB_ID)
+    assert weights <= {*hub.fetched} and "pytorch_model.bin" not in hub.fetched
+    assert named == fingerprint("llava", str(folder))
+    forget()
+    monkeypatch.setattr(HfApi, "model_info", unreachable([]))
+    assert fingerprint("llava", HUB_ID) == named
+    assert snapshot(HUB_ID).name == hub.commit
+
+
+def test_a_newer_version_replaces_the_one_in_the_cache_also_offline(folder, cache, monkeypatch):
+    shutil.copytree(folder, cache)
+    hub = Hub(tiny_models.write("llava", folder.parent / "newer", seed=1), cache, monkeypatch)
+    newer = fingerprint("llava", HUB_ID)
+    assert newer == fingerprint("llava", str(folder.parent / "newer")) != fingerprint("llava", str(folder))
+    hub.commit = "2" * 40
+    assert snapshot_with_weights(HUB_ID).name == "1" * 40, "a process keeps its version"
+    forget()
+    monkeypatch.setattr(HfApi, "model_info", unreachable([]))
+    assert fingerprint("llava", HUB_ID) == newer
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "*", "part.bin"])
+def test_an_index_names_files_of_its_own_folder_alone(name, folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(InputError, match="not a safetensors file in its own folder"):
+        inspect_backbone("llava", str(folder))

@@ -112,7 +112,7 @@ def model(request, tmp_path_factory):
 @pytest.mark.parametrize("picture", [None, make_picture(0)])
 def test_no_family_takes_control_text_for_text(model, text, picture):
     for probe in (Probe(text, "anna", picture), Probe("who is it?", f"anna {text}", picture)):
-        with pytest.raises(InputError, match="holds (the image marker|a special token)"):
+        with pytest.raises(InputError, match="holds (the image marker|the special token)"):
             model.sequence(probe, TEMPLATE)
     seen = model.sequence(Probe("is 3 < 4?", "<b> yes", picture), TEMPLATE)
     image = model.model.config.image_token_id
@@ -123,3 +123,9 @@ def test_special_tokens_are_those_of_the_tokenizer(tmp_path):
     find = control_token_finder(tiny_models.tokenizer(begins=True))
     assert (find("what does <s> mean?"), find("red </s> pier"), find("a <b> c")) == ("<s>", "</s>", None)
     assert find("x<|im_end|>") == "<|im_end|>"
+
+
+def test_a_character_that_the_tokenizer_does_not_know_is_no_control_text(tmp_path):
+    model = load_backbone("llava", str(tiny_models.write("llava", tmp_path, with_pieces=True)))
+    unknown = model.processor.tokenizer.unk_token_id
+    assert unknown in model.sequence(Probe("who is \u2603?", "anna"), TEMPLATE).tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import permutations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from odedit import (
     paired,
     summarize,
 )
+from odedit.backbones.base import ends_of
 from odedit.edits import Variant, column
 from odedit.key_values import KeyValues
 from odedit.metrics import LONGEST_REST, MAIN, NO_TOKEN, Estimate, estimate, generate, is_said, said, until_end
@@ -340,3 +342,11 @@ def test_the_interval_of_a_share_is_a_share():
     found = summarize([{"rel": value, "seconds": 10 * value} for value in (1.0, 1.0, 1.0, 0.0)])
     assert found["rel"].low >= 0.0 and found["rel"].high == 1.0
     assert found["seconds"].high > 10.0
+
+
+def test_answers_of_a_family_that_names_no_ends_end_as_texts_do(backbone):
+    tokenizer = backbone.processor.tokenizer
+    older = SimpleNamespace(processor=backbone.processor)
+    assert ends_of(older) == {tokenizer.eos_token_id} and ends_of(backbone) == backbone.ends
+    tokens = tokenizer("anna hill", add_special_tokens=False)["input_ids"]
+    assert said(older, [*tokens, tokenizer.eos_token_id, *tokens]) == "anna hill"

@@ -249,6 +249,14 @@ OF_FAMILY: dict[str, dict[str, tuple[Mutation, str]]] = {
         "no mark of a turn": (without_token("<|im_end|>"), r"special token <\|im_end\|>"),
         "fewer layers of the tower": (config("vision_config.depth", 1), "tensors unexpected"),
         "other heads": (config("text_config.num_key_value_heads", 4), "8 tensors of another shape"),
+        "wider pictures": (
+            then(
+                config("vision_config.out_hidden_size", 48),
+                one(lambda value: torch.ones(48, value.shape[1]), "merger.mlp.2.weight"),
+                one(lambda value: torch.ones(48), "merger.mlp.2.bias"),
+            ),
+            "features of width 48 .* takes width 32",
+        ),
     },
 }  # fmt: skip
 SAME: dict[str, tuple[Mutation, bool]] = {
@@ -345,3 +353,10 @@ def test_weights_that_change_between_look_and_load_are_noticed(originals, tmp_pa
     architecture = type(inspect_backbone("llava", str(originals("llava")[0]))).architecture
     with pytest.raises(InputError, match=r"1 tensor of \d+ missing"):
         pretrained.load_model(str(folder), "model", architecture, "float32")
+
+
+def test_projected_embeddings_are_refused_for_what_they_are(tmp_path):
+    folder = tiny_models.write("blip2, projected", tmp_path / "model")
+    assert any(name.endswith("project_in.weight") for name in load_file(folder / WEIGHTS))
+    with pytest.raises(InputError, match="embeddings have the width 16, its layers 32 .* word_embed_proj_dim"):
+        inspect_backbone("blip2", str(folder))

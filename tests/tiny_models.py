@@ -79,12 +79,12 @@ def _minigpt4() -> tuple[Any, Any]:
     return model, BlipImageProcessorPil(size={"height": 32, "width": 32})
 
 
-def _blip2() -> tuple[Any, Any]:
+def _blip2(embedding: int = 32) -> tuple[Any, Any]:
     from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
     text = OPTConfig(
-        vocab_size=VOCABULARY, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=2,
+        vocab_size=VOCABULARY, hidden_size=32, word_embed_proj_dim=embedding, ffn_dim=48, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=640, init_std=0.3, pad_token_id=3, bos_token_id=1,
         eos_token_id=2, tie_word_embeddings=False,
     )  # fmt: skip
@@ -125,9 +125,13 @@ def _qwen2_5_vl() -> tuple[Any, Any]:
     return Qwen2_5_VLForConditionalGeneration(config), Qwen2VLImageProcessorPil()
 
 
-_MAKE = {"blip2": _blip2, "minigpt4": _minigpt4, "llava": _llava, "qwen2_5_vl": _qwen2_5_vl}
+_MAKE = {
+    "blip2": _blip2, "blip2, projected": lambda: _blip2(16), "minigpt4": _minigpt4, "llava": _llava,
+    "qwen2_5_vl": _qwen2_5_vl,
+}  # fmt: skip
 FAMILIES = ("minigpt4", "llava", "qwen2_5_vl")
-"""Those with a LLaMA or its like as text model; `write` knows `blip2` as well."""
+"""Those with a LLaMA or its like as text model; `write` knows `blip2` as well, and `blip2, projected`, whose
+embeddings are narrower than its layers."""
 
 
 def write(family: str, directory: Path, seed: int = 0, *, with_pieces: bool = False) -> Path:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny_models
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
@@ -146,3 +149,51 @@ def test_an_editors_own_weights_are_looked_through(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     result = odedit("edit", "--config", tmp_path / "run.yaml", "--dry-run")
     expect(result, 2, words)
+
+
+def test_an_editor_and_a_family_of_yesterdays_protocol_are_checked_by_the_workers(
+    llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_of(llava, name="outside.gains")
+    assert not hasattr(find("outside.gains"), "fitted") and fitted(config) == (config, [])
+
+    def check(editor: Any, model: Any) -> None:
+        assert float(model.site("layers.0.ffn.in").weight.sum()) != 0
+
+    monkeypatch.setattr(find("outside.gains"), "check", check)
+    assert fitted(config) == (config, []), "values that a model without weights lacks"
+    with pytest.raises(InputError, match="expected layers.<0..1>.<part>"):
+        monkeypatch.setattr(find("outside.gains"), "check", lambda editor, model: model.site("layers.7.ffn.in"))
+        fitted(config)
+    processors = []
+    family = SimpleNamespace(load_processor=processors.append)
+    monkeypatch.setattr("outside.terse_llava.BACKBONE", family)
+    config = replace(config, backbone=replace(config.backbone, family="outside.terse_llava"))
+    assert fitted(config) == (config, []) and processors == [str(llava)]
+
+
+@pytest.mark.parametrize("name", ["mend", "unike"])
+def test_an_editors_check_draws_no_weights(name: str, llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, _ = fitted(run_of(llava, name=name), trains=True)
+    editor = find(name)(config.editor.settings)
+    model = load_backbone("llava", str(llava))
+    seen: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(editor, "_loaded", lambda *_: {})
+    module = f"odedit.editors.{name}"
+    monkeypatch.setattr(f"{module}.check_tensors", lambda path, weights, expected: seen.update(expected))
+    editor.check(model)
+    shapes = {name: value.shape for name, value in editor.initial_weights(model, 0).items()}
+    assert {name: value.shape for name, value in seen.items()} == shapes
+    assert {value.device.type for value in seen.values()} == {"meta"}
+
+
+def test_a_model_is_read_after_what_costs_nothing(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("the model was read")
+
+    monkeypatch.setattr("pipeline.ready.fitted", read)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="out"):
+        prepare(from_dict(settings | {"out": str(tmp_path / "file")}))
