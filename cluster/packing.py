@@ -24,7 +24,7 @@ MAX_BYTES = 400 * 2**20
 
 _CODE = ("odedit", "pipeline", "tune", "cluster")
 _VERSION = "pipeline/VERSION"
-"""Where `pipeline.version` looks for the version of code that was sent."""
+"""Where `pipeline.config.version` looks for the version of code that was sent."""
 _READ = ("path", "pool", "image_root", "rephrase_root", "checkpoint")
 """Settings that name what a run reads."""
 _WRITTEN = ("out", "feature_store", "storage")

@@ -9,29 +9,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from odedit.backbones import encode_requests, load_backbone, load_processor
-    from odedit.editing import Stopping, edit
+    from odedit.data.negatives import NegativePool
+    from odedit.editing.curves import EditResult
+    from odedit.editing.loop import Stopping, edit
     from odedit.editors import load_editor
-    from odedit.edits import EditRequest, Picture, Probe, stack_params
     from odedit.errors import InputError
-    from odedit.metrics import EvaluationConfig, evaluate, paired, summarize
-    from odedit.negatives import NegativePool
+    from odedit.evaluation.scores import EvaluationConfig, evaluate, paired, summarize
+    from odedit.inputs.batch import EditRequest, Picture, Probe, stack_params
+    from odedit.inputs.prompts import find_template
     from odedit.objectives import Objective, ObjectiveConfig, calibrate
-    from odedit.progress import EditResult
-    from odedit.prompts import find_template
 
 __version__ = "0.1.0"
 
 _HOME = {
     "backbones": ("encode_requests", "load_backbone", "load_processor"),
-    "editing": ("Stopping", "edit"),
+    "inputs.batch": ("EditRequest", "Picture", "Probe", "stack_params"),
+    "data.negatives": ("NegativePool",),
+    "editing.curves": ("EditResult",),
+    "editing.loop": ("Stopping", "edit"),
     "editors": ("load_editor",),
-    "edits": ("EditRequest", "Picture", "Probe", "stack_params"),
     "errors": ("InputError",),
-    "metrics": ("EvaluationConfig", "evaluate", "paired", "summarize"),
-    "negatives": ("NegativePool",),
+    "evaluation.scores": ("EvaluationConfig", "evaluate", "paired", "summarize"),
     "objectives": ("Objective", "ObjectiveConfig", "calibrate"),
-    "progress": ("EditResult",),
-    "prompts": ("find_template",),
+    "inputs.prompts": ("find_template",),
 }
 
 __all__ = [

@@ -17,8 +17,8 @@ from typing import Annotated
 
 import typer
 
-from odedit.addresses import masked
 from odedit.errors import InputError, NothingUsable, cause_of, one_sentence
+from odedit.runtime.addresses import masked
 
 app = typer.Typer(
     help="Batch editing of multimodal language models: records in, edited models and scores out.",
@@ -305,7 +305,7 @@ def submit(
                 "Give a command, such as `-- edit --config run.yaml`, or one of --follow ID and --stop ID."
             )
         from cluster import submit as jobs
-        from pipeline.version import code_version
+        from pipeline.config.version import code_version
 
         console = Console(stderr=True)
         try:
@@ -501,7 +501,7 @@ def mlflow_sync(
 ) -> None:
     """Logs runs that the store did not take when they ended; edits nothing."""
     with _explained():
-        from pipeline.sync import sync
+        from pipeline.driver.sync import sync
 
         for folder in runs:
             print(sync(folder, uri))
@@ -525,7 +525,7 @@ def convert_minigpt4(
     --vicuna vicuna-7b-v0 --out minigpt4-7b
     """
     with _explained():
-        from odedit import convert
+        from odedit.backbones.common import convert_minigpt4 as convert
 
         print(convert.minigpt4(blip2, projection, vicuna, out))
 

@@ -13,16 +13,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from odedit.checkpoint import EditInfo
+from odedit.editing.files import EditInfo
 from odedit.errors import InputError, NothingUsable, counted
-from odedit.locations import Location, locate
-from pipeline import config as run_config
-from pipeline import report, results, tracking
+from odedit.storage.location import Location, locate
+from pipeline.config import run as run_config
 from pipeline.console import say
-from pipeline.profile import Profile
-from pipeline.ready import look
-from pipeline.reasons import lines
-from pipeline.run import Outcome, run
+from pipeline.driver.preflight import look
+from pipeline.driver.run import Outcome, run
+from pipeline.report import page as report
+from pipeline.run_folder import rows
+from pipeline.run_folder.reasons import lines
+from pipeline.tracking import runs
+from pipeline.workers.profile import Profile
 
 
 def edit(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: bool, profile: bool = False) -> None:
@@ -47,7 +49,7 @@ def edit(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: bool, pr
 
 def train(editor: str, path: Path, overrides: Sequence[str], out: str | None, *, fresh: bool) -> Location:
     """`odedit train`."""
-    from pipeline import training
+    from pipeline.training import train as training
 
     errors = Console(stderr=True)
     values = run_config.read_yaml(path)
@@ -66,8 +68,8 @@ def train(editor: str, path: Path, overrides: Sequence[str], out: str | None, *,
 
 def _show_plan(config: run_config.RunConfig, *, fresh: bool) -> None:
     """Resolved configuration and plan, after every check of a run; writes nothing."""
-    from pipeline import local_ray
-    from pipeline.spec import machine_cpus, machine_gpus, make_plan
+    from pipeline.workers import ray_session
+    from pipeline.workers.plan import machine_cpus, machine_gpus, make_plan
 
     ready = look(config, fresh=fresh)
     num_groups, num_usable, out = len(ready.staged.usable), ready.staged.num_usable, ready.workspace.out
@@ -80,17 +82,17 @@ def _show_plan(config: run_config.RunConfig, *, fresh: bool) -> None:
         )
     for note in ready.notes:
         say(Console(stderr=True), f"Note: {note}")
-    print(tracking.masked(replace(ready.config, out=config.out).to_yaml()))
+    print(runs.masked(replace(ready.config, out=config.out).to_yaml()))
     print(f"# input: {records}")
-    address = local_ray.address_of(config.pipeline)
+    address = ray_session.address_of(config.pipeline)
     if address is None:
         print(f"# plan: {make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), num_groups)}")
     else:
         print(f"# plan: on the cluster at {address}")
-    done = len(results.finished_groups(ready.workspace))
+    done = len(rows.finished_groups(ready.workspace))
     print(f"# results: {out}" + (f" (finished groups there: {done})" if done else ""))
     if config.tracking.enabled:
-        print(f"# MLflow: {tracking.masked(tracking.store_uri(config.tracking, out))}")
+        print(f"# MLflow: {runs.masked(runs.store_uri(config.tracking, out))}")
 
 
 def show_outcome(outcome: Outcome) -> None:
@@ -102,7 +104,7 @@ def show_outcome(outcome: Outcome) -> None:
         say(out, f"Not edited:\n{lines(outcome.summary['reasons'])}")
     say(out, f"Results: {outcome.workspace.out} (report.html, summary.json, results/, edits/)")
     if outcome.tracking_uri:
-        say(out, f"MLflow:  {tracking.open_command(outcome.tracking_uri)}")
+        say(out, f"MLflow:  {runs.open_command(outcome.tracking_uri)}")
 
 
 def study(name: str, config: Path | None, overrides: Sequence[str], out: str | None, *, fresh: bool) -> None:
@@ -125,7 +127,7 @@ def study(name: str, config: Path | None, overrides: Sequence[str], out: str | N
 
 def compare(names: Sequence[str], uri: str | None, html: str | None) -> None:
     """`odedit compare`."""
-    from pipeline import compare as comparing
+    from pipeline.report import compare as comparing
 
     with comparing.sides(names, uri) as sides:
         found = comparing.compare(sides)
@@ -148,12 +150,12 @@ def apply(
     max_tokens: int,
 ) -> None:
     """`odedit apply`."""
-    from odedit.checkpoint import load_edits
-    from odedit.edits import Probe
-    from odedit.images import ImageError
-    from odedit.markers import without_leading_marker
-    from pipeline import edit_files, held
-    from pipeline.answer import before_and_after, load_backbone_of, read_picture
+    from odedit.data.images import ImageError
+    from odedit.editing.files import load_edits
+    from odedit.inputs.batch import Probe
+    from odedit.inputs.markers import without_leading_marker
+    from pipeline.edits import files, held
+    from pipeline.edits.answers import before_and_after, load_backbone_of, read_picture
 
     _check_device(device)
     if dtype not in get_args(run_config.Dtype):
@@ -162,7 +164,7 @@ def apply(
         picture = None if image is None else read_picture(image)
     except ImageError as error:
         raise InputError(f"--image: {error}") from error
-    given = edit_files.find(edits)
+    given = files.find(edits)
     backbone = load_backbone_of(given.infos[0], checkpoint, dtype=dtype, device=device)
     editor, params, infos = load_edits(given.files, backbone, device)
     question = Probe(prompt if picture is None else without_leading_marker(prompt), "", picture, caption)
@@ -202,14 +204,14 @@ def _check_device(device: str) -> None:
 
 def merge(edits: Sequence[str], out: Path, checkpoint: str | None) -> Path:
     """`odedit merge`: a plain checkpoint with the edits in its weights."""
-    from odedit.checkpoint import load_edits
-    from odedit.files import check_new
-    from odedit.merging import merged_into
-    from pipeline import edit_files, held
-    from pipeline.answer import load_backbone_of
+    from odedit.editing.files import load_edits
+    from odedit.editing.merging import merged_into
+    from odedit.storage.atomic import check_new
+    from pipeline.edits import files, held
+    from pipeline.edits.answers import load_backbone_of
 
     check_new(out)
-    given = edit_files.find(edits)
+    given = files.find(edits)
     backbone = load_backbone_of(given.infos[0], checkpoint)
     editor, params, infos = load_edits(given.files, backbone)
     with merged_into(backbone, editor, params) as merged:
@@ -221,7 +223,7 @@ def merge(edits: Sequence[str], out: Path, checkpoint: str | None) -> Path:
 
 def fetch(run_id: str, edit_ids: Sequence[str], uri: str, out: Path) -> None:
     """`odedit fetch`."""
-    from odedit.files import new_folder
+    from odedit.storage.atomic import new_folder
 
     with ExitStack() as stack:
         try:
@@ -229,7 +231,7 @@ def fetch(run_id: str, edit_ids: Sequence[str], uri: str, out: Path) -> None:
         except OSError as error:
             raise InputError(f"--out: {str(out)!r} cannot be written to: {error.strerror}.") from error
         for edit_id in edit_ids:
-            print(tracking.fetch_edit(uri, run_id, edit_id, out))
+            print(runs.fetch_edit(uri, run_id, edit_id, out))
 
 
 def train_world(out: Path, seed: int, vision_steps: int, joint_steps: int, family: str) -> Path:
@@ -276,7 +278,7 @@ def check_world(checkpoint: Path | None, samples: int, family: str) -> int:
 
 def check_data(path: str, image_root: str | None, rephrase_root: str | None, task: str, images: bool) -> None:
     """`odedit data check`."""
-    from odedit.check import CheckReport, check_records
+    from odedit.data.check import CheckReport, check_records
 
     found = CheckReport()
     with _named_by_flags():
@@ -293,7 +295,7 @@ def check_data(path: str, image_root: str | None, rephrase_root: str | None, tas
 
 def pack_data(path: str, out: str, image_root: str | None, rephrase_root: str | None, task: str) -> None:
     """`odedit data pack`."""
-    from odedit.pack import pack
+    from odedit.data.pack import pack
 
     errors = Console(stderr=True)
 

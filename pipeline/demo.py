@@ -7,12 +7,14 @@ from pathlib import Path
 from rich.console import Console
 
 import odedit
-from odedit.locations import locate
-from pipeline import local_ray, report, tracking
-from pipeline.config import RunConfig, from_dict, read_yaml
+from odedit.storage.location import locate
+from pipeline.config.run import RunConfig, from_dict, read_yaml
 from pipeline.console import say
+from pipeline.driver.run import run
 from pipeline.interrupts import terminate_as_interrupt
-from pipeline.run import run
+from pipeline.report import page as report
+from pipeline.tracking import runs
+from pipeline.workers import ray_session
 
 ARMS = {"WISE": "demo-wise", "WISE + ODEdit": "demo-wise-odedit", "WISE + contrast": "demo-wise-contrast"}
 
@@ -29,7 +31,7 @@ def main(out: Path, edits: int, *, fresh: bool) -> None:
     errors, console = Console(stderr=True), Console()
     configs = {name: arm_config(file, out, edits) for name, file in ARMS.items()}
     arms, uri = [], None
-    with terminate_as_interrupt(), local_ray.shared():
+    with terminate_as_interrupt(), ray_session.shared():
         for name, config in configs.items():
             errors.print(f"[bold]{name}[/bold]", highlight=False)
             outcome = run(config, errors, fresh=fresh)
@@ -42,6 +44,6 @@ def main(out: Path, edits: int, *, fresh: bool) -> None:
         console.print(f"{arm.name}: {report.counts(arm.summary)}", highlight=False)
     lines = [f"Report:  {page}", f"Results: {', '.join(str(arm.workspace.out) for arm in arms)}"]
     if uri is not None:
-        lines.append(f"MLflow:  {tracking.open_command(uri)}")
+        lines.append(f"MLflow:  {runs.open_command(uri)}")
     for line in lines:
         say(console, line)

@@ -16,10 +16,11 @@ import pytest
 import torch
 from made_up import TEMPLATE, make_request
 
-from odedit import EditRequest, kept_notes, load_backbone, world
+from odedit import EditRequest, load_backbone, world
 from odedit.backbones import Backbone, encode_requests
-from odedit.edits import EditBatch
-from pipeline.sources import embedded_name
+from odedit.inputs.batch import EditBatch
+from odedit.storage import kept_notes
+from pipeline.run_folder.sources import embedded_name
 
 if TYPE_CHECKING:
     from tests.object_store import ObjectStore

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import graph, local_ray
-from pipeline.actor import EditActor
-from pipeline.prepare import Preparer
-from pipeline.spec import Job, Plan, make_plan
+from pipeline.workers import graph, ray_session
+from pipeline.workers.editor import EditActor
+from pipeline.workers.plan import Job, Plan, make_plan
+from pipeline.workers.preparer import Preparer
 
 
 def run_graph(
@@ -33,5 +33,5 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     def connected(pipeline: Any, backbone: Any, num_groups: int, console: Any = None) -> Iterator[Plan]:
         yield make_plan(pipeline, backbone, 1, 0, num_groups)
 
-    monkeypatch.setattr(local_ray, "connected", connected)
+    monkeypatch.setattr(ray_session, "connected", connected)
     monkeypatch.setattr(graph, "run_graph", run_graph)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from odedit import EditRequest
-from odedit.edits import EDIT, RELIABILITY, EditBatch
+from odedit.inputs.batch import EDIT, RELIABILITY, EditBatch
 
 
 def copy_of(backbone: Any) -> Any:

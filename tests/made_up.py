@@ -6,7 +6,7 @@ import numpy as np
 
 from odedit import EditRequest, Picture, Probe, find_template
 from odedit.backbones import is_connector
-from odedit.negatives import NegativePool
+from odedit.data.negatives import NegativePool
 
 TEMPLATE = find_template("mmedit")
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from odedit.editors.base import Editor
-from odedit.edits import EditBatch, EditParams
-from odedit.hooks import rewritten
-from odedit.key_values import KeyValues
-from odedit.selecting import gather_positions
+from odedit.editors.common.hooks import rewritten
+from odedit.inputs.batch import EditBatch, EditParams
+from odedit.runtime.gather import gather_positions
+from odedit.runtime.kv_cache import KeyValues
 
 SITES = ("layers.0.attention.q", "layers.0.ffn.in", "layers.-1.attention.q", "layers.-1.ffn.in")
 

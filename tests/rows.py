@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.results import NOT_REPRODUCIBLE
+from pipeline.run_folder.rows import NOT_REPRODUCIBLE
 
 
 def near(value: Any) -> Any:

@@ -7,8 +7,8 @@ from typing import Any
 
 from odedit import load_editor
 from odedit.backbones import Backbone
-from odedit.editor_weights import save_weights
 from odedit.editors.base import Trainable
+from odedit.editors.common.weights import save_weights
 
 # An editor without an entry runs with its defaults.
 SMALL: dict[str, dict[str, Any]] = {

@@ -14,11 +14,12 @@ from made_up import TEMPLATE, make_picture, make_request
 from PIL import Image
 from torch import nn
 
-from odedit import InputError, Picture, Probe, load_backbone, multimodal
+from odedit import InputError, Picture, Probe, load_backbone
 from odedit.backbones import encode_requests, fingerprint, load_processor
-from odedit.decoders import LlamaDecoder
-from odedit.key_values import KeyValues
-from odedit.metrics import LONGEST_REST, NO_TOKEN, generate, until_end
+from odedit.backbones.common import model as multimodal
+from odedit.backbones.common.decoders import LlamaDecoder
+from odedit.evaluation.scores import LONGEST_REST, NO_TOKEN, generate, until_end
+from odedit.runtime.kv_cache import KeyValues
 
 
 @pytest.fixture(scope="module", params=tiny_models.FAMILIES)

@@ -9,7 +9,7 @@ from made_up import TEMPLATE, make_request
 
 from odedit import InputError, load_backbone
 from odedit.backbones import encode_requests
-from odedit.prompts import tokenize
+from odedit.inputs.prompts import tokenize
 
 
 @pytest.mark.parametrize("site", ["layers.0.ffn.in", "layers.2.ffn.out", "layers.3.attention.out", "layers.-1.ffn.in"])

@@ -1,9 +1,9 @@
 import pytest
 from mmedit_files import record, write_array, write_images
 
-from odedit.check import CheckReport, check_records
+from odedit.data.check import CheckReport, check_records
+from odedit.data.pack import pack
 from odedit.errors import InputError
-from odedit.pack import pack
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from mmedit_files import encoded, picture, record, write_array, write_images
 from typer.testing import CliRunner, Result
 
 from odedit.__main__ import app
-from pipeline import joining, local_ray, ready
+from pipeline.driver import preflight
+from pipeline.workers import joining, ray_session
 
 
 def odedit(*arguments: object) -> Result:
@@ -121,8 +122,8 @@ def test_what_can_be_known_is_said_before_anything_is_written_or_printed(
     def connected(*arguments: Any) -> Any:
         pytest.fail("Ray would be started")
 
-    monkeypatch.setattr(local_ray, "connected", connected)
-    monkeypatch.setattr(ready, "machine_gpus", lambda: 0)
+    monkeypatch.setattr(ray_session, "connected", connected)
+    monkeypatch.setattr(preflight, "machine_gpus", lambda: 0)
     empty = files["folder"] / "empty"
     empty.mkdir()
     before = sorted(files["folder"].rglob("*"))

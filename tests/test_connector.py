@@ -10,7 +10,7 @@ from made_up import TEMPLATE, make_request
 
 from odedit import EditRequest, InputError, Probe
 from odedit.backbones import encode_requests
-from odedit.hooks import rewritten
+from odedit.editors.common.hooks import rewritten
 
 PROJECTION = "connector.language_projection"
 

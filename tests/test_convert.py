@@ -12,9 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from odedit import InputError, convert, load_backbone
+from odedit import InputError, load_backbone
 from odedit.__main__ import app
 from odedit.backbones import encode_requests
+from odedit.backbones.common import convert_minigpt4
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +87,8 @@ def test_the_converted_model_computes_what_its_pieces_do(pieces, tmp_path):
 
 def test_shards_keep_every_type_and_need_no_pickle(pieces, tmp_path):
     root, *_ = pieces
-    whole = convert.minigpt4(*arguments(root, tmp_path / "whole", "projection.safetensors"))
-    cut = convert.minigpt4(*arguments(root, tmp_path / "cut"), shard_bytes=20_000)
+    whole = convert_minigpt4.minigpt4(*arguments(root, tmp_path / "whole", "projection.safetensors"))
+    cut = convert_minigpt4.minigpt4(*arguments(root, tmp_path / "cut"), shard_bytes=20_000)
     files = sorted(cut.glob("*.safetensors"))
     assert len(files) > 3 and len(list(whole.glob("*.safetensors"))) == 1
     tensors = {name: value for file in files for name, value in load_file(file).items()}
@@ -158,6 +159,6 @@ def spoiled(pieces, tmp_path, what):
 def test_a_piece_that_does_not_fit_is_named(pieces, tmp_path, what, message):
     wrong = spoiled(pieces, tmp_path, what)
     with pytest.raises(InputError, match=rf"(?s){message}"):
-        convert.minigpt4(*wrong)
+        convert_minigpt4.minigpt4(*wrong)
     left = [path.name for path in tmp_path.iterdir() if path.name != "pieces"]
     assert left == (["out"] if what == "there already" else [])

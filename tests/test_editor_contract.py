@@ -17,7 +17,6 @@ from odedit import (
     Stopping,
     calibrate,
     edit,
-    edits,
     encode_requests,
     evaluate,
     load_editor,
@@ -25,10 +24,11 @@ from odedit import (
 )
 from odedit import editors as package
 from odedit.backbones import is_connector
-from odedit.checkpoint import EditInfo, load_edit, load_edits, save_edit
+from odedit.editing.files import EditInfo, load_edit, load_edits, save_edit
 from odedit.editors.base import Mergeable
-from odedit.risks import reliability
-from odedit.selecting import gather_positions
+from odedit.inputs import batch as edits
+from odedit.risks.risks import reliability
+from odedit.runtime.gather import gather_positions
 
 OBJECTIVES = [
     ObjectiveConfig(name="native"),
@@ -310,7 +310,7 @@ def test_together_with_one_edit_is_applied(backbone, editor, requests_8, sigma2_
 
 def test_merged_weights_are_the_edits_together(backbone, editor, encoded, sigma2_0, tmp_path):
     from odedit import load_backbone
-    from odedit.merging import export
+    from odedit.editing.merging import export
 
     supervision, evaluation = encoded(editor)
     results = edit(backbone, editor, Objective(ObjectiveConfig(), sigma2_0), supervision, Stopping(max_steps=3))

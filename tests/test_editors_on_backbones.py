@@ -31,10 +31,10 @@ from odedit import (
     stack_params,
     world,
 )
-from odedit.checkpoint import EditInfo, load_edits, save_edit
+from odedit.editing.files import EditInfo, load_edits, save_edit
+from odedit.editing.merging import export, merged_into
 from odedit.editors.base import Mergeable
-from odedit.edits import EDIT, EditBatch, EditParams
-from odedit.merging import export, merged_into
+from odedit.inputs.batch import EDIT, EditBatch, EditParams
 
 REQUESTS = [make_request(0), make_request(1, full=False), make_request(2)]
 OBJECTIVES = {

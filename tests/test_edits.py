@@ -9,8 +9,9 @@ import pytest
 import torch
 from made_up import TEMPLATE
 
-from odedit import EditRequest, Probe, edits, encode_requests
-from odedit.edits import (
+from odedit import EditRequest, Probe, encode_requests
+from odedit.inputs import batch as edits
+from odedit.inputs.batch import (
     LOCALITY_SLOTS,
     RELIABILITY,
     REPHRASE_SLOTS,

@@ -14,11 +14,12 @@ from made_up import TEMPLATE, make_picture
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 from torch import Tensor
 
-from odedit import InputError, feature_store, load_backbone
+from odedit import InputError, load_backbone
 from odedit.backbones import encode_requests
-from odedit.feature_memory import made_with, remembering
-from odedit.feature_store import FeatureStore
-from odedit.locations import Location
+from odedit.backbones.common import feature_store
+from odedit.backbones.common.feature_memory import made_with, remembering
+from odedit.backbones.common.feature_store import FeatureStore
+from odedit.storage.location import Location
 
 PICTURES = [make_picture(number) for number in range(5)]
 KEYS = [picture.key for picture in PICTURES]
@@ -135,7 +136,7 @@ def test_another_program_makes_other_features(backbone, store, tmp_path, monkeyp
     known = [made_with(backbone)]
     code.write_text("# another way to read a picture\n")
     with monkeypatch.context() as patch:
-        patch.setattr("odedit.image_decoding.__file__", str(code))
+        patch.setattr("odedit.data.decoding.__file__", str(code))
         known.append(made_with(backbone))
     with monkeypatch.context() as patch:
         patch.setattr("PIL.__version__", "0")

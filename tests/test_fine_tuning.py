@@ -8,7 +8,7 @@ from library_forward import copy_of, library_logits, library_nll
 from made_up import TEMPLATE, make_request
 
 from odedit import InputError, Objective, ObjectiveConfig, Stopping, edit, encode_requests, load_editor, stack_params
-from odedit.fine_tuning import resolve
+from odedit.editors.common.fine_tuning import resolve
 
 NATIVE = Objective(ObjectiveConfig(name="native"))
 REQUESTS = [make_request(0), make_request(1)]

@@ -10,12 +10,14 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
-from odedit import InputError, kept_notes, weight_files
+from odedit import InputError
 from odedit.backbones import fingerprint
-from odedit.checkpoint import EditInfo, load_edits, save_edit
-from odedit.editor_weights import load_weights, save_weights
-from odedit.fingerprints import Fingerprint, earlier_fingerprint
-from odedit.training_state import TrainingState, read_state, write_state
+from odedit.backbones.common import weight_files
+from odedit.backbones.common.fingerprints import Fingerprint, earlier_fingerprint
+from odedit.editing.files import EditInfo, load_edits, save_edit
+from odedit.editors.common.weights import load_weights, save_weights
+from odedit.storage import kept_notes
+from odedit.training.state import TrainingState, read_state, write_state
 
 
 def test_the_earlier_form_is_what_earlier_versions_wrote(tmp_path: Path) -> None:

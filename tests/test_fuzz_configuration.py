@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from odedit import editors
 from odedit.errors import InputError
-from pipeline import config as runs
+from pipeline.config import run as runs
 from pipeline.study import spec as studies
 from tests import fuzzing
 from tune import config as searches

@@ -10,11 +10,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mmedit_files import encoded, picture, record
 
-from odedit.edits import Picture
+from odedit.data.fields import held_out_texts, probe_texts, request_images
+from odedit.data.images import ImageError, ImageReader
+from odedit.data.records import RawRecord, read_records
 from odedit.errors import InputError
-from odedit.images import ImageError, ImageReader
-from odedit.mmedit import RawRecord, read_records
-from odedit.record_fields import held_out_texts, probe_texts, request_images
+from odedit.inputs.batch import Picture
 from tests import fuzzing
 
 FUZZ = settings(fuzzing.FUZZ, max_examples=150)

@@ -9,7 +9,8 @@ from small_editors import ready_editor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from odedit import Objective, ObjectiveConfig, Stopping, calibrate, edit, encode_requests, graphs
+from odedit import Objective, ObjectiveConfig, Stopping, calibrate, edit, encode_requests
+from odedit.runtime import cuda_graphs
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "lift_fresh", "unique", "is_nonzero")
 """Operators that make the host wait for a GPU, or copy from it."""
@@ -83,8 +84,8 @@ def recorded(monkeypatch):
         return start
 
     def switch_on():
-        monkeypatch.setattr(graphs, "are_used", lambda device: True)
-        monkeypatch.setattr(graphs, "recorded", record)
+        monkeypatch.setattr(cuda_graphs, "are_used", lambda device: True)
+        monkeypatch.setattr(cuda_graphs, "recorded", record)
         return counts
 
     return switch_on
@@ -124,8 +125,8 @@ def test_a_step_that_cannot_be_recorded_is_taken_all_the_same(backbone, requests
     supervision, _ = encode_requests(backbone, requests_8, TEMPLATE)
     expected = edit(backbone, editor, objective, supervision, Stopping(8, 1e-9))
     tried = []
-    monkeypatch.setattr(graphs, "are_used", lambda device: True)
-    monkeypatch.setattr(graphs, "recorded", lambda work, device: tried.append(work))
+    monkeypatch.setattr(cuda_graphs, "are_used", lambda device: True)
+    monkeypatch.setattr(cuda_graphs, "recorded", lambda work, device: tried.append(work))
     got = edit(backbone, editor, objective, supervision, Stopping(8, 1e-9))
     assert len(tried) == 1
     for one, other in zip(expected, got, strict=True):
@@ -134,16 +135,16 @@ def test_a_step_that_cannot_be_recorded_is_taken_all_the_same(backbone, requests
 
 
 def test_nothing_is_recorded_without_a_gpu_or_when_switched_off(monkeypatch):
-    assert not graphs.are_used(torch.device("cpu"))
-    assert graphs.are_used(torch.device("cuda"))
-    monkeypatch.setenv(graphs.SWITCH, "0")
-    assert not graphs.are_used(torch.device("cuda"))
+    assert not cuda_graphs.are_used(torch.device("cpu"))
+    assert cuda_graphs.are_used(torch.device("cuda"))
+    monkeypatch.setenv(cuda_graphs.SWITCH, "0")
+    assert not cuda_graphs.are_used(torch.device("cuda"))
 
 
 def test_a_forgotten_recording_is_the_last(monkeypatch):
-    monkeypatch.setattr(graphs, "_kept", graphs._OfThread())
-    assert not graphs.forget() and graphs.are_used(torch.device("cuda")), "there was nothing to forget"
-    graphs._kept.last[torch.device("cuda")] = object()
-    assert graphs.forget() and not graphs._kept.last
-    assert not graphs.are_used(torch.device("cuda"))
-    assert not graphs.forget()
+    monkeypatch.setattr(cuda_graphs, "_kept", cuda_graphs._OfThread())
+    assert not cuda_graphs.forget() and cuda_graphs.are_used(torch.device("cuda")), "there was nothing to forget"
+    cuda_graphs._kept.last[torch.device("cuda")] = object()
+    assert cuda_graphs.forget() and not cuda_graphs._kept.last
+    assert not cuda_graphs.are_used(torch.device("cuda"))
+    assert not cuda_graphs.forget()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from odedit import InputError, load_backbone
 from odedit.backbones import fingerprint, inspect_backbone, load_processor
-from odedit.hub import snapshot, snapshot_with_weights
+from odedit.backbones.common.hub import snapshot, snapshot_with_weights
 
 HUB_ID = "made-up/tiny-llava"
 

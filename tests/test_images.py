@@ -10,13 +10,13 @@ from mmedit_files import encoded, picture
 from PIL import Image
 from pyarrow.fs import FileSystem, LocalFileSystem
 
-from odedit import locations
-from odedit.addresses import masked
+from odedit.data.images import ImageError, ImageReader
+from odedit.data.pool import Pool
+from odedit.data.records import read_records
 from odedit.errors import InputError
-from odedit.images import ImageError, ImageReader
-from odedit.locations import locate
-from odedit.mmedit import read_records
-from odedit.pool import Pool
+from odedit.runtime.addresses import masked
+from odedit.storage import location
+from odedit.storage.location import locate
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def remote(root, monkeypatch):
     def from_uri(text):
         return (LocalFileSystem(), str(root)) if text == "s3://KEY:SECRET@bucket/coco" else real(text)
 
-    monkeypatch.setattr(locations, "FileSystem", SimpleNamespace(from_uri=from_uri))
+    monkeypatch.setattr(location, "FileSystem", SimpleNamespace(from_uri=from_uri))
     return "s3://KEY:SECRET@bucket/coco"
 
 

@@ -15,10 +15,10 @@ from mmedit_files import caption, record, write_array, write_images
 from pyarrow import parquet
 
 from odedit import InputError, Probe, load_backbone
-from odedit.markers import control_token_finder, image_marker, without_leading_marker
-from odedit.mmedit import RawRecord, read_records
-from odedit.pack import pack
-from odedit.pack_format import RECORDS_SCHEMA
+from odedit.data.pack import pack
+from odedit.data.packed import RECORDS_SCHEMA
+from odedit.data.records import RawRecord, read_records
+from odedit.inputs.markers import control_token_finder, image_marker, without_leading_marker
 
 MARKERS = (
     "<image>", "<Image>", "<|image|>", "<|image_1|>", "<image 1>", "<|image_pad|>", "<ImageHere>", "<img>", "[IMG]",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from odedit import Objective, ObjectiveConfig, Stopping, edit, load_editor
-from odedit.memory import peak_memory
+from odedit.runtime.peak_memory import peak_memory
 
 N = 4096  # bytes of the vectors below
 

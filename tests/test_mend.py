@@ -9,9 +9,9 @@ import torch
 from made_up import TEMPLATE, make_request
 
 from odedit import InputError, Objective, ObjectiveConfig, edit, encode_requests, load_editor, stack_params
-from odedit.editor_weights import save_weights
-from odedit.hooks import rewritten
-from odedit.selecting import gather_positions
+from odedit.editors.common.hooks import rewritten
+from odedit.editors.common.weights import save_weights
+from odedit.runtime.gather import gather_positions
 
 SITES = ("layers.2.ffn.in", "layers.2.ffn.out", "layers.-1.ffn.in", "layers.-1.ffn.out")
 SETTINGS = {"sites": SITES, "rank": 16, "edit_rate": 0.01}

@@ -24,11 +24,11 @@ from typer.testing import CliRunner, Result
 
 from odedit import InputError, Probe, backbones, load_backbone, world
 from odedit.__main__ import app
-from odedit.checkpoint import load_edit, read_info, save_edit
-from odedit.images import ImageReader
-from odedit.prompts import find_template
-from pipeline import edit_files, held
-from pipeline.answer import Questions
+from odedit.data.images import ImageReader
+from odedit.editing.files import load_edit, read_info, save_edit
+from odedit.inputs.prompts import find_template
+from pipeline.edits import files, held
+from pipeline.edits.answers import Questions
 
 TARGETS = ("Clara Lund", "Lower Ford", "yellow zero")  # words that the models that ship know, and end answers with
 FTL = {"name": "ftl", "learning_rate": 3e-3, "max_steps": 60}
@@ -256,11 +256,11 @@ def test_edits_are_files_folders_runs_and_patterns(runs: dict[str, Run], tmp_pat
     address = f"file://{made.folder}"
     for argument in (made.folder, made.folder / "edits", copies, f"{made.folder}/edits/*", f"{made.folder.parent}/o?t",
                      f"{tmp_path}/*/*[0-9].safetensors", address, f"{address}/edits/*.safetensors"):  # fmt: skip
-        given = edit_files.find([str(argument)])
+        given = files.find([str(argument)])
         assert [file.name for file in given.files] == [path.name for path in made.edits], argument
         assert not given.notes
     with pytest.raises(InputError, match="no edit given"):
-        edit_files.find([])
+        files.find([])
 
 
 def test_the_same_edit_given_twice_counts_once(runs: dict[str, Run], tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_the_same_edit_given_twice_counts_once(runs: dict[str, Run], tmp_path: P
 
     params, info = load_edit(made.edits[0])
     save_edit(tmp_path / "other.safetensors", {name: 2 * value for name, value in params.items()}, info)
-    assert len(edit_files.find([str(made.edits[0]), str(tmp_path / "other.safetensors")]).files) == 2
+    assert len(files.find([str(made.edits[0]), str(tmp_path / "other.safetensors")]).files) == 2
 
 
 def test_edits_that_destroy_each_other_are_counted(runs: dict[str, Run], tmp_path: Path) -> None:

@@ -22,14 +22,24 @@ from odedit import (
     evaluate,
     load_backbone,
     load_editor,
-    metrics,
     paired,
     summarize,
 )
 from odedit.backbones.base import ends_of
-from odedit.edits import Variant, column
-from odedit.key_values import KeyValues
-from odedit.metrics import LONGEST_REST, MAIN, NO_TOKEN, Estimate, estimate, generate, is_said, said, until_end
+from odedit.evaluation import scores
+from odedit.evaluation.scores import (
+    LONGEST_REST,
+    MAIN,
+    NO_TOKEN,
+    Estimate,
+    estimate,
+    generate,
+    is_said,
+    said,
+    until_end,
+)
+from odedit.inputs.batch import Variant, column
+from odedit.runtime.kv_cache import KeyValues
 
 
 @pytest.fixture(scope="module")
@@ -265,8 +275,8 @@ def test_an_evaluation_in_parts_is_that_of_the_whole(backbone, scored, monkeypat
     whole = evaluate(backbone, editor, params, evaluation)
     of_two = 2 * evaluation.tokens_EKS[0].numel() * backbone.hidden_size
     assert evaluation.num_edits > 2
-    monkeypatch.setitem(metrics._VALUES_AT_ONCE, "cpu", of_two)
-    monkeypatch.setitem(metrics._LOGITS_AT_ONCE, "cpu", 3 * backbone.vocabulary_size)
+    monkeypatch.setitem(scores._VALUES_AT_ONCE, "cpu", of_two)
+    monkeypatch.setitem(scores._LOGITS_AT_ONCE, "cpu", 3 * backbone.vocabulary_size)
     assert evaluate(backbone, editor, params, evaluation) == whole
 
 

@@ -8,8 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from odedit.mmd import BANDWIDTH_MULTIPLIERS, bandwidths, contrastive, mean_squared_distance, mmd2_linear, mmd2_rbf
-from odedit.risks import Risk
+from odedit.risks.mmd import (
+    BANDWIDTH_MULTIPLIERS,
+    bandwidths,
+    contrastive,
+    mean_squared_distance,
+    mmd2_linear,
+    mmd2_rbf,
+)
+from odedit.risks.risks import Risk
 
 E, D, K = 3, 6, 2
 SIGMA2_Q = torch.tensor([1.0, 4.0, 16.0], dtype=torch.float64)

@@ -7,9 +7,9 @@ import pytest
 from mmedit_files import caption, record, write_array
 from pyarrow import parquet
 
+from odedit.data.fields import ImageReference, held_out_texts, probe_texts, request_images
+from odedit.data.records import RawRecord, read_records
 from odedit.errors import InputError
-from odedit.mmedit import RawRecord, read_records
-from odedit.record_fields import ImageReference, held_out_texts, probe_texts, request_images
 
 FIELDS = list(record())
 
@@ -302,7 +302,7 @@ def test_bad_lines_are_records_with_a_problem(tmp_path):
 
 
 def test_endless_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("odedit.record_files.MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr("odedit.data.readers.MAX_RECORD_BYTES", 1000)
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps([record(number) for number in range(9)]))
     with pytest.raises(InputError, match=r"line 1 is longer.*\.json"):

@@ -346,13 +346,13 @@ def test_a_buffer_that_older_libraries_saved_is_no_weight(originals, tmp_path):
 
 def test_weights_that_change_between_look_and_load_are_noticed(originals, tmp_path, monkeypatch):
     """The library's own report of a loading counts, whatever the headers said before."""
-    from odedit import pretrained
+    from odedit.backbones.common import checkpoints
 
     folder = shutil.copytree(originals("llava")[0], tmp_path / "model")
     one(lambda value: None)(folder)
     architecture = type(inspect_backbone("llava", str(originals("llava")[0]))).architecture
     with pytest.raises(InputError, match=r"1 tensor of \d+ missing"):
-        pretrained.load_model(str(folder), "model", architecture, "float32")
+        checkpoints.load_model(str(folder), "model", architecture, "float32")
 
 
 def test_projected_embeddings_are_refused_for_what_they_are(tmp_path):

@@ -10,8 +10,8 @@ from made_up import TEMPLATE, make_picture, make_pool, make_request
 from torch.nn import functional
 
 from odedit import EditRequest, InputError, Objective, ObjectiveConfig, Stopping, edit, encode_requests, load_editor
-from odedit.edits import EDIT, REPHRASE, SUPERVISION_SLOTS, negative_slots
-from odedit.negatives import NegativePool
+from odedit.data.negatives import NegativePool
+from odedit.inputs.batch import EDIT, REPHRASE, SUPERVISION_SLOTS, negative_slots
 from odedit.objectives.contrast import Contrast
 
 CONTRAST = ObjectiveConfig(name="contrast", negatives=5, negatives_at_once=2)

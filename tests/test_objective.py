@@ -7,9 +7,9 @@ import torch
 from made_up import TEMPLATE
 
 from odedit import Objective, ObjectiveConfig, calibrate, load_editor
-from odedit.edits import EDIT, LOCALITY_SLOTS, SUPERVISION_SLOTS
+from odedit.inputs.batch import EDIT, LOCALITY_SLOTS, SUPERVISION_SLOTS
 from odedit.objectives.base import _VALUES_AT_ONCE
-from odedit.selecting import gather_positions
+from odedit.runtime.gather import gather_positions
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,12 @@ from odedit import (
     load_editor,
     objectives,
 )
-from odedit.edits import EDIT, LOCALITY_SLOTS, NEAR, REPHRASE_SLOTS, SUPERVISION_SLOTS
+from odedit.inputs.batch import EDIT, LOCALITY_SLOTS, NEAR, REPHRASE_SLOTS, SUPERVISION_SLOTS
 from odedit.objectives import base
 from odedit.objectives.common.terms import TERMS, Terms
-from odedit.selecting import gather_positions
-from odedit.train import train
-from odedit.training_records import EncodedRequests
+from odedit.runtime.gather import gather_positions
+from odedit.training.loop import train
+from odedit.training.records import EncodedRequests
 
 OUTSIDE = "outside.norm"
 NAMES = (*objectives.names(), OUTSIDE)

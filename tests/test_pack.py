@@ -7,14 +7,14 @@ import pytest
 from mmedit_files import encoded, picture, record, write_array, write_images
 from pyarrow import parquet
 
-from odedit import pack as pack_module
+from odedit.data import pack as pack_module
+from odedit.data.fields import probe_texts, request_images
+from odedit.data.images import ImageError, ImageReader
+from odedit.data.pack import pack
+from odedit.data.pool import Pool
+from odedit.data.records import read_records
+from odedit.data.supervision import Supervision, build_request
 from odedit.errors import InputError
-from odedit.images import ImageError, ImageReader
-from odedit.mmedit import read_records
-from odedit.pack import pack
-from odedit.pool import Pool
-from odedit.record_fields import probe_texts, request_images
-from odedit.supervision import Supervision, build_request
 
 
 @pytest.fixture

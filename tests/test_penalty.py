@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from odedit.mmd import mmd2_rbf
 from odedit.objectives.common.penalty import penalty_schedule, tv_penalty
-from odedit.risks import locality, reliability
+from odedit.risks.mmd import mmd2_rbf
+from odedit.risks.risks import locality, reliability
 
 E = 3
 

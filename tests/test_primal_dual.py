@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from odedit.editing.primal_dual import PrimalDual
 from odedit.editors.base import OptimizerSettings
 from odedit.errors import InputError
 from odedit.objectives import ObjectiveConfig
 from odedit.objectives.common.multiplier import MultiplierConfig, MultiplierNetwork
 from odedit.objectives.common.terms import TERMS, Terms
-from odedit.primal_dual import PrimalDual
 
 TARGET = torch.linspace(-1, 1, 12).reshape(3, 4)
 

@@ -29,7 +29,7 @@ def test_a_dozen_lines_of_python_edit_a_fact(tmp_path, monkeypatch, capsys):
 
 
 def test_the_configuration_shown_is_a_valid_one():
-    from pipeline import config
+    from pipeline.config import run as config
 
     (text,) = blocks("yaml")
     run = config.from_dict(yaml.safe_load(text))

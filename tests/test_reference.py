@@ -6,7 +6,7 @@ import pytest
 from made_up import TEMPLATE, make_request
 
 from odedit import Objective, ObjectiveConfig, Stopping, calibrate, edit, encode_requests, evaluate, load_editor
-from odedit.edits import stack_params
+from odedit.inputs.batch import stack_params
 from tests.benchmarks.reference import Reference
 from tests.benchmarks.speed import COMPARED
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from odedit.risks import Risk, entropy, locality, masked_mean, reliability, upcast
-from odedit.token_risks import KL, NLL, Direction, Tokens, kl_of_states, token_risks
+from odedit.risks.risks import Risk, entropy, locality, masked_mean, reliability, upcast
+from odedit.risks.tokens import KL, NLL, Direction, Tokens, kl_of_states, token_risks
 
 DIRECTIONS = ("edited_first", "base_first")
 E, D, V = 3, 5, 11

@@ -16,10 +16,10 @@ from odedit import (
     load_editor,
     stack_params,
 )
-from odedit.edits import is_locality
-from odedit.images import ImageReader
-from odedit.mmedit import read_records
-from odedit.supervision import Supervision, build_request
+from odedit.data.images import ImageReader
+from odedit.data.records import read_records
+from odedit.data.supervision import Supervision, build_request
+from odedit.inputs.batch import is_locality
 
 NUM_EDITS = 32
 

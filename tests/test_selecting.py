@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from odedit.selecting import gather_positions, places_of, select, spread
+from odedit.runtime.gather import gather_positions, places_of, select, spread
 
 
 def _gradient(made: Tensor, of: Tensor, seed: int = 1) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from odedit.edits import EditParams
+from odedit.inputs.batch import EditParams
 from odedit.objectives.common import sketch as sketches
 from odedit.objectives.common.multiplier import flat_input
 from odedit.objectives.common.sketch import MAX_SKETCH_DIM, CountSketch

@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 import torch
 
-from odedit import InputError, retries
-from odedit.checkpoint import EditInfo, load_edit, save_edit
-from odedit.feature_store import FeatureStore
-from odedit.locations import SMALL_BYTES, Location, delete_all, locate
-from odedit.tensor_files import read_tensors, write_tensors
+from odedit import InputError
+from odedit.backbones.common.feature_store import FeatureStore
+from odedit.editing.files import EditInfo, load_edit, save_edit
+from odedit.storage import retries
+from odedit.storage.location import SMALL_BYTES, Location, delete_all, locate
+from odedit.storage.tensors import read_tensors, write_tensors
 from tests.object_store import ObjectStore
 
 ROOT = Path(__file__).parent.parent
@@ -150,7 +151,7 @@ def test_what_passes_is_tried_again_and_said_once(impatient: None, caplog: pytes
         return answer
 
     assert retries.retried(act) == "ok"
-    (record,) = [record for record in caplog.records if record.name == "odedit.retries"]
+    (record,) = [record for record in caplog.records if record.name == "odedit.storage.retries"]
     assert record.levelno == logging.WARNING
     assert record.getMessage() == "The storage refuses for now (Stale file handle); trying again for up to 60 s."
 
@@ -209,7 +210,7 @@ def test_a_server_that_is_gone_and_comes_back_costs_time_only(
         assert stream.read() == b"old"
     back.join()
     assert (run / "new").read_bytes() == LARGE
-    told = [record.getMessage() for record in caplog.records if record.name == "odedit.retries"]
+    told = [record.getMessage() for record in caplog.records if record.name == "odedit.storage.retries"]
     assert len(told) == 1 and "NETWORK_CONNECTION" in told[0]
 
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from mmedit_files import caption, encoded, picture, record, write_array, write_images
 
-from odedit.edits import SUPERVISION_SLOTS, EditRequest, Picture, Probe
+from odedit.data.fields import CAPTION_PROMPT
+from odedit.data.images import ImageError, ImageReader
+from odedit.data.pool import Pool
+from odedit.data.records import RawRecord, read_records
+from odedit.data.rewording import CAPTION_WORDINGS, QUESTION_WORDINGS, augment, reword, seeded
+from odedit.data.supervision import Supervision, build_request, rephrase_distance
 from odedit.errors import InputError
-from odedit.images import ImageError, ImageReader
-from odedit.mmedit import RawRecord, read_records
-from odedit.pool import Pool
-from odedit.record_fields import CAPTION_PROMPT
-from odedit.rewording import CAPTION_WORDINGS, QUESTION_WORDINGS, augment, reword, seeded
-from odedit.supervision import Supervision, build_request, rephrase_distance
+from odedit.inputs.batch import SUPERVISION_SLOTS, EditRequest, Picture, Probe
 
 LOCALITY = ("text_locality", "image_locality", "near_locality")
 

@@ -25,7 +25,7 @@ from odedit import (
 )
 from odedit.editors.base import Trace
 from odedit.editors.tpatcher import _mean_exp, _to_correct
-from odedit.selecting import gather_positions
+from odedit.runtime.gather import gather_positions
 
 NATIVE = Objective(ObjectiveConfig(name="native"))
 PARTS = ("k", "b", "v", "a")

@@ -11,10 +11,10 @@ from made_up import TEMPLATE, make_pool, make_request
 
 from odedit import InputError, Objective, ObjectiveConfig, encode_requests, load_editor
 from odedit.objectives.contrast import Contrast
-from odedit.shared_multiplier import Dual, SharedMultiplier
-from odedit.train import TrainingError, adam_step, draw, train
-from odedit.training_records import EncodedRequests
-from odedit.training_state import TrainingState, read_state, write_state
+from odedit.training.loop import TrainingError, adam_step, draw, train
+from odedit.training.multiplier import Dual, SharedMultiplier
+from odedit.training.records import EncodedRequests
+from odedit.training.state import TrainingState, read_state, write_state
 
 SETTINGS = {
     "sites": ("layers.-1.ffn.in", "layers.-1.ffn.out"), "rank": 4, "edit_rate": 1e-2, "learning_rate": 1e-3,

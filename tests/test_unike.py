@@ -12,12 +12,12 @@ from made_up import TEMPLATE
 from torch.nn import functional as F
 
 from odedit import InputError, Objective, ObjectiveConfig, Stopping, edit, encode_requests, load_backbone, load_editor
-from odedit.contrastive import encode, encoder_weights, info_nce, two_camps
-from odedit.editor_weights import save_weights
+from odedit.editors.common.contrastive import encode, encoder_weights, info_nce, two_camps
+from odedit.editors.common.hooks import rewritten
+from odedit.editors.common.memories import attend, blend, last_positions, neurons
+from odedit.editors.common.weights import save_weights
 from odedit.editors.unike import Unike, UnikeConfig
-from odedit.hooks import rewritten
-from odedit.key_value import attend, blend, last_positions, neurons
-from odedit.selecting import gather_positions
+from odedit.runtime.gather import gather_positions
 
 CONFIG = UnikeConfig(num_layers=2, learning_rate=0.5, encoder_width=24, code_width=8, neurons=3, beta=0.2)
 LAYERS = ("layers.-2", "layers.-1")
@@ -383,7 +383,7 @@ def test_zeta_is_pulled_to_the_mean_difference_and_moves_no_encoder(backbone, su
 
 
 def test_the_old_answer_is_what_the_unedited_model_says(backbone, unike, requests_8):
-    from odedit.metrics import EvaluationConfig, evaluate
+    from odedit.evaluation.scores import EvaluationConfig, evaluate
 
     supervision, evaluation = encode_requests(backbone, requests_8, TEMPLATE)
     with torch.no_grad():

@@ -8,8 +8,10 @@ import pytest
 from made_up import TEMPLATE
 from small_editors import ready_editor
 
-from odedit import Objective, ObjectiveConfig, Stopping, calibrate, edit, editing, encode_requests, widths
-from odedit.memory import peak_memory
+from odedit import Objective, ObjectiveConfig, Stopping, calibrate, edit, encode_requests
+from odedit.editing import loop
+from odedit.editing import width as widths
+from odedit.runtime.peak_memory import peak_memory
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def test_edits_that_move_in_turn_are_those_that_move_together(
     supervision, _ = encode_requests(backbone, requests_8, TEMPLATE)
     runs = []
     for width in (8, 3):
-        monkeypatch.setattr("odedit.editing.width_like_native", lambda *_, width=width: width)
+        monkeypatch.setattr("odedit.editing.loop.width_like_native", lambda *_, width=width: width)
         runs.append(edit(backbone, editor, objectives["odedit"], supervision, Stopping(4, 1e-9)))
     for one, other in zip(*runs, strict=True):
         assert (one.edit_id, one.steps, one.stop_reason) == (other.edit_id, other.steps, other.stop_reason)
@@ -85,9 +87,9 @@ def test_nothing_of_the_last_step_is_held_while_other_edits_enter(
     """What a forward keeps for its gradient hangs on what it has shown."""
     editor = ready_editor(name, backbone, tmp_path)
     supervision, _ = encode_requests(backbone, requests_8, TEMPLATE, editor.sites)
-    monkeypatch.setattr("odedit.editing.width_like_native", lambda *_: 3)
+    monkeypatch.setattr("odedit.editing.loop.width_like_native", lambda *_: 3)
     shown, alive = [], []
-    suffix, admit = backbone.suffix, editing._Run._admit
+    suffix, admit = backbone.suffix, loop._Run._admit
 
     def watched(*arguments):
         states = suffix(*arguments)
@@ -99,6 +101,6 @@ def test_nothing_of_the_last_step_is_held_while_other_edits_enter(
         admit(run)
 
     monkeypatch.setattr(backbone, "suffix", watched)
-    monkeypatch.setattr(editing._Run, "_admit", admitting)
+    monkeypatch.setattr(loop._Run, "_admit", admitting)
     edit(backbone, editor, objectives["odedit"], supervision, Stopping(2, 1e-9))
     assert len(alive) == 4 and not any(alive)

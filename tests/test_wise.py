@@ -12,8 +12,8 @@ from torch import Tensor
 
 from odedit import Objective, ObjectiveConfig, Stopping, edit, encode_requests, evaluate, load_editor, stack_params
 from odedit.editors.wise import _live_places
-from odedit.edits import LOCALITY_SLOTS
-from odedit.selecting import spread
+from odedit.inputs.batch import LOCALITY_SLOTS
+from odedit.runtime.gather import spread
 
 SETTINGS = {"site": "layers.2.ffn.in", "margin_in": 2.0, "margin_out": 0.01, "margin_gap": 1.0}
 REQUESTS = [make_request(0), make_request(1, full=False), make_request(2)]

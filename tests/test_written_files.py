@@ -19,10 +19,10 @@ import odedit
 import pipeline
 import tune
 from odedit import EditResult, InputError
-from odedit.brief import brief
-from odedit.files import check_new, folder_written_atomically, new_folder, write_atomically
-from odedit.locations import at
-from odedit.tensor_files import read_tensors, write_tensors
+from odedit.runtime.brief import brief
+from odedit.storage.atomic import check_new, folder_written_atomically, new_folder, write_atomically
+from odedit.storage.location import at
+from odedit.storage.tensors import read_tensors, write_tensors
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o077])

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from odedit.errors import InputError, unknown_name
-from odedit.metrics import MAIN
-from pipeline import strict
-from pipeline.config import AUTO, RunConfig, apply_override, from_dict, read_yaml
+from odedit.evaluation.scores import MAIN
+from pipeline.config import strict
+from pipeline.config.run import AUTO, RunConfig, apply_override, from_dict, read_yaml
 from pipeline.study.spec import merged
 from tune.space import Space
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline import strict
+from pipeline.config import strict
 
 MAX_LISTED = 10_000
 """More values or points than these are not listed."""

@@ -21,9 +21,9 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from odedit.addresses import masked
 from odedit.errors import InputError, in_words
-from odedit.locations import Location
+from odedit.runtime.addresses import masked
+from odedit.storage.location import Location
 from tune.config import SearchConfig
 from tune.dimensions import label
 from tune.folder import JOURNAL

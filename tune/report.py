@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from odedit.errors import counted
-from odedit.locations import Location
-from odedit.metrics import MAIN, PairedDifference, paired, summarize
-from odedit.score import paired_score, score
-from pipeline.report import Arm, p_value
-from pipeline.run import Outcome
+from odedit.evaluation.score import paired_score, score
+from odedit.evaluation.scores import MAIN, PairedDifference, paired, summarize
+from odedit.storage.location import Location
+from pipeline.driver.run import Outcome
+from pipeline.report.page import Arm, p_value
+from pipeline.run_folder.workspace import write_json
 from pipeline.study.tables import SIGNIFICANT, holm, number
-from pipeline.workspace import write_json
 from tune import plots, points
 from tune.config import SCORE, Search
 from tune.points import COMPLETE, FAILED, PRUNED, Trial
@@ -182,7 +182,7 @@ def _best_text(search: Search, best: Trial) -> str:
         "| setting | best | default |",
         "|---|--:|--:|",
     ]
-    from pipeline.tracking import flatten
+    from pipeline.tracking.runs import flatten
 
     defaults = flatten(search.defaults.to_dict())
     for path, value in search.space.settings(best.point).items():

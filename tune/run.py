@@ -17,22 +17,24 @@ import yaml
 from rich.console import Console
 
 from odedit.errors import InputError, NothingUsable, counted
-from odedit.locations import Location, delete_all, locate
-from pipeline import local_ray, sources, tracking
-from pipeline.checkpoints import editor_weights, fitted, with_absolute_checkpoints
-from pipeline.config import RunConfig
+from odedit.storage.location import Location, delete_all, locate
+from pipeline.config.checkpoints import editor_weights, fitted, with_absolute_checkpoints
+from pipeline.config.reachable import check_server
+from pipeline.config.run import RunConfig
+from pipeline.config.version import code_version
 from pipeline.console import say
-from pipeline.features import with_checked_store
+from pipeline.driver.preflight import check as check_run
+from pipeline.driver.preflight import check_records
+from pipeline.driver.run import Outcome, run_many
 from pipeline.interrupts import terminate_as_interrupt
-from pipeline.reachable import check_server
-from pipeline.ready import check as check_run
-from pipeline.ready import check_records
-from pipeline.run import Outcome, run_many
-from pipeline.search_tracking import KIND, SearchRun
-from pipeline.spec import Job, Plan
-from pipeline.version import code_version
-from pipeline.workspace import Workspace, new_place
-from tune import points, records, report
+from pipeline.run_folder import sources
+from pipeline.run_folder.workspace import Workspace, new_place
+from pipeline.tracking import runs
+from pipeline.tracking.searches import KIND, SearchRun
+from pipeline.workers import ray_session
+from pipeline.workers.model import with_checked_store
+from pipeline.workers.plan import Job, Plan
+from tune import points, report, rungs
 from tune.config import Search, SearchConfig, check
 from tune.folder import BEFORE_THE_FIRST_TRIAL, TUNE_FOLDER, Folder, alone, check_folder, remember, remove_folder
 from tune.points import Points, Trial
@@ -55,7 +57,7 @@ def run(config: SearchConfig, out: Path | str, console: Console, *, resume: bool
     points.check_driver(config)
     folder = Folder.of(out)
     if search.trial.tracking.enabled:
-        tracking.store_uri(search.trial.tracking, folder.evaluation)
+        runs.store_uri(search.trial.tracking, folder.evaluation)
     check_folder(search, folder, resume=resume)
     with ExitStack() as stack:
         is_begun = bool(folder.state)
@@ -65,17 +67,17 @@ def run(config: SearchConfig, out: Path | str, console: Console, *, resume: bool
         stack.enter_context(new_place(folder.out))
         if not is_begun:
             stack.enter_context(alone(folder))
-        for context in (terminate_as_interrupt(), local_ray.shared()):
+        for context in (terminate_as_interrupt(), ray_session.shared()):
             stack.enter_context(context)
         with new_place(folder.out, BEFORE_THE_FIRST_TRIAL):
             (folder.out / "trials").make_folder()
             base, found = _prepared(search, folder, console)
-            groups = records.stage(base, found, folder.validation, config.rungs.sizes, config.seed)
+            groups = rungs.stage(base, found, folder.validation, config.rungs.sizes, config.seed)
             remember(search, folder, found)
             state = folder.state
             asked = Points(config, search.space, folder.out, state["search_id"], state["study"])
             if sum(trial.state != points.RUNNING for trial in asked.trials()) < config.trials:
-                local_ray.check_reachable(search.trial.pipeline)
+                ray_session.check_reachable(search.trial.pipeline)
             tracker = _tracker(search, folder)
         try:
             job = Job(base, found, Workspace(folder.validation))
@@ -177,11 +179,11 @@ def _tracker(search: Search, folder: Folder) -> SearchRun | None:
         return None
     state, config = folder.state, search.config
     tracker = SearchRun.start(
-        tracking.store_uri(settings, folder.evaluation),
+        runs.store_uri(settings, folder.evaluation),
         settings.experiment,
         settings.run_name or folder.out.name,
         state["search_id"],
-        tracking.flatten({name: value for name, value in config.to_dict().items() if name != "storage"}),
+        runs.flatten({name: value for name, value in config.to_dict().items() if name != "storage"}),
         {
             "odedit.version": code_version(),
             "odedit.study_name": state["study"],
@@ -214,7 +216,7 @@ def _try_points(
     try:
         # Ray first: it puts a handler of its own in place, which would end the process at once.
         with (
-            local_ray.connected(spread, job.config.backbone, config.concurrent, console) as plan,
+            ray_session.connected(spread, job.config.backbone, config.concurrent, console) as plan,
             terminate_as_interrupt(),
         ):
             _fit(search, folder, _on(job, plan), groups, running, before, plan, console)
@@ -309,7 +311,7 @@ def _evaluation_config(search: Search, folder: Folder, trial: Trial) -> RunConfi
 
 
 def _named(folder: Folder, config: RunConfig, name: str) -> RunConfig:
-    uri = tracking.store_uri(config.tracking, folder.evaluation) if config.tracking.enabled else config.tracking.uri
+    uri = runs.store_uri(config.tracking, folder.evaluation) if config.tracking.enabled else config.tracking.uri
     return replace(
         fitted(with_absolute_checkpoints(config))[0],
         data=sources.with_absolute_paths(config.data),
@@ -321,7 +323,7 @@ def _named(folder: Folder, config: RunConfig, name: str) -> RunConfig:
 def _best_yaml(config: RunConfig, trial: Trial) -> str:
     """The best trial's run, for `odedit edit`; passwords are not written down."""
     values: Mapping[str, Any] = config.to_dict()
-    public = tracking.masked_values(values)
+    public = runs.masked_values(values)
     if public["tracking"]["uri"] != values["tracking"]["uri"]:
         public["tracking"]["uri"] = None
     text = yaml.safe_dump(public, sort_keys=False, allow_unicode=True)

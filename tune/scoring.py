@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from odedit.metrics import MAIN
-from odedit.score import score
-from pipeline.results import EDITED, FAILED, Row
+from odedit.evaluation.score import score
+from odedit.evaluation.scores import MAIN
+from pipeline.run_folder.rows import EDITED, FAILED, Row
 from tune.config import COMBINED, SCORE
 
 CURVE_POINTS = 50

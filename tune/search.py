@@ -20,20 +20,20 @@ from ray.tune.search import Searcher
 from rich.console import Console
 
 from odedit.errors import InputError, counted, one_sentence
-from odedit.locations import Location
-from odedit.metrics import MAIN
-from pipeline import results
-from pipeline.checkpoints import fitted, with_absolute_checkpoints
-from pipeline.config import RunConfig
+from odedit.evaluation.scores import MAIN
+from odedit.storage.location import Location
+from pipeline.config.checkpoints import fitted, with_absolute_checkpoints
+from pipeline.config.run import RunConfig
 from pipeline.console import say
 from pipeline.interrupts import raise_if_interrupted
-from pipeline.search_tracking import SearchRun
+from pipeline.run_folder import rows as results
 from pipeline.study.tables import number
-from pipeline.tracking import flatten
+from pipeline.tracking.runs import flatten
+from pipeline.tracking.searches import SearchRun
 from tune import points, scoring
 from tune.config import SCORE, Search
 from tune.points import COMPLETE, FAILED, PRUNED, Points, Trial
-from tune.records import TrialWorkspace
+from tune.rungs import TrialWorkspace
 from tune.scoring import Report
 from tune.trainable import EDITS, JUDGED
 

@@ -19,10 +19,10 @@ from itertools import islice
 from typing import Any
 
 from odedit.errors import InputError, unknown_name
-from pipeline import strict
-from pipeline.config import RunConfig, from_dict
+from pipeline.config import strict
+from pipeline.config.run import RunConfig, from_dict
 from pipeline.study.spec import merged
-from pipeline.tracking import flatten
+from pipeline.tracking.runs import flatten
 from tune.dimensions import MAX_LISTED, Dimension, Geometric, Parameter, label
 
 Point = dict[str, Any]

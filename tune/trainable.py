@@ -15,17 +15,17 @@ from typing import Any
 from ray.tune import Trainable
 
 from odedit.errors import InputError
-from odedit.locations import Location
-from pipeline import results
-from pipeline.actor import EditActor
-from pipeline.config import from_dict
-from pipeline.prepare import Preparer
-from pipeline.request_cache import RequestCache
-from pipeline.spec import Job
+from odedit.storage.location import Location
+from pipeline.config.run import from_dict
+from pipeline.run_folder import rows
+from pipeline.run_folder.workspace import read_json, write_json
 from pipeline.study.spec import merged
-from pipeline.workspace import read_json, write_json
+from pipeline.workers.editor import EditActor
+from pipeline.workers.plan import Job
+from pipeline.workers.preparer import Preparer
+from pipeline.workers.request_cache import RequestCache
 from tune import scoring
-from tune.records import TrialWorkspace
+from tune.rungs import TrialWorkspace
 from tune.space import nested
 
 EDITS, JUDGED = "edits", "judged"
@@ -109,12 +109,12 @@ class EditTrial(Trainable):
         preparer, actor = self._workers
         actor(preparer(group))
 
-    def _rows(self) -> list[results.Row]:
+    def _rows(self) -> list[rows.Row]:
         groups = [group for rung in self._rungs[: self._done + 1] for group in rung]
-        return list(results.read_rows(self._workspace.part(group) for group in groups))
+        return list(rows.read_rows(self._workspace.part(group) for group in groups))
 
     def _first_error(self) -> str:
-        error = next((row["error"] for row in results.read_rows(results.parts(self._workspace)) if row["error"]), "")
+        error = next((row["error"] for row in rows.read_rows(rows.parts(self._workspace)) if row["error"]), "")
         return f"none of the edits worked; first: {error}"
 
     def cleanup(self) -> None:

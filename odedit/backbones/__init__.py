@@ -8,12 +8,21 @@ from typing import Any
 
 from torch import Tensor
 
-from odedit import discovery
+from odedit import plugins
 from odedit.backbones.base import Backbone, Prefix, Processor, is_connector
-from odedit.edits import EDIT, RELIABILITY, REPHRASE, SUPERVISION_SLOTS, EditBatch, EditRequest, Probe, negative_slots
-from odedit.negatives import NegativePool
-from odedit.prompts import Template
-from odedit.stages import stage
+from odedit.data.negatives import NegativePool
+from odedit.inputs.batch import (
+    EDIT,
+    RELIABILITY,
+    REPHRASE,
+    SUPERVISION_SLOTS,
+    EditBatch,
+    EditRequest,
+    Probe,
+    negative_slots,
+)
+from odedit.inputs.prompts import Template
+from odedit.runtime.stages import stage
 
 __all__ = [
     "Backbone",
@@ -33,7 +42,7 @@ __all__ = [
 
 def names() -> tuple[str, ...]:
     """Families there are, by file name."""
-    return discovery.names(sys.modules[__name__])
+    return plugins.names(sys.modules[__name__])
 
 
 def load_backbone(family: str, checkpoint: str, *, dtype: str = "float32", device: str = "cpu") -> Backbone:
@@ -82,7 +91,7 @@ def fingerprint(family: str, checkpoint: str, *, dtype: str = "float32") -> str:
 
 
 def _find(family: str) -> Any:
-    return discovery.find(sys.modules[__name__], "backbone", family, "BACKBONE")
+    return plugins.find(sys.modules[__name__], "backbone", family, "BACKBONE")
 
 
 def encode_requests(

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from odedit.brief import brief
-from odedit.edits import EditBatch, Picture, Probe
-from odedit.encoding import TokenSequence
-from odedit.key_values import KeyValues
-from odedit.prompts import Template
+from odedit.inputs.batch import EditBatch, Picture, Probe
+from odedit.inputs.encoding import TokenSequence
+from odedit.inputs.prompts import Template
+from odedit.runtime.brief import brief
+from odedit.runtime.kv_cache import KeyValues
 
 CONNECTOR = "connector."
 """How the names of sites between image tower and text model begin."""

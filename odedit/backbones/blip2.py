@@ -6,12 +6,12 @@ same.
 
 from __future__ import annotations
 
-from odedit.decoders import Decoder, OPTDecoder
-from odedit.edits import Probe
-from odedit.encoding import TokenSequence
-from odedit.pretrained import Architecture
-from odedit.prompts import Template, tokenize
-from odedit.qformer import QFormerModel
+from odedit.backbones.common.checkpoints import Architecture
+from odedit.backbones.common.decoders import Decoder, OPTDecoder
+from odedit.backbones.common.qformer import QFormerModel
+from odedit.inputs.batch import Probe
+from odedit.inputs.encoding import TokenSequence
+from odedit.inputs.prompts import Template, tokenize
 
 
 class Blip2(QFormerModel):

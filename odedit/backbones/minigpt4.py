@@ -8,12 +8,12 @@ The published pieces become such a checkpoint by `odedit convert minigpt4`.
 
 from __future__ import annotations
 
-from odedit.decoders import Decoder, LlamaDecoder
-from odedit.edits import Probe
-from odedit.encoding import TokenSequence
-from odedit.pretrained import Architecture
-from odedit.prompts import Frame, Template, tokenize
-from odedit.qformer import QFormerModel
+from odedit.backbones.common.checkpoints import Architecture
+from odedit.backbones.common.decoders import Decoder, LlamaDecoder
+from odedit.backbones.common.qformer import QFormerModel
+from odedit.inputs.batch import Probe
+from odedit.inputs.encoding import TokenSequence
+from odedit.inputs.prompts import Frame, Template, tokenize
 
 BEFORE_PICTURE = "###Human: <Img>"
 BEHIND_PICTURE = Frame("</Img> ", "###Assistant:", begins=False)

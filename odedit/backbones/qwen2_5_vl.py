@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from odedit.decoders import Decoder, LlamaDecoder
-from odedit.edits import Probe
-from odedit.encoding import TokenSequence
+from odedit.backbones.common.checkpoints import Architecture, PretrainedProcessor
+from odedit.backbones.common.decoders import Decoder, LlamaDecoder
+from odedit.backbones.common.model import MultimodalModel
 from odedit.errors import InputError
-from odedit.multimodal import MultimodalModel
-from odedit.pretrained import Architecture, PretrainedProcessor
-from odedit.prompts import Frame, Template, tokenize
+from odedit.inputs.batch import Probe
+from odedit.inputs.encoding import TokenSequence
+from odedit.inputs.prompts import Frame, Template, tokenize
 
 SIDE = 448
 _TURN = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"

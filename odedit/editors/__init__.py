@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from odedit import discovery
+from odedit import plugins
 from odedit.editors.base import Editor, Mergeable, OptimizerSettings, Trace
 from odedit.errors import InputError, unknown_name
 
@@ -15,12 +15,12 @@ __all__ = ["Editor", "Mergeable", "OptimizerSettings", "Trace", "find", "load_ed
 
 def names() -> tuple[str, ...]:
     """Editors there are."""
-    return discovery.names(sys.modules[__name__])
+    return plugins.names(sys.modules[__name__])
 
 
 def find(name: str) -> Any:
     """The class of an editor. Raises InputError for an unknown name."""
-    return discovery.find(sys.modules[__name__], "editor", name, "EDITOR")
+    return plugins.find(sys.modules[__name__], "editor", name, "EDITOR")
 
 
 def load_editor(name: str, settings: Mapping[str, Any] | None = None) -> Editor:

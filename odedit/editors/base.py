@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix
-from odedit.brief import brief
-from odedit.edits import EDIT, EditBatch, EditParams
+from odedit.inputs.batch import EDIT, EditBatch, EditParams
+from odedit.runtime.brief import brief
 
 PUBLISHED_LAYERS = 32
 """Number of text layers of BLIP2-OPT-2.7B, for which the default sites were published."""

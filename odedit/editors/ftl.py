@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from odedit.fine_tuning import FineTuningConfig, WeightDifferences
+from odedit.editors.common.fine_tuning import FineTuningConfig, WeightDifferences
 
 
 @dataclass(frozen=True)

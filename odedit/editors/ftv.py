@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from odedit.backbones.base import is_connector
-from odedit.fine_tuning import FineTuningConfig, WeightDifferences
+from odedit.editors.common.fine_tuning import FineTuningConfig, WeightDifferences
 
 
 @dataclass(frozen=True)

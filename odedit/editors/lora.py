@@ -18,8 +18,8 @@ from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix
 from odedit.editors.base import check_range
-from odedit.edits import EditBatch, EditParams
-from odedit.fine_tuning import FineTuning, FineTuningConfig, resolve
+from odedit.editors.common.fine_tuning import FineTuning, FineTuningConfig, resolve
+from odedit.inputs.batch import EditBatch, EditParams
 
 _A, _B = ".lora_A", ".lora_B"
 

@@ -24,9 +24,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odedit import risks
 from odedit.backbones.base import Backbone, Prefix
-from odedit.editor_weights import check_tensors, load_weights
 from odedit.editors.base import (
     OptimizerSettings,
     Plain,
@@ -36,9 +34,11 @@ from odedit.editors.base import (
     fitting_site,
     prefix_of_edit,
 )
-from odedit.edits import EDIT, LOCALITY_SLOTS, REPHRASE_SLOTS, EditBatch, EditParams
+from odedit.editors.common.hooks import Rewrite, rewritten
+from odedit.editors.common.weights import check_tensors, load_weights
 from odedit.errors import InputError
-from odedit.hooks import Rewrite, rewritten
+from odedit.inputs.batch import EDIT, LOCALITY_SLOTS, REPHRASE_SLOTS, EditBatch, EditParams
+from odedit.risks import risks
 
 _SMALLEST_DEVIATION = 0.1
 """Of the root mean square of all features' deviations."""

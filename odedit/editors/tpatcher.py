@@ -27,9 +27,9 @@ from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix
 from odedit.editors.base import OptimizerSettings, Plain, Trace, check_range, prefix_of_edit
-from odedit.edits import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_locality
-from odedit.hooks import rewritten
-from odedit.selecting import gather_positions
+from odedit.editors.common.hooks import rewritten
+from odedit.inputs.batch import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_locality
+from odedit.runtime.gather import gather_positions
 
 KEYS, BIASES, VALUES, SCALES = "k", "b", "v", "a"
 STATES = "states"

@@ -46,16 +46,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from odedit.backbones.base import Backbone, Prefix
-from odedit.contrastive import encode, encoder_weights, info_nce, two_camps
-from odedit.editor_weights import check_tensors, load_weights
 from odedit.editors.base import OptimizerSettings, Plain, Trace, TrainingSettings, check_range, prefix_of_edit
-from odedit.edits import EDIT, REPHRASE, REPHRASE_SLOTS, EditBatch, EditParams
+from odedit.editors.common.contrastive import encode, encoder_weights, info_nce, two_camps
+from odedit.editors.common.hooks import Rewrite, rewritten
+from odedit.editors.common.memories import attend, blend, last_positions, neurons, starting_keys, take
+from odedit.editors.common.weights import check_tensors, load_weights
 from odedit.errors import InputError
-from odedit.hooks import Rewrite, rewritten
-from odedit.key_value import attend, blend, last_positions, neurons, starting_keys, take
-from odedit.key_values import KeyValues
-from odedit.metrics import greedy
-from odedit.selecting import gather_positions
+from odedit.evaluation.scores import greedy
+from odedit.inputs.batch import EDIT, REPHRASE, REPHRASE_SLOTS, EditBatch, EditParams
+from odedit.runtime.gather import gather_positions
+from odedit.runtime.kv_cache import KeyValues
 
 KEYS, BIAS, VALUES, MEMORY = "keys", "bias", "values", "memory"
 SEMANTIC, TRUTH, ZETA, BACK = "semantic", "truth", "zeta", "back"

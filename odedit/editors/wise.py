@@ -32,9 +32,9 @@ from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix
 from odedit.editors.base import OptimizerSettings, Plain, Trace, check_range, fitting_site
-from odedit.edits import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_locality
-from odedit.hooks import rewritten
-from odedit.selecting import places_of, spread
+from odedit.editors.common.hooks import rewritten
+from odedit.inputs.batch import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_locality
+from odedit.runtime.gather import places_of, spread
 
 ROWS, INPUTS, THERE = "side_rows", "side_inputs", "side_there"
 LIVE = "side_live"

@@ -10,7 +10,7 @@ import dataclasses
 import sys
 from typing import Any
 
-from odedit import discovery
+from odedit import plugins
 from odedit.errors import unknown_name
 from odedit.objectives import base
 from odedit.objectives.common.calibration import CALIBRATION_STATES, calibrate
@@ -23,12 +23,12 @@ DEFAULT = "odedit"
 
 def names() -> tuple[str, ...]:
     """Objectives in this package."""
-    return discovery.names(sys.modules[__name__])
+    return plugins.names(sys.modules[__name__])
 
 
 def find(name: str) -> type[base.Objective]:
     """The class of an objective. Raises InputError for an unknown name."""
-    found: type[base.Objective] = discovery.find(sys.modules[__name__], "objective", name, "OBJECTIVE")
+    found: type[base.Objective] = plugins.find(sys.modules[__name__], "objective", name, "OBJECTIVE")
     return found
 
 
@@ -52,7 +52,7 @@ def ObjectiveConfig(name: str = DEFAULT, **settings: Any) -> Any:
         ValueError: A value that its setting refuses.
     """
     own = find(name).Config
-    parts, unknown = discovery.by_config(settings, own, configs())
+    parts, unknown = plugins.by_config(settings, own, configs())
     if unknown:
         known = [item.name for part in parts for item in dataclasses.fields(part)]
         raise unknown_name(f"setting of objective {name!r}", unknown[0], known)

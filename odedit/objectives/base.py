@@ -1,7 +1,7 @@
 """The contract of an objective: the terms that an edit is optimised for, as tensors per edit.
 
 An objective is one file that defines `OBJECTIVE`, a subclass of `Objective` with its frozen `Config` beside it. An
-objective computes terms and takes no step: `odedit.primal_dual` moves phi_e and the multiplier.
+objective computes terms and takes no step: `odedit.editing.primal_dual` moves phi_e and the multiplier.
 
 Four terms are there for every objective, 0 where it does not use them: `rel`, the negative log-likelihood of the
 edit's answer; `loc`, the divergence from the unedited model; `gen`, generality; `own`, the editor's own terms. The
@@ -19,11 +19,10 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from odedit import risks
 from odedit.backbones.base import Backbone
 from odedit.editors.base import Editor, Trace
-from odedit.edits import EDIT, LOCALITY_SLOTS, Answers, EditBatch, EditParams, is_locality
 from odedit.errors import InputError
+from odedit.inputs.batch import EDIT, LOCALITY_SLOTS, Answers, EditBatch, EditParams, is_locality
 from odedit.objectives.common.penalty import Invariance, tv_penalty
 from odedit.objectives.common.terms import (
     COMPARED,
@@ -34,9 +33,10 @@ from odedit.objectives.common.terms import (
     token_means,
     weighted_sum,
 )
-from odedit.risks import Risk
-from odedit.selecting import gather_positions
-from odedit.token_risks import KL, NLL, TokenRisk, Tokens, kl_of_states, token_risks
+from odedit.risks import risks
+from odedit.risks.risks import Risk
+from odedit.risks.tokens import KL, NLL, TokenRisk, Tokens, kl_of_states, token_risks
+from odedit.runtime.gather import gather_positions
 
 Positions = Literal["target", "text"]
 _TOKENS_KEPT = 1024
@@ -101,7 +101,7 @@ class BaseConfig:
 
     @property
     def num_negatives(self) -> int:
-        """Hard negatives that every edit needs (see `odedit.negatives`); 0: none."""
+        """Hard negatives that every edit needs (see `odedit.data.negatives`); 0: none."""
         return 0
 
     @property

@@ -3,7 +3,7 @@
     G = NLL(edit) + w_gen NLL(rephrase) + w_loc sum_k v_k KL(p_k || q_k),     v_k = 2 (1 - q_k(o))
 
 The rephrase asks in other words about another picture (`EditRequest.rephrase`). The k are hard negatives, the edit's
-own question about similar pictures (see `odedit.negatives`); each step reads some of them, all in turn. o is the answer
+own question about similar pictures (see `odedit.data.negatives`); each step reads some of them, all in turn. o is the answer
 that the edit replaces: where the unedited model answers a picture with o, the picture shows the same thing, and v_k
 leaves it out. q_k(o) is the probability of the whole answer, near 0 for a long answer whatever the picture shows.
 
@@ -18,14 +18,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from odedit import risks
 from odedit.backbones.base import Backbone
 from odedit.editors.base import Editor
-from odedit.edits import EDIT, NEAR, REPHRASE, REPHRASE_SLOTS, EditBatch, is_negative
 from odedit.errors import InputError
+from odedit.inputs.batch import EDIT, NEAR, REPHRASE, REPHRASE_SLOTS, EditBatch, is_negative
 from odedit.objectives.base import ComparingConfig, Objective, require, rows_at_once
 from odedit.objectives.common.terms import Forward
-from odedit.risks import Risk
+from odedit.risks import risks
+from odedit.risks.risks import Risk
 
 _NEGATIVE_WEIGHT = 2.0
 """Weight of a negative relative to an NLL, chosen on the validation split of the embedded world."""

@@ -2,7 +2,7 @@
 
 R_rel is the likelihood of the edit's answer, R_loc the divergence from the unedited model on unrelated prompts, R_gen
 the distance between the final states of the edit and of its rephrases. The penalty reads the derivative of each
-environment's risk with respect to the scale of the final states; `odedit.primal_dual` learns its multiplier.
+environment's risk with respect to the scale of the final states; `odedit.editing.primal_dual` learns its multiplier.
 
 References:
     arXiv 2601.19700: eq. 2-6 for the risks, eq. 9-11 for the penalty.
@@ -18,13 +18,13 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from odedit import mmd
-from odedit.edits import EDIT, REPHRASE_SLOTS, SUPERVISION_SLOTS, EditBatch
+from odedit.inputs.batch import EDIT, REPHRASE_SLOTS, SUPERVISION_SLOTS, EditBatch
 from odedit.objectives.base import ComparingConfig, Objective, Positions, require
 from odedit.objectives.common.multiplier import MultiplierConfig
 from odedit.objectives.common.penalty import Invariance
 from odedit.objectives.common.terms import Forward, mean_over_slots
-from odedit.risks import Risk
+from odedit.risks import mmd
+from odedit.risks.risks import Risk
 
 Kernel = Literal["rbf", "linear", "contrastive"]
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from odedit.brief import brief
+from odedit.runtime.brief import brief
 from odedit.world.facts import DIGITS, WORLD, Entity
 
 SIZE = 32

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odedit.locations import at
-from odedit.tensor_files import write_tensors
+from odedit.storage.location import at
+from odedit.storage.tensors import write_tensors
 from odedit.world.layout import Layout
 from odedit.world.vocabulary import fit_tokenizer
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from odedit.brief import brief
+from odedit.runtime.brief import brief
 from odedit.world import facts, families, images, questions
 from odedit.world.model import IMAGE_MEAN, IMAGE_STD, VISION_WIDTH, Family, save
 

@@ -11,8 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from odedit.metrics import PairedDifference, paired
-from pipeline.results import EDITED, Row
+from odedit.evaluation.scores import PairedDifference, paired
+from pipeline.run_folder.rows import EDITED, Row
 from pipeline.study.spec import Arm, StudyConfig
 from pipeline.study.tables import holm, plus_minus, sign
 

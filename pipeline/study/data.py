@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from odedit.addresses import below
 from odedit.errors import InputError, counted
-from odedit.files import folder_written_atomically
-from odedit.locations import Location, at
+from odedit.runtime.addresses import below
+from odedit.storage.atomic import folder_written_atomically
+from odedit.storage.location import Location, at
 from odedit.world.facts import WORLD
-from pipeline.sources import build_embedded, embedded_name
+from pipeline.run_folder.sources import build_embedded, embedded_name
 from pipeline.study.spec import Draw
 
 _POOL_SEED = 0

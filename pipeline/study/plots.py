@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.report import LABELS
+from pipeline.report.page import LABELS
 from pipeline.study.spec import StudyConfig
 from pipeline.study.tables import TASKS, Cell, number
 

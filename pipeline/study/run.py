@@ -11,21 +11,24 @@ from typing import Any
 
 from rich.console import Console
 
-from odedit.addresses import above, below
 from odedit.errors import InputError, NothingUsable
-from odedit.locations import Location, at
-from pipeline import local_ray, results, tracking
-from pipeline.config import RunConfig
+from odedit.runtime.addresses import above, below
+from odedit.storage.location import Location, at
+from pipeline.config.run import RunConfig
+from pipeline.config.version import code_version
 from pipeline.console import say
+from pipeline.driver.preflight import check, check_records
+from pipeline.driver.run import Outcome, run_many
 from pipeline.interrupts import terminate_as_interrupt
-from pipeline.ready import check, check_records
-from pipeline.reasons import Reasons, lines
-from pipeline.run import Outcome, run_many
-from pipeline.sources import absolute
-from pipeline.study import comparisons, data, plots, states, tables, weights
+from pipeline.run_folder import rows as results
+from pipeline.run_folder.reasons import Reasons, lines
+from pipeline.run_folder.sources import absolute
+from pipeline.run_folder.workspace import Workspace, check_access, new_place, read_json, write_json
+from pipeline.study import comparisons, data, plots, states, tables
 from pipeline.study.spec import Arm, StudyConfig, arms, run_config
-from pipeline.version import code_version
-from pipeline.workspace import Workspace, check_access, new_place, read_json, write_json
+from pipeline.tracking import runs
+from pipeline.training import many
+from pipeline.workers import ray_session
 
 _STATE = "study.json"
 
@@ -60,7 +63,7 @@ def run(name: str, study: StudyConfig, out: Path | str, console: Console, *, fre
     _check_arms(
         [_named(run_config(arm, out, None), arm, out) for arm in every], is_drawn=study.draw is not None, fresh=fresh
     )
-    with terminate_as_interrupt(), local_ray.shared():
+    with terminate_as_interrupt(), ray_session.shared():
         with new_place(place):
             # The records first: a study whose records cannot be drawn has not begun.
             section = data.write(study.draw, below(str(out), "data")) if study.draw is not None else None
@@ -70,7 +73,7 @@ def run(name: str, study: StudyConfig, out: Path | str, console: Console, *, fre
         try:
             # Beside the studies, which may share them.
             folder = below(above(absolute(str(out))), "weights")
-            configs = weights.with_weights(configs, [arm.name for arm in every], folder, console)
+            configs = many.with_weights(configs, [arm.name for arm in every], folder, console)
             outcomes = run_many(configs, console, fresh=fresh, parent_run=parent.run_id if parent else None)
             found = _write(study, every, outcomes, place, console)
             if parent is not None:
@@ -127,18 +130,18 @@ def _named(config: RunConfig, arm: Arm, out: Path | str) -> RunConfig:
     Raises:
         InputError: `out` is an address, and no store is given.
     """
-    uri = tracking.store_uri(config.tracking, at(out) / "arms") if config.tracking.enabled else config.tracking.uri
+    uri = runs.store_uri(config.tracking, at(out) / "arms") if config.tracking.enabled else config.tracking.uri
     return replace(config, tracking=replace(config.tracking, uri=uri, run_name=arm.name))
 
 
 def _open_parent(
     name: str, study: StudyConfig, out: Location, config: RunConfig, *, fresh: bool
-) -> tracking.StudyRun | None:
+) -> runs.StudyRun | None:
     if not config.tracking.enabled:
         return None
     state = _state(out)
-    parent = tracking.StudyRun.start(
-        tracking.store_uri(config.tracking, out),
+    parent = runs.StudyRun.start(
+        runs.store_uri(config.tracking, out),
         config.tracking.experiment,
         name,
         json.loads(json.dumps(asdict(study))),
@@ -201,5 +204,5 @@ def describe(found: Finished, out: Location) -> list[str]:
     tables_of = ", ".join(str(file) for file in found.files if file.name != "plot.png")
     lines: list[Any] = [f"Tables:  {tables_of}", f"Picture: {out / 'plot.png'}"]
     if found.tracking_uri is not None:
-        lines.append(f"MLflow:  {tracking.open_command(found.tracking_uri)}")
+        lines.append(f"MLflow:  {runs.open_command(found.tracking_uri)}")
     return lines

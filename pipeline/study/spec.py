@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import odedit
-from odedit.addresses import below
 from odedit.errors import InputError, unknown_name
-from odedit.metrics import MAIN
-from pipeline import strict
-from pipeline.config import RunConfig, apply_override, from_dict, read_yaml
+from odedit.evaluation.scores import MAIN
+from odedit.runtime.addresses import below
+from pipeline.config import strict
+from pipeline.config.run import RunConfig, apply_override, from_dict, read_yaml
 
 FOLDER = Path(odedit.__file__).parent / "configs" / "studies"
 Labels = Mapping[str, str]

@@ -11,19 +11,19 @@ import torch
 from rich.console import Console
 
 from odedit.backbones import encode_requests, load_backbone
-from odedit.checkpoint import load_edits
-from odedit.edits import RELIABILITY, EditBatch
+from odedit.editing.files import load_edits
 from odedit.errors import InputError
-from odedit.metrics import MAIN
-from odedit.prompts import find_template
-from pipeline import results, staging
-from pipeline.config import from_dict, read_yaml
-from pipeline.prepare import Preparer
-from pipeline.run import Outcome
-from pipeline.sources import resolve
-from pipeline.spec import Job
+from odedit.evaluation.scores import MAIN
+from odedit.inputs.batch import RELIABILITY, EditBatch
+from odedit.inputs.prompts import find_template
+from pipeline.config.run import from_dict, read_yaml
+from pipeline.driver.run import Outcome
+from pipeline.run_folder import rows, staging
+from pipeline.run_folder.sources import resolve
 from pipeline.study import plots
 from pipeline.study.spec import Arm, StudyConfig
+from pipeline.workers.plan import Job
+from pipeline.workers.preparer import Preparer
 
 _SHOWN = (RELIABILITY, *(name for name in MAIN if name.endswith("_gen")))
 _MARKERS = {"rel": "o", "t_gen": "s", "m_gen": "^"}
@@ -56,8 +56,8 @@ def _states(outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
     staged = staging.read_staged(outcome.workspace.records)
     edited = {
         row["edit_id"]
-        for row in results.read_rows(results.parts(outcome.workspace), ("edit_id", "status"))
-        if row["status"] == results.EDITED
+        for row in rows.read_rows(rows.parts(outcome.workspace), ("edit_id", "status"))
+        if row["status"] == rows.EDITED
     }
     for group in range(len(staged.usable)):
         requests = [request for request in prepare(group).requests if request.edit_id in edited]

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from odedit.metrics import Estimate, PairedDifference, paired, summarize
-from pipeline.results import EDITED, Row
+from odedit.evaluation.scores import Estimate, PairedDifference, paired, summarize
+from pipeline.run_folder.rows import EDITED, Row
 from pipeline.study.spec import Arm, StudyConfig
 
 TASKS = {"vqa": "E-VQA", "caption": "E-IC"}

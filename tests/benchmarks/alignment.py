@@ -29,10 +29,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from odedit import Objective, ObjectiveConfig, Stopping, calibrate, edit, find_template, load_editor, mmd, risks, world
+from odedit import Objective, ObjectiveConfig, Stopping, calibrate, edit, find_template, load_editor, world
 from odedit.backbones import encode_requests, load_backbone
+from odedit.data.images import ImageReader
+from odedit.data.negatives import NegativePool
+from odedit.data.pool import Pool
+from odedit.data.records import read_records
+from odedit.data.supervision import Supervision, build_request
 from odedit.editors.base import Measuring, Trainable
-from odedit.edits import (
+from odedit.inputs.batch import (
     EDIT,
     LOCALITY_SLOTS,
     NEAR,
@@ -45,12 +50,8 @@ from odedit.edits import (
     is_negative,
     stack_params,
 )
-from odedit.images import ImageReader
-from odedit.mmedit import read_records
-from odedit.negatives import NegativePool
 from odedit.objectives.base import BaseConfig
-from odedit.pool import Pool
-from odedit.supervision import Supervision, build_request
+from odedit.risks import mmd, risks
 from tests.benchmarks.tables import show
 
 TEMPLATE = find_template("mmedit")

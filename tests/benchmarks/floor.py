@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from odedit.backbones import is_connector
-from odedit.edits import EDIT, REPHRASE, EditBatch, is_locality
-from odedit.metrics import EvaluationConfig
+from odedit.evaluation.scores import EvaluationConfig
+from odedit.inputs.batch import EDIT, REPHRASE, EditBatch, is_locality
 
 FORWARD, BACKWARD = 2, 2
 """Operations of a multiplication with its addition, forward; and backward through a weight that is frozen."""

@@ -11,7 +11,7 @@ import torch
 
 from odedit.backbones.base import Backbone, Prefix
 from odedit.editors.base import OptimizerSettings, Plain, Trace
-from odedit.edits import EditBatch, EditParams
+from odedit.inputs.batch import EditBatch, EditParams
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from odedit import mmd
 from odedit.backbones import encode_requests
-from odedit.edits import EDIT, LOCALITY_SLOTS, REPHRASE_SLOTS, EditParams, EditRequest, Probe, is_locality
-from odedit.encoding import TokenSequence
+from odedit.editing.primal_dual import PrimalDual
+from odedit.inputs.batch import EDIT, LOCALITY_SLOTS, REPHRASE_SLOTS, EditParams, EditRequest, Probe, is_locality
+from odedit.inputs.encoding import TokenSequence
+from odedit.inputs.prompts import find_template
 from odedit.objectives.base import Objective
 from odedit.objectives.common.penalty import tv_penalty
 from odedit.objectives.common.terms import Terms
-from odedit.primal_dual import PrimalDual
-from odedit.prompts import find_template
+from odedit.risks import mmd
 
 TEMPLATE = find_template("mmedit")
 
@@ -163,7 +163,7 @@ class Reference:
 
     @torch.no_grad()
     def score(self, request: EditRequest, params: EditParams) -> dict[str, float]:
-        """The teacher-forced, generated and published figures of every probe, as `odedit.metrics` names them."""
+        """The teacher-forced, generated and published figures of every probe, as `odedit.evaluation.scores` names them."""
         threshold = (
             self._distance(request.edit, params) * self._editor.config.routing_ratio if "side_live" in params else 0
         )

@@ -160,21 +160,21 @@ def bare_loop(values: dict[str, Any]) -> tuple[Any, list[Any], Any]:
     """
     from odedit import editors
     from odedit.backbones import encode_requests, load_backbone
-    from odedit.editing import edit
-    from odedit.edits import stack_params
-    from odedit.feature_memory import remembering
-    from odedit.metrics import evaluate
+    from odedit.backbones.common.feature_memory import remembering
+    from odedit.editing.loop import edit
+    from odedit.evaluation.scores import evaluate
+    from odedit.inputs.batch import stack_params
+    from odedit.inputs.prompts import find_template
     from odedit.objectives import Objective
-    from odedit.process import settle
-    from odedit.prompts import find_template
-    from pipeline import ready
-    from pipeline.config import from_dict
-    from pipeline.prepare import Preparer
-    from pipeline.spec import Job
+    from odedit.runtime.process import settle
+    from pipeline.config.run import from_dict
+    from pipeline.driver import preflight
+    from pipeline.workers.plan import Job
+    from pipeline.workers.preparer import Preparer
 
     settle(1, "cpu")
     config = from_dict(values)
-    found = ready.prepare(config)
+    found = preflight.prepare(config)
     job = Job(config, found.sources, found.workspace)
     preparer = Preparer(job)
     groups = [preparer(group) for group in range(len(found.staged.usable))]
@@ -197,7 +197,7 @@ def group_seconds(values: dict[str, Any]) -> tuple[float, float]:
 
     In turns in one process, since the load of a shared machine changes what either takes.
     """
-    from pipeline.actor import EditActor
+    from pipeline.workers.editor import EditActor
 
     job, groups, work = bare_loop(values)
     actor = EditActor(job)

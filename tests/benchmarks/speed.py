@@ -29,16 +29,16 @@ from odedit import (
     edit,
     evaluate,
     load_editor,
-    stages,
 )
 from odedit.backbones import encode_requests, is_connector
+from odedit.data.negatives import NegativePool
 from odedit.editors.base import Measuring, Trainable
-from odedit.edits import EditBatch, stack_params
-from odedit.memory import peak_memory
-from odedit.negatives import NegativePool
+from odedit.inputs.batch import EditBatch, stack_params
 from odedit.objectives import base
-from odedit.process import settle
-from pipeline.prepare import process
+from odedit.runtime import stages
+from odedit.runtime.peak_memory import peak_memory
+from odedit.runtime.process import settle
+from pipeline.workers.preparer import process
 from tests.benchmarks import models
 from tests.benchmarks.floor import EVERYTHING, Floor, product_rate, wait
 from tests.benchmarks.reference import TEMPLATE, Reference

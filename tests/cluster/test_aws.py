@@ -14,7 +14,7 @@ import yaml
 from cluster_files import FOLDER, load, text
 from moto import mock_aws
 
-from pipeline import config
+from pipeline.config import run
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 REGION = load("aws.yaml")["provider"]["region"]
@@ -74,7 +74,7 @@ def test_every_machine_has_a_profile_of_its_own_with_its_role() -> None:
         for statement in statements(role):
             if any(action.startswith("s3:") for action in actions(statement)):
                 bucket = statement["Resource"].split(":::")[1].split("/")[0]
-                assert config.load(FOLDER / "run.yaml", []).out.startswith(f"s3://{bucket}/")
+                assert run.load(FOLDER / "run.yaml", []).out.startswith(f"s3://{bucket}/")
     assert {action.split(":")[0] for action in allowed("odedit-worker")} == {"s3"}
 
 

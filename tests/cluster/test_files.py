@@ -39,7 +39,7 @@ from cluster_files import (
 from test_readme import is_command
 
 from cluster import packing
-from pipeline import config
+from pipeline.config import run as config
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 

@@ -32,7 +32,7 @@ from cluster_files import (
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from pipeline import config
+from pipeline.config import run as config
 
 
 def test_all_name_one_image_of_this_version() -> None:

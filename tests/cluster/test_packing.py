@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from cluster import packing
 from odedit.__main__ import app
-from pipeline import version
-from pipeline.version import code_version
+from pipeline.config import version
+from pipeline.config.version import code_version
 
 
 @pytest.fixture

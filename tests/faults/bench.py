@@ -27,8 +27,8 @@ from mmedit_files import record, write_array, write_images
 from typer.testing import CliRunner
 
 from odedit.__main__ import app
-from pipeline import graph
-from pipeline.spec import Job, Plan
+from pipeline.workers import graph
+from pipeline.workers.plan import Job, Plan
 from tests.faults.obedient import GROUP, HOLD
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,9 +12,9 @@ import torch
 import yaml
 from pyarrow import parquet
 
-from odedit.checkpoint import load_edit
-from pipeline import results
-from pipeline.workspace import Workspace
+from odedit.editing.files import load_edit
+from pipeline.run_folder import rows as results
+from pipeline.run_folder.workspace import Workspace
 from tests.faults.bench import EDITS, Bench
 
 

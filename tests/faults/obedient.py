@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from odedit.editors.ftl import FTL, FTLConfig
-from odedit.edits import EditBatch, EditParams
+from odedit.inputs.batch import EditBatch, EditParams
 
 GROUP = 3
 """Edits of a group; the ids end in their number."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from odedit.editors.base import OptimizerSettings, Trace
-from odedit.hooks import rewritten
+from odedit.editors.common.hooks import rewritten
 
 
 @dataclass(frozen=True)

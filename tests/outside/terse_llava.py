@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from odedit.decoders import Decoder, LlamaDecoder
-from odedit.edits import Probe
-from odedit.encoding import TokenSequence
-from odedit.multimodal import MultimodalModel
-from odedit.pretrained import Architecture, PretrainedProcessor
-from odedit.prompts import Template, tokenize
+from odedit.backbones.common.checkpoints import Architecture, PretrainedProcessor
+from odedit.backbones.common.decoders import Decoder, LlamaDecoder
+from odedit.backbones.common.model import MultimodalModel
+from odedit.inputs.batch import Probe
+from odedit.inputs.encoding import TokenSequence
+from odedit.inputs.prompts import Template, tokenize
 
 
 class Processor(PretrainedProcessor):

@@ -11,8 +11,8 @@ import pytest
 from mmedit_files import record, write_array, write_images
 from rich.console import Console
 
-from pipeline.config import RunConfig, from_dict
-from pipeline.run import Outcome, run
+from pipeline.config.run import RunConfig, from_dict
+from pipeline.driver.run import Outcome, run
 
 QUIET = Console(quiet=True)
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from mmedit_files import record, write_array, write_images
 
+from odedit.data.pack import pack
 from odedit.editors.tpatcher import TPatcher
-from odedit.edits import EditBatch
 from odedit.errors import InputError
-from odedit.pack import pack
-from pipeline import results
-from pipeline.config import from_dict
-from pipeline.run import Outcome
+from odedit.inputs.batch import EditBatch
+from pipeline.config.run import from_dict
+from pipeline.driver.run import Outcome
+from pipeline.run_folder import rows as results
 
 Inline = Callable[..., Outcome]
 
@@ -37,7 +37,7 @@ def test_a_packed_pool_is_read_with_its_own_pictures(settings: dict[str, Any], i
 def test_the_number_of_states_is_the_measured_one(
     settings: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch, positions: str
 ) -> None:
-    from odedit import mmd
+    from odedit.risks import mmd
 
     seen = []
     measure = mmd.mean_squared_distance
@@ -74,9 +74,9 @@ def test_a_run_without_anything_to_edit_ends_with_its_skipped_rows(
 def test_records_beyond_the_first_unusable_ones_are_measured(
     settings: dict[str, Any], inline: Inline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline import actor
+    from pipeline.workers import editor
 
-    monkeypatch.setattr(actor, "CALIBRATION_RECORDS", 2)
+    monkeypatch.setattr(editor, "CALIBRATION_RECORDS", 2)
     records = json.loads(Path(settings["data"]["path"]).read_text())
     for broken in records[:3]:
         (tmp_path / "coco" / broken["image"]).unlink()

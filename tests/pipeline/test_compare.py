@@ -14,13 +14,15 @@ from typer.testing import CliRunner, Result
 
 from odedit.__main__ import app
 from odedit.errors import InputError
-from odedit.metrics import MAIN
-from odedit.score import harmonic_mean, paired_score, score
-from pipeline import compare, fetching, strict
-from pipeline.config import from_dict
-from pipeline.run import Outcome
+from odedit.evaluation.score import harmonic_mean, paired_score, score
+from odedit.evaluation.scores import MAIN
+from pipeline.config import strict
+from pipeline.config.run import from_dict
+from pipeline.driver.run import Outcome
+from pipeline.report import compare
 from pipeline.study import run as study_runner
 from pipeline.study.spec import StudyConfig
+from pipeline.tracking import fetch
 
 Inline = Callable[..., Outcome]
 
@@ -96,7 +98,7 @@ def test_a_study_is_its_arms_and_a_search_its_two_runs(
         text = compare.to_markdown(compare.compare(sides))
     assert "| objective.name |" in text and f"Differences to {names[0]}" in text
     parent = json.loads((out / "study.json").read_text())["run_id"]
-    assert {name for name, _ in fetching.fetch_results(str(found.tracking_uri), parent, tmp_path / "got")} == set(names)
+    assert {name for name, _ in fetch.fetch_results(str(found.tracking_uri), parent, tmp_path / "got")} == set(names)
     search = tmp_path / "search"
     search.mkdir()
     (search / "evaluation").symlink_to(out / "arms")
@@ -144,7 +146,7 @@ def test_the_scores_difference_has_an_interval_of_facts() -> None:
     b = {key: row | dict.fromkeys(MAIN, row["rel"] + 0.1 + int(key) % 5 / 100) for key, row in a.items()}
     found = paired_score(a, b)
     # All metrics are equal here, so that the score is their mean and the jackknife is the t-test over facts.
-    from odedit.metrics import paired
+    from odedit.evaluation.scores import paired
 
     same = paired(a, b)["rel"]
     assert found is not None and found.n == same.n == 20

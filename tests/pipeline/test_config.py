@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from odedit.errors import InputError
-from pipeline.config import RunConfig, apply_override, from_dict, load
-from pipeline.tracking import masked_values
+from pipeline.config.run import RunConfig, apply_override, from_dict, load
+from pipeline.tracking.runs import masked_values
 
 
 def message(values: dict) -> str:

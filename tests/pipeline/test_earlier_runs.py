@@ -6,9 +6,9 @@ import pytest
 
 from odedit import InputError
 from odedit.backbones import fingerprint
-from pipeline.config import from_dict
-from pipeline.ready import prepare, update
-from pipeline.workspace import read_json
+from pipeline.config.run import from_dict
+from pipeline.driver.preflight import prepare, update
+from pipeline.run_folder.workspace import read_json
 
 
 @pytest.mark.parametrize("is_finished", [True, False])

@@ -15,17 +15,19 @@ from outside_editors.poisoned import WorkerDeath
 from ray import cloudpickle
 from safetensors import SafetensorError
 
+from odedit.data.images import ImageReader
 from odedit.errors import InputError, StorageError
-from odedit.images import ImageReader
-from odedit.locations import Location
-from pipeline import actor, graph, local_ray, results
-from pipeline import run as runner
-from pipeline.config import BackboneConfig, from_dict
-from pipeline.features import load_remembering, with_checked_store
-from pipeline.prepare import Prepared, Preparer, write_traceback
-from pipeline.ready import prepare
-from pipeline.run import Outcome
-from pipeline.spec import Job
+from odedit.storage.location import Location
+from pipeline.config.run import BackboneConfig, from_dict
+from pipeline.driver import run as runner
+from pipeline.driver.preflight import prepare
+from pipeline.driver.run import Outcome
+from pipeline.run_folder import rows
+from pipeline.workers import editor as actor
+from pipeline.workers import graph, ray_session
+from pipeline.workers.model import load_remembering, with_checked_store
+from pipeline.workers.plan import Job
+from pipeline.workers.preparer import Prepared, Preparer, write_traceback
 
 Inline = Callable[..., Outcome]
 
@@ -37,7 +39,7 @@ def poisoned(settings: dict[str, Any], ids: list[str]) -> dict[str, Any]:
 
 
 def statuses(outcome: Outcome) -> list[str]:
-    return [row["status"] for row in results.read_rows(results.parts(outcome.workspace))]
+    return [row["status"] for row in rows.read_rows(rows.parts(outcome.workspace))]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: no space")])
@@ -218,5 +220,5 @@ def test_ray_is_ended_after_the_threads_that_read_ahead() -> None:
     ahead.start()
     threading.Timer(0.3, reading.set).start()
     alive: list[bool] = []
-    local_ray._stop(SimpleNamespace(shutdown=lambda: alive.append(ahead.is_alive())))
+    ray_session._stop(SimpleNamespace(shutdown=lambda: alive.append(ahead.is_alive())))
     assert alive == [False]

@@ -16,12 +16,12 @@ from typer.testing import CliRunner, Result
 
 from odedit import InputError, load_backbone
 from odedit.__main__ import app
-from odedit.editor_weights import save_weights
 from odedit.editors import find
-from pipeline import local_ray
-from pipeline.checkpoints import fitted
-from pipeline.config import RunConfig, from_dict
-from pipeline.ready import prepare
+from odedit.editors.common.weights import save_weights
+from pipeline.config.checkpoints import fitted
+from pipeline.config.run import RunConfig, from_dict
+from pipeline.driver.preflight import prepare
+from pipeline.workers import ray_session
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def connected(*_: object) -> None:
         raise AssertionError("Ray was to be started")
 
-    monkeypatch.setattr(local_ray, "connected", connected)
+    monkeypatch.setattr(ray_session, "connected", connected)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_a_model_is_read_after_what_costs_nothing(
     def read(*_: object, **__: object) -> None:
         raise AssertionError("the model was read")
 
-    monkeypatch.setattr("pipeline.ready.fitted", read)
+    monkeypatch.setattr("pipeline.driver.preflight.fitted", read)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="out"):
         prepare(from_dict(settings | {"out": str(tmp_path / "file")}))

@@ -14,10 +14,11 @@ from rich.console import Console
 
 from odedit import world
 from odedit.errors import InputError
-from pipeline import ready, run, sources, staging
-from pipeline.config import from_dict
-from pipeline.ready import Ready, prepare, update
-from pipeline.run import announce
+from pipeline.config.run import from_dict
+from pipeline.driver import preflight, run
+from pipeline.driver.preflight import Ready, prepare, update
+from pipeline.driver.run import announce
+from pipeline.run_folder import sources, staging
 from pipeline.study import run as study
 
 
@@ -129,12 +130,12 @@ def test_what_a_run_left_that_never_began_is_staged_anew(settings: dict[str, Any
     (out / ".staging-killed" / "records.parquet").write_text("cut off")
     write_array(pool, [record(number) for number in range(20, 23)])
     (out / "calibration.json").write_text('{"sigma2_0": 9}')
-    ready = prepared(with_pool, fresh=True)
-    found = staging.read_pool(ready.workspace, ready.sources)
+    preflight = prepared(with_pool, fresh=True)
+    found = staging.read_pool(preflight.workspace, preflight.sources)
     assert found is not None and {other.fields["src"] for other in found.records} == {
         f"What is object {number}?" for number in range(20, 23)
     }
-    assert not ready.workspace.calibration.exists()
+    assert not preflight.workspace.calibration.exists()
 
 
 @pytest.mark.parametrize("is_begun", [False, True])
@@ -180,7 +181,7 @@ def test_secrets_are_not_stored_but_a_changed_one_is_noticed(settings: dict[str,
     config = from_dict(settings | {"data": settings["data"] | {"image_root": str(tmp_path / "coco")}})
     found = sources.resolve(config.data, tmp_path)
     one, other = (
-        ready._settings(from_dict(settings | {"data": settings["data"] | {"rephrase_root": address}}), found)
+        preflight._settings(from_dict(settings | {"data": settings["data"] | {"rephrase_root": address}}), found)
         for address in ("s3://me:hunter1@bucket/x", "s3://me:hunter2@bucket/x")
     )
     assert one["data.rephrase_root"].startswith("s3://***@bucket/x [")
@@ -245,13 +246,13 @@ def test_storage_is_written_to_once_for_all_runs_below_one_address(
     settings: dict[str, Any], bucket: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[str] = []
-    monkeypatch.setattr(ready, "check_access", lambda folder, setting: tried.append(str(folder)))
+    monkeypatch.setattr(preflight, "check_access", lambda folder, setting: tried.append(str(folder)))
     config = from_dict(settings | {"out": "s3://odedit/study/arms/a"})
-    ready.check(config)
+    preflight.check(config)
     assert tried == ["s3://odedit/study/arms/a"], "the folders inside have the same rights"
     tried.clear()
     study._check_arms([config, replace(config, out="s3://odedit/study/arms/b")], is_drawn=False, fresh=False)
     run._prepared(config, fresh=False)
     assert tried == []
-    ready.check(from_dict(settings), is_storage_tried=True)
+    preflight.check(from_dict(settings), is_storage_tried=True)
     assert len(tried) == 4, "folders of a machine may each have other rights"

@@ -17,13 +17,14 @@ import pytest
 from mmedit_files import record, write_array
 from rich.console import Console
 
-from odedit.stages import stage
-from pipeline import graph, local_ray, results
-from pipeline.config import from_dict
-from pipeline.profile import WAITING, Clock, Profile
-from pipeline.progress import Progress
-from pipeline.run import run
-from pipeline.spec import Plan, make_plan
+from odedit.runtime.stages import stage
+from pipeline.config.run import from_dict
+from pipeline.driver.progress import Progress
+from pipeline.driver.run import run
+from pipeline.run_folder import rows as results
+from pipeline.workers import graph, ray_session
+from pipeline.workers.plan import Plan, make_plan
+from pipeline.workers.profile import WAITING, Clock, Profile
 from tests.rows import assert_same
 
 pytestmark = pytest.mark.ray
@@ -33,7 +34,7 @@ QUIET = Console(quiet=True)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_ray() -> Iterator[None]:
-    with local_ray.shared():
+    with ray_session.shared():
         yield
 
 

@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 from mmedit_files import record, write_array, write_images
 
+from odedit.data.images import ImageReader
+from odedit.data.negatives import NegativePool
+from odedit.data.pack import pack
+from odedit.data.pool import Pool
 from odedit.errors import InputError
-from odedit.images import ImageReader
-from odedit.negatives import NegativePool
 from odedit.objectives import ObjectiveConfig
-from odedit.pack import pack
-from odedit.pool import Pool
-from pipeline import negatives, results
-from pipeline.config import from_dict
-from pipeline.run import Outcome
+from pipeline.config.run import from_dict
+from pipeline.driver.run import Outcome
+from pipeline.run_folder import rows as results
+from pipeline.workers import negatives
 
 Inline = Callable[..., Outcome]
 CONTRAST = {"objective": {"name": "contrast", "negatives": 3}}

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from odedit.locations import Location
-from pipeline import intact, results
-from pipeline.config import RunConfig, from_dict
-from pipeline.ready import prepare
-from pipeline.run import Outcome
+from odedit.storage.location import Location
+from pipeline.config.run import RunConfig, from_dict
+from pipeline.driver.preflight import prepare
+from pipeline.driver.run import Outcome
+from pipeline.run_folder import repair, rows
 from tests.rows import assert_same
 
 Inline = Callable[..., Outcome]
@@ -21,14 +21,14 @@ ONE_EACH = {"pipeline": {"batch_size": 1}, "objective": {"name": "native"}}
 
 
 def rows_of(outcome: Outcome) -> list[dict[str, Any]]:
-    return list(results.read_rows(results.parts(outcome.workspace)))
+    return list(rows.read_rows(rows.parts(outcome.workspace)))
 
 
 def gathered(
     settings: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[RunConfig, Outcome, list[dict[str, Any]]]:
     """A finished run of five groups, whose rows lie in two files, and those rows."""
-    monkeypatch.setattr(results, "GROUPS_PER_FILE", 3)
+    monkeypatch.setattr(rows, "GROUPS_PER_FILE", 3)
     config = from_dict(settings | ONE_EACH)
     whole = inline(config)
     return config, whole, rows_of(whole)
@@ -63,7 +63,7 @@ def test_a_kill_while_groups_are_taken_apart_loses_and_repeats_no_row(
         patch.setattr(Location, "delete", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare(config)
-    assert len(results.parts(whole.workspace)) == 2, "the gathered file still counts"
+    assert len(rows.parts(whole.workspace)) == 2, "the gathered file still counts"
     assert prepare(config).pending == [1]
     assert_same(rows_of(inline(config)), expected)
 
@@ -91,7 +91,7 @@ def test_only_what_a_killed_writer_left_is_deleted(settings: dict[str, Any]) -> 
     users = [workspace.out / ".notes.tmp", workspace.out / "notes.0123abcd.tmp"]
     for path in (*left, *users):
         path.write_text("")
-    intact.remove_temporaries(workspace)
+    repair.remove_temporaries(workspace)
     assert [path.exists() for path in left] == [False, False] and all(path.exists() for path in users)
 
 

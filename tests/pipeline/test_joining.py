@@ -13,8 +13,8 @@ from ray.core.generated import ray_client_pb2 as messages
 from ray.core.generated import ray_client_pb2_grpc as services
 
 from odedit.errors import InputError
-from pipeline import joining, local_ray, probe
-from pipeline.config import PipelineConfig
+from pipeline.config.run import PipelineConfig
+from pipeline.workers import joining, probe, ray_session
 
 
 class RayClientServer(services.RayletDriverServicer):
@@ -112,9 +112,9 @@ def test_a_cluster_is_asked_once(
     answer = joining._ask
     monkeypatch.setattr(joining, "_ask", lambda *arguments: asked.append(arguments[0]) or answer(*arguments))
     pipeline = PipelineConfig(ray_address=address)
-    local_ray.check_reachable(pipeline)
+    ray_session.check_reachable(pipeline)
     for _ in range(2):
-        with pytest.raises(InputError, match="no Ray answers"), local_ray._cluster(address):
+        with pytest.raises(InputError, match="no Ray answers"), ray_session._cluster(address):
             pass
     assert asked == [address]
 
@@ -140,9 +140,9 @@ def test_a_server_for_ray_client_asks_for_the_token_as_well(
     pipeline = PipelineConfig(ray_address=client_server)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
     with pytest.raises(InputError, match="refuses the token in RAY_AUTH_TOKEN"):
-        local_ray.check_reachable(pipeline)
+        ray_session.check_reachable(pipeline)
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("right")
-    local_ray.check_reachable(pipeline)
+    ray_session.check_reachable(pipeline)
     assert joining.login_to(client_server) == {"RAY_AUTH_MODE": "token"}

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from odedit.errors import InputError
-from pipeline import local_ray
+from pipeline.workers import ray_session
 
 pytestmark = pytest.mark.ray
 
@@ -58,7 +58,7 @@ def owner(mode: dict[str, str], *tokens: str) -> list[str]:
 
 def test_a_runs_own_ray_lets_nobody_else_in() -> None:
     with TemporaryDirectory(prefix="x", dir="/tmp") as home:
-        base = Path(home, "y" * (local_ray._LONGEST_BASE - len(home) - 1))  # the longest that will do
+        base = Path(home, "y" * (ray_session._LONGEST_BASE - len(home) - 1))  # the longest that will do
         mode, session, *strangers, left = owner({"RAY_TMPDIR": str(base)}, "", "a-token-that-is-not-its-own-00000")
         assert left.startswith(f"left False {base}/") and not list(base.iterdir()), "it goes with the run"
     assert session == "session True True", "its folder is closed to others"
@@ -74,11 +74,11 @@ def test_authentication_is_off_where_the_user_turned_it_off() -> None:
 
 
 def test_a_folder_that_ray_cannot_use_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "y" * local_ray._LONGEST_BASE)
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "y" * ray_session._LONGEST_BASE)
     with pytest.raises(InputError, match="^RAY_TMPDIR: '/tmp/y*' is longer than .. bytes"):
-        local_ray._new_session()
+        ray_session._new_session()
     (tmp_path / "f").write_text("")
-    monkeypatch.setattr(local_ray, "_LONGEST_BASE", 1000)
+    monkeypatch.setattr(ray_session, "_LONGEST_BASE", 1000)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "f" / "g"))
     with pytest.raises(InputError, match=r"^RAY_TMPDIR: no folder can be made in .* \(Not a directory\)"):
-        local_ray._new_session()
+        ray_session._new_session()

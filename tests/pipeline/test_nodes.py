@@ -16,10 +16,10 @@ from ray._private.worker import print_to_stdstream
 from rich.console import Console
 
 from odedit.errors import InputError
-from pipeline import nodes
-from pipeline.config import BackboneConfig, PipelineConfig, from_dict
-from pipeline.graph import GraphError
-from pipeline.spec import Plan, lacking, make_plan, shortage
+from pipeline.config.run import BackboneConfig, PipelineConfig, from_dict
+from pipeline.workers import nodes
+from pipeline.workers.graph import GraphError
+from pipeline.workers.plan import Plan, lacking, make_plan, shortage
 
 PLAN = Plan("cpu", 2, 4, 0.0, 1)
 GONE = "^The cluster has lost what the run needs: a worker takes 3 CPU, and no node of the cluster has as much; nothing"

@@ -11,10 +11,10 @@ import pytest
 
 from odedit import objectives
 from odedit.errors import InputError
-from pipeline import results
-from pipeline.config import from_dict, load
-from pipeline.ready import prepare
-from pipeline.run import Outcome
+from pipeline.config.run import from_dict, load
+from pipeline.driver.preflight import prepare
+from pipeline.driver.run import Outcome
+from pipeline.run_folder import rows
 
 Inline = Callable[..., Outcome]
 SETTINGS = {
@@ -66,7 +66,7 @@ def test_an_objective_from_outside_runs_by_its_dotted_name(settings: dict[str, A
     outcome = inline(from_dict(settings | {"objective": objective, "keep_edits": False}))
     assert (outcome.summary["n"], outcome.summary["failed"]) == (5, 0)
     assert outcome.summary["objective"] == "outside.norm"
-    for row in results.read_rows(results.parts(outcome.workspace)):
+    for row in rows.read_rows(rows.parts(outcome.workspace)):
         losses = row["losses"]
         parts = [losses[name][-1] for name in ("rel", "loc", "gen")] + [0.5 * losses["norm"][-1]]
         penalty = losses["lambda"][-1] * losses["penalty"][-1]

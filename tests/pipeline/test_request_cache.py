@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from odedit import EditRequest, Picture, Probe
-from pipeline import prepare as stage
-from pipeline.config import from_dict
-from pipeline.ready import prepare
-from pipeline.request_cache import RequestCache
-from pipeline.spec import Job
+from pipeline.config.run import from_dict
+from pipeline.driver.preflight import prepare
+from pipeline.workers import preparer as stage
+from pipeline.workers.plan import Job
+from pipeline.workers.request_cache import RequestCache
 
 
 def request(number: int) -> EditRequest:

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from odedit.files import write_atomically
-from odedit.locations import locate
-from odedit.metrics import summarize
-from odedit.mmedit import RawRecord
-from pipeline import results
-from pipeline.attempts import Ledger
-from pipeline.config import RunConfig, from_dict
-from pipeline.workspace import Workspace, read_schema
+from odedit.data.records import RawRecord
+from odedit.evaluation.scores import summarize
+from odedit.storage.atomic import write_atomically
+from odedit.storage.location import locate
+from pipeline.config.run import RunConfig, from_dict
+from pipeline.run_folder import rows as results
+from pipeline.run_folder.workspace import Workspace, read_schema
+from pipeline.workers.attempts import Ledger
 
 
 @pytest.fixture

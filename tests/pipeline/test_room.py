@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import actor, results, room
-from pipeline.config import RunConfig, from_dict
-from pipeline.room import Room
-from pipeline.run import Outcome
+from pipeline.config.run import RunConfig, from_dict
+from pipeline.driver.run import Outcome
+from pipeline.run_folder import rows
+from pipeline.workers import editor as actor
+from pipeline.workers import width
+from pipeline.workers.width import Room
 
 Inline = Callable[[RunConfig], Outcome]
 
 
 def test_as_many_as_half_of_the_free_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(width, "free_bytes", lambda device: 1000)
     assert Room("auto", "cpu").width(64, lambda: 100) == 5
     assert Room("auto", "cpu", share=0.5).width(64, lambda: 100) == 2
     assert Room("auto", "cpu").width(3, lambda: 100) == 3
@@ -30,15 +32,15 @@ def test_as_many_as_half_of_the_free_memory_holds(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_memory_of_a_container_counts_where_it_is_less(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setattr(room, "_CGROUP", tmp_path)
-    of_machine = room.free_bytes(torch.device("cpu"))
+    monkeypatch.setattr(width, "_CGROUP", tmp_path)
+    of_machine = width.free_bytes(torch.device("cpu"))
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("1000\n")
-    assert room.free_bytes(torch.device("cpu")) > of_machine // 2
+    assert width.free_bytes(torch.device("cpu")) > of_machine // 2
     (tmp_path / "memory.max").write_text("5000\n")
-    assert room.free_bytes(torch.device("cpu")) == 4000
+    assert width.free_bytes(torch.device("cpu")) == 4000
     (tmp_path / "memory.stat").write_text("anon 300\nactive_file 100\ninactive_file 500\n")
-    assert room.free_bytes(torch.device("cpu")) == 4600, "files that were read make room"
+    assert width.free_bytes(torch.device("cpu")) == 4600, "files that were read make room"
 
 
 def test_a_width_is_halved_until_it_is_one() -> None:
@@ -78,7 +80,7 @@ def test_an_evaluation_that_does_not_fit_is_halved_and_no_edit_made_again(
     monkeypatch.setattr(actor, "edit", counted)
     other = inline(from_dict(settings | changed | {"out": f"{settings['out']}-narrow"}))
     assert edited == [4] and evaluated == [4, 2, 1, 1, 2, 1, 1]
-    both = [list(results.read_rows(results.parts(one.workspace))) for one in (plain, other)]
+    both = [list(rows.read_rows(rows.parts(one.workspace))) for one in (plain, other)]
     for one, two in zip(*both, strict=True):
         assert (one["edit_id"], one["steps"], one["m_gen"]) == (two["edit_id"], two["steps"], two["m_gen"])
 
@@ -101,7 +103,7 @@ def test_memory_that_runs_out_costs_width_and_no_edit(
     monkeypatch.setattr(actor, "edit", edit)
     narrow = inline(from_dict(settings | changed | {"out": f"{settings['out']}-narrow"}))
     assert widths == [4, 2, 1]
-    both = [list(results.read_rows(results.parts(one.workspace))) for one in (plain, narrow)]
+    both = [list(rows.read_rows(rows.parts(one.workspace))) for one in (plain, narrow)]
     assert [row["status"] for row in both[1]] == ["edited"] * 4
     for one, other in zip(*both, strict=True):
         assert (one["edit_id"], one["steps"]) == (other["edit_id"], other["steps"])
@@ -132,4 +134,4 @@ def test_recorded_steps_are_let_go_before_a_group_is_narrowed(
     monkeypatch.setattr(actor, "edit", edit)
     narrow = inline(from_dict(settings | changed))
     assert widths == [4, 4, 2]
-    assert [row["status"] for row in results.read_rows(results.parts(narrow.workspace))] == ["edited"] * 4
+    assert [row["status"] for row in rows.read_rows(rows.parts(narrow.workspace))] == ["edited"] * 4

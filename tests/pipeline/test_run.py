@@ -14,14 +14,15 @@ import pytest
 from mmedit_files import encoded, picture, record, write_array
 from outside_editors.poisoned import WorkerDeath
 
-from odedit.checkpoint import load_edit
+from odedit.editing.files import load_edit
 from odedit.errors import InputError
-from odedit.memory import Peak
-from odedit.metrics import MAIN
-from pipeline import actor, results
-from pipeline.config import from_dict
+from odedit.evaluation.scores import MAIN
+from odedit.runtime.peak_memory import Peak
+from pipeline.config.run import from_dict
+from pipeline.driver.run import Outcome
 from pipeline.interrupts import raise_if_interrupted, terminate_as_interrupt
-from pipeline.run import Outcome
+from pipeline.run_folder import rows as results
+from pipeline.workers import editor as actor
 from tests.rows import assert_same
 
 Inline = Callable[..., Outcome]

@@ -21,14 +21,16 @@ from typer.testing import CliRunner, Result
 
 from odedit import InputError, world
 from odedit.__main__ import app
-from odedit.tensor_files import read_tensors
-from pipeline import results, strict, training
-from pipeline.config import RunConfig, from_dict
-from pipeline.ready import prepare
-from pipeline.run import Outcome, run
+from odedit.storage.tensors import read_tensors
+from pipeline.config import strict
+from pipeline.config.run import RunConfig, from_dict
+from pipeline.driver.preflight import prepare
+from pipeline.driver.run import Outcome, run
+from pipeline.run_folder import rows
+from pipeline.run_folder.workspace import Workspace
 from pipeline.study import run as study_runner
 from pipeline.study.spec import StudyConfig
-from pipeline.workspace import Workspace
+from pipeline.training import train
 from tests.object_store import ObjectStore
 from tests.rows import assert_same
 
@@ -49,7 +51,7 @@ def odedit(*arguments: object) -> Result:
 
 
 def rows_of(out: str) -> list[dict[str, Any]]:
-    return list(results.read_rows(results.parts(Workspace.of(out))))
+    return list(rows.read_rows(rows.parts(Workspace.of(out))))
 
 
 def edited(requests: list[str]) -> list[str]:
@@ -210,8 +212,8 @@ def test_a_training_is_resumed_in_the_store(
 ) -> None:
     section = {"path": settings["data"]["path"], "validation": settings["data"]["path"]}
     config = from_dict(settings | {"editor": MEND, "training": section, "objective": {"name": "native"}})
-    whole = training.run(config, tmp_path / "whole.safetensors", QUIET, fresh=False)
-    original = training._Bar.__call__
+    whole = train.run(config, tmp_path / "whole.safetensors", QUIET, fresh=False)
+    original = train._Bar.__call__
 
     def interrupt(self: Any, name: str, done: int, total: int | None, figures: Any) -> None:
         original(self, name, done, total, figures)
@@ -220,10 +222,10 @@ def test_a_training_is_resumed_in_the_store(
 
     out = "s3://odedit/weights/mend.safetensors"
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(training._Bar, "__call__", interrupt)
-        training.run(config, out, QUIET, fresh=False)
+        patched.setattr(train._Bar, "__call__", interrupt)
+        train.run(config, out, QUIET, fresh=False)
     assert bucket.names("weights/") == ["weights/mend.training.safetensors"]
-    weights = training.run(config, out, QUIET, fresh=False)
+    weights = train.run(config, out, QUIET, fresh=False)
     resumed, _ = read_tensors(weights)
     assert all(torch.equal(resumed[name], value) for name, value in read_tensors(whole)[0].items())
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pipeline
-from pipeline import settings_page
+from pipeline.config import settings_page
 
 PAGE = Path(pipeline.__file__).parent / "SETTINGS.md"
 
 
 def test_the_page_is_up_to_date() -> None:
-    hint = "run: python -m pipeline.settings_page > pipeline/SETTINGS.md"
+    hint = "run: python -m pipeline.config.settings_page > pipeline/SETTINGS.md"
     assert PAGE.read_text(encoding="utf-8") == settings_page.page(), hint
 
 

@@ -12,12 +12,14 @@ from mmedit_files import record, write_array, write_images
 from rich.console import Console
 from safetensors.torch import load_file
 
+from odedit.backbones.common.qformer import QFormerModel
 from odedit.errors import InputError
-from odedit.qformer import QFormerModel
-from pipeline import actor, results, training
-from pipeline.config import from_dict
-from pipeline.ready import prepare
-from pipeline.run import Outcome
+from pipeline.config.run import from_dict
+from pipeline.driver.preflight import prepare
+from pipeline.driver.run import Outcome
+from pipeline.run_folder import rows as results
+from pipeline.training import train
+from pipeline.workers import editor as actor
 
 Inline = Callable[..., Outcome]
 NUM_PICTURES = (
@@ -129,7 +131,7 @@ def test_training_takes_features_from_the_store(settings: dict[str, Any], towere
     weights = []
     for name, expected in (("a", 1), ("b", 0)):
         towered.clear()
-        out = training.run(config, tmp_path / f"{name}.safetensors", Console(quiet=True), fresh=False)
+        out = train.run(config, tmp_path / f"{name}.safetensors", Console(quiet=True), fresh=False)
         assert bool(towered) == bool(expected)
         weights.append(load_file(out))
     assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
@@ -144,7 +146,7 @@ def test_what_cannot_be_a_store_is_said_before_anything_starts(
         prepare(config)
     assert not Path(config.out).exists()
     with pytest.raises(InputError, match=f"pipeline.feature_store: .*{expected}"):
-        training.run(config, tmp_path / "x" / "w.safetensors", Console(quiet=True), fresh=False)
+        train.run(config, tmp_path / "x" / "w.safetensors", Console(quiet=True), fresh=False)
 
 
 def test_workers_elsewhere_find_a_store_by_its_full_path(

@@ -12,10 +12,11 @@ from mmedit_files import record, write_array, write_images
 from pyarrow import parquet
 
 from odedit.errors import InputError
-from pipeline import pictures, results, sources, staging
-from pipeline.config import RunConfig, from_dict
-from pipeline.run import Outcome
-from pipeline.workspace import Workspace
+from pipeline.config.run import RunConfig, from_dict
+from pipeline.driver.run import Outcome
+from pipeline.run_folder import pictures, sources, staging
+from pipeline.run_folder import rows as results
+from pipeline.run_folder.workspace import Workspace
 
 
 def staged(config: RunConfig) -> tuple[staging.Staged, Workspace]:

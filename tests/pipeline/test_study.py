@@ -18,13 +18,15 @@ from typer.testing import CliRunner, Result
 from odedit import InputError
 from odedit.__main__ import app
 from odedit.errors import NothingUsable
-from pipeline import actor, strict, tracking
-from pipeline.results import parts, read_rows
+from pipeline.config import strict
+from pipeline.run_folder.rows import parts, read_rows
+from pipeline.run_folder.workspace import Workspace
 from pipeline.study import data, plots, spec, states
 from pipeline.study import run as runner
 from pipeline.study.spec import StudyConfig
-from pipeline.tracking import PARENT_TAG
-from pipeline.workspace import Workspace
+from pipeline.tracking import runs as tracking
+from pipeline.tracking.runs import PARENT_TAG
+from pipeline.workers import editor as actor
 
 QUIET = Console(quiet=True)
 WISE = {"name": "wise", "site": "layers.2.ffn.in", "max_steps": 2}

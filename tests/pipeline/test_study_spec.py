@@ -13,8 +13,8 @@ import yaml
 from odedit import InputError, editors, load_backbone
 from odedit.backbones import Backbone
 from odedit.editors.base import Trainable
-from pipeline import strict
-from pipeline.sources import embedded_name
+from pipeline.config import strict
+from pipeline.run_folder.sources import embedded_name
 from pipeline.study import data, spec
 from pipeline.study.spec import Draw, StudyConfig, arms, load, run_config
 

@@ -12,9 +12,9 @@ import pytest
 from matplotlib.figure import Figure
 from scipy import stats
 
-from odedit.metrics import PairedDifference
-from pipeline import strict
-from pipeline.results import EDITED, FAILED, SKIPPED, Row
+from odedit.evaluation.scores import PairedDifference
+from pipeline.config import strict
+from pipeline.run_folder.rows import EDITED, FAILED, SKIPPED, Row
 from pipeline.study import comparisons, plots, tables
 from pipeline.study.spec import Arm, StudyConfig, arms
 

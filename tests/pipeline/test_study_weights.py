@@ -17,13 +17,13 @@ from rich.console import Console
 from safetensors import safe_open
 
 from odedit import InputError
-from odedit.train import TrainingError
-from pipeline import strict, training
-from pipeline.config import RunConfig, from_dict
+from odedit.training.loop import TrainingError
+from pipeline.config import strict
+from pipeline.config.run import RunConfig, from_dict
 from pipeline.study import run as runner
-from pipeline.study import weights
 from pipeline.study.spec import StudyConfig
-from pipeline.study.weights import Training, with_weights
+from pipeline.training import many, train
+from pipeline.training.many import Training, with_weights
 
 QUIET = Console(quiet=True)
 TRAINED = {"batch_size": 2, "training_steps": 2, "validate_every": 2}
@@ -53,22 +53,22 @@ def content(path: Path) -> tuple[dict[str, str], dict[str, bytes]]:
 
 
 def trained_alone(config: RunConfig, path: Path) -> tuple[dict[str, str], dict[str, bytes]]:
-    return content(training.run(config, path, QUIET, fresh=False))
+    return content(train.run(config, path, QUIET, fresh=False))
 
 
 def test_weights_are_trained_once_for_all_arms_that_share_them_and_reused(
     tmp_path: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inline_pipeline.install(monkeypatch)
-    monkeypatch.setattr(weights, "machine_cpus", lambda: 1)
+    monkeypatch.setattr(many, "machine_cpus", lambda: 1)
     trained: list[str] = []
-    original = training.run
+    original = train.run
 
     def run(config: RunConfig, out: Path, console: Console, *, fresh: bool) -> Path:
         trained.append(f"{config.editor.name} {config.objective.name}")
         return original(config, out, console, fresh=fresh)
 
-    monkeypatch.setattr(training, "run", run)
+    monkeypatch.setattr(train, "run", run)
     shared = {name: values[name] for name in ("data", "supervision", "training", "tracking", "objective")}
     study = {
         "title": "Weights",
@@ -100,7 +100,7 @@ def test_weights_are_trained_once_for_all_arms_that_share_them_and_reused(
 
 def test_what_weights_depend_on_names_their_file(values: dict[str, Any], tmp_path: Path) -> None:
     def file(changes: dict[str, Any], **objective: Any) -> str:
-        found = weights._training(config_of(values | changes, **objective), "arm", str(tmp_path))
+        found = many._training(config_of(values | changes, **objective), "arm", str(tmp_path))
         assert found is not None
         return found.path
 
@@ -124,7 +124,7 @@ def test_what_weights_depend_on_names_their_file(values: dict[str, Any], tmp_pat
 
 @pytest.fixture
 def two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "machine_cpus", lambda: 2)
+    monkeypatch.setattr(many, "machine_cpus", lambda: 2)
 
 
 def test_several_at_once_are_bit_for_bit_those_trained_alone(
@@ -155,10 +155,10 @@ def test_the_time_of_a_step_is_measured_before_a_training_begins(
     tmp_path: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, editor: dict[str, Any]
 ) -> None:
     ticks = iter(range(100))
-    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     before = sorted(tmp_path.rglob("*"))
     config = config_of(values | {"editor": editor})
-    assert training.seconds_per_step(config, tmp_path / "weights.safetensors") == 1.0
+    assert train.seconds_per_step(config, tmp_path / "weights.safetensors") == 1.0
     assert sorted(tmp_path.rglob("*")) == before, "it leaves no state"
 
 
@@ -167,9 +167,9 @@ def test_a_study_says_how_long_its_trainings_take_before_the_first_of_them(
 ) -> None:
     stream = io.StringIO()
     seconds = iter([0.5, 90.0])
-    monkeypatch.setattr(training, "seconds_per_step", lambda config, path: next(seconds))
-    monkeypatch.setattr(training, "run", lambda *arguments, **options: stream.write("trained\n"))
-    monkeypatch.setattr(weights, "machine_cpus", lambda: 1)
+    monkeypatch.setattr(train, "seconds_per_step", lambda config, path: next(seconds))
+    monkeypatch.setattr(train, "run", lambda *arguments, **options: stream.write("trained\n"))
+    monkeypatch.setattr(many, "machine_cpus", lambda: 1)
     with_weights([long(values, name="native"), config_of(values)], ["a", "b"], tmp_path, Console(file=stream, width=80))
     first, *lines = stream.getvalue().splitlines()
     assert first.startswith("First 2 editors are trained, 1 at a time. Training takes the same time for a small draw.")
@@ -216,22 +216,22 @@ def test_the_error_of_one_ends_all_in_one_sentence(tmp_path: Path, values: dict[
 
 def test_a_training_that_fails_is_named() -> None:
     one = Training(from_dict({}), Path("x"), "native")
-    with pytest.raises(TrainingError, match="^wise for native: the loss"), weights._named(one):
+    with pytest.raises(TrainingError, match="^wise for native: the loss"), many._named(one):
         raise TrainingError("the loss is not finite")
-    with pytest.raises(TrainingError, match="^wise for native: its process was ended"), weights._named(one):
-        raise weights.BrokenProcessPool("gone")
+    with pytest.raises(TrainingError, match="^wise for native: its process was ended"), many._named(one):
+        raise many.BrokenProcessPool("gone")
     with (
         pytest.raises(TrainingError, match="^wise for native: ZeroDivisionError: division by zero$"),
-        weights._named(one),
+        many._named(one),
     ):
         raise ZeroDivisionError("division by zero")
 
 
 def test_a_gpu_or_a_large_model_is_not_shared(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "machine_cpus", lambda: 8)
-    assert weights._room(config_of(values), 3) == 8
-    assert weights._room(from_dict(values | {"pipeline": {"threads_per_actor": 3}}), 3) == 2
+    monkeypatch.setattr(many, "machine_cpus", lambda: 8)
+    assert many._room(config_of(values), 3) == 8
+    assert many._room(from_dict(values | {"pipeline": {"threads_per_actor": 3}}), 3) == 2
     large = from_dict(values | {"backbone": {"checkpoint": "Salesforce/blip2-opt-2.7b"}})
-    assert weights._room(large, 3) == 1
-    monkeypatch.setattr(weights, "machine_gpus", lambda: 4)
-    assert weights._room(config_of(values), 3) == 1
+    assert many._room(large, 3) == 1
+    monkeypatch.setattr(many, "machine_gpus", lambda: 4)
+    assert many._room(config_of(values), 3) == 1

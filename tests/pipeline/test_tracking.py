@@ -14,19 +14,21 @@ from typer.testing import CliRunner
 
 from odedit.__main__ import app
 from odedit.backbones import Backbone, encode_requests
-from odedit.checkpoint import load_edits
+from odedit.data.records import RawRecord
+from odedit.editing.files import load_edits
 from odedit.errors import InputError
-from odedit.metrics import MAIN, evaluate
-from odedit.mmedit import RawRecord
-from odedit.prompts import find_template
-from pipeline import commands, results, tracking
-from pipeline.config import from_dict
-from pipeline.prepare import Preparer
-from pipeline.run import Outcome
-from pipeline.sources import resolve
-from pipeline.spec import Job
-from pipeline.sync import sync
-from pipeline.workspace import Workspace
+from odedit.evaluation.scores import MAIN, evaluate
+from odedit.inputs.prompts import find_template
+from pipeline import commands
+from pipeline.config.run import from_dict
+from pipeline.driver.run import Outcome
+from pipeline.driver.sync import sync
+from pipeline.run_folder import rows as results
+from pipeline.run_folder.sources import resolve
+from pipeline.run_folder.workspace import Workspace
+from pipeline.tracking import runs
+from pipeline.workers.plan import Job
+from pipeline.workers.preparer import Preparer
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def test_a_run_is_logged_once_and_its_edits_reproduce_their_scores(
     config = from_dict(tracked)
     outcome = inline(config)
     assert outcome.tracking_uri == f"sqlite:///{tmp_path}/mlflow.db"
-    client = tracking._client(outcome.tracking_uri)
+    client = runs._client(outcome.tracking_uri)
     run = client.get_run(outcome.run_id)
 
     assert run.info.status == "FINISHED"
@@ -91,13 +93,13 @@ def test_a_store_that_was_gone_at_the_end_is_given_the_run_later(
         raise ConnectionError("refused")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tracking.Tracker, "_log_metrics", gone)
-        with pytest.raises(tracking.TrackingError, match=f"odedit mlflow sync {out}"):
+        patch.setattr(runs.Tracker, "_log_metrics", gone)
+        with pytest.raises(runs.TrackingError, match=f"odedit mlflow sync {out}"):
             inline(config)
-        with pytest.raises(tracking.TrackingError):
+        with pytest.raises(runs.TrackingError):
             sync(str(out))
     rows = {path: path.stat().st_mtime_ns for path in out.glob("results/*")}
-    client = tracking._client(f"sqlite:///{tmp_path}/mlflow.db")
+    client = runs._client(f"sqlite:///{tmp_path}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
     assert run.info.status == "FAILED" and "rel" not in run.data.metrics
     assert CliRunner().invoke(app, ["mlflow", "sync", str(out)]).stdout.strip() == (
@@ -110,7 +112,7 @@ def test_a_store_that_was_gone_at_the_end_is_given_the_run_later(
     assert "is logged already" in sync(str(out))
     # Another store has a run of its own.
     assert "is logged" in sync(str(out), f"sqlite:///{tmp_path}/other.db")
-    other = tracking._client(f"sqlite:///{tmp_path}/other.db")
+    other = runs._client(f"sqlite:///{tmp_path}/other.db")
     (copy,) = other.search_runs([other.get_experiment_by_name("test").experiment_id])
     assert copy.data.metrics == run.data.metrics and copy.data.params["editor.max_steps"] == "2"
     for folder, expected in ((tmp_path, "holds no run"), (out, "is not finished")):
@@ -127,7 +129,7 @@ def test_a_run_without_an_edit_has_failed_and_says_why(
     outcome = inline(from_dict(tracked | {"out": str(tmp_path / "runs" / "nothing")}))
     reasons = [(one["status"], one["count"]) for one in outcome.summary["reasons"]]
     assert outcome.summary["n"] == 0 and reasons == [("skipped", 3), ("skipped", 1)]
-    run = tracking._client(outcome.tracking_uri or "").get_run(outcome.run_id)
+    run = runs._client(outcome.tracking_uri or "").get_run(outcome.run_id)
     assert run.info.status == "FAILED" and run.info.run_name == "nothing"
     assert "3 skipped, the first: vqa_eval.json, record 0: wrong type" in run.data.tags["odedit.reasons"]
     assert "3 skipped, the first: vqa_eval.json, record 0" in outcome.workspace.report.read_text()
@@ -149,7 +151,7 @@ def test_runs_are_named_by_their_folder(out: str, name: str) -> None:
 
 def test_the_command_that_opens_a_store_can_be_pasted(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'my runs' / 'mlflow.db'}"
-    command = shlex.split(tracking.open_command(uri))
+    command = shlex.split(runs.open_command(uri))
     assert command[1:] == ["ui", "--backend-store-uri", uri]
 
 
@@ -164,7 +166,7 @@ def test_a_store_that_cannot_be_used_is_told_before_any_work(
 
 def test_an_edit_that_is_not_there_is_explained(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be fetched"):
-        tracking.fetch_edit(f"sqlite:///{tmp_path}/mlflow.db", "0" * 32, "edit", tmp_path)
+        runs.fetch_edit(f"sqlite:///{tmp_path}/mlflow.db", "0" * 32, "edit", tmp_path)
     assert not list(tmp_path.iterdir()), "a mistyped address makes no database"
 
 
@@ -183,11 +185,11 @@ def test_only_edits_that_worked_take_the_places_of_curves(tmp_path: Path) -> Non
         def log_batch(self, run_id: str, metrics: list[Any]) -> None:
             logged.extend(metric.key for metric in metrics)
 
-    tracking.Tracker(Client(), "uri", "run")._log_curves(workspace, 1)
+    runs.Tracker(Client(), "uri", "run")._log_curves(workspace, 1)
     assert logged == ["curves/edit-1/rel"]
 
 
 def test_text_is_masked_but_otherwise_kept() -> None:
     values = {"uri": "s3://key:word@bucket/x", "list": ["a@b", 1], "plain": "sqlite:////a/b.db"}
     masked = {"uri": "s3://***@bucket/x", "list": ["a@b", 1], "plain": "sqlite:////a/b.db"}
-    assert tracking.masked_values(values) == masked
+    assert runs.masked_values(values) == masked

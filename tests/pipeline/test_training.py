@@ -19,16 +19,17 @@ from typer.testing import CliRunner, Result
 
 from odedit import InputError
 from odedit.__main__ import app
-from odedit.checkpoint import load_edit
-from odedit.editor_weights import save_weights
-from odedit.edits import EditBatch
-from odedit.mmedit import RawRecord
+from odedit.data.records import RawRecord
+from odedit.editing.files import load_edit
+from odedit.editors.common.weights import save_weights
+from odedit.inputs.batch import EditBatch
 from odedit.objectives.contrast import Contrast
-from odedit.training_state import TrainingState
-from pipeline import results, training
-from pipeline.config import RunConfig, from_dict
-from pipeline.results import read_rows
-from pipeline.run import Outcome
+from odedit.training.state import TrainingState
+from pipeline.config.run import RunConfig, from_dict
+from pipeline.driver.run import Outcome
+from pipeline.run_folder import rows as results
+from pipeline.run_folder.rows import read_rows
+from pipeline.training import train
 
 MEND = {
     "name": "mend", "sites": ["layers.-1.ffn.in"], "rank": 4, "edit_rate": 0.01, "learning_rate": 1e-4,
@@ -101,10 +102,10 @@ def test_an_interrupted_training_is_resumed_by_the_same_command(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = from_dict(values)
-    whole = training.run(config, tmp_path / "whole.safetensors", Console(quiet=True), fresh=False)
+    whole = train.run(config, tmp_path / "whole.safetensors", Console(quiet=True), fresh=False)
     out, stream = tmp_path / "cut.safetensors", io.StringIO()
     console = Console(file=stream)
-    original = training._Bar.__call__
+    original = train._Bar.__call__
 
     def interrupt(self: Any, name: str, done: int, total: int | None, figures: Any) -> None:
         original(self, name, done, total, figures)
@@ -112,10 +113,10 @@ def test_an_interrupted_training_is_resumed_by_the_same_command(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(training._Bar, "__call__", interrupt)
-        training.run(config, out, console, fresh=False)
+        patched.setattr(train._Bar, "__call__", interrupt)
+        train.run(config, out, console, fresh=False)
     assert not out.exists()
-    training.run(config, out, console, fresh=False)
+    train.run(config, out, console, fresh=False)
     assert "Resuming" in stream.getvalue() and "at step 3 of 4" in stream.getvalue()
     resumed, uninterrupted = load_file(out), load_file(whole)
     assert all(torch.equal(resumed[name], value) for name, value in uninterrupted.items())
@@ -124,16 +125,16 @@ def test_an_interrupted_training_is_resumed_by_the_same_command(
 def test_weights_of_other_settings_are_not_replaced(values: dict[str, Any], tmp_path: Path) -> None:
     out, quiet = tmp_path / "mend.safetensors", Console(quiet=True)
     values["editor"]["training_steps"] = 1
-    training.run(from_dict(values), out, quiet, fresh=False)
+    train.run(from_dict(values), out, quiet, fresh=False)
     values["seed"] = 1
     with pytest.raises(InputError, match="seed: was 0, now 1"):
-        training.run(from_dict(values), out, quiet, fresh=False)
+        train.run(from_dict(values), out, quiet, fresh=False)
     before = load_file(out)
-    training.run(from_dict(values), out, quiet, fresh=True)
+    train.run(from_dict(values), out, quiet, fresh=True)
     assert any(not torch.equal(value, before[name]) for name, value in load_file(out).items())
-    training.Files(str(out)).state.delete()
+    train.Files(str(out)).state.delete()
     with pytest.raises(InputError, match="is there already"):
-        training.run(from_dict(values), out, quiet, fresh=False)
+        train.run(from_dict(values), out, quiet, fresh=False)
 
 
 def test_a_run_finds_missing_or_wrong_weights_before_any_worker(
@@ -145,7 +146,7 @@ def test_a_run_finds_missing_or_wrong_weights_before_any_worker(
     with pytest.raises(InputError, match="no such file"):
         inline(from_dict(values))
     values["editor"]["training_steps"] = 1
-    path = training.run(from_dict(values), tmp_path / "mend.safetensors", Console(quiet=True), fresh=False)
+    path = train.run(from_dict(values), tmp_path / "mend.safetensors", Console(quiet=True), fresh=False)
     values["editor"] |= {"checkpoint": str(path), "rank": 8}
     with pytest.raises(InputError, match="another setting of the editor"):
         inline(from_dict(values))
@@ -176,15 +177,15 @@ def test_wrong_input_is_a_sentence(
 def test_an_editor_that_learns_nothing_and_a_wrong_file_are_named(values: dict[str, Any], tmp_path: Path) -> None:
     quiet = Console(quiet=True)
     with pytest.raises(InputError, match="'ftl' learns nothing"):
-        training.run(from_dict(values | {"editor": {"name": "ftl"}}), None, quiet, fresh=False)
+        train.run(from_dict(values | {"editor": {"name": "ftl"}}), None, quiet, fresh=False)
     with pytest.raises(InputError, match="expected a file that ends in .safetensors"):
-        training.run(from_dict(values), tmp_path / "weights.pt", quiet, fresh=False)
+        train.run(from_dict(values), tmp_path / "weights.pt", quiet, fresh=False)
 
 
 def test_a_log_says_how_long_a_training_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     stream, clock = io.StringIO(), iter(range(0, 1000, 30))
-    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
-    with training._Bar(Console(file=stream, width=200), "step") as bar:
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    with train._Bar(Console(file=stream, width=200), "step") as bar:
         for step in (0, 10, 100):
             bar("training", step, 100, {"loss": 2.0})
     first, second, last = stream.getvalue().splitlines()
@@ -199,7 +200,7 @@ def test_unusable_records_are_counted_and_none_usable_is_an_error(values: dict[s
     values["training"]["path"] = str(write_array(tmp_path / "some.json", records))
     values["editor"]["training_steps"] = 1
     stream = io.StringIO()
-    training.run(from_dict(values), tmp_path / "mend.safetensors", Console(file=stream), fresh=False)
+    train.run(from_dict(values), tmp_path / "mend.safetensors", Console(file=stream), fresh=False)
     assert "training: 1 record skipped; first: " in stream.getvalue()
     assert "4 training records" in stream.getvalue()
 
@@ -209,7 +210,7 @@ def test_the_loss_curve_is_logged(values: dict[str, Any], tmp_path: Path) -> Non
 
     values["editor"]["training_steps"] = 2
     values["tracking"] = {"enabled": True, "experiment": "training"}
-    training.run(from_dict(values), tmp_path / "w" / "mend.safetensors", Console(quiet=True), fresh=False)
+    train.run(from_dict(values), tmp_path / "w" / "mend.safetensors", Console(quiet=True), fresh=False)
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'w' / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("training")
     (run,) = client.search_runs([experiment.experiment_id])

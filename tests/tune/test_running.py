@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline import tracking
-from pipeline.search_tracking import KIND, STATE, SearchRun
-from pipeline.tracking import TrackingError
+from pipeline.tracking import runs as tracking
+from pipeline.tracking.runs import TrackingError
+from pipeline.tracking.searches import KIND, STATE, SearchRun
 from tune.config import check, from_values
 from tune.points import Points
 from tune.search import Asking, Running

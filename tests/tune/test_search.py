@@ -29,11 +29,13 @@ from typer.testing import CliRunner, Result
 
 from odedit import InputError
 from odedit.__main__ import app
-from pipeline import graph, staging, tracking
-from pipeline.results import parts, read_rows
-from pipeline.search_tracking import KIND, POINT, STATE
-from pipeline.tracking import PARENT_TAG
-from pipeline.workspace import Workspace
+from pipeline.run_folder import staging
+from pipeline.run_folder.rows import parts, read_rows
+from pipeline.run_folder.workspace import Workspace
+from pipeline.tracking import runs as tracking
+from pipeline.tracking.runs import PARENT_TAG
+from pipeline.tracking.searches import KIND, POINT, STATE
+from pipeline.workers import graph
 from tune import points
 from tune import run as runner
 from tune.config import from_values

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from odedit import InputError
-from pipeline import graph, local_ray
+from pipeline.workers import graph, ray_session
 from tests.object_store import ObjectStore
 from tune.config import from_values
 from tune.folder import Folder
@@ -30,7 +30,7 @@ def test_a_search_goes_to_the_store_and_goes_on_there(
     assert bucket.names() == []
 
     values |= {"storage": f"sqlite:///{tmp_path / 'optuna.db'}", "trials": 2}
-    with local_ray.shared():
+    with ray_session.shared():
         _search_and_go_on(values, bucket)
 
 

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from odedit.metrics import MAIN
-from odedit.mmedit import RawRecord
-from pipeline import actor, results
-from pipeline.spec import Job
-from pipeline.workspace import Workspace, read_json
-from tune import records, scoring
+from odedit.data.records import RawRecord
+from odedit.evaluation.scores import MAIN
+from pipeline.run_folder import rows
+from pipeline.run_folder.workspace import Workspace, read_json
+from pipeline.workers import editor
+from pipeline.workers.plan import Job
+from tune import rungs as records
+from tune import scoring
 from tune.config import check, from_values
 from tune.folder import Folder
 from tune.run import _prepared
@@ -45,14 +47,14 @@ def test_a_trial_goes_rung_by_rung_and_the_next_one_finds_the_model_loaded(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[Any] = []
-    original = actor.load_remembering
+    original = editor.load_remembering
 
     def load(*arguments: Any, **named: Any) -> Any:
         loads.append(arguments)
         return original(*arguments, **named)
 
-    monkeypatch.setattr(actor, "load_remembering", load)
-    monkeypatch.setattr(actor, "_LOADED", {})
+    monkeypatch.setattr(editor, "load_remembering", load)
+    monkeypatch.setattr(editor, "_LOADED", {})
     first, second = {"editor.learning_rate": 1e-3}, {"editor.learning_rate": 2e-3}
     trial = trial_of(values, tmp_path / "out", first)
     said = [trial.step() for _ in range(3)]
@@ -114,8 +116,8 @@ def test_edits_that_all_fail_end_the_trial_too(values: dict[str, Any], tmp_path:
 
 
 def test_a_failed_edit_counts_as_nought() -> None:
-    good = {"status": results.EDITED, **dict.fromkeys(MAIN, 1.0), "losses": {"rel": [2.0, 1.0]}, "steps": 2}
-    found = scoring.report([good, {"status": results.FAILED}, {"status": results.SKIPPED}], 3)
+    good = {"status": rows.EDITED, **dict.fromkeys(MAIN, 1.0), "losses": {"rel": [2.0, 1.0]}, "steps": 2}
+    found = scoring.report([good, {"status": rows.FAILED}, {"status": rows.SKIPPED}], 3)
     assert found["score"] == found["locality"] == found["rel"] == 0.5 and found["failed"] == 1
     assert found["loss/rel"] == 1.0 and found["steps"] == 2
     assert scoring.curves([good, good | {"losses": {"rel": [4.0, 3.0, 2.0]}}])["rel"] == [(0, 3.0), (1, 2.0), (2, 1.5)]

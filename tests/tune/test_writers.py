@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import tracking
-from pipeline.search_tracking import POINT, SearchRun
-from pipeline.tracking import PARENT_TAG
+from pipeline.tracking import runs
+from pipeline.tracking.runs import PARENT_TAG
+from pipeline.tracking.searches import POINT, SearchRun
 from tests.services import PATIENCE_S, database, server
 from tune.config import check, from_values
 from tune.points import COMPLETE, Points
@@ -36,14 +36,14 @@ def write(uri: str, writer: int) -> None:
 
 def check_together(uri: str) -> None:
     context = get_context("forkserver")
-    context.set_forkserver_preload(["mlflow", "pipeline.search_tracking"])
+    context.set_forkserver_preload(["mlflow", "pipeline.tracking.searches"])
     processes = [context.Process(target=write, args=(uri, writer)) for writer in range(WRITERS)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(PATIENCE_S)
     assert [process.exitcode for process in processes] == [0] * WRITERS
-    client = tracking._client(uri)
+    client = runs._client(uri)
     experiment = client.get_experiment_by_name("together").experiment_id
     every = client.search_runs([experiment], max_results=1000)
     assert len(every) == WRITERS * (1 + TRIALS)

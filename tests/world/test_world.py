@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from odedit import world
-from odedit.edits import LOCALITY_PROBES, SUPERVISION_SLOTS, check_probe_name
 from odedit.errors import InputError
+from odedit.inputs.batch import LOCALITY_PROBES, SUPERVISION_SLOTS, check_probe_name
 from odedit.world import facts, images, questions
 
 PARTS = ("train", "validation", "evaluation")

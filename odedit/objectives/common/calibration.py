@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from odedit import mmd
 from odedit.backbones import encode_requests
 from odedit.backbones.base import Backbone
-from odedit.edits import EDIT, REPHRASE_SLOTS, EditRequest
-from odedit.prompts import Template
+from odedit.inputs.batch import EDIT, REPHRASE_SLOTS, EditRequest
+from odedit.inputs.prompts import Template
+from odedit.risks import mmd
 
 CALIBRATION_STATES = 256
 """Most states that are measured."""

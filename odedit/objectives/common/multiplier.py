@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from odedit.edits import EditParams
+from odedit.inputs.batch import EditParams
 from odedit.objectives.common.sketch import MAX_SKETCH_DIM
-from odedit.risks import upcast
+from odedit.risks.risks import upcast
 
 DUAL_DECAY = 1.0001
 """Power of `k + 1` by which the rate of dual step k is divided, as in the IRM-TV code."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from odedit.objectives.common.multiplier import MultiplierConfig
-from odedit.risks import upcast
+from odedit.risks.risks import upcast
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from odedit.edits import EditParams
-from odedit.risks import upcast
+from odedit.inputs.batch import EditParams
+from odedit.risks.risks import upcast
 
 MAX_SKETCH_DIM = 2**14
 """One int16 holds a bucket, or a place in a block, and a sign."""

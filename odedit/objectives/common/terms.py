@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from odedit import risks
-from odedit.brief import brief
 from odedit.editors.base import Editor, Trace
-from odedit.edits import REPHRASE_SLOTS, Answers, EditBatch, EditParams
-from odedit.risks import Risk
-from odedit.token_risks import Tokens
+from odedit.inputs.batch import REPHRASE_SLOTS, Answers, EditBatch, EditParams
+from odedit.risks import risks
+from odedit.risks.risks import Risk
+from odedit.risks.tokens import Tokens
+from odedit.runtime.brief import brief
 
 TERMS = ("rel", "loc", "gen", "own")
 """Terms that every objective reports and that the multiplier reads, in this order."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from odedit.editors.ftl import EDITOR as Base
-from odedit.edits import EditBatch, EditParams
+from odedit.inputs.batch import EditBatch, EditParams
 
 
 class WorkerDeath(BaseException):

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from odedit.editors.ftl import FTL, FTLConfig
-from odedit.edits import EditBatch, EditParams
+from odedit.inputs.batch import EditBatch, EditParams
 
 _PATIENCE_S = 120.0
 

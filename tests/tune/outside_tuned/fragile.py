@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from odedit.editors.ftl import FTL, FTLConfig
-from odedit.edits import EditBatch, EditParams
+from odedit.inputs.batch import EditBatch, EditParams
 
 
 @dataclass(frozen=True)

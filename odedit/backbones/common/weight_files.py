@@ -1,0 +1,201 @@
+"""Weight files of a checkpoint: which there are, what their headers say, and what one pass over every byte shows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from odedit.backbones.common.hub import INDEX, WEIGHTS, shards_of
+from odedit.errors import InputError
+from odedit.storage import kept_notes
+
+FORMAT = "odedit-contents-1"
+FileState: TypeAlias = tuple[str, int, int, int, int]
+"""Path, size, times of the last write and the last change, and inode."""
+_DIGITS = 64
+_BLOCK = 2**22
+_THREADS = 8
+# Unsigned type of the same width, and the bits of a value without its sign.
+_FLOATS = {
+    "F64": (np.uint64, 0x7FFF_FFFF_FFFF_FFFF),
+    "F32": (np.uint32, 0x7FFF_FFFF),
+    "F16": (np.uint16, 0x7FFF),
+    "BF16": (np.uint16, 0x7FFF),
+}
+FLOATS = frozenset(_FLOATS)
+"""Types of weights as safetensors names them; others are quantised weights or positions."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a weight file.
+
+    Attributes:
+        dtype: Type in the words of safetensors, such as `BF16`.
+        start, stop: Place of its bytes in the file.
+    """
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Content:
+    """What the bytes of a tensor show.
+
+    Attributes:
+        digest: Their SHA-256, block by block, in hexadecimal digits.
+        largest: The largest magnitude; infinity also for NaN, 0 for a type that is no float.
+    """
+
+    digest: str
+    largest: float
+
+
+def find(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint's folder, those that the library reads.
+
+    Raises:
+        InputError: There are none in safetensors, a shard is missing, or the index cannot be read.
+    """
+    name = f"backbone.checkpoint {str(folder)!r}"
+    if (folder / "adapter_config.json").exists():
+        raise InputError(
+            f"{name} is an adapter (it holds adapter_config.json). Merge it into its model first, such as with "
+            "merge_and_unload of peft, and give the folder of the merged model."
+        )
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise InputError(
+            f"{name} holds neither {WEIGHTS} nor {INDEX}. Other files of weights are not read, and pickled ones such "
+            "as pytorch_model.bin can run code: load the model with transformers where you trust it, and save it with "
+            "save_pretrained."
+        )
+    shards = shards_of(folder)
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing or not shards:
+        raise InputError(
+            f"{name}: {INDEX} names {len(shards)} weight files, and {len(missing)} of them cannot be found"
+            + (f" (first: {missing[0]})" if missing else "")
+            + ". Fetch the checkpoint again."
+        )
+    return [folder / shard for shard in shards]
+
+
+def read_headers(files: Sequence[Path]) -> dict[str, StoredTensor]:
+    """Every tensor by its name, without its values.
+
+    Raises:
+        InputError: A file is damaged or cut off.
+    """
+    return {name: tensor for path in files for name, tensor in _header(path)}
+
+
+def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
+    try:
+        with safe_open(path, framework="np"):
+            pass  # checks that header and length of the file agree
+        with path.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            entries = json.loads(stream.read(size))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"backbone.checkpoint: the weight file {str(path)!r} cannot be read as safetensors ({error}): it is "
+            "damaged or cut off. Fetch it again."
+        ) from error
+    for name, entry in entries.items():
+        if name != "__metadata__":
+            start, stop = (8 + size + offset for offset in entry["data_offsets"])
+            yield name, StoredTensor(path, entry["dtype"], tuple(entry["shape"]), start, stop)
+
+
+def read_contents(files: Sequence[Path]) -> Mapping[str, Content]:
+    """What every tensor's bytes show; read once per machine and state of the files.
+
+    Raises:
+        InputError: A file is damaged or cannot be read.
+    """
+    try:
+        return _contents(tuple(_state(path) for path in files))
+    except OSError as error:
+        raise InputError(f"backbone.checkpoint: a weight file cannot be read: {error}.") from error
+
+
+def _state(path: Path) -> FileState:
+    found = path.stat()
+    return str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+@lru_cache(maxsize=8)
+def _contents(states: tuple[FileState, ...]) -> Mapping[str, Content]:
+    headers = read_headers([Path(path) for path, *_ in states])
+    found = kept_notes.once([FORMAT, *states], lambda notes: _from_notes(notes, headers), lambda: _to_notes(headers))
+    return _from_notes(found, headers)
+
+
+def _to_notes(headers: Mapping[str, StoredTensor]) -> dict[str, list[Any]]:
+    return {name: [content.digest, content.largest] for name, content in _hashed(headers).items()}
+
+
+def _from_notes(notes: Any, headers: Mapping[str, StoredTensor]) -> dict[str, Content]:
+    """Raises ValueError, TypeError or AttributeError unless the notes are of these tensors."""
+    contents = {name: Content(str(digest), float(largest)) for name, (digest, largest) in notes.items()}
+    if contents.keys() != headers.keys() or any(len(content.digest) != _DIGITS for content in contents.values()):
+        raise ValueError("notes of other tensors")
+    return contents
+
+
+def _hashed(headers: Mapping[str, StoredTensor]) -> dict[str, Content]:
+    streams = {path: os.open(path, os.O_RDONLY) for path in {one.path for one in headers.values()}}
+    try:
+        with ThreadPoolExecutor(min(_THREADS, torch.get_num_threads())) as pool:
+            blocks = {
+                name: [
+                    pool.submit(_block, streams[one.path], start, min(_BLOCK, one.stop - start), one.dtype)
+                    for start in range(one.start, one.stop, _BLOCK)
+                ]
+                for name, one in headers.items()
+            }
+            return {name: _joined([block.result() for block in parts]) for name, parts in blocks.items()}
+    finally:
+        for stream in streams.values():
+            os.close(stream)
+
+
+def _block(stream: int, start: int, size: int, dtype: str) -> tuple[bytes, float]:
+    """Digest and largest magnitude."""
+    data = os.pread(stream, size, start)
+    if len(data) < size:
+        raise OSError("it became shorter while it was read")
+    digest = hashlib.sha256(data).digest()
+    if dtype not in _FLOATS:
+        return digest, 0.0
+    unsigned, mask = _FLOATS[dtype]
+    # Magnitudes are in the order of their bits, with infinity and then NaN at the end.
+    largest = (np.frombuffer(data, unsigned) & unsigned(mask)).max()
+    if dtype == "BF16":
+        value = float((np.uint32(largest) << np.uint32(16)).view(np.float32))
+    else:
+        value = float(largest.view(f"f{largest.itemsize}"))
+    return digest, value if math.isfinite(value) else math.inf
+
+
+def _joined(blocks: Sequence[tuple[bytes, float]]) -> Content:
+    digest = hashlib.sha256(b"".join(digest for digest, _ in blocks)).hexdigest()
+    return Content(digest, max((largest for _, largest in blocks), default=0.0))

@@ -1,0 +1,1 @@
+"""From a file of records to edit requests: fields, pictures, supervision."""

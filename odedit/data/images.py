@@ -1,0 +1,209 @@
+"""Reads the images that records name, and never anything else.
+
+A record is data from outside: its paths may not leave the root they belong under, its files may be missing,
+damaged, or built to fill memory. Each failure is an `ImageError`, which makes its record a skipped row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any
+
+from pyarrow.fs import FileType
+
+from odedit.data.decoding import ImageError, decode
+from odedit.data.fields import Root, shorten
+from odedit.data.packed import PackedImages, is_pack, is_pack_reference, original_path, unreadable_reason
+from odedit.data.readers import check_is_file
+from odedit.errors import InputError, StorageError
+from odedit.inputs.batch import Picture
+from odedit.runtime.addresses import masked, relative_note
+from odedit.storage.location import Location, locate
+from odedit.storage.retries import is_passing
+
+__all__ = ["ImageError", "ImageReader"]
+
+MAX_PIXELS = 50_000_000
+MAX_BYTES = 64 * 2**20
+KEY_LENGTH = 32
+
+
+class ImageReader:
+    """Opens images under two roots, or in a packed folder. Can be pickled; opens nothing until it reads.
+
+    Args:
+        image_root: Folder that `image` and `m_loc` are relative to; None if all images are packed.
+        rephrase_root: Folder that `image_rephrase` is relative to; None: the same.
+        pack_root: The packed folder that references `pack:...` point into.
+        max_pixels: Largest width x height.
+        max_bytes: Largest file.
+
+    Attributes:
+        settings: Name of the setting behind each root, for messages.
+    """
+
+    def __init__(
+        self,
+        image_root: str | None,
+        rephrase_root: str | None = None,
+        *,
+        pack_root: str | None = None,
+        max_pixels: int = MAX_PIXELS,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
+        for setting, value in (("data.max_pixels", max_pixels), ("data.max_bytes", max_bytes)):
+            if value < 1:
+                raise InputError(f"{setting}: got {value}, expected at least 1.")
+        self.max_pixels, self.max_bytes = max_pixels, max_bytes
+        roots: dict[str, tuple[str, str | None]] = {
+            "image": ("data.image_root", image_root),
+            "rephrase": (
+                ("data.image_root", image_root) if rephrase_root is None else ("data.rephrase_root", rephrase_root)
+            ),
+        }
+        self.settings = {root: setting for root, (setting, _) in roots.items()}
+        self._roots = {root: locate(text, setting) for root, (setting, text) in roots.items() if text is not None}
+        self._packed = None if pack_root is None else PackedImages(locate(pack_root, "data.path"))
+
+    @classmethod
+    def for_records(
+        cls, path: str, image_root: str | None = None, rephrase_root: str | None = None, **limits: Any
+    ) -> ImageReader:
+        """The reader that fits a file of records: a packed folder brings its own images.
+
+        Raises:
+            InputError: The records are not packed and there is no image root, a root does not exist, or neither do the
+                records.
+        """
+        location = locate(path, "data.path")
+        packed = is_pack(location)
+        if not packed and image_root is None:
+            check_is_file(location)
+            raise InputError(
+                f"data.image_root: not set, and {masked(path)} is not a packed folder. Name the images' folder."
+            )
+        reader = cls(image_root, rephrase_root, pack_root=path if packed else None, **limits)
+        reader.check_roots()
+        return reader
+
+    def check_roots(self) -> None:
+        """Raises InputError if a root is not there: better once, before the run, than for every record."""
+        for root, location in self._roots.items():
+            try:
+                exists = location.is_folder()
+            except OSError as error:
+                raise InputError(
+                    f"{self.settings[root]}: cannot look at {location.text!r} ({_reason(error)})."
+                ) from error
+            if not exists:
+                note = relative_note(location.path)
+                raise InputError(f"{self.settings[root]}: there is no folder {location.text!r}.{note}")
+
+    def place(self, path: str, root: Root = "image") -> Location:
+        """Place of an image that is not packed. Raises ImageError if the path may not be read; looks at no file."""
+        return self._resolve(path, root, image_name(path))
+
+    def read(self, path: str, root: Root = "image") -> Picture:
+        """Reads and decodes one image.
+
+        Raises:
+            ImageError: It is not there, not allowed, or not an image; the message names it.
+            StorageError: Its storage has refused for a minute, which says nothing of the image.
+        """
+        data = self.read_bytes(path, root)
+        key = hashlib.sha256(data).hexdigest()[:KEY_LENGTH]
+        return Picture(key, decode(data, image_name(path), self.max_pixels))
+
+    def read_bytes(self, path: str, root: Root = "image") -> bytes:
+        """The file's content, not yet decoded. Raises ImageError and StorageError as `read` does."""
+        name = image_name(path)
+        try:
+            data = self._packed_bytes(path, name) if is_pack_reference(path) else self._file_bytes(path, root, name)
+        except OSError as error:
+            # A bad disk refuses one file for ever, an object store that is away refuses all of them for a while.
+            if is_passing(error) and not self._is_local(path, root):
+                raise StorageError(f"{name}: cannot be read ({_reason(error)}).") from error
+            raise ImageError(f"{name}: cannot be read ({_reason(error)}).", "unreadable image") from error
+        if not data:
+            raise ImageError(f"{name}: the file is empty.", "empty image")
+        if len(data) > self.max_bytes:
+            raise self._too_many_bytes(name, len(data))
+        return data
+
+    def _is_local(self, path: str, root: Root) -> bool:
+        place = self._packed if is_pack_reference(path) else self._roots.get(root)
+        return place is None or place.is_local
+
+    def _packed_bytes(self, reference: str, name: str) -> bytes:
+        reason = unreadable_reason(reference)
+        if reason is not None:
+            raise ImageError(reason, "unreadable when packed")
+        if self._packed is None:
+            raise ImageError(
+                f"{name}: {shorten(reference)!r} points into a packed folder, but the records are not in one.",
+                "image not found",
+            )
+        try:
+            return self._packed.read(reference)
+        except ValueError as error:
+            raise ImageError(f"{name}: {error}", "damaged pack") from error
+
+    def _file_bytes(self, path: str, root: Root, name: str) -> bytes:
+        location = self._resolve(path, root, name)
+        info = location.info()
+        if info.type == FileType.NotFound:
+            raise self._not_found(path, root, name)
+        if info.type != FileType.File:
+            raise ImageError(f"{name}: is not a file.", "not an image")
+        if info.size is not None and info.size > self.max_bytes:
+            raise self._too_many_bytes(name, info.size)
+        with location.open() as stream:
+            return bytes(stream.read(self.max_bytes + 1))
+
+    def _resolve(self, path: str, root: Root, name: str) -> Location:
+        """The file's place, or ImageError if the path would leave its root."""
+        if root not in self._roots:
+            raise ImageError(f"{name}: {self.settings[root]} is not set.", "image not found")
+        base = self._roots[root]
+        parts = path.split("/")
+        if "\0" in path or "\\" in path or "://" in path or path.startswith(("/", "~")) or path[1:2] == ":":
+            raise ImageError(
+                f"{name}: expected a path relative to {self.settings[root]}, with forward slashes.", "forbidden path"
+            )
+        if ".." in parts:
+            raise ImageError(f"{name}: '..' would leave {self.settings[root]}.", "forbidden path")
+        location = base.child(path)
+        if base.is_local:
+            inside = os.path.realpath(base.path)
+            if os.path.commonpath([inside, os.path.realpath(location.path)]) != inside:
+                raise ImageError(
+                    f"{name}: a link leads out of {self.settings[root]} ({base.text!r}). "
+                    "Set it to the folder that holds the files themselves.",
+                    "forbidden path",
+                )
+        return location
+
+    def _not_found(self, path: str, root: Root, name: str) -> ImageError:
+        base, setting = self._roots[root], self.settings[root]
+        hint = ""
+        if path.split("/", 1)[0] == base.name and "/" in path:
+            hint = f" Set it to the folder that holds {base.name!r}."
+        return ImageError(f"{name} is not under {setting} ({base.text!r}).{hint}", "image not found")
+
+    def _too_many_bytes(self, name: str, num_bytes: int) -> ImageError:
+        return ImageError(
+            f"{name}: {num_bytes:,} bytes are more than the limit of {self.max_bytes:,}. "
+            "Store it smaller, or raise data.max_bytes.",
+            "image too large",
+        )
+
+
+def _reason(error: OSError) -> str:
+    """Why a file system refused; it repeats the path, which a record can make as long as it likes."""
+    return shorten(masked(str(error)[:1000]), 500)
+
+
+def image_name(path: str) -> str:
+    """How messages call an image: by the path its record had, also once it is packed."""
+    return f"image {shorten(masked(original_path(path)[:1000]), 200)!r}"

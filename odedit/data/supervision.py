@@ -1,0 +1,292 @@
+"""Records to edit requests: what supervises an edit, kept apart from what scores it.
+
+By default nothing that is scored is trained on. Where a record brings no held-out supervision of its own, rephrases
+are made from the edit itself, and unrelated questions are drawn from a pool of other records. Training on the
+record's own probes, as published runs of some methods do, is possible and has to be asked for by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Literal
+
+from odedit.data.fields import ImageReference, ProbeText, edit_text, held_out_texts, image_reference, probe_texts
+from odedit.data.images import ImageError, ImageReader
+from odedit.data.pool import Pool, scored_prompts
+from odedit.data.records import RawRecord
+from odedit.data.rewording import augment, blend_noise, replace_words, reword, seeded, words_of
+from odedit.errors import InputError, StorageError, unknown_name
+from odedit.inputs.batch import LOCALITY_SLOTS, NEAR, EditRequest, Picture, Probe
+
+Source = Literal["held_out", "record"]
+_RECORD_SLOTS = {
+    "text_rephrase": "t_gen",
+    "image_rephrase": "m_gen",
+    "text_locality": "t_loc",
+    "image_locality": "m_loc",
+}
+_POOLLESS = (
+    "Set data.pool to a file of other records (the training file), give the records `held_out` entries of their own, "
+    "or set supervision.locality_source to 'record', which trains on the questions that locality is scored on."
+)
+_RECORDS_TRIED, _PICTURES_TRIED = 256, 3
+"""A pool is refused after so many records without a partner, or so many whose partner's pictures cannot be read."""
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """Where supervision comes from.
+
+    Attributes:
+        rephrase_source: `held_out`: the record's `held_out` entries, else made from the edit. `record`: the rephrases
+            that are scored.
+        locality_source: `held_out`: the record's `held_out` entries, else the pool. `record`: the locality questions
+            that are scored.
+        near_locality: Also ask the edit's own question about another picture.
+        rephrase_noise: Share, 0 to 1, of the words of the text rephrase that are replaced by words of other records'
+            questions, and of uniform noise in the image rephrase: how far rephrases may stray from the edit. What is
+            scored stays as it is.
+        seed: Changes every draw; the edit id is always part of it.
+    """
+
+    rephrase_source: Source = "held_out"
+    locality_source: Source = "held_out"
+    near_locality: bool = True
+    rephrase_noise: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rephrase_source", "locality_source"):
+            if getattr(self, name) not in ("held_out", "record"):
+                raise unknown_name(f"supervision.{name}", str(getattr(self, name)), ["held_out", "record"])
+        if not 0 <= self.rephrase_noise <= 1:
+            raise ValueError(f"rephrase_noise: got {self.rephrase_noise}, expected a share from 0 to 1.")
+
+
+def build_request(
+    record: RawRecord,
+    reader: ImageReader,
+    supervision: Supervision,
+    pool: Pool | None = None,
+    *,
+    locality: bool = True,
+) -> EditRequest:
+    """Reads a record's images and gathers its probes and its supervision.
+
+    Args:
+        record: A record without a problem.
+        reader: Opens the record's images.
+        supervision: Which sources are used.
+        pool: Other records; needed for held-out locality unless the record brings its own.
+        locality: Whether locality supervision is made: no need for it where neither objective nor editor reads it.
+
+    Raises:
+        ImageError: One of the record's images cannot be used: skip the record and report why.
+        InputError: Held-out locality is asked for and there is no pool to draw it from.
+        ValueError: The record has a problem, and should not have come here.
+    """
+    if record.problem:
+        raise ValueError(f"{record.edit_id}: {record.problem}")
+    pictures = _Pictures(reader)
+    edit = pictures.probe(edit_text(record.fields, record.task))
+    probes = {name: pictures.probe(text) for name, text in probe_texts(record.fields, record.task).items()}
+    own = {slot: pictures.probe(text) for slot, text in held_out_texts(record.fields, record.task).items()}
+    slots = _rephrases(record, edit, probes, own, supervision)
+    if supervision.rephrase_noise:
+        slots = _with_noise(record.edit_id, slots, supervision, pool)
+    unrelated, drawn_from = _locality(record, edit, probes, own, supervision, pool) if locality else ({}, "")
+    meta = {"file": record.file, "index": str(record.index)} | ({"pool_record": drawn_from} if drawn_from else {})
+    replaced = record.fields["pred"].strip() or None
+    return EditRequest(record.edit_id, edit, slots | unrelated, probes, record.task, meta, replaced)
+
+
+def check_pool(records: Iterable[RawRecord], reader: ImageReader, supervision: Supervision, pool: Pool) -> None:
+    """Finds a record that the pool can supervise among the first of some records, to refuse a useless pool at once.
+
+    Args:
+        records: Usable records that are to be edited.
+        reader: Opens their images.
+
+    Raises:
+        InputError: There is none.
+    """
+    if supervision.locality_source == "record":
+        return
+    num_unreadable, error, blocked = 0, "", None
+    for record in islice(records, _RECORDS_TRIED):
+        draws = _wanted(supervision) - set(held_out_texts(record.fields, record.task))
+        if draws and sum(pool.left_out(record).values()) == len(pool.records):
+            blocked = blocked or record
+            continue
+        try:
+            build_request(record, reader, supervision, pool)
+        except ImageError:
+            continue  # its own images are at fault, which its row will say
+        except StorageError:
+            return
+        except InputError as said:
+            num_unreadable, error = num_unreadable + 1, str(said)
+            if num_unreadable == _PICTURES_TRIED:
+                break
+            continue
+        return
+    if error:
+        raise InputError(
+            f"{error} The pictures of data.pool are looked for under data.image_root and data.rephrase_root, as those "
+            "of data.path are. Put them there, or pack the pool with its own folders (`odedit data pack`) and set "
+            "data.pool to the packed folder."
+        )
+    if blocked is not None:
+        shared = "; ".join(f"{count} with {what}" for what, count in pool.left_out(blocked).most_common())
+        raise InputError(
+            f"data.pool: none of its {len(pool.records)} records can supervise the records of data.path: unrelated "
+            f"questions must share nothing with what is scored, and for {blocked.edit_id}, for one, the pool has "
+            f"{shared}. {_POOLLESS}"
+        )
+
+
+class _Pictures:
+    """Reads each image of one record once."""
+
+    def __init__(self, reader: ImageReader) -> None:
+        self._reader = reader
+        self._read: dict[ImageReference, Picture] = {}
+
+    def probe(self, text: ProbeText) -> Probe:
+        picture = None if text.image is None else self.picture(text.image)
+        return Probe(text.prompt, text.target, picture, text.is_caption)
+
+    def picture(self, reference: ImageReference) -> Picture:
+        if reference not in self._read:
+            self._read[reference] = self._reader.read(reference.path, reference.root)
+        return self._read[reference]
+
+
+def _rephrases(
+    record: RawRecord, edit: Probe, probes: dict[str, Probe], own: dict[str, Probe], supervision: Supervision
+) -> dict[str, Probe]:
+    if supervision.rephrase_source == "record":
+        return {slot: probes[_RECORD_SLOTS[slot]] for slot in ("text_rephrase", "image_rephrase")}
+
+    def reworded() -> Probe:
+        rng = seeded(record.edit_id, "text_rephrase", supervision.seed)
+        return replace(edit, prompt=reword(edit.prompt, record.task, rng, scored_prompts(record)))
+
+    def augmented() -> Probe:
+        assert edit.picture is not None, "every record has an image"
+        rng = seeded(record.edit_id, "image_rephrase", supervision.seed)
+        return replace(edit, picture=augment(edit.picture, rng))
+
+    makers: dict[str, Callable[[], Probe]] = {"text_rephrase": reworded, "image_rephrase": augmented}
+    return {slot: own[slot] if slot in own else make() for slot, make in makers.items()}
+
+
+def _with_noise(
+    edit_id: str, rephrases: dict[str, Probe], supervision: Supervision, pool: Pool | None
+) -> dict[str, Probe]:
+    """New rephrases; those given may be the ones that are scored."""
+    text, image = rephrases["text_rephrase"], rephrases["image_rephrase"]
+    vocabulary = [] if pool is None else words_of([other.fields["src"] for other in pool.records])
+    rng = seeded(edit_id, "text_noise", supervision.seed)
+    noisy = {
+        "text_rephrase": replace(text, prompt=replace_words(text.prompt, supervision.rephrase_noise, rng, vocabulary))
+    }
+    if image.picture is not None:
+        rng = seeded(edit_id, "image_noise", supervision.seed)
+        noisy["image_rephrase"] = replace(image, picture=blend_noise(image.picture, supervision.rephrase_noise, rng))
+    return rephrases | noisy
+
+
+def rephrase_distance(request: EditRequest) -> float | None:
+    """How far the supervising text rephrase is from the edit's prompt: 1 - Jaccard overlap of their sets of words.
+
+    Case and punctuation do not count. None if there is no such rephrase or no word.
+    """
+    rephrase = request.supervision.get("text_rephrase")
+    if rephrase is None:
+        return None
+    edit, other = (set(re.findall(r"\w+", text.casefold())) for text in (request.edit.prompt, rephrase.prompt))
+    return 1 - len(edit & other) / len(edit | other) if edit | other else None
+
+
+def _wanted(supervision: Supervision) -> set[str]:
+    """The locality slots that an edit is to have."""
+    return {slot for slot in LOCALITY_SLOTS if slot != NEAR or supervision.near_locality}
+
+
+def _locality(
+    record: RawRecord,
+    edit: Probe,
+    probes: dict[str, Probe],
+    own: dict[str, Probe],
+    supervision: Supervision,
+    pool: Pool | None,
+) -> tuple[dict[str, Probe], str]:
+    """The locality slots, and the edit id of the pool's record that was drawn, if any."""
+    wanted = [slot for slot in LOCALITY_SLOTS if slot in _wanted(supervision)]
+    if supervision.locality_source == "record":
+        found = {slot: probes[_RECORD_SLOTS[slot]] for slot in wanted[:2]}
+        if supervision.near_locality:
+            found["near_locality"] = probes.get("m_loc_near") or _near(edit, probes["m_loc"])
+        return found, ""
+    found = {slot: own[slot] for slot in wanted if slot in own}
+    missing = [slot for slot in wanted if slot not in found]
+    if not missing:
+        return found, ""
+    if pool is None and missing == ["near_locality"] and found["image_locality"].picture is not None:
+        return found | {"near_locality": _near(edit, found["image_locality"])}, ""
+    if pool is None:
+        raise InputError(
+            f"{record.file}, record {record.index}: has no held_out entry for {' and '.join(missing)}, and there is no "
+            f"pool of other records. {_POOLLESS}"
+        )
+    drawn, drawn_from = _draw(record, edit, probes, missing, supervision, pool)
+    return found | drawn, drawn_from
+
+
+def _near(edit: Probe, other: Probe) -> Probe:
+    """The edit's own question about the other probe's picture."""
+    return replace(edit, target=other.target, picture=other.picture)
+
+
+def _draw(
+    record: RawRecord,
+    edit: Probe,
+    probes: dict[str, Probe],
+    missing: list[str],
+    supervision: Supervision,
+    pool: Pool,
+) -> tuple[dict[str, Probe], str]:
+    """Takes the first record of the pool, in an order set by the edit id, whose images can be read and are others."""
+    scored_keys = {probe.picture.key for probe in (edit, *probes.values()) if probe.picture is not None}
+    rng = seeded(record.edit_id, "locality", supervision.seed)
+    num_tried, last_error = 0, ""
+    for other in pool.candidates(record, rng):
+        num_tried += 1
+        try:
+            drawn = _locality_of(other, edit, missing, pool.reader)
+        except ImageError as error:
+            last_error = f" Last one: {error}"
+            continue
+        if all(probe.picture is None or probe.picture.key not in scored_keys for probe in drawn.values()):
+            return drawn, other.edit_id
+    raise InputError(
+        f"data.pool: none of its {len(pool.records)} records can supervise {record.edit_id}: {num_tried} share no "
+        f"image or question with it, and none of those has images that can be read.{last_error} Use a larger pool."
+    )
+
+
+def _locality_of(other: RawRecord, edit: Probe, missing: list[str], reader: ImageReader) -> dict[str, Probe]:
+    """The missing slots, made from one record of the pool. Targets only say which positions are compared."""
+    texts = probe_texts(other.fields, other.task)
+    answer = other.fields["pred"] if other.fields["pred"].strip() else other.fields["m_loc_a"]
+    candidates = {
+        "text_locality": texts["t_loc"],
+        "image_locality": texts["m_loc"],
+        "near_locality": ProbeText(edit.prompt, answer, image_reference(other.fields["image"]), edit.is_caption),
+    }
+    pictures = _Pictures(reader)
+    return {slot: pictures.probe(candidates[slot]) for slot in missing}

@@ -1,0 +1,1 @@
+"""The inner loop: descent on the edit, ascent on the multiplier."""

@@ -1,0 +1,185 @@
+"""Edits that are plain weights, merged into a copy of the model's checkpoint.
+
+The copy has the source's files: its processor, tokenizer, generation settings, shards, tensor names and dtypes. Only
+the values of the edited tensors differ, so whatever loads the source loads the copy.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from odedit.backbones.common import weight_files
+from odedit.backbones.common.checkpoints import resolve
+from odedit.backbones.common.hub import INDEX, WEIGHTS
+from odedit.editors.base import Editor, Mergeable
+from odedit.errors import InputError
+from odedit.inputs.batch import EditParams
+from odedit.runtime.brief import brief
+from odedit.storage.atomic import check_new, folder_written_atomically
+
+_COPIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "additional_chat_templates/*.jinja")
+"""What a checkpoint has beside its weights. Never code or pickles; its README describes another model."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The files of a source checkpoint, and the tensors in them that the edits change.
+
+    Attributes:
+        source: Folder of the source checkpoint.
+        weights: Its files of weights.
+        changed: File name -> stored name -> new value, in the dtype in which the source stores it.
+    """
+
+    source: Path
+    weights: tuple[str, ...]
+    changed: Mapping[str, Mapping[str, Tensor]]
+
+    __repr__ = brief
+
+    def write(self, directory: Path) -> None:
+        """Writes the checkpoint, file by file; a reader sees the whole folder or none.
+
+        Raises:
+            InputError: `directory` is a file or holds something.
+        """
+        check_new(directory)
+        with folder_written_atomically(directory) as folder:
+            for path in _other_files(self.source):
+                target = folder / path.relative_to(self.source)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+            for name in self.weights:
+                shutil.copyfile(self.source / name, folder / name)
+                _overwrite(folder / name, self.changed.get(name, {}))
+
+
+def export(backbone: Any, editor: Editor, params: EditParams, directory: Path) -> None:
+    """Writes a plain Hugging Face checkpoint with the edits merged into its weights.
+
+    Args:
+        backbone: One of `odedit.load_backbone`.
+
+    Raises:
+        InputError: As `merged_into` and `Merged.write`.
+    """
+    with merged_into(backbone, editor, params) as merged:
+        merged.write(directory)
+
+
+@contextmanager
+def merged_into(backbone: Any, editor: Editor, params: EditParams) -> Iterator[Merged]:
+    """Inside, the model has the merged weights, rounded as the checkpoint stores them; its own are back afterwards.
+
+    Raises:
+        InputError: The editor's edits are not plain weights (WISE routes at inference), the checkpoint's files are not
+            those that the model was loaded from, or its dtype cannot hold the merged values.
+    """
+    if not isinstance(editor, Mergeable):
+        raise InputError(
+            f"edits of {type(editor).__name__} cannot be merged into plain weights: it decides per prompt. "
+            "Keep the edit files and use `odedit apply`."
+        )
+    deltas = editor.merged(params)
+    modules = {site: backbone.site(site) for site in deltas}
+    source = Path(resolve(backbone.checkpoint, backbone.family, backbone.architecture))
+    weights = tuple(path.name for path in weight_files.find(source))
+    stored_at = _stored_at(backbone.model, source, weights, modules)
+    changed: dict[str, dict[str, Tensor]] = {}
+    kept = {site: module.weight.data for site, module in modules.items()}
+    try:
+        for site, module in modules.items():
+            file, name = stored_at[site]
+            with safe_open(source / file, framework="pt") as stream:
+                stored = stream.get_tensor(name)
+            if not torch.equal(stored.to(module.weight.dtype), module.weight.cpu()):
+                raise InputError(f"{source / file}: {name!r} is not the weight that {site!r} was loaded with.")
+            value = _rounded(stored, deltas[site], f"{site} ({name})")
+            changed.setdefault(file, {})[name] = value
+            module.weight.data = value.to(kept[site])
+        yield Merged(source, weights, changed)
+    finally:
+        for site, module in modules.items():
+            module.weight.data = kept[site]
+
+
+def _rounded(stored: Tensor, delta: Tensor, name: str) -> Tensor:
+    """The sum in the dtype of the stored tensor."""
+    wide = torch.promote_types(stored.dtype, torch.float32)
+    value = (stored.to(wide) + delta.to("cpu", wide)).to(stored.dtype)
+    if not bool(value.isfinite().all()):
+        raise InputError(f"{name}: the merged values are not finite in the checkpoint's dtype, {stored.dtype}.")
+    return value
+
+
+def _other_files(source: Path) -> list[Path]:
+    """Files beside the weights; no index of weights that are not copied."""
+    has_index = not (source / WEIGHTS).is_file()
+    return [
+        path
+        for pattern in _COPIED
+        for path in sorted(source.glob(pattern))
+        if path.is_file() and (not path.name.endswith(".index.json") or (has_index and path.name == INDEX))
+    ]
+
+
+def _stored_at(
+    model: Any, source: Path, weights: Iterable[str], modules: Mapping[str, torch.nn.Module]
+) -> dict[str, tuple[str, str]]:
+    """Site -> file and stored name of its weight, by the library's own renaming of what it loads.
+
+    Raises:
+        InputError: A weight is not stored as one tensor.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    parameters = model.state_dict()
+    site_of = {id(module): site for site, module in modules.items()}
+    wanted = {f"{name}.weight": site_of[id(module)] for name, module in model.named_modules() if id(module) in site_of}
+    found: dict[str, tuple[str, str]] = {}
+    for file in weights:
+        with safe_open(source / file, framework="pt") as stream:
+            names = list(stream.keys())
+        for stored in names:
+            name, converted = rename_source_key(stored, renamings, converters, model.base_model_prefix, parameters)
+            if name not in parameters and stored in parameters:  # as the library does
+                name, converted = rename_source_key(stored, [], [], model.base_model_prefix, parameters)
+            if name in wanted and converted is None:
+                found[wanted[name]] = file, stored
+    missing = [site for site in modules if site not in found]
+    if missing:
+        raise InputError(
+            f"{source}: the weight of {missing[0]!r} is not stored as a tensor of its own, so nothing can be merged "
+            "into it. Keep the edit files and use `odedit apply`."
+        )
+    return found
+
+
+def _overwrite(path: Path, values: Mapping[str, Tensor]) -> None:
+    """Replaces tensors of a safetensors file by others of the same shape and dtype; all else stays as it is."""
+    if not values:
+        return
+    with path.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        for name, value in values.items():
+            begin, end = header[name]["data_offsets"]
+            data = value.contiguous().view(torch.uint8).numpy().tobytes()
+            if len(data) != end - begin:
+                raise ValueError(f"{path}: {name} has {end - begin} bytes, its new value {len(data)}.")
+            stream.seek(8 + size + begin)
+            stream.write(data)

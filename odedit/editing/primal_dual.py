@@ -1,0 +1,299 @@
+"""The only place where phi_e and delta move: descent on phi_e, ascent on delta (arXiv 2601.19700, eq. 11-13).
+
+Every edit of a batch has its own moments, step count, clipping and multiplier network, so it moves as if it were alone.
+
+The dual step belongs after the primal one, at the updated phi_e. It is taken at the start of the next call instead,
+with the penalty that the next forward computes anyway: the same sequence of values without a second forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from odedit.editors.base import Editor, OptimizerSettings
+from odedit.inputs.batch import EditParams, stack_params
+from odedit.objectives.base import BaseConfig
+from odedit.objectives.common.multiplier import DUAL_DECAY, MultiplierNetwork, features, flat_input
+from odedit.objectives.common.penalty import penalty_schedule
+from odedit.objectives.common.sketch import CountSketch
+from odedit.objectives.common.terms import Terms
+from odedit.runtime.brief import brief
+
+_BETAS = (0.9, 0.999)
+_EPSILON = 1e-8
+
+
+@dataclass(frozen=True)
+class State:
+    """What the optimiser remembers of E edits.
+
+    Attributes:
+        steps_E: Primal steps taken.
+        moments: First and second moments by tensor name; empty for SGD.
+        delta: Weights of the multiplier networks; empty unless lambda is learned.
+        dual_steps_E: Dual steps taken.
+        dual_weight_E: Weight of the penalty in the last primal step; a dual step follows unless it was 0.
+    """
+
+    steps_E: Tensor
+    dual_steps_E: Tensor
+    dual_weight_E: Tensor
+    moments: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    delta: EditParams = field(default_factory=dict)
+
+    __repr__ = brief
+
+    def take(self, edits: Tensor) -> State:
+        """The state of the edits with these rows, alone."""
+        return replace(
+            self,
+            steps_E=self.steps_E[edits],
+            dual_steps_E=self.dual_steps_E[edits],
+            dual_weight_E=self.dual_weight_E[edits],
+            moments={name: (first[edits], second[edits]) for name, (first, second) in self.moments.items()},
+            delta={name: value[edits].detach().requires_grad_() for name, value in self.delta.items()},
+        )
+
+    def copy_(self, other: State) -> None:
+        """Takes the values of a state of the same edits, in the memory that is there."""
+        for name in ("steps_E", "dual_steps_E", "dual_weight_E"):
+            getattr(self, name).copy_(getattr(other, name))
+        for name, pair in self.moments.items():
+            for mine, theirs in zip(pair, other.moments[name], strict=True):
+                mine.copy_(theirs)
+        for name, value in self.delta.items():
+            value.copy_(other.delta[name])
+
+
+class PrimalDual:
+    """Steps of E edits; pure: takes and returns parameters and state."""
+
+    def __init__(self, editor: Editor, config: BaseConfig, max_steps: int, seed: int = 0) -> None:
+        self._editor = editor
+        self._config = config.invariance
+        self._seed = seed
+        self._fixed = self._config.fixed
+        config.check(editor)
+        warmup, ramp = self._config.warmup, self._config.ramp
+        self._shares = [penalty_schedule(step, max_steps, warmup, ramp) for step in range(max_steps + 1)]
+        self._schedule = torch.tensor(self._shares)
+
+    def init(self, params: EditParams) -> State:
+        first = next(iter(params.values()))
+        steps = torch.zeros(first.shape[0], dtype=torch.long, device=first.device)
+        moments = {}
+        if self._editor.optimizer.kind != "sgd":
+            moments = {
+                name: (torch.zeros_like(value), torch.zeros_like(value))
+                for name, value in params.items()
+                if name not in self._editor.frozen
+            }
+        return State(steps, steps.clone(), torch.zeros(len(steps), device=steps.device), moments)
+
+    def joined(self, state: State, params: EditParams) -> State:
+        """The state with that of new edits behind it, whose phi_0 is `params`."""
+        new = self.init(params)
+        delta = {}
+        if state.delta:
+            num_new, width = len(new.steps_E), state.delta["weight_0"].shape[1]
+            first = MultiplierNetwork.init(self._config.multiplier, width, num_new, self._seed, new.steps_E.device)
+            delta = {
+                name: torch.cat([value, first[name]]).detach().requires_grad_() for name, value in state.delta.items()
+            }
+        return State(
+            steps_E=torch.cat([state.steps_E, new.steps_E]),
+            dual_steps_E=torch.cat([state.dual_steps_E, new.dual_steps_E]),
+            dual_weight_E=torch.cat([state.dual_weight_E, new.dual_weight_E]),
+            moments=_joined(state.moments, new.moments),
+            delta=delta,
+        )
+
+    @property
+    def learns(self) -> bool:
+        """Whether lambda is learned."""
+        return self._fixed is None
+
+    def is_penalised(self, steps: Iterable[int]) -> bool:
+        """Whether lambda is learned, and counts for an edit that has taken one of these numbers of steps."""
+        return self.learns and any(self._shares[step] > 0 for step in steps)
+
+    def step(
+        self, params: EditParams, origin: EditParams, state: State, terms: Terms, active_E: Tensor
+    ) -> tuple[EditParams, State, dict[str, Tensor]]:
+        """`weigh` and `descend`; new parameters, new state, and what there is to show."""
+        is_penalised = self.is_penalised(state.steps_E.tolist())
+        objective_E, state, shown = self.weigh(params, origin, state, terms, active_E, is_penalised)
+        return *self.descend(params, state, objective_E, active_E), shown
+
+    def weigh(
+        self,
+        params: EditParams,
+        origin: EditParams,
+        state: State,
+        terms: Terms,
+        active_E: Tensor,
+        is_penalised: bool,
+    ) -> tuple[Tensor, State, dict[str, Tensor]]:
+        """The objective with its penalty, after one dual step of the active edits for which one is due.
+
+        Args:
+            params: phi_e, the leaves that `terms` was computed from.
+            origin: phi_0.
+            active_E: Edits that still move; the others keep their networks bit for bit.
+            is_penalised: What the method of this name says; True where it says False changes nothing but the time.
+
+        Returns:
+            The objective `(E,)`, the state, and `lambda` and `objective` of every edit.
+        """
+        schedule_E = self._schedule_on(terms.total.device)[state.steps_E]
+        context = self._context(params, origin, terms) if is_penalised else None
+        if context is None:
+            multiplier_E = torch.full_like(terms.total, self._fixed or 0.0)
+        else:
+            if not state.delta:
+                state = replace(state, delta=self._init_delta(context))
+            state = self._dual_step(state, context.detach(), terms.penalty.detach(), active_E)
+            multiplier_E = MultiplierNetwork.apply(self._config.multiplier, state.delta, context)
+        state = replace(state, dual_weight_E=torch.zeros_like(schedule_E) if context is None else schedule_E)
+        objective_E = terms.total
+        if context is not None or self._fixed:
+            penalty_E = schedule_E * multiplier_E * terms.penalty
+            objective_E = objective_E + torch.where(schedule_E > 0, penalty_E, 0.0)
+        return objective_E, state, {"lambda": multiplier_E.detach() * schedule_E, "objective": objective_E.detach()}
+
+    def descend(
+        self, params: EditParams, state: State, objective_E: Tensor, active_E: Tensor | None
+    ) -> tuple[EditParams, State]:
+        """One primal step; edits that are not active keep parameters and moments bit for bit.
+
+        Args:
+            params: phi_e, the leaves that the objective was computed from.
+            active_E: Edits that still move; None: all.
+
+        Returns:
+            New parameters (leaves) and new state.
+        """
+        names = [name for name in params if name not in self._editor.frozen]
+        gradients = torch.autograd.grad(objective_E.sum(), [params[name] for name in names], allow_unused=True)
+        gradient_of = {
+            name: torch.zeros_like(params[name]) if gradient is None else gradient
+            for name, gradient in zip(names, gradients, strict=True)
+        }
+        trained = {name: params[name] for name in names}
+        moved, moments = _primal_step(self._editor.optimizer, trained, gradient_of, state)
+        moved = self._editor.constrain(params | moved)
+        params = params | {name: _where(active_E, moved[name], params[name]).requires_grad_() for name in names}
+        moments = {
+            name: (_where(active_E, first, state.moments[name][0]), _where(active_E, second, state.moments[name][1]))
+            for name, (first, second) in moments.items()
+        }
+        taken_E = torch.ones_like(state.steps_E) if active_E is None else active_E.long()
+        return params, replace(state, steps_E=state.steps_E + taken_E, moments=moments)
+
+    def _schedule_on(self, device: torch.device) -> Tensor:
+        if self._schedule.device != device:
+            self._schedule = self._schedule.to(device)
+        return self._schedule
+
+    def _context(self, params: EditParams, origin: EditParams, terms: Terms) -> Tensor:
+        """What lambda reads: phi_e, as sketch or flat, the risks, and |g| of every environment."""
+        config = self._config.multiplier
+        params = {name: value for name, value in params.items() if name not in self._editor.frozen}
+        if config.input == "flat":
+            phi_EP = flat_input(params)
+        else:
+            sizes = tuple((name, value[0].numel()) for name, value in sorted(params.items()))
+            phi_EP = _sketch(sizes, config.sketch_dim, self._seed)({n: params[n] - origin[n] for n in params})
+        return features(phi_EP, *terms.multiplier_inputs())
+
+    def _init_delta(self, context_EI: Tensor) -> EditParams:
+        num_edits, width = context_EI.shape
+        return MultiplierNetwork.init(self._config.multiplier, width, num_edits, self._seed, context_EI.device)
+
+    def _dual_step(self, state: State, context_EI: Tensor, penalty_E: Tensor, active_E: Tensor) -> State:
+        """`delta <- delta + gamma_2 * grad_delta G` of the active edits whose last primal step had a penalty.
+
+        By default with the adaptive rate of the IRM-TV code.
+        """
+        active_E = active_E & (state.dual_weight_E > 0)
+        names = list(state.delta)
+        multiplier_E = MultiplierNetwork.apply(self._config.multiplier, state.delta, context_EI)
+        # A fresh gradient each time; the public IRM-TV code lets them pile up over the steps.
+        gradients = torch.autograd.grad(
+            (state.dual_weight_E * multiplier_E * penalty_E).sum(), [state.delta[name] for name in names]
+        )
+        rate_E = torch.full_like(penalty_E, self._config.dual_rate)
+        if self._config.dual_schedule == "adaptive":
+            norm_E = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
+            decay_E = (state.dual_steps_E + 1).to(penalty_E) ** DUAL_DECAY
+            rate_E = torch.where(norm_E > 0, rate_E / (norm_E.clamp_min(1e-30) * decay_E), 0.0)
+        delta = {
+            name: _where(active_E, state.delta[name] + _broadcast(rate_E, gradient) * gradient, state.delta[name])
+            .detach()
+            .requires_grad_()
+            for name, gradient in zip(names, gradients, strict=True)
+        }
+        return replace(state, delta=delta, dual_steps_E=state.dual_steps_E + active_E.long())
+
+
+def _primal_step(
+    settings: OptimizerSettings, params: EditParams, gradients: EditParams, state: State
+) -> tuple[EditParams, dict[str, tuple[Tensor, Tensor]]]:
+    """One step of SGD, Adam or AdamW per edit, on tensors whose axis 0 is the edit."""
+    with torch.no_grad():
+        if settings.clip_norm is not None:
+            norm_E = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0).sqrt()
+            scale_E = (settings.clip_norm / norm_E.clamp_min(1e-12)).clamp_max(1.0)
+            gradients = {name: g * _broadcast(scale_E, g) for name, g in gradients.items()}
+        decay, rate = settings.weight_decay, settings.learning_rate
+        if settings.kind == "sgd":
+            # The parameters may be the largest tensors of all: two passes over them.
+            decayed = {name: torch.add(gradients[name], p, alpha=decay) for name, p in params.items()}
+            return {name: torch.sub(p, decayed[name], alpha=rate) for name, p in params.items()}, {}
+        moved, moments = {}, {}
+        count_E = (state.steps_E + 1).to(torch.float32)
+        # What belongs to the edit, and not to its weights, goes into the divisor.
+        first_E, second_E = 1 - _BETAS[0] ** count_E, 1 - _BETAS[1] ** count_E
+        scale_E, least_E = first_E / (rate * second_E.sqrt()), _EPSILON * first_E / rate
+        for name, p in params.items():
+            gradient, (first, second) = gradients[name], state.moments[name]
+            if decay and settings.kind == "adam":
+                gradient = torch.add(gradient, p, alpha=decay)
+            first = torch.lerp(first, gradient, 1 - _BETAS[0])
+            second = (_BETAS[1] * second).addcmul_(gradient, gradient, value=1 - _BETAS[1])
+            divisor = torch.addcmul(_broadcast(least_E, p), second.sqrt(), _broadcast(scale_E, p))
+            kept = p * (1 - rate * decay) if decay and settings.kind == "adamw" else p
+            moved[name] = torch.addcdiv(kept, first, divisor, value=-1)
+            moments[name] = (first, second)
+        return moved, moments
+
+
+def _joined(
+    old: Mapping[str, tuple[Tensor, Tensor]], new: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Moments of both, padded as the parameters are."""
+    first, second = (
+        stack_params([{name: pair[order] for name, pair in moments.items()} for moments in (old, new)])
+        for order in (0, 1)
+    )
+    return {name: (first[name], second[name]) for name in old}
+
+
+def _broadcast(values_E: Tensor, like: Tensor) -> Tensor:
+    return values_E.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def _where(active_E: Tensor | None, moved: Tensor, kept: Tensor) -> Tensor:
+    moved, kept = moved.detach(), kept.detach()
+    return moved if active_E is None else torch.where(_broadcast(active_E, moved), moved, kept)
+
+
+@lru_cache(maxsize=8)
+def _sketch(sizes: tuple[tuple[str, int], ...], dim: int, seed: int) -> CountSketch:
+    """Drawing the hash of a large matrix takes as long as a step; it is the same for every batch."""
+    return CountSketch(dict(sizes), dim, seed)

@@ -1,0 +1,165 @@
+"""Fine-tuning, per edit: what the editors share that train additions to linear modules by the likelihood alone.
+
+An editor of this kind says which tensors it trains and what they add to a module's output; sites, optimiser, stop rule
+and the hooks are here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from odedit.backbones.base import Backbone, Prefix, is_connector
+from odedit.editors.base import OptimizerSettings, Plain, Trace, check_range
+from odedit.editors.common.hooks import Rewrite, rewritten
+from odedit.errors import InputError
+from odedit.inputs.batch import EditBatch, EditParams
+
+_EVERY_LAYER = "layers.*."
+
+
+@dataclass(frozen=True)
+class FineTuningConfig:
+    """Settings of every editor of this kind.
+
+    Attributes:
+        sites: Modules that train, in any order: names such as `layers.-1.ffn.in` (the last layer), `layers.*.<part>`
+            for one part of every layer, and `connector.<name>`, where `*` stands for anything.
+        learning_rate: Of AdamW.
+        weight_decay: Decoupled, on the trained tensors.
+        max_steps: Steps, unless a run's stop rule says otherwise.
+        clip_norm: Largest gradient norm of one edit; None for no clipping.
+        stop_loss: Stops an edit whose objective has come below; None: all steps.
+    """
+
+    sites: tuple[str, ...]
+    learning_rate: float
+    weight_decay: float = 0.0
+    max_steps: int = 15
+    clip_norm: float | None = None
+    stop_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", (self.sites,) if isinstance(self.sites, str) else tuple(self.sites))
+        check_range("learning_rate", self.learning_rate, "> 0", lambda v: v > 0)
+        check_range("weight_decay", self.weight_decay, ">= 0", lambda v: v >= 0)
+        check_range("max_steps", self.max_steps, ">= 1", lambda v: v >= 1)
+        for name in ("clip_norm", "stop_loss"):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), "> 0, or null", lambda v: v > 0)
+        if not self.sites:
+            raise ValueError("sites: got none, expected at least one such as layers.-1.ffn.in.")
+
+
+def resolve(backbone: Backbone, sites: Sequence[str]) -> list[str]:
+    """Names of single modules; those without `*` as they are.
+
+    Raises:
+        InputError: Unknown, twice the same module, or a pattern that fits none.
+    """
+    names: list[str] = []
+    for site in sites:
+        found = _matches(backbone, site)
+        if not found:
+            known = backbone.connector_sites()
+            raise InputError(f"editor.sites: {site!r} fits no site; there are e.g. layers.*.ffn.in and {known[-1]}.")
+        names += found
+    if len({backbone.site(name) for name in names}) < len(names):
+        raise InputError(f"editor.sites: got {', '.join(sites)}, expected different matrices.")
+    return names
+
+
+def _matches(backbone: Backbone, site: str) -> list[str]:
+    if "*" not in site:
+        return [site]
+    if is_connector(site):
+        return [name for name in backbone.connector_sites() if fnmatchcase(name, site)]
+    if site.startswith(_EVERY_LAYER):
+        part = site.removeprefix(_EVERY_LAYER)
+        return [f"layers.{layer}.{part}" for layer in range(backbone.num_layers)]
+    return []
+
+
+class FineTuning(Plain, ABC):
+    """An editor without own terms, projection or routing; see `odedit.editors.base.Editor`."""
+
+    Config: ClassVar[type]
+    positionwise = True
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        # With a pattern over layers, the lowest edited layer is the first; a connector pattern is below all of them.
+        self.sites: tuple[str, ...] = tuple(site.replace(_EVERY_LAYER, "layers.0.") for site in config.sites)
+        self.max_steps: int = config.max_steps
+        self.optimizer = OptimizerSettings("adamw", config.learning_rate, config.weight_decay, config.clip_norm)
+
+    def check(self, backbone: Backbone) -> None:
+        resolve(backbone, self.config.sites)
+
+    @abstractmethod
+    def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams: ...
+
+    @abstractmethod
+    def sites_of(self, params: EditParams) -> list[str]:
+        """The modules that `params` belong to."""
+
+    @abstractmethod
+    def change(self, params: EditParams, site: str, x_ENI: Tensor) -> Tensor:
+        """What phi_e adds to a module's output for the N rows of its input, `(E, N, out)`."""
+
+    @abstractmethod
+    def pooled(self, params: EditParams) -> EditParams:
+        """One set of parameters (axis 0 has length 1) that adds what all edits add together."""
+
+    @contextmanager
+    def applied(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> Iterator[Trace]:
+        def rewrite_at(site: str) -> Rewrite:
+            def rewrite(x: Tensor, y: Tensor) -> Tensor:
+                x_ENI = x.reshape(batch.num_edits, -1, x.shape[-1])
+                return y + self.change(params, site, x_ENI).reshape(y.shape)
+
+            return rewrite
+
+        with rewritten({backbone.site(site): rewrite_at(site) for site in self.sites_of(params)}):
+            yield Trace()
+
+    @contextmanager
+    def together(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> Iterator[Trace]:
+        for_all = {name: value.expand(batch.num_edits, *value.shape[1:]) for name, value in self.pooled(params).items()}
+        with self.applied(backbone, for_all, batch) as trace:
+            yield trace
+
+    def converged(self, loss_E: Tensor, previous_E: Tensor, token_right_E: Tensor, trace: Trace) -> Tensor:
+        if self.config.stop_loss is None:
+            return torch.zeros_like(token_right_E)
+        return loss_E < self.config.stop_loss
+
+
+class WeightDifferences(FineTuning):
+    """One dense difference per site and edit: `y = x (W + dW_e)^T`. Parameters go by the name of their site."""
+
+    def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:
+        return {
+            name: torch.zeros(batch.num_edits, *backbone.site(name).weight.shape, device=batch.tokens_EKS.device)
+            for name in resolve(backbone, self.config.sites)
+        }
+
+    def sites_of(self, params: EditParams) -> list[str]:
+        return list(params)
+
+    def change(self, params: EditParams, site: str, x_ENI: Tensor) -> Tensor:
+        # The matrix as first factor: its gradient then needs no transposition.
+        return torch.bmm(params[site].to(x_ENI.dtype), x_ENI.transpose(1, 2)).transpose(1, 2)
+
+    def pooled(self, params: EditParams) -> EditParams:
+        return {name: delta.sum(dim=0, keepdim=True) for name, delta in params.items()}
+
+    def merged(self, params: EditParams) -> dict[str, Tensor]:
+        return {name: delta[0] for name, delta in self.pooled(params).items()}

@@ -1,0 +1,72 @@
+"""One figure for a set of edits: the harmonic mean of the five metrics, and a test for the difference of two sets.
+
+A harmonic mean is low as soon as one metric is: an editor that changes everything, or nothing, does not win.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from odedit.evaluation.scores import MAIN, PairedDifference
+
+Rows = Mapping[str, Mapping[str, Any]]
+
+
+def harmonic_mean(values: Sequence[float]) -> float:
+    """0 as soon as one value is 0; NaN without values.
+
+    >>> harmonic_mean([1.0, 0.5])
+    0.6666666666666666
+    """
+    if not values:
+        return math.nan
+    return len(values) / math.fsum(1.0 / value for value in values) if min(values) > 0.0 else 0.0
+
+
+def score(rows: Sequence[Mapping[str, Any]]) -> float:
+    """The harmonic mean of the means of the five metrics, each over the rows that have it; NaN if none has any."""
+    return harmonic_mean([mean for metric in MAIN if (mean := _mean(rows, metric)) is not None])
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], metric: str) -> float | None:
+    values = [row[metric] for row in rows if isinstance(row.get(metric), (int, float)) and math.isfinite(row[metric])]
+    return math.fsum(values) / len(values) if values else None
+
+
+def paired_score(a: Rows, b: Rows) -> PairedDifference | None:
+    """score(b) - score(a) over the edits that both have, by edit id; None if there is none.
+
+    The score is no mean over edits, so its error comes from the jackknife: the difference without one fact (or edit,
+    where rows name none) at a time. Interval and p are Student's, with one degree of freedom less than facts.
+
+    References:
+        Efron and Stein (1981), The Jackknife Estimate of Variance.
+    """
+    from scipy import stats
+
+    shared = sorted(a.keys() & b.keys())
+    facts: dict[str, list[str]] = {}
+    for key in shared:
+        facts.setdefault(str(a[key].get("fact") or key), []).append(key)
+    difference = _difference(a, b, shared)
+    if not shared or math.isnan(difference):
+        return None
+    if len(facts) < 2:
+        return PairedDifference(difference, difference, difference, math.nan, len(shared))
+    without = []
+    for left_out in facts.values():
+        gone = set(left_out)
+        without.append(_difference(a, b, [key for key in shared if key not in gone]))
+    centre = math.fsum(without) / len(without)
+    error = math.sqrt((len(facts) - 1) / len(facts) * math.fsum((value - centre) ** 2 for value in without))
+    if error < 1e-12:
+        return PairedDifference(difference, difference, difference, 1.0 if difference == 0 else math.nan, len(shared))
+    half = error * float(stats.t.ppf(0.975, len(facts) - 1))
+    p = float(2 * stats.t.sf(abs(difference) / error, len(facts) - 1))
+    return PairedDifference(difference, difference - half, difference + half, p, len(shared))
+
+
+def _difference(a: Rows, b: Rows, keys: Sequence[str]) -> float:
+    return score([b[key] for key in keys]) - score([a[key] for key in keys])

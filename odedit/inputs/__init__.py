@@ -1,0 +1,1 @@
+"""Edit requests as tensors: prompts, tokens, batches."""

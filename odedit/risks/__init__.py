@@ -1,0 +1,1 @@
+"""Reliability, locality and generality risks, and their scale gradients."""

@@ -1,0 +1,1 @@
+"""Process, memory, timing and kernel helpers that know no model."""

@@ -1,0 +1,1 @@
+"""Weights that an editor learns before it edits."""

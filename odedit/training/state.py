@@ -1,0 +1,143 @@
+"""Everything a training needs to go on, as one value and as one file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from odedit.backbones.common.fingerprints import comparable
+from odedit.errors import InputError
+from odedit.runtime.addresses import masked
+from odedit.runtime.brief import brief
+from odedit.storage.location import Location, Place, at
+from odedit.storage.tensors import read_tensors, write_tensors
+from odedit.training.multiplier import Dual
+
+FORMAT = "odedit-training-1"
+_GROUPS = ("weights", "first", "second", "best")
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """One moment of a training; the order of the records needs no state, since the step fixes it.
+
+    Attributes:
+        weights: The editor's.
+        first, second: Adam's moments.
+        best: Weights of the lowest validation loss.
+        best_loss, best_step: That loss, and when.
+        step: Steps taken.
+        losses: Training loss of every step.
+        looks: Step and loss of every look at the validation records.
+        dual: The multiplier network; its weights are empty unless lambda is learned.
+        stop_reason: `max_steps` or `patience`; empty while training goes on.
+    """
+
+    weights: dict[str, Tensor]
+    first: dict[str, Tensor]
+    second: dict[str, Tensor]
+    best: dict[str, Tensor]
+    best_loss: float = math.inf
+    best_step: int = 0
+    step: int = 0
+    losses: tuple[float, ...] = ()
+    looks: tuple[tuple[int, float], ...] = ()
+    dual: Dual = field(default_factory=Dual)
+    stop_reason: str = ""
+
+    __repr__ = brief
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Tensor]) -> TrainingState:
+        """The state before the first step."""
+        kept = {name: value.detach() for name, value in weights.items()}
+        zeros = {name: torch.zeros_like(value) for name, value in kept.items()}
+        return cls(kept, zeros, dict(zeros), dict(kept))
+
+    @property
+    def looked_at(self) -> int:
+        """The step of the last look; -1 before the first."""
+        return self.looks[-1][0] if self.looks else -1
+
+    @property
+    def looks_without_improvement(self) -> int:
+        return sum(step > self.best_step for step, _ in self.looks)
+
+
+def write_state(path: Place, state: TrainingState, identity: Mapping[str, Any]) -> None:
+    """Writes the state; a reader sees the whole file or none. A finished training keeps its best weights alone."""
+    groups = _GROUPS if not state.stop_reason else ("best",)
+    tensors = {f"{group}/{name}": value for group in groups for name, value in getattr(state, group).items()}
+    tensors |= {f"dual/{name}": value for name, value in state.dual.delta.items()}
+    # JSON writes as many digits of a float as it takes to read the same one back.
+    info = {
+        "identity": dict(identity),
+        "best_loss": state.best_loss,
+        "best_step": state.best_step,
+        "step": state.step,
+        "losses": state.losses,
+        "looks": state.looks,
+        "dual_steps": state.dual.steps,
+        "stop_reason": state.stop_reason,
+    }
+    # Copies, because tensors of one file may not share memory: the best weights may be the present ones.
+    stored = {name: value.detach().cpu().clone() for name, value in tensors.items()}
+    metadata = {"format": FORMAT, "info": json.dumps(info)}
+    write_tensors(at(path), stored, metadata)
+
+
+def read_state(path: Place, identity: Mapping[str, Any], device: str = "cpu") -> TrainingState:
+    """Reads a state that `write_state` wrote.
+
+    Raises:
+        InputError: It cannot be read, or belongs to a training of other settings, records or model.
+    """
+    place = at(path)
+    groups: dict[str, dict[str, Tensor]] = {group: {} for group in (*_GROUPS, "dual")}
+    try:
+        tensors, metadata = read_tensors(place, device)
+        if metadata.get("format") != FORMAT:
+            raise InputError(f"{place}: format is {metadata.get('format')!r}, expected {FORMAT!r}. Remove it.")
+        info = json.loads(metadata["info"])
+        for key, value in tensors.items():
+            group, _, name = key.partition("/")
+            # A copy lies where torch would put it: sums over memory of another alignment differ in the last bit.
+            groups[group][name] = value.clone()
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise InputError(
+            f"{place}: this state of a training is damaged ({masked(str(error))}). Remove it to start over."
+        ) from error
+    then = info["identity"]
+    now = {key: comparable(value, then.get(key)) for key, value in identity.items()}
+    _check_identity(place, json.loads(json.dumps(now)), then)
+    delta = {name: value.requires_grad_() for name, value in groups["dual"].items()}
+    return TrainingState(
+        **{group: groups[group] for group in _GROUPS},
+        best_loss=info["best_loss"],
+        best_step=info["best_step"],
+        step=info["step"],
+        losses=tuple(info["losses"]),
+        looks=tuple((step, loss) for step, loss in info["looks"]),
+        dual=Dual(delta, info["dual_steps"]),
+        stop_reason=info["stop_reason"],
+    )
+
+
+def _check_identity(place: Location, now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+    changed = [
+        f"  {key}: was {then.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted({*now, *then})
+        if now.get(key) != then.get(key)
+    ]
+    if changed:
+        raise InputError(
+            f"{place} holds a training with other settings or records:\n" + "\n".join(changed) + "\n"
+            "Write to another file (--out), or add --fresh to start over."
+        )

@@ -1,0 +1,44 @@
+"""Whether servers that a run names can be reached: told in seconds, where their libraries would try for minutes."""
+
+from __future__ import annotations
+
+import socket
+from urllib.parse import SplitResult, parse_qs, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from odedit.errors import InputError
+from odedit.runtime.addresses import masked
+
+_PATIENCE_S = 5.0
+_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_ELSEWHERE = {"unix_socket", "host", "odbc_connect"}
+"""Parameters of a database's address that take the place of its host and port."""
+
+
+def check_server(uri: str, setting: str) -> None:
+    """Raises InputError unless something listens at the address, where the address says at which port.
+
+    Nothing is tried behind a proxy, which alone knows, or where the query names the database's socket or host.
+    """
+    address = _split(uri, setting)
+    if not _ELSEWHERE.isdisjoint(parse_qs(address.query)):
+        return
+    scheme = address.scheme.partition("+")[0]
+    is_behind_proxy = scheme in getproxies() and not proxy_bypass(address.hostname or "")
+    port = address.port or _PORTS.get(scheme)
+    if not address.hostname or not port or is_behind_proxy:
+        return
+    try:
+        socket.create_connection((address.hostname, port), timeout=_PATIENCE_S).close()
+    except OSError as error:
+        why = f"{address.hostname}, port {port}: {error.strerror or error}"
+        raise InputError(f"{setting}: no server answers at {masked(uri)!r} ({why}).") from error
+
+
+def _split(text: str, setting: str) -> SplitResult:
+    try:
+        address = urlsplit(text)
+        _ = address.port
+    except ValueError as error:
+        raise InputError(f"{setting}: {masked(text)!r} is no address ({error}).") from None
+    return address

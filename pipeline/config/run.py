@@ -1,0 +1,472 @@
+"""What a run is: one YAML, checked strictly, as one frozen `RunConfig`.
+
+Settings of the method (editor, objective, supervision, stopping) are the dataclasses that live beside their classes;
+what this file adds is where the records are and how the work is spread. A YAML holds only what differs from the
+defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from odedit import backbones, editors, objectives
+from odedit import plugins as discovery
+from odedit.data.supervision import Supervision
+from odedit.editing.loop import Stopping
+from odedit.errors import InputError, unknown_name
+from odedit.evaluation.scores import EvaluationConfig
+from odedit.inputs.prompts import find_template
+from odedit.runtime.addresses import reason
+from odedit.storage.location import Place, at
+from pipeline.config import strict
+
+EMBEDDED = "embedded"
+SPLITS = ("train", "validation", "evaluation")
+AUTO: Literal["auto"] = "auto"
+MAX_VALUES = 100_000
+"""More are no configuration."""
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The model that is edited.
+
+    Attributes:
+        family: File name in `odedit/backbones`, or a dotted module.
+        checkpoint: Directory, hub id, or `embedded`.
+        dtype: Of weights and activations; losses are float32 whatever it is.
+    """
+
+    family: str = "blip2"
+    checkpoint: str = EMBEDDED
+    dtype: Dtype = "float32"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The records.
+
+    Attributes:
+        path: File of records, packed folder, or `embedded:<split>` (train, validation, evaluation) for the benchmark
+            that ships, which is written beside the results; `embedded:<split>:<seed>` draws its values, wordings and
+            pictures anew.
+        image_root: Folder of `image` and `m_loc`; not needed for a packed folder.
+        rephrase_root: Folder of `image_rephrase`; null: as `image_root`.
+        pool: Records that held-out supervision and the calibration of bandwidths draw from; the training file. Null:
+            the embedded benchmark's own, or none.
+        limit: Number of usable records to edit; null: all.
+        task: Of records that do not say.
+        template: How prompts are dressed: a preset of `odedit.inputs.prompts`.
+        max_pixels, max_bytes: Larger pictures are refused.
+    """
+
+    path: str = f"{EMBEDDED}:evaluation"
+    image_root: str | None = None
+    rephrase_root: str | None = None
+    pool: str | None = None
+    limit: int | None = None
+    task: Literal["auto", "vqa", "caption"] = "auto"
+    template: str = "mmedit"
+    max_pixels: int = 50_000_000
+    max_bytes: int = 64 * 2**20
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "max_pixels", "max_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1.")
+        if self.split is not None and self.split not in SPLITS:
+            raise ValueError(f"path: {unknown_name('embedded split', self.split, SPLITS)}")
+        if self.split is not None and not self._seed.isdecimal():
+            raise ValueError(f"path: got {self.path!r}, expected {EMBEDDED}:<split>:<seed> with a seed of digits.")
+        try:
+            find_template(self.template)
+        except InputError as error:
+            raise ValueError(f"template: {error}") from error
+
+    @property
+    def split(self) -> str | None:
+        """The part of the embedded benchmark that is meant, or None."""
+        parts = self.path.split(":", 2)
+        return parts[1] if len(parts) > 1 and parts[0] == EMBEDDED else None
+
+    @property
+    def split_seed(self) -> int:
+        """What the embedded benchmark is drawn with."""
+        return int(self._seed)
+
+    @property
+    def _seed(self) -> str:
+        return self.path.split(":", 2)[2] if self.path.count(":") > 1 else "0"
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """How the work is spread. The numbers depend on `batch_size` and `at_once` in their last bits, on the rest not.
+
+    Attributes:
+        actors: Workers that hold the model; `auto`: one per GPU, else one per core for a small model.
+        batch_size: Edits of a group, which are encoded, optimised and written together; also what one crash can cost.
+        at_once: Edits of a group that move together at most (see `odedit.editing.width`); the others wait, and take the places
+            of those that have finished.
+            `auto`: as many as half of the free memory holds, by what one was measured to take; small models: all.
+            Halved whenever memory runs out all the same.
+        device: `auto` takes GPUs if the cluster has any.
+        gpus_per_actor: Share of a GPU; 0.5 puts two actors on one.
+        threads_per_actor: Of one actor without GPU; `auto`: 1 for a small model, else the machine's cores.
+        preparers: Workers that read and resize pictures; `auto`: half the cores.
+        ray_address: A running cluster, e.g. `auto`; null starts one on this machine, for this run only.
+        wait_s: How many seconds a run waits for nodes that a cluster lacks, at its start or after it has lost some.
+        max_attempts: An edit that has ended its worker so often is given up as a failed row.
+        measure_memory: Every row gets `peak_bytes`, the peak memory of the loop of its group's first edits, as many
+            as move together, divided by their number; see `odedit.runtime.peak_memory`. Measured over the first steps of a second
+            run of the loop, without warm-up.
+        feature_store: Folder or address where image features are kept for other workers and runs, which then do not
+            compute them; see `odedit.backbones.common.feature_store`. Null: a worker remembers those it used last, in memory.
+    """
+
+    actors: Literal["auto"] | int = AUTO
+    batch_size: int = 8
+    at_once: Literal["auto"] | int = AUTO
+    device: Literal["auto", "cpu", "cuda"] = AUTO
+    gpus_per_actor: float = 1.0
+    threads_per_actor: Literal["auto"] | int = AUTO
+    preparers: Literal["auto"] | int = AUTO
+    ray_address: str | None = None
+    wait_s: float = 600.0
+    max_attempts: int = 3
+    measure_memory: bool = False
+    feature_store: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.wait_s < 0:
+            raise ValueError(f"wait_s: got {self.wait_s}, expected at least 0.")
+        if self.max_attempts < 2:
+            raise ValueError(f"max_attempts: got {self.max_attempts}, expected at least 2: with its group, and alone.")
+        for name in ("actors", "batch_size", "at_once", "threads_per_actor", "preparers"):
+            value = getattr(self, name)
+            if value != AUTO and value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1.")
+        if not 0 < self.gpus_per_actor <= 8:
+            raise ValueError(f"gpus_per_actor: got {self.gpus_per_actor}, expected 0 < gpus_per_actor <= 8.")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """MLflow.
+
+    Attributes:
+        enabled: Whether the run is logged.
+        uri: Tracking server or database; null: `mlflow.db` in the parent folder of `out`, which
+            has to be a folder then.
+        experiment: Its runs are compared with each other.
+        run_name: Null: the last part of `out`.
+        curves: Number of edits whose loss curves are logged step by step.
+        edits_gib: The edits are logged as artifacts, in order, until so many GiB are full; all stay under `out/edits`.
+    """
+
+    enabled: bool = True
+    uri: str | None = None
+    experiment: str = "odedit"
+    run_name: str | None = None
+    curves: int = 8
+    edits_gib: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in ("curves", "edits_gib"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 0.")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What `odedit train` reads; how an editor trains is among the editor's own settings.
+
+    Attributes:
+        path: Training records, as `data.path`.
+        validation: Records whose loss decides which weights are kept and when training ends.
+        image_root, rephrase_root: Of both; null: as those of `data`.
+        limit: Number of training records; null: all.
+        validation_limit: Number of validation records; null: all.
+    """
+
+    path: str = f"{EMBEDDED}:train"
+    validation: str = f"{EMBEDDED}:validation"
+    image_root: str | None = None
+    rephrase_root: str | None = None
+    limit: int | None = None
+    validation_limit: int | None = 96
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "validation_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1.")
+
+
+@dataclass(frozen=True)
+class _Plugins:
+    """A kind of plug-in that a section of the configuration chooses from.
+
+    Attributes:
+        package: The package with `find`.
+        default: Name of the plug-in where the section names none.
+        sharing: `Config` of the plug-ins whose settings may stand in the section beside those of the chosen one.
+    """
+
+    package: Any
+    default: str
+    sharing: Callable[[], tuple[type, ...]] = tuple
+
+
+_PLUGINS = {
+    "editor": _Plugins(editors, "wise"),
+    "objective": _Plugins(objectives, objectives.DEFAULT, objectives.configs),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plug-in and its settings: in YAML, `name` and the settings side by side.
+
+    Attributes:
+        name: File name in the plug-ins' folder, or a dotted module.
+        settings: Its `Config`.
+        others: Settings of the section that the plug-in does not have, by name: those of the other objectives.
+        given: Names of the settings that the user has set; the others may be fitted to the model.
+    """
+
+    name: str
+    settings: Any
+    others: Mapping[str, Any] = field(default_factory=dict)
+    given: frozenset[str] = field(default=frozenset(), compare=False)
+
+    def own_values(self) -> dict[str, Any]:
+        """The name, and plain values of the plug-in's own settings."""
+        return {"name": self.name, **dataclasses.asdict(self.settings)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values of the whole section."""
+        return self.own_values() | {name: _plain(value) for name, value in self.others.items()}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run; see the sections.
+
+    Attributes:
+        seed: Every edit draws from this and its own id.
+        keep_edits: Write every edit to `out/edits`; a comparison of settings may only need the scores.
+        out: Folder or address of the results.
+    """
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    supervision: Supervision = field(default_factory=Supervision)
+    editor: Choice = field(default_factory=lambda: _choice("editor", {}, []))
+    objective: Choice = field(default_factory=lambda: _choice("objective", {}, []))
+    stopping: Stopping = field(default_factory=Stopping)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    seed: int = 0
+    keep_edits: bool = True
+    out: str = "out"
+
+    @property
+    def name(self) -> str:
+        """What the run is called among others: its name in MLflow, or its folder's."""
+        place = self.out.partition("?")[0] if "://" in self.out else os.path.abspath(os.path.expanduser(self.out))
+        return self.tracking.run_name or Path(place).name
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values of every setting, as YAML and JSON have them."""
+        values = {name: getattr(self, name) for name in _names()}
+        plain = {
+            name: value.to_dict() if isinstance(value, Choice) else _plain(value) for name, value in values.items()
+        }
+        return json.loads(json.dumps(plain))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def _names() -> list[str]:
+    return [item.name for item in dataclasses.fields(RunConfig)]
+
+
+def _plain(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+
+
+def load(path: Place | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML, applies `key.sub=value` overrides, and checks everything.
+
+    Raises:
+        InputError: The file is missing or no YAML, or settings are wrong: one line for each.
+    """
+    values = {} if path is None else read_yaml(path)
+    for text in overrides:
+        apply_override(values, text)
+    return from_dict(values)
+
+
+def from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """The run that a mapping as read from YAML describes. Raises InputError as `load` does."""
+    problems: list[str] = []
+    rest = {key: value for key, value in values.items() if key not in _PLUGINS}
+    accepted: dict[str, Any] = {kind: _choice(kind, values.get(kind), problems) for kind in _PLUGINS}
+    try:
+        run = strict.build(RunConfig, rest)
+        accepted |= {name: getattr(run, name) for name in _names() if name not in _PLUGINS}
+        _check_family(run.backbone.family, problems)
+    except InputError as error:
+        problems.extend(str(error).splitlines())
+    strict.raise_problems(problems)
+    run = RunConfig(**accepted)
+    run.objective.settings.check(editors.find(run.editor.name)(run.editor.settings))
+    return run
+
+
+def _check_family(name: str, problems: list[str]) -> None:
+    if "." not in name and name not in backbones.names():
+        problems.append(f"backbone.family: {unknown_name('backbone', name, backbones.names())}")
+
+
+def _choice(kind: str, section: Any, problems: list[str]) -> Choice:
+    """The plug-in that a section names, and its settings; mistakes are added to `problems`.
+
+    Args:
+        kind: Name of the section, a key of `_PLUGINS`.
+    """
+    plugins = _PLUGINS[kind]
+    if not isinstance(section, Mapping | None):
+        problems.append(
+            f"{kind}: got {strict.show(section)}, expected a section with 'name' and the {kind}'s settings."
+        )
+    given = dict(section) if isinstance(section, Mapping) else {}
+    name = str(given.pop("name", plugins.default))
+    try:
+        own = plugins.package.find(name).Config
+    except InputError as error:
+        problems.append(f"{kind}.name: {error}")
+        return Choice(name, None)
+    others = plugins.sharing()
+    parts, unknown = discovery.by_config(given, own, others)
+    known = [item.name for part in parts for item in dataclasses.fields(part)]
+    problems += [strict.unknown_key(f"{kind}.{key}", str(key), {*known, "name"}) for key in unknown]
+    built = {}
+    for config_class, values in parts.items():
+        try:
+            built[config_class] = strict.build(config_class, values, kind)
+        except InputError as error:
+            # Objectives share settings: a value is refused once.
+            problems += [line for line in str(error).splitlines() if line not in problems]
+    if len(built) < len(parts):
+        return Choice(name, None)
+    own_names = {item.name for item in dataclasses.fields(own)}
+    return Choice(
+        name,
+        built[own],
+        {
+            item.name: getattr(built[other], item.name)
+            for other in others
+            for item in dataclasses.fields(other)
+            if item.name not in own_names
+        },
+        frozenset(given),
+    )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers (`1e-3` is one), and a key given twice is an error rather than a silent choice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if str(key) in seen:
+                raise InputError(f"key {key!r} is given twice{key_node.start_mark}.".replace("\n", " "))
+            seen.add(str(key))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    # Whole: `10.0.0.2:6379` begins like a number.
+    re.compile(r"^(?:[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)|[-+]?\d+\.\d*|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: Place) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises InputError if there is none."""
+    place = at(path, "--config")
+    try:
+        text = place.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        why = reason(error) if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InputError(f"{place.text}: the configuration cannot be read: {why}.") from error
+    values = _parse(text, place.text)
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"{place.text}: got {strict.show(values)}, expected sections such as 'editor:' and 'data:'.")
+    return values
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        values = yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InputError(f"{where}{place}: this is not valid YAML: {error.problem}.") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{where}: this is not valid YAML.") from error
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    except ValueError as error:  # a day that no calendar has, a number of thousands of digits
+        raise InputError(f"{where}: a value cannot be read: {error}.") from error
+    if _count(values) > MAX_VALUES:
+        raise InputError(f"{where}: it holds more than {MAX_VALUES:,} values, aliases followed (or one holds itself).")
+    return values
+
+
+def _count(values: Any) -> int:
+    """How many values there are, aliases followed, as far as matters: a few lines can stand for billions."""
+    rest, number = [values], 0
+    while rest and number <= MAX_VALUES:
+        one = rest.pop()
+        number += 1
+        if isinstance(one, list | tuple | set | frozenset):
+            rest.extend(one)
+        elif isinstance(one, dict):
+            rest.extend(one.values())
+    return number
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise InputError(f"{override!r}: expected key.sub=value, for example editor.max_steps=20.")
+    section = values
+    for depth, part in enumerate(parts[:-1]):
+        inner = section.setdefault(part, {})
+        if inner is None:
+            inner = section[part] = {}
+        if not isinstance(inner, dict):
+            raise InputError(f"{override!r}: {'.'.join(parts[: depth + 1])} is not a section.")
+        section = inner
+    section[parts[-1]] = _parse(text, repr(override))

@@ -1,0 +1,126 @@
+"""The page of all settings, `pipeline/SETTINGS.md`, made from the dataclasses that define them.
+
+python -m pipeline.config.settings_page > pipeline/SETTINGS.md
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+import yaml
+
+from odedit import editors, objectives
+from pipeline.config import strict
+from pipeline.config.run import Choice, RunConfig
+
+_HEADER = """# Settings
+
+Every setting of a run, by its path: in a YAML `editor: {name: wise, max_steps: 20}`, on the command line
+`editor.max_steps=20`. A YAML holds only what differs from the defaults. The page is generated from the code:
+`python -m pipeline.config.settings_page > pipeline/SETTINGS.md`; a test fails when it is out of date.
+"""
+_PLUGINS = (Choice,)
+"""Sections whose settings depend on the plug-in that they name."""
+_ATTRIBUTE = re.compile(r"^    (\w+(?:, \w+)*): (.*)$")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the page.
+
+    Attributes:
+        path: Dotted name.
+        allowed: Type in words.
+        default: As YAML writes it.
+        meaning: Description from the docstring of its dataclass.
+    """
+
+    path: str
+    allowed: str
+    default: str
+    meaning: str
+
+
+def settings(cls: type, path: str = "") -> Iterator[Setting]:
+    """The settings of a dataclass and of the sections in it, in the order of the code."""
+    hints = get_type_hints(cls, include_extras=True)
+    meanings = attribute_texts(cls)
+    for field in dataclasses.fields(cls):
+        if not field.init:
+            continue
+        where = f"{path}.{field.name}" if path else field.name
+        section = strict.section_type(hints[field.name])
+        if section in _PLUGINS:
+            continue
+        if section is not None:
+            yield from settings(section, where)
+            continue
+        yield Setting(where, strict.describe(hints[field.name]), _default(field), meanings.get(field.name, ""))
+
+
+def attribute_texts(cls: type) -> dict[str, str]:
+    """Descriptions in the `Attributes:` part of a dataclass's docstring, and of those of its bases."""
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        names: list[str] = []
+        inside = False
+        for line in inspect.cleandoc(base.__dict__.get("__doc__") or "").splitlines():
+            if line.strip() == "Attributes:":
+                inside = True
+            elif inside and (match := _ATTRIBUTE.match(line)):
+                names = match[1].split(", ")
+                texts |= dict.fromkeys(names, match[2])
+            elif inside and line.startswith("     "):
+                texts |= {name: f"{texts[name]} {line.strip()}" for name in names}
+            elif inside and line.strip():
+                inside = False
+    return texts
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    elif field.default is not dataclasses.MISSING:
+        value = field.default
+    else:
+        return "required"
+    if isinstance(value, tuple | frozenset):
+        value = list(value)
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+
+
+def page() -> str:
+    """The whole page, as Markdown."""
+    parts = [_HEADER]
+    for field in dataclasses.fields(RunConfig):
+        section = strict.section_type(get_type_hints(RunConfig)[field.name])
+        if section is None or section in _PLUGINS:
+            continue
+        parts.append(_table(f"`{field.name}`", settings(section, field.name)))
+    for kind, package in (("editor", editors), ("objective", objectives)):
+        for name in package.names():
+            parts.append(_table(f"`{kind}: {{name: {name}}}`", settings(package.find(name).Config, kind)))
+    top = [one for one in settings(RunConfig) if "." not in one.path]
+    parts.append(_table("Top level", iter(top)))
+    return "\n".join(parts)
+
+
+def _table(title: str, rows: Iterator[Setting]) -> str:
+    lines = [f"## {title}\n", "| setting | values | default | meaning |", "|---|---|---|---|"]
+    lines += [
+        f"| `{row.path}` | {_cell(row.allowed)} | `{_cell(row.default)}` | {_cell(row.meaning)} |" for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -1,0 +1,51 @@
+"""Which code made a result."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+SENT = "VERSION"
+"""File beside this one: the version of code that was sent to a cluster, where there is neither git nor a package."""
+_PACKAGES = ("odedit", "pipeline", "tune", "cluster")
+
+
+def code_version() -> str:
+    """Package version, and the commit where the package runs from a git working tree; `+changes` if that was edited."""
+    sent = Path(__file__).with_name(SENT)
+    if sent.is_file():
+        return sent.read_text(encoding="utf-8").strip()
+    try:
+        version = importlib.metadata.version("odedit")
+    except importlib.metadata.PackageNotFoundError:
+        version = "source"
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return version
+    commit = _git(root, "rev-parse", "--short=12", "HEAD")
+    if not commit:
+        return version
+    changes = "+changes" if _git(root, "status", "--porcelain", "--", *_PACKAGES) else ""
+    return f"{version} ({commit}{changes})"
+
+
+def software() -> dict[str, str]:
+    """Versions that results may depend on."""
+    names = ("torch", "transformers", "ray", "mlflow")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"python": platform.python_version(), **found}
+
+
+def _git(root: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,111 @@
+"""What a run says while it works, on standard error: one live line on a terminal, a log line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from odedit.errors import counted
+from odedit.evaluation.scores import MAIN
+from pipeline.run_folder.rows import EDITED, FAILED, SKIPPED, Row
+
+_LOG_EVERY_S = 10.0
+_STEADY_AFTER_S = 5.0
+
+
+class Progress:
+    """Counts finished records, those apart that failed or were skipped, and keeps running means of the five metrics.
+
+    Args:
+        console: Standard error.
+        total: Records in the whole run.
+    """
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console = console
+        self._total = total
+        self._done = self._before = 0
+        self._left_out = {FAILED: 0, SKIPPED: 0}
+        self._sums = dict.fromkeys(MAIN, 0.0)
+        self._counts = dict.fromkeys(MAIN, 0)
+        self._started = time.monotonic()
+        self._first: float | None = None
+        self._first_done = 0
+        self._last_logged = self._started
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> Progress:
+        if self._live is not None:
+            self._live.start()
+            self._live.update(Text(f"{self._done}/{counted(self._total, 'record')}, starting workers"))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+        self._console.print(self.line(), highlight=False, soft_wrap=True)
+
+    def observe(self, rows: Iterable[Row]) -> None:
+        """Adds the rows of a group that is finished now."""
+        self._add(rows)
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._first_done = now, self._done
+        if self._live is not None:
+            self._live.update(Text(self.line()))
+        elif now - self._last_logged >= _LOG_EVERY_S:
+            self._last_logged = now
+            self._console.print(self.line(), highlight=False, soft_wrap=True)
+
+    def include(self, rows: Iterable[Row]) -> None:
+        """Adds the rows that an earlier run finished: they do not count for the speed."""
+        self._add(rows)
+        self._before = self._done
+
+    def _add(self, rows: Iterable[Row]) -> None:
+        for row in rows:
+            self._done += 1
+            if row["status"] in self._left_out:
+                self._left_out[row["status"]] += 1
+            for metric in MAIN if row["status"] == EDITED else ():
+                if isinstance(row.get(metric), float):
+                    self._sums[metric] += row[metric]
+                    self._counts[metric] += 1
+
+    def line(self) -> str:
+        """`24/48 records (1 failed, 2 skipped)  rel .981  t_gen ...  2.1 records/s  12 s left`."""
+        means = "  ".join(
+            f"{metric} {self._sums[metric] / self._counts[metric]:.3f}" for metric in MAIN if self._counts[metric]
+        )
+        left_out = ", ".join(f"{count} {status}" for status, count in self._left_out.items() if count)
+        done = f"{self._done}/{counted(self._total, 'record')}" + (f" ({left_out})" if left_out else "")
+        pieces = [done, means, self._speed()]
+        return "  ".join(piece for piece in pieces if piece)
+
+    def _speed(self) -> str:
+        now = time.monotonic()
+        if self._first is not None and now - self._first > _STEADY_AFTER_S and self._done > self._first_done:
+            # Starting the workers is no part of the speed, once there is enough else to measure.
+            since, done = self._first, self._done - self._first_done
+        elif self._before < self._done == self._total:
+            since, done = self._started, self._done - self._before
+        else:
+            return ""
+        rate = done / max(now - since, 1e-6)
+        left = max(self._total - self._done, 0) / rate
+        return f"{rate:.2f} records/s" + (f"  {duration(left)} left" if left else "")
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

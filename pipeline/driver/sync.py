@@ -1,0 +1,63 @@
+"""`odedit mlflow sync`: what a store did not take when a run ended is delivered later, without editing anything."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from odedit.errors import InputError
+from odedit.runtime.addresses import masked
+from pipeline.config.run import RunConfig, load
+from pipeline.driver.preflight import update
+from pipeline.run_folder import rows
+from pipeline.run_folder.workspace import Workspace, read_json
+from pipeline.tracking import runs
+
+
+def sync(folder: str, uri: str | None = None) -> str:
+    """Logs the finished run in a folder or at an address, unless it is logged; what became of it, in a sentence.
+
+    Args:
+        uri: Another store than the one that the run names.
+
+    Raises:
+        InputError: There is no finished run, or the store cannot be reached.
+        TrackingError: The store does not take it.
+    """
+    workspace = Workspace.of(folder)
+    folder = masked(folder)
+    state, summary = read_json(workspace.run), read_json(workspace.summary)
+    if state is None or not workspace.config.exists():
+        raise InputError(f"{folder} holds no run; expected the folder that `odedit edit` wrote to (out).")
+    if summary is None:
+        raise InputError(f"{folder}: its run is not finished. Finish it with the command that began it, which logs it.")
+    if state.get("logged") and uri is None:
+        return f"{folder} is logged already, as run {state['run_id']}."
+    config = _reachable(load(workspace.config), folder, uri)
+    dataset = {
+        "path": config.data.path,
+        "digest": rows.digest(workspace.records),
+        "usable": summary["n"] + summary["failed"],
+        "problems": summary["skipped"],
+    }
+    # A store that does not know the run makes another one.
+    tracker = runs.Tracker.start(config, workspace, state.get("run_id"), state["code"], dataset)
+    update(workspace, run_id=tracker.run_id)
+    try:
+        tracker.log_results(config, workspace, summary)
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
+    update(workspace, logged=True)
+    tracker.finish_with(summary)
+    return f"{folder} is logged, as run {tracker.run_id}."
+
+
+def _reachable(config: RunConfig, folder: str, uri: str | None) -> RunConfig:
+    """The configuration with a store to log to; the file has addresses without their passwords."""
+    if uri is not None:
+        return replace(config, tracking=replace(config.tracking, uri=uri, enabled=True))
+    if not config.tracking.enabled:
+        raise InputError(f"{folder}: its run was not to be logged (tracking.enabled). Name a store with --uri.")
+    if "***" in (config.tracking.uri or ""):
+        raise InputError(f"{folder}: the password of {config.tracking.uri} is not kept. Give the address with --uri.")
+    return config

@@ -1,0 +1,1 @@
+"""Finished edits: found, asked, and counted."""

@@ -1,0 +1,1 @@
+"""MLflow; no other folder imports it."""

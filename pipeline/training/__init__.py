@@ -1,0 +1,1 @@
+"""`odedit train`, and the trainings of a study."""

@@ -1,0 +1,1 @@
+"""What runs on Ray: preparing and editing workers, and the graph between them."""

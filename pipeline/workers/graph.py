@@ -1,0 +1,226 @@
+"""The Ray Data graph: groups -> prepare (CPU) -> edit (actors) -> reports. The actors write the results.
+
+One group is one block, because a block is what Ray schedules, retries and loses. Only in a large run a block is
+several groups: Ray's driver remembers every block until the end. The two stages ask for different resources, else Ray
+would fuse them and a GPU would wait for pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray import cloudpickle
+from ray.data import ActorPoolStrategy, DataContext
+
+from odedit.errors import InputError, StorageError, one_sentence
+from odedit.runtime.stages import stage
+from pipeline.run_folder.rows import Row
+from pipeline.workers.editor import EditActor
+from pipeline.workers.plan import CPUS_PER_PREPARER, Job, Plan
+from pipeline.workers.preparer import Preparer, write_traceback
+from pipeline.workers.profile import EDIT, LOADING, OTHER, PREPARE, Clock, Profile
+from pipeline.workers.request_cache import RequestCache
+
+MAX_BLOCKS = 512
+"""Also how often a large run hears of its progress."""
+MAX_BLOCKS_PER_ACTOR = 64
+"""With many actors: what the last block keeps one of them at, while the others wait, is a small share of the run."""
+
+
+class GraphError(RuntimeError):
+    """The run cannot go on; the message is one sentence."""
+
+
+def run_graph(
+    jobs: Sequence[Job], plan: Plan, pending: Sequence[tuple[int, int]], profile: Profile | None = None
+) -> Iterator[tuple[int, int, list[Row]]]:
+    """Edits groups of one or many runs; yields each one's run, number and reported rows as it is finished.
+
+    Many runs in one graph share its workers, and with them the loaded model: starting a worker takes longer than a
+    small run.
+
+    Args:
+        pending: Groups to edit, as the index of their job and their number in it; edited in about this order.
+        profile: Takes where the time went, if the jobs are to say so.
+
+    Raises:
+        InputError: A worker found that the settings do not fit the model.
+        GraphError: A worker cannot start, or Ray gave up.
+    """
+    _quiet()
+    num_actors, num_preparers = (min(number, len(pending)) for number in (plan.num_actors, plan.num_preparers))
+    num_blocks = min(len(pending), max(MAX_BLOCKS, MAX_BLOCKS_PER_ACTOR * num_actors))
+    reports = (
+        ray.data.from_items([{"job": job, "group": group} for job, group in pending], override_num_blocks=num_blocks)
+        .map_batches(
+            PrepareStage,
+            fn_constructor_args=(tuple(jobs),),
+            batch_size=1,
+            num_cpus=CPUS_PER_PREPARER,
+            compute=ActorPoolStrategy(size=num_preparers),
+        )
+        .map_batches(
+            EditStage,
+            fn_constructor_args=(tuple(jobs),),
+            batch_size=1,
+            num_cpus=plan.cpus_per_actor,
+            num_gpus=plan.gpus_per_actor or None,
+            compute=ActorPoolStrategy(size=num_actors),
+        )
+    )
+    for report in _rows(reports):
+        raise_fatal(report, jobs)
+        rows = json.loads(report["rows"])
+        if profile is not None:
+            profile.add(report["seconds"], len(rows))
+        yield int(report["job"]), int(report["group"]), rows
+
+
+def raise_fatal(report: Mapping[str, Any], jobs: Sequence[Job]) -> None:
+    """Raises what a worker found to be wrong with the whole run, if that is what it reports; of several, says which."""
+    if report["fatal"]:
+        kind = InputError if report["is_input"] else GraphError
+        which = f"{jobs[int(report['job'])].config.name}: " if len(jobs) > 1 else ""
+        raise kind(f"{which}{report['fatal']}")
+
+
+def _rows(reports: Any) -> Iterator[dict[str, Any]]:
+    try:
+        yield from reports.iter_rows()
+    except ray.exceptions.RayError as error:
+        raise GraphError(f"Ray ended the run: {one_sentence(error)}") from error
+
+
+class _Stage(ABC):
+    """Workers of a kind, one for each run, made when the run's first group comes.
+
+    A worker that cannot be made tells so with the group: an exception in a constructor would reach the user as a page
+    of traceback, after Ray had tried it again and again.
+    """
+
+    Worker: type
+    KIND: str
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._jobs = jobs
+        self._shared: tuple[Any, ...] = ()
+        self._workers: dict[int, Any] = {}
+        self._fatal: dict[str, Any] = {}
+        self._clock = Clock()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        if not self._jobs[int(batch["job"][0])].profile:
+            return self._work(batch) | {"seconds": ["{}"]}
+        with self._clock.call() as account, stage(OTHER):
+            result = self._work(batch)
+        before = json.loads(batch["seconds"][0]) if "seconds" in batch else {}
+        return result | {"seconds": [json.dumps(before | {self.KIND: account.seconds})]}
+
+    @abstractmethod
+    def _work(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """One group; what of the batch is passed on, and what came of it."""
+
+    def _worker(self, index: int) -> Any:
+        """The run's worker, or a report of why there is none."""
+        if index not in self._workers:
+            # Runs come one after the other, but for a straggler. What a run of another model holds is let go of first:
+            # two models may not fit.
+            alike = [one for one in self._workers if _model(self._jobs[one]) == _model(self._jobs[index])]
+            self._workers = {one: self._workers[one] for one in alike[-1:]}
+            with stage(LOADING):
+                self._workers[index] = self._made(index)
+        return self._workers[index]
+
+    def _made(self, index: int) -> Any:
+        try:
+            return self.Worker(self._jobs[index], *self._shared)
+        except Exception as error:
+            return _unexpected(error, self._jobs[index], self.Worker.__name__)
+
+
+def _model(job: Job) -> tuple[object, ...]:
+    """What a worker has loaded for a run, alike for runs that share it."""
+    return job.config.backbone, job.config.pipeline.feature_store
+
+
+class PrepareStage(_Stage):
+    """`{"job", "group"}` -> `{"job", "prepared"}`: pickled, since a request is a nest of objects and not a table."""
+
+    Worker = Preparer
+    KIND = PREPARE
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        super().__init__(jobs)
+        # A single run prepares every record once.
+        self._shared = (RequestCache(),) if len(jobs) > 1 else ()
+
+    def _work(self, batch: dict[str, Any]) -> dict[str, Any]:
+        index, group = int(batch["job"][0]), int(batch["group"][0])
+        worker = self._worker(index)
+        with stage("records and pictures"):
+            prepared = worker if isinstance(worker, dict) else self._prepared(worker, index, group)
+        return {"job": [index], "prepared": [cloudpickle.dumps(prepared, protocol=5)]}
+
+    def _prepared(self, worker: Any, index: int, group: int) -> Any:
+        try:
+            return worker(group)
+        except StorageError as error:
+            return _out_of_reach(error)
+        except Exception as error:
+            return _unexpected(error, self._jobs[index], f"group-{group:06d}")
+
+
+class EditStage(_Stage):
+    """`{"job", "prepared"}` -> one report per group."""
+
+    Worker = EditActor
+    KIND = EDIT
+
+    def _work(self, batch: dict[str, Any]) -> dict[str, Any]:
+        index, prepared = int(batch["job"][0]), cloudpickle.loads(batch["prepared"][0])
+        # A block may hold further groups, and the driver hears of it only after them.
+        worker: Any = self._fatal or self._worker(index)
+        fatal = next((found for found in (worker, prepared) if isinstance(found, dict)), {})
+        rows: list[Row] = []
+        try:
+            rows = [] if fatal else worker(prepared)
+        except StorageError as error:
+            fatal = _out_of_reach(error)
+        except OSError as error:
+            message = f"results cannot be written ({one_sentence(error)}). The same command goes on from there."
+            fatal = {"fatal": message, "is_input": False}
+        except Exception as error:
+            fatal = _unexpected(error, self._jobs[index], f"group-{prepared.group:06d}")
+        self._fatal = fatal
+        return {
+            "job": [index],
+            "group": [-1 if fatal else prepared.group],
+            "rows": [json.dumps(rows)],
+            "fatal": [fatal.get("fatal", "")],
+            "is_input": [bool(fatal.get("is_input", False))],
+        }
+
+
+def _unexpected(error: Exception, job: Job, name: str) -> dict[str, Any]:
+    """The report of an exception that would end the run: left to Ray, it would arrive as a page of traceback."""
+    if isinstance(error, InputError):
+        return {"fatal": str(error), "is_input": True}
+    write_traceback(job, name)
+    return {"fatal": f"{one_sentence(error)} (traceback: {job.workspace.errors}/{name}.txt)", "is_input": False}
+
+
+def _out_of_reach(error: StorageError) -> dict[str, Any]:
+    return {"fatal": f"{error} The same command goes on from there.", "is_input": False}
+
+
+def _quiet() -> None:
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    context.print_on_execution_start = False

@@ -1,0 +1,148 @@
+"""What a worker is told, and how the work is spread over the machine or cluster."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from odedit import world
+from odedit.errors import InputError, counted
+from pipeline.config.run import AUTO, EMBEDDED, BackboneConfig, PipelineConfig, RunConfig
+from pipeline.run_folder.sources import Sources
+from pipeline.run_folder.workspace import Workspace
+
+CPUS_PER_THREAD = 0.75
+"""What an actor asks of Ray for each of its threads: the rest is left to the workers that prepare pictures."""
+CPUS_PER_PREPARER = 0.25
+SMALL_MODEL_BYTES = 2**30
+GROUPS_PER_ACTOR = 8
+"""A worker takes longer to start than a few groups of a small model take, so a short run gets fewer of them."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a worker needs besides the group it is handed; paths are absolute.
+
+    Attributes:
+        config: The run's configuration without `tracking.uri`, which may hold a password: the driver alone writes to
+            MLflow.
+        memory_share: Share of its device's memory.
+        profile: Whether it reports where its time goes.
+    """
+
+    config: RunConfig
+    sources: Sources
+    workspace: Workspace
+    device: str = "cpu"
+    num_threads: int = 1
+    memory_share: float = 1.0
+    profile: bool = False
+
+    def __post_init__(self) -> None:
+        tracking = replace(self.config.tracking, uri=None)
+        object.__setattr__(self, "config", replace(self.config, tracking=tracking))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many workers of each kind, and what each of them takes."""
+
+    device: str
+    num_actors: int
+    threads_per_actor: int
+    gpus_per_actor: float
+    num_preparers: int
+
+    @property
+    def cpus_per_actor(self) -> float:
+        return CPUS_PER_THREAD * self.threads_per_actor
+
+    @property
+    def num_cpus(self) -> int:
+        """Cores in Ray's accounts that this plan needs."""
+        return math.ceil(self.num_actors * self.cpus_per_actor + self.num_preparers * CPUS_PER_PREPARER)
+
+    @property
+    def memory_share(self) -> float:
+        """Of a device's memory, for one actor; on CPUs as if all of them were on one machine."""
+        return min(self.gpus_per_actor, 1.0) if self.device == "cuda" else 1 / self.num_actors
+
+    def __str__(self) -> str:
+        actors = f"{counted(self.num_actors, 'actor')} on {self.device}"
+        threads = f" with {counted(self.threads_per_actor, 'thread')} each"
+        preparers = f"{counted(self.num_preparers, 'worker')} preparing pictures"
+        return f"{actors}{threads if self.device == 'cpu' else ''}, {preparers}"
+
+
+def make_plan(
+    pipeline: PipelineConfig, backbone: BackboneConfig, num_cpus: int, num_gpus: float, num_groups: int
+) -> Plan:
+    """Spreads so many groups of edits over so many cores and GPUs.
+
+    Raises:
+        InputError: A GPU is asked for and there is none.
+    """
+    if pipeline.device == "cuda" and not num_gpus:
+        raise InputError("pipeline.device: got 'cuda', but no GPU is to be seen. Use 'auto' or 'cpu'.")
+    on_gpu = pipeline.device != "cpu" and num_gpus > 0
+    is_small = weights_bytes(backbone) < SMALL_MODEL_BYTES
+    if on_gpu:
+        auto_actors, auto_threads = max(1, int(num_gpus / pipeline.gpus_per_actor)), 1
+    elif is_small:
+        # One thread each: small products gain nothing from more, and the results do not depend on the number of cores.
+        auto_actors, auto_threads = min(num_cpus, -(-num_groups // GROUPS_PER_ACTOR)), 1
+    else:
+        auto_actors, auto_threads = 1, num_cpus
+    return Plan(
+        device="cuda" if on_gpu else "cpu",
+        num_actors=auto_actors if pipeline.actors == AUTO else int(pipeline.actors),
+        threads_per_actor=auto_threads if pipeline.threads_per_actor == AUTO else int(pipeline.threads_per_actor),
+        gpus_per_actor=pipeline.gpus_per_actor if on_gpu else 0.0,
+        num_preparers=max(1, num_cpus // 2) if pipeline.preparers == AUTO else int(pipeline.preparers),
+    )
+
+
+def shortage(plan: Plan, num_cpus: float, num_gpus: float) -> str:
+    """What a cluster with so many cores and GPUs has too little of for the plan, or ""."""
+    if plan.gpus_per_actor * plan.num_actors > num_gpus + 1e-6 and plan.gpus_per_actor:
+        actors = f"{counted(plan.num_actors, 'actor')} of {plan.gpus_per_actor:g} GPU each"
+        return f"{actors} were asked for, the cluster has {num_gpus:g}"
+    if plan.num_cpus > num_cpus:
+        return f"{plan} need {plan.num_cpus} cores, the cluster has {num_cpus:g}"
+    return ""
+
+
+def lacking(plan: Plan, nodes: Iterable[Mapping[str, Any]]) -> str:
+    """What the nodes, as Ray lists them, have too little of for one worker, or "" if one of them has room for it."""
+    for node in nodes:
+        found = node["Resources"] if node["Alive"] else {}
+        if found.get("CPU", 0.0) >= plan.cpus_per_actor and found.get("GPU", 0.0) >= plan.gpus_per_actor:
+            return ""
+    gpus = f" and {plan.gpus_per_actor:g} GPU" if plan.gpus_per_actor else ""
+    return f"a worker takes {plan.cpus_per_actor:g} CPU{gpus}, and no node of the cluster has as much"
+
+
+def machine_cpus() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def machine_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def weights_bytes(backbone: BackboneConfig) -> int:
+    """Size of a local checkpoint's weight files; a hub id counts as large."""
+    if backbone.checkpoint == EMBEDDED:
+        path = world.CHECKPOINTS / backbone.family
+    else:
+        path = Path(backbone.checkpoint).expanduser()
+    if not path.is_dir():
+        return SMALL_MODEL_BYTES
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))

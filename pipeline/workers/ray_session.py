@@ -1,0 +1,291 @@
+"""A Ray for one run on this machine, or a connection to a cluster that is there already."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+
+from cluster import login
+from odedit.errors import InputError
+from odedit.runtime.addresses import masked
+from pipeline.config.run import BackboneConfig, PipelineConfig
+from pipeline.variables import environment
+from pipeline.workers import joining, nodes
+from pipeline.workers.plan import Plan, lacking, machine_cpus, machine_gpus, make_plan, shortage
+
+_OBJECT_STORE_BYTES = 2 * 2**30
+_LOOPBACK = "127.0.0.1"
+_SOCKET = "/rXXXXXXXX/r/session_2000-01-01_00-00-00_000000_0000000/sockets/plasma_store"
+_LONGEST_BASE = (103 if sys.platform == "darwin" else 107) - len(_SOCKET)
+"""Bytes that the folder's path may have below which Ray makes its sockets."""
+_READ_AHEAD = ("iter_threaded", "StreamingExecutor")
+_READ_AHEAD_S = 10.0
+
+
+@contextmanager
+def connected(
+    pipeline: PipelineConfig, backbone: BackboneConfig, num_groups: int, console: Console | None = None
+) -> Iterator[Plan]:
+    """Inside, Ray runs; yields how the work is spread over it.
+
+    Without an address, Ray is started here, for this process only, reachable from this machine only and with a secret
+    that nothing else knows; it ends with the block. A running cluster is left as it was. Inside a job of a cluster,
+    no address means that cluster.
+
+    Args:
+        console: Takes a line for what a cluster lacks, and for each node that it loses.
+
+    Raises:
+        InputError: The cluster cannot be reached, or lacks what is asked for for longer than `pipeline.wait_s`.
+        GraphError: The cluster has lost what is needed, for longer than that.
+    """
+    address = address_of(pipeline)
+    if address is None:
+        plan = make_plan(pipeline, backbone, machine_cpus(), machine_gpus(), num_groups)
+        with environment(_local_environment() | _authentication()), _local(plan):
+            yield plan
+    else:
+        with _cluster(address):
+            plan = _cluster_plan(pipeline, backbone, num_groups, console)
+            with nodes.watched(plan, pipeline.wait_s, console):
+                yield plan
+
+
+def check_reachable(pipeline: PipelineConfig) -> None:
+    """Raises InputError, within ten seconds, if the cluster that a run is to use does not let it in."""
+    address = address_of(pipeline)
+    if address is None:
+        return
+    if "://" in address and not address.startswith("ray://"):
+        raise InputError(
+            f"pipeline.ray_address: got {address!r}, expected host:port of a cluster's head, ray://host:port or auto; "
+            "null starts Ray on this machine."
+        )
+    joining.login_to(address)
+
+
+def address_of(pipeline: PipelineConfig) -> str | None:
+    """The cluster that a run uses: the one it names, or the one that this process is a job of; None: its own Ray."""
+    if pipeline.ray_address is not None:
+        return pipeline.ray_address
+    # Ray tells its jobs; a shell that submits jobs may have the dashboard's there.
+    address = os.environ.get("RAY_ADDRESS", "")
+    return None if address in ("", "local") or "://" in address else address
+
+
+_keep_running = False
+_session: Path | None = None
+"""Folder of a Ray of this process: sockets, logs, what does not fit into memory."""
+
+
+@contextmanager
+def shared() -> Iterator[None]:
+    """Inside, runs on this machine share one Ray, which the first of them starts and the end of the block stops."""
+    global _keep_running
+    before, _keep_running = _keep_running, True
+    try:
+        yield
+    finally:
+        _keep_running = before
+        if "ray" in sys.modules and not before:
+            _stop(sys.modules["ray"])
+
+
+@contextmanager
+def _local(plan: Plan) -> Iterator[None]:
+    ray = _import_ray()
+    is_ours = _keep_running or not ray.is_initialized()
+    try:
+        if not ray.is_initialized():  # several runs in one process share it: the demo, the tests
+            _start(ray, plan)
+        yield
+    except KeyboardInterrupt:
+        if is_ours:  # also where runs share it: no worker may still write once the run has ended
+            _stop(ray)
+        raise
+    finally:
+        if is_ours and not _keep_running:
+            _stop(ray)
+
+
+def _stop(ray: Any) -> None:
+    """Ends Ray, or the connection, after the threads of Ray Data that read ahead.
+
+    They end by themselves soon after the last result is taken. One that came to Ray after its end would end this
+    process on the spot, with nothing said and an exit code of Ray's own.
+    """
+    until = time.monotonic() + _READ_AHEAD_S
+    for thread in threading.enumerate():
+        if thread.name.startswith(_READ_AHEAD):
+            thread.join(max(0.0, until - time.monotonic()))
+    ray.shutdown()
+    _remove_session()
+
+
+def _remove_session() -> None:
+    """Deletes the folder; the last of Ray's processes may still write to it for a moment."""
+    global _session
+    until = time.monotonic() + _READ_AHEAD_S
+    while _session is not None and _session.exists() and time.monotonic() < until:
+        shutil.rmtree(_session, ignore_errors=True)
+        time.sleep(0.05)
+    _session = None
+
+
+def _start(ray: Any, plan: Plan) -> None:
+    global _session
+    _session = _new_session()
+    with _held_back_stderr():
+        ray.init(
+            address="local",
+            num_cpus=max(plan.num_cpus, machine_cpus()),
+            num_gpus=machine_gpus() if plan.device == "cuda" else 0,
+            include_dashboard=False,
+            _node_ip_address=_LOOPBACK,
+            _temp_dir=str(_session / "r"),
+            object_store_memory=_object_store_bytes(),
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+
+
+def _new_session() -> Path:
+    """A folder for Ray's sockets and logs; Ray's own is open to every user of the machine (mode 0777) and stays.
+
+    Raises:
+        InputError: `RAY_TMPDIR` cannot be used.
+    """
+    base = os.environ.get("RAY_TMPDIR") or "/tmp"
+    if len(os.fsencode(os.path.abspath(base))) > _LONGEST_BASE:
+        raise InputError(
+            f"RAY_TMPDIR: {base!r} is longer than {_LONGEST_BASE} bytes, and the system allows no longer paths for the "
+            "sockets that lie in it. Name a folder with a shorter path."
+        )
+    try:
+        os.makedirs(base, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="r", dir=os.path.abspath(base)))
+    except OSError as error:
+        raise InputError(
+            f"RAY_TMPDIR: no folder can be made in {base!r} ({error.strerror}). Name one that you may write to."
+        ) from error
+
+
+@contextmanager
+def _cluster(address: str) -> Iterator[None]:
+    ray = _import_ray()
+    with environment({} if ray.is_initialized() else joining.login_to(address)), nodes.silenced():
+        login.read_again()
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"pipeline.ray_address: no Ray answers at {address!r} ({str(error).splitlines()[0]}). "
+                "Give a running cluster, or null to start Ray on this machine."
+            ) from error
+        try:
+            yield
+        finally:
+            _stop(ray)  # ends the connection, not the cluster
+
+
+def _cluster_plan(pipeline: PipelineConfig, backbone: BackboneConfig, num_groups: int, console: Console | None) -> Plan:
+    """The plan for what the cluster has, once it has what is asked for."""
+    ray = _import_ray()
+
+    def look() -> tuple[Plan, str]:
+        resources = ray.cluster_resources()
+        num_cpus, num_gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+        planned = num_gpus or (pipeline.gpus_per_actor if pipeline.device == "cuda" else 0.0)
+        plan = make_plan(pipeline, backbone, max(1, int(num_cpus)), planned, num_groups)
+        return plan, shortage(plan, num_cpus, num_gpus) or lacking(plan, ray.nodes())
+
+    return nodes.awaited(look, pipeline.wait_s, console)
+
+
+def _import_ray() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import ray
+        import ray.data
+        from ray._private import ray_constants
+    # Read from the environment when Ray is imported, which another part of the program may have done before.
+    ray_constants.ENABLE_RAY_CLUSTER = os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") != "0"
+    return ray
+
+
+def _local_environment() -> dict[str, str]:
+    """What Ray's own processes and the workers inherit."""
+    source = str(Path(__file__).resolve().parents[2])
+    # Editors outside the tree are found by workers where this process finds them.
+    paths = [source, *(path or os.getcwd() for path in sys.path)]
+    return {
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
+        # On Linux, Ray would replace a loopback address by that of a network card, and listen on all of them.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_DATA_LOG_LEVEL": "ERROR",
+        # Ray warns on standard error about its own way of passing constructor arguments.
+        "RAY_BACKEND_LOG_LEVEL": "fatal",
+        "RAY_enable_metrics_collection": "0",
+        # Ray's own 15 would let everything else on the machine go first, and the run is what its user waits for.
+        "RAY_worker_niceness": "0",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+def _authentication() -> dict[str, str]:
+    """A secret for this Ray alone. Never left unset: Ray 2.60 would write a token file that later ones trip over."""
+    if os.environ.get("RAY_AUTH_MODE") == "disabled":
+        return {}
+    if "ray" in sys.modules:
+        # Ray reads its mode when it is imported; another one for the server than for this process would never connect.
+        from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+        if not is_token_auth_enabled():
+            return {"RAY_AUTH_MODE": "disabled"}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)}
+
+
+@contextmanager
+def _held_back_stderr() -> Iterator[None]:
+    """Keeps what native code writes to standard error inside; shows it only if the block fails."""
+    sys.stderr.flush()
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(before, masked(held.read().decode(errors="replace")).encode())
+            raise
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+
+
+def _object_store_bytes() -> int:
+    """Room for a few groups on their way between the stages; never more than shared memory holds."""
+    wanted = min(_OBJECT_STORE_BYTES, psutil.virtual_memory().available // 5)
+    shared = Path("/dev/shm")
+    if sys.platform == "linux" and shared.exists():
+        wanted = min(wanted, int(psutil.disk_usage(str(shared)).free * 0.8))
+    return max(wanted, 80 * 2**20)
