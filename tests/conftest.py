@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from made_up import TEMPLATE, make_request
 
 from odedit import EditRequest, load_backbone, world
 from odedit.backbones import Backbone, encode_requests
 from odedit.inputs.batch import EditBatch
 from odedit.storage import kept_notes
 from pipeline.run_folder.sources import embedded_name
+from tests.support.requests import TEMPLATE, make_request
 
 if TYPE_CHECKING:
-    from tests.object_store import ObjectStore
+    from tests.support.object_store import ObjectStore
 
 # Two cores are shared by everything that runs; tiny matrices gain nothing from more threads.
 torch.set_num_threads(1)
@@ -67,7 +67,7 @@ def batches(backbone: Backbone, requests_8: list[EditRequest]) -> tuple[EditBatc
 @pytest.fixture
 def bucket() -> Iterator[ObjectStore]:
     """A server of objects with an empty bucket, which the environment names: `s3://odedit/...`."""
-    from tests.object_store import object_store  # takes a second to import
+    from tests.support.object_store import object_store  # takes a second to import
 
     with object_store() as store:
         yield store

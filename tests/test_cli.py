@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import inline_pipeline
 import pytest
 import yaml
-from mmedit_files import encoded, picture, record, write_array, write_images
 from typer.testing import CliRunner, Result
 
 from odedit.__main__ import app
 from pipeline.driver import preflight
 from pipeline.workers import joining, ray_session
+from tests.support import inline_pipeline
+from tests.support.mmedit_files import encoded, picture, record, write_array, write_images
 
 
 def odedit(*arguments: object) -> Result:

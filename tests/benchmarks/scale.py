@@ -33,7 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import tiny_models  # noqa: E402
-from mmedit_files import record, write_images  # noqa: E402
+
+from tests.support.mmedit_files import record, write_images  # noqa: E402
 
 BATCH = 8
 PICTURES = 4

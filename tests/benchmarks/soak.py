@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import tiny_models  # noqa: E402
 
 from tests.benchmarks.scale import BATCH, settings  # noqa: E402
-from tests.nodes import Cluster, two_nodes  # noqa: E402
+from tests.support.nodes import Cluster, two_nodes  # noqa: E402
 
 _SAMPLE_EVERY_S = 2.0
 _SAY_EVERY_S = 30.0

@@ -43,7 +43,7 @@ from tests.benchmarks import models
 from tests.benchmarks.floor import EVERYTHING, Floor, product_rate, wait
 from tests.benchmarks.reference import TEMPLATE, Reference
 from tests.benchmarks.tables import bars, show
-from tests.made_up import make_request
+from tests.support.requests import make_request
 
 EDITORS = ("wise", "tpatcher", "mend", "unike", "ftl", "ftv", "lora")
 STEPS = {"wise": 10, "tpatcher": 40, "mend": 0, "unike": 20, "ftl": 15, "ftv": 15, "lora": 15}

@@ -11,10 +11,10 @@ from typing import Any
 import boto3
 import pytest
 import yaml
-from cluster_files import FOLDER, load, text
 from moto import mock_aws
 
 from pipeline.config import run
+from tests.support.cluster_files import FOLDER, load, text
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 REGION = load("aws.yaml")["provider"]["region"]

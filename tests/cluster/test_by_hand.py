@@ -24,11 +24,11 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from cluster_files import ROOT, readme_section
-from mmedit_files import record, write_array, write_images
 
-from tests.nodes import Cluster, running, wait_for
-from tests.services import free_port
+from tests.support.cluster_files import ROOT, readme_section
+from tests.support.mmedit_files import record, write_array, write_images
+from tests.support.nodes import Cluster, running, wait_for
+from tests.support.services import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 PUBLIC = {"/", "/api/healthz", "/api/local_raylet_healthz"}

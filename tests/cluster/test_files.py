@@ -21,7 +21,11 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
-from cluster_files import (
+from test_readme import is_command
+
+from cluster import packing
+from pipeline.config import run as config
+from tests.support.cluster_files import (
     CREDENTIALS,
     FILES,
     FOLDER,
@@ -36,10 +40,6 @@ from cluster_files import (
     load,
     text,
 )
-from test_readme import is_command
-
-from cluster import packing
-from pipeline.config import run as config
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 

@@ -9,7 +9,11 @@ from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
-from cluster_files import (
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from pipeline.config import run as config
+from tests.support.cluster_files import (
     CREDENTIALS,
     FILES,
     FOLDER,
@@ -29,10 +33,6 @@ from cluster_files import (
     slurm,
     text,
 )
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-
-from pipeline.config import run as config
 
 
 def test_all_name_one_image_of_this_version() -> None:

@@ -20,13 +20,13 @@ from urllib.error import HTTPError
 import psutil
 import pytest
 import yaml
-from mmedit_files import record, write_array, write_images
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 
-from tests.nodes import Cluster, two_nodes
-from tests.object_store import BUCKET, ObjectStore
-from tests.services import database, free_port, server
+from tests.support.mmedit_files import record, write_array, write_images
+from tests.support.nodes import Cluster, two_nodes
+from tests.support.object_store import BUCKET, ObjectStore
+from tests.support.services import database, free_port, server
 
 COMMAND_S = 800.0
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from cluster_files import FOLDER, ROOT
+
+from tests.support.cluster_files import FOLDER, ROOT
 
 SCRIPT = FOLDER / "slurm.sh"
 SRUN = """#!/usr/bin/env bash

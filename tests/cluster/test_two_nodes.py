@@ -17,10 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import inline_pipeline
 import pytest
 import yaml
-from mmedit_files import record, write_array, write_images
 from rich.console import Console
 
 from pipeline.config.run import from_dict
@@ -29,9 +27,11 @@ from pipeline.run_folder import rows as results
 from pipeline.run_folder.workspace import Workspace
 from pipeline.tracking import runs
 from pipeline.tracking.searches import KIND
-from tests.nodes import PATIENCE_S, Cluster, two_nodes
-from tests.rows import assert_same
-from tests.services import server
+from tests.support import inline_pipeline
+from tests.support.mmedit_files import record, write_array, write_images
+from tests.support.nodes import PATIENCE_S, Cluster, two_nodes
+from tests.support.rows import assert_same
+from tests.support.services import server
 
 RECORDS = 12
 EDITOR = {"name": "outside_tuned.fragile", "sites": ["layers.2.ffn.out"], "max_steps": 3}

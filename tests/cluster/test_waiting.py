@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import yaml
-from mmedit_files import record, write_array, write_images
 
-from tests.nodes import PATIENCE_S, Cluster, two_nodes
+from tests.support.mmedit_files import record, write_array, write_images
+from tests.support.nodes import PATIENCE_S, Cluster, two_nodes
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 

@@ -19,17 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import inline_pipeline
 import psutil
 import pytest
 import yaml
-from mmedit_files import record, write_array, write_images
 from typer.testing import CliRunner
 
 from odedit.__main__ import app
 from pipeline.workers import graph
 from pipeline.workers.plan import Job, Plan
 from tests.faults.obedient import GROUP, HOLD
+from tests.support import inline_pipeline
+from tests.support.mmedit_files import record, write_array, write_images
 
 ROOT = Path(__file__).resolve().parents[2]
 EDITS = 12

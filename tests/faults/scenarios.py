@@ -21,9 +21,9 @@ from tests.faults.bench import ALL_DONE, EDITS, PYTHON_PATH, Bench, Ended, wait_
 from tests.faults.lossless import Faced, rows_of
 from tests.faults.obedient import DIE, GROUP, HOLD, NARROW, REFUSED
 from tests.faults.small_disk import small_disk
-from tests.nodes import two_nodes
-from tests.object_store import BUCKET, object_store
-from tests.services import Server
+from tests.support.nodes import two_nodes
+from tests.support.object_store import BUCKET, object_store
+from tests.support.services import Server
 
 ATTEMPTS = 3
 """`pipeline.max_attempts`."""

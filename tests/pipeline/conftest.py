@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import inline_pipeline
 import pytest
-from mmedit_files import record, write_array, write_images
 from rich.console import Console
 
 from pipeline.config.run import RunConfig, from_dict
 from pipeline.driver.run import Outcome, run
+from tests.support import inline_pipeline
+from tests.support.mmedit_files import record, write_array, write_images
 
 QUIET = Console(quiet=True)
 

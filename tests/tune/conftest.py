@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mmedit_files import record, write_array, write_images
+
+from tests.support.mmedit_files import record, write_array, write_images
 
 
 @pytest.fixture

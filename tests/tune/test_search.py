@@ -17,7 +17,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import inline_pipeline
 import optuna
 import psutil
 import pytest
@@ -36,6 +35,7 @@ from pipeline.tracking import runs as tracking
 from pipeline.tracking.runs import PARENT_TAG
 from pipeline.tracking.searches import KIND, POINT, STATE
 from pipeline.workers import graph
+from tests.support import inline_pipeline
 from tune import points
 from tune import run as runner
 from tune.config import from_values

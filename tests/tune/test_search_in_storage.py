@@ -6,13 +6,13 @@ import io
 from pathlib import Path
 from typing import Any
 
-import inline_pipeline
 import pytest
 from rich.console import Console
 
 from odedit import InputError
 from pipeline.workers import graph, ray_session
-from tests.object_store import ObjectStore
+from tests.support import inline_pipeline
+from tests.support.object_store import ObjectStore
 from tune.config import from_values
 from tune.folder import Folder
 from tune.run import run

@@ -12,7 +12,7 @@ import pytest
 from pipeline.tracking import runs
 from pipeline.tracking.runs import PARENT_TAG
 from pipeline.tracking.searches import POINT, SearchRun
-from tests.services import PATIENCE_S, database, server
+from tests.support.services import PATIENCE_S, database, server
 from tune.config import check, from_values
 from tune.points import COMPLETE, Points
 

@@ -1,0 +1,69 @@
+"""Hard negatives in a run and in a training: from the pool, and from nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from odedit.data.images import ImageReader
+from odedit.data.negatives import NegativePool
+from odedit.data.pack import pack
+from odedit.data.pool import Pool
+from odedit.errors import InputError
+from odedit.objectives import ObjectiveConfig
+from pipeline.config.run import from_dict
+from pipeline.driver.run import Outcome
+from pipeline.run_folder import rows as results
+from pipeline.workers import negatives
+from tests.support.mmedit_files import record, write_array, write_images
+
+Inline = Callable[..., Outcome]
+CONTRAST = {"objective": {"name": "contrast", "negatives": 3}}
+
+
+@pytest.fixture
+def pool(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """Settings with a packed pool of four records, whose pictures are others than the run's."""
+    folder = tmp_path / "train"
+    folder.mkdir()
+    records = [record(number) for number in range(20, 29)]
+    roots = write_images(folder, records)
+    pack(str(write_array(folder / "train.json", records[5:])), str(roots[0]), str(roots[1]), str(folder / "packed"))
+    return settings | {"data": settings["data"] | {"pool": str(folder / "packed")}, "supervision": {}}
+
+
+def test_a_run_takes_them_from_the_pool(pool: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[str]] = {}
+    of_request = NegativePool.probes
+
+    def probes(self: NegativePool, request: Any, feature: Any) -> Any:
+        found = of_request(self, request, feature)
+        seen[request.edit_id] = [probe.picture.key for probe in found if probe.picture is not None]
+        assert {probe.target for probe in found} == {request.replaced}
+        assert set(seen[request.edit_id]) <= self.features.keys() and len(self.features) == 4
+        return found
+
+    monkeypatch.setattr(NegativePool, "probes", probes)
+    outcome = inline(from_dict(pool | CONTRAST))
+    assert outcome.summary["n"] == 5
+    assert len(seen) == 5 and all(len(keys) == 3 for keys in seen.values())
+    rows = results.read_rows(results.parts(outcome.workspace))
+    assert all(len(row["losses"]["loc"]) == 3 for row in rows)
+
+
+def test_without_a_pool_the_setting_is_named(settings: dict[str, Any], inline: Inline) -> None:
+    with pytest.raises(InputError, match=r"'contrast' compares an edit with pictures of other records.*Set data\.pool"):
+        inline(from_dict(settings | CONTRAST))
+
+
+def test_an_unreadable_picture_is_none(backbone: Any, tmp_path: Path) -> None:
+    records = [record(number) for number in range(3)]
+    roots = write_images(tmp_path, records)
+    path = write_array(tmp_path / "train.json", [*records, records[0], record(9)])
+    pool = Pool.sample(str(path), ImageReader(str(roots[0]), str(roots[1])))
+    found = negatives.negative_pool(ObjectiveConfig(name="contrast"), backbone, lambda: pool, ["layers.2.ffn.in"])
+    assert found is not None and len(found.features) == 3 and found.count == 12
+    assert negatives.negative_pool(ObjectiveConfig(), backbone, lambda: pytest.fail("not needed"), []) is None

@@ -1,0 +1,160 @@
+"""Runs and trainings that share a feature store compute a picture once, and come to what they come to without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from odedit.backbones.common.qformer import QFormerModel
+from odedit.errors import InputError
+from pipeline.config.run import from_dict
+from pipeline.driver.preflight import prepare
+from pipeline.driver.run import Outcome
+from pipeline.run_folder import rows as results
+from pipeline.training import train
+from pipeline.workers import editor as actor
+from tests.support.mmedit_files import record, write_array, write_images
+
+Inline = Callable[..., Outcome]
+NUM_PICTURES = (
+    20  # of five records: the edit's own and another, the rephrase that supervises and the one that is scored
+)
+
+
+@pytest.fixture
+def towered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of pictures of every call of the image tower."""
+    calls: list[int] = []
+    original = QFormerModel.tower
+
+    def tower(self: QFormerModel, pixels: torch.Tensor) -> torch.Tensor:
+        calls.append(len(pixels))
+        return original(self, pixels)
+
+    monkeypatch.setattr(QFormerModel, "tower", tower)
+    return calls
+
+
+@pytest.fixture(autouse=True)
+def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Workers of this file remember nothing of earlier tests; called, nothing of the earlier runs of this test."""
+    monkeypatch.setattr(actor, "_LOADED", {})
+    monkeypatch.setattr(actor, "_MEASURED", {})
+
+    def forget() -> None:
+        actor._LOADED.clear()
+        actor._MEASURED.clear()
+
+    return forget
+
+
+def variant(settings: dict[str, Any], name: str, store: object) -> Any:
+    pipeline = settings["pipeline"] | {"feature_store": None if store is None else str(store)}
+    return from_dict(settings | {"out": f"{settings['out']}-{name}", "pipeline": pipeline})
+
+
+def outcome_of(outcome: Outcome) -> tuple[list[dict[str, Any]], dict[str, dict[str, torch.Tensor]]]:
+    rows = [
+        {name: value for name, value in row.items() if name != "seconds"}
+        for row in results.read_rows(results.parts(outcome.workspace))
+    ]
+    return rows, {path.name: load_file(path) for path in outcome.workspace.edits.glob()}
+
+
+def same(one: Outcome, other: Outcome) -> bool:
+    (rows, edits), (other_rows, other_edits) = outcome_of(one), outcome_of(other)
+    return (
+        len(rows) == 5
+        and rows == other_rows
+        and {name: list(edit) for name, edit in edits.items()}
+        == {name: list(edit) for name, edit in other_edits.items()}
+        and all(
+            torch.equal(value, other_edits[name][key]) for name, edit in edits.items() for key, value in edit.items()
+        )
+    )
+
+
+def test_a_second_run_computes_no_picture_and_comes_to_the_same(
+    settings: dict[str, Any], inline: Inline, towered: list[int], worker: Callable[[], None], tmp_path: Path
+) -> None:
+    first = inline(variant(settings, "first", tmp_path / "store"))
+    assert sum(towered) == NUM_PICTURES, "the measurement of the bandwidth looks into the store as the edits do"
+    worker()
+    towered.clear()
+    second = inline(variant(settings, "second", tmp_path / "store"))
+    assert not towered
+    worker()
+    without = inline(variant(settings, "without", None))
+    assert sum(towered) == NUM_PICTURES, "a worker remembers its pictures without a store too"
+    assert same(first, second) and same(second, without)
+
+
+def test_the_next_run_of_a_worker_computes_no_picture_again(
+    settings: dict[str, Any], inline: Inline, towered: list[int]
+) -> None:
+    first = inline(variant(settings, "first", None))
+    towered.clear()
+    assert same(first, inline(variant(settings, "second", None)))
+    assert not towered
+
+
+def test_a_store_that_cannot_be_used_any_more_loses_no_edit(
+    settings: dict[str, Any], inline: Inline, towered: list[int], worker: Callable[[], None], tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    first = inline(variant(settings, "first", store))
+    assert not (first.workspace.errors / "feature-store.txt").exists()
+    (folder,) = store.iterdir()
+    folder.rename(tmp_path / "aside")
+    folder.write_text("in the way")
+    worker()
+    second = inline(variant(settings, "second", store))
+    assert same(first, second) and sum(towered) == 2 * NUM_PICTURES
+    assert str(store) in (second.workspace.errors / "feature-store.txt").read_text()
+
+
+def test_training_takes_features_from_the_store(settings: dict[str, Any], towered: list[int], tmp_path: Path) -> None:
+    others = [record(number) for number in range(10, 13)]
+    write_images(tmp_path, others)
+    editor = {
+        "name": "mend", "sites": ["layers.-1.ffn.in"], "rank": 4, "batch_size": 2, "training_steps": 2,
+        "validate_every": 2,
+    }  # fmt: skip
+    section = {"path": settings["data"]["path"], "validation": str(write_array(tmp_path / "val.json", others))}
+    config = variant(settings | {"editor": editor, "training": section}, "train", tmp_path / "store")
+    weights = []
+    for name, expected in (("a", 1), ("b", 0)):
+        towered.clear()
+        out = train.run(config, tmp_path / f"{name}.safetensors", Console(quiet=True), fresh=False)
+        assert bool(towered) == bool(expected)
+        weights.append(load_file(out))
+    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize(("text", "expected"), [("{file}", "lies under a file"), ("gopher://x/y", "cannot use")])
+def test_what_cannot_be_a_store_is_said_before_anything_starts(
+    settings: dict[str, Any], tmp_path: Path, text: str, expected: str
+) -> None:
+    config = variant(settings, "run", text.format(file=settings["data"]["path"]))
+    with pytest.raises(InputError, match=f"pipeline.feature_store: .*{expected}"):
+        prepare(config)
+    assert not Path(config.out).exists()
+    with pytest.raises(InputError, match=f"pipeline.feature_store: .*{expected}"):
+        train.run(config, tmp_path / "x" / "w.safetensors", Console(quiet=True), fresh=False)
+
+
+def test_workers_elsewhere_find_a_store_by_its_full_path(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ready = prepare(variant(settings, "run", "features"))
+    assert ready.config.pipeline.feature_store == str(tmp_path / "features")
+    assert not (tmp_path / "features").exists(), "looking makes nothing"
+    # Where features are kept is no part of what the results depend on.
+    prepare(variant(settings, "run", None))

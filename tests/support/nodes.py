@@ -1,0 +1,166 @@
+"""A Ray cluster of two nodes on this machine alone, with a token, as child processes that end with the test."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from tests.support.services import free_port
+
+PATIENCE_S = 180.0
+
+
+@dataclass
+class Cluster:
+    """A running cluster.
+
+    Attributes:
+        address: Of its dashboard, where jobs are sent.
+        gcs: What a driver connects to.
+        environment: Of whoever may use it; holds the token.
+        second: The process of the node that may be lost.
+        add: Starts one more node, which is the second one from then on.
+    """
+
+    address: str
+    gcs: str
+    environment: Mapping[str, str]
+    second: subprocess.Popen[bytes]
+    add: Callable[[], None] = lambda: None
+
+    def alive(self) -> int:
+        """Nodes that the head believes to be there."""
+        request = urllib.request.Request(
+            f"{self.address}/api/v0/nodes", headers={"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
+        )
+        with urllib.request.urlopen(request, timeout=10) as reply:
+            found = json.load(reply)["data"]["result"]["result"]
+        return sum(node["state"] == "ALIVE" for node in found)
+
+    def workers(self, stage: str) -> list[psutil.Process]:
+        """The processes of the actors that run a stage of the graph, on both nodes."""
+        return [process for process in self._processes() if stage in _name(process)]
+
+    def is_on_second(self, process: psutil.Process) -> bool:
+        try:
+            return self.second.pid in (above.pid for above in process.parents())
+        except psutil.NoSuchProcess:
+            return False
+
+    def lose_second(self) -> None:
+        """SIGKILL for everything on the second node at once, as if its power had gone."""
+        for process in [*psutil.Process(self.second.pid).children(recursive=True), psutil.Process(self.second.pid)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.second.wait(30)
+
+    def _processes(self) -> Iterator[psutil.Process]:
+        home = self.environment["RAY_TMPDIR_OF_TEST"]
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("RAY_TMPDIR_OF_TEST") == home:
+                    yield process
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return ""
+
+
+@contextmanager
+def two_nodes(cpus: int = 2, head_cpus: int | None = None, **variables: str) -> Iterator[Cluster]:
+    """A head and a second node, each with so many CPUs (the machine may have fewer), the head perhaps with others.
+
+    Args:
+        variables: More of the environment that Ray is started in.
+    """
+    with ExitStack() as stack:
+        # Sockets have short names; pytest's folders are deep.
+        home = Path(tempfile.mkdtemp(prefix="odedit-ray-", dir="/tmp"))
+        stack.callback(shutil.rmtree, home, ignore_errors=True)
+        token = secrets.token_hex(16)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": token,
+            "RAY_TMPDIR_OF_TEST": str(home),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            **variables,
+        }
+        gcs, dashboard = free_port(), free_port()
+        common = ["--block", "--node-ip-address=127.0.0.1", "--num-gpus=0"]
+        # Ports of its own for the agents: two nodes on one machine would want the same.
+        common += ["--object-store-memory=200000000", "--disable-usage-stats", "--dashboard-agent-listen-port=0"]
+        head = ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+        head.append(f"--num-cpus={cpus if head_cpus is None else head_cpus}")
+        start = [sys.executable, "-m", "ray.scripts.scripts", "start", *common]
+        logs = stack.enter_context((home / "log.txt").open("wb"))
+        first = stack.enter_context(running([*start, *head, f"--temp-dir={home / 'one'}"], environment, logs))
+        address = f"http://127.0.0.1:{dashboard}"
+        cluster = Cluster(address, f"127.0.0.1:{gcs}", environment, first)
+        wait_for(lambda: cluster.alive() >= 1, first, home / "log.txt")
+
+        def add() -> None:
+            number = cluster.alive()
+            more = [f"--address=127.0.0.1:{gcs}", f"--num-cpus={cpus}", f"--temp-dir={home / str(number)}"]
+            cluster.second = stack.enter_context(running([*start, *more], environment, logs))
+            wait_for(lambda: cluster.alive() > number, cluster.second, home / "log.txt")
+
+        cluster.add = add
+        add()
+        yield cluster
+
+
+@contextmanager
+def running(command: list[str], environment: Mapping[str, str], log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(command, env=dict(environment), stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield process
+    finally:
+        family: list[psutil.Process] = []
+        patience_s = 5.0
+        if process.poll() is None:
+            family = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:  # a head that has lost a node takes half a minute
+                process.kill()
+                process.wait()
+                patience_s = 0.0
+        for left in psutil.wait_procs(family, timeout=patience_s)[1]:
+            with suppress(psutil.NoSuchProcess):
+                left.kill()
+
+
+def wait_for(is_so: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+    begun = time.monotonic()
+    while True:
+        try:
+            if is_so():
+                return
+        except OSError:
+            pass
+        assert process.poll() is None, f"it ended with {process.returncode}:\n{log.read_text()[-4000:]}"
+        assert time.monotonic() - begun < PATIENCE_S, log.read_text()[-4000:]
+        time.sleep(0.5)
