@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from odedit.editing.loop import Stopping, edit
     from odedit.editors import load_editor
     from odedit.errors import InputError
-    from odedit.evaluation.scores import EvaluationConfig, evaluate, paired, summarize
+    from odedit.evaluation.scores import EvaluationConfig, evaluate
+    from odedit.evaluation.statistics import paired, summarize
     from odedit.inputs.batch import EditRequest, Picture, Probe, stack_params
     from odedit.inputs.prompts import find_template
     from odedit.objectives import Objective, ObjectiveConfig, calibrate
@@ -29,7 +30,8 @@ _HOME = {
     "editing.loop": ("Stopping", "edit"),
     "editors": ("load_editor",),
     "errors": ("InputError",),
-    "evaluation.scores": ("EvaluationConfig", "evaluate", "paired", "summarize"),
+    "evaluation.scores": ("EvaluationConfig", "evaluate"),
+    "evaluation.statistics": ("paired", "summarize"),
     "objectives": ("Objective", "ObjectiveConfig", "calibrate"),
     "inputs.prompts": ("find_template",),
 }

@@ -5,71 +5,115 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+FLOORS = (
+    ("odedit.errors", "odedit.runtime", "cluster"),
+    ("odedit.plugins", "odedit.inputs", "odedit.storage", "odedit.risks"),
+    ("odedit.world", "odedit.data"),
+    ("odedit.backbones",),
+    ("odedit.editors",),
+    ("odedit.objectives", "odedit.evaluation"),
+    ("odedit.editing", "odedit.training"),
+    ("odedit",),
+    ("pipeline.interrupts", "pipeline.config"),
+    ("pipeline.run_folder",),
+    ("pipeline.tracking",),
+    ("pipeline.report", "pipeline.workers"),
+    ("pipeline.driver", "pipeline.edits"),
+    ("pipeline.training",),
+    ("pipeline.study",),
+    ("pipeline.commands", "pipeline.demo", "tune"),
+    ("odedit.__main__",),
+)
+"""A room imports those on the floors above it; on its own floor it imports itself, and `odedit.errors` and
+`odedit.runtime` each other."""
+SHARED_FLOOR = {"odedit.errors", "odedit.runtime"}
 FORBIDDEN = {
     "odedit": {"ray", "mlflow", "optuna", "pipeline", "tune", "cluster"},
-    "pipeline": {"tune", "optuna"},
+    "pipeline": {"tune", "cluster", "optuna"},
     "tune": {"cluster", "mlflow"},
     "cluster": {"torch", "transformers", "odedit", "pipeline", "tune", "mlflow", "optuna"},
 }
-"""`odedit/__main__.py` may import the other packages, inside its commands; MLflow belongs to one file."""
-
-
-def imported(path: Path, *, inside_functions: bool = True) -> set[str]:
-    """Top-level names of the packages that a file imports."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    found = set()
-    nodes = list(ast.walk(tree)) if inside_functions else tree.body
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.split(".")[0])
-    return found
+"""Packages that no file of a package imports; `odedit/__main__.py` may, inside its commands."""
+PLUGINS = ("editors", "backbones", "objectives")
 
 
 def sources(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
 
-@pytest.mark.parametrize("package", FORBIDDEN)
-def test_imports_point_one_way(package: str) -> None:
-    for path in sources(package):
-        is_door = path.name == "__main__.py"
-        wrong = imported(path, inside_functions=not is_door) & FORBIDDEN[package]
-        if package == "cluster" and is_door:
+def imported(path: Path, *, inside_functions: bool = True) -> set[str]:
+    """Dotted names of what a file imports: `odedit.editors.base.Editor`, `ray`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names: set[str] = set()
+    for node in ast.walk(tree) if inside_functions else tree.body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def room(name: str) -> str:
+    """The room of a module or of a name in it: `odedit.editors`, `pipeline.commands`, `tune`."""
+    parts = name.split(".")
+    if parts[0] not in ("odedit", "pipeline"):
+        return parts[0]
+    path = ROOT.joinpath(*parts[:2])
+    return ".".join(parts[:2]) if path.is_dir() or path.with_suffix(".py").is_file() else parts[0]
+
+
+def edges() -> Iterator[tuple[Path, str, str]]:
+    """Every import of a room by another: the file, its room, and the other one."""
+    for package in FORBIDDEN:
+        for path in sources(package):
+            here = room(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+            for there in {room(name) for name in imported(path) if name.split(".")[0] in FORBIDDEN} - {here}:
+                yield path.relative_to(ROOT), here, there
+
+
+def test_every_room_has_a_floor_and_imports_point_up() -> None:
+    floor_of = {one: number for number, floor in enumerate(FLOORS) for one in floor}
+    for path, here, there in edges():
+        assert {here, there} <= floor_of.keys(), f"{path}: {here} or {there} is in no line of FLOORS"
+        if {here, there} <= SHARED_FLOOR:
             continue
-        assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
+        assert floor_of[there] < floor_of[here], f"{path} imports {there}, which is not above {here}"
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_a_package_does_not_import_what_only_others_need(package: str) -> None:
+    for path in sources(package):
+        is_door = path == ROOT / "odedit" / "__main__.py"
+        tops = {name.split(".")[0] for name in imported(path, inside_functions=not is_door)}
+        assert not tops & FORBIDDEN[package], f"{path.relative_to(ROOT)}: {tops & FORBIDDEN[package]}"
 
 
 def test_only_tracking_knows_mlflow() -> None:
-    users = [path.name for path in sources("pipeline") if "mlflow" in imported(path)]
-    assert users == ["tracking.py"]
-
-
-PLUGINS = ("editors", "backbones", "objectives")
+    users = {
+        str(path.relative_to(ROOT).parent)
+        for path in sources("pipeline")
+        if any(name.split(".")[0] == "mlflow" for name in imported(path))
+    }
+    assert users == {"pipeline/tracking"}
 
 
 @pytest.mark.parametrize("folder", PLUGINS)
 def test_a_plug_in_imports_no_other(folder: str) -> None:
-    """Of its own folder `base` and what is in sub-packages, of the others' `base` alone."""
+    """A plug-in imports `base` and the sub-packages of its own folder, and `base` alone of the other folders."""
     files = [path for path in sources(f"odedit/{folder}") if path.parent.name == folder and path.stem != "__init__"]
     for path in files:
         siblings = [f"odedit.{folder}.{one.stem}." for one in files if one.stem not in ("base", path.stem)]
         others = [f"odedit.{other}." for other in PLUGINS if other != folder]
-        modules = {
-            f"{node.module}.{alias.name}."
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            if isinstance(node, ast.ImportFrom) and node.module
-            for alias in node.names
-        }
-        for module in modules:
-            is_base = any(module.startswith(f"{other}base.") for other in others)
-            assert is_base or not module.startswith((*siblings, *others)), f"{path.name} imports {module}"
+        for name in imported(path):
+            is_base = any(name.startswith(f"{other}base.") for other in others)
+            module = f"{name}."
+            assert is_base or not module.startswith((*siblings, *others)), f"{path.name} imports {name}"
 
 
 def test_importing_the_core_loads_nothing_heavy_but_torch() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from odedit.errors import InputError, unknown_name
-from odedit.evaluation.scores import MAIN
+from odedit.evaluation.statistics import MAIN
 from pipeline.config import strict
 from pipeline.config.run import AUTO, RunConfig, apply_override, from_dict, read_yaml
 from pipeline.study.spec import merged

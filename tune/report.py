@@ -11,12 +11,12 @@ from typing import Any
 
 from odedit.errors import counted
 from odedit.evaluation.score import paired_score, score
-from odedit.evaluation.scores import MAIN, PairedDifference, paired, summarize
+from odedit.evaluation.statistics import MAIN, SIGNIFICANT, PairedDifference, holm, paired, summarize
 from odedit.storage.location import Location
 from pipeline.driver.run import Outcome
+from pipeline.report.formatting import number
 from pipeline.report.page import Arm, p_value
 from pipeline.run_folder.workspace import write_json
-from pipeline.study.tables import SIGNIFICANT, holm, number
 from tune import plots, points
 from tune.config import SCORE, Search
 from tune.points import COMPLETE, FAILED, PRUNED, Trial

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from odedit.evaluation.score import score
-from odedit.evaluation.scores import MAIN
+from odedit.evaluation.statistics import MAIN
 from pipeline.run_folder.rows import EDITED, FAILED, Row
 from tune.config import COMBINED, SCORE
 

@@ -20,14 +20,14 @@ from ray.tune.search import Searcher
 from rich.console import Console
 
 from odedit.errors import InputError, counted, one_sentence
-from odedit.evaluation.scores import MAIN
+from odedit.evaluation.statistics import MAIN
 from odedit.storage.location import Location
 from pipeline.config.checkpoints import fitted, with_absolute_checkpoints
 from pipeline.config.run import RunConfig
 from pipeline.console import say
 from pipeline.interrupts import raise_if_interrupted
+from pipeline.report.formatting import number
 from pipeline.run_folder import rows as results
-from pipeline.study.tables import number
 from pipeline.tracking.runs import flatten
 from pipeline.tracking.searches import SearchRun
 from tune import points, scoring

@@ -46,13 +46,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from odedit.backbones.base import Backbone, Prefix
+from odedit.backbones.common.generation import greedy
 from odedit.editors.base import OptimizerSettings, Plain, Trace, TrainingSettings, check_range, prefix_of_edit
 from odedit.editors.common.contrastive import encode, encoder_weights, info_nce, two_camps
 from odedit.editors.common.hooks import Rewrite, rewritten
 from odedit.editors.common.memories import attend, blend, last_positions, neurons, starting_keys, take
 from odedit.editors.common.weights import check_tensors, load_weights
 from odedit.errors import InputError
-from odedit.evaluation.scores import greedy
 from odedit.inputs.batch import EDIT, REPHRASE, REPHRASE_SLOTS, EditBatch, EditParams
 from odedit.runtime.gather import gather_positions
 from odedit.runtime.kv_cache import KeyValues

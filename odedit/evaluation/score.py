@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from odedit.evaluation.scores import MAIN, PairedDifference
+from odedit.evaluation.statistics import MAIN, PairedDifference
 
 Rows = Mapping[str, Mapping[str, Any]]
 

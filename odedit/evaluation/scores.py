@@ -1,4 +1,4 @@
-"""What an edit did, before against after: rel, t_gen, m_gen, t_loc, m_loc, and how sure the figures are.
+"""What an edit did, before against after: rel, t_gen, m_gen, t_loc, m_loc.
 
 Token figures are teacher-forced shares of target tokens; `_exact` asks for the whole target. White space in front of an
 answer that is a token of its own, as LLaMA's tokenizer makes one in front of a digit, is not counted: it is almost
@@ -16,32 +16,26 @@ where prompt positions that an edit hardly reaches dilute the figure.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from odedit.backbones.base import Backbone, Prefix, ends_of
+from odedit.backbones.base import Backbone, ends_of
+from odedit.backbones.common.generation import generate, until_end
 from odedit.editors.base import Editor
 from odedit.inputs.batch import RELIABILITY, EditBatch, EditParams, Variant, column, is_locality
 from odedit.runtime.brief import brief
 from odedit.runtime.gather import gather_positions
 from odedit.runtime.kv_cache import KeyValues
 
-MAIN = ("rel", "t_gen", "m_gen", "t_loc", "m_loc")
 TOP_K = 10
-LONGEST_REST = 8
-"""Tokens beyond its target's length after which a generated answer that has not ended is cut off."""
-NO_TOKEN = -1
-"""Stands for a token that was not generated, since the model takes no more positions or the answer is cut off there."""
 _LOGITS_AT_ONCE = {"cpu": 3 * 2**21, "cuda": 2**26}
 """Rows enough for a fast product, and on a CPU a result that finds its memory again: a larger one gets new pages."""
 _VALUES_AT_ONCE = {"cpu": 2**21}
 """Of a batch's states: what a layer makes of more of them has left a processor's cache when the next one reads it."""
-_ROUNDING = 1e-12
+
 Row = dict[str, float | str | None]
 
 
@@ -183,39 +177,6 @@ def _top(backbone: Backbone, hidden: Tensor, mask: Tensor) -> Tensor:
     return top
 
 
-def generate(
-    backbone: Backbone,
-    batch: EditBatch,
-    prefix: Prefix,
-    memory: KeyValues,
-    first_choice_EKT: Tensor,
-    longest_rest: int = LONGEST_REST,
-) -> Tensor:
-    """Greedily generated answers for every probe, `(E, K, T + longest_rest)`, with `NO_TOKEN` behind the last token.
-
-    `until_end` says where each ends.
-
-    Args:
-        memory: As for `greedy`.
-        first_choice_EKT: The model's choices given the target, and the one behind it, `(E, K, T + 1)`.
-        longest_rest: Tokens beyond its target's length after which an answer that has not ended is cut off.
-    """
-    ends = ends_of(backbone)
-    end = min(ends)
-    roomy = batch.with_room(longest_rest, end, backbone.max_positions)
-    count_EK1 = batch.target_mask_EKT.sum(dim=-1, keepdim=True)
-    places_N = torch.arange(roomy.target_EKT.shape[-1], device=count_EK1.device)
-    choice_EKN = torch.nn.functional.pad(first_choice_EKT, (0, longest_rest - 1)).where(places_N <= count_EK1, end)
-    tokens_EKN = greedy(backbone, roomy, backbone.with_room(prefix, roomy), memory, choice_EKN, ends)
-    return tokens_EKN.where(roomy.target_mask_EKT, NO_TOKEN)
-
-
-def until_end(tokens: Sequence[int], ends: Collection[int]) -> tuple[list[int], bool]:
-    """A generated answer without its end and what follows, and whether it has ended."""
-    found = next((place for place, token in enumerate(tokens) if token in ends or token == NO_TOKEN), None)
-    return list(tokens[:found]), found is not None and tokens[found] != NO_TOKEN
-
-
 def said(backbone: Backbone, tokens: Sequence[int]) -> str:
     """A generated answer in words, up to its end; with dots if it was cut off."""
     answer, has_ended = until_end(tokens, ends_of(backbone))
@@ -231,60 +192,6 @@ def is_said(backbone: Backbone, tokens: Sequence[int], target: Sequence[int]) ->
 def in_words(backbone: Backbone, tokens: Sequence[int]) -> str:
     """The text of an answer's tokens."""
     return str(backbone.processor.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-
-
-@torch.no_grad()
-def greedy(
-    backbone: Backbone,
-    batch: EditBatch,
-    prefix: Prefix,
-    memory: KeyValues,
-    first_choice_EKT: Tensor,
-    ends: Collection[int] = (),
-) -> Tensor:
-    """Greedily generated tokens for every probe, as many as its target has, `(E, K, T)`.
-
-    By fixed-point iteration: feed a draft, replace it by the model's first choices, repeat. A token is final as soon
-    as all before it are, so T rounds give exactly the tokens of one-by-one decoding, and mostly two or three do. A
-    round computes the target's positions alone, which attend to the prompt's keys and values.
-
-    Args:
-        memory: Of a forward of `prefix` and suffix, under the edit if there is one; this must be called inside the same
-            `applied` block.
-        first_choice_EKT: The model's choices given the target, which is the first draft.
-        ends: Tokens that end an answer: what stands behind the first of them is not generated and has no meaning.
-    """
-    mask_EKT, num_targets = batch.target_mask_EKT, batch.target_EKT.shape[-1]
-    end_N = torch.tensor(sorted(ends), dtype=torch.long, device=mask_EKT.device)
-    draft_EKT, choice_EKT, has_run = batch.target_EKT, first_choice_EKT, False
-    for _ in range(num_targets):
-        changed = (choice_EKT != draft_EKT) & mask_EKT & _goes_on(draft_EKT, end_N)
-        draft_EKT = torch.where(changed, choice_EKT, draft_EKT)
-        # Whether a token is to be chosen anew: one in front of it has changed, and the answer goes on to it.
-        anew = torch.zeros_like(mask_EKT)
-        anew[..., 1:] = (changed.cumsum(dim=-1) > 0)[..., :-1]
-        anew &= mask_EKT & _goes_on(draft_EKT, end_N)
-        columns = anew.flatten(0, -2).any(dim=0).tolist()
-        if True not in columns:
-            break
-        # A choice depends on what was fed before it and on nothing else, and so do keys and values. The first round
-        # has none yet.
-        first = columns.index(True) - 1 if has_run else 0
-        behind_last = num_targets - columns[::-1].index(True)
-        states = backbone.behind(prefix, batch, draft_EKT[..., :behind_last], memory, first)
-        has_run = True
-        chosen = anew[..., 1 + first : behind_last]
-        choice_EKT = choice_EKT.clone()
-        choice_EKT[..., 1 + first : behind_last][chosen] = backbone.head(states[chosen]).argmax(dim=-1)
-    return draft_EKT
-
-
-def _goes_on(tokens_EKT: Tensor, end_N: Tensor) -> Tensor:
-    """Whether no token in front is an end."""
-    if not len(end_N):
-        return torch.ones_like(tokens_EKT, dtype=torch.bool)
-    is_end = torch.isin(tokens_EKT, end_N).int()
-    return is_end.cumsum(dim=-1) - is_end == 0
 
 
 def _generated(readout: _Readout, e: int, k: int) -> list[int] | None:
@@ -362,131 +269,3 @@ def _share_alike(one: Sequence[int], other: Sequence[int], counted_T: Tensor) ->
     """Share of the counted places at which two answers have the same token, or have both ended."""
     places = counted_T.nonzero().flatten().tolist()
     return sum(one[place : place + 1] == other[place : place + 1] for place in places) / len(places)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over n values with its 95% confidence interval (Student's t)."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
-
-
-@dataclass(frozen=True)
-class PairedDifference:
-    """Mean of b - a over the n records that both have, its 95% interval, and the paired t-test's p."""
-
-    mean: float
-    low: float
-    high: float
-    p: float
-    n: int
-
-
-def estimate(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
-    """Mean and interval; the interval is the mean itself for one value, or when all are equal.
-
-    Args:
-        clusters: What each value belongs to. Edits of one fact are not independent, so the interval is made from the
-            facts: cluster-robust variance, degrees of freedom one less than clusters. None: every value is its own.
-
-    References:
-        Cameron and Miller (2015), A Practitioner's Guide to Cluster-Robust Inference, for the mean alone.
-
-    >>> estimate([1.0, 1.0]).low
-    1.0
-    """
-    n = len(values)
-    if n == 0:
-        return Estimate(math.nan, math.nan, math.nan, 0)
-    mean = math.fsum(values) / n
-    half = _standard_error(values, mean, clusters) * _t_quantile(_num_clusters(values, clusters))
-    return Estimate(mean, mean - half, mean + half, n)
-
-
-def _standard_error(values: Sequence[float], mean: float, clusters: Sequence[Hashable] | None) -> float:
-    """Of the mean; with every value its own cluster it is the ordinary one."""
-    groups = range(len(values)) if clusters is None else clusters
-    sums: dict[Any, float] = {}
-    for group, value in zip(groups, values, strict=True):
-        sums[group] = sums.get(group, 0.0) + value - mean
-    if len(sums) < 2:
-        return 0.0
-    error = math.sqrt(math.fsum(s * s for s in sums.values()) * len(sums) / (len(sums) - 1)) / len(values)
-    # Equal values are off their mean by rounding: no spread, and no ground for a tiny p.
-    return error if error > _ROUNDING * max(map(abs, values)) else 0.0
-
-
-def _num_clusters(values: Sequence[float], clusters: Sequence[Hashable] | None) -> int:
-    return len(values) if clusters is None else len(set(clusters))
-
-
-def _t_quantile(num_clusters: int) -> float:
-    from scipy import stats
-
-    return float(stats.t.ppf(0.975, num_clusters - 1)) if num_clusters > 1 else 0.0
-
-
-def summarize(rows: Sequence[Mapping[str, Any]], facts: Sequence[str] | None = None) -> dict[str, Estimate]:
-    """An `Estimate` of every numeric column over the rows that have it.
-
-    A share lies between 0 and 1, and so does its interval.
-
-    Args:
-        facts: What each row's edit is about; the intervals are clustered by it.
-    """
-    columns: dict[str, tuple[list[float], list[str]]] = {}
-    for number, row in enumerate(rows):
-        for name, value in row.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-                values, clusters = columns.setdefault(name, ([], []))
-                values.append(float(value))
-                clusters.append(str(number) if facts is None else facts[number])
-    return {name: estimate_column(values, clusters) for name, (values, clusters) in columns.items()}
-
-
-def estimate_column(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
-    """As `estimate`, of finite values; of shares, whose interval lies between 0 and 1 as they do."""
-    return _within_its_range(estimate(values, clusters), values)
-
-
-def _within_its_range(found: Estimate, values: Sequence[float]) -> Estimate:
-    if min(values) < 0.0 or max(values) > 1.0:
-        return found
-    return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
-
-
-def paired(
-    a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[str, Any]], metrics: Sequence[str] = MAIN
-) -> dict[str, PairedDifference]:
-    """b - a for every metric, over the edits that both runs have, by edit id.
-
-    The test is the paired t-test, clustered by the column `fact` where rows have it: then the facts are what is
-    compared, not their edits.
-    """
-    from scipy import stats
-
-    result = {}
-    for metric in metrics:
-        shared = [
-            k for k in sorted(a.keys() & b.keys()) if _is_number(a[k].get(metric)) and _is_number(b[k].get(metric))
-        ]
-        if not shared:
-            continue
-        differences = [float(b[key][metric]) - float(a[key][metric]) for key in shared]
-        clusters = [str(a[key].get("fact") or key) for key in shared]
-        summary = estimate(differences, clusters)
-        error = _standard_error(differences, summary.mean, clusters)
-        # Without any spread the t statistic is 0/0: no difference, or the same one everywhere.
-        if error == 0.0:
-            p = 1.0 if summary.mean == 0 else math.nan
-        else:
-            p = float(2 * stats.t.sf(abs(summary.mean) / error, len(set(clusters)) - 1))
-        result[metric] = PairedDifference(summary.mean, summary.low, summary.high, p, summary.n)
-    return result
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)

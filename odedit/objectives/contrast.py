@@ -3,9 +3,10 @@
     G = NLL(edit) + w_gen NLL(rephrase) + w_loc sum_k v_k KL(p_k || q_k),     v_k = 2 (1 - q_k(o))
 
 The rephrase asks in other words about another picture (`EditRequest.rephrase`). The k are hard negatives, the edit's
-own question about similar pictures (see `odedit.data.negatives`); each step reads some of them, all in turn. o is the answer
-that the edit replaces: where the unedited model answers a picture with o, the picture shows the same thing, and v_k
-leaves it out. q_k(o) is the probability of the whole answer, near 0 for a long answer whatever the picture shows.
+own question about similar pictures (see `odedit.data.negatives`); each step reads some of them, all in turn. o is the
+answer that the edit replaces: where the unedited model answers a picture with o, the picture shows the same thing, and
+v_k leaves it out. q_k(o) is the probability of the whole answer, near 0 for a long answer whatever the picture
+shows.
 
 An edit stops when the least likely answer token of the edit *and* of the rephrase has reached the threshold.
 """

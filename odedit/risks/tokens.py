@@ -1,4 +1,4 @@
-"""NLL and KL of single tokens, their scale gradients (see `odedit.risks.risks`), and the gradients of both in closed form.
+"""NLL and KL of single tokens, their scale gradients (`odedit.risks.risks`), and the gradients of both in closed form.
 
 The vocabulary is the widest thing an edit meets: a tensor of logits is read and written as slowly as it is multiplied.
 So one buffer of its size lasts from forward to backward, the logits' own: they give way to log-probabilities, and

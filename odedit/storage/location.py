@@ -37,7 +37,7 @@ T = TypeVar("T")
 class Location:
     """A file or folder on some file system. It can be pickled, so a worker can be handed one.
 
-    What a storage refuses for a while is tried again for about a minute (`odedit.storage.retries`), whatever is done here.
+    Every operation that a storage refuses for a while is tried again for about a minute (`odedit.storage.retries`).
     A file that is written is seen whole or not at all. Folders are more than a part of the name only where
     `make_folder` makes them.
 

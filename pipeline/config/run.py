@@ -117,8 +117,8 @@ class PipelineConfig:
     Attributes:
         actors: Workers that hold the model; `auto`: one per GPU, else one per core for a small model.
         batch_size: Edits of a group, which are encoded, optimised and written together; also what one crash can cost.
-        at_once: Edits of a group that move together at most (see `odedit.editing.width`); the others wait, and take the places
-            of those that have finished.
+        at_once: Most edits of a group that are optimised together (see `odedit.editing.width`); the others wait for a
+            free place.
             `auto`: as many as half of the free memory holds, by what one was measured to take; small models: all.
             Halved whenever memory runs out all the same.
         device: `auto` takes GPUs if the cluster has any.
@@ -129,10 +129,10 @@ class PipelineConfig:
         wait_s: How many seconds a run waits for nodes that a cluster lacks, at its start or after it has lost some.
         max_attempts: An edit that has ended its worker so often is given up as a failed row.
         measure_memory: Every row gets `peak_bytes`, the peak memory of the loop of its group's first edits, as many
-            as move together, divided by their number; see `odedit.runtime.peak_memory`. Measured over the first steps of a second
-            run of the loop, without warm-up.
+            as move together, divided by their number (`odedit.runtime.peak_memory`). Measured over the first steps of a
+            second run of the loop, without warm-up.
         feature_store: Folder or address where image features are kept for other workers and runs, which then do not
-            compute them; see `odedit.backbones.common.feature_store`. Null: a worker remembers those it used last, in memory.
+            compute them; see `odedit.backbones.common.feature_store`. Null: each worker keeps its latest in memory.
     """
 
     actors: Literal["auto"] | int = AUTO

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from odedit.errors import counted
-from odedit.evaluation.scores import MAIN
+from odedit.evaluation.statistics import MAIN
 from pipeline.run_folder.rows import EDITED, FAILED, SKIPPED, Row
 
 _LOG_EVERY_S = 10.0

@@ -9,11 +9,12 @@ import torch
 
 from odedit.backbones import Backbone, is_connector, load_backbone, names
 from odedit.backbones.base import ends_of
+from odedit.backbones.common.generation import generate, until_end
 from odedit.data.images import ImageError, ImageReader
 from odedit.editing.files import EditInfo
 from odedit.editors.base import Editor
 from odedit.errors import InputError
-from odedit.evaluation.scores import generate, in_words, until_end
+from odedit.evaluation.scores import in_words
 from odedit.inputs.batch import EditParams, Picture, Probe
 from odedit.inputs.prompts import Template, find_template
 from odedit.runtime.addresses import masked

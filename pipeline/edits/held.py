@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from odedit.backbones import Backbone
+from odedit.backbones.common.generation import LONGEST_REST
 from odedit.data.images import ImageError, ImageReader, image_name
 from odedit.data.packed import is_pack_reference
 from odedit.editing.files import EditInfo
 from odedit.errors import InputError, StorageError
-from odedit.evaluation.scores import LONGEST_REST, in_words, is_said, said
+from odedit.evaluation.scores import in_words, is_said, said
 from odedit.inputs.batch import EditBatch, Picture, Probe
 from odedit.inputs.prompts import Template, find_template
 from pipeline.edits.answers import Questions

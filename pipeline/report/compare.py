@@ -12,15 +12,15 @@ from typing import Any
 
 from odedit.errors import InputError
 from odedit.evaluation.score import paired_score, score
-from odedit.evaluation.scores import MAIN, Estimate, PairedDifference, paired, summarize
+from odedit.evaluation.statistics import MAIN, SIGNIFICANT, Estimate, PairedDifference, holm, paired, summarize
 from odedit.runtime.addresses import masked, reason
 from odedit.storage.location import Location, locate
 from pipeline.config.run import read_yaml
+from pipeline.report.formatting import number
 from pipeline.report.page import LABELS, p_value
 from pipeline.run_folder import rows as results
 from pipeline.run_folder.rows import EDITED, FAILED, SKIPPED, Row
 from pipeline.run_folder.workspace import CONFIG_HEADER, Workspace, read_json
-from pipeline.study.tables import SIGNIFICANT, holm, number
 from pipeline.tracking import fetch, runs
 
 SCORE = "score"

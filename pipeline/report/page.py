@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from odedit.errors import counted
-from odedit.evaluation.scores import MAIN, PairedDifference, paired, summarize
+from odedit.evaluation.statistics import MAIN, PairedDifference, paired, summarize
 from odedit.storage.location import Location
 from pipeline.run_folder import reasons
 from pipeline.run_folder import rows as results

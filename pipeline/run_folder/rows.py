@@ -16,7 +16,7 @@ from pyarrow import compute
 
 from odedit.data.records import RawRecord
 from odedit.editors.common.weights import trained_with
-from odedit.evaluation.scores import MAIN, Estimate, estimate_column
+from odedit.evaluation.statistics import MAIN, Estimate, estimate_column
 from odedit.runtime.addresses import masked
 from odedit.storage.location import Location, delete_all
 from pipeline.config.run import RunConfig

@@ -11,10 +11,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from odedit.evaluation.scores import PairedDifference, paired
+from odedit.evaluation.statistics import PairedDifference, holm, paired
+from pipeline.report.formatting import plus_minus, sign
 from pipeline.run_folder.rows import EDITED, Row
 from pipeline.study.spec import Arm, StudyConfig
-from pipeline.study.tables import holm, plus_minus, sign
 
 
 @dataclass(frozen=True)

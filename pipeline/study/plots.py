@@ -6,9 +6,10 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.report.formatting import number
 from pipeline.report.page import LABELS
 from pipeline.study.spec import StudyConfig
-from pipeline.study.tables import TASKS, Cell, number
+from pipeline.study.tables import TASKS, Cell
 
 # Okabe and Ito's palette (2008), which stays apart for colour-blind readers; without its yellow, too pale for points.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import odedit
 from odedit.errors import InputError, unknown_name
-from odedit.evaluation.scores import MAIN
+from odedit.evaluation.statistics import MAIN
 from odedit.runtime.addresses import below
 from pipeline.config import strict
 from pipeline.config.run import RunConfig, apply_override, from_dict, read_yaml

@@ -13,7 +13,7 @@ from rich.console import Console
 from odedit.backbones import encode_requests, load_backbone
 from odedit.editing.files import load_edits
 from odedit.errors import InputError
-from odedit.evaluation.scores import MAIN
+from odedit.evaluation.statistics import MAIN
 from odedit.inputs.batch import RELIABILITY, EditBatch
 from odedit.inputs.prompts import find_template
 from pipeline.config.run import from_dict, read_yaml

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from odedit.evaluation.scores import Estimate, PairedDifference, paired, summarize
+from odedit.evaluation.statistics import Estimate, PairedDifference, holm, paired, summarize
+from pipeline.report.formatting import plus_minus, sign
 from pipeline.run_folder.rows import EDITED, Row
 from pipeline.study.spec import Arm, StudyConfig
 
 TASKS = {"vqa": "E-VQA", "caption": "E-IC"}
-SIGNIFICANT = 0.05
 _ALWAYS = ("worst_nll", "steps", "seconds")
 
 
@@ -96,20 +96,6 @@ def baseline_of(study: StudyConfig, arm: Arm, arms: Sequence[Arm]) -> Arm | None
     return next((other for other in arms if other.labels == wanted), None)
 
 
-def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down correction (1979); NaN where there is no test.
-
-    >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
-    {'a': 0.03, 'c': 0.06, 'b': 0.06}
-    """
-    known = sorted((value, name) for name, value in p.items() if not math.isnan(value))
-    corrected, largest = {}, 0.0
-    for place, (value, name) in enumerate(known):
-        largest = max(largest, min(1.0, value * (len(known) - place)))
-        corrected[name] = largest
-    return corrected | {name: math.nan for name, value in p.items() if math.isnan(value)}
-
-
 def to_csv(study: StudyConfig, found: Sequence[Cell]) -> str:
     """One line per arm, task and column: mean, interval, difference to the baseline, interval, p, corrected p."""
     stream = io.StringIO()
@@ -171,28 +157,6 @@ def _figure(cell: Cell, column: str) -> str:
     if found is None:
         return ""
     return plus_minus(found) + sign(cell.differences.get(column), cell.p_holm.get(column, math.nan))
-
-
-def plus_minus(found: Estimate | PairedDifference) -> str:
-    """`.830 ±.027`: a mean and half its interval, the longer one."""
-    return f"{number(found.mean)} ±{number(max(found.high - found.mean, found.mean - found.low))}"
-
-
-def sign(change: PairedDifference | None, p: float) -> str:
-    """` ▲` or ` ▼` if the difference is one after correction."""
-    if change is None or not p < SIGNIFICANT:
-        return ""
-    return " ▲" if change.mean > 0 else " ▼"
-
-
-def number(value: float) -> str:
-    """`.830` for a share, fewer digits for large figures."""
-    if abs(value) >= 1e4:
-        return f"{value:.3g}"
-    if abs(value) >= 10:
-        return f"{value:.0f}"
-    text = f"{value:.3f}"
-    return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
 
 
 def correlations(study: StudyConfig, arms: Sequence[Arm], rows: Mapping[str, Sequence[Row]]) -> str:

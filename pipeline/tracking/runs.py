@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from odedit.errors import InputError, in_words, listed
-from odedit.evaluation.scores import MAIN
+from odedit.evaluation.statistics import MAIN
 from odedit.inputs.batch import Variant, column
 from odedit.runtime.addresses import masked
 from odedit.storage.location import Location, Place, at

@@ -163,7 +163,7 @@ class Reference:
 
     @torch.no_grad()
     def score(self, request: EditRequest, params: EditParams) -> dict[str, float]:
-        """The teacher-forced, generated and published figures of every probe, as `odedit.evaluation.scores` names them."""
+        """Teacher-forced, generated and published figures of every probe, named as in `odedit.evaluation.scores`."""
         threshold = (
             self._distance(request.edit, params) * self._editor.config.routing_ratio if "side_live" in params else 0
         )

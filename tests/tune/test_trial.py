@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from odedit.data.records import RawRecord
-from odedit.evaluation.scores import MAIN
+from odedit.evaluation.statistics import MAIN
 from pipeline.run_folder import rows
 from pipeline.run_folder.workspace import Workspace, read_json
 from pipeline.workers import editor

@@ -15,7 +15,7 @@ from odedit import InputError, Picture, Probe, load_backbone
 from odedit.backbones import encode_requests, fingerprint, load_processor
 from odedit.backbones.common import model as multimodal
 from odedit.backbones.common.decoders import LlamaDecoder
-from odedit.evaluation.scores import LONGEST_REST, NO_TOKEN, generate, until_end
+from odedit.backbones.common.generation import LONGEST_REST, NO_TOKEN, generate, until_end
 from odedit.runtime.kv_cache import KeyValues
 from tests.support import reading, tiny_models
 from tests.support.requests import TEMPLATE, make_picture, make_request

@@ -24,18 +24,10 @@ from odedit import (
     summarize,
 )
 from odedit.backbones.base import ends_of
+from odedit.backbones.common.generation import LONGEST_REST, NO_TOKEN, generate, until_end
 from odedit.evaluation import scores
-from odedit.evaluation.scores import (
-    LONGEST_REST,
-    MAIN,
-    NO_TOKEN,
-    Estimate,
-    estimate,
-    generate,
-    is_said,
-    said,
-    until_end,
-)
+from odedit.evaluation.scores import is_said, said
+from odedit.evaluation.statistics import MAIN, Estimate, estimate
 from odedit.inputs.batch import Variant, column
 from odedit.runtime.kv_cache import KeyValues
 from tests.support import tiny_models

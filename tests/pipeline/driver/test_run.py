@@ -15,7 +15,7 @@ from outside_editors.poisoned import WorkerDeath
 
 from odedit.editing.files import load_edit
 from odedit.errors import InputError
-from odedit.evaluation.scores import MAIN
+from odedit.evaluation.statistics import MAIN
 from odedit.runtime.peak_memory import Peak
 from pipeline.config.run import from_dict
 from pipeline.driver.run import Outcome

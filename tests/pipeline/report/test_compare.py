@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from odedit.__main__ import app
 from odedit.errors import InputError
 from odedit.evaluation.score import harmonic_mean, paired_score, score
-from odedit.evaluation.scores import MAIN
+from odedit.evaluation.statistics import MAIN
 from pipeline.config import strict
 from pipeline.config.run import from_dict
 from pipeline.driver.run import Outcome
@@ -146,7 +146,7 @@ def test_the_scores_difference_has_an_interval_of_facts() -> None:
     b = {key: row | dict.fromkeys(MAIN, row["rel"] + 0.1 + int(key) % 5 / 100) for key, row in a.items()}
     found = paired_score(a, b)
     # All metrics are equal here, so that the score is their mean and the jackknife is the t-test over facts.
-    from odedit.evaluation.scores import paired
+    from odedit.evaluation.statistics import paired
 
     same = paired(a, b)["rel"]
     assert found is not None and found.n == same.n == 20

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from odedit.data.records import RawRecord
-from odedit.evaluation.scores import summarize
+from odedit.evaluation.statistics import summarize
 from odedit.storage.atomic import write_atomically
 from odedit.storage.location import locate
 from pipeline.config.run import RunConfig, from_dict

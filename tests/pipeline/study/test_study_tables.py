@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 from scipy import stats
 
-from odedit.evaluation.scores import PairedDifference
+from odedit.evaluation.statistics import PairedDifference
 from pipeline.config import strict
 from pipeline.run_folder.rows import EDITED, FAILED, SKIPPED, Row
 from pipeline.study import comparisons, plots, tables

@@ -16,7 +16,8 @@ from odedit.backbones import Backbone, encode_requests
 from odedit.data.records import RawRecord
 from odedit.editing.files import load_edits
 from odedit.errors import InputError
-from odedit.evaluation.scores import MAIN, evaluate
+from odedit.evaluation.scores import evaluate
+from odedit.evaluation.statistics import MAIN
 from odedit.inputs.prompts import find_template
 from pipeline import commands
 from pipeline.config.run import from_dict
