@@ -66,7 +66,9 @@ def test_a_command_that_is_not_there_is_noticed():
         assert not is_command(words), words
 
 
-@pytest.mark.parametrize("path", ["odedit", "pipeline", "tests", "constraints.txt", "tests/test_editor_contract.py"])
+@pytest.mark.parametrize(
+    "path", ["odedit", "pipeline", "tests", "constraints.txt", "tests/odedit/editors/test_editor_contract.py"]
+)
 def test_paths_named_in_the_readme_are_there(path):
     assert path in README
     assert (Path(__file__).parent.parent / path).exists()

@@ -20,8 +20,11 @@ from typer.testing import CliRunner, Result
 
 from odedit import InputError, Probe, backbones, load_backbone, world
 from odedit.__main__ import app
+from odedit.backbones import Backbone
+from odedit.backbones.common.generation import until_end
 from odedit.data.images import ImageReader
 from odedit.editing.files import load_edit, read_info, save_edit
+from odedit.evaluation.scores import in_words
 from odedit.inputs.prompts import find_template
 from pipeline.edits import files, held
 from pipeline.edits.answers import Questions
@@ -90,6 +93,10 @@ def run(family: str, folder: Path, checkpoint: Path | None = None, **settings: A
     return Run(family, folder / "out", checkpoint or world.checkpoint_path(family), image_root)
 
 
+def answers_of(questions: Questions, backbone: Backbone) -> list[str]:
+    return [in_words(backbone, until_end(tokens, backbone.ends)[0]) for tokens in questions.answers()]
+
+
 def in_shards(folder: Path) -> Path:
     """A tiny model's checkpoint as they are published: two files, several dtypes, and much besides weights."""
     with safe_open(folder / "model.safetensors", framework="pt") as stream:
@@ -146,9 +153,9 @@ def test_a_process_without_odedit_answers_as_odedit_does(runs: dict[str, Run], t
         probes = [Probe(info.prompt, "", ImageReader(str(made.images)).read(info.image)) for info in infos]
         template, sites = find_template("mmedit"), ("layers.-1.ffn.in",)
         model = load_backbone(family, str(tmp_path / family))
-        expected.append(Questions(model, sites, probes, [MAX_TOKENS] * 3, template).answers())
+        expected.append(answers_of(Questions(model, sites, probes, [MAX_TOKENS] * 3, template), model))
         source = load_backbone(family, str(made.checkpoint))
-        assert Questions(source, sites, probes, [MAX_TOKENS] * 3, template).answers() != expected[-1]
+        assert answers_of(Questions(source, sites, probes, [MAX_TOKENS] * 3, template), source) != expected[-1]
     program = Path(plain_answers.__file__)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
@@ -310,6 +317,7 @@ def test_edits_are_asked_in_the_template_that_each_was_made_with(
 
     monkeypatch.setattr(held, "Questions", Watched)
     expected = set()
+    (tmp_path / "edits").mkdir()
     for number, template in enumerate(("raw", "mmedit", "raw")):
         params, info = load_edit(made.edits[number])
         save_edit(tmp_path / "edits" / f"{number}.safetensors", params, replace(info, template=template))

@@ -155,6 +155,18 @@ def test_commands_list_the_studies_and_explain_wrong_names(tmp_path: Path) -> No
     assert not (tmp_path / "x").exists(), "mistakes are found before anything is written"
 
 
+@pytest.mark.usefixtures("shared_world")
+def test_records_that_cannot_be_drawn_leave_nothing_behind(tmp_path: Path, small: dict[str, Any]) -> None:
+    del small["settings"]["data"]
+    study, out = study_of(small | {"draw": {"seeds": [0], "per_task": 10**6}}), tmp_path / "studies" / "one"
+    for is_there in (False, True):
+        if is_there:
+            out.mkdir(parents=True)
+        with pytest.raises(InputError, match=r"draw\.per_task: got 1000000"):
+            runner.run("fig2", study, out, QUIET)
+        assert list((tmp_path / "studies").rglob("*")) == [out] * is_there
+
+
 def test_the_folder_of_something_else_is_refused(tmp_path: Path, small: dict[str, Any]) -> None:
     study = study_of(small)
     (tmp_path / "file").write_text("")
