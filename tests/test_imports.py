@@ -20,7 +20,8 @@ FLOORS = (
     ("odedit.objectives", "odedit.evaluation"),
     ("odedit.editing", "odedit.training"),
     ("odedit",),
-    ("pipeline.interrupts", "pipeline.config"),
+    ("pipeline.console", "pipeline.interrupts", "pipeline.variables"),
+    ("pipeline.config",),
     ("pipeline.run_folder",),
     ("pipeline.tracking",),
     ("pipeline.report", "pipeline.workers"),
@@ -35,7 +36,7 @@ FLOORS = (
 SHARED_FLOOR = {"odedit.errors", "odedit.runtime"}
 FORBIDDEN = {
     "odedit": {"ray", "mlflow", "optuna", "pipeline", "tune", "cluster"},
-    "pipeline": {"tune", "cluster", "optuna"},
+    "pipeline": {"tune", "optuna"},
     "tune": {"cluster", "mlflow"},
     "cluster": {"torch", "transformers", "odedit", "pipeline", "tune", "mlflow", "optuna"},
 }
@@ -105,15 +106,15 @@ def test_only_tracking_knows_mlflow() -> None:
 
 @pytest.mark.parametrize("folder", PLUGINS)
 def test_a_plug_in_imports_no_other(folder: str) -> None:
-    """A plug-in imports `base` and the sub-packages of its own folder, and `base` alone of the other folders."""
+    """A plug-in imports `base` and sub-packages such as `common` of the three folders, and no sibling."""
     files = [path for path in sources(f"odedit/{folder}") if path.parent.name == folder and path.stem != "__init__"]
     for path in files:
         siblings = [f"odedit.{folder}.{one.stem}." for one in files if one.stem not in ("base", path.stem)]
         others = [f"odedit.{other}." for other in PLUGINS if other != folder]
         for name in imported(path):
-            is_base = any(name.startswith(f"{other}base.") for other in others)
+            is_shared = any(name.startswith((f"{other}base.", f"{other}common.")) for other in others)
             module = f"{name}."
-            assert is_base or not module.startswith((*siblings, *others)), f"{path.name} imports {name}"
+            assert is_shared or not module.startswith((*siblings, *others)), f"{path.name} imports {name}"
 
 
 def test_importing_the_core_loads_nothing_heavy_but_torch() -> None:
