@@ -29,6 +29,8 @@ from tests.support.object_store import BUCKET, ObjectStore
 from tests.support.services import database, free_port, server
 
 COMMAND_S = 800.0
+NO_SPARE_WORKERS = {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0"}
+"""Ray would start a worker for each CPU and driver, most of which would never work."""
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 APIS = (
     "api/jobs/", "logical/actors", "nodes?view=summary", "api/cluster_status",
@@ -95,10 +97,10 @@ def store() -> Iterator[Store]:
 
 
 def settings(folder: Path, tracking: str) -> dict[str, Any]:
-    records = [record(number) for number in range(6)]
+    records = [record(number) for number in range(3)]
     image_root, rephrase_root = write_images(folder, records)
-    write_array(folder / "records.json", records[:3])
-    write_array(folder / "others.json", records[3:])
+    write_array(folder / "records.json", records[:2])
+    write_array(folder / "others.json", records[2:])
     return {
         "data": {"path": "records.json", "image_root": image_root.name, "rephrase_root": rephrase_root.name},
         "supervision": {"locality_source": "record"},
@@ -134,7 +136,7 @@ def write_settings(folder: Path, mlflow: str, password: str, storage: str) -> No
                 "settings": trial | {"keep_edits": False},
                 "validation": {"path": "others.json"},
                 "space": {"editor.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}},
-                "rungs": {"edits": 2, "factor": 2, "number": 1},
+                "rungs": {"edits": 1, "factor": 2, "number": 1},
                 "trials": 1,
                 "concurrent": 1,
                 "storage": store_of_points,
@@ -203,7 +205,7 @@ def test_secrets_are_found_nowhere(store: Store, tmp_path: Path) -> None:
     with (
         database(other) as storage,
         server(f"sqlite:///{home / 'mlflow.db'}", home, password) as mlflow,
-        two_nodes(cpus=4, **common, **on_nodes) as cluster,
+        two_nodes(cpus=4, **NO_SPARE_WORKERS, **common, **on_nodes) as cluster,
         Watch() as watch,
     ):
         write_settings(folder, mlflow, password, storage)
@@ -232,6 +234,7 @@ def test_secrets_are_found_nowhere(store: Store, tmp_path: Path) -> None:
         login |= {"PGPASSWORD": password_of(storage)}
         send = ["submit", "--address", cluster.address, *(f"--env={name}" for name in (*KEYS, *login)), "--"]
         variables = handed_on | login
+        refused = odedit("submit", "--address", cluster.address, "--", "edit", "--config", "run.yaml", "out=/nowhere")
         said |= finish(
             {
                 "edit as a job": odedit(
@@ -242,7 +245,6 @@ def test_secrets_are_found_nowhere(store: Store, tmp_path: Path) -> None:
                 ),
             }
         )
-        refused = odedit("submit", "--address", cluster.address, "--", "edit", "--config", "run.yaml", "out=/nowhere")
         said["refused"] = refused.communicate(timeout=COMMAND_S)[0]
         assert refused.returncode == 2 and "tracking.uri: an address holds a password" in said["refused"]
         told, rows = answers(cluster), rows_of(storage)
