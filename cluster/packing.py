@@ -23,7 +23,7 @@ MAX_BYTES = 400 * 2**20
 """Ray refuses more than 512 MiB; what is this large belongs on storage that the cluster reads."""
 
 _CODE = ("odedit", "pipeline", "tune", "cluster")
-_VERSION = "pipeline/VERSION"
+_VERSION = "pipeline/config/VERSION"
 """Where `pipeline.config.version` looks for the version of code that was sent."""
 _READ = ("path", "pool", "image_root", "rephrase_root", "checkpoint")
 """Settings that name what a run reads."""

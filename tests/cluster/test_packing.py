@@ -53,7 +53,7 @@ def test_files_that_settings_name_arrive_also_where_git_ignores_them(here: Path)
 def test_the_code_that_is_sent_runs_by_itself(here: Path) -> None:
     parcel = packed(here, "edit", "out=/shared/x")
     command = [sys.executable, "-P", "-c", f"import sys; sys.path[:0] = [{str(parcel.folder)!r}]; import odedit, "
-               "pipeline.run, tune.run, cluster.submit; print(odedit.__file__, tune.run.__file__)"]  # fmt: skip
+               "pipeline.driver.run, tune.run, cluster.submit; print(odedit.__file__, tune.run.__file__)"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
     assert done.stdout.split() == [str(parcel.folder / "odedit/__init__.py"), str(parcel.folder / "tune/run.py")]
 
@@ -62,7 +62,7 @@ def test_a_job_knows_the_version_of_the_code_that_was_sent(here: Path) -> None:
     folder = here.parent / "parcel"
     folder.mkdir()
     packing.pack(["edit", "out=/shared/x"], folder, here, code="0.1.0 (0123456789ab+changes)")
-    code = f"import sys; sys.path[:0] = [{str(folder)!r}]; from pipeline.version import code_version as v; print(v())"
+    code = f"import sys; sys.path[:0] = [{str(folder)!r}]; from pipeline.config.version import code_version as v; print(v())"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, cwd="/")
     assert done.stdout == "0.1.0 (0123456789ab+changes)\n"
 
@@ -72,7 +72,7 @@ def test_a_version_knows_of_changes_in_every_package(here: Path, monkeypatch: py
     (here / "cluster").mkdir()
     (here / ".gitignore").write_text("")
     (here / "cluster" / "submit.py").write_text("")
-    monkeypatch.setattr(version, "__file__", str(here / "pipeline" / "version.py"))
+    monkeypatch.setattr(version, "__file__", str(here / "pipeline" / "config" / "version.py"))
     for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=x", "-c", "user.email=x@y", "commit", "-qm", "x"]):
         subprocess.run(["git", *command], cwd=here, check=True)
     assert re.search(r"\([0-9a-f]{12}\)$", code_version())
