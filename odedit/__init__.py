@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from odedit.backbones import encode_requests, load_backbone, load_processor
+    from odedit.data.images import ImageReader
     from odedit.data.negatives import NegativePool
     from odedit.editing.curves import EditResult
     from odedit.editing.loop import Stopping, edit
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 _HOME = {
     "backbones": ("encode_requests", "load_backbone", "load_processor"),
     "inputs.batch": ("EditRequest", "Picture", "Probe", "stack_params"),
+    "data.images": ("ImageReader",),
     "data.negatives": ("NegativePool",),
     "editing.curves": ("EditResult",),
     "editing.loop": ("Stopping", "edit"),
@@ -40,6 +42,7 @@ __all__ = [
     "EditRequest",
     "EditResult",
     "EvaluationConfig",
+    "ImageReader",
     "InputError",
     "NegativePool",
     "Objective",

@@ -270,3 +270,12 @@ def test_the_readme_says_what_each_file_is_for() -> None:
     assert named == {path.name for path in FILES} - {"Dockerfile.dockerignore"}
     for variable in ("RAY_AUTH_MODE=token", *CREDENTIALS):
         assert variable in section, variable
+
+
+def test_an_installed_package_has_every_file_that_is_no_code() -> None:
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]
+    for package in ("odedit", "pipeline", "tune", "cluster"):
+        folder = ROOT / package
+        installed = {path for pattern in patterns[package] for path in folder.glob(pattern)}
+        files = {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+        assert {path.relative_to(ROOT) for path in files - installed} <= {Path("pipeline/config/VERSION")}
