@@ -149,7 +149,7 @@ def control_token_problem(fields: Mapping[str, Any], find: Callable[[str], str |
     """What is wrong with a record whose texts hold a special token of the model's tokenizer; empty if none does.
 
     Args:
-        find: As `odedit.markers.control_token_finder` makes it.
+        find: Function made by `odedit.inputs.markers.control_token_finder`.
     """
     found = _first_in_texts(fields, find)
     if found is None:

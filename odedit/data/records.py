@@ -85,7 +85,7 @@ def read_records(
     brings its own `edit_id`, one byte for any other.
 
     Args:
-        path: `.json`, `.jsonl`, `.parquet`, or a folder written by `odedit.pack.pack`; local or an address.
+        path: `.json`, `.jsonl`, `.parquet`, or a folder written by `odedit.data.pack.pack`; local or an address.
         task: `vqa` or `caption` for records that do not say; `auto`: caption if the prompt is "a photo of".
         limit: Stop after so many *usable* records; bad ones in between are still given.
         check: A further check of records that are right so far.

@@ -228,7 +228,7 @@ class Answers:
         at_M: Where the tokens are in the batch's `(E, K, T)`, all sequences and flattened.
         among_M: Where they are among these sequences.
         tokens_M: Token ids.
-        column_places, among_places: The inverse of `columns_K` and of `among_M`, see `odedit.selecting.places_of`.
+        column_places, among_places: The inverse of `columns_K` and of `among_M`, see `odedit.runtime.gather.places_of`.
     """
 
     slots: tuple[str, ...]

@@ -17,7 +17,7 @@ def brief(value: Any) -> str:
     """The `__repr__` of a dataclass with tensors: those, and arrays, by their shape.
 
     >>> import torch
-    >>> from odedit.progress import EditResult
+    >>> from odedit.editing.curves import EditResult
     >>> EditResult("first", {"w": torch.zeros(1, 3)}, 20, "converged", 0.5)
     EditResult(edit_id='first', params={'w': Tensor(1, 3)}, steps=20, stop_reason='converged', seconds=0.5, \
 curves={}, error=None)

@@ -46,7 +46,7 @@ class Location:
         filesystem: Knows how to open `path`.
         path: The place on that file system, without a trailing slash unless it is the top, `/` (or empty).
         small: The same file system, as it takes a small object in one request; None: the file system itself.
-        patience_s: How long something is tried; None: `odedit.retries.PATIENCE_S`.
+        patience_s: How long something is tried; None: `odedit.storage.retries.PATIENCE_S`.
     """
 
     text: str

@@ -20,7 +20,7 @@ from pipeline.run_folder.staging import Staged
 from pipeline.run_folder.workspace import Workspace, read_json
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
-"""As `odedit.files.temporary_beside` names them."""
+"""As `odedit.storage.atomic.temporary_beside` names them."""
 
 
 def repair(workspace: Workspace, staged: Staged, *, keep_edits: bool) -> str | None:

@@ -62,7 +62,8 @@ def test_a_job_knows_the_version_of_the_code_that_was_sent(here: Path) -> None:
     folder = here.parent / "parcel"
     folder.mkdir()
     packing.pack(["edit", "out=/shared/x"], folder, here, code="0.1.0 (0123456789ab+changes)")
-    code = f"import sys; sys.path[:0] = [{str(folder)!r}]; from pipeline.config import version; print(version.code_version())"
+    script = "from pipeline.config.version import code_version as version; print(version())"
+    code = f"import sys; sys.path[:0] = [{str(folder)!r}]; {script}"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, cwd="/")
     assert done.stdout == "0.1.0 (0123456789ab+changes)\n"
 

@@ -204,7 +204,7 @@ def odedit(*arguments: object) -> Ended:
 def run_stages(
     jobs: Sequence[Job], plan: Plan, pending: Sequence[tuple[int, int]], profile: Any = None
 ) -> Iterator[tuple[int, int, list[dict[str, Any]]]]:
-    """Takes the place of `pipeline.graph.run_graph`: the stages as Ray would call them, one after the other."""
+    """Takes the place of `pipeline.workers.graph.run_graph`: the stages as Ray would call them, one after the other."""
     prepare, edit = graph.PrepareStage(tuple(jobs)), graph.EditStage(tuple(jobs))
     for job, group in pending:
         report = {name: values[0] for name, values in edit(prepare({"job": [job], "group": [group]})).items()}

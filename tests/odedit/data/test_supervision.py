@@ -102,7 +102,7 @@ def test_the_same_record_gives_the_same_request(files):
 
 
 def test_draws_do_not_depend_on_the_process():
-    code = "from odedit.rewording import seeded; print(seeded('a-1', 'text', 3).random())"
+    code = "from odedit.data.rewording import seeded; print(seeded('a-1', 'text', 3).random())"
     values = {
         subprocess.run(
             [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True

@@ -7,8 +7,8 @@ import torch
 
 from odedit import InputError, Objective, ObjectiveConfig, Stopping, edit, encode_requests, load_editor, stack_params
 from odedit.editors.common.fine_tuning import resolve
-from tests.support.library_forward import copy_of, library_logits, library_nll
 from tests.support.requests import TEMPLATE, make_request
+from tests.support.transformers_forward import copy_of, library_logits, library_nll
 
 NATIVE = Objective(ObjectiveConfig(name="native"))
 REQUESTS = [make_request(0), make_request(1)]

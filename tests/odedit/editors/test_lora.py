@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from odedit import Objective, ObjectiveConfig, Stopping, edit, encode_requests, load_editor
-from tests.support.library_forward import copy_of, library_logits, library_nll
 from tests.support.requests import TEMPLATE, make_request
+from tests.support.transformers_forward import copy_of, library_logits, library_nll
 
 SETTINGS = {"rank": 4, "alpha": 12.0, "learning_rate": 1e-2, "weight_decay": 0.1}
 PARTS = {"attention.q": "q_proj", "attention.v": "v_proj"}

@@ -12,8 +12,8 @@ from odedit import Objective, ObjectiveConfig, Stopping, edit, encode_requests, 
 from odedit.editors.wise import _live_places
 from odedit.inputs.batch import LOCALITY_SLOTS
 from odedit.runtime.gather import spread
-from tests.support.library_forward import copy_of, library_logits, library_nll
 from tests.support.requests import TEMPLATE, make_request
+from tests.support.transformers_forward import copy_of, library_logits, library_nll
 
 SETTINGS = {"site": "layers.2.ffn.in", "margin_in": 2.0, "margin_out": 0.01, "margin_gap": 1.0}
 REQUESTS = [make_request(0), make_request(1, full=False), make_request(2)]

@@ -11,7 +11,7 @@ import pytest
 
 FAULTS = """
 import resource, torch
-from odedit.process import keep_freed_memory
+from odedit.runtime.process import keep_freed_memory
 
 def faults(megabytes):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -49,7 +49,7 @@ def test_what_the_environment_says_is_left_alone(name):
 
 def test_a_worker_computes_the_same_every_time_on_its_threads():
     shown = run(
-        "import torch; from odedit.process import settle; settle(1, 'cpu');"
+        "import torch; from odedit.runtime.process import settle; settle(1, 'cpu');"
         "print(torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),"
         "torch.is_deterministic_algorithms_warn_only_enabled())"
     )

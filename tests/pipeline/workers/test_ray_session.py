@@ -23,8 +23,8 @@ print(GcsClient(address=sys.argv[1]).internal_kv_keys(b"", namespace=b"session",
 """
 OWNER = """
 import os, pathlib, subprocess, sys
-from pipeline.config import BackboneConfig, PipelineConfig
-from pipeline.local_ray import connected
+from pipeline.config.run import BackboneConfig, PipelineConfig
+from pipeline.workers.ray_session import connected
 with connected(PipelineConfig(actors=1, preparers=1), BackboneConfig(), 1):
     import ray
     address = ray.get_runtime_context().gcs_address
