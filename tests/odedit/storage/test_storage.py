@@ -103,7 +103,8 @@ def test_an_upload_that_is_refused_half_way_leaves_what_was_there(run: Location,
 
 
 def test_an_upload_whose_process_is_killed_leaves_nothing(run: Location, bucket: ObjectStore) -> None:
-    code = "from odedit.storage.location import locate; locate('s3://odedit/run/new', 'out').write_bytes(b'x' * 12 * 2**20)"
+    write = "locate('s3://odedit/run/new', 'out').write_bytes(b'x' * 12 * 2**20)"
+    code = f"from odedit.storage.location import locate; {write}"
     started = threading.Event()
     killed = []
 
