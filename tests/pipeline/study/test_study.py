@@ -212,7 +212,7 @@ def test_errors_name_the_arm_and_other_settings_are_refused(
 def test_what_no_arm_can_do_is_said_before_anything_is_written_or_trained(
     tmp_path: Path, small: dict[str, Any], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expected: str
 ) -> None:
-    monkeypatch.setattr(runner.weights, "with_weights", lambda *arguments: pytest.fail("training"))
+    monkeypatch.setattr(runner.many, "with_weights", lambda *arguments: pytest.fail("training"))
     for section, values in changes.items():
         small["settings"][section] = small["settings"].get(section, {}) | values
     small["settings"]["tracking"] = small["settings"].get("tracking", {}) | {"enabled": True}

@@ -12,8 +12,10 @@ import pytest
 from matplotlib.figure import Figure
 from scipy import stats
 
+from odedit.evaluation import statistics
 from odedit.evaluation.statistics import PairedDifference
 from pipeline.config import strict
+from pipeline.report import formatting
 from pipeline.run_folder.rows import EDITED, FAILED, SKIPPED, Row
 from pipeline.study import comparisons, plots, tables
 from pipeline.study.spec import Arm, StudyConfig, arms
@@ -101,7 +103,7 @@ def test_means_differences_and_tests_equal_those_of_scipy() -> None:
 
 
 def test_holm_on_the_example_of_a_textbook_and_without_a_test() -> None:
-    found = tables.holm({"a": 0.01, "b": 0.005, "c": 0.03, "d": 0.04, "e": math.nan})
+    found = statistics.holm({"a": 0.01, "b": 0.005, "c": 0.03, "d": 0.04, "e": math.nan})
     assert [found[name] for name in "abcd"] == pytest.approx([0.03, 0.02, 0.06, 0.06]) and math.isnan(found["e"])
 
 
@@ -190,7 +192,7 @@ def test_three_axes_have_a_block_for_each_value_of_the_first() -> None:
     [(0.83, ".830"), (-0.05, "-.050"), (1.0, "1.000"), (12.3, "12"), (1.5e7, "1.5e+07"), (0.0, ".000")],
 )
 def test_numbers_are_short(value: float, text: str) -> None:
-    assert tables.number(value) == text
+    assert formatting.number(value) == text
 
 
 def test_correlations_equal_spearmans() -> None:
@@ -317,7 +319,7 @@ def test_heat_maps_show_the_means(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = np.asarray(picture.axes[0].images[0].get_array())
     assert shown == pytest.approx(np.array([cell.means["rel"].mean for cell in found]).reshape(2, 3))
     assert [text.get_text() for text in picture.axes[0].texts] == [
-        tables.number(cell.means["rel"].mean) for cell in found
+        formatting.number(cell.means["rel"].mean) for cell in found
     ]
 
 

@@ -130,7 +130,7 @@ def test_recorded_steps_are_let_go_before_a_group_is_narrowed(
             raise torch.OutOfMemoryError("no room")
         return original(*arguments)
 
-    monkeypatch.setattr(actor.graphs, "forget", forget)
+    monkeypatch.setattr(actor.cuda_graphs, "forget", forget)
     monkeypatch.setattr(actor, "edit", edit)
     narrow = inline(from_dict(settings | changed))
     assert widths == [4, 4, 2]
