@@ -106,10 +106,7 @@ def _explained(
             raise typer.Exit(_OUTPUT_CLOSED) from error
         if _debug:
             _say(traceback.format_exc().rstrip())
-        text = one_sentence(error)
-        for name in ("GraphError", "StorageError", "TrackingError", "TrainingError"):
-            text = text.removeprefix(f"{name}: ")
-        _say(f"Failed: {text}" + ("" if _debug else "\n(odedit --debug ... shows where.)"))
+        _say(f"Failed: {one_sentence(error)}" + ("" if _debug else "\n(odedit --debug ... shows where.)"))
         raise typer.Exit(1) from error
 
 

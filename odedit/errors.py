@@ -15,13 +15,18 @@ _ANOTHER = "During handling of the above exception, another exception occurred"
 """Between the tracebacks of an exception that was not passed on and of the one that was raised instead."""
 _TRACEBACK = ("Traceback (most recent call last)", "ray::")
 _LONGEST = 300
+_UNEXPLAINED = "no further explanation"
 
 
-class InputError(ValueError):
+class Explained(Exception):
+    """An exception whose message is the whole explanation, written for the user."""
+
+
+class InputError(Explained, ValueError):
     """What the user gave cannot be used. The message is the whole explanation; commands exit with code 2."""
 
 
-class StorageError(Exception):
+class StorageError(Explained):
     """Something cannot be read because its storage refuses, not because it is wrong: it may work later."""
 
 
@@ -54,13 +59,13 @@ def _is_wrapper(error: BaseException) -> bool:
 
 
 def one_sentence(error: BaseException) -> str:
-    """An exception on one line, its kind included unless it is an `InputError`; of a wrapped one, the cause."""
+    """An exception on one line, its kind included unless it is `Explained`; of a wrapped one, the cause."""
     error = cause_of(error)
     text = masked(_COLOURS.sub("", str(error)))
     if any(mark in text for mark in _TRACEBACK) and (raised := _RAISED.search(text.rpartition(_ANOTHER)[2])):
         return raised[1][:_LONGEST]
-    text = " ".join(text.split())[:_LONGEST] or "no further explanation"
-    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
+    text = " ".join(text.split())
+    return text if isinstance(error, Explained) else f"{type(error).__name__}: {text[:_LONGEST] or _UNEXPLAINED}"
 
 
 def counted(number: int, noun: str) -> str:

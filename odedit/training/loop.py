@@ -17,7 +17,7 @@ from torch import Tensor
 
 from odedit.backbones.base import Backbone
 from odedit.editors.base import Editor, Estimating, Mergeable, Trainable, TrainingSettings
-from odedit.errors import listed
+from odedit.errors import Explained, listed
 from odedit.inputs.batch import EditBatch, EditParams
 from odedit.objectives.base import Objective
 from odedit.objectives.common.terms import Terms
@@ -34,7 +34,7 @@ Figures = dict[str, float]
 Progress = Callable[[TrainingState, Figures], None]
 
 
-class TrainingError(RuntimeError):
+class TrainingError(Explained, RuntimeError):
     """Training cannot go on."""
 
 

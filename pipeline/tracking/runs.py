@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from odedit.errors import InputError, in_words, listed
+from odedit.errors import Explained, InputError, in_words, listed
 from odedit.evaluation.statistics import MAIN
 from odedit.inputs.batch import Variant, column
 from odedit.runtime.addresses import masked
@@ -53,7 +53,7 @@ _TABLE_COLUMNS = (
 )
 
 
-class TrackingError(RuntimeError):
+class TrackingError(Explained, RuntimeError):
     """MLflow could not be written to; the results themselves are complete on disk."""
 
 

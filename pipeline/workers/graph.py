@@ -17,7 +17,7 @@ import ray
 from ray import cloudpickle
 from ray.data import ActorPoolStrategy, DataContext
 
-from odedit.errors import InputError, StorageError, one_sentence
+from odedit.errors import Explained, InputError, StorageError, one_sentence
 from odedit.runtime.stages import stage
 from pipeline.run_folder.rows import Row
 from pipeline.workers.editor import EditActor
@@ -32,7 +32,7 @@ MAX_BLOCKS_PER_ACTOR = 64
 """With many actors: what the last block keeps one of them at, while the others wait, is a small share of the run."""
 
 
-class GraphError(RuntimeError):
+class GraphError(Explained, RuntimeError):
     """The run cannot go on; the message is one sentence."""
 
 
