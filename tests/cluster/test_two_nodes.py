@@ -181,7 +181,7 @@ def test_a_search_is_a_job_as_well(site: Site, tmp_path: Path, monkeypatch: pyte
 
 def test_a_job_is_left_followed_and_ended(site: Site, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    slow = ("--", "edit", "--config", "run.yaml", f"out={out}", "editor.pause_s=10", "tracking.enabled=false")
+    slow = ("--", "edit", "--config", "run.yaml", f"out={out}", "editor.pause_s=25", "tracking.enabled=false")
     text = ended(site.submit("--no-wait", *slow), 0)
     job = text.split("Job ")[1].split(".")[0]
     following = site.submit("--follow", job)
@@ -192,9 +192,9 @@ def test_a_job_is_left_followed_and_ended(site: Site, tmp_path: Path) -> None:
     assert "the same command goes on from there" in ended(site.submit("--stop", job), 0)
     assert "STOPPED" in ended(following, 1)
     assert "had ended already" in ended(site.submit("--stop", job), 1)
-    quick = [text.replace("pause_s=10", "pause_s=0") for text in slow]
+    quick = [text.replace("pause_s=25", "pause_s=0") for text in slow]
     text = ended(site.submit(*quick), 2)
-    assert "editor.pause_s: was 10.0, now 0.0" in text or "editor.pause_s: was 10, now 0" in text
+    assert "editor.pause_s: was 25.0, now 0.0" in text or "editor.pause_s: was 25, now 0" in text
 
 
 def test_without_its_password_the_server_is_not_used(site: Site, tmp_path: Path) -> None:

@@ -263,7 +263,8 @@ def test_a_folder_that_is_no_search_is_refused(kind: str, values: dict[str, Any]
     if kind == "other":
         (folder / "search.json").write_text('{"study": "table1"}')
     resumed = odedit("tune", "--resume", folder, "--config", written(values, tmp_path))
-    assert resumed.exit_code == 2 and "holds no search" in resumed.stderr
+    expected = "is a file" if kind == "file" else "holds no search"
+    assert resumed.exit_code == 2 and expected in resumed.stderr
     if kind != "empty":
         fresh = odedit("tune", "--out", folder, "--config", written(values, tmp_path))
         assert fresh.exit_code == 2 and ("is a file" in fresh.stderr or "is not empty" in fresh.stderr)
