@@ -67,7 +67,7 @@ def inspect_backbone(family: str, checkpoint: str, *, dtype: str = "float32") ->
     Nothing but configuration and headers is read before the fingerprint is asked for.
 
     Raises:
-        InputError: As `load_backbone`; also a checkpoint whose parts do not fit together.
+        InputError: Unknown family, checkpoint missing or of another class, or parts of it do not fit together.
     """
     backbone: Backbone = _find(family).inspect(checkpoint, dtype=dtype)
     return backbone

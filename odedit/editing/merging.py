@@ -71,7 +71,7 @@ def export(backbone: Any, editor: Editor, params: EditParams, directory: Path) -
         backbone: One of `odedit.load_backbone`.
 
     Raises:
-        InputError: As `merged_into` and `Merged.write`.
+        InputError: Raised by `merged_into` or `Merged.write`.
     """
     with merged_into(backbone, editor, params) as merged:
         merged.write(directory)

@@ -16,12 +16,13 @@ from odedit.editors.common.fine_tuning import FineTuningConfig, WeightDifference
 class FTLConfig(FineTuningConfig):
     """Settings of FT-L; the defaults are those published for BLIP2-OPT.
 
+    Weight decay, gradient clipping and the stop by loss are off, as published.
+
     Attributes:
         sites: Both feed-forward matrices of the last layer. In a gated layer (LLaMA) `ffn.in` is the up and `ffn.out`
             the down projection.
         learning_rate: 2e-4 for BLIP2-OPT, 1e-4 for MiniGPT-4 and LLaVA.
         max_steps: 15 for BLIP2-OPT and MiniGPT-4, 10 for LLaVA.
-        weight_decay, clip_norm, stop_loss: As in `FineTuningConfig`; off, as published.
     """
 
     sites: tuple[str, ...] = ("layers.-1.ffn.in", "layers.-1.ffn.out")

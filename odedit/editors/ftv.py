@@ -24,11 +24,12 @@ from odedit.editors.common.fine_tuning import FineTuningConfig, WeightDifference
 class FTVConfig(FineTuningConfig):
     """Settings of FT-V; the defaults are those published for BLIP2-OPT.
 
+    Weight decay, gradient clipping and the stop by loss are off, as published.
+
     Attributes:
         sites: Of the connector; `*` stands for anything. Published: all.
         learning_rate: 2e-4 for BLIP2-OPT, 1e-4 for MiniGPT-4 and LLaVA.
         max_steps: 15 for BLIP2-OPT and MiniGPT-4, 10 for LLaVA.
-        weight_decay, clip_norm, stop_loss: As in `FineTuningConfig`; off, as published.
     """
 
     sites: tuple[str, ...] = ("connector.*",)

@@ -36,7 +36,7 @@ class LoRAConfig(FineTuningConfig):
         rank: Of the addition.
         alpha: The addition is scaled by alpha / rank.
         seed: Of `A`, together with the edit's name and the site: the same in any batch.
-        weight_decay, clip_norm, stop_loss: As in `FineTuningConfig`; decay acts on `A` and `B`.
+        weight_decay: Decoupled, on `A` and `B`.
     """
 
     sites: tuple[str, ...] = ("layers.*.attention.q", "layers.*.attention.v")

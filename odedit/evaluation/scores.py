@@ -58,7 +58,7 @@ class _Readout:
 
     Attributes:
         top_EKTR: The first `TOP_K` choices at the positions that predict the target; anything where there is none.
-        top_EKSR: The same at every position of the probes of locality; None unless asked for.
+        top_EKSR: First `TOP_K` choices at every position of the locality probes; None unless asked for.
         greedy_EKT: Answers as `generate` returns them; None unless asked for.
     """
 
@@ -84,7 +84,7 @@ def evaluate(
     """Scores E finished edits on the probes of an evaluation batch, before and after.
 
     Args:
-        params: As `Editor.finished` made them, stacked over the edits of `batch`; on any device.
+        params: Results of `Editor.finished`, stacked over the edits of `batch`; on any device.
 
     Returns:
         One row per edit: `rel`, `<probe>` and, for each, `_exact`, `_generated`, `_generated_exact` and `_before`

@@ -40,7 +40,6 @@ class ContrastConfig(ComparingConfig):
         reliability_weight: Weight of the edit's NLL.
         generality_weight: Weight of the rephrase's NLL; 0 leaves the rephrase out.
         locality_weight: Weight of the negatives' KL; 0 leaves it out.
-        own_weight, locality_direction: As in `ComparingConfig`.
         negatives: Hard negatives of an edit.
         negatives_at_once: Hard negatives that one step reads.
     """

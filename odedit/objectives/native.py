@@ -10,11 +10,7 @@ from odedit.objectives.base import BaseConfig, Objective
 
 @dataclass(frozen=True)
 class NativeConfig(BaseConfig):
-    """Settings of the native objective.
-
-    Attributes:
-        reliability_weight, own_weight: As in `BaseConfig`.
-    """
+    """Settings of the native objective: those of every objective."""
 
     replaces_native_loss: ClassVar[bool] = False
 

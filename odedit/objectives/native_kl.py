@@ -10,11 +10,7 @@ from odedit.objectives.base import ComparingConfig, Objective
 
 @dataclass(frozen=True)
 class NativeKLConfig(ComparingConfig):
-    """Settings of the native objective with R_loc.
-
-    Attributes:
-        reliability_weight, own_weight, locality_weight, locality_direction: As in `ComparingConfig`.
-    """
+    """Settings of the native objective with R_loc: those of every objective that compares with the unedited model."""
 
     replaces_native_loss: ClassVar[bool] = False
     terms_added_to_training: ClassVar[tuple[str, ...]] = ("loc",)

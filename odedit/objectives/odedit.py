@@ -36,7 +36,6 @@ class ODEditConfig(ComparingConfig):
     Attributes:
         reliability_weight, locality_weight: Weights of R_rel and R_loc; 0 leaves a term out, also as an environment.
         generality_weight: Weight of R_gen; 0 leaves it out, also as an environment.
-        own_weight, locality_direction: As in `ComparingConfig`.
         kernel: Distance in R_gen: `rbf` (MMD, eq. 4-6), `linear` (MMD), or `contrastive` (Table 4 of the paper).
         rephrases: `single` compares the edit with each rephrase and averages; `multiple` pools the rephrases (MMD-m).
         bandwidths: Bandwidths sigma_q^2 of the RBF kernel, as multiples of sigma_0^2.

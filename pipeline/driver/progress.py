@@ -12,6 +12,7 @@ from rich.text import Text
 
 from odedit.errors import counted
 from odedit.evaluation.statistics import MAIN
+from pipeline.console import say
 from pipeline.run_folder.rows import EDITED, FAILED, SKIPPED, Row
 
 _LOG_EVERY_S = 10.0
@@ -50,7 +51,7 @@ class Progress:
     ) -> None:
         if self._live is not None:
             self._live.stop()
-        self._console.print(self.line(), highlight=False, soft_wrap=True)
+        say(self._console, self.line())
 
     def observe(self, rows: Iterable[Row]) -> None:
         """Adds the rows of a group that is finished now."""
@@ -62,7 +63,7 @@ class Progress:
             self._live.update(Text(self.line()))
         elif now - self._last_logged >= _LOG_EVERY_S:
             self._last_logged = now
-            self._console.print(self.line(), highlight=False, soft_wrap=True)
+            say(self._console, self.line())
 
     def include(self, rows: Iterable[Row]) -> None:
         """Adds the rows that an earlier run finished: they do not count for the speed."""

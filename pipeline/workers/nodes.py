@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from odedit.errors import InputError, counted
+from pipeline.console import say
 from pipeline.workers.plan import Plan, lacking
 
 SAID_EVERY_S = 10.0
@@ -57,7 +58,8 @@ class _Patience:
         if self.said is None or now - self.said >= SAID_EVERY_S:
             self.said = now
             left = self.wait_s - (now - self.since)
-            _say(self.console, f"Waiting for the cluster, for at most {left:.0f} s (pipeline.wait_s): {missing}.")
+            if self.console is not None:
+                say(self.console, f"Waiting for the cluster, for at most {left:.0f} s (pipeline.wait_s): {missing}.")
         return False
 
 
@@ -177,7 +179,8 @@ class _Watcher:
         if num_lost:
             which = "A node was" if num_lost == 1 else f"{num_lost} nodes were"
             left = counted(num_left, "node")
-            _say(self.patience.console, f"{which} lost ({left} left); what was at work there is done again.")
+            if self.patience.console is not None:
+                say(self.patience.console, f"{which} lost ({left} left); what was at work there is done again.")
 
 
 def _nodes() -> Sequence[Mapping[str, Any]] | None:
@@ -188,8 +191,3 @@ def _nodes() -> Sequence[Mapping[str, Any]] | None:
         return ray.nodes()
     except Exception:
         return None
-
-
-def _say(console: Console | None, text: str) -> None:
-    if console is not None:
-        console.print(text, highlight=False, soft_wrap=True, markup=False)

@@ -32,10 +32,10 @@ class Architecture:
     Attributes:
         model_class: Class of `transformers` that reads the checkpoint.
         model_type: `model_type` of the whole.
-        text_types: Those of its text model that the backbone computes with.
+        text_types: `model_type` values of the text models that the backbone computes with.
         text_name: The text model in words.
         example: A hub id of this kind; None where none is published.
-        vision_types: Those of its image tower; empty: any.
+        vision_types: `model_type` values of its image tower; empty: any.
     """
 
     model_class: str

@@ -44,7 +44,7 @@ def snapshot_with_weights(hub_id: str) -> Path:
     """The folder of `snapshot` once it has the weights too.
 
     Raises:
-        InputError: As `snapshot`.
+        InputError: Raised by `snapshot`.
     """
     folder = snapshot(hub_id)
     if not _has_weights(folder):
