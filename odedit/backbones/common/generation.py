@@ -68,8 +68,8 @@ def greedy(
     round computes the target's positions alone, which attend to the prompt's keys and values.
 
     Args:
-        memory: Keys and values of a forward of `prefix` and suffix, under the edit if there is one. Call this inside the
-            same `applied` block.
+        memory: Keys and values of a forward of `prefix` and suffix, under the edit if there is one. Call this
+            inside the same `applied` block.
         first_choice_EKT: The model's choices given the target, which is the first draft.
         ends: Tokens that end an answer: what stands behind the first of them is not generated and has no meaning.
     """
