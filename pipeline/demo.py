@@ -6,7 +6,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-import odedit
 from odedit.storage.location import locate
 from pipeline.config.run import RunConfig, from_dict, read_yaml
 from pipeline.console import say
@@ -21,7 +20,7 @@ ARMS = {"WISE": "demo-wise", "WISE + ODEdit": "demo-wise-odedit", "WISE + contra
 
 def arm_config(name: str, out: Path, edits: int) -> RunConfig:
     """The configuration of one arm, as it ships, with the demo's folder and size."""
-    values = read_yaml(Path(odedit.__file__).parent / "configs" / f"{name}.yaml")
+    values = read_yaml(Path(__file__).parent / "configs" / f"{name}.yaml")
     values["data"] = {**values.get("data", {}), "limit": edits}
     return from_dict(values | {"out": str(out / name.removeprefix("demo-"))})
 
