@@ -111,7 +111,7 @@ def check_records(config: RunConfig) -> None:
 def _staged_aside(config: RunConfig) -> Iterator[tuple[Sources, Staged]]:
     """Inside, the run's input lies staged in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
-        found = sources.resolve(config.data, sources.place_of_embedded(config.data, config.out, folder))
+        found = sources.resolve(config.data, sources.out_of_dry_run(config.data, config.out, folder))
         found.identity()  # a missing file is named before its pictures' folders
         found.reader.check_roots()
         aside = Workspace.of(Path(folder) / "out")

@@ -21,6 +21,7 @@ from pipeline.driver.progress import Progress
 from pipeline.interrupts import raise_if_interrupted, terminate_as_interrupt
 from pipeline.run_folder import repair
 from pipeline.run_folder import rows as results
+from pipeline.run_folder.summary import summarize_results
 from pipeline.run_folder.workspace import Workspace, read_json, write_json
 from pipeline.tracking import runs as tracking
 from pipeline.workers import ray_session
@@ -260,7 +261,7 @@ def _finish(ready: Ready, tracker: tracking.Tracker | None, console: Console | N
     repair.remove_temporaries(workspace)
     results.unify(workspace)
     state = read_json(workspace.run)
-    summary = results.summarize_results(workspace, config) | {
+    summary = summarize_results(workspace, config) | {
         "wall_seconds": state["seconds"],
         "code": state["code"],
         "software": state["software"],

@@ -17,6 +17,7 @@ from odedit.storage.atomic import write_atomically
 from odedit.storage.location import locate
 from pipeline.config.run import RunConfig, from_dict
 from pipeline.run_folder import rows as results
+from pipeline.run_folder.summary import summarize_results
 from pipeline.run_folder.workspace import Workspace, read_schema
 from pipeline.workers.attempts import Ledger
 
@@ -55,7 +56,7 @@ def test_files_with_different_probes_become_one_table(workspace: Workspace) -> N
 def test_the_summary_counts_every_row_and_averages_those_that_worked(workspace: Workspace) -> None:
     rows = [row(0, rel=1.0, seconds=2.0), row(1, rel=0.0, seconds=4.0), row(2, results.FAILED), row(3, results.SKIPPED)]
     results.write_part(workspace.part(0), rows)
-    summary = results.summarize_results(workspace, from_dict({}))
+    summary = summarize_results(workspace, from_dict({}))
     assert (summary["n"], summary["failed"], summary["skipped"]) == (2, 1, 1)
     assert summary["metrics"]["rel"]["mean"] == 0.5
     assert summary["metrics"]["seconds"]["n"] == 2
@@ -90,12 +91,12 @@ def a_run(workspace: Workspace, groups: int) -> list[results.Row]:
 def test_the_summary_by_columns_is_that_of_the_rows(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, values_at_once: int
 ) -> None:
-    monkeypatch.setattr(results, "_VALUES_AT_ONCE", values_at_once)
+    monkeypatch.setattr("pipeline.run_folder.summary._VALUES_AT_ONCE", values_at_once)
     edited = [row for row in a_run(workspace, 9) if row["status"] == results.EDITED]
     numbers = [{k: v for k, v in row.items() if k != "index" and finite(v)} for row in edited]
     expected = {name: vars(one) for name, one in summarize(numbers, [str(row["fact"]) for row in edited]).items()}
     results.unify(workspace)
-    found = results.summarize_results(workspace, from_dict({}))
+    found = summarize_results(workspace, from_dict({}))
     assert found["metrics"] == expected
     assert (found["n"], found["failed"]) == (len(edited), 27 - len(edited))
     assert sum(found["stop_reasons"].values()) == len(edited) and found["stop_reasons"]["unknown"]
