@@ -1,7 +1,7 @@
-"""From a mapping to nested frozen dataclasses, strictly: every mistake is found, named by its path and explained.
+"""Builds nested frozen dataclasses from a mapping. One error lists every mistake by its path.
 
-The dataclasses know nothing of this file: their annotations say what is allowed, their defaults live beside their
-docstrings, and a `ValueError` of their `__post_init__` is their own opinion on a value.
+The dataclasses do not depend on this file: annotations define the allowed types, and `__post_init__` raises ValueError
+for a value out of bounds.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _WORDS: dict[Any, str] = {
 
 
 def build(cls: type, values: Any, path: str = "") -> Any:
-    """Builds the dataclass `cls` from `values`; keys that are not there keep their defaults.
+    """Builds the dataclass `cls` from `values`; missing keys keep their defaults.
 
     Args:
-        cls: A dataclass; fields may be dataclasses again.
-        values: What a YAML section holds: a mapping, or nothing.
+        cls: Dataclass, whose fields may be dataclasses.
+        values: Mapping of a YAML section, or None.
         path: Dotted name of the section, for messages.
 
     Raises:
-        InputError: One line per mistake, all of them at once.
+        InputError: One line for every mistake.
     """
     problems: list[str] = []
     built = _build(cls, values, path, problems)
@@ -46,10 +46,10 @@ def build(cls: type, values: Any, path: str = "") -> Any:
 
 
 def raise_problems(problems: Iterable[str]) -> None:
-    """Raises one InputError with a line per problem, if there is any."""
+    """Raises one InputError with a line per problem, if there are any."""
     lines = list(problems)
     if lines:
-        # A lone surrogate, which YAML can write, cannot be printed.
+        # YAML can hold lone surrogates, which cannot be printed.
         raise InputError("\n".join(lines).encode("utf-8", "backslashreplace").decode())
 
 
@@ -84,7 +84,7 @@ def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
 
 def _scalar(annotation: Any, value: Any, where: str, problems: list[str]) -> Any:
     try:
-        # Through JSON, because pydantic's strict mode for JSON is the one that fits YAML: lists for tuples, no 'yes'.
+        # pydantic's strict mode for JSON fits YAML: it takes lists for tuples, and no text for booleans.
         return _adapter(annotation).validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError:
         near = _nearest(value, annotation)
@@ -99,7 +99,7 @@ def _adapter(annotation: Any) -> TypeAdapter[Any]:
 
 
 def unknown_key(where: str, key: str, allowed: Iterable[str]) -> str:
-    """The message for a key that is not there, with the nearest one that is.
+    """Message for an unknown key, with the nearest allowed one.
 
     >>> unknown_key("pipeline.actor", "actor", ["actors", "batch_size"])
     "pipeline.actor: unknown key. Did you mean 'actors'? Allowed: actors, batch_size."
@@ -132,7 +132,7 @@ def describe(annotation: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as messages quote it: short, on one line."""
+    """A value for messages: its repr, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -155,7 +155,7 @@ def _is_field(cls: type, key: str) -> bool:
 
 
 def section_type(annotation: Any) -> type | None:
-    """The dataclass behind `Section` or `Section | None`; None for anything else."""
+    """The dataclass in `Section` or `Section | None`; None for other annotations."""
     parts = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     sections = [part for part in parts if isinstance(part, type) and dataclasses.is_dataclass(part)]
     return sections[0] if sections else None
