@@ -1,4 +1,4 @@
-"""Configuration: what is accepted, and that every mistake is explained on a line of its own."""
+"""Configuration: valid values are accepted, and every mistake is explained on its own line."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def test_a_mistake_is_named_with_what_is_right(values: dict, expected: str) -> N
     assert expected in message(values)
 
 
-def test_all_mistakes_are_told_at_once() -> None:
-    found = message({"editor": {"name": "wise", "clamp": -1}, "pipeline": {"actor": 1}, "seed": "x"}).splitlines()
-    assert len(found) == 3
+def test_all_mistakes_are_reported_at_once() -> None:
+    lines = message({"editor": {"name": "wise", "clamp": -1}, "pipeline": {"actor": 1}, "seed": "x"}).splitlines()
+    assert len(lines) == 3
 
 
 def test_overrides_are_yaml_and_reach_any_depth(tmp_path: Path) -> None:

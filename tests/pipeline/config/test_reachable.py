@@ -1,4 +1,4 @@
-"""Servers that a run names: what is tried before it begins, and for how long."""
+"""Checks, before a run, that its servers can be reached."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_port_is_tried_unless_the_query_names_another_place() -> None:
 
 @pytest.fixture
 def silent() -> Iterator[int]:
-    """Port of a server that takes connections and sends nothing."""
+    """Port of a server that accepts connections and sends nothing."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 

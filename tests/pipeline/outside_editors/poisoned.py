@@ -1,4 +1,4 @@
-"""Plain fine-tuning, except that edits with a telling target fail in a way of their own. Named by module in tests."""
+"""Fine-tuning in which edits fail in the way that their id names. Tests name it by its dotted module."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from odedit.inputs.batch import EditBatch, EditParams
 
 
 class WorkerDeath(BaseException):
-    """Stands for a worker that is gone: no handler for exceptions sees it."""
+    """Simulates a dead worker: `except Exception` does not catch it."""
 
 
 class Poisoned(Base):  # type: ignore[misc,valid-type]
-    """What happens is chosen by the edit id."""
+    """Editor whose edits fail by the prefix of their id: nan, raise, cuda, die, exit, large."""
 
     own_slots = ("edit",)
 

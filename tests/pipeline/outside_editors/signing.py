@@ -1,4 +1,4 @@
-"""Plain fine-tuning that waits until a second process edits too, so that a test knows that there were two."""
+"""Fine-tuning that waits until several processes edit, which proves that there were several."""
 
 from __future__ import annotations
 
@@ -18,14 +18,19 @@ _PATIENCE_S = 120.0
 
 @dataclass(frozen=True)
 class SigningConfig(FTLConfig):
-    """Adds: folder that every process leaves a file in, and how many processes have to."""
+    """Settings of FT-L and of the wait.
+
+    Attributes:
+        folder: Folder in which every process makes a file.
+        processes: Number of processes to wait for.
+    """
 
     folder: str = ""
     processes: int = 1
 
 
 class Signing(FTL):
-    """Fails if the other processes do not come."""
+    """Editor that raises TimeoutError if the other processes do not edit within 120 s."""
 
     Config: ClassVar[type] = SigningConfig
 
@@ -35,7 +40,7 @@ class Signing(FTL):
         begun = time.monotonic()
         while len(list(folder.iterdir())) < self.config.processes:  # type: ignore[attr-defined]
             if time.monotonic() - begun > _PATIENCE_S:
-                raise TimeoutError(f"only {len(list(folder.iterdir()))} process edits")
+                raise TimeoutError(f"only {len(list(folder.iterdir()))} process(es) edit")
             time.sleep(0.05)
         return super().own_risk(params, trace, batch)
 
