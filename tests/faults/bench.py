@@ -139,7 +139,9 @@ class Bench:
 
     def odedit(self, *arguments: object) -> Ended:
         """Runs another command of odedit."""
-        return odedit(*arguments) if self.quick else _ended(self._started([str(argument) for argument in arguments], os.environ))
+        if self.quick:
+            return odedit(*arguments)
+        return _ended(self._started([str(argument) for argument in arguments], os.environ))
 
     def _inline(self, out: Path, settings: Sequence[str]) -> Ended:
         with pytest.MonkeyPatch.context() as patch:
