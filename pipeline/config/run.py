@@ -17,8 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
-from odedit import backbones, editors, objectives
-from odedit import plugins as discovery
+from odedit import backbones, editors, objectives, plugins
 from odedit.data.supervision import Supervision
 from odedit.editing.loop import Stopping
 from odedit.errors import InputError, unknown_name
@@ -66,7 +65,8 @@ class DataConfig:
         limit: Number of usable records to edit; null: all.
         task: Task of records that name none.
         template: Prompt template, a preset of `odedit.inputs.prompts`.
-        max_pixels, max_bytes: Largest allowed picture, in pixels and in bytes of its file.
+        max_pixels: Largest allowed picture, in pixels.
+        max_bytes: Largest allowed file of a picture, in bytes.
     """
 
     path: str = f"{EMBEDDED}:evaluation"
@@ -126,9 +126,9 @@ class PipelineConfig:
         ray_address: Address of a running cluster, e.g. `auto`. Null: a Ray on this machine, for this run only.
         wait_s: Seconds to wait for missing nodes, at the start or after a node is lost.
         max_attempts: Number of crashes of its worker after which an edit becomes a failed row.
-        measure_memory: True adds `peak_bytes` to every row: peak memory of the loop over the group's first `at_once`
-            edits, divided by their number (`odedit.runtime.peak_memory`). Measured over the first steps of a second
-            run of the loop, without warm-up.
+        measure_memory: True adds `peak_bytes` to every row: peak memory of the loop over the group's first edits, as
+            many as are optimised together, divided by their number (`odedit.runtime.peak_memory`). Measured over the
+            first steps of a second run of the loop, without warm-up.
         feature_store: Folder or address of image features shared by workers and runs; see
             `odedit.backbones.common.feature_store`. Null: each worker caches its latest in memory.
     """
@@ -193,7 +193,8 @@ class TrainingConfig:
     Attributes:
         path: Training records; see `data.path`.
         validation: Validation records, whose loss selects the weights and stops the training.
-        image_root, rephrase_root: Folders of the pictures of both; null: those of `data`.
+        image_root: Folder of the pictures of both; null: `data.image_root`.
+        rephrase_root: Folder of the rephrase pictures of both; null: `data.rephrase_root`.
         limit: Number of training records; null: all.
         validation_limit: Number of validation records; null: all.
     """
@@ -350,20 +351,20 @@ def _choice(kind: str, section: Any, problems: list[str]) -> Choice:
         kind: Name of the section, a key of `_PLUGINS`.
         problems: List that mistakes are appended to.
     """
-    plugins = _PLUGINS[kind]
+    options = _PLUGINS[kind]
     if not isinstance(section, Mapping | None):
         problems.append(
             f"{kind}: got {strict.show(section)}, expected a section with 'name' and the {kind}'s settings."
         )
     given = dict(section) if isinstance(section, Mapping) else {}
-    name = str(given.pop("name", plugins.default))
+    name = str(given.pop("name", options.default))
     try:
-        own = plugins.package.find(name).Config
+        own = options.package.find(name).Config
     except InputError as error:
         problems.append(f"{kind}.name: {error}")
         return Choice(name, None)
-    others = plugins.sharing()
-    parts, unknown = discovery.by_config(given, own, others)
+    others = options.sharing()
+    parts, unknown = plugins.by_config(given, own, others)
     known = [item.name for part in parts for item in dataclasses.fields(part)]
     problems += [strict.unknown_key(f"{kind}.{key}", str(key), {*known, "name"}) for key in unknown]
     built = {}

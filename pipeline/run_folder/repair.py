@@ -15,7 +15,7 @@ from pyarrow import parquet
 from odedit.editing.files import is_whole
 from odedit.errors import listed
 from odedit.storage.location import Location
-from pipeline.run_folder import rows as results
+from pipeline.run_folder.rows import EDITED, drop_groups, groups_of, parts
 from pipeline.run_folder.staging import Staged
 from pipeline.run_folder.workspace import Workspace, read_json
 
@@ -41,7 +41,7 @@ def repair(workspace: Workspace, staged: Staged, *, keep_edits: bool) -> str | N
     damaged_names: list[str] = []
     damaged_groups: set[int] = set()
     for path in _every_part(workspace):
-        first, last = results.groups_of(path)
+        first, last = groups_of(path)
         group_of_row = np.repeat(np.arange(first, last + 1), [staged.size(group) for group in range(first, last + 1)])
         rows = _read(path)
         if rows is None or len(rows) != len(group_of_row):
@@ -52,12 +52,12 @@ def repair(workspace: Workspace, staged: Staged, *, keep_edits: bool) -> str | N
         damaged = {
             edit_id: int(group)
             for (edit_id, status), group in zip(rows, group_of_row, strict=True)
-            if status == results.EDITED and not is_intact(edit_id)
+            if status == EDITED and not is_intact(edit_id)
         }
         if damaged:
             damaged_names += [workspace.edit(edit_id).name for edit_id in damaged]
             damaged_groups.update(damaged.values())
-            results.drop_groups(workspace, path, group_of_row, set(damaged.values()))
+            drop_groups(workspace, path, group_of_row, set(damaged.values()))
     return _sentence(damaged_names, len(damaged_groups)) if damaged_names else None
 
 
@@ -72,7 +72,7 @@ def _intact_edits(workspace: Workspace) -> Callable[[str], bool]:
 def _every_part(workspace: Workspace) -> Iterator[Location]:
     """The result files. Deleting a gathered file uncovers the files of its groups, if they still exist."""
     seen: set[str] = set()
-    while new := [path for path in results.parts(workspace) if path.name not in seen]:
+    while new := [path for path in parts(workspace) if path.name not in seen]:
         seen.update(path.name for path in new)
         yield from new
 
