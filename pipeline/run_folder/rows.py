@@ -86,7 +86,7 @@ def base_row(record: RawRecord, config: RunConfig, status: str, error: str | Non
 
 
 def _trained_with(config: RunConfig) -> str | None:
-    """Objective that the editor's own weights were trained with, which may differ from the run's."""
+    """Objective and supervision of the editor's own weights, which may differ from the run's."""
     path = getattr(config.editor.settings, "checkpoint", None)
     return None if path is None else trained_with(path)
 
