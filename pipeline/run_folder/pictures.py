@@ -41,7 +41,7 @@ def check_pictures(records: Iterable[RawRecord], reader: ImageReader) -> None:
 
 def _is_missing(reader: ImageReader, path: str, root: Root) -> bool:
     try:
-        return not reader.place(path, root).is_file()
+        return not reader.location(path, root).is_file()
     except ImageError:
         return True
     except OSError:  # storage that refuses for now says nothing about the root
@@ -52,7 +52,7 @@ def _message(reader: ImageReader, named: Sequence[tuple[RawRecord, str]], root: 
     record, path = named[0]
     setting = reader.settings[root]
     try:
-        place = reader.place(path, root)
+        place = reader.location(path, root)
         tried = f"{str(place)!r}.{relative_note(str(place))}"
     except ImageError as error:
         tried = str(error)

@@ -136,8 +136,8 @@ def test_one_image_is_read_without_its_file(source, monkeypatch):
         ("pack:images-00000.parquet#99/0?x.png", "image 'x.png': .*row group 99"),
         ("pack:images-00000.parquet#0/999?x.png", "row 999"),
         ("pack:images-77777.parquet#0/0?x.png", "cannot be read"),
-        ("pack:../images-00000.parquet#0/0?x.png", "is not a place in a pack"),
-        ("pack:", "is not a place in a pack"),
+        ("pack:../images-00000.parquet#0/0?x.png", "is not a position in a pack"),
+        ("pack:", "is not a position in a pack"),
     ],
 )
 def test_references_to_nowhere(source, reference, said):

@@ -41,7 +41,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits between two tries are short; how often something is tried stays what it is."""
     monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.001)
     monkeypatch.setattr(retries, "LONGEST_WAIT_S", 0.001)
-    monkeypatch.setattr(retries, "_told", retries._Told())
+    monkeypatch.setattr(retries, "_outages", retries._OutageLog())
 
 
 def test_a_file_at_an_address_is_like_a_local_one(run: Location, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_patience_ends(impatient: None) -> None:
 def test_a_server_that_is_gone_and_comes_back_costs_time_only(
     run: Location, bucket: ObjectStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retries, "_told", retries._Told())
+    monkeypatch.setattr(retries, "_outages", retries._OutageLog())
     (run / "old").write_bytes(b"old")
     with (run / "old").open() as stream:
         bucket.stop()
