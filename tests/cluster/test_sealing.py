@@ -64,7 +64,7 @@ def test_variables_are_sent_in_clear_only_where_there_is_no_token(
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
     runtime: dict[str, Any] = {"env_vars": {"A": "b"}}
     notes: list[str] = []
-    submit._hand_on(dict(VALUES), runtime, notes)
+    submit._pass_variables(dict(VALUES), runtime, notes)
     assert ("s3cr3t" not in str(runtime)) == bool(token) and bool(notes) == (not token)
     assert (runtime.get("worker_process_setup_hook") == "cluster.sealing.unseal") == bool(token)
     assert runtime["env_vars"]["A"] == "b"
@@ -79,7 +79,7 @@ def test_without_a_token_nothing_is_sealed(home: Path, monkeypatch: pytest.Monke
         monkeypatch.setenv("RAY_AUTH_TOKEN", variable)
     runtime: dict[str, Any] = {"env_vars": {}}
     with pytest.raises(submit.JobError, match="is empty. Set RAY_AUTH_TOKEN"):
-        submit._hand_on(dict(VALUES), runtime, [])
+        submit._pass_variables(dict(VALUES), runtime, [])
     assert runtime == {"env_vars": {}}
     with pytest.raises(submit.JobError, match="token is empty"):
         sealing.seal(VALUES, "")
@@ -116,7 +116,7 @@ def test_the_users_own_token_file_is_used_where_the_cluster_asks_for_it(
     (home / ".ray" / "auth_token").write_text("secret of another cluster\n")
     submit._client(dashboard)
     runtime: dict[str, Any] = {"env_vars": {}}
-    submit._hand_on(dict(VALUES), runtime, [])
+    submit._pass_variables(dict(VALUES), runtime, [])
     assert runtime == {"env_vars": VALUES}, "the nodes of a cluster without token could not decrypt them"
 
     monkeypatch.setattr(Dashboard, "token", "secret")
@@ -127,7 +127,7 @@ def test_the_users_own_token_file_is_used_where_the_cluster_asks_for_it(
     (home / ".ray" / "auth_token").write_text("secret\n")
     submit._client(dashboard)
     runtime = {"env_vars": {}}
-    submit._hand_on(dict(VALUES), runtime, [])
+    submit._pass_variables(dict(VALUES), runtime, [])
     assert runtime["env_vars"].keys() == {sealing.SEALED}
 
 
