@@ -264,9 +264,9 @@ Place = Location | Path | str
 """A location, or the path or address of one."""
 
 
-def at(place: Place, setting: str = "path") -> Location:
+def at(path: Place, setting: str = "path") -> Location:
     """Converts a path or address to a `Location`. Raises InputError as `locate` does."""
-    return place if isinstance(place, Location) else locate(str(place), setting)
+    return path if isinstance(path, Location) else locate(str(path), setting)
 
 
 def delete_all(files: Sequence[Location]) -> None:

@@ -1,4 +1,4 @@
-"""A real cluster that lets only its own token in, that runs wait for, and that loses a node under one of them."""
+"""A real cluster: it refuses other tokens, runs wait for its nodes, and a run ends when it loses one."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Its head only leads, as in the recipes."""
-    with two_nodes(head_cpus=0) as found:
-        yield found
+    """Cluster whose head runs no workers, as in the files of `cluster/`."""
+    with two_nodes(head_cpus=0) as nodes:
+        yield nodes
 
 
 @pytest.fixture
