@@ -162,10 +162,10 @@ def password_of(address: str) -> str:
 
 def finish(running: Mapping[str, subprocess.Popen[str]]) -> dict[str, str]:
     """Waits for commands and returns their outputs."""
-    said = {name: process.communicate(timeout=COMMAND_S)[0] for name, process in running.items()}
+    outputs = {name: process.communicate(timeout=COMMAND_S)[0] for name, process in running.items()}
     for name, process in running.items():
-        assert process.returncode == 0, f"{name}\n{said[name][-5000:]}"
-    return said
+        assert process.returncode == 0, f"{name}\n{outputs[name][-5000:]}"
+    return outputs
 
 
 def answers(cluster: Cluster) -> dict[str, str]:
@@ -219,7 +219,7 @@ def test_secrets_are_found_nowhere(store: Store, tmp_path: Path) -> None:
             return subprocess.Popen(command, cwd=folder, env=environment | variables, **streams)  # type: ignore
 
         address = f"pipeline.ray_address={cluster.gcs}"
-        said = finish(
+        outputs = finish(
             {
                 "edit": odedit("edit", "--config", "run.yaml", address, f"out=s3://{BUCKET}/run"),
                 "tune": odedit(
@@ -235,7 +235,7 @@ def test_secrets_are_found_nowhere(store: Store, tmp_path: Path) -> None:
         send = ["submit", "--address", cluster.address, *(f"--env={name}" for name in (*KEYS, *login)), "--"]
         variables = handed_on | login
         refused = odedit("submit", "--address", cluster.address, "--", "edit", "--config", "run.yaml", "out=/nowhere")
-        said |= finish(
+        outputs |= finish(
             {
                 "edit as a job": odedit(
                     *send, "edit", "--config", "run-job.yaml", f"out=s3://{BUCKET}/run-job", **variables
@@ -245,8 +245,8 @@ def test_secrets_are_found_nowhere(store: Store, tmp_path: Path) -> None:
                 ),
             }
         )
-        said["refused"] = refused.communicate(timeout=COMMAND_S)[0]
-        assert refused.returncode == 2 and "tracking.uri: an address holds a password" in said["refused"]
+        outputs["refused"] = refused.communicate(timeout=COMMAND_S)[0]
+        assert refused.returncode == 2 and "tracking.uri: an address holds a password" in outputs["refused"]
         responses, rows = answers(cluster), rows_of(storage)
         files = below(Path(cluster.environment["RAY_TMPDIR_OF_TEST"]))
         logs = [name for name in files if name.endswith("runtime_env_agent.log")]
@@ -263,7 +263,7 @@ def test_secrets_are_found_nowhere(store: Store, tmp_path: Path) -> None:
     places = {
         **files,
         **stored,
-        **{f"output of {name}": text.encode() for name, text in said.items()},
+        **{f"output of {name}": text.encode() for name, text in outputs.items()},
         **{f"dashboard {name}": text.encode() for name, text in responses.items()},
         **{f"ps {number}": line.encode() for number, line in enumerate(sorted(watch.lines))},
         "rows": rows.encode(),
