@@ -130,7 +130,8 @@ def test_a_run_waits_for_nodes_and_gives_up_where_none_comes(cluster: Cluster, f
     cluster.lose_second()
     output, _ = losing.communicate(timeout=PATIENCE_S)
     assert losing.returncode == 1, output[-4000:]
-    assert "lost what the run needs: a worker takes 1.5 CPU, and no node of the cluster has as" in output
+    lost = "The cluster has lost what the run needs: a worker takes 1.5 CPU, and no node of the cluster has as"
+    assert lost in output
     refused = odedit(folder, cluster, *run, "editor.pause_s=2", "pipeline.wait_s=0")
     output, _ = refused.communicate(timeout=PATIENCE_S)
     assert refused.returncode == 2 and "nothing was added within 0 s (pipeline.wait_s)" in output, output[-4000:]
