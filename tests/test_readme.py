@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there."""
+"""The examples of the README and of the folder pages work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted(path for name in ("odedit", "pipeline", "tune", "cluster") for path in (ROOT / name).rglob("*.md"))
 
 
 def blocks(language: str) -> list[str]:
@@ -37,14 +39,15 @@ def test_the_configuration_shown_is_a_valid_one():
 
 
 def test_every_command_shown_exists():
-    shown = set(re.findall(r"^ {4}odedit ([a-z]+(?: [a-z]+)?)(?= |$)", README, flags=re.MULTILINE))
+    texts = [README, *(path.read_text(encoding="utf-8") for path in PAGES)]
+    shown = set(re.findall(r"^ {4}odedit ([a-z]+(?: [a-z]+)?)(?= |$)", "\n".join(texts), flags=re.MULTILINE))
     assert len(shown) >= 6
     for command in sorted(shown):
         assert is_command(command.split()), command
 
 
 def is_command(words: list[str]) -> bool:
-    """Whether the words name a command. A word after one that has no subcommands is its argument."""
+    """True if the words name a command. Words after a command without subcommands are its arguments."""
     import typer
 
     from odedit.__main__ import app
@@ -71,4 +74,4 @@ def test_a_command_that_is_not_there_is_noticed():
 )
 def test_paths_named_in_the_readme_are_there(path):
     assert path in README
-    assert (Path(__file__).parent.parent / path).exists()
+    assert (ROOT / path).exists()

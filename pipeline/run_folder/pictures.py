@@ -41,7 +41,7 @@ def check_pictures(records: Iterable[RawRecord], reader: ImageReader) -> None:
 
 def _is_missing(reader: ImageReader, path: str, root: Root) -> bool:
     try:
-        return not reader.place(path, root).is_file()
+        return not reader.location(path, root).is_file()
     except ImageError:
         return True
     except OSError:  # a storage error does not show that the picture is missing
@@ -52,7 +52,7 @@ def _message(reader: ImageReader, missing: Sequence[tuple[RawRecord, str]], root
     record, path = missing[0]
     setting = reader.settings[root]
     try:
-        location = str(reader.place(path, root))
+        location = str(reader.location(path, root))
         tried = f"{location!r}.{relative_note(location)}"
     except ImageError as error:
         tried = str(error)

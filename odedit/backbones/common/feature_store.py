@@ -30,7 +30,7 @@ from torch import Tensor
 from odedit.errors import InputError
 from odedit.runtime.addresses import masked
 from odedit.storage.location import Location, locate
-from odedit.storage.retries import is_passing
+from odedit.storage.retries import is_transient
 
 FORMAT = "odedit-features-1"
 _NAME_LENGTH = 32
@@ -74,7 +74,7 @@ class FeatureStore:
             above = Path(root.path).parents if root.is_local else ()
             is_file = root.is_file() or any(folder.is_file() for folder in above)
         except OSError as error:
-            if not must_answer and is_passing(error):
+            if not must_answer and is_transient(error):
                 return cls(root, warn)
             raise InputError(f"{setting}: cannot look at {root.text!r} ({masked(str(error))}).") from None
         if is_file:

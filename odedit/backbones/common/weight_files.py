@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from odedit.backbones.common.hub import INDEX, WEIGHTS, shards_of
 from odedit.errors import InputError
-from odedit.storage import kept_notes
+from odedit.storage import disk_cache
 
 FORMAT = "odedit-contents-1"
 FileState: TypeAlias = tuple[str, int, int, int, int]
@@ -145,7 +145,7 @@ def _state(path: Path) -> FileState:
 @lru_cache(maxsize=8)
 def _contents(states: tuple[FileState, ...]) -> Mapping[str, Content]:
     headers = read_headers([Path(path) for path, *_ in states])
-    found = kept_notes.once([FORMAT, *states], lambda notes: _from_notes(notes, headers), lambda: _to_notes(headers))
+    found = disk_cache.once([FORMAT, *states], lambda notes: _from_notes(notes, headers), lambda: _to_notes(headers))
     return _from_notes(found, headers)
 
 

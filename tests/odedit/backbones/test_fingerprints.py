@@ -15,7 +15,7 @@ from odedit.backbones.common import weight_files
 from odedit.backbones.common.fingerprints import Fingerprint, earlier_fingerprint
 from odedit.editing.files import EditInfo, load_edits, save_edit
 from odedit.editors.common.weights import load_weights, save_weights
-from odedit.storage import kept_notes
+from odedit.storage import disk_cache
 from odedit.training.state import TrainingState, read_state, write_state
 from tests.support import tiny_models
 
@@ -49,7 +49,7 @@ def test_files_of_earlier_versions_go_on_being_usable(backbone, tmp_path):
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """A weight file, and an empty folder of notes."""
-    monkeypatch.setattr(kept_notes, "folder", lambda: tmp_path / "notes")
+    monkeypatch.setattr(disk_cache, "folder", lambda: tmp_path / "notes")
     weight_files._contents.cache_clear()
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.tensor([1.0, -3.0]), "b": torch.tensor([float("nan")]), "c": torch.ones(2).int()}, path)

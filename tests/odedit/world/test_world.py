@@ -1,4 +1,4 @@
-"""The embedded world: what ships meets its thresholds, and the benchmark measures what it says."""
+"""Embedded world: accuracy thresholds of the shipped models, and properties of the benchmark."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def fact(record: dict) -> str:
 
 
 def scored(record: dict) -> list[tuple[str, bytes | str]]:
-    """Prompt and picture of everything that the record is scored on."""
+    """Prompts and pictures that a record is scored on."""
     pairs = [
         (record["src"], record["image"]),
         (record["rephrase"], record["image"]),
@@ -89,7 +89,7 @@ def test_supervision_is_never_scored(built, records):
         judged_pictures = {picture for _, picture in judged} - {""}
         for slot, probe in record["held_out"].items():
             assert (probe["prompt"], probe.get("image", "")) not in judged, (record["edit_id"], slot)
-            if slot != "text_rephrase":  # Asks another question about the edit's own picture.
+            if slot != "text_rephrase":  # it has the edit's own picture
                 assert probe.get("image", "") not in judged_pictures
     pixels = {part: {} for part in ("scored", "supervision")}
     for record in records["evaluation"]:
@@ -126,7 +126,7 @@ def test_build_is_deterministic(built, tmp_path: Path):
 
 
 def test_another_seed_draws_other_edits_of_the_same_facts(built, worlds):
-    """What is learned on the training facts of one seed must not meet the evaluation facts of another."""
+    """Training facts of one seed must not be evaluation facts of another."""
     other = worlds[0]
     one, two = ({r["edit_id"]: r for r in json.loads(p["evaluation"].read_text())} for p in (built, other))
     assert one.keys() == two.keys() and len(one) == 288
@@ -179,12 +179,13 @@ def test_another_world_has_other_names_facts_and_handwriting():
     code = (
         "import json; from odedit.world import facts, images, checkpoint_path; from odedit.errors import InputError\n"
         "try: checkpoint_path()\n"
-        "except InputError as error: told = str(error)\n"
+        "except InputError as error: message = str(error)\n"
         "hidden = {a: [facts.answer(e, a) for e in facts.ENTITIES] for a in facts.HIDDEN}\n"
-        "print(json.dumps([hidden, list(facts.COUNTRIES), [x.tolist() for x in images.handwriting().training], told]))"
+        "training = [x.tolist() for x in images.handwriting().training]\n"
+        "print(json.dumps([hidden, list(facts.COUNTRIES), training, message]))"
     )
-    (hidden, countries, training, told), (third, *_) = (json.loads(in_world(n, code).stdout) for n in ("1", "2"))
-    assert told == (
+    (hidden, countries, training, message), (third, *_) = (json.loads(in_world(n, code).stdout) for n in ("1", "2"))
+    assert message == (
         "backbone.checkpoint: got 'embedded', but the models that ship know world 0, and ODEDIT_WORLD is 1. "
         "Train one with: odedit world train FOLDER."
     )
