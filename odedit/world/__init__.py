@@ -13,6 +13,8 @@ from odedit.errors import InputError, unknown_name
 from odedit.world.facts import WORLD
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
+BENCHMARK_VERSION = "259cfc77"
+"""Version of the benchmark's content, part of its folder's name. A test compares the content with it."""
 
 
 def checkpoint_path(family: str = "blip2") -> Path:

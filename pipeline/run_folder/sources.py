@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from dataclasses import dataclass, replace
@@ -118,11 +117,8 @@ def _is_below(path: str, folder: str) -> bool:
 
 
 def embedded_name(seed: int = 0) -> str:
-    """Name of the benchmark's folder, which holds a hash of the code that draws it."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(world.__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    return f"world{WORLD or ''}-{digest.hexdigest()[:8]}" + (f"-seed{seed}" if seed else "")
+    """Name of the benchmark's folder, which holds the version of its content."""
+    return f"world{WORLD or ''}-{world.BENCHMARK_VERSION}" + (f"-seed{seed}" if seed else "")
 
 
 def build_embedded(target: Place, seed: int = 0) -> None:
