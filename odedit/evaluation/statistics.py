@@ -7,10 +7,12 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from odedit.evaluation.columns import METRICS
+
 SIGNIFICANT = 0.05
 """Largest p of a difference that is called one."""
-MAIN = ("rel", "t_gen", "m_gen", "t_loc", "m_loc")
-"""The five metrics of MMEdit."""
+MAIN = tuple(METRICS)
+"""The five metrics of MMEdit, in the order of every table."""
 _ROUNDING = 1e-12
 
 

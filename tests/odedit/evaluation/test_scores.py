@@ -25,10 +25,9 @@ from odedit import (
 )
 from odedit.backbones.base import ends_of
 from odedit.backbones.common.generation import LONGEST_REST, NO_TOKEN, generate, until_end
-from odedit.evaluation import scores
+from odedit.evaluation import columns, scores
 from odedit.evaluation.scores import is_said, said
 from odedit.evaluation.statistics import MAIN, Estimate, estimate
-from odedit.inputs.batch import Variant, column
 from odedit.runtime.kv_cache import KeyValues
 from tests.support import tiny_models
 from tests.support.requests import TEMPLATE, make_picture, make_request
@@ -197,16 +196,16 @@ def test_locality_of_generated_answers_is_that_of_whole_answers(backbone, scored
         assert all(row[name] == 1.0 for name in row if "_loc" in name and name.endswith("generated_exact"))
 
 
-def test_every_column_is_made_of_a_probe_and_declared_variants(backbone, scored):
+def test_every_column_is_made_of_a_probe_and_declared_endings(backbone, scored):
     requests, _, _, _, rows = scored
-    endings = [(), *((one,) for one in Variant), *permutations(Variant, 2), *permutations(Variant, 3)]
+    words = sorted(columns.words())
+    endings = [(), *((word,) for word in words), *permutations(words, 2), *permutations(words, 3)]
     for request, row in zip(requests, rows, strict=True):
-        owners = {name: [] for name in row}
+        owners = {name: [] for name in row if not name.startswith("answer_")}
         for probe in ("rel", *request.probes):
             for some in endings:
-                owners.get(column(probe, *some), []).append(probe)
-        owners = {name: found for name, found in owners.items() if not name.startswith("answer_")}
-        assert all(len(found) == 1 for found in owners.values()), owners
+                owners.get(columns.column(probe, *some), []).append(probe)
+        assert all(len(probes) == 1 for probes in owners.values()), owners
 
 
 @pytest.fixture(scope="module")
