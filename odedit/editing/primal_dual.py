@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,9 +17,9 @@ from torch import Tensor
 from odedit.editors.base import Editor, OptimizerSettings
 from odedit.inputs.batch import EditParams, stack_params
 from odedit.objectives.base import BaseConfig
-from odedit.objectives.common.multiplier import DUAL_DECAY, MultiplierNetwork, features, flat_input
+from odedit.objectives.common import dual_step
+from odedit.objectives.common.multiplier import DUAL_DECAY, MultiplierNetwork
 from odedit.objectives.common.penalty import penalty_schedule
-from odedit.objectives.common.sketch import CountSketch
 from odedit.objectives.common.terms import Terms
 from odedit.runtime.brief import brief
 
@@ -122,14 +121,6 @@ class PrimalDual:
         """Whether lambda is learned, and counts for an edit that has taken one of these numbers of steps."""
         return self.learns and any(self._shares[step] > 0 for step in steps)
 
-    def step(
-        self, params: EditParams, origin: EditParams, state: State, terms: Terms, active_E: Tensor
-    ) -> tuple[EditParams, State, dict[str, Tensor]]:
-        """`weigh` and `descend`; new parameters, new state, and what there is to show."""
-        is_penalised = self.is_penalised(state.steps_E.tolist())
-        objective_E, state, shown = self.weigh(params, origin, state, terms, active_E, is_penalised)
-        return *self.descend(params, state, objective_E, active_E), shown
-
     def weigh(
         self,
         params: EditParams,
@@ -201,43 +192,21 @@ class PrimalDual:
         return self._schedule
 
     def _context(self, params: EditParams, origin: EditParams, terms: Terms) -> Tensor:
-        """What lambda reads: phi_e, as sketch or flat, the risks, and |g| of every environment."""
-        config = self._config.multiplier
-        params = {name: value for name, value in params.items() if name not in self._editor.frozen}
-        if config.input == "flat":
-            phi_EP = flat_input(params)
-        else:
-            sizes = tuple((name, value[0].numel()) for name, value in sorted(params.items()))
-            phi_EP = _sketch(sizes, config.sketch_dim, self._seed)({n: params[n] - origin[n] for n in params})
-        return features(phi_EP, *terms.multiplier_inputs())
+        trained = {name: value for name, value in params.items() if name not in self._editor.frozen}
+        return dual_step.context(self._config.multiplier, trained, terms, self._seed, origin)
 
     def _init_delta(self, context_EI: Tensor) -> EditParams:
         num_edits, width = context_EI.shape
         return MultiplierNetwork.init(self._config.multiplier, width, num_edits, self._seed, context_EI.device)
 
     def _dual_step(self, state: State, context_EI: Tensor, penalty_E: Tensor, active_E: Tensor) -> State:
-        """`delta <- delta + gamma_2 * grad_delta G` of the active edits whose last primal step had a penalty.
-
-        By default with the adaptive rate of the IRM-TV code.
-        """
+        """The state after a dual step of the active edits whose last primal step had a penalty."""
         active_E = active_E & (state.dual_weight_E > 0)
-        names = list(state.delta)
         multiplier_E = MultiplierNetwork.apply(self._config.multiplier, state.delta, context_EI)
-        # A fresh gradient each time; the public IRM-TV code lets them pile up over the steps.
-        gradients = torch.autograd.grad(
-            (state.dual_weight_E * multiplier_E * penalty_E).sum(), [state.delta[name] for name in names]
-        )
-        rate_E = torch.full_like(penalty_E, self._config.dual_rate)
-        if self._config.dual_schedule == "adaptive":
-            norm_E = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
-            decay_E = (state.dual_steps_E + 1).to(penalty_E) ** DUAL_DECAY
-            rate_E = torch.where(norm_E > 0, rate_E / (norm_E.clamp_min(1e-30) * decay_E), 0.0)
-        delta = {
-            name: _where(active_E, state.delta[name] + _broadcast(rate_E, gradient) * gradient, state.delta[name])
-            .detach()
-            .requires_grad_()
-            for name, gradient in zip(names, gradients, strict=True)
-        }
+        gain = (state.dual_weight_E * multiplier_E * penalty_E).sum()
+        decay_E = (state.dual_steps_E + 1).to(penalty_E) ** DUAL_DECAY
+        ascended = dual_step.ascended(self._config, state.delta, gain, decay_E)
+        delta = {name: _where(active_E, ascended[name], value).requires_grad_() for name, value in state.delta.items()}
         return replace(state, delta=delta, dual_steps_E=state.dual_steps_E + active_E.long())
 
 
@@ -291,9 +260,3 @@ def _broadcast(values_E: Tensor, like: Tensor) -> Tensor:
 def _where(active_E: Tensor | None, moved: Tensor, kept: Tensor) -> Tensor:
     moved, kept = moved.detach(), kept.detach()
     return moved if active_E is None else torch.where(_broadcast(active_E, moved), moved, kept)
-
-
-@lru_cache(maxsize=8)
-def _sketch(sizes: tuple[tuple[str, int], ...], dim: int, seed: int) -> CountSketch:
-    """Drawing the hash of a large matrix takes as long as a step; it is the same for every batch."""
-    return CountSketch(dict(sizes), dim, seed)

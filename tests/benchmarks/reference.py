@@ -24,6 +24,7 @@ from odedit.objectives.base import Objective
 from odedit.objectives.common.penalty import tv_penalty
 from odedit.objectives.common.terms import Terms
 from odedit.risks import mmd
+from tests.support import primal_dual
 
 TEMPLATE = find_template("mmedit")
 
@@ -58,7 +59,7 @@ class Reference:
             with self._edited(params):
                 terms = self._terms(probes, unedited)
             everything.append(terms)
-            params, state, _ = optimizer.step(params, origin, state, terms, torch.tensor([step < steps]))
+            params, state, _ = primal_dual.step(optimizer, params, origin, state, terms, torch.tensor([step < steps]))
         return params, everything
 
     def _terms(self, probes: dict[str, Probe], unedited: dict[str, Tensor]) -> Terms:

@@ -266,7 +266,7 @@ def test_both_rephrases_are_one_sequence(backbone, supervision, requests_8):
 
 def test_what_cannot_take_turns_says_so(backbone, supervision):
     wise = load_editor("wise", {"site": "layers.2.ffn.in", "clamp": None, "mask": "columns"})
-    with pytest.raises(InputError, match="shows an edit other pictures in each step"):
+    with pytest.raises(InputError, match="reads other pictures in each step"):
         edit(backbone, wise, Objective(CONTRAST), supervision, Stopping(max_steps=2))
     whole = Objective(replace(CONTRAST, negatives_at_once=5))
     assert not any(result.error for result in edit(backbone, wise, whole, supervision, Stopping(max_steps=2)))

@@ -13,6 +13,7 @@ from odedit.errors import InputError
 from odedit.objectives import ObjectiveConfig
 from odedit.objectives.common.multiplier import MultiplierConfig, MultiplierNetwork
 from odedit.objectives.common.terms import TERMS, Terms
+from tests.support.primal_dual import step
 
 TARGET = torch.linspace(-1, 1, 12).reshape(3, 4)
 
@@ -54,7 +55,7 @@ def run(settings, config, steps=6, active=None, num_edits=3, penalty_weight=0.0)
     active = torch.ones(num_edits, dtype=torch.bool) if active is None else active
     logs = []
     for _ in range(steps):
-        params, state, log = optimizer.step(params, origin, state, terms_of(params, penalty_weight), active)
+        params, state, log = step(optimizer, params, origin, state, terms_of(params, penalty_weight), active)
         logs.append(log)
     return params, state, logs
 
@@ -131,9 +132,9 @@ def test_dual_step_is_the_formula_at_the_updated_parameters(kind):
     params = {"weight": origin["weight"].clone().requires_grad_()}
     state = optimizer.init(params)
     active = torch.ones(3, dtype=torch.bool)
-    params, first, _ = optimizer.step(params, origin, state, terms_of(params, 1.0), active)
+    params, first, _ = step(optimizer, params, origin, state, terms_of(params, 1.0), active)
     terms = terms_of(params, 1.0)
-    _, second, _ = optimizer.step(params, origin, first, terms, active)
+    _, second, _ = step(optimizer, params, origin, first, terms, active)
 
     context = optimizer._context(params, origin, terms).detach()
     delta = {name: value.detach().clone().requires_grad_() for name, value in first.delta.items()}

@@ -47,7 +47,7 @@ def test_sketch_and_its_gradient_equal_a_dense_matrix() -> None:
     assert (matrix_NP.abs().sum(1) == 1).all()
     delta = {name: tensor.requires_grad_() for name, tensor in random_delta().items()}
     out_EP = sketch(delta)
-    assert out_EP.shape == (E, sketch.out_dim) == (E, 18)
+    assert out_EP.shape == (E, 16 + len(SIZES))
     dense_EP = flat_input(delta) @ matrix_NP
     torch.testing.assert_close(out_EP[:, :16], dense_EP)
     weights_EP = torch.randn(E, 16, dtype=torch.float64)
