@@ -1,9 +1,10 @@
-"""The only place where phi_e and delta move: descent on phi_e, ascent on delta (arXiv 2601.19700, eq. 11-13).
+"""The optimiser of edits: descent on phi_e, ascent on delta (arXiv 2601.19700, eq. 11-13).
 
-Every edit of a batch has its own moments, step count, clipping and multiplier network, so it moves as if it were alone.
+Every edit of a batch has its own moments, step count, clipping and multiplier network, so its result is that of the
+edit alone.
 
-The dual step belongs after the primal one, at the updated phi_e. It is taken at the start of the next call instead,
-with the penalty that the next forward computes anyway: the same sequence of values without a second forward.
+The dual step follows the primal one, at the updated phi_e. It is taken at the start of the next call, with the penalty
+that the next forward computes anyway: the same sequence of values without a second forward.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ _EPSILON = 1e-8
 
 @dataclass(frozen=True)
 class State:
-    """What the optimiser remembers of E edits.
+    """State of the optimiser for E edits.
 
     Attributes:
         steps_E: Primal steps taken.
-        moments: First and second moments by tensor name; empty for SGD.
-        delta: Weights of the multiplier networks; empty unless lambda is learned.
         dual_steps_E: Dual steps taken.
         dual_weight_E: Weight of the penalty in the last primal step; a dual step follows unless it was 0.
+        moments: First and second moments by tensor name; empty for SGD.
+        delta: Weights of the multiplier networks; empty unless lambda is learned.
     """
 
     steps_E: Tensor
@@ -48,7 +49,7 @@ class State:
     __repr__ = brief
 
     def take(self, edits: Tensor) -> State:
-        """The state of the edits with these rows, alone."""
+        """State of the edits in these rows."""
         return replace(
             self,
             steps_E=self.steps_E[edits],
@@ -59,18 +60,18 @@ class State:
         )
 
     def copy_(self, other: State) -> None:
-        """Takes the values of a state of the same edits, in the memory that is there."""
+        """Copies the values of a state of the same edits into this one's tensors."""
         for name in ("steps_E", "dual_steps_E", "dual_weight_E"):
             getattr(self, name).copy_(getattr(other, name))
         for name, pair in self.moments.items():
-            for mine, theirs in zip(pair, other.moments[name], strict=True):
-                mine.copy_(theirs)
+            for moment, other_moment in zip(pair, other.moments[name], strict=True):
+                moment.copy_(other_moment)
         for name, value in self.delta.items():
             value.copy_(other.delta[name])
 
 
 class PrimalDual:
-    """Steps of E edits; pure: takes and returns parameters and state."""
+    """Primal and dual steps of E edits; pure: takes and returns parameters and state."""
 
     def __init__(self, editor: Editor, config: BaseConfig, max_steps: int, seed: int = 0) -> None:
         self._editor = editor
@@ -83,6 +84,7 @@ class PrimalDual:
         self._schedule = torch.tensor(self._shares)
 
     def init(self, params: EditParams) -> State:
+        """State before the first step of edits that start at `params`."""
         first = next(iter(params.values()))
         steps = torch.zeros(first.shape[0], dtype=torch.long, device=first.device)
         moments = {}
@@ -95,7 +97,7 @@ class PrimalDual:
         return State(steps, steps.clone(), torch.zeros(len(steps), device=steps.device), moments)
 
     def joined(self, state: State, params: EditParams) -> State:
-        """The state with that of new edits behind it, whose phi_0 is `params`."""
+        """State extended by new edits, whose phi_0 is `params`."""
         new = self.init(params)
         delta = {}
         if state.delta:
@@ -118,7 +120,7 @@ class PrimalDual:
         return self._fixed is None
 
     def is_penalised(self, steps: Iterable[int]) -> bool:
-        """Whether lambda is learned, and counts for an edit that has taken one of these numbers of steps."""
+        """Whether lambda is learned and has weight after any of these numbers of steps."""
         return self.learns and any(self._shares[step] > 0 for step in steps)
 
     def weigh(
@@ -130,16 +132,16 @@ class PrimalDual:
         active_E: Tensor,
         is_penalised: bool,
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
-        """The objective with its penalty, after one dual step of the active edits for which one is due.
+        """The objective with its penalty, after the dual step of the active edits for which one is due.
 
         Args:
             params: phi_e, the leaves that `terms` was computed from.
             origin: phi_0.
-            active_E: Edits that still move; the others keep their networks bit for bit.
-            is_penalised: What the method of this name says; True where it says False changes nothing but the time.
+            active_E: True for edits that still move; the others keep their networks bit for bit.
+            is_penalised: Result of `is_penalised`; True instead of False costs time and changes no value.
 
         Returns:
-            The objective `(E,)`, the state, and `lambda` and `objective` of every edit.
+            The objective `(E,)`, the state, and `lambda` and `objective` of every edit as curves.
         """
         schedule_E = self._schedule_on(terms.total.device)[state.steps_E]
         context = self._context(params, origin, terms) if is_penalised else None
@@ -164,7 +166,7 @@ class PrimalDual:
 
         Args:
             params: phi_e, the leaves that the objective was computed from.
-            active_E: Edits that still move; None: all.
+            active_E: True for edits that still move; None: all.
 
         Returns:
             New parameters (leaves) and new state.
@@ -221,12 +223,12 @@ def _primal_step(
             gradients = {name: g * _broadcast(scale_E, g) for name, g in gradients.items()}
         decay, rate = settings.weight_decay, settings.learning_rate
         if settings.kind == "sgd":
-            # The parameters may be the largest tensors of all: two passes over them.
+            # Only two passes: these parameters may be larger than all other tensors.
             decayed = {name: torch.add(gradients[name], p, alpha=decay) for name, p in params.items()}
             return {name: torch.sub(p, decayed[name], alpha=rate) for name, p in params.items()}, {}
         moved, moments = {}, {}
         count_E = (state.steps_E + 1).to(torch.float32)
-        # What belongs to the edit, and not to its weights, goes into the divisor.
+        # Factors per edit are folded into the divisor: fewer passes over the weights.
         first_E, second_E = 1 - _BETAS[0] ** count_E, 1 - _BETAS[1] ** count_E
         scale_E, least_E = first_E / (rate * second_E.sqrt()), _EPSILON * first_E / rate
         for name, p in params.items():
@@ -245,7 +247,7 @@ def _primal_step(
 def _joined(
     old: Mapping[str, tuple[Tensor, Tensor]], new: Mapping[str, tuple[Tensor, Tensor]]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Moments of both, padded as the parameters are."""
+    """Moments of old and new edits, padded as the parameters are."""
     first, second = (
         stack_params([{name: pair[order] for name, pair in moments.items()} for moments in (old, new)])
         for order in (0, 1)

@@ -40,7 +40,7 @@ class Dual:
 
 
 class SharedMultiplier:
-    """Adds lambda times the penalty to the objective, and steps the network; holds no state."""
+    """Adds lambda times the penalty to the objective, and takes dual steps; pure, the dual variable is passed."""
 
     def __init__(self, config: BaseConfig, max_steps: int, seed: int) -> None:
         self._config = config.invariance
