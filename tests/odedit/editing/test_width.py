@@ -72,11 +72,12 @@ def test_edits_that_move_in_turn_are_those_that_move_together(
     for at_once in (8, 3):
         monkeypatch.setattr("odedit.editing.loop.width_like_native", lambda *_, at_once=at_once: at_once)
         runs.append(edit(backbone, editor, objectives["odedit"], supervision, Stopping(4, 1e-9)))
-    for one, other in zip(*runs, strict=True):
-        assert (one.edit_id, one.steps, one.stop_reason) == (other.edit_id, other.steps, other.stop_reason)
-        assert all((one.params[key] - other.params[key]).norm() <= 1e-3 * one.params[key].norm() for key in one.params)
-        for term, curve in one.curves.items():
-            assert curve == pytest.approx(other.curves[term], rel=2e-3, abs=1e-4), term
+    for first, second in zip(*runs, strict=True):
+        assert (first.edit_id, first.steps, first.stop_reason) == (second.edit_id, second.steps, second.stop_reason)
+        for key, value in first.params.items():
+            assert (value - second.params[key]).norm() <= 1e-3 * value.norm()
+        for term, curve in first.curves.items():
+            assert curve == pytest.approx(second.curves[term], rel=2e-3, abs=1e-4), term
 
 
 @pytest.mark.parametrize("name", ["unike", "lora"])

@@ -26,7 +26,7 @@ def test_a_probe_may_not_take_the_name_of_a_column_made_from_another(word):
 
 @pytest.mark.parametrize("table", ["ANSWER_COLUMNS", "LOCALITY_COLUMNS"])
 def test_a_column_is_added_in_one_table(table, backbone, monkeypatch):
-    """It is written for every probe of its kind, and no probe may be called like it any more."""
+    """It is written for every probe of its kind, and refused as the end of a probe's name."""
     check_probe_name("t_gen_first")
     with pytest.raises(ValueError, match="column of 't_gen': got ending 'first', expected before, exact, far"):
         column("t_gen", "first")

@@ -67,7 +67,7 @@ def test_multiplier_gradcheck(depth: int) -> None:
     names = list(delta)
 
     def call(features_EI: Tensor, *weights: Tensor) -> Tensor:
-        # lambda is about 1e-3: brought to a scale that finite differences can see.
+        # lambda is about 1e-3: scaled up for finite differences.
         return 1e3 * MultiplierNetwork.apply(config, dict(zip(names, weights, strict=True)), features_EI)
 
     weights = [delta[name].detach().double().requires_grad_() for name in names]

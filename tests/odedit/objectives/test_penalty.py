@@ -42,7 +42,7 @@ def environments(states_EKTD: Tensor, head_DV: Tensor, base_ETV: Tensor, target_
 
 
 def plain_values(states_EKTD: Tensor, head_DV: Tensor, base_ETV: Tensor, target_ET: Tensor) -> list[Tensor]:
-    """The same risks by their definitions, which autograd differentiates as often as it likes."""
+    """The same risks by their definitions, which autograd differentiates twice."""
     log_p_EKTV, log_q_ETV = (states_EKTD @ head_DV).log_softmax(-1), base_ETV.log_softmax(-1)
     nll_ET = -log_p_EKTV[:, 0].gather(-1, target_ET.unsqueeze(-1)).squeeze(-1)
     kl_ET = (log_p_EKTV[:, 2].exp() * (log_p_EKTV[:, 2] - log_q_ETV)).sum(-1)
