@@ -65,7 +65,7 @@ class Progress:
         self.members = [member for member, active in zip(self.members, self.is_active, strict=True) if active]
         self.is_active = [True] * len(self.members)
 
-    def take_in(self, names: Sequence[str], table: Tensor) -> None:
+    def add_step(self, names: Sequence[str], table: Tensor) -> None:
         """Stores the curves and stop reasons of one step; stopped edits are skipped.
 
         Args:

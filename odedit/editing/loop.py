@@ -187,7 +187,7 @@ class _Run:
         is_penalised = self._optimizer.learns if self._is_worth_recording else self._optimizer.is_penalised(taken)
         weighed = self._weigh(self._params, self._state, is_penalised)
         self._state, self._active_E, self._previous_E = weighed.state, weighed.active_E, weighed.loss_E
-        self._progress.take_in(weighed.names, weighed.table)
+        self._progress.add_step(weighed.names, weighed.table)
         # The last forward needs no gradient.
         if any(self._progress.is_active):
             all_move = all(self._progress.is_active)
@@ -204,7 +204,7 @@ class _Run:
             terms = self._objective(self._backbone, self._editor, params, trace, self._batch, hidden, unedited)
             stops = self._stops(terms, trace, state.steps_E)
             active_E = self._active_E & ~torch.stack(list(stops.values())).any(dim=0)
-            objective_E, state, shown = self._optimizer.weigh(
+            objective_E, state, penalty_curves = self._optimizer.weigh(
                 params, self._origin, state, terms, active_E, is_penalised
             )
             columns = {
@@ -213,7 +213,7 @@ class _Run:
                 "penalty": terms.penalty,
                 "worst_nll": terms.worst_nll,
                 **{f"g_{name}": gradient for name, gradient in terms.scale_gradients.items()},
-                **shown,
+                **penalty_curves,
             }
             table = torch.stack([value.detach().float() for value in columns.values()])
         return _Weighed(objective_E, state, active_E, terms.total.detach(), table, tuple(columns), trace)
@@ -294,7 +294,7 @@ class _Run:
         assert self._recording is not None
         with stage("edit: recorded steps"):
             self._recording.start()
-            self._progress.take_in(self._recording.names, self._recording.table)
+            self._progress.add_step(self._recording.names, self._recording.table)
         return self._recording.trace
 
     def _remove_finished(self, trace: Trace) -> None:

@@ -356,9 +356,9 @@ def test_edits_whose_picture_is_gone_cannot_be_asked(runs: dict[str, Run], tmp_p
     assert "hold (whole" not in result.stderr and "Warning" not in result.stderr
     assert "Whether 3 edits hold is not known: the question cannot be asked. First reason: " in result.stderr
 
-    told = replace(info, edit_id="told", picture="", image="", image_root="")
-    save_edit(tmp_path / "told.safetensors", params, told)
-    assert " of 1 edit holds" in made.merged(tmp_path / "text", tmp_path / "told.safetensors").stderr
+    text_only = replace(info, edit_id="text", picture="", image="", image_root="")
+    save_edit(tmp_path / "text.safetensors", params, text_only)
+    assert " of 1 edit holds" in made.merged(tmp_path / "text", tmp_path / "text.safetensors").stderr
 
 
 @pytest.mark.parametrize("editor", [

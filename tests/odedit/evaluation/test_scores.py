@@ -147,12 +147,14 @@ def test_a_generated_answer_is_compared_to_its_end(family, backbone):
     model = backbone if family == "blip2" else load_backbone(family, "embedded")
     tokenizer, editor = model.processor.tokenizer, load_editor("ftl")
     seen = Probe("who owns this digit?", "?", make_picture(1))
-    told = Probe("what is the capital of Arland?", "?")
-    said = {name: library_answer(model, probe) for name, probe in (("rel", seen), ("t_gen", told))}
+    text_only = Probe("what is the capital of Arland?", "?")
+    said = {name: library_answer(model, probe) for name, probe in (("rel", seen), ("t_gen", text_only))}
     words = said["rel"].split()
     assert len(words) > 1, "the beginning of the answer is all of it"
     for target, share, exact in ((said["rel"], 1.0, 1.0), (words[0], 1.0, 0.0), (f"{said['rel']} too", None, 0.0)):
-        request = EditRequest("a", replace(seen, target=target), probes={"t_gen": replace(told, target=said["t_gen"])})
+        request = EditRequest(
+            "a", replace(seen, target=target), probes={"t_gen": replace(text_only, target=said["t_gen"])}
+        )
         _, batch = encode_requests(model, [request], TEMPLATE)
         (row,) = evaluate(model, editor, editor.init(model, batch), batch)
         assert row["answer_before"] == row["answer_after"] == said["rel"]
