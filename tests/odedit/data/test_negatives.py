@@ -237,7 +237,7 @@ def test_an_edit_stops_when_its_rephrase_is_learned_as_well(backbone, pool):
 def test_without_a_pool_it_says_what_is_missing(backbone, requests_8):
     batch, _ = encode_requests(backbone, requests_8, TEMPLATE)
     assert batch.slots == SUPERVISION_SLOTS
-    with pytest.raises(InputError, match="reads hard negatives.*give encode_requests a NegativePool"):
+    with pytest.raises(InputError, match="reads hard negatives.*pass a NegativePool to encode_requests"):
         edit(backbone, load_editor("ftl"), Objective(CONTRAST), batch, Stopping(max_steps=2))
 
 
