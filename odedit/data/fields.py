@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from odedit.evaluation.columns import METRICS
 from odedit.inputs.batch import RELIABILITY, SUPERVISION_SLOTS, check_probe_name, is_locality
 from odedit.inputs.markers import image_marker, without_leading_marker
 
@@ -24,7 +25,7 @@ FIELDS = (
 _IMAGES = ("image", "image_rephrase", "m_loc")
 _QUESTIONS = ("src", "rephrase", "m_loc_q")
 """Fields that hold a question about a picture."""
-STANDARD_PROBES = ("t_gen", "m_gen", "t_loc", "m_loc")
+STANDARD_PROBES = tuple(name for name in METRICS if name != RELIABILITY)
 MAX_CHARACTERS = 50_000
 """Longest text of a field."""
 REPHRASE_PREFIX = "rephrase:"

@@ -16,7 +16,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from functools import cached_property
 from types import MappingProxyType
 
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from odedit.evaluation import columns
 from odedit.runtime.brief import brief
 from odedit.runtime.gather import places_of, select, spread
 
@@ -52,7 +52,6 @@ REPHRASE = "rephrase"
 """Both rephrases in one sequence, see `EditRequest.rephrase`."""
 
 RELIABILITY = "rel"
-LOCALITY_PROBES = ("t_loc", "m_loc")
 _PROBE_NAME = re.compile(r"[a-z]+_(gen|loc)(_[a-z]+)?")
 _LOCALITY_NAME = re.compile(r"[a-z]+_loc(ality)?(_|$)")  # the kind is the second word; details come after it
 _WORTH_SPLITTING = 1 / 16
@@ -60,35 +59,6 @@ _WORTH_SPLITTING = 1 / 16
 _LEAST_SPARED = {"cuda": 2**13}
 """Positions, the same: so many must be spared where starting kernels takes longer than what they do."""
 _EDIT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-
-class Variant(StrEnum):
-    """What may follow a probe's name in columns and logged figures; no probe's detail may be called like one.
-
-    `column` refuses a variant that is not declared here.
-    """
-
-    EXACT = "exact"
-    BEFORE = "before"
-    GENERATED = "generated"
-    WHOLE = "whole"
-    MMEDIT = "mmedit"
-    FAR = "far"
-    TOP10 = "top10"
-    LOW = "low"
-    HIGH = "high"
-
-
-def column(probe: str, *variants: Variant) -> str:
-    """The name of a figure of a probe.
-
-    Raises:
-        ValueError: A variant is not declared.
-
-    >>> column("m_gen", Variant.EXACT, Variant.BEFORE)
-    'm_gen_exact_before'
-    """
-    return "_".join((probe, *(Variant(variant) for variant in variants)))
 
 
 @dataclass(frozen=True)
@@ -189,7 +159,8 @@ def check_probe_name(name: str) -> None:
     """Raises ValueError unless `name` says what the probe measures, and no other probe's figures go by that name."""
     if name == RELIABILITY:
         raise ValueError(f"unknown probe {name!r}: {name!r} is the edit itself; give the further probe another name.")
-    taken = next((word for word in name.split("_")[2:] if word in set(Variant)), None)
+    reserved = columns.words()
+    taken = next((word for word in name.split("_")[2:] if word in reserved), None)
     if taken is not None:
         raise ValueError(
             f"unknown probe {name!r}: {taken!r} ends the name of a column that is made from another probe. "

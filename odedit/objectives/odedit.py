@@ -1,7 +1,7 @@
 """ODEdit: the tripartite risk R_rel + R_loc + R_gen with the invariance penalty.
 
-R_rel is the likelihood of the edit's answer, R_loc the divergence from the unedited model on unrelated prompts, R_gen
-the distance between the final states of the edit and of its rephrases. The penalty reads the derivative of each
+R_rel is the NLL of the edit's answer, R_loc the divergence from the unedited model on unrelated prompts, R_gen the
+distance between the final states of the edit and of its rephrases. The penalty is computed from the derivative of each
 environment's risk with respect to the scale of the final states; `odedit.editing.primal_dual` learns its multiplier.
 
 References:
@@ -31,7 +31,7 @@ Kernel = Literal["rbf", "linear", "contrastive"]
 
 @dataclass(frozen=True)
 class ODEditConfig(ComparingConfig):
-    """Settings of ODEdit. The paper states no value for most of them; the defaults are ours.
+    """Settings of ODEdit. The paper gives no value for most of them; those defaults are ours.
 
     Attributes:
         reliability_weight, locality_weight: Weights of R_rel and R_loc; 0 leaves a term out, also as an environment.
@@ -97,7 +97,7 @@ class ODEditConfig(ComparingConfig):
         )
 
     def _fixed_multiplier(self) -> float | None:
-        """The value of a fixed lambda, 0 without penalty, None if lambda is learned."""
+        """Value of a fixed lambda; 0 without penalty, None if lambda is learned."""
         if self.penalty in ("none", "adaptive"):
             return 0.0 if self.penalty == "none" else None
         kind, _, value = self.penalty.partition(":")
@@ -134,16 +134,16 @@ class ODEdit(Objective):
     def likelihood_slots(self, batch: EditBatch) -> tuple[str, ...]:
         return (EDIT, *REPHRASE_SLOTS) if self.config.environments == "prompts" else (EDIT,)
 
-    def scale_gradients(self, forward: Forward, found: Mapping[str, Risk]) -> dict[str, Tensor]:
-        # A risk without weight is no environment either.
-        regions = {name: risk.scale_gradient for name, risk in found.items() if self.config.weights[name]}
+    def scale_gradients(self, forward: Forward, risks: Mapping[str, Risk]) -> dict[str, Tensor]:
+        # A risk of weight 0 is no environment of the penalty.
+        regions = {name: risk.scale_gradient for name, risk in risks.items() if self.config.weights[name]}
         if self.config.environments == "regions":
             return regions
         prompts = {slot: forward.likelihood(slot).scale_gradient for slot in REPHRASE_SLOTS}
         return {name: gradient for name, gradient in regions.items() if name != "gen"} | prompts
 
     def generality(self, forward: Forward) -> Risk:
-        """R_gen: the distance between the edit's and the rephrases' states at the positions that `positions` names."""
+        """R_gen: distance between the states of the edit and of its rephrases at `config.positions`."""
         batch = forward.batch
         if self.reads_text:
             states, mask = forward.hidden, batch.prompt_EKS & ~batch.image_EKS
@@ -159,7 +159,7 @@ class ODEdit(Objective):
             unlike = negatives.of(states), negatives.of(mask)
         if self.config.rephrases == "multiple":
             return self._distance(x, x_mask, y.flatten(1, 2), y_mask.flatten(1, 2), unlike)
-        # The edit is paired with each of its K rephrases.
+        # Compare the edit with each of its K rephrases.
         x, x_mask = x.unsqueeze(1).expand_as(y), x_mask.unsqueeze(1).expand_as(y_mask)
         unlike = None if unlike is None else (unlike[0].unsqueeze(1), unlike[1].unsqueeze(1))
         return mean_over_slots(self._distance(x, x_mask, y, y_mask, unlike), others.present_EK)
@@ -167,10 +167,10 @@ class ODEdit(Objective):
     def _distance(
         self, x: Tensor, x_mask: Tensor, y: Tensor, y_mask: Tensor, unlike: tuple[Tensor, Tensor] | None
     ) -> Risk:
-        """Distance of states x from states y.
+        """Distance between states x and states y by `config.kernel`.
 
         Args:
-            unlike: Under the `contrastive` kernel: states that must stay apart, `(..., K, T, D)`, and their mask.
+            unlike: States that must stay apart, `(..., K, T, D)`, and their mask; only for the `contrastive` kernel.
         """
         if unlike is not None:
             return mmd.contrastive(x, y, unlike[0], x_mask, y_mask, unlike[1])

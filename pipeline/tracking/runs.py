@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from odedit.errors import Explained, InputError, in_words, listed
+from odedit.evaluation.columns import HIGH, LOW, column
 from odedit.evaluation.statistics import MAIN
-from odedit.inputs.batch import Variant, column
 from odedit.runtime.addresses import masked
 from odedit.storage.location import Location, Place, at
 from pipeline.config.reachable import check_server
@@ -287,8 +287,8 @@ class Tracker:
         for name, figure in summary["metrics"].items():
             values |= {
                 name: figure["mean"],
-                column(name, Variant.LOW): figure["low"],
-                column(name, Variant.HIGH): figure["high"],
+                column(name, LOW): figure["low"],
+                column(name, HIGH): figure["high"],
             }
         self.log_points((name, value, 0) for name, value in values.items())
 

@@ -237,7 +237,7 @@ def test_an_edit_stops_when_its_rephrase_is_learned_as_well(backbone, pool):
 def test_without_a_pool_it_says_what_is_missing(backbone, requests_8):
     batch, _ = encode_requests(backbone, requests_8, TEMPLATE)
     assert batch.slots == SUPERVISION_SLOTS
-    with pytest.raises(InputError, match="reads hard negatives.*give encode_requests a NegativePool"):
+    with pytest.raises(InputError, match="reads hard negatives.*pass a NegativePool to encode_requests"):
         edit(backbone, load_editor("ftl"), Objective(CONTRAST), batch, Stopping(max_steps=2))
 
 
@@ -266,7 +266,7 @@ def test_both_rephrases_are_one_sequence(backbone, supervision, requests_8):
 
 def test_what_cannot_take_turns_says_so(backbone, supervision):
     wise = load_editor("wise", {"site": "layers.2.ffn.in", "clamp": None, "mask": "columns"})
-    with pytest.raises(InputError, match="shows an edit other pictures in each step"):
+    with pytest.raises(InputError, match="reads other pictures in each step"):
         edit(backbone, wise, Objective(CONTRAST), supervision, Stopping(max_steps=2))
     whole = Objective(replace(CONTRAST, negatives_at_once=5))
     assert not any(result.error for result in edit(backbone, wise, whole, supervision, Stopping(max_steps=2)))

@@ -424,7 +424,7 @@ def test_edit_files_that_do_not_fit_are_named(backbone, tmp_path):
     with pytest.raises(InputError, match="expected 'odedit-edit-1'"):
         load_edit(tmp_path / "other.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "half.safetensors", metadata={"format": "odedit-edit-1", "info": "{}"})
-    with pytest.raises(InputError, match="says about itself is damaged"):
+    with pytest.raises(InputError, match="its metadata is damaged"):
         load_edit(tmp_path / "half.safetensors")
     outside = EditInfo("e", "some.module", {}, "blip2", "embedded", backbone.fingerprint, "mmedit")
     save_edit(tmp_path / "outside.safetensors", {"a": torch.zeros(1)}, outside)

@@ -16,7 +16,8 @@ from PIL import Image
 
 from odedit import world
 from odedit.errors import InputError
-from odedit.inputs.batch import LOCALITY_PROBES, SUPERVISION_SLOTS, check_probe_name
+from odedit.evaluation.columns import groups
+from odedit.inputs.batch import SUPERVISION_SLOTS, check_probe_name
 from odedit.world import facts, images, questions
 
 PARTS = ("train", "validation", "evaluation")
@@ -66,7 +67,7 @@ def test_records_follow_mmedit(built, records):
         assert (built["images"] / record["m_loc"]).is_file()
         for name, probe in record["probes"].items():
             check_probe_name(name)
-            assert name not in LOCALITY_PROBES
+            assert name not in groups()["locality"]
             assert "image" not in probe or (built["images"] / probe["image"]).is_file()
         assert set(record["held_out"]) == set(SUPERVISION_SLOTS[1:])
         for probe in record["held_out"].values():
