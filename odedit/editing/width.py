@@ -16,19 +16,12 @@ from odedit.backbones.base import Backbone, Prefix
 from odedit.editors.base import Editor
 from odedit.inputs.batch import EDIT, REPHRASE, EditBatch, EditParams, is_locality
 from odedit.objectives.base import Objective
+from odedit.runtime.budgets import budgets
 
 _KEPT = 12
 """Times the hidden size that a layer keeps of a position: what enters its norms, queries, keys, values, what attention
 gives, and the four times wider inside of the feed-forward half.
 """
-_LEEWAY = {"cpu": 2**22, "cuda": 2**26}
-"""Values more than the base editor's loss keeps that do not matter."""
-_LEEWAY_OF_HEAD = {"cpu": 2**23, "cuda": 2**26}
-"""The same where a step is little but products with the head, which on a CPU wait for its weights if rows are few."""
-_MOVED = {"cpu": 2**22, "cuda": 2**28}
-"""Weights of edits of which a recorded step may hold a second set of all that a step makes."""
-_WORK = {"cpu": 8e9, "cuda": 4e12}
-"""Operations of a step that leave little time, beside them, to what a step costs however small it is."""
 _FEW = 10
 """Layers and tensors whose kernels take as long to start as the rest of a step."""
 
@@ -41,13 +34,13 @@ def width_like_native(
     More where so few would be too little work; then memory is no matter. An estimate from the shapes alone, so that the
     same batch always moves alike.
     """
-    device, num_edits = batch.tokens_EKS.device.type, batch.num_edits
+    limits, num_edits = budgets(batch.tokens_EKS.device), batch.num_edits
     of_one = _kept(backbone, editor, objective, batch, prefix)
     native = objectives.Objective(objectives.ObjectiveConfig("native"))
     of_all = num_edits * _kept(backbone, editor, native, batch, prefix)
-    leeway = _LEEWAY_OF_HEAD if _is_read_alone(backbone, editor, objective.read(batch), prefix) else _LEEWAY
-    room = of_all + leeway.get(device, leeway["cuda"])
-    busy = math.ceil(_WORK.get(device, _WORK["cuda"]) / _operations(backbone, of_one))
+    is_read_alone = _is_read_alone(backbone, editor, objective.read(batch), prefix)
+    room = of_all + (limits.slack_head_values if is_read_alone else limits.slack_values)
+    busy = math.ceil(limits.busy_flops / _operations(backbone, of_one))
     width = min(num_edits, max(1, room // of_one, busy))
     return math.ceil(num_edits / math.ceil(num_edits / width))
 
@@ -59,11 +52,11 @@ def is_small(
 
     That grows with the layers it passes and with the tensors it moves: each has its kernels to be started.
     """
-    device = batch.tokens_EKS.device.type
+    limits = budgets(batch.tokens_EKS.device)
     kept = batch.num_edits * _kept(backbone, editor, objective, batch, prefix)
     started = 1 + (backbone.num_layers - prefix.layer + len(params)) / _FEW
-    is_little_work = _operations(backbone, kept) < started * _WORK.get(device, _WORK["cuda"])
-    return is_little_work and sum(value.numel() for value in params.values()) < _MOVED.get(device, _MOVED["cuda"])
+    is_little_work = _operations(backbone, kept) < started * limits.busy_flops
+    return is_little_work and sum(value.numel() for value in params.values()) < limits.graph_weights
 
 
 def _operations(backbone: Backbone, kept: int) -> int:

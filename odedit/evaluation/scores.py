@@ -27,14 +27,11 @@ from odedit.backbones.common.generation import generate, until_end
 from odedit.editors.base import Editor
 from odedit.inputs.batch import RELIABILITY, EditBatch, EditParams, Variant, column, is_locality
 from odedit.runtime.brief import brief
+from odedit.runtime.budgets import budgets
 from odedit.runtime.gather import gather_positions
 from odedit.runtime.kv_cache import KeyValues
 
 TOP_K = 10
-_LOGITS_AT_ONCE = {"cpu": 3 * 2**21, "cuda": 2**26}
-"""Rows enough for a fast product, and on a CPU a result that finds its memory again: a larger one gets new pages."""
-_VALUES_AT_ONCE = {"cpu": 2**21}
-"""Of a batch's states: what a layer makes of more of them has left a processor's cache when the next one reads it."""
 
 Row = dict[str, float | str | None]
 
@@ -154,7 +151,7 @@ def _before_and_after(
 
 
 def _edits_at_once(backbone: Backbone, batch: EditBatch) -> int:
-    most = _VALUES_AT_ONCE.get(batch.tokens_EKS.device.type)
+    most = budgets(batch.tokens_EKS.device).evaluated_values
     if most is None:
         return batch.num_edits
     return max(1, most // (batch.tokens_EKS[0].numel() * backbone.hidden_size))
@@ -170,7 +167,7 @@ def _top(backbone: Backbone, hidden: Tensor, mask: Tensor) -> Tensor:
     """First choices `(..., TOP_K)` at the positions of the mask, zeros elsewhere."""
     states_MD = hidden[mask]
     # Logits of all positions at once would not fit a large vocabulary.
-    at_once = _LOGITS_AT_ONCE.get(hidden.device.type, _LOGITS_AT_ONCE["cuda"]) // backbone.vocabulary_size
+    at_once = budgets(hidden.device).evaluated_logits // backbone.vocabulary_size
     parts = [backbone.head(part).topk(TOP_K, dim=-1).indices for part in states_MD.split(max(1, at_once))]
     top = torch.zeros(*mask.shape, TOP_K, dtype=torch.long, device=hidden.device)
     top[mask] = torch.cat(parts) if parts else top[mask]

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from odedit.runtime.brief import brief
+from odedit.runtime.budgets import budgets
 from odedit.runtime.gather import places_of, select, spread
 
 EditParams = dict[str, Tensor]
@@ -57,8 +58,6 @@ _PROBE_NAME = re.compile(r"[a-z]+_(gen|loc)(_[a-z]+)?")
 _LOCALITY_NAME = re.compile(r"[a-z]+_loc(ality)?(_|$)")  # the kind is the second word; details come after it
 _WORTH_SPLITTING = 1 / 16
 """Share of a batch's positions for which its short sequences run apart: a second start of every kernel costs, too."""
-_LEAST_SPARED = {"cuda": 2**13}
-"""Positions, the same: so many must be spared where starting kernels takes longer than what they do."""
 _EDIT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -383,7 +382,7 @@ class EditBatch:
 
     def parts(self) -> list[EditBatch]:
         """The same sequences, those that had better run together in a batch each, no longer than they need to be."""
-        groups = by_length(self.lengths, _LEAST_SPARED.get(self.tokens_EKS.device.type, 0) / max(1, self.num_edits))
+        groups = by_length(self.lengths, budgets(self.tokens_EKS.device).spared_positions / max(1, self.num_edits))
         if len(groups) < 2:
             return [self]
         return [self.select([self.slots[k] for k in columns])._cut() for columns in groups]

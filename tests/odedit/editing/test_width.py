@@ -10,6 +10,7 @@ from odedit import Objective, ObjectiveConfig, Stopping, calibrate, edit, encode
 from odedit.editing import loop
 from odedit.editing import width as widths
 from odedit.runtime.peak_memory import peak_memory
+from tests.support.limits import set_limits
 from tests.support.requests import TEMPLATE
 from tests.support.small_editors import ready_editor
 
@@ -23,9 +24,7 @@ def objectives(backbone, requests_8):
 @pytest.fixture
 def no_leeway(monkeypatch):
     """As on a model that is large enough for all of it to matter."""
-    monkeypatch.setitem(widths._LEEWAY, "cpu", 0)
-    monkeypatch.setitem(widths._LEEWAY_OF_HEAD, "cpu", 0)
-    monkeypatch.setitem(widths._WORK, "cpu", 0)
+    set_limits(monkeypatch, slack_values=0, slack_head_values=0, busy_flops=0)
 
 
 # Not T-Patcher and UniKE, which take so little of so small a model that even one edit at a time takes more.

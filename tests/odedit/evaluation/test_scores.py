@@ -25,12 +25,12 @@ from odedit import (
 )
 from odedit.backbones.base import ends_of
 from odedit.backbones.common.generation import LONGEST_REST, NO_TOKEN, generate, until_end
-from odedit.evaluation import scores
 from odedit.evaluation.scores import is_said, said
 from odedit.evaluation.statistics import MAIN, Estimate, estimate
 from odedit.inputs.batch import Variant, column
 from odedit.runtime.kv_cache import KeyValues
 from tests.support import tiny_models
+from tests.support.limits import set_limits
 from tests.support.requests import TEMPLATE, make_picture, make_request
 
 
@@ -267,8 +267,7 @@ def test_an_evaluation_in_parts_is_that_of_the_whole(backbone, scored, monkeypat
     whole = evaluate(backbone, editor, params, evaluation)
     of_two = 2 * evaluation.tokens_EKS[0].numel() * backbone.hidden_size
     assert evaluation.num_edits > 2
-    monkeypatch.setitem(scores._VALUES_AT_ONCE, "cpu", of_two)
-    monkeypatch.setitem(scores._LOGITS_AT_ONCE, "cpu", 3 * backbone.vocabulary_size)
+    set_limits(monkeypatch, evaluated_values=of_two, evaluated_logits=3 * backbone.vocabulary_size)
     assert evaluate(backbone, editor, params, evaluation) == whole
 
 
