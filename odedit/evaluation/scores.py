@@ -29,7 +29,7 @@ from odedit.inputs.batch import RELIABILITY, EditBatch, EditParams, Variant, col
 from odedit.runtime.brief import brief
 from odedit.runtime.budgets import budgets
 from odedit.runtime.gather import gather_positions
-from odedit.runtime.kv_cache import KeyValues
+from odedit.runtime.kv_cache import KVCache
 
 TOP_K = 10
 
@@ -125,8 +125,8 @@ def _before_and_after(
     backbone: Backbone, editor: Editor, params: EditParams, batch: EditBatch, config: EvaluationConfig
 ) -> tuple[_Readout, _Readout]:
     """What the unedited and the edited model say to the probes."""
-    memory = KeyValues() if config.generate else None
-    prefix = backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise, memory=memory)
+    kv_cache = KVCache() if config.generate else None
+    prefix = backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise, kv_cache=kv_cache)
     # Every position of what is compared, and wherever a target's token is predicted, or what follows the last one.
     behind = batch.with_room(int(config.generate), 0, backbone.max_positions)
     num_targets, read_EKT = batch.target_EKT.shape[-1], behind.predict_EKT
@@ -135,7 +135,7 @@ def _before_and_after(
     mask_EKS = mask_EKS.scatter_reduce(-1, read_EKT, behind.target_mask_EKT.int(), "amax").bool()
 
     def read() -> _Readout:
-        own = None if memory is None else memory.branch()
+        own = None if kv_cache is None else kv_cache.branch()
         hidden = backbone.suffix(prefix, None if config.mmedit else read_EKT, own)
         everywhere = _top(backbone, hidden, mask_EKS) if config.mmedit else None
         if everywhere is None:

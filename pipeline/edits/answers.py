@@ -18,7 +18,7 @@ from odedit.evaluation.scores import in_words
 from odedit.inputs.batch import EditParams, Picture, Probe
 from odedit.inputs.prompts import Template, find_template
 from odedit.runtime.addresses import masked
-from odedit.runtime.kv_cache import KeyValues
+from odedit.runtime.kv_cache import KVCache
 
 _PLACEHOLDER = "x"
 
@@ -55,17 +55,17 @@ class Questions:
         ids = [f"question-{number}" for number in range(len(grid))]
         self.batch = backbone.encode(ids, ["rel"], grid, features, template, before)
         self._backbone, self._max_tokens = backbone, tuple(max_tokens)
-        self._memory = KeyValues()
-        self._prefix = backbone.prefix(self.batch, *sites, memory=self._memory)
+        self._kv_cache = KVCache()
+        self._prefix = backbone.prefix(self.batch, *sites, kv_cache=self._kv_cache)
 
     @torch.no_grad()
     def answers(self) -> list[list[int]]:
         """The tokens that the model generates now for each question: to the answer's end and beyond, or its longest."""
-        backbone, memory = self._backbone, self._memory.branch()
+        backbone, kv_cache = self._backbone, self._kv_cache.branch()
         read_EKT = self.batch.with_room(1, 0, backbone.max_positions).predict_EKT
-        first_EKT = backbone.head(backbone.suffix(self._prefix, read_EKT, memory)).argmax(dim=-1)
+        first_EKT = backbone.head(backbone.suffix(self._prefix, read_EKT, kv_cache)).argmax(dim=-1)
         longest = max(self._max_tokens)
-        tokens_EKT = generate(backbone, self.batch, self._prefix, memory, first_EKT, longest)
+        tokens_EKT = generate(backbone, self.batch, self._prefix, kv_cache, first_EKT, longest)
         rows = zip(tokens_EKT[:, 0].tolist(), self._max_tokens, strict=True)
         return [tokens[:count] for tokens, count in rows]
 

@@ -13,11 +13,11 @@ from torch import nn
 
 from odedit import InputError, Picture, Probe, load_backbone
 from odedit.backbones import encode_requests, fingerprint, load_processor
-from odedit.backbones.common import model as multimodal
 from odedit.backbones.common.decoders import LlamaDecoder
 from odedit.backbones.common.generation import LONGEST_REST, NO_TOKEN, generate, until_end
-from odedit.runtime.kv_cache import KeyValues
+from odedit.runtime.kv_cache import KVCache
 from tests.support import reading, tiny_models
+from tests.support.limits import set_limits
 from tests.support.requests import TEMPLATE, make_picture, make_request
 
 
@@ -102,7 +102,7 @@ def test_a_prefix_in_parts_is_that_of_the_whole(model, batch, monkeypatch):
         return part_RSD
 
     monkeypatch.setattr(model, "_layers_below", watched)
-    monkeypatch.setitem(multimodal._POSITIONS_AT_ONCE, "cpu", 2 * batch.tokens_EKS.shape[2])
+    set_limits(monkeypatch, prefix_positions=2 * batch.tokens_EKS.shape[2])
     parts = model.prefix(batch, site).hidden_RSD
     torch.testing.assert_close(parts[real_RS], whole[real_RS], rtol=1e-4, atol=1e-4)
     rows, lengths = zip(*shapes, strict=True)
@@ -124,10 +124,10 @@ def test_padding_and_batch_mates_change_nothing(model, requests, batch):
 @torch.no_grad()
 def test_generated_answers_go_on_behind_the_longest_sequence(model, requests, batch):
     """As token by token with the class's own forward: at the right positions, whatever kind they are."""
-    memory = KeyValues()
-    prefix = model.prefix(batch, "layers.1.ffn.in", memory=memory)
-    first = model.head(model.suffix(prefix, batch.with_room(1, 0, 640).predict_EKT, memory)).argmax(-1)
-    made = generate(model, batch, prefix, memory, first)
+    kv_cache = KVCache()
+    prefix = model.prefix(batch, "layers.1.ffn.in", kv_cache=kv_cache)
+    first = model.head(model.suffix(prefix, batch.with_room(1, 0, 640).predict_EKT, kv_cache)).argmax(-1)
+    made = generate(model, batch, prefix, kv_cache, first)
     lengths_EK = batch.real_EKS.sum(-1)
     longest, at = int(lengths_EK.max()), divmod(int(lengths_EK.argmax()), len(batch.slots))
     beyond = 0
@@ -147,10 +147,10 @@ def test_an_answer_may_fill_the_positions_there_are(model, requests, batch, monk
     """Where the text model takes no position more, the answer is cut off."""
     length = batch.tokens_EKS.shape[-1]
     monkeypatch.setattr(model, "max_positions", length + 2)
-    memory = KeyValues()
-    prefix = model.prefix(batch, "layers.1.ffn.in", memory=memory)
-    first = model.head(model.suffix(prefix, batch.with_room(1, 0, length + 2).predict_EKT, memory)).argmax(-1)
-    made = generate(model, batch, prefix, memory, first)
+    kv_cache = KVCache()
+    prefix = model.prefix(batch, "layers.1.ffn.in", kv_cache=kv_cache)
+    first = model.head(model.suffix(prefix, batch.with_room(1, 0, length + 2).predict_EKT, kv_cache)).argmax(-1)
+    made = generate(model, batch, prefix, kv_cache, first)
     roomy = batch.with_room(LONGEST_REST, 0, length + 2)
     assert torch.equal(made == NO_TOKEN, ~roomy.target_mask_EKT), "no token stands for a place that there is not"
     for row, count in zip(made.flatten(0, 1).tolist(), roomy.target_mask_EKT.sum(-1).flatten().tolist(), strict=True):

@@ -28,7 +28,7 @@ from odedit.backbones.common.generation import LONGEST_REST, NO_TOKEN, generate,
 from odedit.evaluation.scores import is_said, said
 from odedit.evaluation.statistics import MAIN, Estimate, estimate
 from odedit.inputs.batch import Variant, column
-from odedit.runtime.kv_cache import KeyValues
+from odedit.runtime.kv_cache import KVCache
 from tests.support import tiny_models
 from tests.support.limits import set_limits
 from tests.support.requests import TEMPLATE, make_picture, make_request
@@ -95,13 +95,13 @@ def test_generated_answers_equal_token_by_token_decoding_under_edits(backbone, s
         for one in requests[:3]
     ]
     _, evaluation = encode_requests(backbone, short, TEMPLATE)
-    memory, drafted = KeyValues(), {}
+    kv_cache, drafted = KVCache(), {}
     read_EKT = evaluation.with_room(1, 0, backbone.max_positions).predict_EKT
     with torch.no_grad(), editor.applied(backbone, params, evaluation):
-        prefix = backbone.prefix(evaluation, *editor.sites, memory=memory)
-        first = backbone.head(backbone.suffix(prefix, read_EKT, memory)).argmax(-1)
+        prefix = backbone.prefix(evaluation, *editor.sites, kv_cache=kv_cache)
+        first = backbone.head(backbone.suffix(prefix, read_EKT, kv_cache)).argmax(-1)
         for rest in (1, LONGEST_REST):
-            drafted[rest] = generate(backbone, evaluation, prefix, memory.branch(), first, rest)
+            drafted[rest] = generate(backbone, evaluation, prefix, kv_cache.branch(), first, rest)
     lengths = []
     for e, request in enumerate(short):
         for k, name in enumerate(evaluation.slots):
@@ -245,11 +245,11 @@ def test_white_space_in_front_of_an_answer_is_generated_and_not_counted(llama_li
         assert all(row["rel_generated_exact"] == 0.0 for row in rows), "an answer that never ends"
         assert rows[0]["t_loc"] == rows[0]["t_loc_generated"] == 1.0
     monkeypatch.setattr(model, "head", head)
-    memory = KeyValues()
-    prefix = model.prefix(batch, "layers.1.ffn.out", memory=memory)
+    kv_cache = KVCache()
+    prefix = model.prefix(batch, "layers.1.ffn.out", kv_cache=kv_cache)
     read_EKT = batch.with_room(1, 0, model.max_positions).predict_EKT
-    first = head(model.suffix(prefix, read_EKT, memory)).argmax(-1)
-    made = generate(model, batch, prefix, memory, first)
+    first = head(model.suffix(prefix, read_EKT, kv_cache)).argmax(-1)
+    made = generate(model, batch, prefix, kv_cache, first)
     cell = model.sequence(requests[0].edit, TEMPLATE)
     tokens = model.processor.tokenizer("USER: <image>\nQuestion: who? Short answer: ASSISTANT:")["input_ids"]
     at = tokens.index(tiny_models.IMAGE)
