@@ -142,9 +142,9 @@ def test_nothing_is_recorded_without_a_gpu_or_when_switched_off(monkeypatch):
 
 
 def test_a_forgotten_recording_is_the_last(monkeypatch):
-    monkeypatch.setattr(cuda_graphs, "_kept", cuda_graphs._OfThread())
+    monkeypatch.setattr(cuda_graphs, "_state", cuda_graphs._ThreadState())
     assert not cuda_graphs.forget() and cuda_graphs.are_used(torch.device("cuda")), "there was nothing to forget"
-    cuda_graphs._kept.last[torch.device("cuda")] = object()
-    assert cuda_graphs.forget() and not cuda_graphs._kept.last
+    cuda_graphs._state.last[torch.device("cuda")] = object()
+    assert cuda_graphs.forget() and not cuda_graphs._state.last
     assert not cuda_graphs.are_used(torch.device("cuda"))
     assert not cuda_graphs.forget()
