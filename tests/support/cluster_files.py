@@ -1,4 +1,4 @@
-"""The files of `cluster/` that start a cluster, as tests read them."""
+"""Readers of the files in `cluster/` that start a cluster."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CREDENTIALS = (
     "PGPASSWORD",
 )
 NO_METRICS = {"RAY_enable_metrics_collection": "0", "AUTOSCALER_METRIC_PORT": "-1", "DASHBOARD_METRIC_PORT": "-1"}
-"""What keeps Ray from opening its metrics ports, which demand no token."""
+"""Settings that keep Ray from opening its metrics ports, which need no token."""
 MAKE_TOKEN = "(umask 077; ray get-auth-token --generate > /dev/null); chmod 600 ~/.ray/auth_token"
 
 
@@ -57,7 +57,7 @@ def pods(name: str) -> list[dict[str, Any]]:
 
 
 def all_pods(name: str) -> list[dict[str, Any]]:
-    """The templates of a file's nodes, and of the pod that hands in its run."""
+    """The templates of a file's nodes and of the pod that submits its run."""
     submitter = load(name)["spec"].get("submitterPodTemplate")
     return pods(name) + ([submitter] if submitter else [])
 
@@ -74,9 +74,9 @@ def slurm(option: str) -> str:
 def commands(name: str) -> list[str]:
     """The commands that a file shows or runs: indented in comments, between backticks, and in its own settings."""
     content = text(name)
-    found = [line.split("   ")[0].strip() for line in re.findall(r"^# {5}(\S.*)$", content, flags=re.MULTILINE)]
+    lines = [line.split("   ")[0].strip() for line in re.findall(r"^# {5}(\S.*)$", content, flags=re.MULTILINE)]
     for comment in re.findall(r"#.*(?:\n *#.*)*", content):
-        found += re.findall(r"`([^`]+)`", re.sub(r"\n *# ?", " ", comment))
-    found += re.findall(r"entrypoint: (.*)", content)
-    found += [" ".join(json.loads(line)) for line in re.findall(r"^CMD (.*)$", content, flags=re.MULTILINE)]
-    return found
+        lines += re.findall(r"`([^`]+)`", re.sub(r"\n *# ?", " ", comment))
+    lines += re.findall(r"entrypoint: (.*)", content)
+    lines += [" ".join(json.loads(line)) for line in re.findall(r"^CMD (.*)$", content, flags=re.MULTILINE)]
+    return lines

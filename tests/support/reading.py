@@ -1,4 +1,4 @@
-"""Forwards of some positions, against the whole forward."""
+"""Checks that forwards of some positions equal the whole forward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SITES = ("layers.0.attention.q", "layers.0.ffn.in", "layers.-1.attention.q", "la
 
 
 def check(model: Any, batch: EditBatch, site: str, positionwise: bool) -> None:
-    """Whether the last layer leaves the other positions out or not, states and an edit's gradient are the same."""
+    """Checks states and an edit's gradient with and without the last layer's other positions."""
     prefix = model.prefix(batch, site, positionwise=positionwise)
     kept = model.prefix(batch, site, positionwise=positionwise, read_EKT=batch.predict_EKT)
     shift = torch.zeros(model.site(site).weight.shape[0], requires_grad=True)
@@ -30,8 +30,8 @@ def check(model: Any, batch: EditBatch, site: str, positionwise: bool) -> None:
 
     for start, read in ((prefix, None), (prefix, batch.predict_EKT), (kept, batch.predict_EKT)):
         with rewritten({model.site(site): add}):
-            found = model.suffix(start, read)
-        states.append(gather_positions(found, batch.predict_EKT) if read is None else found)
+            hidden = model.suffix(start, read)
+        states.append(gather_positions(hidden, batch.predict_EKT) if read is None else hidden)
         gradients += torch.autograd.grad(states[-1].square().sum(), shift)
     for some in (1, 2):
         torch.testing.assert_close(states[0], states[some], rtol=1e-4, atol=1e-5)
@@ -44,7 +44,7 @@ def check(model: Any, batch: EditBatch, site: str, positionwise: bool) -> None:
 
 @torch.no_grad()
 def check_target_states(model: Any, batch: EditBatch, editor: Editor, params: EditParams) -> None:
-    """Whether the target's positions alone have the states that they have in whole sequences, also under edits."""
+    """Checks that states from the KV cache equal those of whole sequences, under edits too."""
     draft_EKT = batch.target_EKT.flip(0).clamp(min=5)
     at_EKT = torch.where(batch.target_mask_EKT, batch.predict_EKT + 1, 0)
     kept = batch.tokens_EKS.gather(2, at_EKT)

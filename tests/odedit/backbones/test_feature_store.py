@@ -1,4 +1,4 @@
-"""Features that are looked up are those that are computed, whatever becomes of the files."""
+"""Cached and stored features equal computed ones, also with damaged files and failing storage."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEYS = [picture.key for picture in PICTURES]
 
 
 class Counted:
-    """The pictures that a backbone's image tower is run on, one number a call."""
+    """Number of pictures in each call of a backbone's image tower."""
 
     def __init__(self, backbone, monkeypatch):
         self.calls = []
@@ -44,13 +44,13 @@ def equal(one, other) -> bool:
 
 
 def close(one, other) -> bool:
-    """Equal up to rounding: a product's depends on how many pictures there are, on some processors."""
+    """Equal up to rounding, which on some processors depends on the number of pictures."""
     return list(one) == list(other) and all(torch.allclose(one[key], other[key], atol=1e-5) for key in one)
 
 
 def alone(model) -> dict[str, Tensor]:
-    """The features, each computed by itself."""
-    return {key: feature for one in PICTURES for key, feature in model.image_features([one]).items()}
+    """Features of single pictures."""
+    return {key: feature for picture in PICTURES for key, feature in model.image_features([picture]).items()}
 
 
 def refuse(text: str) -> None:
@@ -108,7 +108,7 @@ def test_in_memory_a_picture_is_computed_once_within_the_bytes(backbone, monkeyp
 
 
 def test_features_are_found_only_by_the_model_that_made_them(tmp_path, monkeypatch):
-    """Weights, type, processor and side of the connector each make other files."""
+    """Weights, type, processor and side of the connector each change the files."""
     directory = tiny_models.write("llava", tmp_path / "a")
     other_weights = tiny_models.write("llava", tmp_path / "b", seed=1)
     other_processor = tiny_models.write("llava", tmp_path / "c")
@@ -171,16 +171,16 @@ def test_a_damaged_file_is_computed_again_and_replaced(backbone, store, tmp_path
 
 
 def _write_and_read(root: str, number: int) -> int:
-    """Writes the same features again and again and reads them; returns how often one was there."""
+    """Writes and reads the same features repeatedly; returns the number of features read."""
     store = FeatureStore.at(root, warn=refuse)
     features = {f"picture-{key}": torch.full((64, 32), float(key)) for key in range(8)}
     seen = 0
     for turn in range(12):
         keys = [f"picture-{(key + number + turn) % 8}" for key in range(8)]
-        found = store.read("model/connected", keys)
-        assert all(torch.equal(value, features[key]) for key, value in found.items())
+        read = store.read("model/connected", keys)
+        assert all(torch.equal(value, features[key]) for key, value in read.items())
         store.write("model/connected", {key: features[key] for key in keys}, {"family": "none"})
-        seen += len(found)
+        seen += len(read)
     assert len(store.read("model/connected", features)) == 8
     return seen
 
@@ -195,8 +195,8 @@ def test_writers_of_the_same_pictures_do_not_disturb_each_other(tmp_path):
 
 
 def test_a_store_that_fails_costs_a_warning_and_nothing_else(backbone, tmp_path, monkeypatch):
-    told: list[str] = []
-    store = FeatureStore.at(str(tmp_path / "store"), warn=told.append)
+    warnings: list[str] = []
+    store = FeatureStore.at(str(tmp_path / "store"), warn=warnings.append)
     expected = with_feature_cache(backbone, store).image_features(PICTURES)
     (folder,) = (tmp_path / "store").iterdir()
     folder.rename(tmp_path / "aside")
@@ -204,8 +204,8 @@ def test_a_store_that_fails_costs_a_warning_and_nothing_else(backbone, tmp_path,
     model = with_feature_cache(backbone, store, cache_bytes=0)
     for _ in range(2):
         assert equal(model.image_features(PICTURES), expected)
-    assert len(told) == 2 and "cannot be read" in told[0] and "cannot be written" in told[1]
-    assert all(repr(str(tmp_path / "store")) in text and text.endswith("nothing else.") for text in told)
+    assert len(warnings) == 2 and "cannot be read" in warnings[0] and "cannot be written" in warnings[1]
+    assert all(repr(str(tmp_path / "store")) in text and text.endswith("nothing else.") for text in warnings)
 
     folder.unlink()
     counted = Counted(backbone, monkeypatch)
@@ -215,7 +215,7 @@ def test_a_store_that_fails_costs_a_warning_and_nothing_else(backbone, tmp_path,
     monkeypatch.setattr(feature_store.time, "monotonic", lambda: clock() + 61)
     for _ in range(2):
         assert equal(model.image_features(PICTURES), expected)
-    assert counted.calls == [5, 5] and len(told) == 2
+    assert counted.calls == [5, 5] and len(warnings) == 2
 
 
 def test_features_go_through_any_file_system(backbone, tmp_path, monkeypatch):
@@ -232,10 +232,10 @@ def test_a_client_with_errors_of_its_own_costs_no_edit(backbone):
         def __getattr__(self, name):
             raise LookupError("no credentials for KEY in s3://me:secret@bucket")
 
-    told: list[str] = []
-    store = FeatureStore(Location("s3://bucket/x", Broken(), "bucket/x"), told.append)
+    warnings: list[str] = []
+    store = FeatureStore(Location("s3://bucket/x", Broken(), "bucket/x"), warnings.append)
     assert equal(with_feature_cache(backbone, store).image_features(PICTURES), backbone.image_features(PICTURES))
-    assert len(told) == 2 and "secret" not in "".join(told)
+    assert len(warnings) == 2 and "secret" not in "".join(warnings)
 
 
 def test_an_address_names_a_store_too(backbone, tmp_path, monkeypatch):
@@ -251,7 +251,7 @@ def test_an_address_names_a_store_too(backbone, tmp_path, monkeypatch):
         ("{file}", "is or lies under a file, expected a folder"),
         ("{file}/below/it", "is or lies under a file, expected a folder"),
         ("file://{file}", "is or lies under a file, expected a folder"),
-        ("gopher://me:secret@place/features", "cannot use the address 'gopher://***@place/features'"),
+        ("gopher://me:secret@bucket/features", "cannot use the address 'gopher://***@bucket/features'"),
         ("", "got an empty path"),
     ],
 )
