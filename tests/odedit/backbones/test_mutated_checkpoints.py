@@ -1,4 +1,4 @@
-"""Checkpoints with one mutation: `--dry-run` reports it in one sentence, or the model computes exactly the same.
+"""Checkpoints with one mutation: `--dry-run` reports it in one sentence, or the model computes exactly the same."""
 
 from __future__ import annotations
 
