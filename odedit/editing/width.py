@@ -16,19 +16,12 @@ from odedit.backbones.base import Backbone, Prefix
 from odedit.editors.base import Editor
 from odedit.inputs.batch import EDIT, REPHRASE, EditBatch, EditParams, is_locality
 from odedit.objectives.base import Objective
+from odedit.runtime.budgets import budgets
 
 _SAVED_PER_LAYER = 12
 """Values saved for backward per layer and position, in units of the hidden size (norm inputs, q, k, v, attention
 output, FFN activations).
 """
-_SLACK = {"cpu": 2**22, "cuda": 2**26}
-"""Acceptable number of values saved beyond those of the native loss."""
-_SLACK_OF_HEAD = {"cpu": 2**23, "cuda": 2**26}
-"""`_SLACK` for steps that are mostly products with the head: on a CPU few rows are bound by loading its weights."""
-_GRAPH_WEIGHTS = {"cpu": 2**22, "cuda": 2**28}
-"""Largest batch of edits, in weights, for which a CUDA graph may double a step's buffers."""
-_ENOUGH_FLOPS = {"cpu": 8e9, "cuda": 4e12}
-"""FLOPs of a step above which its fixed overhead is negligible."""
 _LAYERS_PER_OVERHEAD = 10
 """Layers and tensors whose kernel launches take as long as the rest of a step's fixed overhead."""
 
@@ -41,13 +34,13 @@ def width_like_native(
     It is larger where so few edits would be too little work. The estimate reads shapes only, so the same batch always
     has the same width.
     """
-    device, num_edits = batch.tokens_EKS.device.type, batch.num_edits
+    limits, num_edits = budgets(batch.tokens_EKS.device), batch.num_edits
     saved_per_edit = _saved(backbone, editor, objective, batch, prefix)
     native = objectives.Objective(objectives.ObjectiveConfig("native"))
     native_total = num_edits * _saved(backbone, editor, native, batch, prefix)
-    slack = _SLACK_OF_HEAD if _runs_only_read_positions(backbone, editor, objective.read(batch), prefix) else _SLACK
-    budget = native_total + slack.get(device, slack["cuda"])
-    enough_work = math.ceil(_ENOUGH_FLOPS.get(device, _ENOUGH_FLOPS["cuda"]) / _flops(backbone, saved_per_edit))
+    runs_only_read = _runs_only_read_positions(backbone, editor, objective.read(batch), prefix)
+    budget = native_total + (limits.slack_head_values if runs_only_read else limits.slack_values)
+    enough_work = math.ceil(limits.busy_flops / _flops(backbone, saved_per_edit))
     width = min(num_edits, max(1, budget // saved_per_edit, enough_work))
     return math.ceil(num_edits / math.ceil(num_edits / width))
 
@@ -59,12 +52,12 @@ def is_small(
 
     The overhead grows with the number of layers and of updated tensors, which each launch their own kernels.
     """
-    device = batch.tokens_EKS.device.type
+    limits = budgets(batch.tokens_EKS.device)
     saved = batch.num_edits * _saved(backbone, editor, objective, batch, prefix)
     overhead = 1 + (backbone.num_layers - prefix.layer + len(params)) / _LAYERS_PER_OVERHEAD
-    is_little_work = _flops(backbone, saved) < overhead * _ENOUGH_FLOPS.get(device, _ENOUGH_FLOPS["cuda"])
+    is_little_work = _flops(backbone, saved) < overhead * limits.busy_flops
     num_weights = sum(value.numel() for value in params.values())
-    return is_little_work and num_weights < _GRAPH_WEIGHTS.get(device, _GRAPH_WEIGHTS["cuda"])
+    return is_little_work and num_weights < limits.graph_weights
 
 
 def _flops(backbone: Backbone, saved: int) -> int:

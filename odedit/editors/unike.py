@@ -55,7 +55,7 @@ from odedit.editors.common.weights import check_tensors, load_weights
 from odedit.errors import InputError
 from odedit.inputs.batch import EDIT, REPHRASE, REPHRASE_SLOTS, EditBatch, EditParams
 from odedit.runtime.gather import gather_positions
-from odedit.runtime.kv_cache import KeyValues
+from odedit.runtime.kv_cache import KVCache
 
 KEYS, BIAS, VALUES, MEMORY = "keys", "bias", "values", "memory"
 SEMANTIC, TRUTH, ZETA, BACK = "semantic", "truth", "zeta", "back"
@@ -324,10 +324,10 @@ class Unike(Plain):
 
     def _with_old_answer(self, backbone: Backbone, edit: EditBatch) -> EditBatch:
         """The same prompts, continued by what the unedited model generates."""
-        memory = KeyValues()
-        prefix = backbone.prefix(edit, *self.sites, positionwise=True, memory=memory)
-        first_choice_EKT = backbone.head(backbone.suffix(prefix, edit.predict_EKT, memory)).argmax(dim=-1)
-        answer_EKT = greedy(backbone, edit, prefix, memory, first_choice_EKT)
+        kv_cache = KVCache()
+        prefix = backbone.prefix(edit, *self.sites, positionwise=True, kv_cache=kv_cache)
+        first_choice_EKT = backbone.head(backbone.suffix(prefix, edit.predict_EKT, kv_cache)).argmax(dim=-1)
+        answer_EKT = greedy(backbone, edit, prefix, kv_cache, first_choice_EKT)
         # Position 0 is never a target's; it takes what the mask leaves out and is then restored.
         tokens_EKS = edit.tokens_EKS.scatter(2, (edit.predict_EKT + 1) * edit.target_mask_EKT, answer_EKT)
         tokens_EKS[..., 0] = edit.tokens_EKS[..., 0]

@@ -34,7 +34,7 @@ from odedit.backbones.base import Backbone, Prefix
 from odedit.editors.base import OptimizerSettings, Plain, Trace, check_range, fitting_site
 from odedit.editors.common.hooks import rewritten
 from odedit.inputs.batch import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_locality
-from odedit.runtime.gather import places_of, spread
+from odedit.runtime.gather import inverse_index, spread
 
 ROWS, INPUTS, THERE = "side_rows", "side_inputs", "side_there"
 LIVE = "side_live"
@@ -362,7 +362,7 @@ def _live_entries(shape: tuple[int, ...], columns: bool, ratio: float, seed: int
 @lru_cache(maxsize=4)
 def _live_places(shape: tuple[int, ...], columns: bool, ratio: float, seed: int, device: str) -> Tensor:
     """The inverse, four bytes an entry."""
-    return places_of(_live_entries(shape, columns, ratio, seed, device), math.prod(shape)).int()
+    return inverse_index(_live_entries(shape, columns, ratio, seed, device), math.prod(shape)).int()
 
 
 EDITOR = Wise

@@ -28,16 +28,11 @@ from odedit.editors.base import Editor
 from odedit.evaluation.columns import ANSWER_COLUMNS, BEFORE, FAR, LOCALITY_COLUMNS, Answer, column, groups
 from odedit.inputs.batch import RELIABILITY, EditBatch, EditParams, is_locality
 from odedit.runtime.brief import brief
+from odedit.runtime.budgets import budgets
 from odedit.runtime.gather import gather_positions
-from odedit.runtime.kv_cache import KeyValues
+from odedit.runtime.kv_cache import KVCache
 
 TOP_K = 10
-_LOGITS_AT_ONCE = {"cpu": 3 * 2**21, "cuda": 2**26}
-"""Logits per product with the head: enough rows for a fast one. On a CPU a larger result is allocated anew each time,
-and its page faults take longer than the product.
-"""
-_VALUES_AT_ONCE = {"cpu": 2**21}
-"""Values of one hidden state of the batch: more of them leave the CPU's cache between two layers."""
 
 Row = dict[str, float | str | None]
 
@@ -135,8 +130,8 @@ def _before_and_after(
     backbone: Backbone, editor: Editor, params: EditParams, batch: EditBatch, config: EvaluationConfig
 ) -> tuple[_Readout, _Readout]:
     """Answers of the unedited and of the edited model."""
-    kv_cache = KeyValues() if config.generate else None
-    prefix = backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise, memory=kv_cache)
+    kv_cache = KVCache() if config.generate else None
+    prefix = backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise, kv_cache=kv_cache)
     # The head reads all positions of locality probes, and those that predict a target token or the token after it.
     behind = batch.with_room(int(config.generate), 0, backbone.max_positions)
     num_targets, read_EKT = batch.target_EKT.shape[-1], behind.predict_EKT
@@ -161,7 +156,7 @@ def _before_and_after(
 
 
 def _edits_at_once(backbone: Backbone, batch: EditBatch) -> int:
-    most = _VALUES_AT_ONCE.get(batch.tokens_EKS.device.type)
+    most = budgets(batch.tokens_EKS.device).evaluated_values
     if most is None:
         return batch.num_edits
     return max(1, most // (batch.tokens_EKS[0].numel() * backbone.hidden_size))
@@ -177,7 +172,7 @@ def _top(backbone: Backbone, hidden: Tensor, mask: Tensor) -> Tensor:
     """First choices `(..., TOP_K)` at the positions of the mask, zeros elsewhere."""
     states_MD = hidden[mask]
     # Logits of all positions would not fit into memory with a large vocabulary.
-    at_once = _LOGITS_AT_ONCE.get(hidden.device.type, _LOGITS_AT_ONCE["cuda"]) // backbone.vocabulary_size
+    at_once = budgets(hidden.device).evaluated_logits // backbone.vocabulary_size
     parts = [backbone.head(part).topk(TOP_K, dim=-1).indices for part in states_MD.split(max(1, at_once))]
     top = torch.zeros(*mask.shape, TOP_K, dtype=torch.long, device=hidden.device)
     top[mask] = torch.cat(parts) if parts else top[mask]

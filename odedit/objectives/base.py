@@ -36,13 +36,12 @@ from odedit.objectives.common.terms import (
 from odedit.risks import risks
 from odedit.risks.risks import Risk
 from odedit.risks.tokens import KL, NLL, TokenRisk, Tokens, kl_of_states, token_risks
+from odedit.runtime.budgets import budgets
 from odedit.runtime.gather import gather_positions
 
 Positions = Literal["target", "text"]
 _TOKENS_KEPT = 1024
 """Largest number of tokens whose unedited distributions over the vocabulary stay in memory between steps."""
-_VALUES_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}
-"""Logits per product with the head where they are not stored: enough rows for a fast product."""
 
 
 def require(name: str, got: object, ok: bool, allowed: str) -> None:
@@ -404,4 +403,4 @@ class Objective:
 
 def rows_at_once(backbone: Backbone, device: torch.device) -> int:
     """Rows of logits per product with the head where they are not stored."""
-    return max(1, _VALUES_AT_ONCE.get(device.type, _VALUES_AT_ONCE["cuda"]) // backbone.vocabulary_size)
+    return max(1, budgets(device).objective_logits // backbone.vocabulary_size)

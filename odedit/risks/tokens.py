@@ -16,10 +16,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-Direction = Literal["edited_first", "base_first"]
+from odedit.runtime.budgets import budgets
 
-_VALUES_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
-"""Logits of the rows that are worked on together: about half of a core's cache, or enough to keep a GPU busy."""
+Direction = Literal["edited_first", "base_first"]
 
 _DIFFERENTIABLE_ONCE = "risks are differentiable once; their scale gradient is there without create_graph."
 
@@ -275,7 +274,7 @@ class _Rows(torch.autograd.Function):
 
 def _parts(logits_MV: Tensor, kinds: Sequence[TokenRisk]) -> Iterator[tuple[TokenRisk, slice, slice]]:
     """A few rows of one kind at a time: where they are among all, and among those of the kind."""
-    size = max(1, _VALUES_AT_ONCE.get(logits_MV.device.type, _VALUES_AT_ONCE["cuda"]) // logits_MV.shape[1])
+    size = max(1, budgets(logits_MV.device).risk_logits // logits_MV.shape[1])
     first = 0
     for kind in kinds:
         for start in range(0, kind.num_tokens, size):

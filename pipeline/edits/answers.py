@@ -18,7 +18,7 @@ from odedit.evaluation.scores import in_words
 from odedit.inputs.batch import EditParams, Picture, Probe
 from odedit.inputs.prompts import Template, find_template
 from odedit.runtime.addresses import masked
-from odedit.runtime.kv_cache import KeyValues
+from odedit.runtime.kv_cache import KVCache
 
 _PLACEHOLDER = "x"
 
@@ -55,8 +55,8 @@ class Questions:
         ids = [f"question-{number}" for number in range(len(grid))]
         self.batch = backbone.encode(ids, ["rel"], grid, features, template, before)
         self._backbone, self._max_tokens = backbone, tuple(max_tokens)
-        self._kv_cache = KeyValues()
-        self._prefix = backbone.prefix(self.batch, *sites, memory=self._kv_cache)
+        self._kv_cache = KVCache()
+        self._prefix = backbone.prefix(self.batch, *sites, kv_cache=self._kv_cache)
 
     @torch.no_grad()
     def answers(self) -> list[list[int]]:

@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 
 from odedit.backbones import Backbone, load_backbone
-from odedit.backbones.common.feature_memory import remembering
+from odedit.backbones.common.feature_cache import with_feature_cache
 from odedit.backbones.common.feature_store import FeatureStore, Warn
 from pipeline.config.run import BackboneConfig, RunConfig
 
@@ -31,7 +31,7 @@ def warn_anew(backbone: Backbone, warn: Warn) -> None:
     """For the next run of a worker, which has files of its own."""
     store = getattr(backbone, "store", None)
     if store is not None:
-        store.tell(warn)
+        store.warn_through(warn)
 
 
 def load_remembering(backbone: BackboneConfig, device: str, store: str | None, warn: Warn) -> Backbone:
@@ -44,4 +44,4 @@ def load_remembering(backbone: BackboneConfig, device: str, store: str | None, w
     # The run was not begun before the store had answered: a refusal now is one that passes.
     opened = None if store is None else FeatureStore.at(store, SETTING, warn, must_answer=False)
     loaded = load_backbone(backbone.family, backbone.checkpoint, dtype=backbone.dtype, device=device)
-    return remembering(loaded, opened)
+    return with_feature_cache(loaded, opened)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 
-from odedit.backbones.base import Backbone, Processor, is_connector
+from odedit.backbones import PretrainedProcessor
+from odedit.backbones.base import Backbone, is_connector
 from odedit.data.fields import image_reference
 from odedit.data.images import ImageError
 from odedit.data.negatives import NegativePool
@@ -39,7 +40,7 @@ def negative_pool(
     return NegativePool(features, config.num_negatives)
 
 
-def _pictures(pool: Pool, processor: Processor) -> Iterator[Picture]:
+def _pictures(pool: Pool, processor: PretrainedProcessor) -> Iterator[Picture]:
     """Each picture of an edit of the pool that can be read, once."""
     seen = set()
     for record in pool.records:

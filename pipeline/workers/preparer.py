@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from odedit.backbones import Processor, load_processor
+from odedit.backbones import PretrainedProcessor, load_processor
 from odedit.data.images import ImageError
 from odedit.data.records import RawRecord
 from odedit.data.supervision import build_request
@@ -124,7 +124,7 @@ class Preparer:
                 problems.append(located(record, str(error)))
 
 
-def process(request: EditRequest, processor: Processor, shared: dict[str, Picture]) -> EditRequest:
+def process(request: EditRequest, processor: PretrainedProcessor, shared: dict[str, Picture]) -> EditRequest:
     """The request with each distinct picture as the model takes it; equal pictures are one object."""
 
     def processed(probe: Probe) -> Probe:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from odedit.inputs.batch import EditRequest
-from odedit.runtime.lru import Recent
+from odedit.runtime.lru import LRU
 
 MAX_BYTES = 512 * 2**20
 
@@ -14,7 +14,7 @@ class RequestCache:
     """Keeps the requests used last, up to so many bytes of pictures."""
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
-        self._kept: Recent[EditRequest] = Recent(max_bytes)
+        self._kept: LRU[EditRequest] = LRU(max_bytes)
 
     def get(self, key: Hashable) -> EditRequest | None:
         """The request kept under that key."""

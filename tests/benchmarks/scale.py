@@ -161,7 +161,7 @@ def bare_loop(values: dict[str, Any]) -> tuple[Any, list[Any], Any]:
     """
     from odedit import editors
     from odedit.backbones import encode_requests, load_backbone
-    from odedit.backbones.common.feature_memory import remembering
+    from odedit.backbones.common.feature_cache import with_feature_cache
     from odedit.editing.loop import edit
     from odedit.evaluation.scores import evaluate
     from odedit.inputs.batch import stack_params
@@ -180,7 +180,7 @@ def bare_loop(values: dict[str, Any]) -> tuple[Any, list[Any], Any]:
     preparer = Preparer(job)
     groups = [preparer(group) for group in range(len(prepared.staged.usable))]
     # As in a worker, features of repeated pictures are cached.
-    backbone = remembering(load_backbone(config.backbone.family, config.backbone.checkpoint))
+    backbone = with_feature_cache(load_backbone(config.backbone.family, config.backbone.checkpoint))
     editor = editors.find(config.editor.name)(config.editor.settings)
     objective, template = Objective(config.objective.settings), find_template(config.data.template)
 

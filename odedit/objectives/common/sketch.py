@@ -12,12 +12,11 @@ from torch.nn import functional
 
 from odedit.inputs.batch import EditParams
 from odedit.risks.risks import upcast
+from odedit.runtime.budgets import budgets
 
 MAX_SKETCH_DIM = 2**14
 """Bound of the number of buckets: an int16 stores a bucket index, or an index in a block, and a sign."""
 
-_SKETCHED_AT_ONCE = {"cpu": 2**18, "cuda": 2**24}
-"""Weights summed per kernel call: few enough for a CPU cache, many enough to occupy a GPU."""
 _NORM_FLOOR = 1e-12
 
 
@@ -148,7 +147,7 @@ class _BucketSum(torch.autograd.Function):
 def _parts(x_EN: Tensor, hash: _Hash) -> Iterator[tuple[slice, slice]]:
     """Slice of weights and slice of blocks of each part."""
     num_blocks, dim = hash.weight_BP.shape
-    at_once = _SKETCHED_AT_ONCE.get(x_EN.device.type, _SKETCHED_AT_ONCE["cuda"])
+    at_once = budgets(x_EN.device).sketched_weights
     step = max(1, at_once // (dim * len(x_EN)))
     for start in range(0, num_blocks, step):
         yield slice(start * dim, (start + step) * dim), slice(start, start + step)

@@ -9,6 +9,7 @@ import pytest
 from odedit import Objective, ObjectiveConfig, Stopping, calibrate, edit, encode_requests
 from odedit.editing import loop, width
 from odedit.runtime.peak_memory import peak_memory
+from tests.support.limits import set_limits
 from tests.support.requests import TEMPLATE
 from tests.support.small_editors import ready_editor
 
@@ -22,9 +23,7 @@ def objectives(backbone, requests_8):
 @pytest.fixture
 def no_slack(monkeypatch):
     """A small model is treated like one whose memory matters."""
-    monkeypatch.setitem(width._SLACK, "cpu", 0)
-    monkeypatch.setitem(width._SLACK_OF_HEAD, "cpu", 0)
-    monkeypatch.setitem(width._ENOUGH_FLOPS, "cpu", 0)
+    set_limits(monkeypatch, slack_values=0, slack_head_values=0, busy_flops=0)
 
 
 # Without T-Patcher and UniKE: on so small a model their native loss needs less than one edit under ODEdit.

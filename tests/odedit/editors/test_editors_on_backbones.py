@@ -121,7 +121,7 @@ def test_phi_0_is_neutral_as_declared(pair):
 
 
 def test_positions_behind_a_prompt_are_those_of_the_whole(pair):
-    reading.check_behind(pair.model, pair.evaluation, pair.editor, pair.edited["native"])
+    reading.check_target_states(pair.model, pair.evaluation, pair.editor, pair.edited["native"])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -25,11 +25,12 @@ from odedit import (
 )
 from odedit.backbones.base import ends_of
 from odedit.backbones.common.generation import LONGEST_REST, NO_TOKEN, generate, until_end
-from odedit.evaluation import columns, scores
+from odedit.evaluation import columns
 from odedit.evaluation.scores import is_said, said
 from odedit.evaluation.statistics import MAIN, Estimate, estimate
-from odedit.runtime.kv_cache import KeyValues
+from odedit.runtime.kv_cache import KVCache
 from tests.support import tiny_models
+from tests.support.limits import set_limits
 from tests.support.requests import TEMPLATE, make_picture, make_request
 
 
@@ -92,10 +93,10 @@ def test_generated_answers_equal_token_by_token_decoding_under_edits(backbone, s
         for request in requests[:3]
     ]
     _, evaluation = encode_requests(backbone, short, TEMPLATE)
-    kv_cache, drafted = KeyValues(), {}
+    kv_cache, drafted = KVCache(), {}
     read_EKT = evaluation.with_room(1, 0, backbone.max_positions).predict_EKT
     with torch.no_grad(), editor.applied(backbone, params, evaluation):
-        prefix = backbone.prefix(evaluation, *editor.sites, memory=kv_cache)
+        prefix = backbone.prefix(evaluation, *editor.sites, kv_cache=kv_cache)
         first = backbone.head(backbone.suffix(prefix, read_EKT, kv_cache)).argmax(-1)
         for rest in (1, LONGEST_REST):
             drafted[rest] = generate(backbone, evaluation, prefix, kv_cache.branch(), first, rest)
@@ -244,8 +245,8 @@ def test_white_space_in_front_of_an_answer_is_generated_and_not_counted(llama_li
         assert all(row["rel_generated_exact"] == 0.0 for row in rows), "an answer that never ends"
         assert rows[0]["t_loc"] == rows[0]["t_loc_generated"] == 1.0
     monkeypatch.setattr(model, "head", head)
-    kv_cache = KeyValues()
-    prefix = model.prefix(batch, "layers.1.ffn.out", memory=kv_cache)
+    kv_cache = KVCache()
+    prefix = model.prefix(batch, "layers.1.ffn.out", kv_cache=kv_cache)
     read_EKT = batch.with_room(1, 0, model.max_positions).predict_EKT
     first = head(model.suffix(prefix, read_EKT, kv_cache)).argmax(-1)
     made = generate(model, batch, prefix, kv_cache, first)
@@ -266,8 +267,7 @@ def test_an_evaluation_in_parts_is_that_of_the_whole(backbone, scored, monkeypat
     whole = evaluate(backbone, editor, params, evaluation)
     of_two = 2 * evaluation.tokens_EKS[0].numel() * backbone.hidden_size
     assert evaluation.num_edits > 2
-    monkeypatch.setitem(scores._VALUES_AT_ONCE, "cpu", of_two)
-    monkeypatch.setitem(scores._LOGITS_AT_ONCE, "cpu", 3 * backbone.vocabulary_size)
+    set_limits(monkeypatch, evaluated_values=of_two, evaluated_logits=3 * backbone.vocabulary_size)
     assert evaluate(backbone, editor, params, evaluation) == whole
 
 

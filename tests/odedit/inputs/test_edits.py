@@ -1,4 +1,4 @@
-"""Names of slots and probes: which of them measure locality, and which a record may use."""
+"""Names of slots and probes, and batches split by length."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from odedit.inputs.batch import (
 from tests.support.requests import TEMPLATE
 
 
-def test_locality_is_told_by_the_kind_not_by_how_the_detail_begins():
+def test_locality_depends_on_the_kind_not_on_the_detail():
     for name in ("t_loc", "m_loc", "m_loc_near", "own_loc_x", *LOCALITY_SLOTS):
         assert is_locality(name), name
     for name in ("edit", "rel", "t_gen", "m_gen_far", "t_gen_location", "t_gen_loc", "local_gen", *REPHRASE_SLOTS):
@@ -34,15 +34,15 @@ def test_the_edit_itself_is_no_probe_of_a_request():
         ([7], [[0]]),
         ([56, 52, 24, 45], [[0, 1, 3], [2]]),
         ([56, 20, 24, 56, 22], [[0, 3], [1, 2, 4]]),
-        ([56, 53, 56, 56], [[0, 1, 2, 3]]),  # too little is spared
+        ([56, 53, 56, 56], [[0, 1, 2, 3]]),  # too little is saved
         ([30, 30, 30], [[0, 1, 2]]),
     ],
 )
-def test_short_sequences_run_apart_where_it_spares_enough(lengths, expected):
+def test_short_sequences_are_split_off_if_that_saves_enough(lengths, expected):
     assert by_length(lengths) == expected
 
 
-def test_short_sequences_run_apart_where_it_spares_as_much_as_is_asked():
+def test_a_split_must_save_the_required_positions():
     assert by_length([56, 24, 50], at_least=26) == [[0, 2], [1]]
     assert by_length([56, 24, 50], at_least=33) == [[0, 1, 2]]
 

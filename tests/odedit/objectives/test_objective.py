@@ -7,8 +7,8 @@ import torch
 
 from odedit import Objective, ObjectiveConfig, calibrate, load_editor
 from odedit.inputs.batch import EDIT, LOCALITY_SLOTS, SUPERVISION_SLOTS
-from odedit.objectives.base import _VALUES_AT_ONCE
 from odedit.runtime.gather import gather_positions
+from tests.support.limits import set_limits
 from tests.support.requests import TEMPLATE
 
 
@@ -92,7 +92,7 @@ def test_more_tokens_than_fit_at_once_have_the_same_risk_and_gradient(backbone, 
     w = torch.ones(8, requires_grad=True)
     at_once = terms_at(backbone, forward, ObjectiveConfig(), w)
     monkeypatch.setattr("odedit.objectives.base._TOKENS_KEPT", 3)
-    monkeypatch.setitem(_VALUES_AT_ONCE, "cpu", 3 * backbone.vocabulary_size)
+    set_limits(monkeypatch, objective_logits=3 * backbone.vocabulary_size)
     in_parts = terms_at(backbone, forward, ObjectiveConfig(), w)
     torch.testing.assert_close(in_parts.risks["loc"], at_once.risks["loc"])
     for read in (lambda terms: terms.risks["loc"], lambda terms: terms.penalty):

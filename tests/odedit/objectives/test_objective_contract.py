@@ -25,6 +25,7 @@ from odedit.objectives.common.terms import TERMS, Terms
 from odedit.runtime.gather import gather_positions
 from odedit.training.loop import train
 from odedit.training.records import EncodedRequests
+from tests.support.limits import set_limits
 from tests.support.requests import TEMPLATE, make_pool, make_request
 
 OUTSIDE = "outside.norm"
@@ -203,7 +204,7 @@ def test_the_unedited_model_is_the_same_kept_or_computed_anew(backbone, editor, 
     params = params_of(backbone, editor, supervision)
     kept = terms_of(backbone, editor, objective, supervision, params)
     monkeypatch.setattr(base, "_TOKENS_KEPT", 0)
-    monkeypatch.setitem(base._VALUES_AT_ONCE, "cpu", 3 * backbone.vocabulary_size)
+    set_limits(monkeypatch, objective_logits=3 * backbone.vocabulary_size)
     anew = terms_of(backbone, editor, objective, supervision, params)
     for name, value in kept.risks.items():
         torch.testing.assert_close(anew.risks[name], value, rtol=1e-4, atol=1e-6)

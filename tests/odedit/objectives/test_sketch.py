@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from odedit.inputs.batch import EditParams
-from odedit.objectives.common import sketch as sketch_module
 from odedit.objectives.common.multiplier import flat_input
 from odedit.objectives.common.sketch import MAX_SKETCH_DIM, CountSketch
+from tests.support.limits import set_limits
 
 E = 3
 SIZES = {"weight": 40, "bias": 7}
@@ -82,7 +82,7 @@ def test_sketch_in_chunks_equals_sketch_at_once(monkeypatch: pytest.MonkeyPatch)
     delta["weight"].requires_grad_()
     at_once = sketch(delta)
     (gradient,) = torch.autograd.grad(at_once.square().sum(), delta["weight"])
-    monkeypatch.setitem(sketch_module._SKETCHED_AT_ONCE, "cpu", 6)
+    set_limits(monkeypatch, sketched_weights=6)
     in_chunks = sketch(delta)
     torch.testing.assert_close(in_chunks, at_once)
     torch.testing.assert_close(torch.autograd.grad(in_chunks.square().sum(), delta["weight"])[0], gradient)

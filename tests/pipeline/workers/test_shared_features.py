@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from odedit.backbones.common.qformer import QFormerModel
+from odedit.backbones.common.qformer import QFormerBackbone
 from odedit.errors import InputError
 from pipeline.config.run import from_dict
 from pipeline.driver.preflight import prepare
@@ -32,14 +32,14 @@ NUM_PICTURES = (
 def towered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of pictures of every call of the image tower, the check of a model without weights left out."""
     calls: list[int] = []
-    original = QFormerModel.tower
+    original = QFormerBackbone.tower
 
-    def tower(self: QFormerModel, pixels: torch.Tensor) -> torch.Tensor:
+    def tower(self: QFormerBackbone, pixels: torch.Tensor) -> torch.Tensor:
         if not pixels.is_meta:
             calls.append(len(pixels))
         return original(self, pixels)
 
-    monkeypatch.setattr(QFormerModel, "tower", tower)
+    monkeypatch.setattr(QFormerBackbone, "tower", tower)
     return calls
 
 
