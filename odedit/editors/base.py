@@ -283,9 +283,3 @@ def fitting_site(site: str, num_layers: int) -> str:
     from_end = match[1].startswith("-")
     depth = (int(match[1]) % PUBLISHED_LAYERS + 0.5) / PUBLISHED_LAYERS
     return f"layers.{int(depth * num_layers) - from_end * num_layers}.{match[2]}"
-
-
-def check_range(name: str, value: float, allowed: str, ok: Callable[[float], bool]) -> None:
-    """Raises ValueError with the setting, what was got and what is allowed."""
-    if not ok(value):
-        raise ValueError(f"{name}: got {value}, expected {allowed}.")

@@ -7,7 +7,9 @@ References:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from annotated_types import Gt
 
 from odedit.editors.common.fine_tuning import FineTuningConfig, WeightDifferences
 
@@ -26,7 +28,7 @@ class FTLConfig(FineTuningConfig):
     """
 
     sites: tuple[str, ...] = ("layers.-1.ffn.in", "layers.-1.ffn.out")
-    learning_rate: float = 2e-4
+    learning_rate: Annotated[float, Gt(0)] = 2e-4
 
 
 class FTL(WeightDifferences):

@@ -14,7 +14,9 @@ million differences: 0.4 GB, and three times that with the optimiser's moments. 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from annotated_types import Gt
 
 from odedit.backbones.base import is_connector
 from odedit.editors.common.fine_tuning import FineTuningConfig, WeightDifferences
@@ -33,7 +35,7 @@ class FTVConfig(FineTuningConfig):
     """
 
     sites: tuple[str, ...] = ("connector.*",)
-    learning_rate: float = 2e-4
+    learning_rate: Annotated[float, Gt(0)] = 2e-4
 
     def __post_init__(self) -> None:
         super().__post_init__()

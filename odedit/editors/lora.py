@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix
-from odedit.editors.base import check_range
 from odedit.editors.common.fine_tuning import FineTuning, FineTuningConfig, resolve
 from odedit.inputs.batch import EditBatch, EditParams
 
@@ -40,16 +40,11 @@ class LoRAConfig(FineTuningConfig):
     """
 
     sites: tuple[str, ...] = ("layers.*.attention.q", "layers.*.attention.v")
-    learning_rate: float = 1e-3
-    max_steps: int = 50
-    rank: int = 8
-    alpha: float = 16.0
+    learning_rate: Annotated[float, Gt(0)] = 1e-3
+    max_steps: Annotated[int, Ge(1)] = 50
+    rank: Annotated[int, Ge(1)] = 8
+    alpha: Annotated[float, Gt(0)] = 16.0
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("rank", self.rank, ">= 1", lambda v: v >= 1)
-        check_range("alpha", self.alpha, "> 0", lambda v: v > 0)
 
 
 class LoRA(FineTuning):

@@ -19,9 +19,10 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from odedit.backbones.base import Backbone, Prefix
@@ -30,7 +31,6 @@ from odedit.editors.base import (
     Plain,
     Trace,
     TrainingSettings,
-    check_range,
     fitting_site,
     prefix_of_edit,
 )
@@ -39,6 +39,7 @@ from odedit.editors.common.weights import check_tensors, load_weights
 from odedit.errors import InputError
 from odedit.inputs.batch import EDIT, LOCALITY_SLOTS, REPHRASE_SLOTS, EditBatch, EditParams
 from odedit.risks import risks
+from odedit.settings import Settings
 
 _SMALLEST_DEVIATION = 0.1
 """Of the root mean square of all features' deviations."""
@@ -47,7 +48,7 @@ _RATE = "rate"
 
 
 @dataclass(frozen=True)
-class MENDConfig:
+class MENDConfig(Settings):
     """Settings of MEND; the defaults are those published for BLIP2-OPT.
 
     Attributes:
@@ -74,34 +75,27 @@ class MENDConfig:
         "layers.-3.ffn.in", "layers.-3.ffn.out", "layers.-2.ffn.in",
         "layers.-2.ffn.out", "layers.-1.ffn.in", "layers.-1.ffn.out",
     )  # fmt: skip
-    rank: int = 1920
-    edit_rate: float = 1e-4
-    text_rephrase_weight: float = 0.1
-    image_rephrase_weight: float = 0.1
-    text_locality_weight: float = 1.0
-    image_locality_weight: float = 1.0
-    near_locality_weight: float = 0.0
-    learning_rate: float = 1e-6
-    rate_learning_rate: float = 1e-4
-    batch_size: int = 1
-    accumulate: int = 2
-    clip_norm: float | None = 100.0
-    training_steps: int = 30_000
-    validate_every: int = 1000
-    patience: int = 10
+    rank: Annotated[int, Ge(1)] = 1920
+    edit_rate: Annotated[float, Gt(0)] = 1e-4
+    text_rephrase_weight: Annotated[float, Ge(0)] = 0.1
+    image_rephrase_weight: Annotated[float, Ge(0)] = 0.1
+    text_locality_weight: Annotated[float, Ge(0)] = 1.0
+    image_locality_weight: Annotated[float, Ge(0)] = 1.0
+    near_locality_weight: Annotated[float, Ge(0)] = 0.0
+    learning_rate: Annotated[float, Gt(0)] = 1e-6
+    rate_learning_rate: Annotated[float, Gt(0)] = 1e-4
+    batch_size: Annotated[int, Ge(1)] = 1
+    accumulate: Annotated[int, Ge(1)] = 2
+    clip_norm: Annotated[float, Gt(0)] | None = 100.0
+    training_steps: Annotated[int, Ge(1)] = 30_000
+    validate_every: Annotated[int, Ge(1)] = 1000
+    patience: Annotated[int, Ge(1)] = 10
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", tuple(self.sites))
         if not self.sites:
             raise ValueError("sites: got none, expected at least one such as layers.-1.ffn.in.")
-        for name in ("rank", "batch_size", "accumulate", "training_steps", "validate_every", "patience"):
-            check_range(name, getattr(self, name), ">= 1", lambda v: v >= 1)
-        for name in ("edit_rate", "learning_rate", "rate_learning_rate"):
-            check_range(name, getattr(self, name), "> 0", lambda v: v > 0)
-        for slot in (*REPHRASE_SLOTS, *LOCALITY_SLOTS):
-            check_range(f"{slot}_weight", getattr(self, f"{slot}_weight"), ">= 0", lambda v: v >= 0)
-        if self.clip_norm is not None:
-            check_range("clip_norm", self.clip_norm, "> 0, or null", lambda v: v > 0)
+        super().__post_init__()
 
 
 class _Signal(NamedTuple):

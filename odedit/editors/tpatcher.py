@@ -20,16 +20,18 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix
-from odedit.editors.base import OptimizerSettings, Plain, Trace, check_range, prefix_of_edit
+from odedit.editors.base import OptimizerSettings, Plain, Trace, prefix_of_edit
 from odedit.editors.common.hooks import rewritten
 from odedit.inputs.batch import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_locality
 from odedit.runtime.gather import gather_positions
+from odedit.settings import Settings
 
 KEYS, BIASES, VALUES, SCALES = "k", "b", "v", "a"
 STATES = "states"
@@ -41,7 +43,7 @@ _CHUNK = 1 << 25
 
 
 @dataclass(frozen=True)
-class TPatcherConfig:
+class TPatcherConfig(Settings):
     """Settings of T-Patcher; the defaults are the published ones.
 
     Attributes:
@@ -65,33 +67,22 @@ class TPatcherConfig:
     """
 
     layer: int = -1
-    max_neurons: int = 5
-    value_scale: float = 10.0
-    learning_rate: float = 1e-2
-    weight_decay: float = 1e-2
-    clip_norm: float | None = 5.0
-    max_steps: int = 2000
-    label_smoothing: float = 0.1
-    activation_weight: float = 1.0
-    memory_weight: float = 5.0
-    activation_top: int = 5
-    memory_top: int = 1000
-    margin_silent: float = 3.0
-    margin_gap: float = 3.0
-    memory_states: int = 40000
-    stop_activation: float = 0.1
+    max_neurons: Annotated[int, Ge(1)] = 5
+    value_scale: Annotated[float, Gt(0)] = 10.0
+    learning_rate: Annotated[float, Gt(0)] = 1e-2
+    weight_decay: Annotated[float, Ge(0)] = 1e-2
+    clip_norm: Annotated[float, Gt(0)] | None = 5.0
+    max_steps: Annotated[int, Ge(1)] = 2000
+    label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.1
+    activation_weight: Annotated[float, Ge(0)] = 1.0
+    memory_weight: Annotated[float, Ge(0)] = 5.0
+    activation_top: Annotated[int, Ge(1)] = 5
+    memory_top: Annotated[int, Ge(1)] = 1000
+    margin_silent: Annotated[float, Ge(0)] = 3.0
+    margin_gap: Annotated[float, Ge(0)] = 3.0
+    memory_states: Annotated[int, Ge(1)] = 40000
+    stop_activation: Annotated[float, Gt(0)] = 0.1
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("max_neurons", "max_steps", "activation_top", "memory_top", "memory_states"):
-            check_range(name, getattr(self, name), ">= 1", lambda v: v >= 1)
-        for name in ("value_scale", "learning_rate", "stop_activation"):
-            check_range(name, getattr(self, name), "> 0", lambda v: v > 0)
-        for name in ("weight_decay", "activation_weight", "memory_weight", "margin_silent", "margin_gap"):
-            check_range(name, getattr(self, name), ">= 0", lambda v: v >= 0)
-        check_range("label_smoothing", self.label_smoothing, "0 <= label_smoothing < 1", lambda v: 0 <= v < 1)
-        if self.clip_norm is not None:
-            check_range("clip_norm", self.clip_norm, "> 0, or null", lambda v: v > 0)
 
 
 class TPatcher(Plain):

@@ -39,15 +39,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
 from torch.nn import functional as F
 
 from odedit.backbones.base import Backbone, Prefix
 from odedit.backbones.common.generation import greedy
-from odedit.editors.base import OptimizerSettings, Plain, Trace, TrainingSettings, check_range, prefix_of_edit
+from odedit.editors.base import OptimizerSettings, Plain, Trace, TrainingSettings, prefix_of_edit
 from odedit.editors.common.contrastive import encode, encoder_weights, info_nce, two_camps
 from odedit.editors.common.hooks import Rewrite, rewritten
 from odedit.editors.common.memories import attend, blend, last_positions, neurons, starting_keys, take
@@ -56,13 +57,14 @@ from odedit.errors import InputError
 from odedit.inputs.batch import EDIT, REPHRASE, REPHRASE_SLOTS, EditBatch, EditParams
 from odedit.runtime.gather import gather_positions
 from odedit.runtime.kv_cache import KeyValues
+from odedit.settings import Settings
 
 KEYS, BIAS, VALUES, MEMORY = "keys", "bias", "values", "memory"
 SEMANTIC, TRUTH, ZETA, BACK = "semantic", "truth", "zeta", "back"
 
 
 @dataclass(frozen=True)
-class UnikeConfig:
+class UnikeConfig(Settings):
     """Settings of UniKE; defaults are the published ones where there are any.
 
     Attributes:
@@ -83,35 +85,23 @@ class UnikeConfig:
         train_batch, train_steps: Records of a training step, and the bound on the steps.
     """
 
-    num_layers: int = 4
-    neurons: int = 10
-    memory: int = 40
+    num_layers: Annotated[int, Ge(1)] = 4
+    neurons: Annotated[int, Ge(1)] = 10
+    memory: Annotated[int, Ge(1)] = 40
     beta: float = 0.1
-    sharpness: float = 1.0
-    noise: float = 0.1
-    learning_rate: float = 7e-4
-    clip_norm: float | None = 1.1
-    max_steps: int = 100
-    stop_loss: float = 0.1
+    sharpness: Annotated[float, Gt(0)] = 1.0
+    noise: Annotated[float, Ge(0)] = 0.1
+    learning_rate: Annotated[float, Gt(0)] = 7e-4
+    clip_norm: Annotated[float, Gt(0)] | None = 1.1
+    max_steps: Annotated[int, Ge(1)] = 100
+    stop_loss: Annotated[float, Ge(0)] = 0.1
     checkpoint: str | None = None
-    encoder_width: int = 512
-    code_width: int = 128
-    temperature: float = 0.1
-    train_learning_rate: float = 1e-4
-    train_batch: int = 16
-    train_steps: int = 4000
-
-    def __post_init__(self) -> None:
-        for name in ("num_layers", "neurons", "memory", "max_steps", "encoder_width", "code_width", "train_steps"):
-            check_range(name, getattr(self, name), ">= 1", lambda v: v >= 1)
-        # Contrast needs another record in the batch.
-        check_range("train_batch", self.train_batch, ">= 2", lambda v: v >= 2)
-        for name in ("learning_rate", "sharpness", "temperature", "train_learning_rate"):
-            check_range(name, getattr(self, name), "> 0", lambda v: v > 0)
-        for name in ("noise", "stop_loss"):
-            check_range(name, getattr(self, name), ">= 0", lambda v: v >= 0)
-        if self.clip_norm is not None:
-            check_range("clip_norm", self.clip_norm, "> 0, or null", lambda v: v > 0)
+    encoder_width: Annotated[int, Ge(1)] = 512
+    code_width: Annotated[int, Ge(1)] = 128
+    temperature: Annotated[float, Gt(0)] = 0.1
+    train_learning_rate: Annotated[float, Gt(0)] = 1e-4
+    train_batch: Annotated[int, Ge(2)] = 16
+    train_steps: Annotated[int, Ge(1)] = 4000
 
 
 class Unike(Plain):

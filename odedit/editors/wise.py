@@ -25,16 +25,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix
-from odedit.editors.base import OptimizerSettings, Plain, Trace, check_range, fitting_site
+from odedit.editors.base import OptimizerSettings, Plain, Trace, fitting_site
 from odedit.editors.common.hooks import rewritten
 from odedit.inputs.batch import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_locality
 from odedit.runtime.gather import places_of, spread
+from odedit.settings import Settings
 
 ROWS, INPUTS, THERE = "side_rows", "side_inputs", "side_there"
 LIVE = "side_live"
@@ -43,7 +45,7 @@ _DISTANCE, _WINNER = "distance_EK", "winner_EK"
 
 
 @dataclass(frozen=True)
-class WiseConfig:
+class WiseConfig(Settings):
     """Settings of WISE; the defaults are those published for BLIP2-OPT.
 
     Attributes:
@@ -65,32 +67,20 @@ class WiseConfig:
     """
 
     site: str = "layers.23.ffn.in"
-    learning_rate: float = 1.0
-    weight_decay: float = 1e-5
-    max_steps: int = 10
-    clamp: float | None = 1.0
+    learning_rate: Annotated[float, Gt(0)] = 1.0
+    weight_decay: Annotated[float, Ge(0)] = 1e-5
+    max_steps: Annotated[int, Ge(1)] = 10
+    clamp: Annotated[float, Gt(0)] | None = 1.0
     mask: Literal["entries", "columns"] = "entries"
-    mask_ratio: float = 0.2
+    mask_ratio: Annotated[float, Gt(0), Le(1)] = 0.2
     mask_seed: int = 0
-    margin_out: float = 5.0
-    margin_in: float = 20.0
-    margin_gap: float = 10.0
-    routing_ratio: float = 0.4
-    merge_density: float = 0.53
-    stop_change: float = 1e-4
-    stop_loss: float = 0.02
-
-    def __post_init__(self) -> None:
-        check_range("learning_rate", self.learning_rate, "> 0", lambda v: v > 0)
-        for name in ("weight_decay", "margin_out", "margin_in", "margin_gap", "stop_change", "stop_loss"):
-            check_range(name, getattr(self, name), ">= 0", lambda v: v >= 0)
-        check_range("max_steps", self.max_steps, ">= 1", lambda v: v >= 1)
-        if self.clamp is not None:
-            check_range("clamp", self.clamp, "> 0, or null", lambda v: v > 0)
-        if self.mask not in ("entries", "columns"):
-            raise ValueError(f"mask: got {self.mask!r}, expected entries or columns.")
-        for name in ("mask_ratio", "routing_ratio", "merge_density"):
-            check_range(name, getattr(self, name), f"0 < {name} <= 1", lambda v: 0 < v <= 1)
+    margin_out: Annotated[float, Ge(0)] = 5.0
+    margin_in: Annotated[float, Ge(0)] = 20.0
+    margin_gap: Annotated[float, Ge(0)] = 10.0
+    routing_ratio: Annotated[float, Gt(0), Le(1)] = 0.4
+    merge_density: Annotated[float, Gt(0), Le(1)] = 0.53
+    stop_change: Annotated[float, Ge(0)] = 1e-4
+    stop_loss: Annotated[float, Ge(0)] = 0.02
 
 
 class Wise(Plain):

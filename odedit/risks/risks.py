@@ -47,16 +47,6 @@ def upcast(values: Tensor) -> Tensor:
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
-def entropy(logits_ETV: Tensor) -> Tensor:
-    """Entropy of each predicted distribution in nats, `(E, T)`.
-
-    >>> bool(torch.isclose(entropy(torch.zeros(2, 8)).exp(), torch.tensor(8.0)).all())
-    True
-    """
-    log_p_ETV = log_probs(logits_ETV)
-    return -(log_p_ETV.exp() * log_p_ETV).sum(-1)
-
-
 def masked_mean(values_ET: Tensor, mask_ET: Tensor) -> Tensor:
     """Mean over the last axis where the mask is True; 0, with gradient 0, where it is True nowhere.
 

@@ -11,22 +11,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix, is_connector
-from odedit.editors.base import OptimizerSettings, Plain, Trace, check_range
+from odedit.editors.base import OptimizerSettings, Plain, Trace
 from odedit.editors.common.hooks import Rewrite, rewritten
 from odedit.errors import InputError
 from odedit.inputs.batch import EditBatch, EditParams
+from odedit.settings import Settings
 
 _EVERY_LAYER = "layers.*."
 
 
 @dataclass(frozen=True)
-class FineTuningConfig:
+class FineTuningConfig(Settings):
     """Settings of every editor of this kind.
 
     Attributes:
@@ -40,20 +42,15 @@ class FineTuningConfig:
     """
 
     sites: tuple[str, ...]
-    learning_rate: float
-    weight_decay: float = 0.0
-    max_steps: int = 15
-    clip_norm: float | None = None
-    stop_loss: float | None = None
+    learning_rate: Annotated[float, Gt(0)]
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    max_steps: Annotated[int, Ge(1)] = 15
+    clip_norm: Annotated[float, Gt(0)] | None = None
+    stop_loss: Annotated[float, Gt(0)] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", (self.sites,) if isinstance(self.sites, str) else tuple(self.sites))
-        check_range("learning_rate", self.learning_rate, "> 0", lambda v: v > 0)
-        check_range("weight_decay", self.weight_decay, ">= 0", lambda v: v >= 0)
-        check_range("max_steps", self.max_steps, ">= 1", lambda v: v >= 1)
-        for name in ("clip_norm", "stop_loss"):
-            if getattr(self, name) is not None:
-                check_range(name, getattr(self, name), "> 0, or null", lambda v: v > 0)
+        super().__post_init__()
         if not self.sites:
             raise ValueError("sites: got none, expected at least one such as layers.-1.ffn.in.")
 

@@ -408,7 +408,7 @@ def test_names_and_settings_are_checked():
         load_editor("wize")
     with pytest.raises(InputError, match="Did you mean 'mask_ratio'"):
         load_editor("wise", {"mask_ration": 0.5})
-    with pytest.raises(InputError, match="mask_ratio: got 1.5, expected 0 < mask_ratio <= 1"):
+    with pytest.raises(InputError, match="mask_ratio: got 1.5, expected a finite number > 0 and <= 1"):
         load_editor("wise", {"mask_ratio": 1.5})
 
 

@@ -410,5 +410,5 @@ def test_a_checkpoint_is_asked_for_and_must_fit(backbone, weights, tmp_path):
         load_editor("unike", {**settings, "code_width": 16, "checkpoint": str(path)}).check(backbone)
     with pytest.raises(InputError, match="num_layers: got 5, the text model has 4"):
         load_editor("unike", {**settings, "num_layers": 5, "checkpoint": str(path)}).check(backbone)
-    with pytest.raises(InputError, match="train_batch: got 1, expected >= 2"):
+    with pytest.raises(InputError, match="train_batch: got 1, expected a whole number >= 2"):
         load_editor("unike", {"train_batch": 1})
