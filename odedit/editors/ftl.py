@@ -21,10 +21,10 @@ class FTLConfig(FineTuningConfig):
     Weight decay, gradient clipping and the stop by loss are off, as published.
 
     Attributes:
-        sites: Both feed-forward matrices of the last layer. In a gated layer (LLaMA) `ffn.in` is the up and `ffn.out`
-            the down projection.
-        learning_rate: 2e-4 for BLIP2-OPT, 1e-4 for MiniGPT-4 and LLaVA.
-        max_steps: 15 for BLIP2-OPT and MiniGPT-4, 10 for LLaVA.
+        sites: Trained matrices: both feed-forward matrices of the last layer. In a gated layer (LLaMA) `ffn.in` is the
+            up and `ffn.out` the down projection.
+        learning_rate: Step size of AdamW: 2e-4 for BLIP2-OPT, 1e-4 for MiniGPT-4 and LLaVA.
+        max_steps: Number of steps: 15 for BLIP2-OPT and MiniGPT-4, 10 for LLaVA.
     """
 
     sites: tuple[str, ...] = ("layers.-1.ffn.in", "layers.-1.ffn.out")
