@@ -85,7 +85,7 @@ def test_native_steps_are_the_published_ones(backbone, three, pool):
     batch = three[0]
     editor = load_editor("tpatcher", {"memory_states": 12, "memory_top": 7, "max_neurons": 3})
     editor = editor.measured(backbone, pool)
-    config, memory = editor.config, editor._memory_MD
+    config, memory = editor.config, editor._memory_states_MD
     results = edit(backbone, editor, NATIVE, batch, Stopping(max_steps=3))
     start = editor.init(backbone, batch)
     layer = backbone.model.language_model.model.decoder.layers[-1]
@@ -179,7 +179,7 @@ def test_own_risk_by_hand(backbone, three, pool, source):
     memories = [inputs[e, 3:][batch.real_EKS[e, 3:]] for e in range(batch.num_edits)]
     if source == "measured":
         editor = editor.measured(backbone, pool)
-        memories = [editor._memory_MD] * batch.num_edits
+        memories = [editor._memory_states_MD] * batch.num_edits
     if source == "earlier":
         earlier = load_editor("tpatcher").init(backbone, pool)
         editor = editor.following(earlier)
@@ -216,14 +216,14 @@ def test_memory_is_what_a_hook_sees_at_real_positions(backbone, pool):
         for s in range(inputs.shape[2])
         if pool.real_EKS[e, k, s]
     ]
-    torch.testing.assert_close(measured._memory_MD, torch.stack(expected), rtol=1e-4, atol=1e-5)
-    assert measured.own_slots == ("edit",) and len(editor.own_slots) == 4 and editor._memory_MD is None
+    torch.testing.assert_close(measured._memory_states_MD, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    assert measured.own_slots == ("edit",) and len(editor.own_slots) == 4 and editor._memory_states_MD is None
     few = load_editor("tpatcher", {"memory_states": 10})
-    one, again = (few.measured(backbone, pool)._memory_MD for _ in range(2))
+    one, again = (few.measured(backbone, pool)._memory_states_MD for _ in range(2))
     assert torch.equal(one, again) and len(one.unique(dim=0)) == 10
-    other = load_editor("tpatcher", {"memory_states": 10, "seed": 1}).measured(backbone, pool)._memory_MD
+    other = load_editor("tpatcher", {"memory_states": 10, "seed": 1}).measured(backbone, pool)._memory_states_MD
     assert not torch.equal(one, other)
-    assert all(bool((state == measured._memory_MD).all(dim=1).any()) for state in one)
+    assert all(bool((state == measured._memory_states_MD).all(dim=1).any()) for state in one)
 
 
 def test_chunks_of_edits_are_the_whole(backbone, three, pool, monkeypatch):
