@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from odedit import InputError, Objective, ObjectiveConfig, Stopping, edit, encode_requests, load_backbone, load_editor
 from odedit.editors.common.contrastive import encode, encoder_weights, info_nce, two_camps
 from odedit.editors.common.hooks import rewritten
-from odedit.editors.common.memories import attend, blend, last_positions, neurons
+from odedit.editors.common.knowledge import attend, blend, last_positions, neurons
 from odedit.editors.common.weights import save_weights
 from odedit.editors.unike import Unike, UnikeConfig
 from odedit.runtime.gather import gather_positions
@@ -106,9 +106,9 @@ def test_blending_keeps_the_norm_and_reaches_from_the_state_to_what_was_found():
 
 def test_the_last_positions_are_taken_in_order():
     real = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]]).bool()
-    position, is_there = last_positions(real, 3)
-    assert position[0].tolist() == [2, 3, 4] and is_there[0].all()
-    assert position[1, :2].tolist() == [0, 1] and is_there[1].tolist() == [True, True, False]
+    position, is_present = last_positions(real, 3)
+    assert position[0].tolist() == [2, 3, 4] and is_present[0].all()
+    assert position[1, :2].tolist() == [0, 1] and is_present[1].tolist() == [True, True, False]
 
 
 # The losses

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from odedit import Objective, ObjectiveConfig, Stopping, edit, encode_requests, evaluate, load_editor, stack_params
-from odedit.editors.wise import _live_places
+from odedit.editors.wise import _live_ranks
 from odedit.inputs.batch import LOCALITY_SLOTS
 from odedit.runtime.gather import spread
 from tests.support.requests import TEMPLATE, make_request
@@ -153,12 +153,12 @@ def test_retrieval_takes_the_memory_of_the_largest_distance_above_its_own_thresh
     assert None in chosen and len(chosen) > 2
 
 
-def test_merged_memories_equal_ties_by_hand():
+def test_merged_side_matrices_equal_ties_by_hand():
     """Trim to the largest entries, elect a sign by sum, average the entries that agree with it."""
     editor = load_editor("wise", {"merge_density": 0.5})
     deltas = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
     thresholds = torch.tensor([0.5, 0.2, 0.9])
-    merged = editor.merged_memories({"side_live": deltas, "threshold": thresholds})
+    merged = editor.merged_side_matrix({"side_live": deltas, "threshold": thresholds})
     trimmed = []
     for row in deltas.tolist():
         smallest_kept = sorted((abs(v) for v in row), reverse=True)[19]
@@ -173,15 +173,15 @@ def test_merged_memories_equal_ties_by_hand():
     assert torch.equal(merged["threshold"], torch.tensor([0.2]))
 
 
-def test_one_memory_merged_whole_is_itself_and_a_merged_one_can_be_applied(backbone, encoded, edited):
+def test_one_side_matrix_merged_whole_is_itself_and_merged_ones_can_be_applied(backbone, encoded, edited):
     (_, evaluation), (editor, params) = encoded, edited
     whole = load_editor("wise", {**SETTINGS, "merge_density": 1.0})
     one = {name: value[:1] for name, value in params.items()}
-    for name, value in whole.merged_memories(one).items():
+    for name, value in whole.merged_side_matrix(one).items():
         torch.testing.assert_close(value, one[name])
     with torch.no_grad():
         before = backbone.suffix(backbone.prefix(evaluation, editor.config.site))
-        with editor.together(backbone, editor.merged_memories(params), evaluation):
+        with editor.together(backbone, editor.merged_side_matrix(params), evaluation):
             after = backbone.suffix(backbone.prefix(evaluation, editor.config.site))
     rel = evaluation.slots.index("rel")
     assert (after != before)[:, rel].flatten(1).any(dim=1).any()
@@ -200,7 +200,7 @@ def test_the_factored_edit_is_the_edit_of_the_matrix(backbone, encoded, objectiv
         results = edit(backbone, editor, objective, supervision, Stopping(max_steps=5, worst_token_nll=1e-9))
         params = stack_params([result.params for result in results])
         assert editor.is_factored == (name == "factored")
-        rows[name] = params, results, evaluate(backbone, editor, params, evaluation), editor.merged_memories(params)
+        rows[name] = params, results, evaluate(backbone, editor, params, evaluation), editor.merged_side_matrix(params)
     (whole, results, scores, merged), (factored, others, other_scores, other_merged) = rows["whole"], rows["factored"]
     sides = factored["side_rows"].transpose(1, 2) @ factored["side_inputs"]
     assert "side_inputs" in factored and "side_live" in whole
@@ -253,5 +253,5 @@ def test_a_gpu_looks_up_the_entries_that_a_processor_writes(backbone):
     shape, device = backbone.site(site).weight.shape, torch.device("cpu")
     live_N = editor._live(shape, device)
     live_EN = torch.randn(3, len(live_N), generator=torch.Generator().manual_seed(0))
-    looked_up = spread(live_EN, live_N, _live_places(*editor._mask(shape, device))).unflatten(1, shape)
+    looked_up = spread(live_EN, live_N, _live_ranks(*editor._mask(shape, device))).unflatten(1, shape)
     assert torch.equal(looked_up, editor._side(backbone, live_EN))
