@@ -25,7 +25,7 @@ _WORDS: dict[Any, str] = {
     Any: "anything",
 }
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-"""Attributes of the bounds of `annotated_types`."""
+"""Signs of the bounds of `annotated_types`, by attribute."""
 
 
 class Settings:
@@ -42,7 +42,7 @@ class Settings:
 
 @lru_cache(maxsize=64)
 def _checked(cls: type) -> dict[str, Any]:
-    """Annotations of the fields, by name, without those that are dataclasses and check themselves."""
+    """Annotations of the fields by name, except nested dataclasses, which are checked when they are made."""
     hints = get_type_hints(cls, include_extras=True)
     names = [field.name for field in dataclasses.fields(cls)]
     return {name: hints[name] for name in names if section_type(hints[name]) is None}
@@ -87,7 +87,7 @@ def describe(annotation: Any) -> str:
 
 
 def _bounds(metadata: tuple[Any, ...]) -> list[str]:
-    """The bounds of an `Annotated` in words: one text, or none where there is no bound."""
+    """The bounds of an `Annotated` as one text in a list; an empty list without bounds."""
     bounds = [
         f"{sign} {getattr(bound, name)}"
         for bound in metadata

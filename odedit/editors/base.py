@@ -221,7 +221,7 @@ class Measuring(Protocol):
     """
 
     def measured(self, backbone: Backbone, batch: EditBatch) -> Editor:
-        """A copy of the editor with the measurements of `batch`; the editor itself does not change.
+        """A copy of the editor with the measurements of `batch`.
 
         Args:
             batch: Records that share nothing with the probes of any edit.

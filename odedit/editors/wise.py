@@ -138,7 +138,7 @@ class Wise(Plain):
             main = y.reshape(change.shape)
             side = main + change
             if _is_whole(main, batch):
-                # Pending: an objective without the margin loss reads it only once, in `finished`.
+                # Pending: objectives without the margin loss read the distance only once, in `finished`.
                 trace.pending[_DISTANCE] = lambda: _activation_distance(activation, main, side, batch.prompt_EKS)
             if THRESHOLD not in params:
                 return side.reshape(y.shape)
@@ -219,7 +219,7 @@ class Wise(Plain):
     def merged_side_matrix(self, params: EditParams) -> EditParams:
         """One side matrix (axis 0 has length 1) for all E finished edits in one model, merged by TIES.
 
-        Its threshold is the smallest of the edits', so that it is used for any prompt that one of them would take.
+        Its threshold is the smallest of the edits', so that it is used for every prompt that one of them would take.
         `merge_density` is a share of the entries that the mask lets change.
         """
         live_EN = params[LIVE] if LIVE in params else self._entries(params[ROWS].transpose(1, 2) @ params[INPUTS])

@@ -36,7 +36,7 @@ RISKS = ("reliability", *DIRECTIONS)
 
 
 def plain_value(name: str, logits_ETV: Tensor, data: dict[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
-    """The risk by its definition, which autograd can differentiate as often as it likes."""
+    """The risk by its definition, differentiable any number of times."""
     log_p, log_q = logits_ETV.log_softmax(-1), data["base_ETV"].log_softmax(-1)
     if name == "reliability":
         chosen = log_p.gather(-1, data["target_ET"][..., None]).squeeze(-1)
@@ -102,7 +102,7 @@ def test_label_smoothing_has_the_closed_form_gradient_too() -> None:
 
 
 def target_nll(logits_ETV: Tensor, target_ET: Tensor) -> Tensor:
-    """What the stop rules read: the NLL that is kept beside the risk."""
+    """NLL that is kept beside the risk, as stop rules read it."""
     (tokens,) = token_risks(upcast(logits_ETV).flatten(0, 1).clone(), [NLL(target_ET.flatten())])
     return tokens.kept[:, 1].unflatten(0, target_ET.shape)
 
