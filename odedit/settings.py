@@ -40,7 +40,6 @@ class Settings:
                 raise ValueError(f"{name}: got {show(value)}, expected {describe(annotation)}.") from None
 
 
-@lru_cache(maxsize=64)
 def _checked(cls: type) -> dict[str, Any]:
     """Annotations of the fields by name, except nested dataclasses, which are checked when they are made."""
     hints = get_type_hints(cls, include_extras=True)

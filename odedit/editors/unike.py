@@ -328,8 +328,10 @@ class Unike(Plain):
         """Outputs of attention in the edited layers of the unedited model, `(E, K, S, D)` float32."""
         recorded: dict[str, Tensor] = {}
         prefix = prefix or backbone.prefix(batch, *self.sites)
-        hooks = {backbone.site(f"{layer}.attention.out"): _recording(layer, recorded, 1) for layer in self._layers}
-        with rewritten(hooks):
+        rewrites: dict[torch.nn.Module, Rewrite] = {
+            backbone.site(f"{layer}.attention.out"): _recording(layer, recorded, 1) for layer in self._layers
+        }
+        with rewritten(rewrites):
             backbone.suffix(prefix)
         return {layer: y.reshape(*batch.tokens_EKS.shape, -1).float() for layer, y in recorded.items()}
 
