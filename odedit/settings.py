@@ -9,6 +9,7 @@ class GainsConfig(Settings):
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import types
 from collections.abc import Mapping
 from functools import lru_cache
@@ -37,7 +38,7 @@ class Settings:
             try:
                 adapter(annotation).validate_python(value, strict=True)
             except ValidationError:
-                raise ValueError(f"{name}: got {show(value)}, expected {describe(annotation)}.") from None
+                raise ValueError(refusal(name, value, annotation)) from None
 
 
 def _checked(cls: type) -> dict[str, Any]:
@@ -58,6 +59,25 @@ def section_type(annotation: Any) -> type | None:
     parts = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     sections = [part for part in parts if isinstance(part, type) and dataclasses.is_dataclass(part)]
     return sections[0] if sections else None
+
+
+def refusal(name: str, value: Any, annotation: Any) -> str:
+    """The message for a value that its annotation does not allow, with the nearest choice for a misspelt one.
+
+    >>> refusal("mask", "entrys", Literal["entries", "columns"])
+    "mask: got 'entrys', expected 'entries' or 'columns'. Did you mean 'entries'?"
+    """
+    choices = [choice for choice in _choices(annotation) if isinstance(choice, str)]
+    near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5) if isinstance(value, str) else []
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{name}: got {show(value)}, expected {describe(annotation)}.{hint}"
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """Choices of all `Literal` parts of an annotation."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [choice for part in get_args(annotation) for choice in _choices(part)]
 
 
 def describe(annotation: Any) -> str:

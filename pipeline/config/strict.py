@@ -10,12 +10,12 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from pydantic import ValidationError
 
 from odedit.errors import InputError
-from odedit.settings import adapter, describe, section_type, show
+from odedit.settings import adapter, refusal, section_type, show
 
 
 def build(cls: type, values: Any, path: str = "") -> Any:
@@ -77,9 +77,7 @@ def _scalar(annotation: Any, value: Any, where: str, problems: list[str]) -> Any
         # Through JSON, because pydantic's strict mode for JSON is the one that fits YAML: lists for tuples, no 'yes'.
         return adapter(annotation).validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError:
-        near = _nearest(value, annotation)
-        hint = f" Did you mean {near!r}?" if near else ""
-        problems.append(f"{where}: got {show(value)}, expected {describe(annotation)}.{hint}")
+        problems.append(refusal(where, value, annotation))
     return None
 
 
@@ -93,19 +91,6 @@ def unknown_key(where: str, key: str, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"{where}: unknown key.{hint} Allowed: {', '.join(names)}."
-
-
-def _nearest(value: Any, annotation: Any) -> str:
-    if not isinstance(value, str):
-        return ""
-    near = difflib.get_close_matches(value, [c for c in _choices(annotation) if isinstance(c, str)], n=1, cutoff=0.5)
-    return near[0] if near else ""
-
-
-def _choices(annotation: Any) -> list[Any]:
-    if get_origin(annotation) is Literal:
-        return list(get_args(annotation))
-    return [choice for part in get_args(annotation) for choice in _choices(part)]
 
 
 def _is_field(cls: type, key: str) -> bool:

@@ -36,6 +36,7 @@ class _Config(Settings):
         ({"steps": 1.5}, "steps: got 1.5, expected a whole number >= 1 or nothing (null)."),
         ({"actors": 0}, "actors: got 0, expected 'auto' or a whole number >= 1."),
         ({"name": 3}, "name: got 3, expected text."),
+        ({"actors": "atuo"}, "actors: got 'atuo', expected 'auto' or a whole number >= 1. Did you mean 'auto'?"),
     ],
 )
 def test_yaml_and_python_are_refused_with_the_same_sentence(change: dict[str, Any], message: str) -> None:
