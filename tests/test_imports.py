@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
-    ("odedit.errors", "odedit.runtime", "cluster"),
+    ("odedit.errors", "odedit.runtime", "odedit.settings", "cluster"),
     ("odedit.evaluation.columns",),
     ("odedit.plugins", "odedit.inputs", "odedit.storage", "odedit.risks"),
     ("odedit.world", "odedit.data"),

@@ -11,15 +11,18 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
 
 from odedit.data.fields import ImageReference, ProbeText, edit_text, held_out_texts, image_reference, probe_texts
 from odedit.data.images import ImageError, ImageReader
 from odedit.data.pool import Pool, scored_prompts
 from odedit.data.records import RawRecord
 from odedit.data.rewording import augment, blend_noise, replace_words, reword, seeded, words_of
-from odedit.errors import InputError, StorageError, unknown_name
+from odedit.errors import InputError, StorageError
 from odedit.inputs.batch import LOCALITY_SLOTS, NEAR, EditRequest, Picture, Probe
+from odedit.settings import Settings
 
 Source = Literal["held_out", "record"]
 _RECORD_SLOTS = {
@@ -37,7 +40,7 @@ _RECORDS_TRIED, _PICTURES_TRIED = 256, 3
 
 
 @dataclass(frozen=True)
-class Supervision:
+class Supervision(Settings):
     """Sources of supervision.
 
     Attributes:
@@ -54,15 +57,8 @@ class Supervision:
     rephrase_source: Source = "held_out"
     locality_source: Source = "held_out"
     near_locality: bool = True
-    rephrase_noise: float = 0.0
+    rephrase_noise: Annotated[float, Ge(0), Le(1)] = 0.0
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("rephrase_source", "locality_source"):
-            if getattr(self, name) not in ("held_out", "record"):
-                raise unknown_name(f"supervision.{name}", str(getattr(self, name)), ["held_out", "record"])
-        if not 0 <= self.rephrase_noise <= 1:
-            raise ValueError(f"rephrase_noise: got {self.rephrase_noise}, expected a share from 0 to 1.")
 
 
 def build_request(

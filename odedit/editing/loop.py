@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix
@@ -25,6 +26,7 @@ from odedit.objectives.common.terms import Terms, Unedited
 from odedit.runtime import cuda_graphs
 from odedit.runtime.brief import brief
 from odedit.runtime.stages import stage, unmeasured
+from odedit.settings import Settings
 
 _WORTH_RECORDING = 4
 """Remaining steps from which recording a CUDA graph pays: it costs about as much as one step without a graph."""
@@ -33,7 +35,7 @@ _FULL_ENOUGH = 0.75
 
 
 @dataclass(frozen=True)
-class Stopping:
+class Stopping(Settings):
     """When an edit stops moving.
 
     Attributes:
@@ -42,14 +44,8 @@ class Stopping:
             token behind a confident second one); None: the editor's own rule.
     """
 
-    max_steps: int | None = None
-    worst_token_nll: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_steps is not None and self.max_steps < 0:
-            raise ValueError(f"max_steps: got {self.max_steps}, expected at least 0, or null for the editor's own.")
-        if self.worst_token_nll is not None and not self.worst_token_nll > 0:
-            raise ValueError(f"worst_token_nll: got {self.worst_token_nll}, expected a number > 0, or null.")
+    max_steps: Annotated[int, Ge(0)] | None = None
+    worst_token_nll: Annotated[float, Gt(0)] | None = None
 
 
 def edit(

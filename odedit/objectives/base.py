@@ -14,9 +14,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from odedit.backbones.base import Backbone
@@ -38,6 +39,7 @@ from odedit.risks.risks import Risk
 from odedit.risks.tokens import KL, NLL, TokenRisk, Tokens, kl_of_states, token_risks
 from odedit.runtime.budgets import budgets
 from odedit.runtime.gather import gather_positions
+from odedit.settings import Settings
 
 Positions = Literal["target", "text"]
 _TOKENS_KEPT = 1024
@@ -51,7 +53,7 @@ def require(name: str, got: object, ok: bool, allowed: str) -> None:
 
 
 @dataclass(frozen=True)
-class BaseConfig:
+class BaseConfig(Settings):
     """Settings of every objective, and its properties that are needed before it runs.
 
     Attributes:
@@ -59,7 +61,7 @@ class BaseConfig:
         own_weight: Weight of the editor's own terms; null: 1, or 0 under an objective that replaces the editor's loss.
     """
 
-    reliability_weight: float = 1.0
+    reliability_weight: Annotated[float, Ge(0)] = 1.0
     own_weight: float | None = None
 
     replaces_native_loss: ClassVar[bool] = True
@@ -72,7 +74,7 @@ class BaseConfig:
     """Terms that `odedit train` adds to the editor's own training loss, unless the objective replaces it."""
 
     def __post_init__(self) -> None:
-        require("reliability_weight", self.reliability_weight, self.reliability_weight >= 0, "a number >= 0")
+        super().__post_init__()
         learned = [value for name, value in self.weights.items() if name != "own" or not self.replaces_native_loss]
         require("reliability_weight", self.reliability_weight, any(learned), "not all risks without weight")
 
@@ -154,17 +156,10 @@ class ComparingConfig(BaseConfig):
             KL(unedited || edited).
     """
 
-    locality_weight: float = 1.0
+    locality_weight: Annotated[float, Ge(0)] = 1.0
     locality_direction: risks.Direction = "edited_first"
 
     compares: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        require("locality_weight", self.locality_weight, self.locality_weight >= 0, "a number >= 0")
-        directions = get_args(risks.Direction)
-        allowed = f"one of {', '.join(directions)}"
-        require("locality_direction", self.locality_direction, self.locality_direction in directions, allowed)
-        super().__post_init__()
 
     @property
     def weights(self) -> dict[str, float]:

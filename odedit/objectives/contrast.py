@@ -15,8 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from odedit.backbones.base import Backbone
@@ -44,16 +46,14 @@ class ContrastConfig(ComparingConfig):
         negatives_at_once: Number of hard negatives that one step reads.
     """
 
-    generality_weight: float = 1.0
+    generality_weight: Annotated[float, Ge(0)] = 1.0
     negatives: int = 12
-    negatives_at_once: int = 2
+    negatives_at_once: Annotated[int, Ge(1)] = 2
 
     def __post_init__(self) -> None:
-        require("generality_weight", self.generality_weight, self.generality_weight >= 0, "a number >= 0")
-        require("negatives_at_once", self.negatives_at_once, self.negatives_at_once >= 1, "at least 1")
+        super().__post_init__()
         fits = self.negatives >= self.negatives_at_once
         require("negatives", self.negatives, fits, f"at least negatives_at_once ({self.negatives_at_once})")
-        super().__post_init__()
 
     @property
     def weights(self) -> dict[str, float]:

@@ -13,9 +13,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
 
 from odedit.inputs.batch import EDIT, REPHRASE_SLOTS, SUPERVISION_SLOTS, EditBatch
@@ -50,33 +51,26 @@ class ODEditConfig(ComparingConfig):
         multiplier: The network lambda(delta, phi_e).
     """
 
-    generality_weight: float = 1.0
+    generality_weight: Annotated[float, Ge(0)] = 1.0
     kernel: Kernel = "rbf"
     rephrases: Literal["single", "multiple"] = "single"
-    bandwidths: tuple[float, ...] = mmd.BANDWIDTH_MULTIPLIERS
-    sigma2_0: float | None = None
+    bandwidths: tuple[Annotated[float, Gt(0)], ...] = mmd.BANDWIDTH_MULTIPLIERS
+    sigma2_0: Annotated[float, Gt(0)] | None = None
     positions: Positions = "target"
     environments: Literal["regions", "prompts"] = "regions"
     penalty: str = "adaptive"
-    warmup: float = 0.25
-    ramp: float = 0.10
-    dual_rate: float = 1e-3
+    warmup: Annotated[float, Ge(0)] = 0.25
+    ramp: Annotated[float, Ge(0)] = 0.10
+    dual_rate: Annotated[float, Gt(0)] = 1e-3
     dual_schedule: Literal["adaptive", "constant"] = "adaptive"
     multiplier: MultiplierConfig = field(default_factory=MultiplierConfig)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bandwidths", tuple(self.bandwidths))
-        for name in ("generality_weight", "warmup", "ramp"):
-            value = getattr(self, name)
-            require(name, value, value >= 0, "a number >= 0")
-        require("kernel", self.kernel, self.kernel in get_args(Kernel), f"one of {', '.join(get_args(Kernel))}")
-        require("dual_rate", self.dual_rate, self.dual_rate > 0, "a number > 0")
-        require("warmup + ramp", self.warmup + self.ramp, self.warmup + self.ramp <= 1, "at most 1")
-        require("bandwidths", self.bandwidths, all(b > 0 for b in self.bandwidths), "numbers > 0")
-        require("bandwidths", self.bandwidths, len(self.bandwidths) > 0, "at least one number")
-        require("sigma2_0", self.sigma2_0, self.sigma2_0 is None or self.sigma2_0 > 0, "a number > 0 or null")
-        self._fixed_multiplier()
         super().__post_init__()
+        require("warmup + ramp", self.warmup + self.ramp, self.warmup + self.ramp <= 1, "at most 1")
+        require("bandwidths", self.bandwidths, len(self.bandwidths) > 0, "at least one number")
+        self._fixed_multiplier()
 
     @property
     def weights(self) -> dict[str, float]:

@@ -13,9 +13,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
+from annotated_types import Ge, Gt, Le
 
 from odedit import backbones, editors, objectives, plugins
 from odedit.data.supervision import Supervision
@@ -24,6 +25,7 @@ from odedit.errors import InputError, unknown_name
 from odedit.evaluation.scores import EvaluationConfig
 from odedit.inputs.prompts import find_template
 from odedit.runtime.addresses import reason
+from odedit.settings import Settings
 from odedit.storage.location import Place, at
 from pipeline.config import strict
 
@@ -51,7 +53,7 @@ class BackboneConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """The records.
 
     Attributes:
@@ -73,17 +75,14 @@ class DataConfig:
     image_root: str | None = None
     rephrase_root: str | None = None
     pool: str | None = None
-    limit: int | None = None
+    limit: Annotated[int, Ge(1)] | None = None
     task: Literal["auto", "vqa", "caption"] = "auto"
     template: str = "mmedit"
-    max_pixels: int = 50_000_000
-    max_bytes: int = 64 * 2**20
+    max_pixels: Annotated[int, Ge(1)] = 50_000_000
+    max_bytes: Annotated[int, Ge(1)] = 64 * 2**20
 
     def __post_init__(self) -> None:
-        for name in ("limit", "max_pixels", "max_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1.")
+        super().__post_init__()
         if self.split is not None and self.split not in SPLITS:
             raise ValueError(f"path: {unknown_name('embedded split', self.split, SPLITS)}")
         if self.split is not None and not self._seed.isdecimal():
@@ -110,7 +109,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class PipelineConfig:
+class PipelineConfig(Settings):
     """Distribution of the work. Results depend on `batch_size` and `at_once` in their last bits, on the rest not.
 
     Attributes:
@@ -133,34 +132,22 @@ class PipelineConfig:
             `odedit.backbones.common.feature_store`. Null: each worker caches its latest in memory.
     """
 
-    actors: Literal["auto"] | int = AUTO
-    batch_size: int = 8
-    at_once: Literal["auto"] | int = AUTO
+    actors: Literal["auto"] | Annotated[int, Ge(1)] = AUTO
+    batch_size: Annotated[int, Ge(1)] = 8
+    at_once: Literal["auto"] | Annotated[int, Ge(1)] = AUTO
     device: Literal["auto", "cpu", "cuda"] = AUTO
-    gpus_per_actor: float = 1.0
-    threads_per_actor: Literal["auto"] | int = AUTO
-    preparers: Literal["auto"] | int = AUTO
+    gpus_per_actor: Annotated[float, Gt(0), Le(8)] = 1.0
+    threads_per_actor: Literal["auto"] | Annotated[int, Ge(1)] = AUTO
+    preparers: Literal["auto"] | Annotated[int, Ge(1)] = AUTO
     ray_address: str | None = None
-    wait_s: float = 600.0
-    max_attempts: int = 3
+    wait_s: Annotated[float, Ge(0)] = 600.0
+    max_attempts: Annotated[int, Ge(2)] = 3
     measure_memory: bool = False
     feature_store: str | None = None
 
-    def __post_init__(self) -> None:
-        if self.wait_s < 0:
-            raise ValueError(f"wait_s: got {self.wait_s}, expected at least 0.")
-        if self.max_attempts < 2:
-            raise ValueError(f"max_attempts: got {self.max_attempts}, expected at least 2: with its group, and alone.")
-        for name in ("actors", "batch_size", "at_once", "threads_per_actor", "preparers"):
-            value = getattr(self, name)
-            if value != AUTO and value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1.")
-        if not 0 < self.gpus_per_actor <= 8:
-            raise ValueError(f"gpus_per_actor: got {self.gpus_per_actor}, expected 0 < gpus_per_actor <= 8.")
-
 
 @dataclass(frozen=True)
-class TrackingConfig:
+class TrackingConfig(Settings):
     """Logging to MLflow.
 
     Attributes:
@@ -177,17 +164,12 @@ class TrackingConfig:
     uri: str | None = None
     experiment: str = "odedit"
     run_name: str | None = None
-    curves: int = 8
-    edits_gib: float = 2.0
-
-    def __post_init__(self) -> None:
-        for name in ("curves", "edits_gib"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 0.")
+    curves: Annotated[int, Ge(0)] = 8
+    edits_gib: Annotated[float, Ge(0)] = 2.0
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Settings):
     """Records of `odedit train`. The editor's own settings say how it trains.
 
     Attributes:
@@ -203,14 +185,8 @@ class TrainingConfig:
     validation: str = f"{EMBEDDED}:validation"
     image_root: str | None = None
     rephrase_root: str | None = None
-    limit: int | None = None
-    validation_limit: int | None = 96
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "validation_limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1.")
+    limit: Annotated[int, Ge(1)] | None = None
+    validation_limit: Annotated[int, Ge(1)] | None = 96
 
 
 @dataclass(frozen=True)

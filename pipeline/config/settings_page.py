@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from odedit import editors, objectives
+from odedit.settings import describe
 from pipeline.config import strict
 from pipeline.config.run import Choice, RunConfig
 
@@ -60,7 +61,7 @@ def settings(cls: type, path: str = "") -> Iterator[Setting]:
         if section is not None:
             yield from settings(section, where)
             continue
-        yield Setting(where, strict.describe(hints[field.name]), _default(field), meanings.get(field.name, ""))
+        yield Setting(where, describe(hints[field.name]), _default(field), meanings.get(field.name, ""))
 
 
 def attribute_texts(cls: type) -> dict[str, str]:

@@ -9,23 +9,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import types
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from odedit.errors import InputError
-
-_WORDS: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a finite number",
-    str: "text",
-    type(None): "nothing (null)",
-    Any: "anything",
-}
+from odedit.settings import adapter, refusal, section_type, show
 
 
 def build(cls: type, values: Any, path: str = "") -> Any:
@@ -85,17 +75,10 @@ def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
 def _scalar(annotation: Any, value: Any, where: str, problems: list[str]) -> Any:
     try:
         # pydantic's strict mode for JSON fits YAML: it takes lists for tuples, and no text for booleans.
-        return _adapter(annotation).validate_json(json.dumps(value, default=str), strict=True)
+        return adapter(annotation).validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError:
-        near = _nearest(value, annotation)
-        hint = f" Did you mean {near!r}?" if near else ""
-        problems.append(f"{where}: got {show(value)}, expected {describe(annotation)}.{hint}")
+        problems.append(refusal(where, value, annotation))
     return None
-
-
-@lru_cache(maxsize=256)
-def _adapter(annotation: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
 
 
 def unknown_key(where: str, key: str, allowed: Iterable[str]) -> str:
@@ -110,55 +93,8 @@ def unknown_key(where: str, key: str, allowed: Iterable[str]) -> str:
     return f"{where}: unknown key.{hint} Allowed: {', '.join(names)}."
 
 
-def describe(annotation: Any) -> str:
-    """An annotation in words, for messages.
-
-    >>> describe(int | None), describe(Literal["auto"] | int)
-    ('a whole number or nothing (null)', "'auto' or a whole number")
-    """
-    origin = get_origin(annotation)
-    if origin is Literal:
-        return " or ".join(repr(choice) for choice in get_args(annotation))
-    if origin in (Union, types.UnionType):
-        return " or ".join(describe(part) for part in get_args(annotation))
-    if origin in (tuple, list, frozenset, set):
-        inner = [part for part in get_args(annotation) if part is not Ellipsis]
-        return f"a list of {describe(inner[0])}" if inner else "a list"
-    if origin in (dict, Mapping) or annotation in (dict, Mapping):
-        return "a section of keys and values"
-    if hasattr(annotation, "__metadata__"):
-        return describe(get_args(annotation)[0])
-    return _WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
-
-
-def show(value: Any) -> str:
-    """A value for messages: its repr, cut to 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _nearest(value: Any, annotation: Any) -> str:
-    if not isinstance(value, str):
-        return ""
-    near = difflib.get_close_matches(value, [c for c in _choices(annotation) if isinstance(c, str)], n=1, cutoff=0.5)
-    return near[0] if near else ""
-
-
-def _choices(annotation: Any) -> list[Any]:
-    if get_origin(annotation) is Literal:
-        return list(get_args(annotation))
-    return [choice for part in get_args(annotation) for choice in _choices(part)]
-
-
 def _is_field(cls: type, key: str) -> bool:
     return any(field.name == key and field.init for field in dataclasses.fields(cls))
-
-
-def section_type(annotation: Any) -> type | None:
-    """The dataclass in `Section` or `Section | None`; None for other annotations."""
-    parts = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-    sections = [part for part in parts if isinstance(part, type) and dataclasses.is_dataclass(part)]
-    return sections[0] if sections else None
 
 
 def _allows_none(annotation: Any) -> bool:

@@ -17,15 +17,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 from torch.nn import functional
 
 from odedit.inputs.batch import EditParams
 from odedit.objectives.common.sketch import MAX_SKETCH_DIM
 from odedit.risks.risks import upcast
+from odedit.settings import Settings
 
 DUAL_DECAY = 1.0001
 """Exponent of `k + 1`, by which the rate of dual step k is divided, as in the IRM-TV code."""
@@ -50,7 +52,7 @@ def features(phi_EP: Tensor, risks_ER: Tensor, scale_gradients_EN: Tensor) -> Te
 
 
 @dataclass(frozen=True)
-class MultiplierConfig:
+class MultiplierConfig(Settings):
     """Settings of lambda(delta, phi_e).
 
     Attributes:
@@ -68,25 +70,17 @@ class MultiplierConfig:
     """
 
     input: MultiplierInput = "sketch"
-    depth: int = 3
-    width: int = 64
-    sketch_dim: int = 512
-    initial: float = 1e-3
-    cap: float = 0.1
+    depth: Annotated[int, Ge(1)] = 3
+    width: Annotated[int, Ge(1)] = 64
+    sketch_dim: Annotated[int, Ge(1), Le(MAX_SKETCH_DIM)] = 512
+    initial: Annotated[float, Gt(0)] = 1e-3
+    cap: Annotated[float, Gt(0)] = 0.1
     detach: bool = False
 
     def __post_init__(self) -> None:
-        allowed = {
-            "input": (self.input in get_args(MultiplierInput), f"one of {', '.join(get_args(MultiplierInput))}"),
-            "depth": (self.depth >= 1, "at least 1 layer"),
-            "width": (self.width >= 1, "at least 1 unit"),
-            "sketch_dim": (1 <= self.sketch_dim <= MAX_SKETCH_DIM, f"1 to {MAX_SKETCH_DIM}"),
-            "cap": (0.0 < self.cap < math.inf, "a positive finite number"),
-            "initial": (0.0 < self.initial < self.cap, f"0 < initial < cap (cap is {self.cap})"),
-        }
-        for name, (is_allowed, expected) in allowed.items():
-            if not is_allowed:
-                raise ValueError(f"multiplier.{name}: got {getattr(self, name)!r}, expected {expected}.")
+        super().__post_init__()
+        if self.initial >= self.cap:
+            raise ValueError(f"initial: got {self.initial}, expected less than cap, which is {self.cap}.")
 
 
 class MultiplierNetwork:

@@ -201,7 +201,8 @@ def test_record_with_a_problem(files):
 
 @pytest.mark.parametrize("name", ["rephrase_source", "locality_source"])
 def test_unknown_source(name):
-    with pytest.raises(InputError, match=f"Unknown supervision.{name} 'records'. Did you mean 'record'"):
+    message = f"{name}: got 'records', expected 'held_out' or 'record'. Did you mean 'record'"
+    with pytest.raises(ValueError, match=message):
         Supervision(**{name: "records"})
 
 

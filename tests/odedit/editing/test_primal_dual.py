@@ -203,7 +203,7 @@ def test_a_flat_multiplier_needs_edits_of_one_length():
     [
         ({"penalty": "fixed:-1"}, "penalty: got 'fixed:-1'"),
         ({"penalty": "sometimes"}, "expected 'adaptive', 'none' or 'fixed:<number >= 0>'"),
-        ({"kernel": "cubic"}, "expected one of rbf, linear, contrastive"),
+        ({"kernel": "cubic"}, "expected 'rbf' or 'linear' or 'contrastive'"),
         ({"bandwidths": ()}, "bandwidths"),
         ({"locality_weight": -1.0}, "locality_weight: got -1.0"),
         ({"dual_rate": 0.0}, "dual_rate"),

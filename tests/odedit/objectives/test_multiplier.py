@@ -117,13 +117,13 @@ def test_dual_ascent_raises_lambda() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"input": "dense"}, "multiplier.input: got 'dense', expected one of sketch, flat"),
-        ({"depth": 0}, "multiplier.depth: got 0, expected at least 1 layer"),
-        ({"width": 0}, "multiplier.width: got 0"),
-        ({"sketch_dim": 0}, "multiplier.sketch_dim: got 0, expected 1 to 16384"),
-        ({"initial": 0.2}, r"multiplier.initial: got 0.2, expected 0 < initial < cap \(cap is 0.1\)"),
-        ({"initial": math.nan}, "multiplier.initial: got nan"),
-        ({"cap": math.inf}, "multiplier.cap: got inf"),
+        ({"input": "dense"}, "^input: got 'dense', expected 'sketch' or 'flat'"),
+        ({"depth": 0}, "^depth: got 0, expected a whole number >= 1"),
+        ({"width": 0}, "^width: got 0"),
+        ({"sketch_dim": 0}, "^sketch_dim: got 0, expected a whole number >= 1 and <= 16384"),
+        ({"initial": 0.2}, "^initial: got 0.2, expected less than cap, which is 0.1"),
+        ({"initial": math.nan}, "^initial: got nan"),
+        ({"cap": math.inf}, "^cap: got inf"),
     ],
 )
 def test_config_refuses_bad_values(change: dict[str, object], message: str) -> None:

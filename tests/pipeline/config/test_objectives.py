@@ -47,7 +47,7 @@ def test_settings_of_another_objective_are_kept_and_not_read(tmp_path: Path) -> 
 def test_a_value_that_several_objectives_refuse_is_refused_once() -> None:
     with pytest.raises(InputError) as caught:
         from_dict({"objective": {"name": "native", "locality_weight": -1.0}})
-    assert str(caught.value).splitlines() == ["objective.locality_weight: got -1.0, expected a number >= 0."]
+    assert str(caught.value).splitlines() == ["objective.locality_weight: got -1.0, expected a finite number >= 0."]
 
 
 def test_a_run_is_the_same_whose_file_lists_all_settings(settings: dict[str, Any]) -> None:

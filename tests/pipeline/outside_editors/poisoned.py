@@ -1,4 +1,4 @@
-"""Fine-tuning in which edits fail in the way that their id names. Tests name it by its dotted module."""
+"""Fine-tuning that fails in a way chosen by the edit id. Tests name it by its module."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from odedit.inputs.batch import EditBatch, EditParams
 
 
 class WorkerDeath(BaseException):
-    """Simulates a dead worker: `except Exception` does not catch it."""
+    """Simulates a worker's death: no handler of `Exception` catches it."""
 
 
 class Poisoned(Base):  # type: ignore[misc,valid-type]
-    """Editor whose edits fail by the prefix of their id: nan, raise, cuda, die, exit, large."""
+    """FT-L with failures, by the start of the edit id."""
 
     own_slots = ("edit",)
 

@@ -1,4 +1,4 @@
-"""Fine-tuning that waits until several processes edit, which proves that there were several."""
+"""Fine-tuning that waits until several processes edit at the same time."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _PATIENCE_S = 120.0
 
 @dataclass(frozen=True)
 class SigningConfig(FTLConfig):
-    """Settings of FT-L and of the wait.
+    """Settings of FT-L and two more.
 
     Attributes:
-        folder: Folder in which every process makes a file.
-        processes: Number of processes to wait for.
+        folder: Folder in which every process writes a file.
+        processes: Number of files to wait for.
     """
 
     folder: str = ""
@@ -30,17 +30,17 @@ class SigningConfig(FTLConfig):
 
 
 class Signing(FTL):
-    """Editor that raises TimeoutError if the other processes do not edit within 120 s."""
+    """FT-L; raises TimeoutError if the other processes do not start."""
 
     Config: ClassVar[type] = SigningConfig
 
     def own_risk(self, params: EditParams, trace: Any, batch: EditBatch) -> Tensor:
         folder = Path(self.config.folder)  # type: ignore[attr-defined]
         (folder / f"process-{os.getpid()}").touch()
-        begun = time.monotonic()
+        start = time.monotonic()
         while len(list(folder.iterdir())) < self.config.processes:  # type: ignore[attr-defined]
-            if time.monotonic() - begun > _PATIENCE_S:
-                raise TimeoutError(f"only {len(list(folder.iterdir()))} process(es) edit")
+            if time.monotonic() - start > _PATIENCE_S:
+                raise TimeoutError(f"{len(list(folder.iterdir()))} of {self.config.processes} processes edit")  # type: ignore[attr-defined]
             time.sleep(0.05)
         return super().own_risk(params, trace, batch)
 
