@@ -13,7 +13,7 @@ from pipeline.console import say
 from pipeline.driver.run import run
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.report import page as report
-from pipeline.tracking import runs
+from pipeline.tracking.client import open_command
 from pipeline.workers import ray_session
 
 ARMS = {"WISE": "demo-wise", "WISE + ODEdit": "demo-wise-odedit", "WISE + contrast": "demo-wise-contrast"}
@@ -44,6 +44,6 @@ def main(out: Path, edits: int, *, fresh: bool) -> None:
         console.print(f"{arm.name}: {report.counts(arm.summary)}", highlight=False)
     lines = [f"Report:  {page}", f"Results: {', '.join(str(arm.workspace.out) for arm in arms)}"]
     if uri is not None:
-        lines.append(f"MLflow:  {runs.open_command(uri)}")
+        lines.append(f"MLflow:  {open_command(uri)}")
     for line in lines:
         say(console, line)

@@ -18,12 +18,13 @@ from odedit.runtime.addresses import masked, reason
 from odedit.storage.location import at, delete_all
 from pipeline.config.checkpoints import editor_weights, fitted, with_absolute_checkpoints
 from pipeline.config.run import RunConfig, from_dict, load
+from pipeline.config.values import flatten, masked_values
 from pipeline.config.version import code_version, software
 from pipeline.run_folder import repair, rows, sources, staging
 from pipeline.run_folder.sources import Sources
 from pipeline.run_folder.staging import Staged
 from pipeline.run_folder.workspace import CONFIG_HEADER, Workspace, check_access, new_place, read_json, write_json
-from pipeline.tracking import runs
+from pipeline.tracking import client
 from pipeline.workers import ray_session
 from pipeline.workers.model import SETTING, with_checked_store
 from pipeline.workers.plan import machine_cpus, machine_gpus, make_plan
@@ -144,7 +145,7 @@ def check(
     """
     workspace = Workspace.of(config.out)
     if config.tracking.enabled:
-        runs.store_uri(config.tracking, workspace.out)
+        client.store_uri(config.tracking, workspace.out)
     config = with_checked_store(with_absolute_checkpoints(config))
     if workspace.out.is_local:
         for folder in (workspace.out, *workspace.folders):
@@ -159,7 +160,7 @@ def check(
         make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), 1)
     if servers and (fresh or not _is_finished(config, workspace)):
         ray_session.check_reachable(config.pipeline)
-        runs.check(config.tracking, workspace.out)
+        client.check(config.tracking, workspace.out)
     config, notes = fitted(config, trains=trains)  # last, since an editor that learns has the model's weights read
     return config, workspace, tuple(notes)
 
@@ -282,12 +283,12 @@ def _clear(workspace: Workspace) -> None:
 def _public_yaml(config: RunConfig) -> str:
     import yaml
 
-    return yaml.safe_dump(runs.masked_values(config.to_dict()), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(masked_values(config.to_dict()), sort_keys=False, allow_unicode=True)
 
 
 def _settings(config: RunConfig, found: Sources) -> dict[str, Any]:
     """What results depend on: settings, input files, and the model's weights; without secrets."""
-    flat = runs.flatten(config.to_dict())
+    flat = flatten(config.to_dict())
     compared = {
         key: value for key, value in flat.items() if key in _COMPARED_ANYWAY or not key.startswith(_NOT_COMPARED)
     }
@@ -327,7 +328,7 @@ def _check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], workspace: 
 def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Every setting of a run with that editor and objective, as if none had been given."""
     names = {kind: {"name": settings[f"{kind}.name"]} for kind in ("editor", "objective")}
-    return runs.flatten(from_dict(names).to_dict())
+    return flatten(from_dict(names).to_dict())
 
 
 def _remember(workspace: Workspace, settings: Mapping[str, Any], code: str) -> None:

@@ -22,7 +22,8 @@ from pipeline.interrupts import raise_if_interrupted, terminate_as_interrupt
 from pipeline.run_folder import repair
 from pipeline.run_folder import rows as results
 from pipeline.run_folder.workspace import Workspace, read_json, write_json
-from pipeline.tracking import runs as tracking
+from pipeline.tracking.client import store_uri
+from pipeline.tracking.runs import EditRun
 from pipeline.workers import ray_session
 from pipeline.workers.plan import Job, Plan
 from pipeline.workers.profile import Profile
@@ -153,7 +154,7 @@ class _OpenRun:
         self.ready = ready
         self._parent_run = parent_run
         self.seconds = 0.0
-        self._tracker: tracking.Tracker | None = None
+        self._tracker: EditRun | None = None
         self._is_started = False
         self._outcome: Outcome | None = None
 
@@ -186,7 +187,7 @@ class _OpenRun:
             "usable": ready.staged.num_usable,
             "problems": ready.staged.problems,
         }
-        self._tracker = tracking.Tracker.start(
+        self._tracker = EditRun.start(
             ready.config, ready.workspace, state.get("run_id"), ready.code, dataset, self._parent_run
         )
         update(ready.workspace, run_id=self._tracker.run_id)
@@ -250,7 +251,7 @@ def _edit(
                 runs[index].finish(None)
 
 
-def _finish(ready: Ready, tracker: tracking.Tracker | None, console: Console | None) -> Outcome:
+def _finish(ready: Ready, tracker: EditRun | None, console: Console | None) -> Outcome:
     from pipeline.report import page
 
     workspace, config = ready.workspace, ready.config
@@ -272,5 +273,5 @@ def _finish(ready: Ready, tracker: tracking.Tracker | None, console: Console | N
             console.print("Logging to MLflow ...", highlight=False)
         tracker.log_results(config, workspace, summary)
         update(workspace, logged=True)
-    uri = tracking.store_uri(config.tracking, workspace.out) if config.tracking.enabled else None
+    uri = store_uri(config.tracking, workspace.out) if config.tracking.enabled else None
     return Outcome(workspace, summary, uri, (read_json(workspace.run) or {}).get("run_id"))

@@ -40,7 +40,7 @@ def sync(folder: str, uri: str | None = None) -> str:
         "problems": summary["skipped"],
     }
     # A store that does not know the run makes another one.
-    tracker = runs.Tracker.start(config, workspace, state.get("run_id"), state["code"], dataset)
+    tracker = runs.EditRun.start(config, workspace, state.get("run_id"), state["code"], dataset)
     update(workspace, run_id=tracker.run_id)
     try:
         tracker.log_results(config, workspace, summary)
