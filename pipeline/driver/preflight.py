@@ -1,4 +1,4 @@
-"""Before anything runs: settings and input are checked, records staged, and what is left to do is found."""
+"""Checks before a run: settings, input and an earlier run in `out` are checked, and the records staged."""
 
 from __future__ import annotations
 
@@ -39,7 +39,12 @@ class Ready:
     """A run that has passed every check that needs no worker.
 
     Attributes:
-        notes: What the user should know of the folder's earlier part of the run.
+        config: Configuration with full paths and settings that fit the model.
+        workspace: Folder of the run.
+        sources: Input files.
+        staged: Staged records.
+        code: Version of the code.
+        notes: Notes for the user, on changed settings and on an earlier part of the run.
     """
 
     config: RunConfig
@@ -51,53 +56,53 @@ class Ready:
 
     @property
     def pending(self) -> list[int]:
-        """Groups without a result, as the folder has it at this moment."""
+        """Numbers of the groups without a result, read from the folder at each call."""
         done = rows.finished_groups(self.workspace)
         return [group for group in range(len(self.staged.usable)) if group not in done]
 
     def num_done(self, pending: Sequence[int]) -> int:
-        """Usable records of the groups that are not pending."""
-        left = set(pending)
-        return sum(count for group, count in enumerate(self.staged.usable) if group not in left)
+        """Number of usable records in groups that are not pending."""
+        groups = set(pending)
+        return sum(count for group, count in enumerate(self.staged.usable) if group not in groups)
 
 
 def prepare(config: RunConfig, *, fresh: bool = False, is_storage_tried: bool = False) -> Ready:
-    """Checks what can be checked, stages the input, and finds out what is left to do.
+    """Checks the run, stages its input, and looks for an earlier part of it.
 
     Args:
         fresh: Whether an existing run is replaced.
         is_storage_tried: As in `check`.
 
     Raises:
-        InputError: Something is wrong; no new folder stays behind.
+        InputError: A setting or the input is wrong, or `out` holds another run. No new folder is left behind.
     """
-    config, workspace, fits = check(config, fresh=fresh, is_storage_tried=is_storage_tried)
-    found = sources.resolve(config.data, config.out)
-    earlier = _earlier(config, found, workspace, fresh=fresh)
+    config, workspace, fitting_notes = check(config, fresh=fresh, is_storage_tried=is_storage_tried)
+    inputs = sources.resolve(config.data, config.out)
+    earlier = _earlier(config, inputs, workspace, fresh=fresh)
     with new_place(workspace.out):
-        if earlier.is_none or earlier.is_replaced:
-            with staging.aside(config, found, workspace) as staged:
+        if earlier.is_new or earlier.is_replaced:
+            with staging.aside(config, inputs, workspace) as staged:
                 if earlier.is_replaced:
                     _clear(workspace)
                 else:
                     delete_all(staging.leftovers(workspace))
         else:
-            staged = staging.stage(config, found, workspace)
+            staged = staging.stage(config, inputs, workspace)
         workspace.create()
         damage = repair.repair(workspace, staged, keep_edits=config.keep_edits)
         code = code_version()
-        notes = (*fits, *earlier.notes, *([damage] if damage else []))
-        _remember(workspace, earlier.settings, code)
+        notes = (*fitting_notes, *earlier.notes, *([damage] if damage else []))
+        _write_state(workspace, earlier.settings, code)
         workspace.config.write_text(f"{CONFIG_HEADER} {code}\n{_public_yaml(config)}")
-    return Ready(config, workspace, found, staged, code, notes)
+    return Ready(config, workspace, inputs, staged, code, notes)
 
 
 def look(config: RunConfig, *, fresh: bool = False) -> Ready:
-    """Runs the checks of `prepare` and stages into a temporary folder, which is deleted; for `--dry-run`."""
-    config, workspace, fits = check(config, fresh=fresh)
-    with _staged_aside(config) as (found, staged):
-        earlier = _earlier(config, found, workspace, fresh=fresh)
-        return Ready(config, workspace, found, staged, code_version(), (*fits, *earlier.notes))
+    """As `prepare`, but stages into a temporary folder and changes nothing in `out`; for `--dry-run`."""
+    config, workspace, fitting_notes = check(config, fresh=fresh)
+    with _staged_aside(config) as (inputs, staged):
+        earlier = _earlier(config, inputs, workspace, fresh=fresh)
+        return Ready(config, workspace, inputs, staged, code_version(), (*fitting_notes, *earlier.notes))
 
 
 def check_records(config: RunConfig) -> None:
@@ -110,14 +115,14 @@ def check_records(config: RunConfig) -> None:
 
 @contextmanager
 def _staged_aside(config: RunConfig) -> Iterator[tuple[Sources, Staged]]:
-    """Inside, the run's input lies staged in a temporary folder."""
+    """Inside, the run's input is staged in a temporary folder; yields the input files and the staged records."""
     with tempfile.TemporaryDirectory() as folder:
-        found = sources.resolve(config.data, sources.place_of_embedded(config.data, config.out, folder))
-        found.identity()  # a missing file is named before its pictures' folders
-        found.reader.check_roots()
+        inputs = sources.resolve(config.data, sources.place_of_embedded(config.data, config.out, folder))
+        inputs.identity()  # raises for a missing file before the folders of pictures are checked
+        inputs.reader.check_roots()
         aside = Workspace.of(Path(folder) / "out")
         aside.create()
-        yield found, staging.stage(config, found, aside)
+        yield inputs, staging.stage(config, inputs, aside)
 
 
 def check(
@@ -128,20 +133,20 @@ def check(
     servers: bool = True,
     is_storage_tried: bool = False,
 ) -> tuple[RunConfig, Workspace, tuple[str, ...]]:
-    """Checks everything but the records and what `out` holds; leaves nothing behind.
+    """Checks everything but the records and the content of `out`; leaves nothing behind.
 
     Args:
-        fresh: Whether an existing run is replaced. A finished run that is not needs no servers.
-        trains: Whether the editor's own weights are still to be made.
-        servers: Whether the cluster and the MLflow server have to answer.
-        is_storage_tried: Whether a folder above `out` has been written to already: storage has no rights for each
-            folder, so an `out` at an address is not tried again.
+        fresh: Whether an existing run is replaced. A finished run that is kept needs no servers.
+        trains: Whether the editor's own weights will be trained before the run.
+        servers: Whether to check that the cluster and the MLflow server answer.
+        is_storage_tried: Whether a folder above `out` has been written to already. An `out` at an address is then not
+            tried again, since object stores have no access rights per folder.
 
     Returns:
-        The configuration with full paths and settings that fit the model, its workspace, and what was changed.
+        The configuration with full paths and settings that fit the model, its workspace, and notes on the changes.
 
     Raises:
-        InputError: A setting is wrong, or a place or a server that it names cannot be used.
+        InputError: A setting is wrong, or a folder, address or server that it names cannot be used.
     """
     workspace = Workspace.of(config.out)
     if config.tracking.enabled:
@@ -153,7 +158,7 @@ def check(
     elif not is_storage_tried:
         check_access(workspace.out, "out")
     store = config.pipeline.feature_store
-    if store is not None and "://" not in store and not os.path.exists(store):  # one that is there may be read alone
+    if store is not None and "://" not in store and not os.path.exists(store):  # an existing one may be read-only
         check_access(at(store), SETTING)
     sources.check_apart(config.data, workspace.out)
     if ray_session.address_of(config.pipeline) is None:
@@ -161,12 +166,12 @@ def check(
     if servers and (fresh or not _is_finished(config, workspace)):
         ray_session.check_reachable(config.pipeline)
         client.check(config.tracking, workspace.out)
-    config, notes = fitted(config, trains=trains)  # last, since an editor that learns has the model's weights read
+    config, notes = fitted(config, trains=trains)  # last, since a trained editor makes it read the model's weights
     return config, workspace, tuple(notes)
 
 
 def _is_finished(config: RunConfig, workspace: Workspace) -> bool:
-    """Whether there is nothing left to edit or to log."""
+    """Whether everything is edited and logged."""
     state = read_json(workspace.run)
     is_logged = not config.tracking.enabled or (isinstance(state, dict) and state.get("logged"))
     return bool(is_logged) and workspace.summary.exists()
@@ -174,38 +179,38 @@ def _is_finished(config: RunConfig, workspace: Workspace) -> bool:
 
 @dataclass(frozen=True)
 class _Earlier:
-    """What `out` holds of an earlier run.
+    """An earlier run in `out`, and what becomes of it.
 
     Attributes:
-        settings: Settings of the run that is to begin or to go on.
-        is_none: There is no earlier run.
-        is_replaced: Its files are to be deleted.
-        notes: What the user should know of it.
+        settings: Settings of the run that begins or is resumed.
+        is_new: True when `out` holds no earlier run.
+        is_replaced: True when the earlier run's files are to be deleted.
+        notes: Notes on the earlier run for the user.
     """
 
     settings: Mapping[str, Any]
-    is_none: bool
+    is_new: bool
     is_replaced: bool
     notes: tuple[str, ...]
 
 
-def _earlier(config: RunConfig, found: Sources, workspace: Workspace, *, fresh: bool) -> _Earlier:
-    """Looks at `out`, and changes nothing. Raises InputError if it is another run's or holds foreign files."""
-    found.reader.check_roots()
-    settings = _settings(config, found)
+def _earlier(config: RunConfig, inputs: Sources, workspace: Workspace, *, fresh: bool) -> _Earlier:
+    """Compares the run with the one in `out`. Raises InputError if it is another run, or `out` holds other files."""
+    inputs.reader.check_roots()
+    settings = _settings(config, inputs)
     _check_config_is_ours(workspace)
-    before, notes = _own_run(workspace, found)
+    before, notes = _own_run(workspace, inputs)
     is_replaced = False
     if before is None:
-        _check_room(workspace, fresh=fresh)
+        _check_free(workspace, fresh=fresh)
     elif not fresh and workspace.summary.exists() and len(str(before["settings"].get(_WEIGHTS))) == EARLIER_LENGTH:
-        # The run is finished: its model is not needed, and its earlier fingerprint depends on versions of libraries.
+        # A finished run needs no model, and its older form of fingerprint depends on versions of libraries.
         settings |= {_WEIGHTS: before["settings"][_WEIGHTS]}
         _check_same_run(settings, before["settings"], workspace)
     elif not fresh and (rows.parts(workspace) or settings == before["settings"] or not before.get("ended")):
         _check_same_run(settings, before["settings"], workspace)
     else:
-        # Asked for, or other settings after a run that has ended without any result: there is nothing to lose.
+        # --fresh was given, or other settings after a run that ended without any result.
         is_replaced = True
     return _Earlier(settings, before is None, is_replaced, tuple(notes))
 
@@ -214,7 +219,7 @@ def _check_config_is_ours(workspace: Workspace) -> None:
     """Raises InputError if the run's copy of its configuration would replace a file that the user wrote."""
     try:
         with workspace.config.open() as stream:
-            # A file that lost its content with the machine's power may be replaced.
+            # An empty or zero-filled file is left by a power failure and may be replaced.
             is_ours = stream.read(len(CONFIG_HEADER)).strip(b"\0") in (CONFIG_HEADER.encode(), b"")
     except FileNotFoundError:
         return
@@ -226,13 +231,13 @@ def _check_config_is_ours(workspace: Workspace) -> None:
         )
 
 
-def _own_run(workspace: Workspace, found: Sources) -> tuple[dict[str, Any] | None, list[str]]:
-    """What the folder's run.json says, or None if there is none, and what the user should know of it.
+def _own_run(workspace: Workspace, inputs: Sources) -> tuple[dict[str, Any] | None, list[str]]:
+    """Content of the folder's run.json, or None if there is none, and notes for the user.
 
-    A file that was cut off is made up for by the settings in config.yaml.
+    The settings of a damaged run.json are read from config.yaml.
 
     Raises:
-        InputError: It is something else's.
+        InputError: run.json was not written by odedit.
     """
     state = read_json(workspace.run)
     if isinstance(state, dict) and isinstance(state.get("settings"), dict):
@@ -242,21 +247,21 @@ def _own_run(workspace: Workspace, found: Sources) -> tuple[dict[str, Any] | Non
             f"{workspace.run} is damaged. {workspace.config.name} says what the settings were; whether the input files "
             "are still the same cannot be checked."
         )
-        return {"settings": _settings(load(workspace.config), found)}, [note]
+        return {"settings": _settings(load(workspace.config), inputs)}, [note]
     if workspace.run.exists():
         raise InputError(f"out: {workspace.run} was not written by odedit. Choose another folder (out=...).")
     return None, []
 
 
-def _check_room(workspace: Workspace, *, fresh: bool) -> None:
-    """Refuses a folder without a run that holds anything that might be worth keeping."""
+def _check_free(workspace: Workspace, *, fresh: bool) -> None:
+    """Raises InputError if a folder without a run holds results, or with `fresh` any file."""
     if rows.parts(workspace):
         raise InputError(f"out: {workspace.out} holds results without run.json. Choose another folder (out=...).")
-    # What a run that never began left behind is deleted.
+    # Left by a run that failed before its first result; deleted later.
     leftovers = [*staging.leftovers(workspace), *staging.cut_off(workspace)]
-    stranger = workspace.out.first_file_below(leftovers) if fresh else None
-    if stranger is not None:
-        name = stranger.rpartition("/")[2]
+    file = workspace.out.first_file_below(leftovers) if fresh else None
+    if file is not None:
+        name = file.rpartition("/")[2]
         raise InputError(
             f"--fresh: {workspace.out} holds {name!r}, but no run.json: it is not a run's folder. "
             "Choose another folder (out=...), or leave out --fresh."
@@ -264,7 +269,7 @@ def _check_room(workspace: Workspace, *, fresh: bool) -> None:
 
 
 def _clear(workspace: Workspace) -> None:
-    """Deletes a run's own files, and nothing else that may lie there; run.json last, so that a kill can be repeated."""
+    """Deletes the files that a run wrote, and no others; run.json last, so that it works again after a kill."""
     written = (
         (workspace.results, ("part-*.parquet", ".part-*.tmp")),
         (workspace.edits, ("*.safetensors", ".*.safetensors.*.tmp")),
@@ -274,20 +279,21 @@ def _clear(workspace: Workspace) -> None:
     for folder, patterns in written:
         delete_all([file for pattern in patterns for file in folder.glob(pattern)])
         if folder.is_local:
-            with suppress(OSError):  # not there, or it holds something else
+            with suppress(OSError):  # missing, or not empty
                 os.rmdir(folder)
     for name in ("records", "pool", "calibration", "config", "summary", "profile", "report", "run"):
         getattr(workspace, name).delete()
 
 
 def _public_yaml(config: RunConfig) -> str:
+    """The configuration as YAML, without secrets."""
     import yaml
 
     return yaml.safe_dump(masked_values(config.to_dict()), sort_keys=False, allow_unicode=True)
 
 
-def _settings(config: RunConfig, found: Sources) -> dict[str, Any]:
-    """What results depend on: settings, input files, and the model's weights; without secrets."""
+def _settings(config: RunConfig, inputs: Sources) -> dict[str, Any]:
+    """Everything that results depend on: settings, input files and the model's weights; without secrets."""
     flat = flatten(config.to_dict())
     compared = {
         key: value for key, value in flat.items() if key in _COMPARED_ANYWAY or not key.startswith(_NOT_COMPARED)
@@ -295,21 +301,21 @@ def _settings(config: RunConfig, found: Sources) -> dict[str, Any]:
     model = config.backbone
     weights = {_WEIGHTS: fingerprint(model.family, model.checkpoint, dtype=model.dtype)}
     weights |= editor_weights(config)
-    return {key: _told_apart(value) for key, value in (compared | found.identity() | weights).items()}
+    return {key: _without_secrets(value) for key, value in (compared | inputs.identity() | weights).items()}
 
 
-def _told_apart(value: Any) -> Any:
-    """The value without secrets; a hash beside them still shows that one was changed."""
+def _without_secrets(value: Any) -> Any:
+    """The value with secrets masked, and a hash that shows whether they have changed."""
     if isinstance(value, list):
-        return [_told_apart(item) for item in value]
+        return [_without_secrets(item) for item in value]
     if not isinstance(value, str) or masked(value) == value:
         return value
     return f"{masked(value)} [{hashlib.sha256(value.encode()).hexdigest()[:8]}]"
 
 
 def _check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], workspace: Workspace) -> None:
-    """Raises InputError if `out` holds the results of other settings or other input files."""
-    # A setting that is newer than the run had its default then.
+    """Raises InputError if the settings or input files `now` differ from those of the run in `out`."""
+    # A setting that is newer than the run counts as its default.
     then = {key: value for key, value in _defaults(now).items() if key in now} | dict(then)
     now = {key: comparable(value, then.get(key)) for key, value in now.items()}
     changed = [
@@ -326,12 +332,13 @@ def _check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], workspace: 
 
 
 def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Every setting of a run with that editor and objective, as if none had been given."""
+    """The default of every setting of a run with that editor and objective."""
     names = {kind: {"name": settings[f"{kind}.name"]} for kind in ("editor", "objective")}
     return flatten(from_dict(names).to_dict())
 
 
-def _remember(workspace: Workspace, settings: Mapping[str, Any], code: str) -> None:
+def _write_state(workspace: Workspace, settings: Mapping[str, Any], code: str) -> None:
+    """Writes `run.json`, keeping what an earlier part of the run stored."""
     before = read_json(workspace.run) or {}
     now = {
         "settings": settings,
@@ -346,5 +353,5 @@ def _remember(workspace: Workspace, settings: Mapping[str, Any], code: str) -> N
 
 
 def update(workspace: Workspace, **values: Any) -> None:
-    """Changes what `run.json` says."""
+    """Replaces values of `run.json`."""
     write_json(workspace.run, (read_json(workspace.run) or {}) | values)

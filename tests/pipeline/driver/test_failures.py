@@ -22,8 +22,8 @@ from pipeline.driver import run as runner
 from pipeline.driver.preflight import prepare
 from pipeline.driver.run import Outcome
 from pipeline.run_folder import rows
+from pipeline.workers import device_errors, graph, output, ray_session
 from pipeline.workers import editor as actor
-from pipeline.workers import graph, ray_session
 from pipeline.workers.model import load_remembering, with_checked_store
 from pipeline.workers.plan import Job
 from pipeline.workers.preparer import Prepared, Preparer, write_traceback
@@ -52,7 +52,7 @@ def test_an_edit_that_cannot_be_saved_ends_the_run_and_is_done_again(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(actor, "save_edit", full)
+        patch.setattr(output, "save_edit", full)
         for _ in range(4):  # more often than an edit may end its worker
             with pytest.raises(OSError, match="(?i)no space"):
                 inline(config)
@@ -143,7 +143,7 @@ def test_a_lost_gpu_ends_the_worker_and_costs_only_the_edit_that_loses_it(
     def end(code: int) -> None:
         raise WorkerDeath
 
-    monkeypatch.setattr(actor.os, "_exit", end)
+    monkeypatch.setattr(device_errors.os, "_exit", end)
     config = from_dict(poisoned(settings, ["good-1", "cuda-1", "good-2"]))
     for _ in range(3):
         with pytest.raises(WorkerDeath):

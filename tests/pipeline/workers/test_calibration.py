@@ -74,9 +74,9 @@ def test_a_run_without_anything_to_edit_ends_with_its_skipped_rows(
 def test_records_beyond_the_first_unusable_ones_are_measured(
     settings: dict[str, Any], inline: Inline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.workers import editor
+    from pipeline.workers import calibration
 
-    monkeypatch.setattr(editor, "CALIBRATION_RECORDS", 2)
+    monkeypatch.setattr(calibration, "CALIBRATION_RECORDS", 2)
     records = json.loads(Path(settings["data"]["path"]).read_text())
     for broken in records[:3]:
         (tmp_path / "coco" / broken["image"]).unlink()

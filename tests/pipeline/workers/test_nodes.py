@@ -83,7 +83,7 @@ def test_what_a_cluster_lacks_is_counted() -> None:
 
 def test_nodes_are_waited_for(monkeypatch: pytest.MonkeyPatch, console: Console) -> None:
     monkeypatch.setattr(nodes, "_POLL_S", 0.01)
-    monkeypatch.setattr(nodes, "_asked_for", lambda plan: nullcontext())
+    monkeypatch.setattr(nodes, "_requested", lambda plan: nullcontext())
     missing = ["two GPUs", "a GPU", ""]
     assert nodes.awaited(lambda: (PLAN, missing.pop(0)), 60, console) is PLAN
     said = console.file.getvalue()  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ from pipeline.driver.preflight import prepare
 from pipeline.driver.run import Outcome
 from pipeline.run_folder import rows as results
 from pipeline.training import train
-from pipeline.workers import editor as actor
+from pipeline.workers import calibration, model
 from tests.support.mmedit_files import record, write_array, write_images
 
 Inline = Callable[..., Outcome]
@@ -46,12 +46,12 @@ def towered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture(autouse=True)
 def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Workers of this file remember nothing of earlier tests; called, nothing of the earlier runs of this test."""
-    monkeypatch.setattr(actor, "_LOADED", {})
-    monkeypatch.setattr(actor, "_MEASURED", {})
+    monkeypatch.setattr(model, "_loaded", {})
+    monkeypatch.setattr(calibration, "_measured", {})
 
     def forget() -> None:
-        actor._LOADED.clear()
-        actor._MEASURED.clear()
+        model._loaded.clear()
+        calibration._measured.clear()
 
     return forget
 

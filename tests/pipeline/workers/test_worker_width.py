@@ -11,24 +11,24 @@ import torch
 from pipeline.config.run import RunConfig, from_dict
 from pipeline.driver.run import Outcome
 from pipeline.run_folder import rows
+from pipeline.workers import device_errors, width
 from pipeline.workers import editor as actor
-from pipeline.workers import width
-from pipeline.workers.width import Room
+from pipeline.workers.width import WidthLimit
 
 Inline = Callable[[RunConfig], Outcome]
 
 
 def test_as_many_as_half_of_the_free_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(width, "free_bytes", lambda device: 1000)
-    assert Room("auto", "cpu").width(64, lambda: 100) == 5
-    assert Room("auto", "cpu", share=0.5).width(64, lambda: 100) == 2
-    assert Room("auto", "cpu").width(3, lambda: 100) == 3
-    assert Room("auto", "cpu").width(64, lambda: 10**6) == 1, "one edit moves, whatever it takes"
+    assert WidthLimit("auto", "cpu").width(64, lambda: 100) == 5
+    assert WidthLimit("auto", "cpu", share=0.5).width(64, lambda: 100) == 2
+    assert WidthLimit("auto", "cpu").width(3, lambda: 100) == 3
+    assert WidthLimit("auto", "cpu").width(64, lambda: 10**6) == 1, "one edit moves, whatever it takes"
     asked: list[int] = []
-    known = Room("auto", "cpu")
+    known = WidthLimit("auto", "cpu")
     assert known.width(1, lambda: asked.append(1) or 100) == 1 and not asked
     assert [known.width(64, lambda: asked.append(1) or 100) for _ in range(2)] == [5, 5] and asked == [1]
-    assert Room(4, "cpu").width(64, lambda: 10**6) == 4
+    assert WidthLimit(4, "cpu").width(64, lambda: 10**6) == 4
 
 
 def test_the_memory_of_a_container_counts_where_it_is_less(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
@@ -44,15 +44,15 @@ def test_the_memory_of_a_container_counts_where_it_is_less(monkeypatch: pytest.M
 
 
 def test_a_width_is_halved_until_it_is_one() -> None:
-    one = Room("auto", "cpu")
+    one = WidthLimit("auto", "cpu")
     widths = []
-    while one.narrower(8):
+    while one.halve(8):
         widths.append(one.width(8, lambda: 1))
     assert widths == [4, 2, 1]
     one.restore()
     assert one.width(8, lambda: 1) == 8
-    two = Room(4, "cpu")
-    assert two.narrower(8) and two.width(8, lambda: 1) == 2
+    two = WidthLimit(4, "cpu")
+    assert two.halve(8) and two.width(8, lambda: 1) == 2
     two.restore()
     assert two.width(8, lambda: 1) == 4
 
@@ -130,7 +130,7 @@ def test_recorded_steps_are_let_go_before_a_group_is_narrowed(
             raise torch.OutOfMemoryError("no room")
         return original(*arguments)
 
-    monkeypatch.setattr(actor.cuda_graphs, "forget", forget)
+    monkeypatch.setattr(device_errors.cuda_graphs, "forget", forget)
     monkeypatch.setattr(actor, "edit", edit)
     narrow = inline(from_dict(settings | changed))
     assert widths == [4, 4, 2]
