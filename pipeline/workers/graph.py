@@ -27,7 +27,7 @@ from pipeline.workers.profile import EDIT, LOADING, OTHER, PREPARE, Clock, Profi
 from pipeline.workers.request_cache import RequestCache
 
 MAX_BLOCKS = 512
-"""Blocks of a run at least; a large run reports its progress once per block."""
+"""Blocks of a large run with few actors; the run reports its progress once per block."""
 MAX_BLOCKS_PER_ACTOR = 64
 """More blocks when there are more actors, so that the tail, one actor busy and the others idle, stays short."""
 
