@@ -15,6 +15,7 @@ from rich.table import Table
 
 from odedit.editing.files import EditInfo
 from odedit.errors import InputError, NothingUsable, counted
+from odedit.runtime.addresses import masked
 from odedit.storage.location import Location, locate
 from pipeline.config import run as run_config
 from pipeline.console import say
@@ -23,7 +24,8 @@ from pipeline.driver.run import Outcome, run
 from pipeline.report import page
 from pipeline.run_folder import rows
 from pipeline.run_folder.reasons import lines
-from pipeline.tracking import runs
+from pipeline.tracking.client import open_command, store_uri
+from pipeline.tracking.fetch import fetch_edit
 from pipeline.workers.profile import Profile
 
 
@@ -81,7 +83,7 @@ def _show_plan(config: run_config.RunConfig, *, fresh: bool) -> None:
         )
     for note in ready.notes:
         say(Console(stderr=True), f"Note: {note}")
-    print(runs.masked(replace(ready.config, out=config.out).to_yaml()))
+    print(masked(replace(ready.config, out=config.out).to_yaml()))
     print(f"# input: {records}")
     address = ray_session.address_of(config.pipeline)
     if address is None:
@@ -91,7 +93,7 @@ def _show_plan(config: run_config.RunConfig, *, fresh: bool) -> None:
     done = len(rows.finished_groups(ready.workspace))
     print(f"# results: {out}" + (f" (finished groups there: {done})" if done else ""))
     if config.tracking.enabled:
-        print(f"# MLflow: {runs.masked(runs.store_uri(config.tracking, out))}")
+        print(f"# MLflow: {masked(store_uri(config.tracking, out))}")
 
 
 def show_outcome(outcome: Outcome) -> None:
@@ -103,7 +105,7 @@ def show_outcome(outcome: Outcome) -> None:
         say(out, f"Not edited:\n{lines(outcome.summary['reasons'])}")
     say(out, f"Results: {outcome.workspace.out} (report.html, summary.json, results/, edits/)")
     if outcome.tracking_uri:
-        say(out, f"MLflow:  {runs.open_command(outcome.tracking_uri)}")
+        say(out, f"MLflow:  {open_command(outcome.tracking_uri)}")
 
 
 def study(name: str, config: Path | None, overrides: Sequence[str], out: str | None, *, fresh: bool) -> None:
@@ -229,7 +231,7 @@ def fetch(run_id: str, edit_ids: Sequence[str], uri: str, out: Path) -> None:
         except OSError as error:
             raise InputError(f"--out: {str(out)!r} cannot be written to: {error.strerror}.") from error
         for edit_id in edit_ids:
-            print(runs.fetch_edit(uri, run_id, edit_id, out))
+            print(fetch_edit(uri, run_id, edit_id, out))
 
 
 def train_world(out: Path, seed: int, vision_steps: int, joint_steps: int, family: str) -> Path:

@@ -12,7 +12,7 @@ from pipeline.console import say
 from pipeline.driver.run import run
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.report import page
-from pipeline.tracking import runs
+from pipeline.tracking.client import open_command
 from pipeline.workers import ray_session
 
 ARMS = {"WISE": "demo-wise", "WISE + ODEdit": "demo-wise-odedit", "WISE + contrast": "demo-wise-contrast"}
@@ -43,6 +43,6 @@ def main(out: Path, edits: int, *, fresh: bool) -> None:
         console.print(f"{arm.name}: {page.counts(arm.summary)}", highlight=False)
     lines = [f"Report:  {report}", f"Results: {', '.join(str(arm.workspace.out) for arm in arms)}"]
     if uri is not None:
-        lines.append(f"MLflow:  {runs.open_command(uri)}")
+        lines.append(f"MLflow:  {open_command(uri)}")
     for line in lines:
         say(console, line)

@@ -25,7 +25,7 @@ from pipeline.config.run import from_dict
 from pipeline.driver.run import run
 from pipeline.run_folder import rows as results
 from pipeline.run_folder.workspace import Workspace
-from pipeline.tracking import runs
+from pipeline.tracking.client import connect
 from pipeline.tracking.searches import KIND
 from tests.support import inline_pipeline
 from tests.support.mmedit_files import record, write_array, write_images
@@ -140,7 +140,7 @@ def test_an_edit_job_loses_a_worker_and_leaves_what_an_undisturbed_run_leaves(
 
     for name, value in LOGIN.items():
         monkeypatch.setenv(name, value)
-    client = runs._client(site.mlflow)
+    client = connect(site.mlflow)
     (logged,) = client.search_runs([client.get_experiment_by_name("jobs").experiment_id])
     assert logged.info.status == "FINISHED"
     assert logged.data.metrics["rel"] == pytest.approx(summary["metrics"]["rel"]["mean"])
@@ -170,7 +170,7 @@ def test_a_search_is_a_job_as_well(site: Site, tmp_path: Path, monkeypatch: pyte
     assert 1e-4 <= best["editor"]["learning_rate"] <= 1e-2
     for name, value in LOGIN.items():
         monkeypatch.setenv(name, value)
-    client = runs._client(site.mlflow)
+    client = connect(site.mlflow)
     kinds = [
         logged.data.tags.get(KIND)
         for experiment in client.search_experiments()

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from odedit.storage.location import copy_folder, locate
-from pipeline.tracking import runs
+from pipeline.tracking.client import connect
 from tests.faults.bench import ALL_DONE, EDITS, PYTHON_PATH, Bench, Ended, wait_until_gone, workers_of
 from tests.faults.lossless import Faced, rows_of
 from tests.faults.obedient import DIE, GROUP, HOLD, NARROW, REFUSED
@@ -147,7 +147,7 @@ def mlflow_gone(bench: Bench, out: Path) -> Faced:
         failed.expect(1, "could not be written to", f"odedit mlflow sync {out}")
         server.start()
         synced = bench.odedit("mlflow", "sync", out).expect(0, "is logged, as run")
-        client = runs._client(server.uri)
+        client = connect(server.uri)
         run = client.get_run(json.loads((out / "run.json").read_text())["run_id"])
         assert run.info.status == "FINISHED" and run.data.metrics["n"] == EDITS
         assert len(client.list_artifacts(run.info.run_id, "edits")) == EDITS

@@ -9,7 +9,7 @@ import pytest
 
 from odedit.errors import InputError
 from pipeline.config.run import RunConfig, apply_override, from_dict, load
-from pipeline.tracking.runs import masked_values
+from pipeline.config.values import masked_values
 
 
 def message(values: dict) -> str:

@@ -15,6 +15,7 @@ from odedit import world
 from odedit.errors import InputError
 from pipeline.config.run import from_dict
 from pipeline.driver import preflight, run
+from pipeline.driver.earlier import compared_settings
 from pipeline.driver.preflight import Ready, prepare, update
 from pipeline.driver.run import announce
 from pipeline.run_folder import sources, staging
@@ -181,7 +182,7 @@ def test_secrets_are_not_stored_but_a_changed_one_is_noticed(settings: dict[str,
     config = from_dict(settings | {"data": settings["data"] | {"image_root": str(tmp_path / "coco")}})
     resolved = sources.resolve(config.data, tmp_path)
     first, second = (
-        preflight._settings(from_dict(settings | {"data": settings["data"] | {"rephrase_root": address}}), resolved)
+        compared_settings(from_dict(settings | {"data": settings["data"] | {"rephrase_root": address}}), resolved)
         for address in ("s3://me:hunter1@bucket/x", "s3://me:hunter2@bucket/x")
     )
     assert first["data.rephrase_root"].startswith("s3://***@bucket/x [")
