@@ -11,11 +11,11 @@ from odedit.errors import InputError, unknown_name
 from odedit.evaluation.statistics import MAIN
 from pipeline.config import strict
 from pipeline.config.run import AUTO, RunConfig, apply_override, from_dict, read_yaml
+from pipeline.report.differences import SCORE
 from pipeline.study.spec import merged
 from tune.space import Space
 
 DEMO = Path(__file__).parent / "demo.yaml"
-SCORE = "score"
 COMBINED = {"reliability": ("rel",), "generality": ("t_gen", "m_gen"), "locality": ("t_loc", "m_loc")}
 OBJECTIVES = (SCORE, *COMBINED, *MAIN)
 """Each is a share between 0 and 1, and more is better."""

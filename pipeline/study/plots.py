@@ -6,8 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.report.formatting import number
-from pipeline.report.page import LABELS
+from pipeline.report.formatting import LABELS, number
 from pipeline.study.spec import StudyConfig
 from pipeline.study.tables import TASKS, Cell
 

@@ -126,7 +126,7 @@ def test_p_is_corrected_over_the_runs_and_records_of_one_id_have_to_be_the_same(
     )
     assert found.common == [12, 12, 0] and not found.differences[2]
     first = found.differences[0]["rel"]
-    assert first.is_clear and first.p_holm == pytest.approx(2 * first.found.p)
+    assert first.is_clear and first.p_holm == pytest.approx(2 * first.p)
     assert not found.differences[1]["rel"].is_clear
     text = compare.to_markdown(found)
     assert "No record in common with a: d." in text and "▲" in text and "12 (1 failed)" in text
