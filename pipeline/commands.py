@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -117,11 +118,13 @@ def study(name: str, config: Path | None, overrides: Sequence[str], out: str | N
         for one in spec.names():
             say(console, f"{one:10} {spec.load(one, None).title}")
         return
-    found_study = spec.load(name, config, overrides)
+    settings = spec.load(name, config, overrides)
     folder = out if out is not None else f"studies/{name}"
-    found = runner.run(name, found_study, folder, Console(stderr=True), fresh=fresh)
-    print(found.markdown)
-    for line in runner.describe(found, locate(folder, "--out")):
+    options = [*(["--config", str(config)] if config else []), *overrides, *(["--out", out] if out else [])]
+    command = runs.masked(shlex.join(["odedit", "study", name, *options]))
+    finished = runner.run(name, settings, folder, Console(stderr=True), fresh=fresh, command=command)
+    print(finished.markdown)
+    for line in runner.describe(finished, locate(folder, "--out")):
         say(Console(stderr=True), line)
 
 
