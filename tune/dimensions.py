@@ -111,7 +111,7 @@ class Parameter:
 
     Attributes:
         name: Path of a setting, or `<path>.scale` or `<path>.number`.
-        dimension: Its values.
+        dimension: Values of the parameter.
         is_whole: True for integers.
         when: Parameter -> labels of values; this parameter is active only if the others have these values.
     """

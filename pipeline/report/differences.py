@@ -100,6 +100,6 @@ def compare(first: Rows, second: Rows, columns: Sequence[str]) -> list[Compariso
     for column, difference in paired(first, second, columns).items():
         common = [key for key in sorted(first.keys() & second.keys())
                   if first[key].get(column) is not None and second[key].get(column) is not None]  # fmt: skip
-        sides = [means([run[key] for key in common], [column])[column] for run in (first, second)]
-        comparisons.append(Comparison(column, *sides, difference))
+        before, after = (means([run[key] for key in common], [column])[column] for run in (first, second))
+        comparisons.append(Comparison(column, before, after, difference))
     return comparisons

@@ -57,7 +57,7 @@ def run(
 
     Args:
         name: Name of a shipped study.
-        study: Its settings.
+        study: Settings of the study.
         out: Folder or address.
         console: Console for progress.
         fresh: Start over.
