@@ -1,4 +1,4 @@
-"""The search space as data: what is drawn, what is refused, and in which words."""
+"""The search space: drawn points, and messages for mistakes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs side by side: single runs, studies, and what MLflow has kept of them."""
+"""Comparison of runs: folders of runs, studies and searches, and runs in MLflow."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def odedit(*arguments: object) -> Result:
 
 @pytest.fixture
 def two(settings: dict[str, Any], inline: Inline, tmp_path: Path) -> list[Outcome]:
-    """Two runs of the same records; the second stops early, and its name has to be escaped."""
+    """Two runs of the same records; the second stops earlier and has a name that needs escaping."""
     settings |= {"objective": {"sigma2_0": 10.0}, "tracking": {"experiment": "compared"}}
     first = inline(from_dict(settings | {"out": str(tmp_path / "first")}))
     other = settings["editor"] | {"max_steps": 1}

@@ -1,4 +1,4 @@
-"""Whole studies in this process: run, interrupted, resumed; what they leave behind here and in MLflow."""
+"""Whole studies in this process: run, interrupted and resumed; their files and MLflow runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WISE = {"name": "wise", "site": "layers.2.ffn.in", "max_steps": 2}
 
 @pytest.fixture
 def shared_world(worlds: dict[int, dict[str, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Studies find the benchmark written, in the folder where they would write it."""
+    """Links a benchmark that is written already into the folder where a study writes it."""
 
     def linked(folder: Path, seed: int = 0) -> None:
         if not folder.exists():
@@ -45,7 +45,7 @@ def shared_world(worlds: dict[int, dict[str, Path]], monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def small(settings: dict[str, Any]) -> dict[str, Any]:
-    """A study of two arms over the first two made-up records, in pairs."""
+    """A study of two arms over the first two made-up records, in groups of two."""
     section = settings["data"] | {"limit": 2}
     shared = {name: settings[name] for name in ("supervision", "editor", "pipeline", "tracking")}
     return {

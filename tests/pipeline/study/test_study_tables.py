@@ -1,4 +1,4 @@
-"""What a study says: means, paired differences and their correction, against SciPy and sums done by hand."""
+"""Tables and pictures of studies: means, differences and corrected tests, against SciPy and calculations by hand."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def of_facts(values: np.ndarray) -> np.ndarray:
 
 
 def holm(p: list[float]) -> list[float]:
-    """Each p times the number of hypotheses not rejected before it, and never below an earlier one."""
+    """Holm's correction: p times the number of remaining hypotheses, made monotonous."""
     order = np.argsort(p)
     adjusted = [min(1.0, p[i] * (len(p) - place)) for place, i in enumerate(order)]
     result = [0.0] * len(p)
@@ -84,7 +84,7 @@ def test_means_differences_and_tests_equal_those_of_scipy() -> None:
             for cell in mine:
                 values = column(rows[cell.arm.folder], task, name)
                 assert cell.means[name].mean == pytest.approx(values.mean())
-                # Facts have as many edits each, so the clustered interval is the ordinary one of the facts' means.
+                # All facts have two edits, so the clustered interval equals the ordinary one of the facts' means.
                 facts = of_facts(values)
                 interval = stats.t.interval(0.95, len(facts) - 1, loc=facts.mean(), scale=stats.sem(facts))
                 assert (cell.means[name].low, cell.means[name].high) == pytest.approx(interval)
@@ -290,7 +290,7 @@ def test_a_column_that_is_only_drawn_has_its_mean_in_the_picture_and_for_machine
 
 def test_dots_of_arms_without_colour_stand_at_their_label(monkeypatch: pytest.MonkeyPatch) -> None:
     picture = drawn(study(plot={"kind": "dots", "y": "objective", "columns": COLUMNS}), monkeypatch)
-    # The axis that the picture does not use has a row of panels for each value.
+    # An axis that is not drawn has a row of panels for each label.
     assert len(picture.axes) == 2 * 2 * len(COLUMNS)
     axes = picture.axes[0]
     heights = sorted(float(container[0].get_ydata()[0]) for container in axes.containers)

@@ -1,4 +1,4 @@
-"""`odedit train` from a file of records to weights that a run edits with."""
+"""`odedit train`: from a file of records to weights that a run edits with."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_trained_weights_edit(
     again = odedit("train", "mend", "--config", config, "--out", weights, "objective.name=native")
     assert again.exit_code == 0 and "finished at step 4" in again.stderr and "training records" not in again.stderr
 
-    # A relative path is found by workers in other folders, and is written whole into the edits.
+    # Workers run in other folders, so a relative path is made absolute, in the edits as well.
     monkeypatch.chdir(tmp_path)
     values["editor"] = MEND | {"checkpoint": "weights/mend.safetensors"}
     outcome = inline(from_dict(values))
