@@ -1,4 +1,4 @@
-"""Plain fine-tuning whose worker dies as its settings say. Named by module in tests."""
+"""Fine-tuning whose worker dies as set in `mode`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from odedit.inputs.batch import EditBatch, EditParams
 
 @dataclass(frozen=True)
 class FragileConfig(FTLConfig):
-    """Adds: `always` dies at once, `once` when it first sees an edit, `raise` fails with every edit; and pauses."""
+    """Settings of the crash.
+
+    Attributes:
+        mode: `well`; `always` dies at once, `once` at the first step of `edit`; `raise` fails every edit.
+        edit: Id of the edit for `once`.
+        marker: File that is written before the death under `once`.
+        pause_s: Seconds of pause in every step.
+    """
 
     mode: str = "well"
     edit: str = ""
