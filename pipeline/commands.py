@@ -17,7 +17,7 @@ from odedit.editing.files import EditInfo
 from odedit.errors import InputError, NothingUsable, counted
 from odedit.runtime.addresses import masked
 from odedit.storage.location import Location, locate
-from pipeline.config import run as run_config
+from pipeline.config.run import Dtype, RunConfig, apply_override, from_dict, load, read_yaml
 from pipeline.console import say
 from pipeline.driver.preflight import look
 from pipeline.driver.run import Outcome, run
@@ -31,7 +31,7 @@ from pipeline.workers.profile import Profile
 
 def edit(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: bool, profile: bool = False) -> None:
     """`odedit edit`."""
-    config = run_config.load(path, overrides)
+    config = load(path, overrides)
     errors = Console(stderr=True)
     if dry_run:
         _show_plan(config, fresh=fresh)
@@ -54,7 +54,7 @@ def train(editor: str, path: Path, overrides: Sequence[str], out: str | None, *,
     from pipeline.training import train as training
 
     errors = Console(stderr=True)
-    values = run_config.read_yaml(path)
+    values = read_yaml(path)
     section = values.get("editor")
     named = section.get("name") if isinstance(section, dict) else None
     if named not in (None, editor):
@@ -62,12 +62,12 @@ def train(editor: str, path: Path, overrides: Sequence[str], out: str | None, *,
         say(errors, f"{path}: its editor is {named!r}; {editor!r} takes its defaults and the settings given here.")
         values["editor"] = {}
     for text in (f"editor.name={editor}", *overrides):
-        run_config.apply_override(values, text)
-    config = run_config.from_dict(values)
+        apply_override(values, text)
+    config = from_dict(values)
     return training.run(config, out, errors, fresh=fresh)
 
 
-def _show_plan(config: run_config.RunConfig, *, fresh: bool) -> None:
+def _show_plan(config: RunConfig, *, fresh: bool) -> None:
     """Checks a run and prints its resolved configuration and plan; writes nothing."""
     from pipeline.workers import ray_session
     from pipeline.workers.plan import machine_cpus, machine_gpus, make_plan
@@ -158,8 +158,8 @@ def apply(
     from pipeline.edits.answers import before_and_after, load_backbone_of, read_picture
 
     _check_device(device)
-    if dtype not in get_args(run_config.Dtype):
-        raise InputError(f"--dtype: got {dtype!r}, expected one of {', '.join(get_args(run_config.Dtype))}.")
+    if dtype not in get_args(Dtype):
+        raise InputError(f"--dtype: got {dtype!r}, expected one of {', '.join(get_args(Dtype))}.")
     try:
         picture = None if image is None else read_picture(image)
     except ImageError as error:

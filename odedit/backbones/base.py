@@ -128,7 +128,7 @@ class Backbone(ABC):
         checkpoints.check_dtype(dtype)
         empty = cls.inspect(checkpoint, dtype=dtype)
         fingerprint = empty.fingerprint  # before the model takes its memory: it finds broken values
-        model = checkpoints.load_model(cls._located(checkpoint)[0], checkpoint, cls.architecture, dtype)
+        model = checkpoints.load_model(cls._source_and_config(checkpoint)[0], checkpoint, cls.architecture, dtype)
         return cls(model.to(device), empty.processor, checkpoint, lambda: fingerprint)
 
     @classmethod
@@ -139,7 +139,7 @@ class Backbone(ABC):
             InputError: Configuration, headers of the weight files, tokenizer and image processor do not fit together.
         """
         checkpoints.check_dtype(dtype)
-        source, config = cls._located(checkpoint)
+        source, config = cls._source_and_config(checkpoint)
         model = checkpoints.empty_model(source, checkpoint, config, cls.architecture, dtype)
         fingerprint = partial(checkpoints.fingerprint, source, checkpoint, config, dtype)
         empty = cls(model, cls.Processor(source), checkpoint, fingerprint)
@@ -150,12 +150,12 @@ class Backbone(ABC):
     @classmethod
     def load_processor(cls, checkpoint: str) -> PretrainedProcessor:
         """The tokenizer and image processor alone."""
-        return cls.Processor(cls._located(checkpoint, weights=False)[0])
+        return cls.Processor(cls._source_and_config(checkpoint, weights=False)[0])
 
     @classmethod
     def fingerprint_of(cls, checkpoint: str, *, dtype: str = "float32") -> str:
         """The attribute `fingerprint` without loading the model."""
-        source, config = cls._located(checkpoint)
+        source, config = cls._source_and_config(checkpoint)
         return checkpoints.fingerprint(source, checkpoint, config, dtype)
 
     @cached_property
@@ -164,7 +164,7 @@ class Backbone(ABC):
         return self._fingerprint()
 
     @classmethod
-    def _located(cls, checkpoint: str, *, weights: bool = True) -> tuple[str, Any]:
+    def _source_and_config(cls, checkpoint: str, *, weights: bool = True) -> tuple[str, Any]:
         """Folder and configuration of a checkpoint."""
         source = checkpoints.resolve(checkpoint, cls.family, cls.architecture, weights=weights)
         return source, checkpoints.read_config(source, cls.family, cls.architecture)

@@ -50,7 +50,7 @@ from torch.nn import functional as F
 from odedit.backbones.base import Backbone, Prefix
 from odedit.backbones.common.generation import greedy
 from odedit.editors.base import OptimizerSettings, Plain, Trace, TrainingSettings, prefix_of_edit
-from odedit.editors.common.contrastive import encode, encoder_weights, info_nce, two_camps
+from odedit.editors.common.contrastive import encode, encoder_weights, info_nce, truthfulness_loss
 from odedit.editors.common.hooks import Rewrite, rewritten
 from odedit.editors.common.knowledge import attend, blend, last_positions, neurons, starting_keys, take
 from odedit.editors.common.weights import check_tensors, load_weights
@@ -311,7 +311,7 @@ class Unike(Plain):
         zeta_error_E = (weights[f"{layer}.{ZETA}"] - codes_EP).square().sum(dim=-1)
         map_error_E = (F.linear(codes_EP, weights[f"{layer}.{BACK}"]) - states_ED).square().sum(dim=-1)
         size = states_ED.square().sum(dim=-1).mean().clamp(min=1e-6)
-        return two_camps(true_EP, false_EP, self.config.temperature) + zeta_error_E + map_error_E / size
+        return truthfulness_loss(true_EP, false_EP, self.config.temperature) + zeta_error_E + map_error_E / size
 
     def _with_old_answer(self, backbone: Backbone, edit: EditBatch) -> EditBatch:
         """The same prompts with the answers that the unedited model generates."""

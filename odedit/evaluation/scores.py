@@ -6,7 +6,7 @@ always right.
 
 `_generated` compares with greedy generation, which sees neither the target nor a correction of its errors (teacher
 forcing flatters, arXiv 2502.11177). It starts where a served model starts, so uncounted white space is generated too. A
-generated answer ends by itself, or `LONGEST_REST` tokens beyond the target's length: `_generated` is the share of
+generated answer ends by itself, or `EXTRA_TOKENS` tokens beyond the target's length: `_generated` is the share of
 target tokens at their positions, `_generated_exact` asks that it is the target and ends there.
 
 Locality compares the edited model with the unedited one, which runs without any edit. `answer` reads only the positions
@@ -179,19 +179,19 @@ def _top(backbone: Backbone, hidden: Tensor, mask: Tensor) -> Tensor:
     return top
 
 
-def said(backbone: Backbone, tokens: Sequence[int]) -> str:
+def answer_text(backbone: Backbone, tokens: Sequence[int]) -> str:
     """Text of a generated answer up to its end, followed by dots if it was cut off."""
     answer, has_ended = until_end(tokens, ends_of(backbone))
-    return in_words(backbone, answer) + ("" if has_ended else " ...")
+    return decoded(backbone, answer) + ("" if has_ended else " ...")
 
 
-def is_said(backbone: Backbone, tokens: Sequence[int], target: Sequence[int]) -> bool:
+def answers_target(backbone: Backbone, tokens: Sequence[int], target: Sequence[int]) -> bool:
     """Whether a generated answer is the target, in tokens or in words, and ends there."""
     answer, has_ended = until_end(tokens, ends_of(backbone))
-    return has_ended and (answer == list(target) or in_words(backbone, answer) == in_words(backbone, target))
+    return has_ended and (answer == list(target) or decoded(backbone, answer) == decoded(backbone, target))
 
 
-def in_words(backbone: Backbone, tokens: Sequence[int]) -> str:
+def decoded(backbone: Backbone, tokens: Sequence[int]) -> str:
     """Text of an answer's tokens."""
     return str(backbone.processor.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
@@ -222,7 +222,7 @@ def _answer(backbone: Backbone, batch: EditBatch, readout: _Readout, e: int, k: 
         return answer
     generated, has_ended = until_end(tokens, ends_of(backbone))
     target = target_T[batch.target_mask_EKT[e, k]].tolist()
-    is_target = not is_locality(probe) and is_said(backbone, tokens, target)
+    is_target = not is_locality(probe) and answers_target(backbone, tokens, target)
     return replace(answer, generated=generated, has_ended=has_ended, is_target=is_target)
 
 
@@ -232,7 +232,7 @@ def _answers(backbone: Backbone, batch: EditBatch, before: _Readout, after: _Rea
     for name, readout in (("answer_before", before), ("answer_after", after)):
         tokens = _generated(readout, e, k)
         if tokens is not None:
-            row[name] = said(backbone, tokens)
+            row[name] = answer_text(backbone, tokens)
     return row
 
 

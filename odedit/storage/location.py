@@ -260,11 +260,11 @@ class Location:
             thread.submit(upload).result()
 
 
-Place = Location | Path | str
+LocationLike = Location | Path | str
 """A location, or the path or address of one."""
 
 
-def at(path: Place, setting: str = "path") -> Location:
+def at(path: LocationLike, setting: str = "path") -> Location:
     """Converts a path or address to a `Location`. Raises InputError as `locate` does."""
     return path if isinstance(path, Location) else locate(str(path), setting)
 

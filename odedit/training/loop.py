@@ -22,7 +22,7 @@ from odedit.inputs.batch import EditBatch, EditParams
 from odedit.objectives.base import Objective
 from odedit.objectives.common.terms import Terms
 from odedit.runtime.brief import brief
-from odedit.storage.location import Place, at
+from odedit.storage.location import LocationLike, at
 from odedit.training.multiplier import SharedMultiplier
 from odedit.training.state import TrainingState, read_state, write_state
 
@@ -72,7 +72,7 @@ def train(
     validation: TrainingRecords,
     *,
     seed: int = 0,
-    path: Place | None = None,
+    path: LocationLike | None = None,
     identity: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Trained:

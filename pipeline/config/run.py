@@ -26,7 +26,7 @@ from odedit.evaluation.scores import EvaluationConfig
 from odedit.inputs.prompts import find_template
 from odedit.runtime.addresses import reason
 from odedit.settings import Settings
-from odedit.storage.location import Place, at
+from odedit.storage.location import LocationLike, at
 from pipeline.config import strict
 
 EMBEDDED = "embedded"
@@ -286,7 +286,7 @@ def _plain(value: Any) -> Any:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
-def load(path: Place | None, overrides: Sequence[str] = ()) -> RunConfig:
+def load(path: LocationLike | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML, applies `key.sub=value` overrides, and validates the result.
 
     Raises:
@@ -387,7 +387,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: Place) -> dict[str, Any]:
+def read_yaml(path: LocationLike) -> dict[str, Any]:
     """The mapping in a YAML file, or {} if it is empty. Raises InputError for a file of anything else."""
     location = at(path, "--config")
     try:

@@ -107,7 +107,7 @@ def _check_free(workspace: Workspace, *, fresh: bool) -> None:
     if rows.parts(workspace):
         raise InputError(f"out: {workspace.out} holds results without run.json. Choose another folder (out=...).")
     # Left by a run that failed before its first result; deleted later.
-    leftovers = [*staging.leftovers(workspace), *staging.cut_off(workspace)]
+    leftovers = [*staging.leftovers(workspace), *staging.abandoned(workspace)]
     file = workspace.out.first_file_below(leftovers) if fresh else None
     if file is not None:
         name = file.rpartition("/")[2]

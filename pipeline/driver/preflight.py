@@ -19,7 +19,14 @@ from pipeline.driver.earlier import clear, find
 from pipeline.run_folder import repair, rows, sources, staging
 from pipeline.run_folder.sources import Sources
 from pipeline.run_folder.staging import Staged
-from pipeline.run_folder.workspace import CONFIG_HEADER, Workspace, check_access, new_place, read_json, write_json
+from pipeline.run_folder.workspace import (
+    CONFIG_HEADER,
+    Workspace,
+    check_access,
+    new_local_folder,
+    read_json,
+    write_json,
+)
 from pipeline.tracking import client
 from pipeline.workers import ray_session
 from pipeline.workers.model import SETTING, with_checked_store
@@ -71,9 +78,9 @@ def prepare(config: RunConfig, *, fresh: bool = False, is_storage_tried: bool = 
     config, workspace, fitting_notes = check(config, fresh=fresh, is_storage_tried=is_storage_tried)
     inputs = sources.resolve(config.data, config.out)
     earlier = find(config, inputs, workspace, fresh=fresh)
-    with new_place(workspace.out):
+    with new_local_folder(workspace.out):
         if earlier.is_new or earlier.is_replaced:
-            with staging.aside(config, inputs, workspace) as staged:
+            with staging.staged_aside(config, inputs, workspace) as staged:
                 if earlier.is_replaced:
                     clear(workspace)
                 else:
@@ -92,7 +99,7 @@ def prepare(config: RunConfig, *, fresh: bool = False, is_storage_tried: bool = 
 def look(config: RunConfig, *, fresh: bool = False) -> Ready:
     """As `prepare`, but stages into a temporary folder and changes nothing in `out`; for `--dry-run`."""
     config, workspace, fitting_notes = check(config, fresh=fresh)
-    with _staged_aside(config) as (inputs, staged):
+    with _staged_for_check(config) as (inputs, staged):
         earlier = find(config, inputs, workspace, fresh=fresh)
         return Ready(config, workspace, inputs, staged, code_version(), (*fitting_notes, *earlier.notes))
 
@@ -101,12 +108,12 @@ def check_records(config: RunConfig) -> None:
     """Raises InputError if the records or their pictures cannot be used; writes nothing."""
     is_embedded = config.data.split is not None and config.data.pool is None
     if not is_embedded:
-        with _staged_aside(config):
+        with _staged_for_check(config):
             pass
 
 
 @contextmanager
-def _staged_aside(config: RunConfig) -> Iterator[tuple[Sources, Staged]]:
+def _staged_for_check(config: RunConfig) -> Iterator[tuple[Sources, Staged]]:
     """Inside, the run's input is staged in a temporary folder; yields the input files and the staged records."""
     with tempfile.TemporaryDirectory() as folder:
         inputs = sources.resolve(config.data, sources.out_of_dry_run(config.data, config.out, folder))

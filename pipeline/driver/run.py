@@ -20,7 +20,7 @@ from pipeline.driver.preflight import Ready, prepare, update
 from pipeline.driver.progress import Progress
 from pipeline.interrupts import raise_if_interrupted, terminate_as_interrupt
 from pipeline.run_folder import repair
-from pipeline.run_folder import rows as results
+from pipeline.run_folder.rows import PROGRESS_COLUMNS, digest, parts, read_rows, unify
 from pipeline.run_folder.summary import summarize_results
 from pipeline.run_folder.workspace import Workspace, read_json, write_json
 from pipeline.tracking.client import store_uri
@@ -201,7 +201,7 @@ class _OpenRun:
             return
         dataset = {
             "path": ready.sources.path,
-            "digest": results.digest(ready.workspace.records),
+            "digest": digest(ready.workspace.records),
             "usable": ready.staged.num_usable,
             "problems": ready.staged.problems,
         }
@@ -254,9 +254,9 @@ def _edit(
     ]
     num_left = Counter(index for index, _ in pending)
     total = sum(run.staged.num_usable + run.staged.problems for run in ready)
-    finished = [part for run in ready for part in results.parts(run.workspace)]
+    finished = [part for run in ready for part in parts(run.workspace)]
     with Progress(console, total) as progress:
-        progress.include(results.read_rows(finished, results.PROGRESS_COLUMNS))
+        progress.include(read_rows(finished, PROGRESS_COLUMNS))
         last = time.monotonic()
         for index, _, rows in graph.run_graph(jobs, plan, pending, profile):
             raise_if_interrupted()
@@ -279,7 +279,7 @@ def _finish(ready: Ready, tracker: EditRun | None, console: Console | None) -> O
     if pending:
         raise RuntimeError(f"{counted(len(pending), 'group')} of edits without a result; run the same command again.")
     repair.remove_temporaries(workspace)
-    results.unify(workspace)
+    unify(workspace)
     state = read_json(workspace.run)
     summary = summarize_results(workspace, config) | {
         "wall_seconds": state["seconds"],

@@ -16,7 +16,7 @@ from odedit.data.images import ImageReader
 from odedit.errors import InputError
 from odedit.runtime.addresses import above, below, masked, relative_note
 from odedit.storage.atomic import folder_written_atomically
-from odedit.storage.location import Location, Place, at, copy_folder, locate
+from odedit.storage.location import Location, LocationLike, at, copy_folder, locate
 from odedit.world.facts import WORLD
 from pipeline.config.run import DataConfig
 from pipeline.run_folder.workspace import Workspace
@@ -121,7 +121,7 @@ def embedded_name(seed: int = 0) -> str:
     return f"world{WORLD or ''}-{world.BENCHMARK_VERSION}" + (f"-seed{seed}" if seed else "")
 
 
-def build_embedded(target: Place, seed: int = 0) -> None:
+def build_embedded(target: LocationLike, seed: int = 0) -> None:
     """Writes the benchmark to a folder or address unless it exists. Safe when two runs start at once."""
     location = at(target, "out")
     if location.is_local:

@@ -18,7 +18,7 @@ from pyarrow import parquet
 from odedit.errors import InputError
 from odedit.runtime.addresses import reason, relative_note
 from odedit.storage.atomic import new_folder
-from odedit.storage.location import Location, Place, at
+from odedit.storage.location import Location, LocationLike, at
 
 CONFIG_HEADER = "# odedit"
 """First words of a configuration that a run wrote; the code's version follows."""
@@ -32,7 +32,7 @@ class Workspace:
     out: Location
 
     @classmethod
-    def of(cls, out: Place) -> Workspace:
+    def of(cls, out: LocationLike) -> Workspace:
         """The workspace at `out`. A path is made absolute, because workers have other current folders.
 
         Args:
@@ -119,7 +119,7 @@ class Workspace:
             raise InputError(f"out: {str(self.out)!r} cannot be written to: {reason(error)}.") from error
 
 
-def new_place(folder: Location, own: Collection[str] = ()) -> AbstractContextManager[None]:
+def new_local_folder(folder: Location, own: Collection[str] = ()) -> AbstractContextManager[None]:
     """`new_folder` for a path; a block without effect for an address, which has no folders."""
     return new_folder(Path(folder), own) if folder.is_local else nullcontext()
 

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from odedit.errors import Explained, InputError, in_words
 from odedit.runtime.addresses import masked
-from odedit.storage.location import Location, Place, at
+from odedit.storage.location import Location, LocationLike, at
 from pipeline.config.reachable import check_server
 from pipeline.config.run import TrackingConfig
 from pipeline.config.values import masked_values
@@ -45,7 +45,7 @@ class TrackingError(Explained, RuntimeError):
     """MLflow could not be written to; the results themselves are complete on disk."""
 
 
-def store_uri(tracking: TrackingConfig, out: Place) -> str:
+def store_uri(tracking: TrackingConfig, out: LocationLike) -> str:
     """Address of the store: the configured one, or a database in the parent folder of `out`.
 
     Raises:

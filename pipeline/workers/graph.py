@@ -172,7 +172,7 @@ class PrepareStage(_Stage):
         try:
             return worker(group)
         except StorageError as error:
-            return _out_of_reach(error)
+            return _storage_failure(error)
         except Exception as error:
             return _unexpected(error, self._jobs[index], f"group-{group:06d}")
 
@@ -192,7 +192,7 @@ class EditStage(_Stage):
         try:
             rows = [] if fatal else worker(prepared)
         except StorageError as error:
-            fatal = _out_of_reach(error)
+            fatal = _storage_failure(error)
         except OSError as error:
             message = f"results cannot be written ({one_sentence(error)}). The same command goes on from there."
             fatal = {"fatal": message, "is_input": False}
@@ -216,7 +216,7 @@ def _unexpected(error: Exception, job: Job, name: str) -> dict[str, Any]:
     return {"fatal": f"{one_sentence(error)} (traceback: {job.workspace.errors}/{name}.txt)", "is_input": False}
 
 
-def _out_of_reach(error: StorageError) -> dict[str, Any]:
+def _storage_failure(error: StorageError) -> dict[str, Any]:
     """The report of storage that cannot be read, which ends the run."""
     return {"fatal": f"{error} The same command goes on from there.", "is_input": False}
 

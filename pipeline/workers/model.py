@@ -29,7 +29,7 @@ def with_checked_store(config: RunConfig) -> RunConfig:
     return replace(config, pipeline=replace(config.pipeline, feature_store=path))
 
 
-def load_remembering(backbone: BackboneConfig, device: str, store: str | None, warn: Warn) -> Backbone:
+def load_with_feature_cache(backbone: BackboneConfig, device: str, store: str | None, warn: Warn) -> Backbone:
     """Loads a model that caches the features of its pictures. Raises InputError as `load_backbone` does.
 
     Args:
@@ -45,12 +45,12 @@ def load_remembering(backbone: BackboneConfig, device: str, store: str | None, w
 def worker_backbone(backbone: BackboneConfig, device: str, store: str | None, warn: Warn) -> Backbone:
     """The model of the worker's last run with its cached features if it is the same one, else a newly loaded one.
 
-    At most one model is kept. The arguments are those of `load_remembering`.
+    At most one model is kept. The arguments are those of `load_with_feature_cache`.
     """
     key = (backbone, device, store)
     if key not in _loaded:
         _loaded.clear()
-        _loaded[key] = load_remembering(*key, warn=warn)
+        _loaded[key] = load_with_feature_cache(*key, warn=warn)
     elif (feature_store := getattr(_loaded[key], "store", None)) is not None:
         feature_store.warn_through(warn)  # to the files of this run
     return _loaded[key]

@@ -17,7 +17,7 @@ from odedit.errors import InputError, counted
 from pipeline.console import say
 from pipeline.workers.plan import Plan, lacking
 
-SAID_EVERY_S = 10.0
+_MESSAGE_EVERY_S = 10.0
 _POLL_S = 1.0
 
 
@@ -63,7 +63,7 @@ class _Patience:
         self.since = now if self.since is None else self.since
         if now - self.since >= self.wait_s:
             return True
-        if self.said is None or now - self.said >= SAID_EVERY_S:
+        if self.said is None or now - self.said >= _MESSAGE_EVERY_S:
             self.said = now
             left = self.wait_s - (now - self.since)
             if self.console is not None:
