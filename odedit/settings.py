@@ -62,7 +62,7 @@ def section_type(annotation: Any) -> type | None:
 
 
 def refusal(name: str, value: Any, annotation: Any) -> str:
-    """The message for a value that its annotation does not allow, with the nearest choice for a misspelt one.
+    """The message for a value that its annotation does not allow, with the most similar choice for a misspelt value.
 
     >>> refusal("mask", "entrys", Literal["entries", "columns"])
     "mask: got 'entrys', expected 'entries' or 'columns'. Did you mean 'entries'?"

@@ -19,7 +19,7 @@ from odedit.runtime.addresses import masked
 from odedit.storage.location import Location, locate
 from pipeline.config.run import Dtype, RunConfig, apply_override, from_dict, load, read_yaml
 from pipeline.console import say
-from pipeline.driver.preflight import look
+from pipeline.driver.preflight import preview
 from pipeline.driver.run import Outcome, run
 from pipeline.report import page
 from pipeline.run_folder import rows
@@ -72,7 +72,7 @@ def _show_plan(config: RunConfig, *, fresh: bool) -> None:
     from pipeline.workers import ray_session
     from pipeline.workers.plan import machine_cpus, machine_gpus, make_plan
 
-    ready = look(config, fresh=fresh)
+    ready = preview(config, fresh=fresh)
     num_groups, num_usable, out = len(ready.staged.usable), ready.staged.num_usable, ready.workspace.out
     groups = f"{counted(num_groups, 'group')} of {ready.config.pipeline.batch_size}"
     records = f"{counted(num_usable, 'usable record')} in {groups}, {ready.staged.problems} skipped"

@@ -143,7 +143,7 @@ def load_edits(
 
 
 def _settings(info: EditInfo) -> Any:
-    """Settings of the editor; those that the edit's version did not have are at their defaults."""
+    """Settings of the editor; settings newer than the edit have their defaults."""
     if info.editor not in editors.names():
         return info.editor_config
     return editors.load_editor(info.editor, info.editor_config).config

@@ -217,7 +217,7 @@ class Unike(Plain):
     def _external(
         self, layer: str, stored_GMD: Tensor, semantic: Mapping[str, Tensor], recorded: dict[str, Tensor]
     ) -> Rewrite:
-        """Turns states towards the stored ones that they attend over, by alpha."""
+        """Turns states by alpha towards the stored states that they attend over."""
 
         def rewrite(x: Tensor, y: Tensor) -> Tensor:
             y_GND = y.reshape(stored_GMD.shape[0], -1, y.shape[-1]).float()

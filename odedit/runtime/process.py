@@ -1,4 +1,4 @@
-"""Settings of a process that edits or trains."""
+"""Configuration of a process that edits or trains: threads, determinism, allocator."""
 
 from __future__ import annotations
 

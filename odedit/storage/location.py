@@ -88,7 +88,7 @@ class Location:
         return replace(self, text=above(self.text), path=path)
 
     def child(self, relative: str) -> Location:
-        """Location `relative` below this one. `relative` is not validated: check untrusted paths first."""
+        """Location of `relative` below this location. `relative` is not validated: check untrusted paths first."""
         path = f"{self.path.removesuffix('/')}/{relative}" if self.path else relative
         return replace(self, text=below(self.text, relative), path=path)
 
@@ -261,7 +261,7 @@ class Location:
 
 
 LocationLike = Location | Path | str
-"""A location, or the path or address of one."""
+"""A location, or its path or address."""
 
 
 def at(path: LocationLike, setting: str = "path") -> Location:

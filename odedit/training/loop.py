@@ -79,14 +79,14 @@ def train(
     """Trains until a stopping rule of `editor.training` applies.
 
     Args:
-        editor: Editor with settings; its present weights are ignored.
+        editor: Editor with settings; its current weights are ignored.
         objective: Objective that replaces the editor's own training loss, or adds terms to it (see `BaseConfig`); None:
             neither. Ignored for an editor that trains only with its own loss.
         seed: Seed of the initial weights, the order of the records, and the multiplier network.
         path: File of the training's state, written at every validation and when interrupted; training resumes from an
             existing file. None: no file.
         identity: Settings and data that the training depends on; a state with another identity is refused.
-        progress: Callback after every step, with its figures, and after every validation, without.
+        progress: Callback after every step, with its metrics, and after every validation, with none.
 
     Raises:
         InputError: `path` holds the state of another training, or no state.

@@ -68,7 +68,7 @@ class TrainingState:
 
     @property
     def looks_without_improvement(self) -> int:
-        """Number of validations since the best one."""
+        """Number of validations since the best validation."""
         return sum(step > self.best_step for step, _ in self.looks)
 
 

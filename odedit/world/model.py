@@ -103,7 +103,7 @@ class Family(ABC):
         """Patch states before the vision tower's last LayerNorm, `(N, patches, width)`, without the class token."""
 
     @abstractmethod
-    def see(self, model: Any, pixels: Tensor) -> EncodedPictures:
+    def encode_pictures(self, model: Any, pixels: Tensor) -> EncodedPictures:
         """Encodes pictures, `float32 (N, 3, 32, 32)`."""
 
     @abstractmethod

@@ -196,8 +196,7 @@ class _Plugins:
     Attributes:
         package: Package with `find`.
         default: Name of the default plug-in.
-        sharing: Function that returns the `Config` classes whose settings the section may hold besides the selected
-            one's.
+        sharing: Function that returns further `Config` classes whose settings the section may also hold.
     """
 
     package: Any
@@ -388,7 +387,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: LocationLike) -> dict[str, Any]:
-    """The mapping in a YAML file, or {} if it is empty. Raises InputError for a file of anything else."""
+    """The mapping in a YAML file, or {} if it is empty. Raises InputError for any other content."""
     location = at(path, "--config")
     try:
         text = location.read_text()

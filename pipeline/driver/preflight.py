@@ -1,4 +1,4 @@
-"""Checks before a run: settings, input and an earlier run in `out` are checked, and the records staged."""
+"""Checks of settings, input and an earlier run in `out`, before a run, and staging of its records."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Ready:
         sources: Input files.
         staged: Staged records.
         code: Version of the code.
-        notes: Notes for the user, on changed settings and on an earlier part of the run.
+        notes: Notes for the user, on changed settings and on the earlier run in `out`.
     """
 
     config: RunConfig
@@ -66,14 +66,14 @@ class Ready:
 
 
 def prepare(config: RunConfig, *, fresh: bool = False, is_storage_tried: bool = False) -> Ready:
-    """Checks the run, stages its input, and looks for an earlier part of it.
+    """Checks the run, stages its input, and decides whether it resumes an earlier run in `out`.
 
     Args:
         fresh: Whether an existing run is replaced.
         is_storage_tried: Whether storage above `out` has been written to already, as in `check`.
 
     Raises:
-        InputError: A setting or the input is wrong, or `out` holds another run. No new folder is left behind.
+        InputError: A setting or the input is wrong, or `out` holds another run. No new folder stays.
     """
     config, workspace, fitting_notes = check(config, fresh=fresh, is_storage_tried=is_storage_tried)
     inputs = sources.resolve(config.data, config.out)
@@ -96,7 +96,7 @@ def prepare(config: RunConfig, *, fresh: bool = False, is_storage_tried: bool = 
     return Ready(config, workspace, inputs, staged, code, notes)
 
 
-def look(config: RunConfig, *, fresh: bool = False) -> Ready:
+def preview(config: RunConfig, *, fresh: bool = False) -> Ready:
     """As `prepare`, but stages into a temporary folder and changes nothing in `out`; for `--dry-run`."""
     config, workspace, fitting_notes = check(config, fresh=fresh)
     with _staged_for_check(config) as (inputs, staged):
@@ -114,7 +114,7 @@ def check_records(config: RunConfig) -> None:
 
 @contextmanager
 def _staged_for_check(config: RunConfig) -> Iterator[tuple[Sources, Staged]]:
-    """Inside, the run's input is staged in a temporary folder; yields the input files and the staged records."""
+    """The run's input files and its records, staged in a temporary folder that exists inside the block."""
     with tempfile.TemporaryDirectory() as folder:
         inputs = sources.resolve(config.data, sources.out_of_dry_run(config.data, config.out, folder))
         inputs.identity()  # raises for a missing file before the folders of pictures are checked
@@ -132,7 +132,7 @@ def check(
     servers: bool = True,
     is_storage_tried: bool = False,
 ) -> tuple[RunConfig, Workspace, tuple[str, ...]]:
-    """Checks everything but the records and the content of `out`; leaves nothing behind.
+    """Checks everything except the records and the content of `out`; writes no files that stay.
 
     Args:
         fresh: Whether an existing run is replaced. A finished run that is kept needs no servers.
@@ -184,7 +184,7 @@ def _public_yaml(config: RunConfig) -> str:
 
 
 def _write_state(workspace: Workspace, settings: Mapping[str, Any], code: str) -> None:
-    """Writes `run.json`, keeping what an earlier part of the run stored."""
+    """Writes `run.json`; state of an earlier part of the run is kept."""
     before = read_json(workspace.run) or {}
     now = {
         "settings": settings,

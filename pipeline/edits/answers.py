@@ -24,7 +24,7 @@ _PLACEHOLDER = "x"
 
 
 class Questions:
-    """A batch of questions, answered greedily under the edits applied at that moment.
+    """A batch of questions, answered greedily by the model with the currently applied edits.
 
     Attributes:
         batch: One edit per question, with one sequence each.

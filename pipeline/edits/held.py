@@ -30,7 +30,7 @@ class Held:
 
     Attributes:
         asked: Number of edits whose question was asked.
-        lost: Phrase per lost edit: the answer, and the target.
+        lost: Phrase per lost edit, with answer and target.
         unasked: Reason per edit whose question cannot be asked.
     """
 

@@ -52,7 +52,7 @@ class Sources:
         )
 
     def identity(self) -> dict[str, str]:
-        """Path, size and time of each input, to notice changed files. Raises InputError if one is missing."""
+        """Path, size and modification time of each input, to detect changes. Raises InputError if a file is missing."""
         files = {"data.path": self.path, "data.pool": self.pool}
         return {name: _identity(path, name) for name, path in files.items() if path is not None}
 
@@ -93,7 +93,7 @@ def out_of_dry_run(data: DataConfig, out: str, aside: str) -> str:
 
 
 def check_apart(data: DataConfig, out: Location) -> None:
-    """Raises InputError if a new run would be written into a data folder, and be read or packed with the data.
+    """Raises InputError if `out` lies in a data folder, where results would be mixed with the data.
 
     A data folder that contains the current folder is exempt: a project may keep its pictures at its top.
     """
@@ -117,7 +117,7 @@ def _is_below(path: str, folder: str) -> bool:
 
 
 def embedded_name(seed: int = 0) -> str:
-    """Name of the benchmark's folder, which holds the version of its content."""
+    """Name of the benchmark's folder, with the version of its content."""
     return f"world{WORLD or ''}-{world.BENCHMARK_VERSION}" + (f"-seed{seed}" if seed else "")
 
 

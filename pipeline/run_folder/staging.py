@@ -41,7 +41,7 @@ from pipeline.run_folder.workspace import Workspace, parquet_file, read_schema, 
 
 POOL_RECORDS = 256
 STAGED_SCHEMA = RECORDS_SCHEMA.append(pyarrow.field("group", pyarrow.int64())).with_metadata({"odedit": "staged"})
-"""Schema with a mark that tells staged files from a user's own Parquet files of the same name."""
+"""Schema with metadata that distinguishes staged files from a user's Parquet files of the same name."""
 _PROBLEMS_PER_GROUP = 2000
 _ASIDE = ".staging-"
 _ROWS_TOGETHER = 512

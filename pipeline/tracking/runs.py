@@ -1,4 +1,4 @@
-"""The MLflow runs of a pipeline run and of a training: what is logged, and under which names."""
+"""The MLflow runs of an edit run and of a training: the logged values and their names."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TABLE_COLUMNS = (
 
 
 class EditRun(Tracker):
-    """The MLflow run of a run of the pipeline; resuming the one continues the other."""
+    """The MLflow run of an `odedit edit` run; a resumed run continues its MLflow run."""
 
     @classmethod
     def start(
@@ -49,8 +49,8 @@ class EditRun(Tracker):
         """Continues the run of that id, or creates one with its parameters and data set.
 
         Args:
-            code: Version of the code that edits.
-            dataset: `path` and `digest` of the records, `usable` and `problems` as counts of them.
+            code: Version of the code.
+            dataset: `path` and `digest` of the file of records, and the counts `usable` and `problems`.
             parent_run: Id of the run that a new one is nested in.
 
         Raises:
@@ -116,7 +116,7 @@ class EditRun(Tracker):
 
     def _log_table(self, workspace: Workspace) -> None:
         rows = list(islice(read_rows(parts(workspace), _TABLE_COLUMNS), _TABLE_ROWS))
-        # In the format of MLflow's log_table, which would append to the table of an earlier call.
+        # In the format of MLflow's `log_table`, which cannot be used: it appends to the table of an earlier call.
         data = [[row.get(name) for name in _TABLE_COLUMNS] for row in rows]
         self.log_json({"columns": list(_TABLE_COLUMNS), "data": data}, "edits_table.json")
 
@@ -149,7 +149,7 @@ def log_training(
     """Logs the training of an editor's weights as one run; returns the address of the store.
 
     Args:
-        code: Version of the code that trained.
+        code: Version of the code.
         curves: Steps and values by name.
         out: File of the weights.
         notes: Tags.

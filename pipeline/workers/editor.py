@@ -1,7 +1,7 @@
 """The stateful worker: holds the model, edits one group at a time, and writes the results.
 
-A group's result file is written atomically after the files of its edits: groups that have one are finished, and the
-others are edited again with the same outcome.
+A group's result file is written atomically after the files of its edits. A group with a result file is finished; any
+other group is edited again, with the same outcome.
 """
 
 from __future__ import annotations
@@ -128,18 +128,18 @@ class EditActor:
             write_traceback(self._job, record.edit_id)
             message = located(record, one_sentence(error))
             row = base_row(record, self._job.config, FAILED, message)
-        # Not in a `finally`: if the process is ending, the edit's worker has not survived.
+        # Not in a `finally`: if the process ends, the attempt must stay counted.
         ledger.end_single(record.edit_id)
         return row
 
     def _edit_within_memory(self, records: Sequence[RawRecord], requests: Sequence[EditRequest]) -> list[Row]:
-        """Edits a group; when memory runs out, first with a smaller width, at width 1 in two halves."""
+        """Edits a group. When memory runs out, halves the width, and at width 1 the group."""
         rows = unless_out_of_memory(lambda: self._edit(records, requests), len(requests))
         if rows is not None:
             return rows
         if self._width_limit.halve(len(requests)):
             return self._edit_within_memory(records, requests)
-        # Memory ran out at width 1, so the group's size is the cause and the next group may have the former width.
+        # Memory ran out at width 1, so the size of this group is the cause; the next group starts at the initial width.
         self._width_limit.restore()
         middle = len(requests) // 2
         first = self._edit_within_memory(records[:middle], requests[:middle])
@@ -204,7 +204,7 @@ class EditActor:
         return encode_requests(self._backbone, requests, self._template, self._editor.sites, negatives)
 
     def _objective(self) -> Objective:
-        """The objective, made and measured for the first group with an edit: without edits, nothing can be measured."""
+        """The objective, built and calibrated at the first call: without a usable record there is nothing to measure."""
         if self._lazy_objective is None:
             job, settings = self._job, self._job.config.objective.settings
             read_pool = partial(staging.read_pool, job.workspace, job.sources)

@@ -1,4 +1,4 @@
-"""The output of an edit: its row of results, and its file."""
+"""The outputs of an edit: its result row and its file."""
 
 from __future__ import annotations
 

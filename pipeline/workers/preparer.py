@@ -1,6 +1,6 @@
 """The CPU stage: reads one group's pictures and resizes them for the model.
 
-A picture that cannot be used makes its record a skipped row. Only storage that cannot be read ends a run here.
+A picture that cannot be used makes its record a skipped row. Only a storage that cannot be read ends the run.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Preparer:
         supervision = replace(self._job.config.supervision, locality_source="record", near_locality=False)
         shared: dict[str, Picture] = {}
         for record in records:
-            # The edit's own picture as locality picture, which is dropped below: no other picture is drawn or read.
+            # The locality picture is dropped below, so the edit's own picture stands in and no other picture is read.
             bare = replace(record, fields={**record.fields, "m_loc": record.fields["image"], "probes": None})
             try:
                 request = build_request(bare, self._job.sources.pool_reader, supervision)
