@@ -66,7 +66,7 @@ class Calibration:
     def unscored_requests(self) -> list[EditRequest]:
         """Requests of the pool that share no picture and no scored text question with the run's records.
 
-        An editor's measurements influence its edits, so the requests must not overlap with scored pictures and questions.
+        An editor's measurements influence its edits, so the requests must not overlap with scored ones.
         `Pool.candidates` has the same rule for a single record.
 
         Returns:

@@ -204,7 +204,7 @@ class EditActor:
         return encode_requests(self._backbone, requests, self._template, self._editor.sites, negatives)
 
     def _objective(self) -> Objective:
-        """The objective, built and calibrated at the first call: without a usable record there is nothing to measure."""
+        """The objective, built and calibrated at the first call: without usable records nothing can be measured."""
         if self._lazy_objective is None:
             job, settings = self._job, self._job.config.objective.settings
             read_pool = partial(staging.read_pool, job.workspace, job.sources)
