@@ -51,7 +51,7 @@ def edit(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: bool, pr
 
 def train(editor: str, path: Path, overrides: Sequence[str], out: str | None, *, fresh: bool) -> Location:
     """`odedit train`."""
-    from pipeline.training import train as training
+    from pipeline.training.train import run as run_training
 
     errors = Console(stderr=True)
     values = read_yaml(path)
@@ -64,7 +64,7 @@ def train(editor: str, path: Path, overrides: Sequence[str], out: str | None, *,
     for text in (f"editor.name={editor}", *overrides):
         apply_override(values, text)
     config = from_dict(values)
-    return training.run(config, out, errors, fresh=fresh)
+    return run_training(config, out, errors, fresh=fresh)
 
 
 def _show_plan(config: RunConfig, *, fresh: bool) -> None:
@@ -110,8 +110,9 @@ def show_outcome(outcome: Outcome) -> None:
 
 def study(name: str, config: Path | None, overrides: Sequence[str], out: str | None, *, fresh: bool) -> None:
     """`odedit study`: runs a study and prints its tables; `list` prints the studies that ship."""
-    from pipeline.study import run as runner
     from pipeline.study import spec
+    from pipeline.study.run import describe
+    from pipeline.study.run import run as run_study
 
     console = Console()
     if name == "list":
@@ -119,9 +120,9 @@ def study(name: str, config: Path | None, overrides: Sequence[str], out: str | N
             say(console, f"{known:10} {spec.load(known, None).title}")
         return
     folder = out if out is not None else f"studies/{name}"
-    outcome = runner.run(name, spec.load(name, config, overrides), folder, Console(stderr=True), fresh=fresh)
+    outcome = run_study(name, spec.load(name, config, overrides), folder, Console(stderr=True), fresh=fresh)
     print(outcome.markdown)
-    for line in runner.describe(outcome, locate(folder, "--out")):
+    for line in describe(outcome, locate(folder, "--out")):
         say(Console(stderr=True), line)
 
 

@@ -23,7 +23,7 @@ Differs from the paper:
       which do not show what this edit changes.
     - Queries are outputs of attention, the space of M, and a state's norm is kept, as in the authors' code. Eq. 7
       weighs a with 1 - Sim, against the text below it; the text is followed.
-    - alpha at a position depends on this position alone, not on the last one of the sequence. So it does not depend on
+    - alpha at a position depends on this position alone, not on the sequence's last position. So it does not depend on
       the answer, which is in the input when it is scored and not yet when it is generated.
     - E_sem is trained on the cosine that defines alpha, between a position and its attended state. Positives are
       positions of the record's edit, rephrases and old answer; negatives those of other records and of the record's

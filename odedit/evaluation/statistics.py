@@ -59,7 +59,7 @@ def estimate(values: Sequence[float], clusters: Sequence[Hashable] | None = None
 
 
 def _standard_error(values: Sequence[float], mean: float, clusters: Sequence[Hashable] | None) -> float:
-    """Cluster-robust standard error of the mean; the ordinary one if every value is its own cluster."""
+    """Cluster-robust standard error of the mean; the ordinary error if every value is its own cluster."""
     groups = range(len(values)) if clusters is None else clusters
     sums: dict[Any, float] = {}
     for group, value in zip(groups, values, strict=True):
