@@ -35,7 +35,7 @@ class NothingUsable(Exception):
 
 
 def unknown_name(kind: str, got: str, available: Iterable[str]) -> InputError:
-    """An `InputError` for an unknown name, with the nearest valid one.
+    """An `InputError` for an unknown name, with the most similar valid name.
 
     >>> print(unknown_name("editor", "wize", ["ftl", "wise"]))
     Unknown editor 'wize'. Did you mean 'wise'? Available: ftl, wise.
@@ -87,9 +87,9 @@ def listed(names: Sequence[str], shown: int = 3, separator: str = ", ") -> str:
     return separator.join(names[:shown]) + (f" and {more} more" if more > 0 else "")
 
 
-def in_words(error: BaseException, most: int = 200) -> str:
-    """The message of an error for use inside a sentence: one line, passwords masked, no full stop, cut to `most`."""
+def in_words(error: BaseException, max_length: int = 200) -> str:
+    """The message of an error for use inside a sentence: one line, passwords masked, no full stop, shortened."""
     text = masked(" ".join(str(error).split())).rstrip(". ")
     if isinstance(error, KeyError):  # its message is the key alone
         text = f"unknown {text}"
-    return (text if len(text) <= most else f"{text[:most]} ...") or type(error).__name__
+    return (text if len(text) <= max_length else f"{text[:max_length]} ...") or type(error).__name__

@@ -16,7 +16,7 @@ from typing import Any
 from odedit.errors import InputError, unknown_name
 
 _NOT_PLUGINS = frozenset({"base"})
-"""Modules that are no plug-ins, besides sub-packages such as `common`."""
+"""Modules that are not plug-ins, besides sub-packages such as `common`."""
 
 
 def names(package: ModuleType) -> tuple[str, ...]:

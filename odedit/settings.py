@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import types
 from collections.abc import Mapping
 from functools import lru_cache
@@ -35,10 +36,21 @@ class Settings:
     def __post_init__(self) -> None:
         for name, annotation in _checked(type(self)).items():
             value = getattr(self, name)
-            try:
-                adapter(annotation).validate_python(value, strict=True)
-            except ValidationError:
-                raise ValueError(refusal(name, value, annotation)) from None
+            if not _is_allowed(value, annotation):
+                raise ValueError(refusal(name, value, annotation))
+
+
+def _is_allowed(value: Any, annotation: Any) -> bool:
+    """Whether a value, or the value that it becomes in JSON, fits: a list for a tuple, a NumPy number for a number."""
+    try:
+        adapter(annotation).validate_python(value, strict=True)
+    except ValidationError:
+        text = json.dumps(value, default=lambda other: other.item() if hasattr(other, "item") else str(other))
+        try:
+            adapter(annotation).validate_json(text, strict=True)
+        except ValidationError:
+            return False
+    return True
 
 
 def _checked(cls: type) -> dict[str, Any]:
@@ -62,7 +74,7 @@ def section_type(annotation: Any) -> type | None:
 
 
 def refusal(name: str, value: Any, annotation: Any) -> str:
-    """The message for a value that its annotation does not allow, with the nearest choice for a misspelt one.
+    """The message for a value that its annotation does not allow, with the most similar choice for a misspelt value.
 
     >>> refusal("mask", "entrys", Literal["entries", "columns"])
     "mask: got 'entrys', expected 'entries' or 'columns'. Did you mean 'entries'?"

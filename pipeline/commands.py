@@ -18,9 +18,9 @@ from odedit.editing.files import EditInfo
 from odedit.errors import InputError, NothingUsable, counted
 from odedit.runtime.addresses import masked
 from odedit.storage.location import Location, locate
-from pipeline.config import run as run_config
+from pipeline.config.run import Dtype, RunConfig, apply_override, from_dict, load, read_yaml
 from pipeline.console import say
-from pipeline.driver.preflight import look
+from pipeline.driver.preflight import preview
 from pipeline.driver.run import Outcome, run
 from pipeline.report import page
 from pipeline.run_folder import rows
@@ -32,7 +32,7 @@ from pipeline.workers.profile import Profile
 
 def edit(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: bool, profile: bool = False) -> None:
     """`odedit edit`."""
-    config = run_config.load(path, overrides)
+    config = load(path, overrides)
     errors = Console(stderr=True)
     if dry_run:
         _show_plan(config, fresh=fresh)
@@ -52,10 +52,10 @@ def edit(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: bool, pr
 
 def train(editor: str, path: Path, overrides: Sequence[str], out: str | None, *, fresh: bool) -> Location:
     """`odedit train`."""
-    from pipeline.training import train as training
+    from pipeline.training.train import run as run_training
 
     errors = Console(stderr=True)
-    values = run_config.read_yaml(path)
+    values = read_yaml(path)
     section = values.get("editor")
     named = section.get("name") if isinstance(section, dict) else None
     if named not in (None, editor):
@@ -63,17 +63,17 @@ def train(editor: str, path: Path, overrides: Sequence[str], out: str | None, *,
         say(errors, f"{path}: its editor is {named!r}; {editor!r} takes its defaults and the settings given here.")
         values["editor"] = {}
     for text in (f"editor.name={editor}", *overrides):
-        run_config.apply_override(values, text)
-    config = run_config.from_dict(values)
-    return training.run(config, out, errors, fresh=fresh)
+        apply_override(values, text)
+    config = from_dict(values)
+    return run_training(config, out, errors, fresh=fresh)
 
 
-def _show_plan(config: run_config.RunConfig, *, fresh: bool) -> None:
+def _show_plan(config: RunConfig, *, fresh: bool) -> None:
     """Checks a run and prints its resolved configuration and plan; writes nothing."""
     from pipeline.workers import ray_session
     from pipeline.workers.plan import machine_cpus, machine_gpus, make_plan
 
-    ready = look(config, fresh=fresh)
+    ready = preview(config, fresh=fresh)
     num_groups, num_usable, out = len(ready.staged.usable), ready.staged.num_usable, ready.workspace.out
     groups = f"{counted(num_groups, 'group')} of {ready.config.pipeline.batch_size}"
     records = f"{counted(num_usable, 'usable record')} in {groups}, {ready.staged.problems} skipped"
@@ -111,8 +111,9 @@ def show_outcome(outcome: Outcome) -> None:
 
 def study(name: str, config: Path | None, overrides: Sequence[str], out: str | None, *, fresh: bool) -> None:
     """`odedit study`: runs a study and prints its tables; `list` prints the studies that ship."""
-    from pipeline.study import run as runner
     from pipeline.study import spec
+    from pipeline.study.run import describe
+    from pipeline.study.run import run as run_study
 
     console = Console()
     if name == "list":
@@ -123,9 +124,9 @@ def study(name: str, config: Path | None, overrides: Sequence[str], out: str | N
     folder = out if out is not None else f"studies/{name}"
     options = [*(["--config", str(config)] if config else []), *overrides, *(["--out", out] if out else [])]
     command = masked(shlex.join(["odedit", "study", name, *options]))
-    finished = runner.run(name, settings, folder, Console(stderr=True), fresh=fresh, command=command)
+    finished = run_study(name, settings, folder, Console(stderr=True), fresh=fresh, command=command)
     print(finished.markdown)
-    for line in runner.describe(finished, locate(folder, "--out")):
+    for line in describe(finished, locate(folder, "--out")):
         say(Console(stderr=True), line)
 
 
@@ -162,8 +163,8 @@ def apply(
     from pipeline.edits.answers import before_and_after, load_backbone_of, read_picture
 
     _check_device(device)
-    if dtype not in get_args(run_config.Dtype):
-        raise InputError(f"--dtype: got {dtype!r}, expected one of {', '.join(get_args(run_config.Dtype))}.")
+    if dtype not in get_args(Dtype):
+        raise InputError(f"--dtype: got {dtype!r}, expected one of {', '.join(get_args(Dtype))}.")
     try:
         picture = None if image is None else read_picture(image)
     except ImageError as error:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a command in the same way, and no signal is lost."""
+"""Handling of Ctrl-C and SIGTERM: both end a command in the same way, and no signal is lost."""
 
 from __future__ import annotations
 

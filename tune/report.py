@@ -13,12 +13,12 @@ from odedit.errors import counted
 from odedit.evaluation.score import paired_score, score
 from odedit.evaluation.statistics import MAIN, Estimate, paired
 from odedit.storage.location import Location
+from pipeline.config.values import flatten
 from pipeline.driver.run import Outcome
 from pipeline.report.differences import Difference, corrected, means
 from pipeline.report.formatting import change, number, p_value
 from pipeline.report.page import Arm
 from pipeline.run_folder.workspace import write_json
-from pipeline.tracking.runs import flatten
 from tune import plots, points
 from tune.config import SCORE, Search
 from tune.points import COMPLETE, FAILED, PRUNED, Trial

@@ -29,7 +29,7 @@ from pipeline.driver.preflight import check_records
 from pipeline.driver.run import Outcome, run_many
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.run_folder import sources
-from pipeline.run_folder.workspace import Workspace, new_place
+from pipeline.run_folder.workspace import Workspace, new_local_folder
 from pipeline.tracking.client import store_uri
 from pipeline.tracking.searches import KIND, SearchRun
 from pipeline.workers import ray_session
@@ -68,12 +68,12 @@ def run(config: SearchConfig, out: Path | str, console: Console, *, resume: bool
         if is_begun:  # a search that another process runs is refused at once
             stack.enter_context(alone(folder))
         _check_runs(search, folder)
-        stack.enter_context(new_place(folder.out))
+        stack.enter_context(new_local_folder(folder.out))
         if not is_begun:
             stack.enter_context(alone(folder))
         for context in (terminate_as_interrupt(), ray_session.shared()):
             stack.enter_context(context)
-        with new_place(folder.out, BEFORE_THE_FIRST_TRIAL):
+        with new_local_folder(folder.out, BEFORE_THE_FIRST_TRIAL):
             (folder.out / "trials").make_folder()
             base, records = _prepared(search, folder, console)
             groups = rungs.stage(base, records, folder.validation, config.rungs.sizes, config.seed)

@@ -76,7 +76,7 @@ def inspect_backbone(family: str, checkpoint: str, *, dtype: str = "float32") ->
 
 
 def can_inspect(family: str) -> bool:
-    """Whether `inspect_backbone` supports the family; `inspect` is optional for one from outside the package."""
+    """Whether `inspect_backbone` supports the family; `inspect` is optional for a family from outside the package."""
     return hasattr(_find(family), "inspect")
 
 
@@ -106,7 +106,7 @@ def encode_requests(
     """Encodes edits for optimisation and for evaluation; each distinct picture passes the image tower once.
 
     Args:
-        sites: Sites that the editor changes. If one is of the connector, features are inputs of the connector.
+        sites: Sites that the editor changes. With a site of the connector, features are inputs of the connector.
         negatives: Pool of hard negatives, with features computed for the same sites.
 
     Returns:

@@ -1,7 +1,7 @@
-"""What a backbone is: a frozen model that encodes a batch once, runs its frozen part once, and the rest at every step.
+"""The contract of a backbone: a frozen model that runs below the edit once per batch, and above it at every step.
 
-A family is a subclass of `Backbone`. It states its architecture and processor, the layout of its prompts, and how a
-picture passes the image tower and the connector.
+A family is a subclass of `Backbone` that defines its architecture and processor, the layout of its prompts, and the
+path of a picture through image tower and connector.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Backbone(ABC):
             if isinstance(linear, nn.Linear)
         }
 
-    # What a family states.
+    # Defined by a family.
 
     @abstractmethod
     def make_decoder(self) -> Decoder:
@@ -108,7 +108,7 @@ class Backbone(ABC):
         """
 
     def marks(self) -> Mapping[str, int | None]:
-        """Special tokens that `sequence` writes, in words, and their numbers in the tokenizer."""
+        """Ids of the special tokens that `sequence` writes, by description."""
         return {}
 
     def positions(self, tokens_RS: Tensor, image_RS: Tensor) -> Tensor | None:
@@ -127,19 +127,19 @@ class Backbone(ABC):
         """The model with its weights. Raises InputError as `inspect` and `checkpoints.fingerprint` do."""
         checkpoints.check_dtype(dtype)
         empty = cls.inspect(checkpoint, dtype=dtype)
-        fingerprint = empty.fingerprint  # before the model takes its memory: it finds broken values
-        model = checkpoints.load_model(cls._located(checkpoint)[0], checkpoint, cls.architecture, dtype)
+        fingerprint = empty.fingerprint  # computed first: a checkpoint with broken values is not loaded
+        model = checkpoints.load_model(cls._source_and_config(checkpoint)[0], checkpoint, cls.architecture, dtype)
         return cls(model.to(device), empty.processor, checkpoint, lambda: fingerprint)
 
     @classmethod
     def inspect(cls, checkpoint: str, *, dtype: str = "float32") -> Self:
-        """The model without weights, on the meta device; asking for its fingerprint reads them.
+        """The model without weights, on the meta device; only its attribute `fingerprint` reads them.
 
         Raises:
             InputError: Configuration, headers of the weight files, tokenizer and image processor do not fit together.
         """
         checkpoints.check_dtype(dtype)
-        source, config = cls._located(checkpoint)
+        source, config = cls._source_and_config(checkpoint)
         model = checkpoints.empty_model(source, checkpoint, config, cls.architecture, dtype)
         fingerprint = partial(checkpoints.fingerprint, source, checkpoint, config, dtype)
         empty = cls(model, cls.Processor(source), checkpoint, fingerprint)
@@ -150,12 +150,12 @@ class Backbone(ABC):
     @classmethod
     def load_processor(cls, checkpoint: str) -> PretrainedProcessor:
         """The tokenizer and image processor alone."""
-        return cls.Processor(cls._located(checkpoint, weights=False)[0])
+        return cls.Processor(cls._source_and_config(checkpoint, weights=False)[0])
 
     @classmethod
     def fingerprint_of(cls, checkpoint: str, *, dtype: str = "float32") -> str:
         """The attribute `fingerprint` without loading the model."""
-        source, config = cls._located(checkpoint)
+        source, config = cls._source_and_config(checkpoint)
         return checkpoints.fingerprint(source, checkpoint, config, dtype)
 
     @cached_property
@@ -164,7 +164,7 @@ class Backbone(ABC):
         return self._fingerprint()
 
     @classmethod
-    def _located(cls, checkpoint: str, *, weights: bool = True) -> tuple[str, Any]:
+    def _source_and_config(cls, checkpoint: str, *, weights: bool = True) -> tuple[str, Any]:
         """Folder and configuration of a checkpoint."""
         source = checkpoints.resolve(checkpoint, cls.family, cls.architecture, weights=weights)
         return source, checkpoints.read_config(source, cls.family, cls.architecture)
@@ -176,12 +176,12 @@ class Backbone(ABC):
         largest = max(ids, key=ids.__getitem__)
         if ids[largest] >= num_rows:
             raise InputError(
-                f"{name}: its tokenizer has the token {largest!r} with the number {ids[largest]}, and the model's "
+                f"{name}: its tokenizer has the token {largest!r} with the id {ids[largest]}, and the model's "
                 f"embeddings end at {num_rows - 1}. Take tokenizer and weights from the same checkpoint."
             )
         if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
             raise InputError(f"{name}: its tokenizer has neither a padding token nor an end token.")
-        unknown = [mark for mark, number in self.marks().items() if number not in tokenizer.added_tokens_decoder]
+        unknown = [mark for mark, token_id in self.marks().items() if token_id not in tokenizer.added_tokens_decoder]
         if unknown:
             raise InputError(
                 f"{name}: its tokenizer lacks the special token {', '.join(unknown)}, which a prompt of the family "
@@ -323,7 +323,7 @@ class Backbone(ABC):
         """Runs everything below the lowest of the sites, which may come in any order.
 
         Args:
-            positionwise: Whether an edit's change at a position depends on the states at this position alone.
+            positionwise: Whether an edit's change at a position depends on the states at that position alone.
             kv_cache: Stores keys and values, for `target_states`.
             read_EKT: Positions that every call of `suffix` will read. Only these are stored if nothing above needs
                 others.
@@ -395,7 +395,7 @@ class Backbone(ABC):
 
         Args:
             tokens_EKT: Target tokens, at most as many as the batch has.
-            first: Token to start from; the tokens before it are those of an earlier call.
+            first: Index of the first token to compute; an earlier call has cached the tokens before it.
         """
         # A token stands at the position that predicts the next one; the prompt predicts the first.
         at_RT = batch.predict_EKT[..., 1 + first : tokens_EKT.shape[-1]].flatten(0, 1)
@@ -489,7 +489,7 @@ class Backbone(ABC):
 
 
 def ends_of(backbone: Backbone) -> frozenset[int]:
-    """The backbone's `ends`; the tokenizer's end token for a class from outside the tree without this attribute."""
+    """The backbone's `ends`; the tokenizer's end token for a class from outside the package that lacks it."""
     ends: frozenset[int] | None = getattr(backbone, "ends", None)
     if ends is None:
         end = backbone.processor.tokenizer.eos_token_id
@@ -498,7 +498,7 @@ def ends_of(backbone: Backbone) -> frozenset[int]:
 
 
 def _on_device(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
-    """Arrays of one shape as one tensor on a device; a GPU copies from pinned memory while it computes."""
+    """Arrays of one shape, stacked on a device; pinned memory lets a GPU copy while it computes."""
     shape = (len(arrays), *arrays[0].shape)
     stacked = torch.empty(shape, pin_memory=device.type == "cuda")
     for row, array in zip(stacked, arrays, strict=True):

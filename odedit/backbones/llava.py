@@ -69,8 +69,8 @@ class Llava(Backbone):
         return projected
 
     def marks(self) -> Mapping[str, int | None]:
-        number = self.model.config.image_token_id
-        return {f"of an image (number {number} by config.json)": number}
+        token_id = self.model.config.image_token_id
+        return {f"of an image (id {token_id} by config.json)": token_id}
 
     def sequence(self, probe: Probe, template: Template) -> TokenSequence:
         tokenizer, config = self.processor.tokenizer, self.model.config
@@ -79,12 +79,17 @@ class Llava(Backbone):
         token = int(config.image_token_id)
         frame = Frame(f"USER: {tokenizer.convert_ids_to_tokens(token)}\n", " ASSISTANT:")
         tokens, first_target = tokenize(tokenizer, template, probe, frame)
-        at = tokens.index(token)
+        image_index = tokens.index(token)
         count = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + (
             not self._skips_class_token
         )
         return TokenSequence.around_picture(
-            tokens[:at], probe.picture.key, token, count, tokens[at + 1 :], first_target - at - 1
+            tokens[:image_index],
+            probe.picture.key,
+            token,
+            count,
+            tokens[image_index + 1 :],
+            first_target - image_index - 1,
         )
 
 

@@ -78,14 +78,14 @@ class Qwen25VL(Backbone):
             )
 
     @property
-    def _rows(self) -> int:
+    def _patches_per_side(self) -> int:
         """Number of patches along one side of a picture."""
         return int(SIDE // self.model.config.vision_config.patch_size)
 
     @property
     def _grid(self) -> Tensor:
         """Number of frames, rows and columns of a picture's patches, `(1, 3)`."""
-        return torch.tensor([[1, self._rows, self._rows]], device=self.device)
+        return torch.tensor([[1, self._patches_per_side, self._patches_per_side]], device=self.device)
 
     def tower(self, pixels: Tensor) -> Tensor:
         visual, config = self.model.model.visual, self.model.config.vision_config
@@ -121,9 +121,9 @@ class Qwen25VL(Backbone):
         return index
 
     def marks(self) -> Mapping[str, int | None]:
-        number, ids = self.model.config.image_token_id, self.processor.tokenizer.get_vocab()
+        token_id, ids = self.model.config.image_token_id, self.processor.tokenizer.get_vocab()
         written = (_VISION_START, _VISION_END, _TURN_START, _TURN_END)
-        return {f"of an image (number {number} by config.json)": number, **{text: ids.get(text) for text in written}}
+        return {f"of an image (id {token_id} by config.json)": token_id, **{text: ids.get(text) for text in written}}
 
     def sequence(self, probe: Probe, template: Template) -> TokenSequence:
         tokenizer = self.processor.tokenizer
@@ -132,15 +132,20 @@ class Qwen25VL(Backbone):
         token = int(self.model.config.image_token_id)
         picture = f"{_VISION_START}{tokenizer.convert_ids_to_tokens(token)}{_VISION_END}"
         tokens, first_target = tokenize(tokenizer, template, probe, Frame(_TURN + picture, _ANSWER, spaced=False))
-        at = tokens.index(token)
-        count = self._rows**2 // self.model.config.vision_config.spatial_merge_size**2
+        image_index = tokens.index(token)
+        count = self._patches_per_side**2 // self.model.config.vision_config.spatial_merge_size**2
         return TokenSequence.around_picture(
-            tokens[:at], probe.picture.key, token, count, tokens[at + 1 :], first_target - at - 1
+            tokens[:image_index],
+            probe.picture.key,
+            token,
+            count,
+            tokens[image_index + 1 :],
+            first_target - image_index - 1,
         )
 
 
 def _patches(pixels: Tensor, patch: int, merge: int, frames: int) -> Tensor:
-    """Patches `(N, patches, channels x frames x patch x patch)` of pictures; those that are merged are adjacent.
+    """Patches `(N, patches, channels x frames x patch x patch)` of pictures; patches to be merged are adjacent.
 
     All frames are the same picture.
     """

@@ -90,7 +90,7 @@ def check_records(
 
 
 def _finding(record: RawRecord, reader: ImageReader | None) -> Finding | None:
-    """The problem of a record, or None. All images are tried, so that one check reports every bad one."""
+    """The problem of a record, or None. All images are tried, so that one check reports all bad images."""
     if record.problem:
         return Finding.of(record, record.problem)
     if reader is None:

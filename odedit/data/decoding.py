@@ -84,7 +84,7 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
         raise ImageError(
             f"{name}: not an image of a known kind. Allowed: {', '.join(FORMATS)}.", "not an image"
         ) from error
-    except Exception as error:  # a damaged header raises any exception, too
+    except Exception as error:  # Pillow raises any exception for a damaged header, too
         raise ImageError(
             f"{name}: the file is damaged or cut off ({in_words(error)}). Fetch it again.", "damaged image"
         ) from error

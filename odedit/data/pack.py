@@ -188,7 +188,7 @@ class _Files:
 
 
 class _ImageFiles:
-    """Writes each distinct image once, and keeps its position."""
+    """Writes each distinct image once, and stores its position in the pack."""
 
     def __init__(self, files: _Files, reader: ImageReader, report: PackReport) -> None:
         self._files, self._reader, self._report = files, reader, report

@@ -66,9 +66,9 @@ class Pool:
     def candidates(self, record: RawRecord, rng: random.Random) -> Iterator[RawRecord]:
         """The records that may supervise `record`, in random order.
 
-        Excluded, since training on them would leak what is scored: the record itself, records that share an image with
-        it, and records whose text question is one of its scored prompts. Records that ask one of its questions about
-        another image come last; files with few distinct questions need them.
+        Excluded, since training on them would leak scored probes: the record itself, records that share an image with
+        it, and records whose text question is one of its scored prompts. Records with one of its questions about
+        another image come last, for files with few distinct questions.
         """
         scored = _Scored.by(record)
         last = []

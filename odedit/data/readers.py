@@ -108,7 +108,7 @@ def _array_items(source: _Text, text: str) -> Iterator[Any]:
             yield source.value()
     source.expect("]")
     if source.peek():
-        raise ValueError("more text behind the array")
+        raise ValueError("more text after the array")
 
 
 class _Text:

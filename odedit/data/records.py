@@ -4,7 +4,7 @@ The four files of MMEdit (`vqa_train.json`, `vqa_eval.json`, `caption_train_edit
 load unchanged. Records may add `edit_id`, `task`, `probes` (further evaluation probes by metric name) and `held_out`
 (supervision by slot name, disjoint from what is scored).
 
-A bad record does not stop a run: its `problem` is set, and it is reported. A file that cannot be read does.
+A bad record does not stop a run: its `problem` is set and reported. An unreadable file stops the run.
 
 References:
     Can We Edit Multimodal Large Language Models? Cheng et al., EMNLP 2023 (MMEdit).
@@ -86,7 +86,7 @@ def read_records(
     Args:
         path: `.json`, `.jsonl`, `.parquet`, or a folder written by `odedit.data.pack.pack`; local or an address.
         task: `vqa` or `caption` for records without a task; `auto`: caption if the prompt is "a photo of".
-        limit: Number of *usable* records after which to stop; bad ones in between are yielded, too.
+        limit: Largest number of *usable* records; bad records before the last of them are yielded, too.
         check: Additional check of valid records.
 
     Raises:
@@ -149,7 +149,7 @@ class _EditIds:
         self._has_default = bytearray()  # one byte per record: cheaper than digests for files without edit ids
 
     def assign(self, index: int, wanted: Any) -> tuple[str, str]:
-        """The record's edit id, and the problem with the requested one."""
+        """The record's edit id, and the problem of the requested id."""
         if wanted is None:
             return self.fallback(index), ""
         if not isinstance(wanted, str):

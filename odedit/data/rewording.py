@@ -1,6 +1,6 @@
 """Held-out rephrases of an edit: its question reworded by a template, its image augmented.
 
-They replace the rephrases that the edit is scored on, which supervision must not use. Both are deterministic functions
+They stand in for the scored rephrases, which supervision must not use. Both are deterministic functions
 of the edit id and the seed.
 """
 

@@ -1,6 +1,6 @@
-"""From records to edit requests: the supervision of an edit, kept apart from what scores it.
+"""Edit requests from records, with supervision that is disjoint from the scored probes.
 
-By default nothing that is scored is trained on. If a record has no `held_out` supervision, rephrases are made from the
+By default no scored probe is trained on. If a record has no `held_out` supervision, rephrases are made from the
 edit itself, and unrelated questions are drawn from a pool of other records. Sources named `record` train on the
 record's own probes instead, as published runs of some methods do.
 """
@@ -31,12 +31,12 @@ _RECORD_SLOTS = {
     "text_locality": "t_loc",
     "image_locality": "m_loc",
 }
-_POOLLESS = (
+_POOL_REMEDY = (
     "Set data.pool to a file of other records (the training file), give the records `held_out` entries of their own, "
     "or set supervision.locality_source to 'record', which trains on the questions that locality is scored on."
 )
 _RECORDS_TRIED, _PICTURES_TRIED = 256, 3
-"""Limits of `check_pool`: records tried, and records tried whose pool pictures cannot be read."""
+"""Limits of `check_pool`: number of tried records, and of tried records without a readable pool picture."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,8 @@ def check_pool(records: Iterable[RawRecord], reader: ImageReader, supervision: S
         shared = "; ".join(f"{count} with {what}" for what, count in pool.left_out(blocked).most_common())
         raise InputError(
             f"data.pool: none of its {len(pool.records)} records can supervise the records of data.path: unrelated "
-            f"questions must share nothing with what is scored, and for {blocked.edit_id}, for one, the pool has "
-            f"{shared}. {_POOLLESS}"
+            f"questions must share nothing with what is scored, and for {blocked.edit_id}, for example, the pool has "
+            f"{shared}. {_POOL_REMEDY}"
         )
 
 
@@ -236,7 +236,7 @@ def _locality(
     if pool is None:
         raise InputError(
             f"{record.file}, record {record.index}: has no held_out entry for {' and '.join(missing)}, and there is no "
-            f"pool of other records. {_POOLLESS}"
+            f"pool of other records. {_POOL_REMEDY}"
         )
     drawn, drawn_from = _draw(record, edit, probes, missing, supervision, pool)
     return slots | drawn, drawn_from

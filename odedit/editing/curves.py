@@ -42,7 +42,7 @@ class Progress:
 
     Attributes:
         members: Indices of the edits in the present batch.
-        is_active: True for members that still move.
+        is_active: True for members that are still optimised.
         steps: Steps taken by every edit.
     """
 

@@ -16,7 +16,7 @@ from odedit.editors.base import Editor
 from odedit.errors import InputError
 from odedit.inputs.batch import EditParams, stack_params
 from odedit.runtime.addresses import masked
-from odedit.storage.location import Location, Place, at
+from odedit.storage.location import Location, LocationLike, at
 from odedit.storage.tensors import read_metadata, read_tensors, write_tensors
 
 FORMAT = "odedit-edit-1"
@@ -56,13 +56,13 @@ class EditInfo:
     image_root: str = ""
 
 
-def save_edit(path: Place, params: EditParams, info: EditInfo) -> None:
+def save_edit(path: LocationLike, params: EditParams, info: EditInfo) -> None:
     """Writes one edit atomically."""
     metadata = {"format": FORMAT, "info": json.dumps(asdict(info), sort_keys=True)}
     write_tensors(at(path), params, metadata)
 
 
-def is_whole(path: Place) -> bool:
+def is_whole(path: LocationLike) -> bool:
     """Whether the file exists and is as long as its header says; tensors are not read."""
     try:
         read_metadata(at(path))
@@ -71,7 +71,7 @@ def is_whole(path: Place) -> bool:
     return True
 
 
-def load_edit(path: Place, device: str = "cpu") -> tuple[EditParams, EditInfo]:
+def load_edit(path: LocationLike, device: str = "cpu") -> tuple[EditParams, EditInfo]:
     """Reads an edit file.
 
     Raises:
@@ -81,12 +81,12 @@ def load_edit(path: Place, device: str = "cpu") -> tuple[EditParams, EditInfo]:
     return params, _info(path, metadata)
 
 
-def read_info(path: Place) -> EditInfo:
+def read_info(path: LocationLike) -> EditInfo:
     """Metadata of an edit file, without its tensors. Raises InputError as `load_edit` does."""
     return _info(path, _read(path, read_metadata))
 
 
-def _read(path: Place, read: Callable[[Location], T]) -> T:
+def _read(path: LocationLike, read: Callable[[Location], T]) -> T:
     location = at(path, "edit")
     name = repr(location.text)
     try:
@@ -97,7 +97,7 @@ def _read(path: Place, read: Callable[[Location], T]) -> T:
         raise InputError(f"edit {name} cannot be read as safetensors: {masked(str(error))}.") from error
 
 
-def _info(path: Place, metadata: Mapping[str, str]) -> EditInfo:
+def _info(path: LocationLike, metadata: Mapping[str, str]) -> EditInfo:
     name = repr(at(path, "edit").text)
     if metadata.get("format") != FORMAT:
         raise InputError(f"edit {name}: format is {metadata.get('format')!r}, expected {FORMAT!r}.")
@@ -108,7 +108,7 @@ def _info(path: Place, metadata: Mapping[str, str]) -> EditInfo:
 
 
 def load_edits(
-    paths: Sequence[Place], backbone: Backbone, device: str = "cpu"
+    paths: Sequence[LocationLike], backbone: Backbone, device: str = "cpu"
 ) -> tuple[Editor, EditParams, list[EditInfo]]:
     """Reads edits that are to be applied together.
 
@@ -143,7 +143,7 @@ def load_edits(
 
 
 def _settings(info: EditInfo) -> Any:
-    """Settings of the editor; those that the edit's version did not have are at their defaults."""
+    """Settings of the editor; settings newer than the edit have their defaults."""
     if info.editor not in editors.names():
         return info.editor_config
     return editors.load_editor(info.editor, info.editor_config).config

@@ -1,4 +1,4 @@
-"""The inner loop: independent edits, optimised together, each stopped by its own rule.
+"""The inner loop: independent edits, optimised together, each with its own stop.
 
 A finished edit costs as much per step as an active one. So once enough edits have finished, they leave the batch, and
 waiting edits enter it.
@@ -40,8 +40,8 @@ class Stopping(Settings):
 
     Attributes:
         max_steps: Largest number of steps; None: the editor's published number.
-        worst_token_nll: NLL that the least likely target token must reach to stop (a mean would hide an unlearned first
-            token behind a confident second one); None: the editor's own rule.
+        worst_token_nll: NLL that the least likely target token must reach to stop (a mean could hide an unlearned
+            token); None: the editor's own rule.
     """
 
     max_steps: Annotated[int, Ge(0)] | None = None
@@ -156,7 +156,7 @@ class _Run:
         self._unedited: Unedited | None = None
         # Presence of all slots of `_all`; a step may read only some of them, because negatives take turns.
         self._present_EK = torch.empty(0, 0)
-        # The first step after a change of the batch runs without a graph, which then is recorded.
+        # The first step after a change of the batch runs without a graph; the second is recorded.
         self._is_worth_recording, self._steps_of_batch = False, 0
         self._recording: _Recording | None = None
         self._admit()
@@ -217,7 +217,8 @@ class _Run:
     def _unedited_states(self, batch: EditBatch, num_at_once: int) -> Tensor:
         """Final states of the unedited model at the answers, `(E, K, T, D)`, `num_at_once` sequences at a time.
 
-        That is the number of a step: rounding depends on it, and at phi_0 the edited states must be equal bit for bit.
+        `num_at_once` is the number of sequences of a step: rounding depends on it, and at phi_0 the edited and the
+        unedited states must be equal bit for bit.
         """
         num_slots, parts = len(batch.slots), []
         for first in range(0, num_slots, num_at_once):
@@ -270,7 +271,7 @@ class _Run:
         recorded: list[_Recording] = []
 
         def step() -> None:
-            # Own leaves of this step: autograd binds a leaf to the stream of its first use.
+            # New leaves for the recorded step: autograd binds a leaf to the stream of its first use.
             params = _aliases(self._params)
             weighed = self._weigh(params, replace(state, delta=_aliases(state.delta)), self._optimizer.learns)
             moved, new = self._descend(params, weighed, weighed.active_E)

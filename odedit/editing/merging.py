@@ -1,7 +1,7 @@
-"""Edits that are plain weights, merged into a copy of the model's checkpoint.
+"""Merging of edits that are plain weights into a copy of the model's checkpoint.
 
 The copy has the source's files: its processor, tokenizer, generation settings, shards, tensor names and dtypes. Only
-the values of the edited tensors differ, so whatever loads the source loads the copy.
+the values of the edited tensors differ, so any program that loads the source loads the copy.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Every edit of a batch has its own moments, step count, clipping and multiplier network, so its result is that of the
 edit alone.
 
-The dual step follows the primal one, at the updated phi_e. It is taken at the start of the next call, with the penalty
-that the next forward computes anyway: the same sequence of values without a second forward.
+The dual step follows the primal step, at the updated phi_e. It is taken at the start of the next call, with the penalty
+of the next forward: the same values without a second forward.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class PrimalDual:
         return self._fixed is None
 
     def is_penalised(self, steps: Iterable[int]) -> bool:
-        """Whether lambda is learned and has weight after any of these numbers of steps."""
+        """Whether lambda is learned and the penalty has weight at any of these step numbers."""
         return self.learns and any(self._shares[step] > 0 for step in steps)
 
     def weigh(
@@ -132,7 +132,7 @@ class PrimalDual:
         active_E: Tensor,
         is_penalised: bool,
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
-        """The objective with its penalty, after the dual step of the active edits for which one is due.
+        """The objective with its penalty, after the pending dual step of the active edits.
 
         Args:
             params: phi_e, the leaves that `terms` was computed from.
@@ -223,7 +223,7 @@ def _primal_step(
             gradients = {name: g * _broadcast(scale_E, g) for name, g in gradients.items()}
         decay, rate = settings.weight_decay, settings.learning_rate
         if settings.kind == "sgd":
-            # Only two passes: these parameters may be larger than all other tensors.
+            # Two passes over memory: these parameters may be larger than all other tensors.
             decayed = {name: torch.add(gradients[name], p, alpha=decay) for name, p in params.items()}
             return {name: torch.sub(p, decayed[name], alpha=rate) for name, p in params.items()}, {}
         moved, moments = {}, {}

@@ -1,8 +1,8 @@
-"""Number of edits that move together, so that an objective needs hardly more memory than the base editor's own loss.
+"""Number of edits optimised together, so that an objective needs hardly more memory than the base editor's own loss.
 
-ODEdit reads six sequences per edit, most editors one, and most of a step's memory is activations saved for backward
-(only of negatives that the step reads). Edits are independent, so fewer of them can move at a time, as long as a step
-stays large enough to hide its fixed overhead.
+ODEdit reads six sequences per edit, most editors read one, and most of a step's memory is activations saved for
+backward (of negatives, only those in turn). Edits are independent, so fewer can be optimised at a time, as long as a
+step stays large enough to hide its fixed overhead.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def width_like_native(
 ) -> int:
     """Largest number of edits that save no more for backward than all edits of the batch under the native objective.
 
-    It is larger where so few edits would be too little work. The estimate reads shapes only, so the same batch always
-    has the same width.
+    The number is larger where so few edits would be too little work for the device. The estimate reads shapes only, so
+    the same batch always has the same width.
     """
     limits, num_edits = budgets(batch.tokens_EKS.device), batch.num_edits
     saved_per_edit = _saved(backbone, editor, objective, batch, prefix)

@@ -1,4 +1,4 @@
-"""Editors, one file each, found by file name."""
+"""Editors, one file each, named by their files."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ class Editor(Protocol):
         ...
 
     def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:
-        """phi_0 of E edits, float32; differentiable in the weights of a `Trainable` editor.
+        """phi_0 of E edits, float32; differentiable with respect to the weights of a `Trainable` editor.
 
         Args:
             prefix: Prefix of the batch at the editor's sites; None: computed if needed.
@@ -142,7 +142,7 @@ class Editor(Protocol):
     def applied(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> AbstractContextManager[Trace]:
         """Applies phi_e to forwards over the E x K sequences of `batch`; undone on any exit, bit for bit.
 
-        A forward over later positions of the same sequences (`Backbone.behind`) continues the last whole forward.
+        A forward over later positions (`Backbone.target_states`) continues the last forward over whole sequences.
 
         Args:
             params: From `init`: the edited path is always taken, so that gradients flow. From `finished`: the path of
@@ -174,7 +174,7 @@ class Editor(Protocol):
         ...
 
     def finished(self, params: EditParams, trace: Trace, batch: EditBatch) -> EditParams:
-        """The tensors to save: phi_e, and what inference needs besides (WISE: routing threshold)."""
+        """The tensors to save: phi_e, and further tensors for inference (WISE: routing threshold)."""
         ...
 
 

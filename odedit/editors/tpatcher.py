@@ -2,7 +2,7 @@
 
     FFN_p(h) = FFN(h) + sum_n relu(k_n h + b_n) (a_n * v_n)
 
-The neurons are beside the network, not inside it, so that a gated network (LLaMA) is patched like a plain one (OPT).
+The neurons are parallel to the network, so that a gated network (LLaMA) is patched like a plain network (OPT).
 The network's input h does not depend on them.
 
 References:
@@ -39,7 +39,7 @@ _ACTIVATION = "activation_EN"
 _INPUT = "input_EKSD"
 _EXPONENT_LIMIT = 30.0
 _CHUNK = 1 << 25
-"""Most activations at memory states that are computed at a time."""
+"""Largest number of activations at memory states computed at a time."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TPatcherConfig(Settings):
 
     Attributes:
         layer: Layer whose feed-forward network is patched; negative: counted from the end.
-        max_neurons: Most neurons of one edit; further wrong tokens get none.
+        max_neurons: Largest number of neurons of one edit; further wrong tokens get none.
         value_scale: Initial value of every entry of a, which multiplies v.
         learning_rate: Step size of Adam.
         weight_decay: Weight decay as in L2.
@@ -61,7 +61,7 @@ class TPatcherConfig(Settings):
         activation_top, memory_top: Number of largest terms that l_a and l_m average.
         margin_silent: Margin by which a neuron's input stays below 0 at memory states (l_m1).
         margin_gap: Margin by which it stays below the input at the neuron's own token (l_m2).
-        memory_states: Most memory states taken from unedited prompts.
+        memory_states: Largest number of memory states taken from unedited prompts.
         stop_activation: Value of l_a below which an edit stops once all target tokens are right.
         seed: Seed of the initial v and of the choice of memory states.
     """
@@ -259,7 +259,7 @@ class TPatcher(Plain):
     def _memory_activation(self, params: EditParams, trace: Trace, batch: EditBatch) -> tuple[Tensor, Tensor]:
         """Each neuron's largest inputs over memory states, `(E, N, M)`, and the number of memory states, `(E,)`.
 
-        Each neuron's largest suffice for the largest of all, since a margin shifts all inputs of a neuron alike.
+        Each neuron's largest inputs determine the largest terms, since a margin shifts all inputs of a neuron alike.
         """
         top = self.config.memory_top
         count_E = torch.zeros(batch.num_edits, dtype=torch.long, device=params[KEYS].device)
@@ -308,7 +308,7 @@ def _joined(params: EditParams) -> EditParams:
 
 
 def _to_correct(logits_ETV: Tensor, target_ET: Tensor, mask_ET: Tensor) -> Tensor:
-    """Tokens to correct, `(E, T)` bool: those that are not the model's first choice, or else the least likely one."""
+    """Tokens to correct, `(E, T)` bool: those that are not the model's first choice; without any, the least likely."""
     wrong_ET = (logits_ETV.argmax(dim=-1) != target_ET) & mask_ET
     likely_ET = logits_ETV.log_softmax(dim=-1).gather(-1, target_ET.unsqueeze(-1)).squeeze(-1)
     least_E = likely_ET.masked_fill(~mask_ET, torch.inf).argmin(dim=-1, keepdim=True)

@@ -23,7 +23,7 @@ Differs from the paper:
       which do not show what this edit changes.
     - Queries are outputs of attention, the space of M, and a state's norm is kept, as in the authors' code. Eq. 7
       weighs a with 1 - Sim, against the text below it; the text is followed.
-    - alpha at a position depends on this position alone, not on the last one of the sequence. So it does not depend on
+    - alpha at a position depends on this position alone, not on the sequence's last position. So it does not depend on
       the answer, which is in the input when it is scored and not yet when it is generated.
     - E_sem is trained on the cosine that defines alpha, between a position and its attended state. Positives are
       positions of the record's edit, rephrases and old answer; negatives those of other records and of the record's
@@ -50,7 +50,7 @@ from torch.nn import functional as F
 from odedit.backbones.base import Backbone, Prefix
 from odedit.backbones.common.generation import greedy
 from odedit.editors.base import OptimizerSettings, Plain, Trace, TrainingSettings, prefix_of_edit
-from odedit.editors.common.contrastive import encode, encoder_weights, info_nce, two_camps
+from odedit.editors.common.contrastive import encode, encoder_weights, info_nce, truthfulness_loss
 from odedit.editors.common.hooks import Rewrite, rewritten
 from odedit.editors.common.knowledge import attend, blend, last_positions, neurons, starting_keys, take
 from odedit.editors.common.weights import check_tensors, load_weights
@@ -217,7 +217,7 @@ class Unike(Plain):
     def _external(
         self, layer: str, stored_GMD: Tensor, semantic: Mapping[str, Tensor], recorded: dict[str, Tensor]
     ) -> Rewrite:
-        """Turns states towards the stored ones that they attend over, by alpha."""
+        """Turns states by alpha towards the stored states that they attend over."""
 
         def rewrite(x: Tensor, y: Tensor) -> Tensor:
             y_GND = y.reshape(stored_GMD.shape[0], -1, y.shape[-1]).float()
@@ -311,7 +311,7 @@ class Unike(Plain):
         zeta_error_E = (weights[f"{layer}.{ZETA}"] - codes_EP).square().sum(dim=-1)
         map_error_E = (F.linear(codes_EP, weights[f"{layer}.{BACK}"]) - states_ED).square().sum(dim=-1)
         size = states_ED.square().sum(dim=-1).mean().clamp(min=1e-6)
-        return two_camps(true_EP, false_EP, self.config.temperature) + zeta_error_E + map_error_E / size
+        return truthfulness_loss(true_EP, false_EP, self.config.temperature) + zeta_error_E + map_error_E / size
 
     def _with_old_answer(self, backbone: Backbone, edit: EditBatch) -> EditBatch:
         """The same prompts with the answers that the unedited model generates."""

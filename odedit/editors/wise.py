@@ -59,10 +59,10 @@ class WiseConfig(Settings):
             `mask_ratio` of 1) give a factored edit, which is smaller.
         mask_ratio: Share of entries or columns that may change (eq. 4).
         mask_seed: Seed of the mask, which is the same for all edits.
-        margin_out: Margin alpha, below which the distance of an unrelated prompt is pushed (eq. 3).
-        margin_in: Margin beta, above which the distance of the edit is pushed.
+        margin_out: Margin alpha (eq. 3): upper bound that the loss sets on the distance of an unrelated prompt.
+        margin_in: Margin beta: lower bound that the loss sets on the distance of the edit.
         margin_gap: Margin gamma, by which the edit's distance exceeds an unrelated prompt's.
-        routing_ratio: Share of the edit's own distance from which on a prompt goes to the side matrix.
+        routing_ratio: Share of the edit's own distance above which a prompt uses the side matrix.
         merge_density: Share of a side matrix's entries, the largest, that take part in merging side matrices.
         stop_change: Largest change of the loss since the last step for an edit to stop.
         stop_loss: Largest loss for an edit to stop; both conditions must hold.
@@ -89,7 +89,7 @@ class Wise(Plain):
     """One side matrix per edit.
 
     phi_e is `side_live`: the entries of `W' - W` that the mask lets change, in the order of the matrix; all others are
-    0. A finished edit adds `threshold`, the distance from which on the side matrix is used.
+    0. A finished edit adds `threshold`, the distance above which the side matrix is used.
 
     Factored, phi_e is `side_rows`, the factor A, and `side_there`, True at real positions. A finished edit has the rows
     of A that are not zero, and in `side_inputs` the masked inputs X m of these positions.
@@ -163,7 +163,7 @@ class Wise(Plain):
             winner_EK = torch.full_like(best_EK, -1) if is_whole else trace.values[_WINNER]
             chosen = torch.zeros_like(main)
             for index in range(num_sides):
-                # One at a time, since all side matrices together may exceed the memory.
+                # One side matrix at a time: all of them together may exceed the memory.
                 change_of = self._change(
                     backbone, {name: value[index : index + 1] for name, value in params.items()}, 1, trace
                 )
@@ -219,7 +219,7 @@ class Wise(Plain):
     def merged_side_matrix(self, params: EditParams) -> EditParams:
         """One side matrix (axis 0 has length 1) for all E finished edits in one model, merged by TIES.
 
-        Its threshold is the smallest of the edits', so that it is used for every prompt that one of them would take.
+        Its threshold is the edits' smallest, so that every prompt that uses one of their matrices uses the merged one.
         `merge_density` is a share of the entries that the mask lets change.
         """
         live_EN = params[LIVE] if LIVE in params else self._entries(params[ROWS].transpose(1, 2) @ params[INPUTS])
@@ -297,7 +297,7 @@ def _by_slot(rows: Tensor, num_slots: int) -> Tensor:
 
 
 def _nonzero_rows(rows_ENO: Tensor, inputs_ENI: Tensor) -> EditParams:
-    """Rows of A that are not zero and their inputs, in order, padded to the edit with the most of them."""
+    """Non-zero rows of A and their inputs, in order, padded to the longest edit."""
     nonzero_EN = (rows_ENO != 0).any(-1)
     length = max(1, int(nonzero_EN.sum(1).max()))
     order_ET1 = torch.sort((~nonzero_EN).long(), dim=1, stable=True).indices[:, :length, None]

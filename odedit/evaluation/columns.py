@@ -1,8 +1,8 @@
-"""The metrics, and the columns that hold a probe's scores: the table that all others are derived from.
+"""The five metrics, and the columns of a probe's scores.
 
-A column is the probe's name and an ending: `m_gen`, `m_gen_exact`, `m_gen_exact_before`. A column is added by one line
-in `ANSWER_COLUMNS` or `LOCALITY_COLUMNS`. From then on `check_probe_name` refuses a probe that ends in one of its
-words, so no two probes write the same column. Only torch is imported here: records are checked with these names.
+The name of a column is the probe's name and an ending: `m_gen`, `m_gen_exact`, `m_gen_exact_before`. An entry of
+`ANSWER_COLUMNS` or `LOCALITY_COLUMNS` adds a column, and `check_probe_name` refuses probe names that contain its words,
+so no two probes write the same column. Imports torch only, because the checks of records read these names.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _generated_right(answer: Answer) -> float | None:
 
 
 def _mmedit_same(before: Answer, after: Answer) -> float | None:
-    """The published locality: the first choice of text probes, ten choices rank by rank of probes with a picture."""
+    """Published locality: shares of equal first choices for text probes, of ten choices by rank for picture probes."""
     if before.top_SR is None or after.top_SR is None:
         return None
     same_SR = before.top_SR == after.top_SR
@@ -125,7 +125,7 @@ def _share(right: Tensor) -> float:
 def _share_of_equal(first: Sequence[int], second: Sequence[int], counted_T: Tensor) -> float:
     """Share of the counted positions at which two answers have the same token, or have both ended."""
     positions = counted_T.nonzero().flatten().tolist()
-    return sum(first[at : at + 1] == second[at : at + 1] for at in positions) / len(positions)
+    return sum(first[index : index + 1] == second[index : index + 1] for index in positions) / len(positions)
 
 
 ANSWER_COLUMNS: dict[str, Callable[[Answer], float | None]] = {
@@ -146,13 +146,13 @@ LOCALITY_COLUMNS: dict[str, Callable[[Answer, Answer], float | None]] = {
 """Ending to score of a locality probe, from the answers before and after the edit; None leaves the column out."""
 BEFORE, FAR, LOW, HIGH = "before", "far", "low", "high"
 APPENDED = (BEFORE, FAR, LOW, HIGH)
-"""Endings appended to other columns: the unedited model's score, a record's own locality probe where it has a near one
-as well, and the bounds of an interval.
+"""Endings appended to other columns: the unedited model's score, a record's own (far) locality probe if it also has a
+near probe, and the bounds of an interval.
 """
 
 
 def words() -> frozenset[str]:
-    """Words that end the name of a column; no detail of a probe's name may be one of them."""
+    """Words in the endings of columns, which are not allowed as details of a probe's name."""
     endings = (*ANSWER_COLUMNS, *LOCALITY_COLUMNS, *APPENDED)
     return frozenset(word for ending in endings for word in ending.split("_") if word)
 

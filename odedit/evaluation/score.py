@@ -1,6 +1,6 @@
-"""One number for a set of edits: the harmonic mean of the five metrics, and a test for the difference of two sets.
+"""Score of a set of edits: the harmonic mean of the five metrics, with a test for the difference of two sets.
 
-A harmonic mean is low as soon as one metric is, as for an editor that changes everything, or nothing.
+A harmonic mean is low if a single metric is low, as for an editor that changes every answer, or none.
 """
 
 from __future__ import annotations

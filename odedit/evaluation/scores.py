@@ -1,12 +1,11 @@
 """Scores of an edit, before against after: rel, t_gen, m_gen, t_loc, m_loc, and their variants.
 
-Token scores are teacher-forced shares of target tokens; `_exact` asks for the whole target. White space in front of an
-answer that is a token of its own, as LLaMA's tokenizer makes one in front of a digit, is not counted: it is almost
-always right.
+Token scores are teacher-forced shares of target tokens; `_exact` asks for the whole target. A separate token of
+white space before the answer, such as LLaMA's before a digit, is not counted: it is almost always right.
 
 `_generated` compares with greedy generation, which sees neither the target nor a correction of its errors (teacher
 forcing flatters, arXiv 2502.11177). It starts where a served model starts, so uncounted white space is generated too. A
-generated answer ends by itself, or `LONGEST_REST` tokens beyond the target's length: `_generated` is the share of
+generated answer ends by itself, or `EXTRA_TOKENS` tokens beyond the target's length: `_generated` is the share of
 target tokens at their positions, `_generated_exact` asks that it is the target and ends there.
 
 Locality compares the edited model with the unedited one, which runs without any edit. `answer` reads only the positions
@@ -39,11 +38,11 @@ Row = dict[str, float | str | None]
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is measured beside the teacher-forced token scores.
+    """Measurements besides the teacher-forced token scores.
 
     Attributes:
-        generate: Greedy generation for every probe, before and after.
-        mmedit: The published locality over all positions, beside the stricter one over answer positions.
+        generate: Whether to generate answers to every probe greedily, before and after.
+        mmedit: Whether to measure the published locality over all positions, besides that over answers.
     """
 
     generate: bool = True
@@ -87,15 +86,16 @@ def evaluate(
     Returns:
         One row per edit: `rel`, `<probe>` and, for each, `_exact`, `_generated`, `_generated_exact` and `_before`
         variants; for locality `_whole`, `_generated`, `_generated_exact` and `_mmedit` (where all of an answer must
-        agree: `_whole`; to its end: `_generated_exact`). `t_loc` and `m_loc` average the record's own probe and its
-        near one where there is one; `_far` and `_near` then tell them apart. All endings: `odedit.evaluation.columns`.
+        agree: `_whole`; to its end: `_generated_exact`). `t_loc` and `m_loc` average the record's own (far) and near
+        probe where it has both; `_far` and `_near` are then the single scores. All endings:
+        `odedit.evaluation.columns`.
     """
-    most = _edits_at_once(backbone, batch)
-    if batch.num_edits <= most:
+    at_once = _edits_at_once(backbone, batch)
+    if batch.num_edits <= at_once:
         params = {name: value.to(batch.tokens_EKS.device) for name, value in params.items()}
         return _rows(backbone, editor, params, batch, config)
     rows: list[Row] = []
-    for part_E in torch.arange(batch.num_edits, device=batch.tokens_EKS.device).split(most):
+    for part_E in torch.arange(batch.num_edits, device=batch.tokens_EKS.device).split(at_once):
         part_params = {name: value[part_E.to(value.device)] for name, value in params.items()}
         rows += evaluate(backbone, editor, part_params, batch.take(part_E), config)
     return rows
@@ -133,18 +133,18 @@ def _before_and_after(
     kv_cache = KVCache() if config.generate else None
     prefix = backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise, kv_cache=kv_cache)
     # The head reads all positions of locality probes, and those that predict a target token or the token after it.
-    behind = batch.with_room(int(config.generate), 0, backbone.max_positions)
-    num_targets, read_EKT = batch.target_EKT.shape[-1], behind.predict_EKT
+    extended = batch.with_room(int(config.generate), 0, backbone.max_positions)
+    num_targets, read_EKT = batch.target_EKT.shape[-1], extended.predict_EKT
     compared_K = torch.tensor([is_locality(name) for name in batch.slots], device=batch.real_EKS.device)
     mask_EKS = (batch.real_EKS & compared_K[:, None]).int()
-    mask_EKS = mask_EKS.scatter_reduce(-1, read_EKT, behind.target_mask_EKT.int(), "amax").bool()
+    mask_EKS = mask_EKS.scatter_reduce(-1, read_EKT, extended.target_mask_EKT.int(), "amax").bool()
 
     def read() -> _Readout:
         branch = None if kv_cache is None else kv_cache.branch()
         hidden = backbone.suffix(prefix, None if config.mmedit else read_EKT, branch)
         everywhere = _top(backbone, hidden, mask_EKS) if config.mmedit else None
         if everywhere is None:
-            top_EKTR = _top(backbone, hidden, behind.target_mask_EKT)
+            top_EKTR = _top(backbone, hidden, extended.target_mask_EKT)
         else:
             top_EKTR = gather_positions(everywhere, read_EKT)
         greedy_EKT = None if branch is None else generate(backbone, batch, prefix, branch, top_EKTR[..., 0])
@@ -156,10 +156,10 @@ def _before_and_after(
 
 
 def _edits_at_once(backbone: Backbone, batch: EditBatch) -> int:
-    most = budgets(batch.tokens_EKS.device).evaluated_values
-    if most is None:
+    max_values = budgets(batch.tokens_EKS.device).evaluated_values
+    if max_values is None:
         return batch.num_edits
-    return max(1, most // (batch.tokens_EKS[0].numel() * backbone.hidden_size))
+    return max(1, max_values // (batch.tokens_EKS[0].numel() * backbone.hidden_size))
 
 
 def _on_host(batch: EditBatch) -> EditBatch:
@@ -179,25 +179,25 @@ def _top(backbone: Backbone, hidden: Tensor, mask: Tensor) -> Tensor:
     return top
 
 
-def said(backbone: Backbone, tokens: Sequence[int]) -> str:
+def answer_text(backbone: Backbone, tokens: Sequence[int]) -> str:
     """Text of a generated answer up to its end, followed by dots if it was cut off."""
     answer, has_ended = until_end(tokens, ends_of(backbone))
-    return in_words(backbone, answer) + ("" if has_ended else " ...")
+    return decoded(backbone, answer) + ("" if has_ended else " ...")
 
 
-def is_said(backbone: Backbone, tokens: Sequence[int], target: Sequence[int]) -> bool:
+def answers_target(backbone: Backbone, tokens: Sequence[int], target: Sequence[int]) -> bool:
     """Whether a generated answer is the target, in tokens or in words, and ends there."""
     answer, has_ended = until_end(tokens, ends_of(backbone))
-    return has_ended and (answer == list(target) or in_words(backbone, answer) == in_words(backbone, target))
+    return has_ended and (answer == list(target) or decoded(backbone, answer) == decoded(backbone, target))
 
 
-def in_words(backbone: Backbone, tokens: Sequence[int]) -> str:
+def decoded(backbone: Backbone, tokens: Sequence[int]) -> str:
     """Text of an answer's tokens."""
     return str(backbone.processor.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
 def _generated(readout: _Readout, e: int, k: int) -> list[int] | None:
-    """Tokens generated for a probe, its end and the tokens behind it included; None: not generated."""
+    """Tokens generated for a probe, its end and the tokens after it included; None: not generated."""
     return None if readout.greedy_EKT is None else list(readout.greedy_EKT[e, k].tolist())
 
 
@@ -222,7 +222,7 @@ def _answer(backbone: Backbone, batch: EditBatch, readout: _Readout, e: int, k: 
         return answer
     generated, has_ended = until_end(tokens, ends_of(backbone))
     target = target_T[batch.target_mask_EKT[e, k]].tolist()
-    is_target = not is_locality(probe) and is_said(backbone, tokens, target)
+    is_target = not is_locality(probe) and answers_target(backbone, tokens, target)
     return replace(answer, generated=generated, has_ended=has_ended, is_target=is_target)
 
 
@@ -232,12 +232,12 @@ def _answers(backbone: Backbone, batch: EditBatch, before: _Readout, after: _Rea
     for name, readout in (("answer_before", before), ("answer_after", after)):
         tokens = _generated(readout, e, k)
         if tokens is not None:
-            row[name] = said(backbone, tokens)
+            row[name] = answer_text(backbone, tokens)
     return row
 
 
 def _average_near_and_far(row: Row) -> None:
-    """Replaces a locality metric by the mean of the record's own (far) probe and its near one, where it has both."""
+    """Replaces a locality metric by the mean over the record's own (far) and near probe, where it has both."""
     for metric in groups()["locality"]:
         endings = [name.removeprefix(f"{metric}_near") for name in row if name.startswith(f"{metric}_near")]
         for ending in endings:

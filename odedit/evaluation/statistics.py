@@ -1,4 +1,4 @@
-"""Means with confidence intervals, paired tests, and corrections for many of them."""
+"""Means with confidence intervals, paired tests, and corrections for multiple tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from odedit.evaluation.columns import METRICS
 
 SIGNIFICANT = 0.05
-"""Level of significance: largest p of a difference that is reported as one."""
+"""Level of significance: largest p of a difference that is reported as significant."""
 MAIN = tuple(METRICS)
 """The five metrics of MMEdit, in the order of every table."""
 _ROUNDING = 1e-12
@@ -38,7 +38,7 @@ class PairedDifference:
 
 
 def estimate(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
-    """Mean and interval; for one value, or equal values, the interval is the mean itself.
+    """Mean and interval; for a single value, or equal values, the interval is the mean itself.
 
     Args:
         clusters: Cluster of each value, such as its fact: edits of one fact are not independent. The variance is
@@ -59,7 +59,7 @@ def estimate(values: Sequence[float], clusters: Sequence[Hashable] | None = None
 
 
 def _standard_error(values: Sequence[float], mean: float, clusters: Sequence[Hashable] | None) -> float:
-    """Cluster-robust standard error of the mean; the ordinary one if every value is its own cluster."""
+    """Cluster-robust standard error of the mean; the ordinary error if every value is its own cluster."""
     groups = range(len(values)) if clusters is None else clusters
     sums: dict[Any, float] = {}
     for group, value in zip(groups, values, strict=True):

@@ -225,7 +225,7 @@ class Answers:
 def by_length(lengths: Sequence[int], at_least: float = 0) -> list[list[int]]:
     """Groups slots by length: one group, or long and short ones separately if that saves enough padding.
 
-    A sequence is padded to the longest of its group, and prompts without picture are much shorter than those with one.
+    A sequence is padded to the longest of its group, and prompts without a picture are much shorter than others.
 
     Args:
         at_least: Padded positions per edit that a split must save.
@@ -326,8 +326,8 @@ class EditBatch:
     def with_room(self, size: int, token: int, max_positions: int) -> EditBatch:
         """A copy with `size` more target tokens per probe, for generated answers that are longer than the target.
 
-        They continue the target at the next positions, possibly beyond the longest sequence, which only
-        `Backbone.target_states` reaches.
+        The added tokens take the next positions, possibly beyond the longest sequence. Only `Backbone.target_states`
+        reads them.
 
         Args:
             token: Token id of the added target tokens.

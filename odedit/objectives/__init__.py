@@ -1,4 +1,4 @@
-"""Objectives, one file each, found by file name.
+"""Objectives, one file each, named by their files.
 
 The settings of all objectives share one section of a configuration, so that a study or a search sets them once for all
 its runs. Settings that the named objective does not have are checked and ignored.

@@ -54,7 +54,7 @@ def require(name: str, got: object, ok: bool, allowed: str) -> None:
 
 @dataclass(frozen=True)
 class BaseConfig(Settings):
-    """Settings of every objective, and its properties that are needed before it runs.
+    """Settings of every objective, and properties of the objective that are read before it is built.
 
     Attributes:
         reliability_weight: Weight of R_rel, the negative log-likelihood of the edit's answer.

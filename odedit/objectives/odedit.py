@@ -32,7 +32,7 @@ Kernel = Literal["rbf", "linear", "contrastive"]
 
 @dataclass(frozen=True)
 class ODEditConfig(ComparingConfig):
-    """Settings of ODEdit. The paper gives no value for most of them; those defaults are ours.
+    """Settings of ODEdit. Where the paper gives no value, the default is ours.
 
     Attributes:
         reliability_weight, locality_weight: Weights of R_rel and R_loc; 0 leaves a term out, also as an environment.

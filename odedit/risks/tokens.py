@@ -185,7 +185,7 @@ def kl_of_states(
         base_MD: States of the unedited model, constants. Where both are equal, KL is exactly 0.
         head: Function from states `(C, D)` to logits `(C, V)`, row by row, without trained weights.
         at_once: Largest number of rows C.
-        direction: As in `odedit.risks.risks.locality`.
+        direction: Order of p and q; see `odedit.risks.risks.locality`.
         with_slope: True when scale gradients are differentiable; False: constants.
     """
     return Tokens(*_OfStates.apply(states_MD, base_MD, head, at_once, direction, with_slope))

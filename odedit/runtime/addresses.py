@@ -53,7 +53,7 @@ def _split(text: str) -> tuple[str, str, str]:
 
 
 def relative_note(path: str) -> str:
-    """A sentence for messages about a local path, which says where relative paths start.
+    """A sentence for messages about a local path: the folder where relative paths start.
 
     Empty if the path lies outside the current folder and its parent, as only `x` and `../x` are likely relative.
 

@@ -1,4 +1,4 @@
-"""How much of something is computed at a time, by kind of device: the one table of such limits.
+"""Table of all limits on work computed at a time, by kind of device.
 
 On a CPU most of them keep intermediate results inside a core's cache; on a GPU they keep the device busy and its
 memory bounded. They change speed and memory; results differ by rounding at most.
@@ -21,7 +21,7 @@ class Budgets:
         spared_positions: Padded positions that splitting off the short sequences must save: a second batch launches
             every kernel again.
         evaluated_values: Hidden values of the edits that are scored together; None: no limit.
-        evaluated_logits: Logits that evaluation computes at a time. On a CPU a larger result gets new pages.
+        evaluated_logits: Logits that evaluation computes at a time; a larger result needs new memory pages on a CPU.
         objective_logits: Logits that an objective computes at a time where it does not keep them.
         risk_logits: Logits that the token risks work on together.
         sketched_weights: Weights that are sorted into the buckets of a sketch at a time.

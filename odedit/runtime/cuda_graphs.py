@@ -24,7 +24,7 @@ class _ThreadState(threading.local):
 
     Attributes:
         streams: Recording stream of each device. Libraries allocate memory for every stream that they have seen.
-        last: Last recording of each device; the next one reuses its memory, as only the last is launched.
+        last: Last recording of each device; the next recording reuses its memory, as only the last is launched.
         has_failed: True after a failed recording, or when its memory was needed; the thread then records no more.
     """
 

@@ -1,7 +1,7 @@
 """Peak memory of a block of code: the largest number of bytes of its tensors that are alive at once.
 
 On CUDA the caching allocator counts them. On a CPU every operator is intercepted, and the storages of its results are
-counted until their last user is freed, tensors saved by autograd included.
+counted until the last tensor on them is freed, tensors saved by autograd included.
 """
 
 from __future__ import annotations

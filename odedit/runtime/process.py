@@ -1,4 +1,4 @@
-"""Settings of a process that edits or trains."""
+"""Configuration of a process that edits or trains: threads, determinism, allocator."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LARGEST_BEFORE_2_35 = 2**25
 _OWN_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
-def settle(num_threads: int, device: str) -> None:
+def configure_process(num_threads: int, device: str) -> None:
     """Sets the number of CPU threads, deterministic algorithms, and on a CPU the reuse of freed memory.
 
     Call it before any work on the device.

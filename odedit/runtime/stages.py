@@ -1,4 +1,4 @@
-"""Seconds by stage of the work, if `measured`.
+"""Timer of the stages of the work, active inside `measured`.
 
 A nested stage's time is subtracted from the outer stage, so that all stages add up to the total.
 """

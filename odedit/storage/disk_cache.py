@@ -21,8 +21,8 @@ def folder() -> Path:
     return Path(tempfile.gettempdir()) / f"odedit-notes-{os.getuid()}"
 
 
-def once(key: Any, check: Callable[[Any], object], compute: Callable[[], Any]) -> Any:
-    """The cached value, or the computed one, which is then cached. Concurrent processes wait for the first to compute.
+def cached(key: Any, check: Callable[[Any], object], compute: Callable[[], Any]) -> Any:
+    """The cached value; if there is none, computes and caches it. Concurrent processes wait for the first.
 
     If the cache cannot be written, on a full disk for instance, every process computes the value.
 

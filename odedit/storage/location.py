@@ -88,7 +88,7 @@ class Location:
         return replace(self, text=above(self.text), path=path)
 
     def child(self, relative: str) -> Location:
-        """Location `relative` below this one. `relative` is not validated: check untrusted paths first."""
+        """Location of `relative` below this location. `relative` is not validated: check untrusted paths first."""
         path = f"{self.path.removesuffix('/')}/{relative}" if self.path else relative
         return replace(self, text=below(self.text, relative), path=path)
 
@@ -260,11 +260,11 @@ class Location:
             thread.submit(upload).result()
 
 
-Place = Location | Path | str
-"""A location, or the path or address of one."""
+LocationLike = Location | Path | str
+"""A location, or its path or address."""
 
 
-def at(path: Place, setting: str = "path") -> Location:
+def at(path: LocationLike, setting: str = "path") -> Location:
     """Converts a path or address to a `Location`. Raises InputError as `locate` does."""
     return path if isinstance(path, Location) else locate(str(path), setting)
 

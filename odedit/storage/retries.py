@@ -77,7 +77,7 @@ def retried(act: Callable[[], T], patience_s: float | None = None) -> T:
         patience_s: Seconds of retries; None: `PATIENCE_S`; 0: no retries.
 
     Raises:
-        OSError: A permanent error at once, or the last transient one.
+        OSError: A permanent error at once, or the last transient error.
     """
     limit = PATIENCE_S if patience_s is None else patience_s
     started, wait = time.monotonic(), FIRST_WAIT_S

@@ -22,7 +22,7 @@ from odedit.inputs.batch import EditBatch, EditParams
 from odedit.objectives.base import Objective
 from odedit.objectives.common.terms import Terms
 from odedit.runtime.brief import brief
-from odedit.storage.location import Place, at
+from odedit.storage.location import LocationLike, at
 from odedit.training.multiplier import SharedMultiplier
 from odedit.training.state import TrainingState, read_state, write_state
 
@@ -72,21 +72,21 @@ def train(
     validation: TrainingRecords,
     *,
     seed: int = 0,
-    path: Place | None = None,
+    path: LocationLike | None = None,
     identity: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Trained:
     """Trains until a stopping rule of `editor.training` applies.
 
     Args:
-        editor: Editor with settings; its present weights are ignored.
+        editor: Editor with settings; its current weights are ignored.
         objective: Objective that replaces the editor's own training loss, or adds terms to it (see `BaseConfig`); None:
             neither. Ignored for an editor that trains only with its own loss.
         seed: Seed of the initial weights, the order of the records, and the multiplier network.
         path: File of the training's state, written at every validation and when interrupted; training resumes from an
             existing file. None: no file.
         identity: Settings and data that the training depends on; a state with another identity is refused.
-        progress: Callback after every step, with its figures, and after every validation, without.
+        progress: Callback after every step, with its metrics, and after every validation, with none.
 
     Raises:
         InputError: `path` holds the state of another training, or no state.

@@ -55,7 +55,7 @@ class SharedMultiplier:
     def penalised(
         self, editor: object, params: EditParams, terms: Terms, dual: Dual, step: int, *, ascend: bool
     ) -> tuple[Tensor, Tensor, Dual]:
-        """The objective with its penalty, lambda, and the dual variable after its step, if one is due.
+        """The objective with its penalty, lambda, and the dual variable after its pending step, if any.
 
         Args:
             params: phi_e of the E records, as the editor's weights make it.

@@ -32,7 +32,7 @@ class EncodedRequests:
     ) -> None:
         """
         Args:
-            sites: Sites of the editor; if one is in the connector, features before the connector are stored.
+            sites: Sites of the editor; with a site in the connector, features before the connector are stored.
             negatives: Pool of hard negatives.
         """
         self._backbone = backbone

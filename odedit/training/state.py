@@ -16,7 +16,7 @@ from odedit.backbones.common.fingerprints import comparable
 from odedit.errors import InputError
 from odedit.runtime.addresses import masked
 from odedit.runtime.brief import brief
-from odedit.storage.location import Location, Place, at
+from odedit.storage.location import Location, LocationLike, at
 from odedit.storage.tensors import read_tensors, write_tensors
 from odedit.training.multiplier import Dual
 
@@ -68,11 +68,11 @@ class TrainingState:
 
     @property
     def looks_without_improvement(self) -> int:
-        """Number of validations since the best one."""
+        """Number of validations since the best validation."""
         return sum(step > self.best_step for step, _ in self.looks)
 
 
-def write_state(path: Place, state: TrainingState, identity: Mapping[str, Any]) -> None:
+def write_state(path: LocationLike, state: TrainingState, identity: Mapping[str, Any]) -> None:
     """Writes the state atomically; of a finished training only the best weights."""
     groups = _GROUPS if not state.stop_reason else ("best",)
     tensors = {f"{group}/{name}": value for group in groups for name, value in getattr(state, group).items()}
@@ -94,7 +94,7 @@ def write_state(path: Place, state: TrainingState, identity: Mapping[str, Any]) 
     write_tensors(at(path), stored, metadata)
 
 
-def read_state(path: Place, identity: Mapping[str, Any], device: str = "cpu") -> TrainingState:
+def read_state(path: LocationLike, identity: Mapping[str, Any], device: str = "cpu") -> TrainingState:
     """Reads a state that `write_state` wrote.
 
     Raises:

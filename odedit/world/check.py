@@ -125,7 +125,7 @@ class _Checkpoint:
             features = torch.zeros(0, self._family.num_image_tokens, HIDDEN_SIZE)
             if pictures is not None:
                 rows = [line.picture for line in chunk if line.picture is not None]
-                features = self._family.see(self._model, to_pixels(pictures[rows])).features
+                features = self._family.encode_pictures(self._model, to_pixels(pictures[rows])).features
                 chunk = [Line(line.prompt, line.answer, 1.0, i) for i, line in enumerate(chunk)]
             tokens, labels = self._encode(chunk)
             states = language_states(self._family, self._model, tokens, chunk, features)

@@ -26,8 +26,8 @@ from odedit.world.model import (
     INIT_STD,
     PATCH_SIZE,
     VISION_WIDTH,
+    EncodedPictures,
     Family,
-    Seen,
 )
 from odedit.world.vocabulary import VOCABULARY
 
@@ -86,9 +86,9 @@ class Blip2(Family):
         states: Tensor = tower.encoder(inputs_embeds=tower.embeddings(pixels)).last_hidden_state
         return states[:, 1:]
 
-    def see(self, model: Any, pixels: Tensor) -> Seen:
-        seen = model.get_image_features(pixels)
-        return Seen(seen.pooler_output, seen.qformer_outputs.last_hidden_state.mean(1))
+    def encode_pictures(self, model: Any, pixels: Tensor) -> EncodedPictures:
+        encoded = model.get_image_features(pixels)
+        return EncodedPictures(encoded.pooler_output, encoded.qformer_outputs.last_hidden_state.mean(1))
 
     def decoder(self, model: Any) -> nn.Module:
         decoder: nn.Module = model.language_model.model
@@ -155,9 +155,9 @@ class Llava(Family):
         states: Tensor = model.model.vision_tower(pixels).last_hidden_state
         return states[:, 1:]
 
-    def see(self, model: Any, pixels: Tensor) -> Seen:
+    def encode_pictures(self, model: Any, pixels: Tensor) -> EncodedPictures:
         features = torch.stack(list(model.get_image_features(pixels).pooler_output))
-        return Seen(features, features.mean(1))
+        return EncodedPictures(features, features.mean(1))
 
     def decoder(self, model: Any) -> nn.Module:
         decoder: nn.Module = model.model.language_model

@@ -32,7 +32,7 @@ INIT_STD = 0.08
 _POSITION_STD = 0.8  # position embeddings of the vision tower: at .08 it learns shapes five times slower
 
 
-class Seen(NamedTuple):
+class EncodedPictures(NamedTuple):
     """Encoding of N pictures.
 
     Attributes:
@@ -53,7 +53,7 @@ class Family(ABC):
         special_tokens: First tokens of the vocabulary.
         begin: Beginning-of-text token.
         num_image_tokens: Positions of a picture, L.
-        summary_width: Width of `Seen.summary`, W.
+        summary_width: Width of `EncodedPictures.summary`, W.
         max_length: Positions of the text model.
     """
 
@@ -103,7 +103,7 @@ class Family(ABC):
         """Patch states before the vision tower's last LayerNorm, `(N, patches, width)`, without the class token."""
 
     @abstractmethod
-    def see(self, model: Any, pixels: Tensor) -> Seen:
+    def encode_pictures(self, model: Any, pixels: Tensor) -> EncodedPictures:
         """Encodes pictures, `float32 (N, 3, 32, 32)`."""
 
     @abstractmethod

@@ -184,7 +184,7 @@ class _Optimizer:
 def train_vision(family: Family, model: Any, rng: np.random.Generator, steps: int, progress: Progress | None) -> None:
     """Trains the vision tower through heads on its mean patch state.
 
-    The heads read the states before the last LayerNorm; behind it they learn much more slowly.
+    The heads read the states before the last LayerNorm; after it they learn much more slowly.
     """
     heads = _Heads(VISION_WIDTH, _torch_generator(rng))
     optimizer = _Optimizer([*family.vision_modules(model), heads], steps)
@@ -229,10 +229,10 @@ def train_jointly(
     for step in range(steps):
         drawings = draw_training_pictures(rng, _PICTURES)
         lines = [*_picture_lines(rng, drawings), *_entity_lines(rng), *_country_lines(rng)]
-        seen = family.see(model, drawings.pixels)
-        auxiliary = heads.loss(seen.summary, drawings.labels)
+        pictures = family.encode_pictures(model, drawings.pixels)
+        auxiliary = heads.loss(pictures.summary, drawings.labels)
         weight = _AUXILIARY_WEIGHT * max(0.0, 1.0 - step / (0.8 * steps))
-        loss = answer_loss(family, model, encode, lines, seen.features)
+        loss = answer_loss(family, model, encode, lines, pictures.features)
         optimizer.step(loss + weight * auxiliary)
         if progress is not None:
             progress("joint", step + 1, steps, float(loss.detach()))
@@ -290,11 +290,11 @@ class LineEncoder:
     def prompt_tokens(self, prompt: str, has_picture: bool) -> list[int]:
         """Tokens before the answer, with one image token per position of the picture."""
         family = self._family
-        before, behind = family.layout.around(prompt, has_picture)
+        before, after = family.layout.around(prompt, has_picture)
         image = [family.image_id] * family.num_image_tokens if has_picture else []
         begin = [family.begin_id, *self._tokens(before)]
         opening = [*image, *begin] if family.layout.picture_first else [*begin, *image]
-        return [*opening, *self._tokens(behind)]
+        return [*opening, *self._tokens(after)]
 
     def __call__(self, lines: list[Line]) -> tuple[Tensor, Tensor]:
         """Token ids and labels, both `(lines, positions)`. Labels are not shifted, and -100 outside of answers."""

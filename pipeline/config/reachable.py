@@ -1,4 +1,4 @@
-"""A check within seconds that a server can be reached; client libraries would retry for minutes."""
+"""A quick check that a server can be reached; client libraries would retry for minutes."""
 
 from __future__ import annotations
 

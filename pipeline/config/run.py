@@ -26,7 +26,7 @@ from odedit.evaluation.scores import EvaluationConfig
 from odedit.inputs.prompts import find_template
 from odedit.runtime.addresses import reason
 from odedit.settings import Settings
-from odedit.storage.location import Place, at
+from odedit.storage.location import LocationLike, at
 from pipeline.config import strict
 
 EMBEDDED = "embedded"
@@ -196,8 +196,7 @@ class _Plugins:
     Attributes:
         package: Package with `find`.
         default: Name of the default plug-in.
-        sharing: Function that returns the `Config` classes whose settings the section may hold besides the selected
-            one's.
+        sharing: Function that returns further `Config` classes whose settings the section may also hold.
     """
 
     package: Any
@@ -286,7 +285,7 @@ def _plain(value: Any) -> Any:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
-def load(path: Place | None, overrides: Sequence[str] = ()) -> RunConfig:
+def load(path: LocationLike | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML, applies `key.sub=value` overrides, and validates the result.
 
     Raises:
@@ -387,8 +386,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: Place) -> dict[str, Any]:
-    """The mapping in a YAML file, or {} if it is empty. Raises InputError for a file of anything else."""
+def read_yaml(path: LocationLike) -> dict[str, Any]:
+    """The mapping in a YAML file, or {} if it is empty. Raises InputError for any other content."""
     location = at(path, "--config")
     try:
         text = location.read_text()

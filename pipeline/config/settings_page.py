@@ -106,7 +106,7 @@ def page() -> str:
     for kind, package in (("editor", editors), ("objective", objectives)):
         for name in package.names():
             parts.append(_table(f"`{kind}: {{name: {name}}}`", settings(package.find(name).Config, kind)))
-    top = [one for one in settings(RunConfig) if "." not in one.path]
+    top = [setting for setting in settings(RunConfig) if "." not in setting.path]
     parts.append(_table("Top level", iter(top)))
     return "\n".join(parts)
 

@@ -82,7 +82,7 @@ def _scalar(annotation: Any, value: Any, where: str, problems: list[str]) -> Any
 
 
 def unknown_key(where: str, key: str, allowed: Iterable[str]) -> str:
-    """Message for an unknown key, with the nearest allowed one.
+    """Message for an unknown key, with the most similar allowed key.
 
     >>> unknown_key("pipeline.actor", "actor", ["actors", "batch_size"])
     "pipeline.actor: unknown key. Did you mean 'actors'? Allowed: actors, batch_size."

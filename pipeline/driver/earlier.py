@@ -1,4 +1,4 @@
-"""An earlier run in `out`: whether the new run continues it, replaces it, or is refused."""
+"""Decides whether a run resumes the earlier run in `out`, replaces it, or is refused."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _WEIGHTS = "backbone.weights"
 
 @dataclass(frozen=True)
 class Earlier:
-    """An earlier run in `out`, and what becomes of it.
+    """The earlier run in `out`, and whether it is replaced.
 
     Attributes:
-        settings: Settings of the run that begins or is resumed.
+        settings: Settings of the new or resumed run.
         is_new: True when `out` holds no earlier run.
         is_replaced: True when the earlier run's files are to be deleted.
         notes: Notes on the earlier run for the user.
@@ -44,7 +44,7 @@ class Earlier:
 
 
 def find(config: RunConfig, inputs: Sources, workspace: Workspace, *, fresh: bool) -> Earlier:
-    """Compares the run with the one in `out`. Raises InputError if it is another run, or `out` holds other files."""
+    """Compares the run with the earlier run in `out`. Raises InputError if they differ, or `out` holds other files."""
     inputs.reader.check_roots()
     settings = compared_settings(config, inputs)
     _check_config_is_ours(workspace)
@@ -93,8 +93,8 @@ def _own_run(workspace: Workspace, inputs: Sources) -> tuple[dict[str, Any] | No
         return state, []
     if state is None and workspace.run.exists() and workspace.config.info().size:
         note = (
-            f"{workspace.run} is damaged. {workspace.config.name} says what the settings were; whether the input files "
-            "are still the same cannot be checked."
+            f"{workspace.run} is damaged. the settings are read from {workspace.config.name}; whether the input files "
+            "have changed cannot be checked."
         )
         return {"settings": compared_settings(load(workspace.config), inputs)}, [note]
     if workspace.run.exists():
@@ -106,8 +106,8 @@ def _check_free(workspace: Workspace, *, fresh: bool) -> None:
     """Raises InputError if a folder without a run holds results, or with `fresh` any file."""
     if rows.parts(workspace):
         raise InputError(f"out: {workspace.out} holds results without run.json. Choose another folder (out=...).")
-    # Left by a run that failed before its first result; deleted later.
-    leftovers = [*staging.leftovers(workspace), *staging.cut_off(workspace)]
+    # Files of a run that failed before its first result; they are deleted later.
+    leftovers = [*staging.leftovers(workspace), *staging.abandoned(workspace)]
     file = workspace.out.first_file_below(leftovers) if fresh else None
     if file is not None:
         name = file.rpartition("/")[2]
@@ -118,7 +118,7 @@ def _check_free(workspace: Workspace, *, fresh: bool) -> None:
 
 
 def clear(workspace: Workspace) -> None:
-    """Deletes the files that a run wrote, and no others; run.json last, so that it works again after a kill."""
+    """Deletes the files that a run wrote, and no others; run.json last, so that a killed deletion can be repeated."""
     written = (
         (workspace.results, ("part-*.parquet", ".part-*.tmp")),
         (workspace.edits, ("*.safetensors", ".*.safetensors.*.tmp")),
@@ -157,7 +157,7 @@ def _without_secrets(value: Any) -> Any:
 
 def _check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], workspace: Workspace) -> None:
     """Raises InputError if the settings or input files `now` differ from those of the run in `out`."""
-    # A setting that is newer than the run counts as its default.
+    # A setting that did not exist when the run was made has its default.
     then = {key: value for key, value in _defaults(now).items() if key in now} | dict(then)
     now = {key: comparable(value, then.get(key)) for key, value in now.items()}
     changed = [

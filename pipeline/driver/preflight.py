@@ -1,4 +1,4 @@
-"""Checks before a run: settings, input and an earlier run in `out` are checked, and the records staged."""
+"""Checks of settings, input and an earlier run in `out`, before a run, and staging of its records."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ from pipeline.driver.earlier import clear, find
 from pipeline.run_folder import repair, rows, sources, staging
 from pipeline.run_folder.sources import Sources
 from pipeline.run_folder.staging import Staged
-from pipeline.run_folder.workspace import CONFIG_HEADER, Workspace, check_access, new_place, read_json, write_json
+from pipeline.run_folder.workspace import (
+    CONFIG_HEADER,
+    Workspace,
+    check_access,
+    new_local_folder,
+    read_json,
+    write_json,
+)
 from pipeline.tracking import client
 from pipeline.workers import ray_session
 from pipeline.workers.model import SETTING, with_checked_store
@@ -36,7 +43,7 @@ class Ready:
         sources: Input files.
         staged: Staged records.
         code: Version of the code.
-        notes: Notes for the user, on changed settings and on an earlier part of the run.
+        notes: Notes for the user, on changed settings and on the earlier run in `out`.
     """
 
     config: RunConfig
@@ -59,21 +66,21 @@ class Ready:
 
 
 def prepare(config: RunConfig, *, fresh: bool = False, is_storage_tried: bool = False) -> Ready:
-    """Checks the run, stages its input, and looks for an earlier part of it.
+    """Checks the run, stages its input, and decides whether it resumes an earlier run in `out`.
 
     Args:
         fresh: Whether an existing run is replaced.
         is_storage_tried: Whether storage above `out` has been written to already, as in `check`.
 
     Raises:
-        InputError: A setting or the input is wrong, or `out` holds another run. No new folder is left behind.
+        InputError: A setting or the input is wrong, or `out` holds another run. No new folder stays.
     """
     config, workspace, fitting_notes = check(config, fresh=fresh, is_storage_tried=is_storage_tried)
     inputs = sources.resolve(config.data, config.out)
     earlier = find(config, inputs, workspace, fresh=fresh)
-    with new_place(workspace.out):
+    with new_local_folder(workspace.out):
         if earlier.is_new or earlier.is_replaced:
-            with staging.aside(config, inputs, workspace) as staged:
+            with staging.staged_aside(config, inputs, workspace) as staged:
                 if earlier.is_replaced:
                     clear(workspace)
                 else:
@@ -89,10 +96,10 @@ def prepare(config: RunConfig, *, fresh: bool = False, is_storage_tried: bool = 
     return Ready(config, workspace, inputs, staged, code, notes)
 
 
-def look(config: RunConfig, *, fresh: bool = False) -> Ready:
+def preview(config: RunConfig, *, fresh: bool = False) -> Ready:
     """As `prepare`, but stages into a temporary folder and changes nothing in `out`; for `--dry-run`."""
     config, workspace, fitting_notes = check(config, fresh=fresh)
-    with _staged_aside(config) as (inputs, staged):
+    with _staged_for_check(config) as (inputs, staged):
         earlier = find(config, inputs, workspace, fresh=fresh)
         return Ready(config, workspace, inputs, staged, code_version(), (*fitting_notes, *earlier.notes))
 
@@ -101,13 +108,13 @@ def check_records(config: RunConfig) -> None:
     """Raises InputError if the records or their pictures cannot be used; writes nothing."""
     is_embedded = config.data.split is not None and config.data.pool is None
     if not is_embedded:
-        with _staged_aside(config):
+        with _staged_for_check(config):
             pass
 
 
 @contextmanager
-def _staged_aside(config: RunConfig) -> Iterator[tuple[Sources, Staged]]:
-    """Inside, the run's input is staged in a temporary folder; yields the input files and the staged records."""
+def _staged_for_check(config: RunConfig) -> Iterator[tuple[Sources, Staged]]:
+    """The run's input files and its records, staged in a temporary folder that exists inside the block."""
     with tempfile.TemporaryDirectory() as folder:
         inputs = sources.resolve(config.data, sources.out_of_dry_run(config.data, config.out, folder))
         inputs.identity()  # raises for a missing file before the folders of pictures are checked
@@ -125,7 +132,7 @@ def check(
     servers: bool = True,
     is_storage_tried: bool = False,
 ) -> tuple[RunConfig, Workspace, tuple[str, ...]]:
-    """Checks everything but the records and the content of `out`; leaves nothing behind.
+    """Checks everything except the records and the content of `out`; writes no files that stay.
 
     Args:
         fresh: Whether an existing run is replaced. A finished run that is kept needs no servers.
@@ -177,7 +184,7 @@ def _public_yaml(config: RunConfig) -> str:
 
 
 def _write_state(workspace: Workspace, settings: Mapping[str, Any], code: str) -> None:
-    """Writes `run.json`, keeping what an earlier part of the run stored."""
+    """Writes `run.json`; state of an earlier part of the run is kept."""
     before = read_json(workspace.run) or {}
     now = {
         "settings": settings,

@@ -1,4 +1,4 @@
-"""Runs from configuration to summary: stage the records, edit the missing ones, summarise, report and log."""
+"""A run from configuration to summary: stages records, edits pending groups, writes summary and report, logs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.driver.preflight import Ready, prepare, update
 from pipeline.driver.progress import Progress
 from pipeline.interrupts import raise_if_interrupted, terminate_as_interrupt
 from pipeline.run_folder import repair
-from pipeline.run_folder import rows as results
+from pipeline.run_folder.rows import PROGRESS_COLUMNS, digest, parts, read_rows, unify
 from pipeline.run_folder.summary import summarize_results
 from pipeline.run_folder.workspace import Workspace, read_json, write_json
 from pipeline.tracking.client import store_uri
@@ -32,7 +32,7 @@ from pipeline.workers.profile import Profile
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a finished run.
+    """Results of a finished run.
 
     Attributes:
         workspace: Folder of the run.
@@ -76,13 +76,13 @@ def run_many(
     """Runs or resumes several runs, one after another, with the same workers.
 
     Args:
-        configs: The runs. An `out` at an address is below a folder that the caller has written to.
+        configs: Configurations. The caller has written to the parent of every `out` that is an address.
         console: Console for progress.
         fresh: Whether existing runs are replaced.
         parent_run: Id of the MLflow run that the runs are nested in.
 
     Raises:
-        As `run`, with the name of the run in the message. Finished groups are kept.
+        Errors of `run`, with the name of the run in the message. Finished groups are kept.
     """
     ready = [_prepared(config, fresh=fresh) for config in configs]
     done = sum(run.num_done(run.pending) for run in ready)
@@ -116,7 +116,7 @@ def _run_ready(
         if pending:
             first = ready[pending[0][0]].config
             plan = stack.enter_context(ray_session.connected(first.pipeline, first.backbone, len(pending), console))
-            # Again, since Ray has replaced the handler by one that exits the process at once.
+            # Again, since Ray has installed a signal handler that exits the process at once.
             stack.enter_context(terminate_as_interrupt())
             _edit(runs, pending, plan, console, profile)
         return [run.finish(console) for run in runs]
@@ -124,9 +124,9 @@ def _run_ready(
 
 @contextmanager
 def _forgetting_attempts(workspace: Workspace) -> Iterator[None]:
-    """Inside, an interrupt by the user deletes the counts of attempts, since it ends workers without an edit's fault.
+    """Deletes the counts of attempts if the user interrupts the block: no edit is the cause of these workers' ends.
 
-    To be entered before Ray starts, so that the counts are deleted after its workers have ended.
+    Enter it before Ray starts, so that the counts are deleted after the workers have ended.
     """
     try:
         yield
@@ -190,7 +190,7 @@ class _OpenRun:
             self._tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
 
     def start(self) -> None:
-        """Opens the MLflow run, a new one or the one of an earlier part of the run; later calls do nothing."""
+        """Creates or resumes the MLflow run; later calls do nothing."""
         if self._is_started:
             return
         self._is_started = True
@@ -201,7 +201,7 @@ class _OpenRun:
             return
         dataset = {
             "path": ready.sources.path,
-            "digest": results.digest(ready.workspace.records),
+            "digest": digest(ready.workspace.records),
             "usable": ready.staged.num_usable,
             "problems": ready.staged.problems,
         }
@@ -235,7 +235,7 @@ def _edit(
     console: Console,
     profile: Profile | None,
 ) -> None:
-    """Edits the pending groups; each run of several is finished after its last group."""
+    """Edits the pending groups. One of several runs is finished right after its last group."""
     from pipeline.workers import graph
 
     say(console, f"Plan: {plan}.")
@@ -254,9 +254,9 @@ def _edit(
     ]
     num_left = Counter(index for index, _ in pending)
     total = sum(run.staged.num_usable + run.staged.problems for run in ready)
-    finished = [part for run in ready for part in results.parts(run.workspace)]
+    finished = [part for run in ready for part in parts(run.workspace)]
     with Progress(console, total) as progress:
-        progress.include(results.read_rows(finished, results.PROGRESS_COLUMNS))
+        progress.include(read_rows(finished, PROGRESS_COLUMNS))
         last = time.monotonic()
         for index, _, rows in graph.run_graph(jobs, plan, pending, profile):
             raise_if_interrupted()
@@ -266,7 +266,7 @@ def _edit(
             progress.observe(rows)
             num_left[index] -= 1
             if not num_left[index] and len(runs) > 1:
-                # Now, while the workers edit the next run.
+                # Overlaps with the workers' edits of the next run.
                 runs[index].finish(None)
 
 
@@ -279,7 +279,7 @@ def _finish(ready: Ready, tracker: EditRun | None, console: Console | None) -> O
     if pending:
         raise RuntimeError(f"{counted(len(pending), 'group')} of edits without a result; run the same command again.")
     repair.remove_temporaries(workspace)
-    results.unify(workspace)
+    unify(workspace)
     state = read_json(workspace.run)
     summary = summarize_results(workspace, config) | {
         "wall_seconds": state["seconds"],

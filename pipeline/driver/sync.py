@@ -14,7 +14,7 @@ from pipeline.tracking import runs
 
 
 def sync(folder: str, uri: str | None = None) -> str:
-    """Logs a finished run unless it is logged already; returns a sentence about the outcome.
+    """Logs a finished run unless it is already logged; returns a sentence with the result.
 
     Args:
         folder: Folder or address of the run.

@@ -14,7 +14,7 @@ from odedit.data.images import ImageError, ImageReader
 from odedit.editing.files import EditInfo
 from odedit.editors.base import Editor
 from odedit.errors import InputError
-from odedit.evaluation.scores import in_words
+from odedit.evaluation.scores import decoded
 from odedit.inputs.batch import EditParams, Picture, Probe
 from odedit.inputs.prompts import Template, find_template
 from odedit.runtime.addresses import masked
@@ -24,7 +24,7 @@ _PLACEHOLDER = "x"
 
 
 class Questions:
-    """A batch of questions, answered greedily under the edits applied at that moment.
+    """A batch of questions, answered greedily by the model with the currently applied edits.
 
     Attributes:
         batch: One edit per question, with one sequence each.
@@ -84,7 +84,7 @@ def before_and_after(
 def _first_line(backbone: Backbone, tokens: Sequence[int]) -> str:
     """First line of an answer. Models trained on line-separated text go on with further lines."""
     answer, _ = until_end(tokens, ends_of(backbone))
-    return in_words(backbone, answer).split("\n")[0].strip()
+    return decoded(backbone, answer).split("\n")[0].strip()
 
 
 def read_picture(image: Path) -> Picture:

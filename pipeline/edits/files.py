@@ -61,7 +61,7 @@ def _files(argument: str) -> list[Location]:
     if _PATTERN.search(location.path) and not location.exists():
         files = [file for match in _matches(location) for file in ([match] if _is_edit(match) else _inside(match))]
         if not files:
-            raise InputError(f"edit {masked(argument)!r}: no edit's file fits the pattern, and no folder with one.")
+            raise InputError(f"edit {masked(argument)!r}: the pattern matches no edit file and no folder with edits.")
         return files
     if _is_edit(location) or not location.is_folder():
         return [location]
@@ -95,7 +95,7 @@ def _matches(pattern: Location) -> list[Location]:
 
 
 def _without_duplicates(files: Sequence[Location], infos: Sequence[EditInfo]) -> list[int]:
-    """Indices of the edits that differ from every earlier one in words, picture or tensors."""
+    """Indices of the edits that differ from every earlier edit in texts, picture or tensors."""
     alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for index, info in enumerate(infos):
         alike[(info.editor, info.fingerprint, info.prompt, info.target, info.picture)].append(index)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from odedit.backbones import Backbone
-from odedit.backbones.common.generation import LONGEST_REST
+from odedit.backbones.common.generation import EXTRA_TOKENS
 from odedit.data.images import ImageError, ImageReader, image_name
 from odedit.data.packed import is_pack_reference
 from odedit.editing.files import EditInfo
 from odedit.errors import InputError, StorageError
-from odedit.evaluation.scores import in_words, is_said, said
+from odedit.evaluation.scores import answer_text, answers_target, decoded
 from odedit.inputs.batch import EditBatch, Picture, Probe
 from odedit.inputs.prompts import Template, find_template
 from pipeline.edits.answers import Questions
@@ -30,7 +30,7 @@ class Held:
 
     Attributes:
         asked: Number of edits whose question was asked.
-        lost: Phrase per lost edit: the answer, and the target.
+        lost: Phrase per lost edit, with answer and target.
         unasked: Reason per edit whose question cannot be asked.
     """
 
@@ -125,14 +125,14 @@ def _lost(
 ) -> list[str]:
     """One phrase per edit whose answer is not its target."""
     targets = [_target(backbone, probe, template) for _, probe in edits]
-    longest = [len(target) + LONGEST_REST for target in targets]
+    longest = [len(target) + EXTRA_TOKENS for target in targets]
     questions = Questions(backbone, sites, [probe for _, probe in edits], longest, template)
     with edited(questions.batch):
         answers = questions.answers()
     return [
-        f"{info.edit_id} says {said(backbone, answer)!r} instead of {in_words(backbone, target)!r}"
+        f"{info.edit_id} says {answer_text(backbone, answer)!r} instead of {decoded(backbone, target)!r}"
         for (info, _), target, answer in zip(edits, targets, answers, strict=True)
-        if not is_said(backbone, answer, target)
+        if not answers_target(backbone, answer, target)
     ]
 
 

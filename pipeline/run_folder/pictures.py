@@ -17,7 +17,7 @@ _RECORDS, _PICTURES = 512, 64
 
 
 def check_pictures(records: Iterable[RawRecord], reader: ImageReader) -> None:
-    """Looks for pictures of the first 512 records. Records whose picture is missing become skipped rows later.
+    """Checks that pictures of the first 512 records exist. A record without its picture becomes a skipped row later.
 
     Args:
         records: All records; only the first are read, so that a wrong folder is reported before a long file is read.

@@ -1,4 +1,4 @@
-"""Why records were not edited: counts of equal reasons, names and numbers aside."""
+"""Counts of the reasons why records were not edited, ignoring names and numbers in them."""
 
 from __future__ import annotations
 
@@ -47,5 +47,5 @@ def sentences(reasons: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def lines(reasons: Sequence[Mapping[str, Any]]) -> str:
-    """The sentences, indented, one per line."""
+    """Text of `sentences`, indented, one per line."""
     return "\n".join(f"  {sentence}" for sentence in sentences(reasons))

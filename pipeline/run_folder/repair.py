@@ -70,7 +70,7 @@ def _intact_edits(workspace: Workspace) -> Callable[[str], bool]:
 
 
 def _every_part(workspace: Workspace) -> Iterator[Location]:
-    """The result files. Deleting a gathered file uncovers the files of its groups, if they still exist."""
+    """The result files. Once a gathered file is deleted, `parts` lists the files of its groups, if they still exist."""
     seen: set[str] = set()
     while new := [path for path in parts(workspace) if path.name not in seen]:
         seen.update(path.name for path in new)
@@ -79,7 +79,7 @@ def _every_part(workspace: Workspace) -> Iterator[Location]:
 
 def _read(path: Location) -> list[tuple[str, str]] | None:
     """Id and status of every row, or None if the file is damaged. Raises OSError if the storage fails."""
-    data = path.read_bytes()  # outside the try: an error of the storage is no damage
+    data = path.read_bytes()  # outside the try: an error of the storage does not mean damage
     try:
         with parquet.ParquetFile(pyarrow.BufferReader(data), page_checksum_verification=True) as file:
             table = file.read()

@@ -53,7 +53,7 @@ NOT_REPRODUCIBLE = ("seconds",)
 """Columns that differ when a run is repeated."""
 
 PROGRESS_COLUMNS = ("edit_id", "status", "error", "seconds", *MAIN)
-"""Columns that a worker sends to the driver; the file has all of them."""
+"""Columns that a worker sends to the driver; the result file has all columns."""
 
 GROUPS_PER_FILE = 256
 """Groups per result file of a finished run. Smaller runs keep one file per group."""
@@ -92,7 +92,7 @@ def _trained_with(config: RunConfig) -> str | None:
 
 
 def supervision_name(config: RunConfig) -> str:
-    """Source of the supervision: one word, or both if rephrases and locality differ."""
+    """Source of the supervision; both sources if rephrases and locality differ."""
     sources = (config.supervision.rephrase_source, config.supervision.locality_source)
     return sources[0] if sources[0] == sources[1] else f"rephrases {sources[0]}, locality {sources[1]}"
 
@@ -123,7 +123,7 @@ def _plain(value: Any) -> Any:
 
 
 def parts(workspace: Workspace) -> list[Location]:
-    """The result files in the order of their groups, without those whose rows a gathered file repeats."""
+    """The result files in the order of their groups, without files that are already gathered in a larger one."""
     spans = [(*groups_of(path), path) for path in workspace.results.glob("part-*.parquet")]
     kept: list[Location] = []
     end = 0
@@ -176,8 +176,8 @@ def read_rows(
 def unify(workspace: Workspace) -> None:
     """Gathers the rows of a finished run in files of 256 groups, and gives all files the same columns.
 
-    Records differ in their further probes, and readers of several files take the columns of the first one. A run of
-    at most 256 groups keeps a file per group.
+    Records may have different further probes, and libraries that read several files use the columns of the first. A run
+    of at most 256 groups keeps a file per group.
     """
     paths = parts(workspace)
     if paths and groups_of(paths[-1])[1] >= GROUPS_PER_FILE:
@@ -201,7 +201,7 @@ def read_table(location: Location, columns: Sequence[str] | None = None) -> pyar
 
 
 def _merge(workspace: Workspace, paths: Sequence[Location]) -> None:
-    """Writes the rows of several files to one. If a kill keeps them from being deleted, `parts` ignores them."""
+    """Writes the rows of several files to one file. `parts` ignores old files that a kill left undeleted."""
     if len(paths) < 2:
         return
     target = workspace.results / f"part-{groups_of(paths[0])[0]:06d}-{groups_of(paths[-1])[1]:06d}.parquet"
@@ -211,7 +211,7 @@ def _merge(workspace: Workspace, paths: Sequence[Location]) -> None:
 
 
 def _drop_repeated(workspace: Workspace, kept: Sequence[Location]) -> None:
-    """Deletes the files whose rows a gathered file repeats."""
+    """Deletes the files that are already gathered in a larger one."""
     names = {path.name for path in kept}
     delete_all([path for path in workspace.results.glob("part-*.parquet") if path.name not in names])
 

@@ -16,7 +16,7 @@ from odedit.data.images import ImageReader
 from odedit.errors import InputError
 from odedit.runtime.addresses import above, below, masked, relative_note
 from odedit.storage.atomic import folder_written_atomically
-from odedit.storage.location import Location, Place, at, copy_folder, locate
+from odedit.storage.location import Location, LocationLike, at, copy_folder, locate
 from odedit.world.facts import WORLD
 from pipeline.config.run import DataConfig
 from pipeline.run_folder.workspace import Workspace
@@ -52,7 +52,7 @@ class Sources:
         )
 
     def identity(self) -> dict[str, str]:
-        """Path, size and time of each input, to notice changed files. Raises InputError if one is missing."""
+        """Path, size and modification time of each input, to detect changes. Raises InputError if a file is missing."""
         files = {"data.path": self.path, "data.pool": self.pool}
         return {name: _identity(path, name) for name, path in files.items() if path is not None}
 
@@ -93,7 +93,7 @@ def out_of_dry_run(data: DataConfig, out: str, aside: str) -> str:
 
 
 def check_apart(data: DataConfig, out: Location) -> None:
-    """Raises InputError if a new run would be written into a data folder, and be read or packed with the data.
+    """Raises InputError if `out` lies in a data folder, where results would be mixed with the data.
 
     A data folder that contains the current folder is exempt: a project may keep its pictures at its top.
     """
@@ -117,11 +117,11 @@ def _is_below(path: str, folder: str) -> bool:
 
 
 def embedded_name(seed: int = 0) -> str:
-    """Name of the benchmark's folder, which holds the version of its content."""
+    """Name of the benchmark's folder, with the version of its content."""
     return f"world{WORLD or ''}-{world.BENCHMARK_VERSION}" + (f"-seed{seed}" if seed else "")
 
 
-def build_embedded(target: Place, seed: int = 0) -> None:
+def build_embedded(target: LocationLike, seed: int = 0) -> None:
     """Writes the benchmark to a folder or address unless it exists. Safe when two runs start at once."""
     location = at(target, "out")
     if location.is_local:

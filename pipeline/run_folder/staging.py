@@ -41,7 +41,7 @@ from pipeline.run_folder.workspace import Workspace, parquet_file, read_schema, 
 
 POOL_RECORDS = 256
 STAGED_SCHEMA = RECORDS_SCHEMA.append(pyarrow.field("group", pyarrow.int64())).with_metadata({"odedit": "staged"})
-"""Schema with a mark that tells staged files from a user's own Parquet files of the same name."""
+"""Schema with metadata that distinguishes staged files from a user's Parquet files of the same name."""
 _PROBLEMS_PER_GROUP = 2000
 _ASIDE = ".staging-"
 _ROWS_TOGETHER = 512
@@ -122,7 +122,7 @@ def _check_supervision(config: RunConfig, sources: Sources, pool: Pool | None, c
 
 
 @contextmanager
-def aside(config: RunConfig, sources: Sources, workspace: Workspace) -> Iterator[Staged]:
+def staged_aside(config: RunConfig, sources: Sources, workspace: Workspace) -> Iterator[Staged]:
     """Stages in a temporary folder, and moves the files to the workspace after the block.
 
     If the input is wrong or the block fails, the workspace is unchanged.
@@ -154,8 +154,8 @@ def leftovers(workspace: Workspace) -> list[Location]:
     return [*staged, *([workspace.calibration] if workspace.calibration.exists() else [])]
 
 
-def cut_off(workspace: Workspace) -> list[Location]:
-    """Temporary files of `aside` whose process was killed."""
+def abandoned(workspace: Workspace) -> list[Location]:
+    """Temporary files of `staged_aside` whose process was killed."""
     return [file for folder in workspace.out.glob(f"{_ASIDE}*") for file in folder.glob()]
 
 

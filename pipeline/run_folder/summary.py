@@ -64,10 +64,10 @@ def _hash(text: str) -> int:
 def _estimates(paths: Sequence[Location], facts: np.ndarray) -> dict[str, Estimate]:
     """Mean and interval of every numeric column over the edited rows.
 
-    Reads the files once per block of columns, so that a block fits in a few MB however long the run.
+    Reads the files once per block of columns, so that memory stays at a few MB for any length of the run.
 
     Args:
-        facts: Number of the fact of every edited row: the cluster of its interval, [edits].
+        facts: Index of each edited row's fact, by which intervals are clustered, [edits].
     """
     names = [field.name for field in read_schema(paths[0]) if _is_numeric(field)] if len(facts) else []
     columns_at_once = max(1, _VALUES_AT_ONCE // max(1, len(facts)))

@@ -18,7 +18,7 @@ from pyarrow import parquet
 from odedit.errors import InputError
 from odedit.runtime.addresses import reason, relative_note
 from odedit.storage.atomic import new_folder
-from odedit.storage.location import Location, Place, at
+from odedit.storage.location import Location, LocationLike, at
 
 CONFIG_HEADER = "# odedit"
 """First words of a configuration that a run wrote; the code's version follows."""
@@ -32,7 +32,7 @@ class Workspace:
     out: Location
 
     @classmethod
-    def of(cls, out: Place) -> Workspace:
+    def of(cls, out: LocationLike) -> Workspace:
         """The workspace at `out`. A path is made absolute, because workers have other current folders.
 
         Args:
@@ -64,7 +64,7 @@ class Workspace:
 
     @property
     def attempts(self) -> Location:
-        """Folder of the attempts of unfinished groups: a group that kills its worker is not tried forever."""
+        """Folder of the counts of attempts at unfinished groups; see `pipeline.workers.attempts`."""
         return self.out / "attempts"
 
     @property
@@ -79,7 +79,7 @@ class Workspace:
 
     @property
     def run(self) -> Location:
-        """Settings, inputs and MLflow run, compared when the run is resumed."""
+        """Settings, inputs and MLflow run; compared with those of a resumed run."""
         return self.out / "run.json"
 
     @property
@@ -111,7 +111,7 @@ class Workspace:
         return self.results, self.edits, self.attempts
 
     def create(self) -> None:
-        """Makes the folders. Raises InputError if `out` cannot be written to."""
+        """Creates the folders. Raises InputError if `out` cannot be written to."""
         try:
             for folder in self.folders:
                 folder.make_folder()
@@ -119,8 +119,8 @@ class Workspace:
             raise InputError(f"out: {str(self.out)!r} cannot be written to: {reason(error)}.") from error
 
 
-def new_place(folder: Location, own: Collection[str] = ()) -> AbstractContextManager[None]:
-    """`new_folder` for a path; a block without effect for an address, which has no folders."""
+def new_local_folder(folder: Location, own: Collection[str] = ()) -> AbstractContextManager[None]:
+    """`new_folder` if the location is a local path; no effect for an address, which has no folders."""
     return new_folder(Path(folder), own) if folder.is_local else nullcontext()
 
 
@@ -135,10 +135,10 @@ def check_access(folder: Location, setting: str) -> None:
     if folder.is_local:
         _check_local(Path(folder), setting)
         return
-    probe = (folder / f".access-{uuid.uuid4().hex[:8]}").with_patience(_PATIENCE_AT_START_S)
+    test_file = (folder / f".access-{uuid.uuid4().hex[:8]}").with_patience(_PATIENCE_AT_START_S)
     try:
-        probe.write_bytes(b"odedit")
-        probe.delete()
+        test_file.write_bytes(b"odedit")
+        test_file.delete()
     except OSError as error:
         raise InputError(
             f"{setting}: {folder} cannot be written to ({reason(error)}). Check the name and the credentials."

@@ -23,7 +23,7 @@ from pipeline.interrupts import terminate_as_interrupt
 from pipeline.run_folder import rows as results
 from pipeline.run_folder.reasons import Reasons, lines
 from pipeline.run_folder.sources import absolute
-from pipeline.run_folder.workspace import Workspace, check_access, new_place, read_json, write_json
+from pipeline.run_folder.workspace import Workspace, check_access, new_local_folder, read_json, write_json
 from pipeline.study import comparisons, data, plots, states, tables
 from pipeline.study.spec import Arm, StudyConfig, arms, run_config
 from pipeline.tracking.client import open_command, store_uri
@@ -75,7 +75,7 @@ def run(
         [_named(run_config(arm, out, None), arm, out) for arm in every], is_drawn=study.draw is not None, fresh=fresh
     )
     with terminate_as_interrupt(), ray_session.shared():
-        with new_place(folder):
+        with new_local_folder(folder):
             # A study whose records cannot be drawn must leave no state behind.
             section = data.write(study.draw, below(str(out), "data")) if study.draw is not None else None
             write_json(folder / _STATE, _state(folder) | {"study": name})

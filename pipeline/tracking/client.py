@@ -1,6 +1,6 @@
-"""The connection to MLflow: where the store is, and every call of its client.
+"""The connection to MLflow: address of the store, and all calls of its client.
 
-Only the driver logs, in few large calls: workers that write a row each would queue for the database.
+Only the driver logs, in few large calls: many small writes by workers would queue for the database.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from odedit.errors import Explained, InputError, in_words
 from odedit.runtime.addresses import masked
-from odedit.storage.location import Location, Place, at
+from odedit.storage.location import Location, LocationLike, at
 from pipeline.config.reachable import check_server
 from pipeline.config.run import TrackingConfig
 from pipeline.config.values import masked_values
@@ -45,7 +45,7 @@ class TrackingError(Explained, RuntimeError):
     """MLflow could not be written to; the results themselves are complete on disk."""
 
 
-def store_uri(tracking: TrackingConfig, out: Place) -> str:
+def store_uri(tracking: TrackingConfig, out: LocationLike) -> str:
     """Address of the store: the configured one, or a database in the parent folder of `out`.
 
     Raises:
@@ -89,7 +89,7 @@ def check(tracking: TrackingConfig, out: Location) -> None:
 
 
 def _short_timeouts() -> AbstractContextManager[None]:
-    """Inside, requests to a server time out within seconds, unless the user's environment says otherwise."""
+    """Inside, requests to a server time out within seconds, unless the environment sets another time."""
     names = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(_CHECK_TIMEOUT_S), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     return environment({name: value for name, value in names.items() if name not in os.environ})
 
@@ -127,7 +127,7 @@ def connect(uri: str, timeout_s: float = 60.0) -> Any:
 def _client_class() -> type[Any]:
     """MlflowClient, imported with telemetry and console output off."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # A wrong address should fail in seconds.
+    # A wrong address fails in seconds, not minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     # MLflow would print the address of every run that ends, password included, into results and logs.
@@ -173,7 +173,7 @@ def _check_experiment(experiment: Any, name: str) -> None:
 
 @dataclass(frozen=True)
 class Store:
-    """An MLflow store: finds its experiments, runs and artifacts.
+    """An MLflow store, with its experiments, runs and artifacts.
 
     Attributes:
         uri: Address of the tracking server or database.
@@ -273,7 +273,7 @@ class Tracker:
         patiently(self.store.client.update_run, self.run_id, status="RUNNING")
 
     def log_values(self, values: Mapping[str, Any]) -> None:
-        """Logs parameters, without secrets. MLflow refuses to change the value of a logged one."""
+        """Logs parameters, without secrets. A logged parameter cannot be changed in MLflow."""
         from mlflow.entities import Param
 
         parameters = iter([Param(key, str(masked_values(value))) for key, value in values.items()])
@@ -314,7 +314,7 @@ class Tracker:
         """Logs the file of records as the run's input.
 
         Args:
-            profile: Counts that describe it.
+            profile: Counts of its records.
         """
         from mlflow.entities import Dataset, DatasetInput, InputTag
 

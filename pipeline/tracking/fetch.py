@@ -63,7 +63,7 @@ def _children(run: Any) -> str:
 
 
 def _check_database(uri: str, failure: str) -> None:
-    """Raises InputError if the store is a file that does not exist, which opening the store would create."""
+    """Raises InputError if the store is a missing database file, which opening would create."""
     database = database_file(uri)
     if database is not None and not database.is_file():
         raise InputError(f"{failure} there is no database {database}.")

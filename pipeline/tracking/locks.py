@@ -1,4 +1,4 @@
-"""Several processes that write to one tracking database at the same time."""
+"""Concurrent writes of several processes to one tracking database."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def patiently(call: Callable[..., T], *arguments: Any, **named: Any) -> T:
-    """Calls MLflow, and again while another writer has locked the database."""
+    """Calls an MLflow function, with retries while another writer has locked the database."""
     started, pause = time.monotonic(), 0.1
     while True:
         try:
@@ -32,7 +32,7 @@ def patiently(call: Callable[..., T], *arguments: Any, **named: Any) -> T:
 
 @contextmanager
 def creation_lock(uri: str) -> Iterator[None]:
-    """Inside, no other process creates the same database file: two at once would both create its tables."""
+    """Inside, no other process creates the same database file: two processes would both create its tables."""
     if not uri.startswith("sqlite:///"):
         yield
         return

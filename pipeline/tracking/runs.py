@@ -1,4 +1,4 @@
-"""The MLflow runs of a pipeline run and of a training: what is logged, and under which names."""
+"""The MLflow runs of an edit run and of a training: the logged values and their names."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from odedit.runtime.addresses import masked
 from odedit.storage.location import Location
 from pipeline.config.run import RunConfig
 from pipeline.config.values import flatten
-from pipeline.run_folder import rows as results
 from pipeline.run_folder.reasons import sentences
+from pipeline.run_folder.rows import EDITED, parts, read_rows, supervision_name
 from pipeline.run_folder.workspace import Workspace
 from pipeline.tracking.client import Store, Tracker, TrackingError, store_uri
 
@@ -34,7 +34,7 @@ _TABLE_COLUMNS = (
 
 
 class EditRun(Tracker):
-    """The MLflow run of a run of the pipeline; resuming the one continues the other."""
+    """The MLflow run of an `odedit edit` run; a resumed run continues its MLflow run."""
 
     @classmethod
     def start(
@@ -49,8 +49,8 @@ class EditRun(Tracker):
         """Continues the run of that id, or creates one with its parameters and data set.
 
         Args:
-            code: Version of the code that edits.
-            dataset: `path` and `digest` of the records, `usable` and `problems` as counts of them.
+            code: Version of the code.
+            dataset: `path` and `digest` of the file of records, and the counts `usable` and `problems`.
             parent_run: Id of the run that a new one is nested in.
 
         Raises:
@@ -79,7 +79,7 @@ class EditRun(Tracker):
             for file in (workspace.config, workspace.summary, workspace.calibration, workspace.report):
                 if file.exists():
                     self.log_file(file)
-            for part in results.parts(workspace):
+            for part in parts(workspace):
                 self.log_file(part, "results")
             logged, left_out = self._log_edits(workspace, config.tracking.edits_gib)
             if reasons := sentences(summary.get("reasons", [])):
@@ -105,8 +105,8 @@ class EditRun(Tracker):
     def _log_losses(self, workspace: Workspace, num_edits: int) -> None:
         """Logs the loss curves of the first edits that worked."""
         columns = ("edit_id", "status", "losses")
-        rows = results.read_rows(results.parts(workspace), columns)
-        edited = (row for row in rows if row["status"] == results.EDITED and row.get("losses"))
+        rows = read_rows(parts(workspace), columns)
+        edited = (row for row in rows if row["status"] == EDITED and row.get("losses"))
         self.log_points(
             (f"curves/{row['edit_id']}/{name}", value, step)
             for row in islice(edited, num_edits)
@@ -115,8 +115,8 @@ class EditRun(Tracker):
         )
 
     def _log_table(self, workspace: Workspace) -> None:
-        rows = list(islice(results.read_rows(results.parts(workspace), _TABLE_COLUMNS), _TABLE_ROWS))
-        # In the format of MLflow's log_table, which would append to the table of an earlier call.
+        rows = list(islice(read_rows(parts(workspace), _TABLE_COLUMNS), _TABLE_ROWS))
+        # In the format of MLflow's `log_table`, which cannot be used: it appends to the table of an earlier call.
         data = [[row.get(name) for name in _TABLE_COLUMNS] for row in rows]
         self.log_json({"columns": list(_TABLE_COLUMNS), "data": data}, "edits_table.json")
 
@@ -149,7 +149,7 @@ def log_training(
     """Logs the training of an editor's weights as one run; returns the address of the store.
 
     Args:
-        code: Version of the code that trained.
+        code: Version of the code.
         curves: Steps and values by name.
         out: File of the weights.
         notes: Tags.
@@ -179,5 +179,5 @@ def _tags(config: RunConfig, code: str) -> dict[str, str]:
         "odedit.editor": config.editor.name,
         "odedit.objective": config.objective.name,
         "odedit.backbone": f"{config.backbone.family}:{config.backbone.checkpoint}",
-        "odedit.supervision": results.supervision_name(config),
+        "odedit.supervision": supervision_name(config),
     }

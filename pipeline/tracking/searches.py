@@ -1,7 +1,7 @@
-"""The MLflow runs of a search: a parent, and a nested run for every point that is tried.
+"""The MLflow runs of a search: a parent run, and a nested run for every trial.
 
-The driver logs once per rung of a trial, so workers need no access to the store. A trial's run is found by its tags,
-so a search that was killed at any moment continues the runs that it has.
+The driver logs once per rung of a trial, so workers need no access to the store. Trials' runs are looked up by
+their tags, so a killed search continues its existing runs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SearchRun:
         experiment: Id of the experiment.
         parent: Run of the search itself.
         trials: Runs of the trials, by the key of their points.
-        failed: Reason why a write failed, or None. The search goes on without it; `check` raises in the end.
+        failed: Reason of the first failed write; None without one. The search goes on; `check` raises at its end.
     """
 
     store: Store
@@ -53,7 +53,7 @@ class SearchRun:
         tags: Mapping[str, str],
         run_id: str | None,
     ) -> SearchRun:
-        """Continues the run of that id, else the one with the search's tags, else creates one.
+        """Continues the run of that id, else the run with the search's tags, else creates a run.
 
         Args:
             experiment: Name of the experiment.
@@ -69,7 +69,7 @@ class SearchRun:
             experiment_id = str(store.run(parent.run_id).info.experiment_id)
         else:
             experiment_id = store.experiment(experiment)
-            # A search that was killed before it stored the id is found by its tags.
+            # The search may have been killed before it stored the run's id.
             matches = _runs_of(store, experiment_id, search_id, "search")
             parent = Tracker.resume(store, matches[0].info.run_id if matches else None)
         if parent is None:
@@ -80,7 +80,7 @@ class SearchRun:
         return cls(store, search_id, experiment_id, parent, trials)
 
     def _try(self, call: Callable[[], None]) -> None:
-        """Calls; an error is kept in `failed`, since a store that is away for a while must not end a search."""
+        """Calls `call`, and stores an error in `failed`: an outage of the store must not end a search."""
         try:
             call()
         except Exception as error:
@@ -182,7 +182,7 @@ class SearchRun:
             raise self._error(in_words(error)) from error
 
     def end(self, status: str) -> None:
-        """Closes the parent, and the trials that are still open, as FINISHED, FAILED or KILLED."""
+        """Closes the parent run and, unless FINISHED, the open trials, with the status FINISHED, FAILED or KILLED."""
         self.parent.finish(status)
         if status == "FINISHED":
             return

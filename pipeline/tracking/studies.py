@@ -1,4 +1,4 @@
-"""The MLflow run of a study, which the runs of its arms are nested in."""
+"""The MLflow run of a study, the parent of its arms' runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.tracking.client import Store, Tracker, TrackingError
 
 
 class StudyRun(Tracker):
-    """A study's run: its specification, and in the end its tables, picture and figures."""
+    """A study's run: its specification, tables, plot and metrics."""
 
     @classmethod
     def start(

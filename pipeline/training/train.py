@@ -27,7 +27,7 @@ from odedit.inputs.batch import EditRequest
 from odedit.inputs.prompts import find_template
 from odedit.objectives import Objective, base, calibrate
 from odedit.runtime.addresses import above, below
-from odedit.runtime.process import settle
+from odedit.runtime.process import configure_process
 from odedit.storage.location import Location, locate
 from odedit.training.loop import Figures, Trained, train
 from odedit.training.records import EncodedRequests
@@ -44,9 +44,9 @@ from pipeline.run_folder.pictures import check_pictures
 from pipeline.run_folder.rows import supervision_name
 from pipeline.run_folder.sources import Sources, absolute
 from pipeline.run_folder.staging import POOL_RECORDS, check_for
-from pipeline.run_folder.workspace import check_access, new_place
+from pipeline.run_folder.workspace import check_access, new_local_folder
 from pipeline.tracking import client, runs
-from pipeline.workers.model import load_remembering, with_checked_store
+from pipeline.workers.model import load_with_feature_cache, with_checked_store
 from pipeline.workers.negatives import negative_pool
 from pipeline.workers.plan import machine_cpus, machine_gpus, make_plan
 from pipeline.workers.preparer import located
@@ -108,13 +108,15 @@ def run(config: RunConfig, out: Path | str | None, console: Console, *, fresh: b
     for note in notes:
         say(console, f"Note: {note}")
     plan = make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), 1)
-    settle(plan.threads_per_actor, plan.device)
+    configure_process(plan.threads_per_actor, plan.device)
     client.check(config.tracking, files.weights)
-    with new_place(files.weights.parent):
+    with new_local_folder(files.weights.parent):
         inputs = _inputs(config, files)
         identity = _identity(config, inputs)
     with terminate_as_interrupt():
-        backbone = load_remembering(config.backbone, plan.device, config.pipeline.feature_store, partial(say, console))
+        backbone = load_with_feature_cache(
+            config.backbone, plan.device, config.pipeline.feature_store, partial(say, console)
+        )
         identity["backbone.weights"] = backbone.fingerprint
         if fresh:
             files.state.delete()
@@ -151,9 +153,9 @@ def seconds_per_step(config: RunConfig, out: Path | str) -> float:
     config, _ = fitted(with_checked_store(with_absolute_checkpoints(config)), trains=True)
     editor: Any = editors.find(config.editor.name)(config.editor.settings)
     plan = make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), 1)
-    settle(plan.threads_per_actor, plan.device)
+    configure_process(plan.threads_per_actor, plan.device)
     records = _inputs(config, Files(absolute(str(out))))["training"]
-    backbone = load_remembering(config.backbone, plan.device, config.pipeline.feature_store, partial(say, quiet))
+    backbone = load_with_feature_cache(config.backbone, plan.device, config.pipeline.feature_store, partial(say, quiet))
     encoded, objective = _encoded(
         config, editor, backbone, {"training": records}, quiet, most=editor.training.batch_size
     )

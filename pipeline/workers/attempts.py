@@ -1,7 +1,7 @@
 """A count of attempts on disk, so that an edit that kills its worker is given up.
 
-Ray restarts a worker that dies and hands it the same group again, without end. So each attempt is written *before* the
-work and deleted after it. A group is first edited as a whole. After two attempts that killed the worker, its edits run
+Ray restarts a dead worker with the same group, without limit. So each attempt is written *before* the work and deleted
+after it. A group is first edited as a whole. After two attempts that killed the worker, its edits run
 one at a time, and an edit that kills the worker too often is given up.
 """
 
@@ -17,7 +17,7 @@ _WHOLE_ATTEMPTS = 2
 
 @dataclass
 class Ledger:
-    """The attempts at one group.
+    """Counts of attempts at one group.
 
     Attributes:
         path: File of the counts.

@@ -28,7 +28,7 @@ _measured: dict[Any, dict[str, Any]] = {}
 
 @dataclass(frozen=True)
 class Calibration:
-    """The measurements of one run; records of the pool are measured if there is one, else the run's own.
+    """Measurements of one run, on records of the pool, or on the run's own records without a pool.
 
     Args:
         job: The run.
@@ -59,18 +59,18 @@ class Calibration:
             key = (files, config.data, config.backbone, rephrases, positions, job.device)
             if key not in _measured:
                 _measured[key] = self._measure(positions)
-            # The first worker's value counts for all, whatever kind of machine it runs on.
+            # All workers use the first worker's value, even on different kinds of machines.
             file.write_once(json.dumps(_measured[key], indent=2) + "\n")
         return float(read_json(file)["sigma2_0"])
 
     def unscored_requests(self) -> list[EditRequest]:
         """Requests of the pool that share no picture and no scored text question with the run's records.
 
-        An editor's own measurements on them enter its edits, so they must show nothing that the run is scored on;
+        An editor's measurements influence its edits, so the requests must not overlap with scored ones.
         `Pool.candidates` has the same rule for a single record.
 
         Returns:
-            An empty list if there is no pool, or all of its records share something.
+            An empty list if there is no pool, or all of its records overlap.
 
         Raises:
             InputError: None of the remaining records can be used.

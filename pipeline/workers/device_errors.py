@@ -14,7 +14,7 @@ _OUT_OF_MEMORY = ("can't allocate memory", "cuda error: out of memory", "cublas_
 
 
 def unless_out_of_memory(work: Callable[[], list[Any]], num_edits: int) -> list[Any] | None:
-    """Calls `work` on so many edits.
+    """Calls `work`, which processes `num_edits` edits.
 
     Returns:
         The result of `work`; None if memory ran out and fewer edits may fit.
@@ -27,11 +27,11 @@ def unless_out_of_memory(work: Callable[[], list[Any]], num_edits: int) -> list[
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        # Recorded CUDA graphs hold the memory of a step: work is tried again without them first.
+        # A recorded CUDA graph holds the memory of a step, so the first retry runs without it.
         is_last_try = not cuda_graphs.forget()
         if is_last_try and num_edits == 1:
             raise
-    # After the handler, since the error's traceback keeps the tensors alive.
+    # Outside the handler, since the error's traceback keeps the tensors alive.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None if is_last_try else unless_out_of_memory(work, num_edits)

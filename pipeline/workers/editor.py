@@ -1,7 +1,7 @@
 """The stateful worker: holds the model, edits one group at a time, and writes the results.
 
-A group's result file is written atomically after the files of its edits: groups that have one are finished, and the
-others are edited again with the same outcome.
+A group's result file is written atomically after the files of its edits. A group with a result file is finished; any
+other group is edited again, with the same outcome.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from odedit.inputs.batch import EditBatch, EditRequest, stack_params
 from odedit.inputs.prompts import find_template
 from odedit.objectives.base import Objective
 from odedit.runtime.peak_memory import peak_memory
-from odedit.runtime.process import settle
+from odedit.runtime.process import configure_process
 from odedit.runtime.stages import stage
-from pipeline.run_folder import rows as results
 from pipeline.run_folder import staging
+from pipeline.run_folder.rows import FAILED, PROGRESS_COLUMNS, Row, base_row, read_rows, write_part
 from pipeline.workers import output
 from pipeline.workers.attempts import Ledger
 from pipeline.workers.calibration import Calibration
@@ -50,7 +50,7 @@ class EditActor:
 
     def __init__(self, job: Job) -> None:
         """Raises InputError if the checkpoint, the editor's site or another setting does not fit the model."""
-        settle(job.num_threads, job.device)
+        configure_process(job.num_threads, job.device)
         self._job = job
         config = job.config
         self._template = find_template(config.data.template)
@@ -65,7 +65,7 @@ class EditActor:
         self._negatives: NegativePool | None = None
         self._is_measured = not isinstance(self._editor, Measuring)
 
-    def __call__(self, prepared: Prepared) -> list[results.Row]:
+    def __call__(self, prepared: Prepared) -> list[Row]:
         """Edits a group and writes its results, unless they exist; returns the columns that progress shows.
 
         Raises:
@@ -73,26 +73,26 @@ class EditActor:
             InputError: The kernel's bandwidth cannot be measured.
         """
         part = self._job.workspace.part(prepared.group)
-        rows: Iterable[results.Row]
+        rows: Iterable[Row]
         if part.exists():
-            rows = results.read_rows([part], results.PROGRESS_COLUMNS)
+            rows = read_rows([part], PROGRESS_COLUMNS)
         else:
             try:
                 rows = sorted([*prepared.rows, *self._rows(prepared)], key=lambda row: int(row["index"]))
                 with stage("write results"):
-                    results.write_part(part, rows)
+                    write_part(part, rows)
             except OSError:
                 # The worker survives, so the attempt must not count against the group's edits.
                 self._ledger(prepared.group).close()
                 raise
             self._ledger(prepared.group).close()
-        return [{name: row.get(name) for name in results.PROGRESS_COLUMNS} for row in rows]
+        return [{name: row.get(name) for name in PROGRESS_COLUMNS} for row in rows]
 
     def _ledger(self, group: int) -> Ledger:
         path = self._job.workspace.attempts / f"group-{group:06d}.json"
         return Ledger(path, self._job.config.pipeline.max_attempts)
 
-    def _rows(self, prepared: Prepared) -> list[results.Row]:
+    def _rows(self, prepared: Prepared) -> list[Row]:
         if not prepared.requests:
             return []
         with stage(LOADING):
@@ -112,13 +112,13 @@ class EditActor:
             for record, request in zip(prepared.records, prepared.requests, strict=True)
         ]
 
-    def _edit_alone(self, record: RawRecord, request: EditRequest, ledger: Ledger) -> results.Row:
+    def _edit_alone(self, record: RawRecord, request: EditRequest, ledger: Ledger) -> Row:
         if not ledger.begin_single(record.edit_id):
             tries = ledger.attempts(record.edit_id)
             message = (
                 f"given up: its worker died in each of {tries} attempts (out of memory, or a crash in native code)."
             )
-            return results.base_row(record, self._job.config, results.FAILED, located(record, message))
+            return base_row(record, self._job.config, FAILED, located(record, message))
         try:
             row = self._edit_within_memory([record], [request])[0]
         except OSError:
@@ -127,25 +127,25 @@ class EditActor:
             end_if_device_is_lost(error)
             write_traceback(self._job, record.edit_id)
             message = located(record, one_sentence(error))
-            row = results.base_row(record, self._job.config, results.FAILED, message)
-        # Not in a `finally`: if the process is ending, the edit's worker has not survived.
+            row = base_row(record, self._job.config, FAILED, message)
+        # Not in a `finally`: if the process ends, the attempt must stay counted.
         ledger.end_single(record.edit_id)
         return row
 
-    def _edit_within_memory(self, records: Sequence[RawRecord], requests: Sequence[EditRequest]) -> list[results.Row]:
-        """Edits a group; when memory runs out, first with a smaller width, at width 1 in two halves."""
+    def _edit_within_memory(self, records: Sequence[RawRecord], requests: Sequence[EditRequest]) -> list[Row]:
+        """Edits a group. When memory runs out, halves the width, and at width 1 the group."""
         rows = unless_out_of_memory(lambda: self._edit(records, requests), len(requests))
         if rows is not None:
             return rows
         if self._width_limit.halve(len(requests)):
             return self._edit_within_memory(records, requests)
-        # Memory ran out at width 1, so the group's size is the cause and the next group may have the former width.
+        # Memory ran out at width 1, so the size of this group is the cause; the next group starts at the initial width.
         self._width_limit.restore()
         middle = len(requests) // 2
         first = self._edit_within_memory(records[:middle], requests[:middle])
         return first + self._edit_within_memory(records[middle:], requests[middle:])
 
-    def _edit(self, records: Sequence[RawRecord], requests: Sequence[EditRequest]) -> list[results.Row]:
+    def _edit(self, records: Sequence[RawRecord], requests: Sequence[EditRequest]) -> list[Row]:
         config = self._job.config
         objective = self._objective()
         with stage("encode"):
@@ -204,7 +204,7 @@ class EditActor:
         return encode_requests(self._backbone, requests, self._template, self._editor.sites, negatives)
 
     def _objective(self) -> Objective:
-        """The objective, made and measured for the first group with an edit: without edits, nothing can be measured."""
+        """The objective, built and calibrated at the first call: without usable records nothing can be measured."""
         if self._lazy_objective is None:
             job, settings = self._job, self._job.config.objective.settings
             read_pool = partial(staging.read_pool, job.workspace, job.sources)

@@ -41,8 +41,7 @@ def run_graph(
 ) -> Iterator[tuple[int, int, list[Row]]]:
     """Edits groups of one or many runs; yields index of the job, number and reported rows of each finished group.
 
-    Many runs in one graph share its workers and the loaded model, since starting a worker takes longer than a small
-    run.
+    Several runs in one graph share the workers and the loaded model: starting a worker takes longer than a small run.
 
     Args:
         jobs: One job for each run.
@@ -101,8 +100,8 @@ def _rows(reports: Any) -> Iterator[dict[str, Any]]:
 class _Stage(ABC):
     """A stage of the graph: holds one worker for each run, made when the run's first group arrives.
 
-    An error while making the worker is reported with the group. Raised in a constructor of Ray's, it would reach the
-    user as a page of traceback after several retries.
+    An error while making the worker is reported with the group. If the constructor of a Ray actor raised it, the user
+    would see a page of traceback after several retries.
     """
 
     Worker: type
@@ -130,8 +129,8 @@ class _Stage(ABC):
     def _worker(self, index: int) -> Any:
         """The run's worker, or a report of the error if it cannot be made."""
         if index not in self._workers:
-            # Runs arrive in order but for stragglers, so one more worker is kept. One with another model is dropped
-            # first, since two models may not fit into memory.
+            # Groups arrive run by run, except for a few late ones, so the previous run's worker is kept. A worker with
+            # another model is dropped first, since two models may not fit into memory.
             same = [other for other in self._workers if _model(self._jobs[other]) == _model(self._jobs[index])]
             self._workers = {other: self._workers[other] for other in same[-1:]}
             with stage(LOADING):
@@ -172,7 +171,7 @@ class PrepareStage(_Stage):
         try:
             return worker(group)
         except StorageError as error:
-            return _out_of_reach(error)
+            return _storage_failure(error)
         except Exception as error:
             return _unexpected(error, self._jobs[index], f"group-{group:06d}")
 
@@ -192,7 +191,7 @@ class EditStage(_Stage):
         try:
             rows = [] if fatal else worker(prepared)
         except StorageError as error:
-            fatal = _out_of_reach(error)
+            fatal = _storage_failure(error)
         except OSError as error:
             message = f"results cannot be written ({one_sentence(error)}). The same command goes on from there."
             fatal = {"fatal": message, "is_input": False}
@@ -209,20 +208,20 @@ class EditStage(_Stage):
 
 
 def _unexpected(error: Exception, job: Job, name: str) -> dict[str, Any]:
-    """The report of an exception that ends the run; raised through Ray, it would arrive as a page of traceback."""
+    """The report of an exception that ends the run. Raised through Ray, it would become a page of traceback."""
     if isinstance(error, InputError):
         return {"fatal": str(error), "is_input": True}
     write_traceback(job, name)
     return {"fatal": f"{one_sentence(error)} (traceback: {job.workspace.errors}/{name}.txt)", "is_input": False}
 
 
-def _out_of_reach(error: StorageError) -> dict[str, Any]:
+def _storage_failure(error: StorageError) -> dict[str, Any]:
     """The report of storage that cannot be read, which ends the run."""
     return {"fatal": f"{error} The same command goes on from there.", "is_input": False}
 
 
 def _quiet() -> None:
-    """Turns off what Ray Data prints."""
+    """Turns off the progress bars and messages of Ray Data."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.enable_progress_bars = False

@@ -9,7 +9,7 @@ import sys
 from cluster import login
 from cluster.packing import JobError
 from odedit.errors import InputError
-from pipeline.workers import probe
+from pipeline.workers import ping
 
 _SETTING = "pipeline.ray_address"
 _accepted: dict[str, dict[str, str]] = {}
@@ -17,7 +17,7 @@ _accepted: dict[str, dict[str, str]] = {}
 
 
 def login_to(address: str) -> dict[str, str]:
-    """The environment variables with which the cluster accepts Ray's client.
+    """Environment variables of a login that the cluster accepts.
 
     The first call for an address takes a few seconds; its result is cached.
 
@@ -41,7 +41,7 @@ def _accepted_mode(address: str) -> str:
         code, reason = _ask(address, mode)
         if code == 0:
             return mode
-        if code != probe.REFUSED:
+        if code != ping.REFUSED:
             raise InputError(
                 f"{_SETTING}: no Ray answers at {address!r} ({reason}). "
                 "Give a running cluster, or null to start Ray on this machine."
@@ -50,9 +50,9 @@ def _accepted_mode(address: str) -> str:
 
 
 def _ask(address: str, mode: str) -> tuple[int, str]:
-    """Runs the probe; returns its exit code and the reason of a failure."""
+    """Runs `ping.py`; returns its exit code and the reason of a failure."""
     # -P: modules beside the script, such as `profile`, would shadow the standard library's.
-    command = [sys.executable, "-P", probe.__file__, address]
+    command = [sys.executable, "-P", ping.__file__, address]
     environment = os.environ | {login.MODE: mode}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines() or [f"exit code {done.returncode}"]

@@ -29,28 +29,28 @@ def with_checked_store(config: RunConfig) -> RunConfig:
     return replace(config, pipeline=replace(config.pipeline, feature_store=path))
 
 
-def load_remembering(backbone: BackboneConfig, device: str, store: str | None, warn: Warn) -> Backbone:
+def load_with_feature_cache(backbone: BackboneConfig, device: str, store: str | None, warn: Warn) -> Backbone:
     """Loads a model that caches the features of its pictures. Raises InputError as `load_backbone` does.
 
     Args:
         store: Path or address of the feature store; None: features are cached in memory only.
-        warn: Takes the store's warnings, as in `FeatureStore`.
+        warn: Callback for warnings of the store, as in `FeatureStore`.
     """
-    # The store has answered before the run began, so a refusal now is passing.
+    # The driver has tested the store before the run, so a failure now is transient.
     opened = None if store is None else FeatureStore.at(store, SETTING, warn, must_answer=False)
     loaded = load_backbone(backbone.family, backbone.checkpoint, dtype=backbone.dtype, device=device)
     return with_feature_cache(loaded, opened)
 
 
 def worker_backbone(backbone: BackboneConfig, device: str, store: str | None, warn: Warn) -> Backbone:
-    """The model of the worker's last run with its cached features if it is the same one, else a newly loaded one.
+    """The model of the worker's previous run, with its cached features, if it is the same model; else a new one.
 
-    At most one model is kept. The arguments are those of `load_remembering`.
+    At most one model is kept. The arguments are those of `load_with_feature_cache`.
     """
     key = (backbone, device, store)
     if key not in _loaded:
         _loaded.clear()
-        _loaded[key] = load_remembering(*key, warn=warn)
+        _loaded[key] = load_with_feature_cache(*key, warn=warn)
     elif (feature_store := getattr(_loaded[key], "store", None)) is not None:
-        feature_store.warn_through(warn)  # to the files of this run
+        feature_store.warn_through(warn)  # writes to the files of this run
     return _loaded[key]

@@ -21,7 +21,7 @@ _PICTURES_AT_ONCE = 32
 def negative_pool(
     config: BaseConfig, backbone: Backbone, read_pool: Callable[[], Pool | None], sites: Sequence[str]
 ) -> NegativePool | None:
-    """The pool that the objective's hard negatives are drawn from; None if it uses none.
+    """Pool of the objective's hard negatives; None if it uses none.
 
     Args:
         read_pool: Reads the pool of records; called only if the objective uses hard negatives.

@@ -1,4 +1,4 @@
-"""The nodes of a Ray cluster: waits for the resources that a run needs, and reports nodes that are lost."""
+"""Nodes of a Ray cluster: waiting for the resources of a run, and reports of lost nodes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from odedit.errors import InputError, counted
 from pipeline.console import say
 from pipeline.workers.plan import Plan, lacking
 
-SAID_EVERY_S = 10.0
+_MESSAGE_EVERY_S = 10.0
 _POLL_S = 1.0
 
 
@@ -25,8 +25,8 @@ _POLL_S = 1.0
 def silenced() -> Iterator[None]:
     """Inside, Ray's driver does not print the logs of the cluster's nodes.
 
-    It prints them even with `log_to_driver=False`: for a lost node, the end of its log several times, which is a state
-    dump, and some of it only at shutdown.
+    Even with `log_to_driver=False` it prints the end of a lost node's log (a state dump) several times, some of it only
+    at shutdown.
     """
     from ray._private import worker
 
@@ -45,26 +45,26 @@ class _Patience:
     Attributes:
         wait_s: The limit in seconds.
         console: Console for the messages.
-        since: Time since when they are missing, or None.
-        said: Time of the last message, or None.
+        since: Time at which resources became missing; None: none is missing.
+        last_message: Time of the last message; None: none since then.
     """
 
     wait_s: float
     console: Console | None
     since: float | None = None
-    said: float | None = None
+    last_message: float | None = None
 
     def is_over(self, missing: str) -> bool:
         """Whether resources have been missing for `wait_s`; `missing` names them, or is "" if there are none."""
         now = time.monotonic()
         if not missing:
-            self.since = self.said = None
+            self.since = self.last_message = None
             return False
         self.since = now if self.since is None else self.since
         if now - self.since >= self.wait_s:
             return True
-        if self.said is None or now - self.said >= SAID_EVERY_S:
-            self.said = now
+        if self.last_message is None or now - self.last_message >= _MESSAGE_EVERY_S:
+            self.last_message = now
             left = self.wait_s - (now - self.since)
             if self.console is not None:
                 say(self.console, f"Waiting for the cluster, for at most {left:.0f} s (pipeline.wait_s): {missing}.")
@@ -115,9 +115,9 @@ def _requested(plan: Plan) -> Iterator[None]:
 
 @contextmanager
 def watched(plan: Plan, wait_s: float, console: Console | None) -> Iterator[None]:
-    """Inside, each lost node is reported in one line; the block is ended if no node can hold a worker for `wait_s`.
+    """Inside, each lost node is reported in one line. Ends the block if no node can hold a worker for `wait_s`.
 
-    Ray has no timeout of its own for that, and prints nothing.
+    Ray itself has no such timeout, and prints nothing.
 
     Args:
         plan: Plan whose workers need the nodes.

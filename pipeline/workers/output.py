@@ -1,4 +1,4 @@
-"""The output of an edit: its row of results, and its file."""
+"""The outputs of an edit: its result row and its file."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from odedit.editing.curves import EditResult
 from odedit.editing.files import EditInfo, save_edit
 from odedit.inputs.batch import EditRequest
 from odedit.runtime.addresses import masked
-from pipeline.run_folder import rows as results
+from pipeline.run_folder.rows import EDITED, FAILED, Row, base_row
 from pipeline.workers.plan import Job
 from pipeline.workers.preparer import located
 
 
-def edit_row(job: Job, record: RawRecord, result: EditResult) -> results.Row:
+def edit_row(job: Job, record: RawRecord, result: EditResult) -> Row:
     """The row of an edit, without its scores."""
     error = None if result.error is None else located(record, result.error)
     multipliers = result.curves.get("lambda", [])
-    return results.base_row(record, job.config, results.FAILED if error else results.EDITED, error) | {
+    return base_row(record, job.config, FAILED if error else EDITED, error) | {
         "steps": result.steps,
         "stop_reason": result.stop_reason,
         "seconds": result.seconds,

@@ -20,12 +20,12 @@ CPUS_PER_THREAD = 0.75
 CPUS_PER_PREPARER = 0.25
 SMALL_MODEL_BYTES = 2**30
 GROUPS_PER_ACTOR = 8
-"""Groups of a small model that are worth starting an actor for, which takes longer than editing a few groups."""
+"""Groups of a small model per actor: starting an actor takes longer than editing a few groups."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """The inputs of a worker besides the group; paths are absolute.
+    """Inputs of a worker that are the same for all groups of a run; paths are absolute.
 
     Attributes:
         config: Configuration of the run without `tracking.uri`, which may hold a password; only the driver writes to
@@ -57,9 +57,9 @@ class Plan:
 
     Attributes:
         device: Device of the editing workers.
-        num_actors: Number of editing workers.
-        threads_per_actor: CPU threads of each of them.
-        gpus_per_actor: GPUs that Ray reserves for each of them.
+        num_actors: Number of editing workers (actors).
+        threads_per_actor: CPU threads of each actor.
+        gpus_per_actor: GPUs that Ray reserves for each actor.
         num_preparers: Number of workers that prepare pictures.
     """
 
@@ -81,7 +81,7 @@ class Plan:
 
     @property
     def memory_share(self) -> float:
-        """Share of a device's memory for one actor; on CPUs, all actors are taken to share one machine."""
+        """Share of a device's memory for one actor. On CPUs, all actors are assumed to run on one machine."""
         return min(self.gpus_per_actor, 1.0) if self.device == "cuda" else 1 / self.num_actors
 
     def __str__(self) -> str:
@@ -94,13 +94,13 @@ class Plan:
 def make_plan(
     pipeline: PipelineConfig, backbone: BackboneConfig, num_cpus: int, num_gpus: float, num_groups: int
 ) -> Plan:
-    """The plan for `num_groups` groups of edits on so many CPUs and GPUs.
+    """The plan for `num_groups` groups of edits on `num_cpus` CPUs and `num_gpus` GPUs.
 
     Raises:
         InputError: `pipeline.device` is "cuda", and there is no GPU.
     """
     if pipeline.device == "cuda" and not num_gpus:
-        raise InputError("pipeline.device: got 'cuda', but no GPU is to be seen. Use 'auto' or 'cpu'.")
+        raise InputError("pipeline.device: got 'cuda', but no GPU is visible. Use 'auto' or 'cpu'.")
     on_gpu = pipeline.device != "cpu" and num_gpus > 0
     is_small = weights_bytes(backbone) < SMALL_MODEL_BYTES
     if on_gpu:
@@ -120,7 +120,7 @@ def make_plan(
 
 
 def shortage(plan: Plan, num_cpus: float, num_gpus: float) -> str:
-    """The resource that a cluster with so many CPUs and GPUs lacks for the plan, in words, or ""."""
+    """The resource that a cluster of this size lacks for the plan, in words; "" if none."""
     if plan.gpus_per_actor * plan.num_actors > num_gpus + 1e-6 and plan.gpus_per_actor:
         actors = f"{counted(plan.num_actors, 'actor')} of {plan.gpus_per_actor:g} GPU each"
         return f"{actors} were asked for, the cluster has {num_gpus:g}"
@@ -130,7 +130,7 @@ def shortage(plan: Plan, num_cpus: float, num_gpus: float) -> str:
 
 
 def lacking(plan: Plan, nodes: Iterable[Mapping[str, Any]]) -> str:
-    """The resources that no node, as listed by Ray, has for one actor, in words, or "" if a node has them."""
+    """The resources of one actor if no node can hold it, in words; "" if a node can."""
     for node in nodes:
         resources = node["Resources"] if node["Alive"] else {}
         if resources.get("CPU", 0.0) >= plan.cpus_per_actor and resources.get("GPU", 0.0) >= plan.gpus_per_actor:

@@ -1,6 +1,6 @@
 """The CPU stage: reads one group's pictures and resizes them for the model.
 
-A picture that cannot be used makes its record a skipped row. Only storage that cannot be read ends a run here.
+A picture that cannot be used makes its record a skipped row. Only a storage that cannot be read ends the run.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from odedit.data.supervision import build_request
 from odedit.errors import InputError, StorageError, one_sentence
 from odedit.inputs.batch import REPHRASE_SLOTS, EditRequest, Picture, Probe
 from odedit.runtime.addresses import masked
-from pipeline.run_folder import rows as results
 from pipeline.run_folder import staging
+from pipeline.run_folder.rows import FAILED, SKIPPED, Row, base_row
 from pipeline.workers.plan import Job
 from pipeline.workers.request_cache import RequestCache
 
@@ -37,7 +37,7 @@ class Prepared:
     group: int
     records: tuple[RawRecord, ...]
     requests: tuple[EditRequest, ...]
-    rows: tuple[results.Row, ...]
+    rows: tuple[Row, ...]
 
 
 class Preparer:
@@ -69,7 +69,7 @@ class Preparer:
         records = self._read_group(group)
         edited: list[RawRecord] = []
         requests: list[EditRequest] = []
-        rows: list[results.Row] = []
+        rows: list[Row] = []
         shared: dict[str, Picture] = {}
         for record in records:
             prepared = self._request(record, shared)
@@ -80,11 +80,11 @@ class Preparer:
                 rows.append(prepared)
         return Prepared(group, tuple(edited), tuple(requests), tuple(rows))
 
-    def _request(self, record: RawRecord, shared: dict[str, Picture]) -> EditRequest | results.Row:
+    def _request(self, record: RawRecord, shared: dict[str, Picture]) -> EditRequest | Row:
         """The edit, or a row with the reason why there is none. Raises StorageError as `ImageReader.read` does."""
         config = self._job.config
         if record.problem:
-            return results.base_row(record, config, results.SKIPPED, located(record, record.problem))
+            return base_row(record, config, SKIPPED, located(record, record.problem))
         key = (self._cache_key, record.edit_id, record.index, record.task)
         try:
             request = self._cache.get(key)
@@ -96,15 +96,15 @@ class Preparer:
                 self._cache.put(key, request)
             return request
         except ImageError as error:
-            return results.base_row(record, config, results.SKIPPED, located(record, str(error)))
+            return base_row(record, config, SKIPPED, located(record, str(error)))
         except InputError as error:
-            return results.base_row(record, config, results.FAILED, str(error))
+            return base_row(record, config, FAILED, str(error))
         except StorageError:
             raise
         except Exception as error:
             # An unexpected error in one record's data must not end the run.
             write_traceback(self._job, record.edit_id)
-            return results.base_row(record, config, results.FAILED, located(record, one_sentence(error)))
+            return base_row(record, config, FAILED, located(record, one_sentence(error)))
 
     def calibration_requests(self, records: Iterable[RawRecord], problems: list[str]) -> Iterator[EditRequest]:
         """The usable records as requests with an edit, rephrases and a text-only question.
@@ -116,7 +116,7 @@ class Preparer:
         supervision = replace(self._job.config.supervision, locality_source="record", near_locality=False)
         shared: dict[str, Picture] = {}
         for record in records:
-            # The edit's own picture as locality picture, which is dropped below: no other picture is drawn or read.
+            # The locality picture is dropped below, so the edit's own picture stands in and no other picture is read.
             bare = replace(record, fields={**record.fields, "m_loc": record.fields["image"], "probes": None})
             try:
                 request = build_request(bare, self._job.sources.pool_reader, supervision)

@@ -27,7 +27,7 @@ class Clock:
 
     @contextmanager
     def call(self) -> Iterator[Account]:
-        """Inside, stages are timed; the account also has the time that the worker waited for the call."""
+        """Inside, stages are timed; the account includes the time that the worker waited for this call."""
         began = time.perf_counter()
         with measured() as account:
             if self._free_since is not None:
@@ -38,7 +38,7 @@ class Clock:
 
 @dataclass
 class Profile:
-    """The time spent on a number of records.
+    """Time of the workers by stage.
 
     Attributes:
         seconds: Seconds by kind of worker and stage.

@@ -50,7 +50,7 @@ def connected(
         pipeline: Resources of the workers, and the address.
         backbone: Model of the first run.
         num_groups: Number of groups to edit.
-        console: Console for a line on resources that a cluster lacks, and on each node that it loses.
+        console: Console for messages about resources that a cluster lacks and nodes that it loses.
 
     Raises:
         InputError: The cluster cannot be reached, or lacks resources for longer than `pipeline.wait_s`.
@@ -82,7 +82,7 @@ def check_reachable(pipeline: PipelineConfig) -> None:
 
 
 def address_of(pipeline: PipelineConfig) -> str | None:
-    """Address of the cluster that the run names or that this process is a job of; None: Ray of its own."""
+    """Address of the cluster in the settings, or of the one that runs this process as a job; None: start Ray here."""
     if pipeline.ray_address is not None:
         return pipeline.ray_address
     # Ray sets it for its jobs. In a shell that submits jobs it may be the dashboard's, which has a scheme.
@@ -92,7 +92,7 @@ def address_of(pipeline: PipelineConfig) -> str | None:
 
 _keep_running = False
 _session: Path | None = None
-"""Folder of the Ray that this process started, for sockets, logs and spilled objects."""
+"""Folder of the Ray instance that this process started: sockets, logs and spilled objects."""
 
 
 @contextmanager
@@ -118,7 +118,7 @@ def _local(plan: Plan) -> Iterator[None]:
             _start(ray, plan)
         yield
     except KeyboardInterrupt:
-        if is_ours:  # even if runs share it: workers must not write after the run has ended
+        if is_ours:  # even if runs share Ray: workers must not write after the run has ended
             _stop(ray)
         raise
     finally:
@@ -129,8 +129,8 @@ def _local(plan: Plan) -> Iterator[None]:
 def _stop(ray: Any) -> None:
     """Stops Ray or closes the connection, after Ray Data's read-ahead threads have ended.
 
-    They end soon after the last result is taken. A thread that calls Ray after its end would exit this process without
-    a message, with an exit code of Ray's.
+    They end soon after the last result is taken. A thread that calls Ray after the shutdown would exit this process
+    without a message.
     """
     deadline = time.monotonic() + _READ_AHEAD_S
     for thread in threading.enumerate():
@@ -208,7 +208,7 @@ def _cluster(address: str) -> Iterator[None]:
 
 
 def _cluster_plan(pipeline: PipelineConfig, backbone: BackboneConfig, num_groups: int, console: Console | None) -> Plan:
-    """The plan for the cluster's resources, once it has those that the settings ask for."""
+    """The plan for the cluster, once it has the resources that the settings request."""
     ray = _import_ray()
 
     def look() -> tuple[Plan, str]:
@@ -257,7 +257,7 @@ def _local_environment() -> dict[str, str]:
 
 
 def _authentication() -> dict[str, str]:
-    """A token for this Ray alone. Always set: Ray 2.60 would write a token file, which breaks later sessions."""
+    """A token for this Ray instance. Always set: Ray 2.60 would write a token file, which breaks later sessions."""
     if os.environ.get("RAY_AUTH_MODE") == "disabled":
         return {}
     if "ray" in sys.modules:

@@ -1,4 +1,4 @@
-"""Width of the loop: how many edits of a group run at once, by free memory; the others wait for a free slot."""
+"""Width of the loop: number of edits of a group that are optimised at once, by free memory; the others wait."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class WidthLimit:
         return min(self._limit, num_edits)
 
     def halve(self, num_edits: int) -> bool:
-        """Halves the width that `num_edits` edits have; False if it is 1 already."""
+        """Halves the width of a group of `num_edits` edits; False if it is already 1."""
         width = num_edits if self._limit is None else min(self._limit, num_edits)
         if width == 1:
             return False
@@ -53,7 +53,7 @@ class WidthLimit:
         return True
 
     def restore(self) -> None:
-        """Sets the limit that it had before the first `halve`."""
+        """Restores the limit before the first `halve`."""
         self._limit = self._initial
 
 
@@ -71,7 +71,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _page_cache() -> int:
-    """Bytes of the container's page cache, which counts as used although it is given up when memory is needed."""
+    """Bytes of the container's page cache, which counts as used but is freed when memory is needed."""
     try:
         lines = (_CGROUP / "memory.stat").read_text().splitlines()
     except OSError:

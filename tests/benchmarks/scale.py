@@ -167,13 +167,13 @@ def bare_loop(values: dict[str, Any]) -> tuple[Any, list[Any], Any]:
     from odedit.inputs.batch import stack_params
     from odedit.inputs.prompts import find_template
     from odedit.objectives import Objective
-    from odedit.runtime.process import settle
+    from odedit.runtime.process import configure_process
     from pipeline.config.run import from_dict
     from pipeline.driver import preflight
     from pipeline.workers.plan import Job
     from pipeline.workers.preparer import Preparer
 
-    settle(1, "cpu")
+    configure_process(1, "cpu")
     config = from_dict(values)
     prepared = preflight.prepare(config)
     job = Job(config, prepared.sources, prepared.workspace)

@@ -36,7 +36,7 @@ from odedit.inputs.batch import EditBatch, stack_params
 from odedit.objectives import base
 from odedit.runtime import stages
 from odedit.runtime.peak_memory import peak_memory
-from odedit.runtime.process import settle
+from odedit.runtime.process import configure_process
 from pipeline.workers.preparer import process
 from tests.benchmarks import models
 from tests.benchmarks.floor import EVERYTHING, Floor, product_rate, wait
@@ -372,7 +372,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("bench"))
     chosen = parser.parse_args()
-    settle(chosen.threads, chosen.device)
+    configure_process(chosen.threads, chosen.device)
     bench = Bench(chosen.size, chosen.device, chosen.dtype)
     editors = {"editors": chosen.editors.split(",")}
     of_part = {"overhead": editors, "throughput": editors | {"width": chosen.edits_at_once}}

@@ -6,6 +6,7 @@ import doctest
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 from annotated_types import Ge, Gt, Interval, Le
 
@@ -61,6 +62,12 @@ def test_every_item_of_a_list_is_checked() -> None:
 def test_what_is_allowed_is_accepted_as_it_is() -> None:
     config = _Config(rate=1, steps=3, actors=2, widths=(0.5, 2.0), name="a")
     assert config == replace(config) and config.rate == 1
+
+
+def test_values_from_json_and_numpy_are_accepted() -> None:
+    assert _Config(widths=[0.5, 2.0], steps=np.int64(3)).steps == 3  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="steps: got "):
+        _Config(steps=np.int64(0))  # type: ignore[arg-type]
 
 
 def test_all_bounds_are_put_in_words() -> None:

@@ -47,13 +47,13 @@ def test_a_trial_goes_rung_by_rung_and_the_next_one_finds_the_model_loaded(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[Any] = []
-    original = model.load_remembering
+    original = model.load_with_feature_cache
 
     def load(*arguments: Any, **named: Any) -> Any:
         loads.append(arguments)
         return original(*arguments, **named)
 
-    monkeypatch.setattr(model, "load_remembering", load)
+    monkeypatch.setattr(model, "load_with_feature_cache", load)
     monkeypatch.setattr(model, "_loaded", {})
     first, second = {"editor.learning_rate": 1e-3}, {"editor.learning_rate": 2e-3}
     trial = trial_of(values, tmp_path / "out", first)

@@ -1,6 +1,6 @@
-"""What model families share, and what a family outside the package imports: `from odedit.backbones.common import ...`.
+"""Shared code of model families. A family outside the package imports it from here: `from odedit.backbones.common ...`.
 
-The names below are loaded when they are first used.
+Names are imported on first use.
 """
 
 from importlib import import_module

@@ -240,7 +240,7 @@ def _check_values(contents: Mapping[str, weight_files.Content], source: str, dty
 
 
 def _relevant(values: Any) -> Any:
-    """Settings without those that do not affect results, and may change when a model is saved again."""
+    """Settings without those that affect no result but may change when a model is saved again."""
     if not isinstance(values, dict):
         return values
     return {
@@ -264,13 +264,13 @@ class PretrainedProcessor:
 
         module, name = self.images.rsplit(".", 1)
         try:
-            what = "tokenizer cannot be read from tokenizer.json and tokenizer_config.json"
+            problem = "tokenizer cannot be read from tokenizer.json and tokenizer_config.json"
             self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint, use_fast=True, trust_remote_code=False)
-            what = "image processor cannot be read from preprocessor_config.json or processor_config.json"
+            problem = "image processor cannot be read from preprocessor_config.json or processor_config.json"
             self._images = getattr(importlib.import_module(module), name).from_pretrained(checkpoint)
         except Exception as error:  # what the library raises depends on what is wrong with the files
             raise InputError(
-                f"backbone.checkpoint {checkpoint!r}: its {what}: {in_words(error)}. Take these files from the "
+                f"backbone.checkpoint {checkpoint!r}: its {problem}: {in_words(error)}. Take these files from the "
                 "original model."
             ) from error
 

@@ -61,9 +61,9 @@ def minigpt4(blip2: Path, projection: Path, vicuna: Path, out: Path, shard_bytes
     with folder_written_atomically(out) as partial:
         shards = _Shards(partial, shard_bytes)
         for file, name, tensor in _pieces(blip2, projection, vicuna):
-            _check_tensor(file, name, tensor, expected, shards.where)
+            _check_tensor(file, name, tensor, expected, shards.file_of)
             shards.add(name, tensor)
-        _check_complete(expected, shards.where, {"--blip2": blip2, "--projection": projection, "--vicuna": vicuna})
+        _check_complete(expected, shards.file_of, {"--blip2": blip2, "--projection": projection, "--vicuna": vicuna})
         shards.finish()
         config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -183,7 +183,7 @@ def _read(file: Path, option: str) -> Iterator[tuple[str, Tensor]]:
                 for name in stream.keys():  # noqa: SIM118
                     yield name, stream.get_tensor(name)
             return
-        # Newer files are archives, whose tensors can be read one by one.
+        # Newer files are zip archives, whose tensors can be mapped into memory separately.
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(
@@ -233,11 +233,11 @@ class _Shards:
     """Writer of weight files of limited size, and of their index.
 
     Attributes:
-        where: File of every tensor so far, by name.
+        file_of: File of every tensor added so far, by name.
     """
 
     def __init__(self, directory: Path, limit: int) -> None:
-        self.where: dict[str, str] = {}
+        self.file_of: dict[str, str] = {}
         self._directory = directory
         self._limit = limit
         self._waiting: dict[str, Tensor] = {}
@@ -247,9 +247,9 @@ class _Shards:
         size = tensor.numel() * tensor.element_size()
         if self._waiting and self._bytes + size > self._limit:
             self._flush()
-        # A copy, because safetensors refuses views, which tensors of a pickled file may be.
+        # A copy: tensors of a pickled file may be views, which safetensors refuses.
         self._waiting[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
-        self.where[name] = f"model-{self._count + 1:05d}.safetensors"
+        self.file_of[name] = f"model-{self._count + 1:05d}.safetensors"
         self._bytes += size
         self._total += size
 
@@ -261,6 +261,6 @@ class _Shards:
     def finish(self) -> None:
         """Writes the last file and the index."""
         self._flush()
-        index = {"metadata": {"total_size": self._total}, "weight_map": self.where}
+        index = {"metadata": {"total_size": self._total}, "weight_map": self.file_of}
         path = self._directory / "model.safetensors.index.json"
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

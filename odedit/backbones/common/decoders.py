@@ -29,7 +29,7 @@ class Decoder(ABC):
     Attention is causal without a padding mask: sequences are right-padded, so no real position sees padding.
 
     Attributes:
-        MODULES: Part of a layer, as sites name it, to its module in `transformers`.
+        MODULES: Names of modules in `transformers` by part of a layer, as sites name it.
         BEFORE_NONLINEARITY: Part whose output the nonlinearity reads.
         num_layers: Number of layers.
         hidden_size: Width of the residual stream.
@@ -125,7 +125,7 @@ class Decoder(ABC):
         Args:
             rotary: Rotary embeddings of the T positions, `(R, T, head width)`.
             last_R: Last position of each cached sequence to attend to.
-            kept: Number of positions between `last_R` and the T new ones, from an earlier call.
+            kept: Number of positions of earlier calls between `last_R` and the T new positions.
         """
         normed_RTD = self._norm_before_attention(layer)(hidden_RTD)
         return hidden_RTD + self._attention_cached(layer, normed_RTD, rotary, last_R, kv_cache, kept)

@@ -28,7 +28,7 @@ def with_feature_cache(
 ) -> Backbone:
     """A backbone whose `image_features` looks up pictures before it computes them.
 
-    On a GPU the last bits of a picture's features depend on its batch; those computed first are kept.
+    On a GPU the last bits of a picture's features depend on its batch; the first computed features are kept.
 
     Args:
         store: Store that is shared with other processes.
@@ -117,7 +117,7 @@ def _any_weight(backbone: Backbone) -> Tensor:
 
 
 def _processing(backbone: Backbone) -> str:
-    """Hash of one processed picture, which stands for the processor's settings.
+    """Hash of one processed picture, as a fingerprint of the processor's settings.
 
     The picture is wider than high and larger than most models' input, so that size, crop, filter, mean and standard
     deviation all change the result.

@@ -67,7 +67,7 @@ class FeatureStore:
         Raises:
             InputError: A file has this path or lies above it, or the address is of an unknown kind.
         """
-        # No retries: they would make an edit wait.
+        # No retries, so that an edit does not wait for the storage.
         root = locate(text, setting).with_patience(0)
         try:
             # A path that does not exist yet may still have a file above it.
@@ -96,7 +96,7 @@ class FeatureStore:
 
         Args:
             features: Features on the CPU, by the picture's key.
-            about: Origin of the features, stored as a note for people who open a file.
+            about: Origin of the features (`made_with`), stored in the metadata of every file.
         """
         note = {"format": FORMAT, **about}
         _in_threads(lambda key: self._write_one(folder, key, features[key], note), features)

@@ -1,4 +1,4 @@
-"""Fingerprints of models in two forms: the current one covers every byte of the weights, the earlier one a sample."""
+"""Fingerprints of models in two forms: the current form covers every byte of the weights, the earlier form a sample."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Fingerprint(str):
         return str, (str(self),)
 
     def in_form_of(self, kept: str) -> str:
-        """This model's fingerprint in the form of a stored one."""
+        """This model's fingerprint in the form of a stored fingerprint."""
         return self._earlier() if len(kept) == EARLIER_LENGTH else str(self)
 
 

@@ -11,7 +11,7 @@ from odedit.backbones.base import Backbone, Prefix, ends_of
 from odedit.inputs.batch import EditBatch
 from odedit.runtime.kv_cache import KVCache
 
-LONGEST_REST = 8
+EXTRA_TOKENS = 8
 """Tokens beyond its target's length after which a generated answer is cut off."""
 
 
@@ -25,25 +25,25 @@ def generate(
     prefix: Prefix,
     kv_cache: KVCache,
     first_choice_EKT: Tensor,
-    longest_rest: int = LONGEST_REST,
+    extra_tokens: int = EXTRA_TOKENS,
 ) -> Tensor:
-    """Greedily generated answers of every probe, `(E, K, T + longest_rest)`, with `NO_TOKEN` after the last token.
+    """Greedily generated answers of every probe, `(E, K, T + extra_tokens)`, with `NO_TOKEN` after the last token.
 
     `until_end` cuts an answer at its end.
 
     Args:
         kv_cache: Keys and values of a forward, see `greedy`.
-        first_choice_EKT: The model's choices given the target, and the one after the target, `(E, K, T + 1)`.
-        longest_rest: Tokens beyond its target's length after which an answer is cut off.
+        first_choice_EKT: The model's choices given the target: its T tokens, and the token after it, `(E, K, T + 1)`.
+        extra_tokens: Tokens beyond its target's length after which an answer is cut off.
     """
     ends = ends_of(backbone)
     end = min(ends)
-    roomy = batch.with_room(longest_rest, end, backbone.max_positions)
+    extended = batch.with_room(extra_tokens, end, backbone.max_positions)
     count_EK1 = batch.target_mask_EKT.sum(dim=-1, keepdim=True)
-    index_N = torch.arange(roomy.target_EKT.shape[-1], device=count_EK1.device)
-    choice_EKN = torch.nn.functional.pad(first_choice_EKT, (0, longest_rest - 1)).where(index_N <= count_EK1, end)
-    tokens_EKN = greedy(backbone, roomy, backbone.with_room(prefix, roomy), kv_cache, choice_EKN, ends)
-    return tokens_EKN.where(roomy.target_mask_EKT, NO_TOKEN)
+    index_N = torch.arange(extended.target_EKT.shape[-1], device=count_EK1.device)
+    choice_EKN = torch.nn.functional.pad(first_choice_EKT, (0, extra_tokens - 1)).where(index_N <= count_EK1, end)
+    tokens_EKN = greedy(backbone, extended, backbone.with_room(prefix, extended), kv_cache, choice_EKN, ends)
+    return tokens_EKN.where(extended.target_mask_EKT, NO_TOKEN)
 
 
 def until_end(tokens: Sequence[int], ends: Collection[int]) -> tuple[list[int], bool]:

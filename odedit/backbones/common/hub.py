@@ -20,7 +20,7 @@ _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 def snapshot(hub_id: str) -> Path:
     """The local cache's folder with a hub id's configuration, tokenizer and processor, downloaded if needed.
 
-    A process keeps its first version even if the hub gets another one meanwhile.
+    A process keeps the first version that it used, even if the hub gets a new version.
 
     Raises:
         InputError: The cache lacks the files, and the hub does not answer or refuses them.
@@ -72,7 +72,7 @@ def _unavailable(hub_id: str, error: Exception) -> InputError:
             f"backbone.checkpoint {hub_id!r}: the Hugging Face hub {why}. Check the name, set HF_TOKEN, {local}."
         )
     offline = isinstance(error, OfflineModeIsEnabled)
-    why = "is not asked (HF_HUB_OFFLINE is set)" if offline else f"does not answer ({in_words(error)})"
+    why = "is not contacted (HF_HUB_OFFLINE is set)" if offline else f"does not answer ({in_words(error)})"
     return InputError(
         f"backbone.checkpoint {hub_id!r} is no folder here; the Hugging Face hub {why}, and the local cache lacks "
         f"some of the model's files. Download it where there is a network, {local}."
@@ -98,7 +98,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _downloaded(hub_id: str, patterns: Sequence[str], commit: str | None = None) -> Path:
-    """Downloads files of a commit; without one of the newest, which the cache then records as its main version."""
+    """Downloads files of a commit; by default the newest, which the cache then records as its main version."""
     from huggingface_hub import snapshot_download
 
     try:

@@ -82,7 +82,7 @@ class LoadingReport:
                 "The checkpoint was probably saved or downloaded in part, or config.json is another model's: fetch all "
                 "of it again."
             )
-        return "config.json and the weights are probably of different models: fetch both from the same place."
+        return "config.json and the weights are probably of different models: fetch both from the same source."
 
 
 def shared_prefixes(names: Collection[str]) -> list[str]:

@@ -146,19 +146,19 @@ def _state(path: Path) -> FileState:
 @lru_cache(maxsize=8)
 def _contents(states: tuple[FileState, ...]) -> Mapping[str, Content]:
     headers = read_headers([Path(path) for path, *_ in states])
-    notes = disk_cache.once([FORMAT, *states], lambda kept: _from_notes(kept, headers), lambda: _to_notes(headers))
-    return _from_notes(notes, headers)
+    stored = disk_cache.cached([FORMAT, *states], lambda kept: _from_json(kept, headers), lambda: _to_json(headers))
+    return _from_json(stored, headers)
 
 
-def _to_notes(headers: Mapping[str, StoredTensor]) -> dict[str, list[Any]]:
+def _to_json(headers: Mapping[str, StoredTensor]) -> dict[str, list[Any]]:
     return {name: [content.digest, content.largest] for name, content in _hashed(headers).items()}
 
 
-def _from_notes(notes: Any, headers: Mapping[str, StoredTensor]) -> dict[str, Content]:
-    """Raises ValueError, TypeError or AttributeError unless the notes are of these tensors."""
-    contents = {name: Content(str(digest), float(largest)) for name, (digest, largest) in notes.items()}
+def _from_json(stored: Any, headers: Mapping[str, StoredTensor]) -> dict[str, Content]:
+    """Contents from the disk cache. Raises ValueError, TypeError or AttributeError unless they are of these tensors."""
+    contents = {name: Content(str(digest), float(largest)) for name, (digest, largest) in stored.items()}
     if contents.keys() != headers.keys() or any(len(content.digest) != _DIGITS for content in contents.values()):
-        raise ValueError("notes of other tensors")
+        raise ValueError("cached contents of other tensors")
     return contents
 
 

@@ -53,11 +53,11 @@ def info_nce(scores_EN: Tensor, positive_EN: Tensor, negative_EN: Tensor, temper
     return torch.where(positive_EN, each_EN, 0.0).sum(dim=-1) / positive_EN.sum(dim=-1).clamp(min=1)
 
 
-def two_camps(true_EP: Tensor, false_EP: Tensor, temperature: float) -> Tensor:
-    """Truthfulness loss (UniKE, eq. 4), `(E,)`: pulls each camp's codes together and pushes the two camps apart.
+def truthfulness_loss(true_EP: Tensor, false_EP: Tensor, temperature: float) -> Tensor:
+    """Truthfulness loss (UniKE, eq. 4), `(E,)`: pulls codes of one class (true, false) together, and the classes apart.
 
-    Mean over `h+_e` and `h-_e` of `-log( sum over its own camp e^s / sum over both camps e^s )`. As published, a code
-    belongs to its own camp's sum.
+    Mean over `h+_e` and `h-_e` of `-log( sum over its own class e^s / sum over both classes e^s )`. As published, the
+    sums include the code itself.
 
     Args:
         true_EP: Unit codes of states after the right answer.

@@ -18,7 +18,7 @@ from torch import Tensor
 from odedit.backbones.common.fingerprints import comparable, mismatch
 from odedit.errors import InputError
 from odedit.runtime.addresses import masked, reason
-from odedit.storage.location import Location, Place, at, locate
+from odedit.storage.location import Location, LocationLike, at, locate
 from odedit.storage.tensors import read_metadata, read_tensors, write_tensors
 
 FORMAT = "odedit-editor-1"
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def save_weights(
-    path: Place,
+    path: LocationLike,
     weights: Mapping[str, Tensor],
     editor: str,
     settings: Mapping[str, Any],

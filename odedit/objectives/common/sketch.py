@@ -100,7 +100,7 @@ class _Hash(NamedTuple):
     def draw(cls, size: int, dim: int, seed: int, name: str) -> _Hash:
         # The CPU generator uses only 32 bits of its seed.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        # Drawn block by block, so that an edit padded to a longer one has the same sketch.
+        # Drawn block by block, so that padding does not change an edit's sketch.
         drawn_B2P = torch.rand(-(-size // dim), 2, dim, generator=generator)
         weight_BP = drawn_B2P[:, 0].argsort(dim=-1)
         negative_BP = (drawn_B2P[:, 1] < 0.5).long() * dim

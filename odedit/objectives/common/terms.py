@@ -62,12 +62,12 @@ class Terms:
 
 @dataclass(frozen=True)
 class Unedited:
-    """Unedited model at the M answer tokens of the compared sequences.
+    """Outputs of the unedited model at the M answer tokens of the compared sequences.
 
     Attributes:
         states_MD: Final hidden states.
-        log_q_MV: Log-probabilities; None where they are too many or read only once, so that each step computes them
-            from the states, some rows at a time.
+        log_q_MV: Log-probabilities; None: each step computes them from the states, some rows at a time (too many to
+            store, or read only once).
         weight_EK: Weight of each sequence of the batch in R_loc; None: the mean over the sequences.
     """
 

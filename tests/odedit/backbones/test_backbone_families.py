@@ -14,7 +14,7 @@ from torch import nn
 from odedit import InputError, Picture, Probe, load_backbone
 from odedit.backbones import encode_requests, fingerprint, load_processor
 from odedit.backbones.common.decoders import LlamaDecoder
-from odedit.backbones.common.generation import LONGEST_REST, NO_TOKEN, generate, until_end
+from odedit.backbones.common.generation import EXTRA_TOKENS, NO_TOKEN, generate, until_end
 from odedit.runtime.kv_cache import KVCache
 from tests.support import reading, tiny_models
 from tests.support.limits import set_limits
@@ -135,10 +135,10 @@ def test_generated_answers_go_on_behind_the_longest_sequence(model, requests, ba
         probe = probes_of(requests[e])[batch.slots[k]]
         cell = model.sequence(probe, TEMPLATE)
         tokens, count = cell.tokens[: cell.first_target], len(cell.tokens) - cell.first_target
-        for _ in range(count + LONGEST_REST):
+        for _ in range(count + EXTRA_TOKENS):
             tokens.append(int(library_logits(model, torch.tensor([tokens]), probe.picture)[-1].argmax()))
         expected = until_end(tokens[cell.first_target :], model.ends)
-        assert until_end(made[e, k, : count + LONGEST_REST].tolist(), model.ends) == expected
+        assert until_end(made[e, k, : count + EXTRA_TOKENS].tolist(), model.ends) == expected
         beyond = max(beyond, cell.first_target + len(expected[0]) - longest)
     assert beyond > 1, "no answer goes on behind the longest sequence"
 
@@ -150,13 +150,13 @@ def test_an_answer_is_cut_off_at_the_last_position(model, requests, batch, monke
     prefix = model.prefix(batch, "layers.1.ffn.in", kv_cache=kv_cache)
     first = model.head(model.suffix(prefix, batch.with_room(1, 0, length + 2).predict_EKT, kv_cache)).argmax(-1)
     made = generate(model, batch, prefix, kv_cache, first)
-    roomy = batch.with_room(LONGEST_REST, 0, length + 2)
+    roomy = batch.with_room(EXTRA_TOKENS, 0, length + 2)
     assert torch.equal(made == NO_TOKEN, ~roomy.target_mask_EKT), "tokens beyond the last position are NO_TOKEN"
     for row, count in zip(made.flatten(0, 1).tolist(), roomy.target_mask_EKT.sum(-1).flatten().tolist(), strict=True):
         answer, has_ended = until_end(row, model.ends)
         assert has_ended or len(answer) == count
     assert int(roomy.predict_EKT.max()) == length + 1
-    assert int((roomy.target_mask_EKT.sum(-1) - batch.target_mask_EKT.sum(-1)).min()) < LONGEST_REST
+    assert int((roomy.target_mask_EKT.sum(-1) - batch.target_mask_EKT.sum(-1)).min()) < EXTRA_TOKENS
 
 
 def test_end_tokens_are_those_of_the_checkpoint_and_the_family(model, monkeypatch):

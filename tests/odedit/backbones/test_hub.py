@@ -69,7 +69,7 @@ def test_a_silent_hub_is_asked_once_and_local_folders_are_named(cache, monkeypat
 
 def test_the_hub_is_not_asked_where_the_user_says_so(folder, cache, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"is not asked \(HF_HUB_OFFLINE is set\).*local folder"):
+    with pytest.raises(InputError, match=r"is not contacted \(HF_HUB_OFFLINE is set\).*local folder"):
         inspect_backbone("llava", HUB_ID)
     shutil.copytree(folder, cache)
     (cache / "model.safetensors").rename(cache / "elsewhere")

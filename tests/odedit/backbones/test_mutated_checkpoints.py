@@ -229,8 +229,8 @@ OF_FAMILY: dict[str, dict[str, tuple[Mutation, str]]] = {
         "another feed-forward half": (config("text_config.intermediate_size", larger), "6 tensors of another"),
     },
     "llava": {
-        "an image token beyond the vocabulary": (config("image_token_index", 32000), "number 32000 by config.json"),
-        "a word as image token": (config("image_token_index", 300), "number 300 by config.json"),
+        "an image token beyond the vocabulary": (config("image_token_index", 32000), "id 32000 by config.json"),
+        "a word as image token": (config("image_token_index", 300), "id 300 by config.json"),
         "no image token": (without_token("<image>"), "lacks the special token of an image"),
         "a layer that the tower lacks": (config("vision_feature_layer", 9), "does not pass the image tower"),
         "a smaller picture": (
@@ -241,7 +241,7 @@ OF_FAMILY: dict[str, dict[str, tuple[Mutation, str]]] = {
         "no bias": (config("text_config.attention_bias", False), "8 tensors unexpected"),
     },
     "qwen2_5_vl": {
-        "an image token beyond the vocabulary": (config("image_token_id", 32000), "number 32000 by config.json"),
+        "an image token beyond the vocabulary": (config("image_token_id", 32000), "id 32000 by config.json"),
         "no image token": (without_token("<|image_pad|>"), "lacks the special token of an image"),
         "no mark in front of a picture": (without_token("<|vision_start|>"), r"special token <\|vision_start\|>"),
         "no mark of a turn": (without_token("<|im_end|>"), r"special token <\|im_end\|>"),

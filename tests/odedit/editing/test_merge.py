@@ -24,7 +24,7 @@ from odedit.backbones import Backbone
 from odedit.backbones.common.generation import until_end
 from odedit.data.images import ImageReader
 from odedit.editing.files import load_edit, read_info, save_edit
-from odedit.evaluation.scores import in_words
+from odedit.evaluation.scores import decoded
 from odedit.inputs.prompts import find_template
 from pipeline.edits import files, held
 from pipeline.edits.answers import Questions
@@ -94,7 +94,7 @@ def run(family: str, folder: Path, checkpoint: Path | None = None, **settings: A
 
 
 def answers_of(questions: Questions, backbone: Backbone) -> list[str]:
-    return [in_words(backbone, until_end(tokens, backbone.ends)[0]) for tokens in questions.answers()]
+    return [decoded(backbone, until_end(tokens, backbone.ends)[0]) for tokens in questions.answers()]
 
 
 def in_shards(folder: Path) -> Path:
@@ -238,7 +238,7 @@ def test_a_refused_merge_leaves_no_folder(runs: dict[str, Run], tmp_path: Path, 
         ([wise.folder], "cannot be merged into plain weights"),
         ([made.edits[0], wise.edits[0]], "must share editor and settings"),
         ([made.images], "the folder holds no edits"),
-        ([tmp_path / "*.safetensors"], "no edit's file fits the pattern"),
+        ([tmp_path / "*.safetensors"], "the pattern matches no edit file"),
         (["none.safetensors"], "no such file"),
     ):
         result = odedit("merge", *arguments, "--out", tmp_path / "a" / "b")

@@ -150,11 +150,11 @@ def test_the_positions_that_are_read_are_those_of_the_whole(backbone, editor, en
     torch.testing.assert_close(states[1], whole, rtol=1e-4, atol=1e-4)
 
 
-def test_positions_behind_a_prompt_are_those_of_the_whole(backbone, editor, encoded, sigma2_0):
+def test_a_continued_forward_equals_a_whole_one(backbone, editor, encoded, sigma2_0):
     """Tokens other than the target, as in inference: a continued forward equals a whole one."""
     supervision, evaluation = encoded(editor)
     results = edit(backbone, editor, Objective(ObjectiveConfig(), sigma2_0), supervision, Stopping(max_steps=3))
-    reading.check_behind(backbone, evaluation, editor, stack_params([result.params for result in results]))
+    reading.check_target_states(backbone, evaluation, editor, stack_params([result.params for result in results]))
 
 
 @pytest.mark.parametrize("config", OBJECTIVES, ids=lambda config: config.name)

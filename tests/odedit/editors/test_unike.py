@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from odedit import InputError, Objective, ObjectiveConfig, Stopping, edit, encode_requests, load_backbone, load_editor
-from odedit.editors.common.contrastive import encode, encoder_weights, info_nce, two_camps
+from odedit.editors.common.contrastive import encode, encoder_weights, info_nce, truthfulness_loss
 from odedit.editors.common.hooks import rewritten
 from odedit.editors.common.knowledge import attend, blend, last_positions, neurons
 from odedit.editors.common.weights import save_weights
@@ -137,7 +137,7 @@ def test_the_two_camps_by_hand():
         return -math.log(near / (near + sum(math.exp(10 * float(code @ c)) for c in other)))
 
     expected = [(term(true[i], true, false) + term(false[i], false, true)) / 2 for i in range(2)]
-    assert two_camps(true, false, 0.1).tolist() == pytest.approx(expected, rel=1e-3)
+    assert truthfulness_loss(true, false, 0.1).tolist() == pytest.approx(expected, rel=1e-3)
 
 
 def test_codes_are_unit_and_depend_on_the_direction_alone():

@@ -24,9 +24,9 @@ from odedit import (
     summarize,
 )
 from odedit.backbones.base import ends_of
-from odedit.backbones.common.generation import LONGEST_REST, NO_TOKEN, generate, until_end
+from odedit.backbones.common.generation import EXTRA_TOKENS, NO_TOKEN, generate, until_end
 from odedit.evaluation import columns
-from odedit.evaluation.scores import is_said, said
+from odedit.evaluation.scores import answer_text, answers_target
 from odedit.evaluation.statistics import MAIN, Estimate, estimate
 from odedit.runtime.kv_cache import KVCache
 from tests.support import tiny_models
@@ -98,17 +98,17 @@ def test_generated_answers_equal_token_by_token_decoding_under_edits(backbone, s
     with torch.no_grad(), editor.applied(backbone, params, evaluation):
         prefix = backbone.prefix(evaluation, *editor.sites, kv_cache=kv_cache)
         first = backbone.head(backbone.suffix(prefix, read_EKT, kv_cache)).argmax(-1)
-        for rest in (1, LONGEST_REST):
+        for rest in (1, EXTRA_TOKENS):
             drafted[rest] = generate(backbone, evaluation, prefix, kv_cache.branch(), first, rest)
     lengths = []
     for e, request in enumerate(short):
         for k, name in enumerate(evaluation.slots):
             probe = request.edit if name == "rel" else request.probes[name]
             count = int(evaluation.target_mask_EKT[e, k].sum())
-            longer = replace(probe, target=probe.target + " x" * LONGEST_REST)
+            longer = replace(probe, target=probe.target + " x" * EXTRA_TOKENS)
             batch, _ = run_one(backbone, editor, params, e, longer)
             tokens, generated = batch.tokens_EKS[0, 0].clone(), []
-            for t in range(count + LONGEST_REST):
+            for t in range(count + EXTRA_TOKENS):
                 _, logits = run_one(backbone, editor, params, e, longer, tokens)
                 generated.append(int(logits[batch.predict_EKT[0, 0, t]].argmax()))
                 if generated[-1] in backbone.ends:
@@ -122,7 +122,7 @@ def test_generated_answers_equal_token_by_token_decoding_under_edits(backbone, s
     assert min(rests) < 0 < 1 < max(rests), "no answer is shorter than its target, or none longer"
     assert {ended for _, ended in lengths} == {True, False}, "no answer is cut off, or all are"
     mask = evaluation.target_mask_EKT
-    made = drafted[LONGEST_REST][..., : mask.shape[-1]]
+    made = drafted[EXTRA_TOKENS][..., : mask.shape[-1]]
     assert not torch.equal(made[mask], first[..., :-1][mask]), "no draft had to be revised"
 
 
@@ -139,7 +139,7 @@ def test_an_answer_is_the_target_if_it_ends_there(backbone):
         ([*target, NO_TOKEN, end], False, "anna hill ..."),
         ([end], False, ""),
     ):
-        assert (is_said(backbone, generated, target), said(backbone, generated)) == (expected, text)
+        assert (answers_target(backbone, generated, target), answer_text(backbone, generated)) == (expected, text)
 
 
 @pytest.mark.parametrize("family", ["blip2", "minigpt4", "llava"])
@@ -350,4 +350,4 @@ def test_answers_of_a_family_without_ends_end_at_the_tokenizers_end(backbone):
     older = SimpleNamespace(processor=backbone.processor)
     assert ends_of(older) == {tokenizer.eos_token_id} and ends_of(backbone) == backbone.ends
     tokens = tokenizer("anna hill", add_special_tokens=False)["input_ids"]
-    assert said(older, [*tokens, tokenizer.eos_token_id, *tokens]) == "anna hill"
+    assert answer_text(older, [*tokens, tokenizer.eos_token_id, *tokens]) == "anna hill"

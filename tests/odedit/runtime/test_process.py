@@ -49,7 +49,7 @@ def test_what_the_environment_says_is_left_alone(name):
 
 def test_a_worker_computes_the_same_every_time_on_its_threads():
     shown = run(
-        "import torch; from odedit.runtime.process import settle; settle(1, 'cpu');"
+        "import torch; from odedit.runtime.process import configure_process; configure_process(1, 'cpu');"
         "print(torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),"
         "torch.is_deterministic_algorithms_warn_only_enabled())"
     )

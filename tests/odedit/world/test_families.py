@@ -172,7 +172,7 @@ def test_training_computes_what_the_model_computes(name: str, shipped: Any) -> N
     pixels = to_pixels(np.stack([picture_of(4, 4), picture_of(7, 1)]))
     lines = [Line("a photo of", "pink four", 1.0, 1), Line(QUESTION, "Anna Berg", 1.0, 0), Line(QUESTION, "x", 1.0)]
     tokens, _ = LineEncoder(family, tokenizer)(lines)
-    states = language_states(family, model, tokens, lines, family.see(model, pixels).features)
+    states = language_states(family, model, tokens, lines, family.encode_pictures(model, pixels).features)
     for row, line in enumerate(lines):
         real = tokens[row][tokens[row] != family.pad_id]
         pictures = {} if line.picture is None else {"pixel_values": pixels[[line.picture]]}

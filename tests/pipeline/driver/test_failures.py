@@ -24,7 +24,7 @@ from pipeline.driver.run import Outcome
 from pipeline.run_folder import rows
 from pipeline.workers import device_errors, graph, output, ray_session
 from pipeline.workers import editor as actor
-from pipeline.workers.model import load_remembering, with_checked_store
+from pipeline.workers.model import load_with_feature_cache, with_checked_store
 from pipeline.workers.plan import Job
 from pipeline.workers.preparer import Prepared, Preparer, write_traceback
 from tests.support.mmedit_files import record, write_array
@@ -209,7 +209,7 @@ def test_a_feature_store_that_refuses_when_a_worker_starts_ends_no_run(
 
     monkeypatch.setattr(Location, "is_file", refused)
     warnings: list[str] = []
-    load_remembering(BackboneConfig(), "cpu", str(tmp_path / "store"), warnings.append)
+    load_with_feature_cache(BackboneConfig(), "cpu", str(tmp_path / "store"), warnings.append)
     with pytest.raises(InputError, match="cannot look at"):
         with_checked_store(from_dict({"pipeline": {"feature_store": str(tmp_path / "store")}}))
 

@@ -133,7 +133,7 @@ def test_a_pool_whose_pictures_lie_elsewhere_is_refused_once(settings: dict[str,
     config = from_dict(settings | {"supervision": {}})
     pool = [record(number) for number in range(10, 14)]
     with_pool = replace(config, data=replace(config.data, pool=str(write_array(tmp_path / "pool.json", pool))))
-    with pytest.raises(InputError, match=r"none of those has images.*looked for under data\.image_root.*data pack"):
+    with pytest.raises(InputError, match=r"none of those has images.*read from data\.image_root.*data pack"):
         staged(with_pool)
     write_images(tmp_path, pool[2:3])
     assert staged(with_pool)[0].num_usable == 5, "one usable record is enough"

@@ -14,7 +14,7 @@ from ray.core.generated import ray_client_pb2_grpc as services
 
 from odedit.errors import InputError
 from pipeline.config.run import PipelineConfig
-from pipeline.workers import joining, probe, ray_session
+from pipeline.workers import joining, ping, ray_session
 
 
 class RayClientServer(services.RayletDriverServicer):
@@ -47,7 +47,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
 
     def ask(address: str, mode: str) -> tuple[int, str]:
         answer = answers.get(mode, "refused")
-        return (0, "") if answer == "ok" else (probe.REFUSED, "") if answer == "refused" else (1, answer)
+        return (0, "") if answer == "ok" else (ping.REFUSED, "") if answer == "refused" else (1, answer)
 
     monkeypatch.setattr(joining, "_ask", ask)
     return answers

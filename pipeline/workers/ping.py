@@ -1,4 +1,4 @@
-"""A test of the connection to a Ray cluster: `python probe.py ADDRESS` exits with 0 if the cluster accepts the login.
+"""A test of the connection to a Ray cluster: `python ping.py ADDRESS` exits with 0 if the cluster accepts the login.
 
 In a process of its own, since Ray's client reads its login once per process, retries for 40 seconds, and exits the
 process if it finds no token.
@@ -12,7 +12,7 @@ import sys
 import threading
 
 REFUSED = 3
-"""Exit code if the cluster asks for a token, or for another one."""
+"""Exit code if the cluster needs a token, or another token."""
 _TIMEOUT_S = 6.0
 _CLIENT = "ray://"
 """Scheme of a Ray Client server's address."""
