@@ -17,12 +17,20 @@ from odedit.inputs.batch import EditBatch, EditParams
 
 @dataclass(frozen=True)
 class FragileConfig(FTLConfig):
-    """Adds: `always` dies at once, `once` when it first sees an edit, `raise` fails with every edit; and pauses."""
+    """Settings of fine-tuning, and what goes wrong.
+
+    Attributes:
+        mode: `always` dies at once, `once` when it first sees `edit`, `raise` fails with every edit.
+        marker: File that says that `once` has died.
+        pause_s: Seconds that each step takes longer.
+        quick: Edit whose group does not pause.
+    """
 
     mode: str = "well"
     edit: str = ""
     marker: str = ""
     pause_s: float = 0.0
+    quick: str = ""
 
 
 class Fragile(FTL):
@@ -38,7 +46,8 @@ class Fragile(FTL):
             os._exit(1)
         if config.mode == "raise":
             raise ArithmeticError("a number that is none")
-        time.sleep(config.pause_s)
+        if config.quick not in batch.edit_ids:
+            time.sleep(config.pause_s)
         return torch.zeros(batch.num_edits)
 
 
