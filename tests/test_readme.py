@@ -45,7 +45,7 @@ ADDED = {
     "odedit train mend": ["editor.training_steps=2", "editor.validate_every=2", "editor.batch_size=2"],
     "odedit edit --config run.yaml data.path=records.json": ["out=runs/records"],
 }
-"""Settings that are added to a command shown: it takes seconds, or writes to a folder that no other command has used."""
+"""Settings that are added to a command shown, so that it takes seconds or writes to a folder of its own."""
 
 
 def blocks(text: str, language: str) -> list[str]:
