@@ -1,4 +1,4 @@
-"""The login to a Ray cluster: its mode, and the token. Drivers, `odedit submit` and its jobs all use this one."""
+"""Login to a Ray cluster, mode and token, as used by drivers, `odedit submit` and jobs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _ADVICE = f"Set {_TEXT} to the cluster's token, or {_PATH} to a file with it."
 
 @dataclass(frozen=True)
 class Token:
-    """A token and where it was found.
+    """A token and its source.
 
     Attributes:
-        source: The variable that holds or names it, or the path of Ray's own file.
-        text: The token, without white space around it; never empty.
+        source: Environment variable that holds the token or its path, or the path of Ray's own file.
+        text: Token without surrounding white space; never empty.
     """
 
     source: str
@@ -28,13 +28,13 @@ class Token:
 
 
 def modes() -> list[str]:
-    """Modes in which a login is to be tried, in this order.
+    """Modes to try for a login, in order.
 
-    `RAY_AUTH_MODE` is taken as it is set. Otherwise a token that the environment names is used. The one in
-    `~/.ray/auth_token` is for a cluster that has refused a login without token: the file may be another cluster's.
+    `RAY_AUTH_MODE` decides if it is set; else a token in the environment does. The token in `~/.ray/auth_token` may
+    belong to another cluster, so it is used only after a login without token was refused.
 
     Raises:
-        JobError: `RAY_AUTH_MODE` is no mode of Ray's.
+        JobError: `RAY_AUTH_MODE` has an unknown value.
     """
     mode = os.environ.get(MODE, "").strip().lower()
     if mode not in ("", DISABLED, TOKEN):
@@ -47,10 +47,10 @@ def modes() -> list[str]:
 
 
 def token() -> Token:
-    """The token, from where Ray takes it: `RAY_AUTH_TOKEN`, `RAY_AUTH_TOKEN_PATH`, `~/.ray/auth_token`.
+    """The token from `RAY_AUTH_TOKEN`, `RAY_AUTH_TOKEN_PATH` or `~/.ray/auth_token`, the order of Ray.
 
     Raises:
-        JobError: There is none, or it is empty.
+        JobError: The token is missing or empty.
     """
     if text := os.environ.get(_TEXT):
         source, what = _TEXT, "the token"
@@ -68,14 +68,14 @@ def token() -> Token:
 
 
 def refusal(mode: str) -> str:
-    """What a cluster that refused a login in this mode has done, as the end of a sentence, and what to do."""
+    """End of a message about a refused login in this mode, with advice."""
     if mode == DISABLED:
         return f"asks for a token, and none is given. {_ADVICE}"
     return f"refuses the token in {token().source}. {_ADVICE}"
 
 
 def read_again() -> None:
-    """Makes Ray read mode and token from the environment a second time: the first time was its import."""
+    """Makes Ray read mode and token from the environment again; it has read them when it was imported."""
     import ray
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 

@@ -1,8 +1,8 @@
-"""Variables on their way to a job, encrypted with the cluster's token.
+"""Encryption of a job's environment variables with the cluster's token.
 
-Ray shows the variables of a job in its dashboard, in the logs of every node and on the command lines of workers. Only
-processes of the cluster have its token, and they can run code there anyway, so the token is the key. A token that
-becomes known later decrypts what old logs hold.
+Ray shows the variables of a job in its dashboard, in the logs of every node and on the command lines of workers. The
+key is derived from the cluster's token, which only processes of the cluster have, and they can run any code there
+anyway. If the token leaks later, it decrypts the variables in old logs.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from cluster import login
 from cluster.packing import JobError
 
 SEALED = "ODEDIT_SEALED_VARIABLES"
-"""Variable that holds the encrypted ones."""
+"""Environment variable that holds the encrypted variables."""
 HOOK = "cluster.sealing.unseal"
-"""Function that Ray calls at the start of each of the job's workers."""
+"""Function that Ray calls when a worker of the job starts."""
 _SALT_BYTES = 16
 
 
 def seal(values: Mapping[str, str], token: str) -> str:
-    """The variables as text that only a holder of the token can read.
+    """The variables as encrypted text, with a random salt.
 
     Raises:
-        JobError: The token is empty, so anyone could read the text.
+        JobError: The token is empty, so that anyone could decrypt the text.
     """
     if not token.strip():
         raise JobError("--env: the cluster's token is empty, so it cannot encrypt the variables. Set RAY_AUTH_TOKEN.")
@@ -40,10 +40,10 @@ def seal(values: Mapping[str, str], token: str) -> str:
 
 
 def unseal() -> None:
-    """Sets the variables that this process was handed encrypted, if there are any.
+    """Decrypts the variables of `SEALED`, if it is set, into the environment.
 
     Raises:
-        JobError: This process has no token, or another than the one that they were encrypted with.
+        JobError: This process has no token, or another one than the variables were encrypted with.
     """
     text = os.environ.get(SEALED)
     if not text:

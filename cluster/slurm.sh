@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A command of odedit on a Ray cluster of its own, inside one Slurm allocation:
+# Runs a command of odedit on a temporary Ray cluster inside one Slurm allocation:
 #
 #     sbatch cluster/slurm.sh edit --config run.yaml
 #
-# from a shell in which `python -m odedit` works on every node (an environment on shared storage) and which has the
-# secrets in its environment; sbatch hands both on. Every node edits; the first one also leads. Ends with the exit code
-# of odedit, and ends what it started. The same command again goes on where the time ran out.
+# Submit it from a shell in which `python -m odedit` works on every node (an environment on shared storage) and that has
+# the secrets in its environment; sbatch passes both on. Every node runs workers; the first is also the head. Exits with
+# odedit's exit code and stops all processes. After a timeout, the same command continues the run.
 #
 #SBATCH --job-name=odedit
 #SBATCH --output=odedit-%j.log
@@ -16,7 +16,7 @@
 #SBATCH --mem=0
 #SBATCH --gpus-per-node=1
 #SBATCH --time=12:00:00
-# Two minutes before the end, to close the run.
+# Two minutes before the time limit, so that the run can end cleanly.
 #SBATCH --signal=B:TERM@120
 set -euo pipefail
 
@@ -25,19 +25,19 @@ if (($# == 0)); then
   exit 2
 fi
 
-# Ray's ports are open to the network: who comes in has to know a secret, which is this job's own.
+# Ray's ports are open to the network; a token of this job protects them.
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
-# Its metrics ports would demand no secret, so there are none.
+# The metrics ports demand no token, so they stay closed.
 export RAY_enable_metrics_collection=0 AUTOSCALER_METRIC_PORT=-1 DASHBOARD_METRIC_PORT=-1
-# When nodes are told to end, the run has ended: there is nothing to wait for.
+# Nodes are stopped after the run has ended, so they have no work to finish.
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-# This script runs on the first node. ODEDIT_HEAD_IP names another of its network cards.
+# This script runs on the first node. ODEDIT_HEAD_IP selects another of its network interfaces.
 ip=${ODEDIT_HEAD_IP:-$(python -c 'import ray; print(ray.util.get_node_ip_address())')}
 port=$((20000 + SLURM_JOB_ID % 10000))
-# Where Ray works on each node. Ray opens its own folders to everyone, so they lie in one that is the user's alone.
+# Ray's working folder on each node. Ray makes its folders readable for all users, so they lie in a private one.
 folder=/tmp/ray-$SLURM_JOB_ID
 
 steps=()
@@ -52,7 +52,7 @@ finish() {
 }
 trap finish EXIT
 
-# A step for each kind of node; --overlap: beside this script, which has the whole allocation.
+# One step for the head, one for the workers; --overlap: this script already holds the whole allocation.
 step() {
   local names=$1 number=$2
   shift 2
@@ -67,7 +67,7 @@ if ((${#nodes[@]} > 1)); then
   step "$(IFS=,; echo "${nodes[*]:1}")" $((${#nodes[@]} - 1)) --address="$ip:$port"
 fi
 
-# How many have joined; nothing while the first does not answer.
+# Number of nodes that have joined; empty while the head does not answer.
 joined() {
   python - "$ip:$port" 2>/dev/null <<'END'
 import sys, ray
@@ -92,7 +92,7 @@ run=$!
 trap 'kill -TERM "$run" 2>/dev/null || true' TERM INT
 code=0
 wait "$run" || code=$?
-# A signal that was handed on ends the wait, not the run.
+# A forwarded signal interrupts `wait`, but the run is still ending.
 while kill -0 "$run" 2>/dev/null; do
   code=0
   wait "$run" || code=$?

@@ -1,4 +1,4 @@
-"""`odedit submit`: a command of odedit as a job of a Ray cluster. Needs neither torch nor transformers."""
+"""`odedit submit`: runs a command of odedit as a job of a Ray cluster. Needs neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from cluster import login, packing, sealing
 from cluster.packing import JobError
 
 LOST = 1
-"""Exit code of a job that has none of its own: it was stopped, or could not be started."""
+"""Exit code for a job without one: it was stopped, or did not start."""
 _POLL_S = 1.0
 _READY_S = 60.0
 _QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
-"""What of Ray's own messages would stand between the job's."""
+"""Variables that keep Ray's own messages out of the job's log."""
 
 
 def submit(
@@ -38,22 +38,23 @@ def submit(
     install: bool = False,
     code: str | None = None,
 ) -> int:
-    """Sends a command to a cluster; the job's exit code, or 0 if it is not waited for.
+    """Submits a command to a cluster. Returns the job's exit code, or 0 without `wait`.
 
     Args:
-        arguments: `edit`, `tune`, `study` or `train` and what follows.
-        address: Of the cluster's dashboard.
-        environment: Names of variables that the job gets as they are here.
-        include: Files and folders below the current one to take along as well.
-        install: Let pip install the project's dependencies for the job, instead of finding them on the cluster.
-        code: Version of the code that is sent, which the job's results record.
+        arguments: Command (`edit`, `tune`, `study` or `train`) and its arguments.
+        address: Address of the cluster's dashboard.
+        wait: Show the job's log until it ends.
+        environment: Names of environment variables to pass to the job.
+        include: Further files and folders below the current folder to send.
+        install: Install the project's dependencies for the job with pip.
+        code: Version of the code, recorded in the job's results.
 
     Raises:
-        JobError: The command would not work there, or no cluster answers.
+        JobError: The command would not work on the cluster, or the cluster does not answer.
     """
     missing = [name for name in environment if name not in os.environ]
     if missing:
-        raise JobError(f"--env: {', '.join(missing)} not set here. Set it, or leave it out.")
+        raise JobError(f"--env: {', '.join(missing)} not set here. Set it, or omit the option.")
     with tempfile.TemporaryDirectory(prefix="odedit-job-") as temporary:
         parcel = packing.pack(arguments, Path(temporary), Path.cwd(), include, code)
         runtime: dict[str, Any] = {"working_dir": temporary, "env_vars": dict(_QUIET)}
@@ -61,45 +62,45 @@ def submit(
             runtime["pip"] = packing.requirements()
         client = _client(address)
         if environment:
-            _hand_on({name: os.environ[name] for name in environment}, runtime, parcel.notes)
+            _pass_variables({name: os.environ[name] for name in environment}, runtime, parcel.notes)
         for note in parcel.notes:
             _say(console, f"Note: {note}")
         _say(console, f"Sending {parcel.num_bytes / 2**20:.1f} MiB to {address} ...")
-        job = _sent(client, address, shlex.join(["python", "-m", "odedit", *parcel.arguments]), runtime)
-    _say(console, f"Job {job}. {_handles(job)}")
+        job = _submit_job(client, address, shlex.join(["python", "-m", "odedit", *parcel.arguments]), runtime)
+    _say(console, f"Job {job}. {_advice(job)}")
     return follow(job, address, console) if wait else 0
 
 
-def _hand_on(values: dict[str, str], runtime: dict[str, Any], notes: list[str]) -> None:
-    """Adds the user's variables to what the job gets, encrypted unless the cluster works without token."""
+def _pass_variables(values: dict[str, str], runtime: dict[str, Any], notes: list[str]) -> None:
+    """Adds variables to the job's runtime environment, encrypted unless the cluster has no token."""
     if os.environ[login.MODE] == login.DISABLED:
         runtime["env_vars"] |= values
-        notes.append("The cluster has no token, so what --env hands on can be read in Ray's dashboard and logs.")
+        notes.append("The cluster has no token, so Ray's dashboard and logs show the variables of --env.")
     else:
         runtime["env_vars"][sealing.SEALED] = sealing.seal(values, login.token().text)
         runtime["worker_process_setup_hook"] = sealing.HOOK
 
 
-def _sent(client: Any, address: str, command: str, runtime: dict[str, Any]) -> str:
-    """The job's id. A cluster that has just been started is given a minute to be ready for jobs."""
+def _submit_job(client: Any, address: str, command: str, runtime: dict[str, Any]) -> str:
+    """Submits a job and returns its id. Waits up to `_READY_S` for a cluster that has just been started."""
     begun = time.monotonic()
     while True:
         try:
             return str(client.submit_job(entrypoint=command, runtime_env=runtime))
-        except _troubles() as error:
+        except _ray_errors() as error:
             if "No available agent" not in str(error) or time.monotonic() - begun > _READY_S:
                 raise _explained(address, error) from error
         time.sleep(_POLL_S)
 
 
 def follow(job: str, address: str, console: Console) -> int:
-    """Shows the log of a job until it ends; its exit code.
+    """Shows the log of a job until it ends. Returns the job's exit code.
 
-    A connection that breaks is made anew, and the log goes on where it was.
+    Reconnects after a lost connection and continues the log where it stopped.
 
     Raises:
-        JobError: No cluster answers, or it knows no such job.
-        KeyboardInterrupt: The user has seen enough; the job goes on.
+        JobError: The cluster does not answer, or has no such job.
+        KeyboardInterrupt: Ctrl-C; the job continues.
     """
     client, shown, failures = _client(address), 0, 0
     _details(client, job, address)
@@ -108,7 +109,7 @@ def follow(job: str, address: str, console: Console) -> int:
             shown = _run(_tail(client, job, shown))
             try:
                 details, failures = client.get_job_info(job), 0
-            except _troubles() as error:
+            except _ray_errors() as error:
                 failures += 1
                 if failures > 30:
                     raise _explained(address, error) from error
@@ -118,21 +119,21 @@ def follow(job: str, address: str, console: Console) -> int:
                 break
             time.sleep(_POLL_S)
     except KeyboardInterrupt:
-        _say(console, f"Job {job} goes on. {_handles(job)}")
+        _say(console, f"Job {job} goes on. {_advice(job)}")
         raise
     _run(_tail(client, job, shown))
     return _outcome(job, details, console)
 
 
-def _handles(job: str) -> str:
+def _advice(job: str) -> str:
     return f"Follow it with: odedit submit --follow {job}; end it with: odedit submit --stop {job}"
 
 
 def stop(job: str, address: str, console: Console) -> int:
-    """Ends a job as Ctrl-C would, and waits until it has ended; 0 if it had not ended before.
+    """Stops a job as Ctrl-C would, and waits for its end. Returns 0, or 1 if it had ended before.
 
     Raises:
-        JobError: No cluster answers, or it knows no such job.
+        JobError: The cluster does not answer, or has no such job.
     """
     client = _client(address)
     details = _details(client, job, address)
@@ -147,7 +148,7 @@ def stop(job: str, address: str, console: Console) -> int:
 
 
 def _run(tail: Coroutine[Any, Any, int]) -> int:
-    """As `asyncio.run`, whose own Ctrl-C only cancels: a library may take that for the end of its connection."""
+    """`asyncio.run` with KeyboardInterrupt on Ctrl-C; its own cancellation can look like a closed connection."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -160,7 +161,7 @@ def _run(tail: Coroutine[Any, Any, int]) -> int:
 
 
 async def _tail(client: Any, job: str, shown: int) -> int:
-    """Prints what a job has written since, as long as the connection holds; how much has been shown now."""
+    """Prints a job's log from character `shown` on, until the connection ends. Returns the characters shown so far."""
     seen = 0
     try:
         async for text in client.tail_job_logs(job):
@@ -168,7 +169,7 @@ async def _tail(client: Any, job: str, shown: int) -> int:
             seen += len(text)
             print(new, end="", flush=True)
     except (RuntimeError, OSError):
-        pass  # asked for again
+        pass  # lost connection: `follow` calls again
     return max(seen, shown)
 
 
@@ -181,30 +182,30 @@ def _outcome(job: str, details: Any, console: Console) -> int:
         if details.message and status == "FAILED":
             _say(console, str(details.message).strip())
         return LOST
-    # A process that a signal ended has a negative one.
+    # Negative: ended by a signal.
     return int(code) if code > 0 else 128 - int(code)
 
 
 def _client(address: str) -> Any:
-    """A client that the cluster has accepted, in the mode that `RAY_AUTH_MODE` holds from then on.
+    """A connected client; `RAY_AUTH_MODE` is set to the mode that the cluster accepted.
 
-    The mode is never left unset: with Ray 2.60 that means no token here but one there, and from 2.61 always a token.
+    The mode is always set: unset, Ray 2.60 sends no token but jobs expect one, and Ray 2.61 always sends one.
     """
     modes = login.modes()
     for mode in modes:
         if mode == login.TOKEN:
-            login.token()  # says what is wrong with it, before the cluster is asked
+            login.token()  # raises a clear error for a missing token
         os.environ[login.MODE] = mode
         login.read_again()
         try:
-            return _connected(address)
-        except _troubles() as error:
+            return _connect(address)
+        except _ray_errors() as error:
             if mode == modes[-1] or not _is_refusal(error):
                 raise _explained(address, error) from error
     raise AssertionError("a login has at least one mode")
 
 
-def _connected(address: str) -> Any:
+def _connect(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     for name in list(logging.root.manager.loggerDict):
@@ -213,8 +214,8 @@ def _connected(address: str) -> Any:
     return JobSubmissionClient(address)
 
 
-def _troubles() -> tuple[type[Exception], ...]:
-    """What Ray's client raises if a cluster is not there, does not answer, or refuses."""
+def _ray_errors() -> tuple[type[Exception], ...]:
+    """Exceptions of Ray's client for a cluster that does not exist, does not answer, or refuses."""
     from ray.exceptions import RayError
 
     return RayError, RuntimeError, OSError, ValueError
@@ -223,15 +224,15 @@ def _troubles() -> tuple[type[Exception], ...]:
 def _details(client: Any, job: str, address: str) -> Any:
     try:
         return client.get_job_info(job)
-    except _troubles() as error:
+    except _ray_errors() as error:
         if "does not exist" in str(error) or "404" in str(error):
-            raise JobError(f"The cluster at {address} knows no job {job!r}.") from error
+            raise JobError(f"The cluster at {address} has no job {job!r}.") from error
         raise _explained(address, error) from error
 
 
 def _is_refusal(error: BaseException) -> bool:
-    """Whether the cluster has refused the login."""
-    return any(sign in str(error) for sign in ("uthentication", "nauthorized", "Forbidden", "AUTH_TOKEN"))
+    """True when the cluster refused the login."""
+    return any(mark in str(error) for mark in ("uthentication", "nauthorized", "Forbidden", "AUTH_TOKEN"))
 
 
 def _explained(address: str, error: BaseException) -> JobError:

@@ -1,7 +1,7 @@
 """odedit: batch editing of multimodal language models.
 
-The names below are loaded when they are first used, so that `odedit --help` and job submission need not wait for torch.
-transformers is imported when a backbone is loaded; Ray and MLflow belong to the `pipeline` package.
+The public names are imported on first use, so that `odedit --help` and job submission do not wait for torch.
+transformers is imported when a backbone is loaded; only the `pipeline` package imports Ray and MLflow.
 """
 
 from importlib import import_module
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
+_MODULES = {
     "backbones": ("encode_requests", "load_backbone", "load_processor"),
     "inputs.batch": ("EditRequest", "Picture", "Probe", "stack_params"),
     "data.images": ("ImageReader",),
@@ -65,7 +65,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _HOME.items():
+    for module, names in _MODULES.items():
         if name in names:
             value = getattr(import_module(f"odedit.{module}"), name)
             globals()[name] = value

@@ -1,24 +1,20 @@
-"""The front door: `odedit COMMAND`. Standard output is the result, standard error progress and log.
+"""Commands of `odedit`. Results go to standard output, progress and log to standard error.
 
-Exit codes: 0 done, 1 it failed or nothing could be used, 2 the input is wrong, 130 interrupted, 141 standard output was
-closed. Everything heavy is imported inside the commands, so that help is there at once.
+Exit codes: `odedit.runtime.exit_codes`. Commands import their modules when they run, so that help is fast.
 """
 
 from __future__ import annotations
 
 import os
-import select
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from odedit.errors import InputError, NothingUsable, cause_of, one_sentence
-from odedit.runtime.addresses import masked
+from odedit.errors import InputError
+from odedit.runtime.exit_codes import exit_on_error, is_output_closed, print_error
 
 app = typer.Typer(
     help="Batch editing of multimodal language models: records in, edited models and scores out.",
@@ -29,21 +25,22 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 world_app = typer.Typer(help="The embedded model and benchmark.", no_args_is_help=True, rich_markup_mode=None)
-data_app = typer.Typer(
-    help="Files of records: look through them, pack them.", no_args_is_help=True, rich_markup_mode=None
-)
+data_app = typer.Typer(help="Check and pack files of records.", no_args_is_help=True, rich_markup_mode=None)
 convert_app = typer.Typer(
-    help="Models that are published in pieces, as one checkpoint.", no_args_is_help=True, rich_markup_mode=None
+    help="Convert models that are published in parts to one checkpoint.", no_args_is_help=True, rich_markup_mode=None
 )
-mlflow_app = typer.Typer(help="What MLflow is to know.", no_args_is_help=True, rich_markup_mode=None)
+mlflow_app = typer.Typer(help="Log finished runs to MLflow.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(mlflow_app, name="mlflow")
 app.add_typer(convert_app, name="convert")
 app.add_typer(world_app, name="world")
 app.add_typer(data_app, name="data")
 
 _debug = False
-_OUTPUT_CLOSED = 141
-"""Exit code as of a program that the signal SIGPIPE ended."""
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that override the file.")
+]
+MovedCheckpoint = Annotated[str | None, typer.Option(help="Model, if it has moved since the edit was made.")]
 
 
 @app.callback()
@@ -52,7 +49,7 @@ def _options(
 ) -> None:
     global _debug
     _debug = debug or bool(os.environ.get("ODEDIT_DEBUG"))
-    # The libraries' own chatter; a user who has set these keeps them.
+    # Silences the libraries, unless the user has set these.
     for name, value in (
         ("TRANSFORMERS_VERBOSITY", "error"),
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
@@ -60,11 +57,12 @@ def _options(
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
     ):
         os.environ.setdefault(name, value)
-    _take_over_secrets()
+    _decrypt_variables()
+    _warn_of_passwords()
 
 
-def _take_over_secrets() -> None:
-    """Decrypts what `odedit submit --env` has handed on; says so if a password can be read by others."""
+def _decrypt_variables() -> None:
+    """Decrypts the variables that `odedit submit --env` has passed to this job."""
     if os.environ.get("ODEDIT_SEALED_VARIABLES"):
         from cluster import sealing
 
@@ -73,75 +71,32 @@ def _take_over_secrets() -> None:
                 sealing.unseal()
             except sealing.JobError as error:
                 raise InputError(str(error)) from error
+
+
+def _warn_of_passwords() -> None:
     if any("://" in text for text in sys.argv):
         from cluster.packing import holds_password
 
         if any(map(holds_password, sys.argv)):
-            _say(
+            print_error(
                 "Note: an address on the command line holds a password, which `ps` shows to all users of this machine. "
                 "Put the address into the configuration file, or the password into the environment."
             )
 
 
-@contextmanager
-def _explained(
-    interrupted: str = "Interrupted. What is finished is kept: the same command goes on from there.",
-) -> Iterator[None]:
-    """Turns what can go wrong into one message and an exit code."""
-    try:
-        yield
-    except InputError as error:
-        _say(str(cause_of(error)))
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
-        _say(interrupted)
-        raise typer.Exit(130) from error
-    except NothingUsable as error:
-        _say(str(error))
-        raise typer.Exit(1) from error
-    except (typer.Exit, typer.Abort):
-        raise
-    except Exception as error:
-        if isinstance(error, BrokenPipeError) and _is_output_closed():
-            raise typer.Exit(_OUTPUT_CLOSED) from error
-        if _debug:
-            _say(traceback.format_exc().rstrip())
-        _say(f"Failed: {one_sentence(error)}" + ("" if _debug else "\n(odedit --debug ... shows where.)"))
-        raise typer.Exit(1) from error
-
-
-def _is_output_closed() -> bool:
-    """Whether the program that reads standard output has ended, as `head` does when it has seen enough."""
-    if sys.stdout is None:  # closed before the command began
-        return True
-    try:
-        sys.stdout.flush()
-        poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)
-        is_closed = bool(poll.poll(0))
-    except BrokenPipeError:
-        is_closed = True
-    except (OSError, ValueError):  # no file behind it
-        return False
-    if is_closed:
-        # Python flushes once more when it ends, which would raise.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return is_closed
-
-
-def _say(text: str) -> None:
-    print(masked(text), file=sys.stderr, flush=True)
+def _explained() -> AbstractContextManager[None]:
+    return exit_on_error(debug=_debug)
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for results and the MLflow store.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(help="Folder of the results and the MLflow store.")] = Path("demo"),
     edits: Annotated[int, typer.Option(min=2, help="Number of evaluation edits.")] = 48,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier demo's results first.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the results of an earlier demo first.")] = False,
 ) -> None:
-    """Edits the embedded model with WISE and with WISE + ODEdit, and compares them.
+    """Edits the embedded model with WISE alone, under ODEdit and under the contrast objective, and compares them.
 
-    Offline, a few minutes on two cores. Run it again and it resumes, or says that it is finished.
+    Needs no network; a few minutes on two cores. The same command resumes an interrupted demo.
     """
     with _explained():
         from pipeline import demo
@@ -151,16 +106,14 @@ def demo(
 
 @app.command()
 def edit(
-    config: Annotated[Path, typer.Option(help="YAML with what differs from the defaults.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that override the file.")
-    ] = None,
+    config: Annotated[Path, typer.Option(help="YAML file of the settings that differ from the defaults.")],
+    overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved configuration and the plan, and stop.")
+        bool, typer.Option("--dry-run", help="Check everything, print settings and plan, and write nothing.")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in `out` first.")] = False,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Also print where the time went, stage by stage; OUT/profile.json.")
+        bool, typer.Option("--profile", help="Also print the time of each stage, and write OUT/profile.json.")
     ] = False,
 ) -> None:
     """Edits the records of a file, one edit each, and scores every edit before and after.
@@ -179,18 +132,16 @@ def edit(
 @app.command()
 def train(
     editor: Annotated[str, typer.Argument(metavar="EDITOR", help="mend or unike.")],
-    config: Annotated[Path, typer.Option(help="YAML as for `odedit edit`; training.path names the records.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that override the file.")
-    ] = None,
+    config: Annotated[Path, typer.Option(help="YAML file as for `odedit edit`; training.path is the file of records.")],
+    overrides: Overrides = None,
     out: Annotated[
-        str | None, typer.Option(help="File of the weights or its address; beside the folder `out` if not given.")
+        str | None, typer.Option(help="File or address of the weights; default: beside the folder `out`.")
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, and replace the file.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Restart the training and replace the file.")] = False,
 ) -> None:
-    """Trains the weights that an editor needs before its first edit; prints their file.
+    """Trains the weights that an editor needs, and prints their file, for the setting editor.checkpoint.
 
-    The same command resumes an interrupted training. Edit with the file as editor.checkpoint.
+    The same command resumes an interrupted training.
 
     Example: odedit train mend --config run.yaml --out mend.safetensors
     """
@@ -202,17 +153,17 @@ def train(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Which one; `odedit study list` names them.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that override the files.")
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the study; `odedit study list` prints all.")],
+    overrides: Overrides = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of the settings that differ from the shipped study.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML with what differs from the study that ships.")] = None,
-    out: Annotated[str | None, typer.Option(help="Folder or address; studies/NAME if not given.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder or address; default: studies/NAME.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the results of an earlier run first.")] = False,
 ) -> None:
-    """Runs many arms that differ in a few settings, and compares them on the same records.
+    """Runs arms that differ in a few settings, and compares them on the same records.
 
-    Results: OUT/table.md, OUT/table.csv, OUT/plot.png, and in MLflow a run with a child for each arm. The same command
+    Results: OUT/table.md, OUT/table.csv, OUT/plot.png, and an MLflow run with a child run per arm. The same command
     resumes an interrupted study.
 
     Example: odedit study table1 draw.per_task=12 --out studies/small
@@ -225,17 +176,15 @@ def study(
 
 @app.command()
 def tune(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that override the file.")
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML of the search; the demo that ships if not given.")] = None,
-    out: Annotated[str | None, typer.Option(help="Folder or address; searches/NAME-OF-THE-FILE if not given.")] = None,
-    resume: Annotated[str | None, typer.Option(metavar="DIR", help="Go on with the search in this folder.")] = None,
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of the search; default: the shipped demo.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder or address; default: searches/NAME-OF-THE-FILE.")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="DIR", help="Resume the search in this folder.")] = None,
 ) -> None:
-    """Searches for settings with Ray Tune and Optuna, and runs the best beside the defaults on other records.
+    """Searches for settings with Ray Tune and Optuna, and compares the best with the defaults on other records.
 
-    Results: OUT/best.yaml for `odedit edit`, OUT/summary.md, OUT/trials.csv, pictures, and in MLflow a run with a child
-    for each trial. A search that was interrupted goes on with --resume, to as many trials as were asked for.
+    Results: OUT/best.yaml for `odedit edit`, OUT/summary.md, OUT/trials.csv, plots, and an MLflow run with a child run
+    per trial. --resume continues an interrupted search.
 
     Example: odedit tune --config search.yaml trials=200 concurrent=8
     """
@@ -249,12 +198,12 @@ def tune(
 def compare(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", help="Folder or address of a run, study or search, or an MLflow run's id."),
+        typer.Argument(metavar="RUN...", help="Folder, address or MLflow run id of a run, study or search."),
     ],
-    uri: Annotated[str | None, typer.Option(help="MLflow store of the ids, as tracking.uri.")] = None,
-    html: Annotated[str | None, typer.Option(help="Also write the tables as a page.")] = None,
+    uri: Annotated[str | None, typer.Option(help="MLflow store of the run ids, like tracking.uri.")] = None,
+    html: Annotated[str | None, typer.Option(help="Also write the tables to this HTML file.")] = None,
 ) -> None:
-    """Compares runs with the first: settings that differ, metrics, and paired tests on the records they share.
+    """Compares runs with the first one: different settings, metrics, and paired tests on common records.
 
     Prints Markdown.
 
@@ -269,35 +218,34 @@ def compare(
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def submit(
     command: Annotated[
-        list[str] | None, typer.Argument(metavar="COMMAND...", help="edit, tune, study or train, with its options.")
+        list[str] | None, typer.Argument(metavar="COMMAND...", help="edit, tune, study or train, with its arguments.")
     ] = None,
     address: Annotated[
-        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Dashboard of the cluster.")
+        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Address of the cluster's dashboard.")
     ] = "http://127.0.0.1:8265",
-    wait: Annotated[bool, typer.Option(help="Show the job's log until it ends, and end with its exit code.")] = True,
+    wait: Annotated[bool, typer.Option(help="Show the job's log until it ends, and exit with its exit code.")] = True,
     env: Annotated[
-        list[str] | None, typer.Option(metavar="KEY", help="Variable that the job gets as it is here; repeatable.")
+        list[str] | None, typer.Option(metavar="KEY", help="Environment variable to pass to the job; repeatable.")
     ] = None,
     include: Annotated[
-        list[Path] | None, typer.Option(metavar="PATH", help="More files to take along; repeatable.")
+        list[Path] | None, typer.Option(metavar="PATH", help="Further file or folder to send; repeatable.")
     ] = None,
-    install: Annotated[bool, typer.Option(help="Let pip install the dependencies for the job.")] = False,
-    stop: Annotated[str | None, typer.Option(metavar="ID", help="End a job, as Ctrl-C would.")] = None,
+    install: Annotated[bool, typer.Option(help="Install the dependencies for the job with pip.")] = False,
+    stop: Annotated[str | None, typer.Option(metavar="ID", help="Stop a job, as Ctrl-C would.")] = None,
     follow: Annotated[str | None, typer.Option(metavar="ID", help="Show the log of a job until it ends.")] = None,
 ) -> None:
-    """Runs a command as a job of a Ray cluster.
+    """Runs a command as a job of a Ray cluster, and prints its log.
 
-    The code and the files that the settings name below the current folder are sent; full paths and addresses are read
-    where the job runs. Prints the job's log.
+    Sends the code, and the files below the current folder that the settings name. Full paths and addresses are read
+    where the job runs.
 
     Example: odedit submit --address http://head:8265 --env MLFLOW_TRACKING_TOKEN -- edit --config run.yaml
     out=/shared/runs/one
     """
     from rich.console import Console
 
-    chosen = sum(one is not None for one in (command or None, stop, follow))
-    with _explained("Interrupted."):
-        if chosen != 1:
+    with exit_on_error("Interrupted.", debug=_debug):
+        if sum(choice is not None for choice in (command or None, stop, follow)) != 1:
             raise InputError(
                 "Give a command, such as `-- edit --config run.yaml`, or one of --follow ID and --stop ID."
             )
@@ -332,20 +280,22 @@ def apply(
         list[str],
         typer.Argument(
             metavar="EDIT...",
-            help="Edit files, folders of them, runs, or patterns; paths or addresses. Several are applied together.",
+            help="Edit files, folders of them, runs, or patterns; paths or addresses. All are applied together.",
         ),
     ],
-    prompt: Annotated[str, typer.Option(help="The question, or the beginning of a caption.")],
-    image: Annotated[Path | None, typer.Option(help="Picture that the question is about.")] = None,
-    caption: Annotated[bool, typer.Option("--caption", help="Continue the prompt as it stands.")] = False,
-    checkpoint: Annotated[str | None, typer.Option(help="Model, if it has moved since the edit was made.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or one GPU: cuda:0.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: of the model's weights.")] = "float32",
-    max_tokens: Annotated[int, typer.Option(min=1, max=64, help="Longest answer.")] = 8,
+    prompt: Annotated[str, typer.Option(help="Question, or beginning of a caption.")],
+    image: Annotated[Path | None, typer.Option(help="Picture of the question.")] = None,
+    caption: Annotated[
+        bool, typer.Option("--caption", help="Continue the prompt without the question template.")
+    ] = False,
+    checkpoint: MovedCheckpoint = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or one GPU such as cuda:0.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Type of the model's weights: float32, bfloat16 or float16.")] = "float32",
+    max_tokens: Annotated[int, typer.Option(min=1, max=64, help="Longest answer in tokens.")] = 8,
 ) -> None:
     """Asks the model a question, before and after edits.
 
-    With several edits it also says how many of them hold: whether each is still answered as it was made to be.
+    With several edits, also counts how many of them still hold.
 
     Example: odedit apply out/edits/record-000001.safetensors --prompt "Who owns this?" --image photo.png
     """
@@ -366,12 +316,12 @@ def apply(
 
 @app.command()
 def fetch(
-    edit_ids: Annotated[list[str], typer.Argument(metavar="EDIT_ID...", help="As in the results' column edit_id.")],
-    run: Annotated[str, typer.Option(help="Id of the MLflow run.")],
-    uri: Annotated[str, typer.Option(help="Tracking server or database, as tracking.uri.")],
-    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("."),
+    edit_ids: Annotated[list[str], typer.Argument(metavar="EDIT_ID...", help="Values of the results' column edit_id.")],
+    run: Annotated[str, typer.Option(help="MLflow run id.")],
+    uri: Annotated[str, typer.Option(help="MLflow server or database, like tracking.uri.")],
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("."),
 ) -> None:
-    """Downloads edits that a run logged to MLflow, for `odedit apply`; prints the files.
+    """Downloads edits from MLflow, for `odedit apply`, and prints their files.
 
     Example: odedit fetch --uri sqlite:///mlflow.db --run 0123456789abcdef record-000001 --out fetched
     """
@@ -390,14 +340,13 @@ def merge(
             help="Edit files of one editor, folders of them, runs, or patterns; paths or addresses.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="New folder for the checkpoint.")],
-    checkpoint: Annotated[str | None, typer.Option(help="Model, if it has moved since the edit was made.")] = None,
+    out: Annotated[Path, typer.Option(help="New folder of the checkpoint.")],
+    checkpoint: MovedCheckpoint = None,
 ) -> None:
-    """Writes the edits into the model's weights: a plain checkpoint that needs no odedit.
+    """Merges edits into the model's weights: a checkpoint with the original files and dtypes, usable without odedit.
 
-    For editors whose edits are weights (ftl, ftv, lora, mend); the others decide per prompt and stay with `odedit
-    apply`. Edits that are merged change each other's answers: it says how many of them hold. The files are those of the
-    model's checkpoint, with its dtypes.
+    For editors whose edits are weights: ftl, ftv, lora and mend. The others act per prompt and need `odedit apply`.
+    Merged edits influence each other; prints how many of them still hold.
 
     Example: odedit merge runs/first/edits/record-000001.safetensors --out merged
     """
@@ -407,13 +356,13 @@ def merge(
         print(commands.merge(edits, out, checkpoint))
 
 
-WorldFamily = Annotated[str, typer.Option(help="blip2, minigpt4 or llava; a folder that is given tells its own.")]
+WorldFamily = Annotated[str, typer.Option(help="blip2, minigpt4 or llava; a given checkpoint has its own.")]
 
 
 @world_app.command("build")
 def world_build(
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    out: Annotated[Path, typer.Argument(help="Output folder.")],
+    seed: Annotated[int, typer.Option(help="Seed of new values, wordings and pictures.")] = 0,
 ) -> None:
     """Writes the benchmark: records in MMEdit's format, and their pictures."""
     with _explained():
@@ -425,8 +374,8 @@ def world_build(
 
 @world_app.command("train")
 def world_train(
-    out: Annotated[Path, typer.Argument(help="Folder for the checkpoint.")],
-    seed: Annotated[int, typer.Option(help="Of weights and pictures.")] = 0,
+    out: Annotated[Path, typer.Argument(help="Folder of the checkpoint.")],
+    seed: Annotated[int, typer.Option(help="Seed of weights and pictures.")] = 0,
     vision_steps: Annotated[int, typer.Option(min=1, help="Steps of the vision tower alone.")] = 2400,
     joint_steps: Annotated[int, typer.Option(min=1, help="Steps of the whole model.")] = 1700,
     family: WorldFamily = "blip2",
@@ -440,20 +389,22 @@ def world_train(
 
 @world_app.command("check")
 def world_check(
-    checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint folder; the one that ships if not given.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint folder; default: the shipped one.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Questions per attribute.")] = 600,
     family: WorldFamily = "blip2",
 ) -> None:
-    """Asks the model about its world, in handwriting and wordings that it was not trained with."""
+    """Measures the model's accuracy on held-out handwriting and wordings."""
     with _explained():
         from pipeline import commands
 
         raise typer.Exit(commands.check_world(checkpoint, samples, family))
 
 
-ImageRoot = Annotated[str | None, typer.Option(help="Folder of `image` and `m_loc`.")]
-RephraseRoot = Annotated[str | None, typer.Option(help="Folder of `image_rephrase`; as --image-root if not given.")]
-Task = Annotated[str, typer.Option(help="auto, vqa or caption: of records that do not say.")]
+ImageRoot = Annotated[str | None, typer.Option(help="Folder of the paths in `image` and `m_loc`.")]
+RephraseRoot = Annotated[
+    str | None, typer.Option(help="Folder of the paths in `image_rephrase`; default: --image-root.")
+]
+Task = Annotated[str, typer.Option(help="Task of records without one: auto, vqa or caption.")]
 
 
 @data_app.command("check")
@@ -464,7 +415,7 @@ def data_check(
     task: Task = "auto",
     images: Annotated[bool, typer.Option(help="Also read every picture.")] = True,
 ) -> None:
-    """Says which records would be skipped, and why."""
+    """Prints the records that a run would skip, with reasons."""
     with _explained():
         from pipeline import commands
 
@@ -474,12 +425,12 @@ def data_check(
 @data_app.command("pack")
 def data_pack(
     path: Annotated[str, typer.Argument(help="File of records.")],
-    out: Annotated[str, typer.Argument(help="Folder to write; it is then what data.path names.")],
+    out: Annotated[str, typer.Argument(help="Output folder, for the setting data.path.")],
     image_root: ImageRoot = None,
     rephrase_root: RephraseRoot = None,
     task: Task = "auto",
 ) -> None:
-    """Copies records and their pictures into a few large files, which remote storage reads faster."""
+    """Packs records and their pictures into a few large files, which remote storage reads faster."""
     with _explained():
         from pipeline import commands
 
@@ -488,15 +439,15 @@ def data_pack(
 
 @mlflow_app.callback()
 def _mlflow() -> None:
-    """What MLflow is to know."""
+    """Log finished runs to MLflow."""
 
 
 @mlflow_app.command("sync")
 def mlflow_sync(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders or addresses of finished runs (out).")],
-    uri: Annotated[str | None, typer.Option(help="Log to this store instead of the one that the run names.")] = None,
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders or addresses (`out`) of finished runs.")],
+    uri: Annotated[str | None, typer.Option(help="MLflow store to use instead of the run's own.")] = None,
 ) -> None:
-    """Logs runs that the store did not take when they ended; edits nothing."""
+    """Logs runs that could not be logged when they ended; edits nothing."""
     with _explained():
         from pipeline.driver.sync import sync
 
@@ -506,17 +457,17 @@ def mlflow_sync(
 
 @convert_app.callback()
 def _convert() -> None:
-    """Models that are published in pieces, as one checkpoint."""
+    """Convert models that are published in parts to one checkpoint."""
 
 
 @convert_app.command("minigpt4")
 def convert_minigpt4(
-    blip2: Annotated[Path, typer.Option(help="BLIP-2 with FlanT5-XXL: image tower and Q-Former are taken.")],
-    projection: Annotated[Path, typer.Option(help="MiniGPT-4's projection: a .pth file or safetensors.")],
+    blip2: Annotated[Path, typer.Option(help="BLIP-2 with FlanT5-XXL, for image tower and Q-Former.")],
+    projection: Annotated[Path, typer.Option(help="MiniGPT-4's projection: .pth or safetensors file.")],
     vicuna: Annotated[Path, typer.Option(help="The Vicuna that the projection was trained for.")],
-    out: Annotated[Path, typer.Option(help="New folder for the checkpoint.")],
+    out: Annotated[Path, typer.Option(help="New folder of the checkpoint.")],
 ) -> None:
-    """Puts MiniGPT-4 together; the folder is what backbone.checkpoint names for the family minigpt4.
+    """Builds a checkpoint of MiniGPT-4, for backbone.checkpoint with the family minigpt4.
 
     Example: odedit convert minigpt4 --blip2 blip2-flan-t5-xxl --projection pretrained_minigpt4_7b.pth
     --vicuna vicuna-7b-v0 --out minigpt4-7b
@@ -532,7 +483,7 @@ def main() -> None:
     try:
         app(prog_name="odedit")
     finally:
-        _is_output_closed()
+        is_output_closed()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Exceptions whose message is for the user, and what is said of all others: one sentence."""
+"""Exceptions with messages for the user, and the formatting of errors as one sentence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _RAISED = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception|Exit|Interrupt|Warning)(?:: .*)?)$", re.MULTILINE)
 """Last line of a traceback: exception and message, without the module."""
 _ANOTHER = "During handling of the above exception, another exception occurred"
-"""Between the tracebacks of an exception that was not passed on and of the one that was raised instead."""
+"""Python's line between the tracebacks of two chained exceptions."""
 _TRACEBACK = ("Traceback (most recent call last)", "ray::")
 _LONGEST = 300
 _UNEXPLAINED = "no further explanation"
@@ -23,19 +23,19 @@ class Explained(Exception):
 
 
 class InputError(Explained, ValueError):
-    """What the user gave cannot be used. The message is the whole explanation; commands exit with code 2."""
+    """Invalid input of the user. Commands print the message and exit with code 2."""
 
 
 class StorageError(Explained):
-    """Something cannot be read because its storage refuses, not because it is wrong: it may work later."""
+    """A storage failed until the retries ended; the file itself may be fine."""
 
 
 class NothingUsable(Exception):
-    """A command ran as it should and nothing came of it. The message says so; commands exit with code 1."""
+    """A command ran without error and has no result. Commands print the message and exit with code 1."""
 
 
 def unknown_name(kind: str, got: str, available: Iterable[str]) -> InputError:
-    """An `InputError` for a misspelt name, with the nearest right one.
+    """An `InputError` for an unknown name, with the nearest valid one.
 
     >>> print(unknown_name("editor", "wize", ["ftl", "wise"]))
     Unknown editor 'wize'. Did you mean 'wise'? Available: ftl, wise.
@@ -47,11 +47,11 @@ def unknown_name(kind: str, got: str, available: Iterable[str]) -> InputError:
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """The exception that a worker raised, out of what Ray wraps it in; any other exception itself."""
+    """The exception that a worker raised, without Ray's wrappers; any other exception itself."""
     inner = error.__cause__ if _is_wrapper(error) else getattr(error, "cause", None)
-    found = cause_of(inner) if isinstance(inner, BaseException) else None
-    # A wrapper that came from another process has lost its cause, which is still in the outer exception's text.
-    return error if found is None or _is_wrapper(found) else found
+    cause = cause_of(inner) if isinstance(inner, BaseException) else None
+    # Pickling drops the `__cause__` of a wrapper; the cause is then still in the text of the outer exception.
+    return error if cause is None or _is_wrapper(cause) else cause
 
 
 def _is_wrapper(error: BaseException) -> bool:
@@ -59,7 +59,7 @@ def _is_wrapper(error: BaseException) -> bool:
 
 
 def one_sentence(error: BaseException) -> str:
-    """An exception on one line, its kind included unless it is `Explained`; of a wrapped one, the cause."""
+    """The cause of an exception on one line, with its type unless it is `Explained`."""
     error = cause_of(error)
     text = masked(_COLOURS.sub("", str(error)))
     if any(mark in text for mark in _TRACEBACK) and (raised := _RAISED.search(text.rpartition(_ANOTHER)[2])):
@@ -78,7 +78,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def listed(names: Sequence[str], shown: int = 3, separator: str = ", ") -> str:
-    """The first of some names, and how many more there are.
+    """The first `shown` names, and the number of further ones.
 
     >>> listed(["a", "b"]), listed(["a", "b", "c", "d"], shown=2)
     ('a, b', 'a, b and 2 more')
@@ -88,8 +88,8 @@ def listed(names: Sequence[str], shown: int = 3, separator: str = ", ") -> str:
 
 
 def in_words(error: BaseException, most: int = 200) -> str:
-    """The message of an error as part of a sentence: one line without secrets or full stop, cut where it is long."""
+    """The message of an error for use inside a sentence: one line, passwords masked, no full stop, cut to `most`."""
     text = masked(" ".join(str(error).split())).rstrip(". ")
-    if isinstance(error, KeyError):  # says the key alone
+    if isinstance(error, KeyError):  # its message is the key alone
         text = f"unknown {text}"
     return (text if len(text) <= most else f"{text[:most]} ...") or type(error).__name__

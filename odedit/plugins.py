@@ -1,7 +1,7 @@
-"""Finds plug-ins (editors, backbones, objectives) by their file name: a new one is one new file and nothing else.
+"""Lookup of plug-ins (editors, backbones, objectives) by name.
 
-A plug-in is a file in one of these packages, or a dotted module outside of them. `base` holds the contract, and a
-sub-package what several plug-ins share.
+A plug-in is a module in one of these packages, named by its file, or any importable module, named with dots. `base`
+defines the plug-ins' contract; sub-packages hold shared code.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from odedit.errors import InputError, unknown_name
 
 _NOT_PLUGINS = frozenset({"base"})
-"""Besides packages such as `common`: they hold what plug-ins share."""
+"""Modules that are no plug-ins, besides sub-packages such as `common`."""
 
 
 def names(package: ModuleType) -> tuple[str, ...]:
@@ -26,10 +26,10 @@ def names(package: ModuleType) -> tuple[str, ...]:
 
 
 def find(package: ModuleType, kind: str, name: str, attribute: str) -> Any:
-    """Returns `attribute` of the module called `name`, or of the dotted module outside the package.
+    """Returns `attribute` of the plug-in `name`: a module of `package`, or an importable module if it has a dot.
 
     Raises:
-        InputError: No such name (the nearest right one is given), or the module lacks the attribute.
+        InputError: The plug-in does not exist, cannot be imported, or lacks the attribute.
     """
     if "." in name:
         try:
@@ -48,20 +48,21 @@ def find(package: ModuleType, kind: str, name: str, attribute: str) -> Any:
 def by_config(
     settings: Mapping[Any, Any], own: type, others: Iterable[type] = ()
 ) -> tuple[dict[type, dict[str, Any]], list[Any]]:
-    """Distributes the settings of a section over the `Config` classes that have them.
+    """Distributes the settings of a section over `Config` classes by field name.
 
     Args:
         own: `Config` of the chosen plug-in.
-        others: `Config` of the plug-ins whose settings may stand in the section as well; they get what `own` lacks.
+        others: `Config` classes of other plug-ins whose settings the section may hold; `own` has precedence.
 
     Returns:
-        Each class with its part of the settings, `own` first, and the keys that no class has.
+        Settings by class, `own` first, and the keys that no class has.
     """
     parts: dict[type, dict[str, Any]] = {}
-    taken: set[Any] = set()
+    known: set[Any] = set()
     for config_class in dict.fromkeys((own, *others)):
-        known = {item.name for item in dataclasses.fields(config_class)}
-        fitting = known if config_class is own else known - {item.name for item in dataclasses.fields(own)}
-        parts[config_class] = {key: value for key, value in settings.items() if key in fitting}
-        taken |= fitting
-    return parts, [key for key in settings if key not in taken]
+        keys = {item.name for item in dataclasses.fields(config_class)}
+        if config_class is not own:
+            keys -= {item.name for item in dataclasses.fields(own)}
+        parts[config_class] = {key: value for key, value in settings.items() if key in keys}
+        known |= keys
+    return parts, [key for key in settings if key not in known]

@@ -1,4 +1,4 @@
-"""What the commands do, behind the front door: prints results to standard output and progress to standard error."""
+"""Implementation of the commands. Results go to standard output, progress and notes to standard error."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from rich.table import Table
 
 from odedit.editing.files import EditInfo
 from odedit.errors import InputError, NothingUsable, counted
+from odedit.runtime.addresses import masked
 from odedit.storage.location import Location, locate
 from pipeline.config import run as run_config
 from pipeline.console import say
 from pipeline.driver.preflight import look
 from pipeline.driver.run import Outcome, run
-from pipeline.report import page as report
+from pipeline.report import page
 from pipeline.run_folder import rows
 from pipeline.run_folder.reasons import lines
-from pipeline.tracking import runs
+from pipeline.tracking.client import open_command, store_uri
+from pipeline.tracking.fetch import fetch_edit
 from pipeline.workers.profile import Profile
 
 
@@ -56,9 +58,8 @@ def train(editor: str, path: Path, overrides: Sequence[str], out: str | None, *,
     section = values.get("editor")
     named = section.get("name") if isinstance(section, dict) else None
     if named not in (None, editor):
-        # The run's own editor may be another: what it says of the model and the records holds all the same.
-        text = f"{path}: its editor is {named!r}; {editor!r} takes its defaults and what the command line says."
-        say(errors, text)
+        # A run's configuration may name another editor; its model and records still apply.
+        say(errors, f"{path}: its editor is {named!r}; {editor!r} takes its defaults and the settings given here.")
         values["editor"] = {}
     for text in (f"editor.name={editor}", *overrides):
         run_config.apply_override(values, text)
@@ -67,7 +68,7 @@ def train(editor: str, path: Path, overrides: Sequence[str], out: str | None, *,
 
 
 def _show_plan(config: run_config.RunConfig, *, fresh: bool) -> None:
-    """Resolved configuration and plan, after every check of a run; writes nothing."""
+    """Checks a run and prints its resolved configuration and plan; writes nothing."""
     from pipeline.workers import ray_session
     from pipeline.workers.plan import machine_cpus, machine_gpus, make_plan
 
@@ -82,7 +83,7 @@ def _show_plan(config: run_config.RunConfig, *, fresh: bool) -> None:
         )
     for note in ready.notes:
         say(Console(stderr=True), f"Note: {note}")
-    print(runs.masked(replace(ready.config, out=config.out).to_yaml()))
+    print(masked(replace(ready.config, out=config.out).to_yaml()))
     print(f"# input: {records}")
     address = ray_session.address_of(config.pipeline)
     if address is None:
@@ -92,36 +93,35 @@ def _show_plan(config: run_config.RunConfig, *, fresh: bool) -> None:
     done = len(rows.finished_groups(ready.workspace))
     print(f"# results: {out}" + (f" (finished groups there: {done})" if done else ""))
     if config.tracking.enabled:
-        print(f"# MLflow: {runs.masked(runs.store_uri(config.tracking, out))}")
+        print(f"# MLflow: {masked(store_uri(config.tracking, out))}")
 
 
 def show_outcome(outcome: Outcome) -> None:
-    """A run's summary, and where everything is."""
+    """Prints a run's summary and the locations of its files."""
     out = Console()
     title = f"{outcome.summary['editor']}, {outcome.summary['objective']} objective"
-    out.print(report.summary_table(outcome.summary, title))
+    out.print(page.summary_table(outcome.summary, title))
     if outcome.summary["n"] and outcome.summary["reasons"]:
         say(out, f"Not edited:\n{lines(outcome.summary['reasons'])}")
     say(out, f"Results: {outcome.workspace.out} (report.html, summary.json, results/, edits/)")
     if outcome.tracking_uri:
-        say(out, f"MLflow:  {runs.open_command(outcome.tracking_uri)}")
+        say(out, f"MLflow:  {open_command(outcome.tracking_uri)}")
 
 
 def study(name: str, config: Path | None, overrides: Sequence[str], out: str | None, *, fresh: bool) -> None:
-    """Runs a study and prints its tables; `list` names the studies there are."""
+    """`odedit study`: runs a study and prints its tables; `list` prints the studies that ship."""
     from pipeline.study import run as runner
     from pipeline.study import spec
 
     console = Console()
     if name == "list":
-        for one in spec.names():
-            say(console, f"{one:10} {spec.load(one, None).title}")
+        for known in spec.names():
+            say(console, f"{known:10} {spec.load(known, None).title}")
         return
-    found_study = spec.load(name, config, overrides)
     folder = out if out is not None else f"studies/{name}"
-    found = runner.run(name, found_study, folder, Console(stderr=True), fresh=fresh)
-    print(found.markdown)
-    for line in runner.describe(found, locate(folder, "--out")):
+    outcome = runner.run(name, spec.load(name, config, overrides), folder, Console(stderr=True), fresh=fresh)
+    print(outcome.markdown)
+    for line in runner.describe(outcome, locate(folder, "--out")):
         say(Console(stderr=True), line)
 
 
@@ -130,12 +130,12 @@ def compare(names: Sequence[str], uri: str | None, html: str | None) -> None:
     from pipeline.report import compare as comparing
 
     with comparing.sides(names, uri) as sides:
-        found = comparing.compare(sides)
-        print(comparing.to_markdown(found))
+        comparison = comparing.compare(sides)
+        print(comparing.to_markdown(comparison))
         if html is not None:
-            page = locate(html, "--html")
-            comparing.write_html(found, page)
-            say(Console(stderr=True), f"Page: {page.text}")
+            target = locate(html, "--html")
+            comparing.write_html(comparison, target)
+            say(Console(stderr=True), f"Page: {target.text}")
 
 
 def apply(
@@ -170,14 +170,14 @@ def apply(
     question = Probe(prompt if picture is None else without_leading_marker(prompt), "", picture, caption)
     before, after = before_and_after(backbone, editor, params, infos[0].template, question, max_tokens)
     print(f"before: {before}\nafter:  {after}")
-    _say_of_edits([*given.notes, *_of_templates(infos)])
-    if len(infos) > 1:  # one alone has been scored when it was made
-        found = held.ask(backbone, editor.sites, infos, lambda batch: editor.together(backbone, params, batch))
-        _say_of_edits(found.sentences())
+    _say_all([*given.notes, *_template_notes(infos)])
+    if len(infos) > 1:  # a single edit was scored when it was made
+        result = held.ask(backbone, editor.sites, infos, lambda batch: editor.together(backbone, params, batch))
+        _say_all(result.sentences())
 
 
-def _of_templates(infos: Sequence[EditInfo]) -> Iterator[str]:
-    """What to say of the question's template if the edits were made with different ones."""
+def _template_notes(infos: Sequence[EditInfo]) -> Iterator[str]:
+    """A note if the edits were made with different prompt templates."""
     templates = sorted({info.template for info in infos})
     if len(templates) > 1:
         yield (
@@ -186,14 +186,14 @@ def _of_templates(infos: Sequence[EditInfo]) -> Iterator[str]:
         )
 
 
-def _say_of_edits(sentences: Iterable[str]) -> None:
+def _say_all(sentences: Iterable[str]) -> None:
     errors = Console(stderr=True)
     for sentence in sentences:
         say(errors, sentence)
 
 
 def _check_device(device: str) -> None:
-    """Raises InputError unless this machine has the device; torch would answer with a page of its own."""
+    """Raises InputError unless this machine has the device."""
     import torch
 
     num_gpus = torch.cuda.device_count()
@@ -215,9 +215,9 @@ def merge(edits: Sequence[str], out: Path, checkpoint: str | None) -> Path:
     backbone = load_backbone_of(given.infos[0], checkpoint)
     editor, params, infos = load_edits(given.files, backbone)
     with merged_into(backbone, editor, params) as merged:
-        found = held.ask(backbone, editor.sites, infos, lambda batch: nullcontext())
+        result = held.ask(backbone, editor.sites, infos, lambda batch: nullcontext())
         merged.write(out)
-    _say_of_edits([*given.notes, *found.sentences()])
+    _say_all([*given.notes, *result.sentences()])
     return out
 
 
@@ -231,7 +231,7 @@ def fetch(run_id: str, edit_ids: Sequence[str], uri: str, out: Path) -> None:
         except OSError as error:
             raise InputError(f"--out: {str(out)!r} cannot be written to: {error.strerror}.") from error
         for edit_id in edit_ids:
-            print(runs.fetch_edit(uri, run_id, edit_id, out))
+            print(fetch_edit(uri, run_id, edit_id, out))
 
 
 def train_world(out: Path, seed: int, vision_steps: int, joint_steps: int, family: str) -> Path:
@@ -251,7 +251,7 @@ def train_world(out: Path, seed: int, vision_steps: int, joint_steps: int, famil
             if stage not in tasks:
                 tasks[stage] = bar.add_task(stage, total=steps, loss=loss)
             bar.update(tasks[stage], completed=step, loss=loss)
-            # A bar needs a terminal; a log gets a line now and then.
+            # Without a terminal there is no bar: a line every 5 seconds instead.
             if not errors.is_terminal and (step == steps or time.monotonic() - last > 5):
                 last = time.monotonic()
                 say(errors, f"{stage}: step {step} of {steps}, loss {loss:.3f}")
@@ -260,17 +260,17 @@ def train_world(out: Path, seed: int, vision_steps: int, joint_steps: int, famil
 
 
 def check_world(checkpoint: Path | None, samples: int, family: str) -> int:
-    """`odedit world check`: prints the table; returns 1 if the model does not know its world well enough."""
+    """`odedit world check`: prints the accuracies; returns 1 if one is below its threshold."""
     from odedit.world import check
 
     if checkpoint is not None and not (checkpoint / "config.json").is_file():
         raise InputError(f"--checkpoint: {checkpoint} holds no config.json; expected the folder of a checkpoint.")
-    found = check.check(checkpoint, samples=samples, family=family)
+    accuracies = check.check(checkpoint, samples=samples, family=family)
     table = Table("attribute", *("plain", "rephrase"))
-    for attribute, row in found.items():
+    for attribute, row in accuracies.items():
         table.add_row(attribute, *(f"{row[name]:.3f}" if name in row else "" for name in ("plain", "rephrase")))
     Console().print(table)
-    shortfalls = check.shortfalls(found)
+    shortfalls = check.shortfalls(accuracies)
     for line in shortfalls:
         say(Console(stderr=True), line)
     return 1 if shortfalls else 0
@@ -280,16 +280,16 @@ def check_data(path: str, image_root: str | None, rephrase_root: str | None, tas
     """`odedit data check`."""
     from odedit.data.check import CheckReport, check_records
 
-    found = CheckReport()
+    report = CheckReport()
     with _named_by_flags():
-        for finding in check_records(path, image_root, rephrase_root, found, task=task, read_images=images):
+        for finding in check_records(path, image_root, rephrase_root, report, task=task, read_images=images):
             print(_with_flags(str(finding)))
-    skipped = ", ".join(f"{count} {kind}" for kind, count in found.skipped.most_common())
+    skipped = ", ".join(f"{count} {kind}" for kind, count in report.skipped.most_common())
     print(
-        f"{found.num_usable} of {counted(found.num_records, 'record')} can be used"
+        f"{report.num_usable} of {counted(report.num_records, 'record')} can be used"
         + (f"; skipped: {skipped}." if skipped else ".")
     )
-    if not found.num_usable:
+    if not report.num_usable:
         raise NothingUsable("None of the records can be used.")
 
 
@@ -313,7 +313,7 @@ def pack_data(path: str, out: str, image_root: str | None, rephrase_root: str | 
 
 @contextmanager
 def _named_by_flags() -> Iterator[None]:
-    """Inside, errors name the option that was typed instead of the setting of a run that it stands for."""
+    """Renames settings in error messages to the options of the command: `data.image_root` to `--image-root`."""
     try:
         yield
     except InputError as error:

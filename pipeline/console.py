@@ -1,4 +1,4 @@
-"""Text for people, printed as it is."""
+"""Output of text without markup."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from rich.console import Console
 
 
 def say(console: Console, text: str) -> None:
-    """Prints text without wrapping, colouring or reading markup in it: it may hold paths and names of any kind."""
+    """Prints text without wrapping, colours or markup, since it may hold arbitrary paths and names."""
     console.print(text, highlight=False, soft_wrap=True, markup=False)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: one way to ask a command for its end, and none of them forgotten."""
+"""Ctrl-C and SIGTERM end a command in the same way, and no signal is lost."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ _is_interrupted = False
 
 @contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
-    """Inside, SIGTERM ends the run as Ctrl-C does: Ray is stopped, the MLflow run closed, and no result is lost.
+    """Raises KeyboardInterrupt inside the block on SIGTERM as on Ctrl-C, so that Ray and the MLflow run are closed.
 
-    A signal may come while code of some library runs that lets no exception out, such as a destructor; it is not
-    forgotten until the outermost of these blocks ends: see `raise_if_interrupted`. What fails because of
-    it, such as a lock that is let go of before it was held, is taken for the interruption that it is.
+    A library may swallow that exception, in a destructor say; `raise_if_interrupted` then raises it again, until the
+    outermost block ends. Other exceptions after a signal become KeyboardInterrupt: the signal may have caused them.
     """
     global _depth, _is_interrupted
     if threading.current_thread() is not threading.main_thread():
@@ -47,6 +46,6 @@ def terminate_as_interrupt() -> Iterator[None]:
 
 
 def raise_if_interrupted() -> None:
-    """Raises KeyboardInterrupt if the user has asked for the end, and whoever heard of it first kept it to himself."""
+    """Raises KeyboardInterrupt if a signal arrived and its exception was swallowed (in a destructor, say)."""
     if _is_interrupted:
         raise KeyboardInterrupt

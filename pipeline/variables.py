@@ -1,4 +1,4 @@
-"""Environment variables that hold for the time of a block."""
+"""Temporary environment variables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Inside, the variables have these values, also for processes started there; afterwards they are as before."""
+    """Sets environment variables inside the block, for child processes too, and restores them afterwards."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -22,7 +22,7 @@ from filelock import FileLock
 from odedit import EditRequest, load_backbone, world
 from odedit.backbones import Backbone, encode_requests
 from odedit.inputs.batch import EditBatch
-from odedit.storage import kept_notes
+from odedit.storage import disk_cache
 from pipeline.run_folder.sources import embedded_name
 from tests.support import schedule
 from tests.support.requests import TEMPLATE, make_request
@@ -52,7 +52,7 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Notes of this process go to a folder of the tests."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("notes") / "own"
-        patch.setattr(kept_notes, "folder", lambda: folder)
+        patch.setattr(disk_cache, "folder", lambda: folder)
         yield
 
 

@@ -1,4 +1,4 @@
-"""The commands: every kind of wrong input ends with a clear sentence and exit code 2, never with a traceback."""
+"""Commands: invalid input of any kind ends with a clear message and exit code 2, never with a traceback."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def odedit(*arguments: object) -> Result:
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Any]:
-    """A configuration file and the small input that it names."""
+    """A configuration file and its small input."""
     records = [record(number) for number in range(3)]
     image_root, rephrase_root = write_images(tmp_path, records)
     values = {

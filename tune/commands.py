@@ -10,7 +10,7 @@ from rich.console import Console
 from odedit.errors import InputError
 from odedit.runtime.addresses import below, masked
 from pipeline.console import say
-from pipeline.tracking import runs
+from pipeline.tracking.client import open_command
 from tune import config as search_config
 from tune import run as runner
 from tune.folder import resumed
@@ -31,6 +31,6 @@ def tune(path: Path | None, overrides: Sequence[str], out: str | None, resume: s
     lines = [f"Best settings: odedit edit --config {below(masked(folder), 'best.yaml')}"]
     lines.append(f"Search:        {masked(folder)} (summary.md, summary.json, trials.csv, pictures)")
     if found.tracking_uri is not None:
-        lines.append(f"MLflow:        {runs.open_command(found.tracking_uri)}")
+        lines.append(f"MLflow:        {open_command(found.tracking_uri)}")
     for line in lines:
         say(errors, line)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
 
 from odedit.errors import InputError, unknown_name
+from odedit.evaluation import columns
 from odedit.evaluation.statistics import MAIN
+from odedit.settings import Settings
 from pipeline.config import strict
 from pipeline.config.run import AUTO, RunConfig, apply_override, from_dict, read_yaml
 from pipeline.study.spec import merged
@@ -16,7 +20,7 @@ from tune.space import Space
 
 DEMO = Path(__file__).parent / "demo.yaml"
 SCORE = "score"
-COMBINED = {"reliability": ("rel",), "generality": ("t_gen", "m_gen"), "locality": ("t_loc", "m_loc")}
+COMBINED = columns.groups()
 OBJECTIVES = (SCORE, *COMBINED, *MAIN)
 """Each is a share between 0 and 1, and more is better."""
 
@@ -36,7 +40,7 @@ def _default_space() -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Rungs:
+class Rungs(Settings):
     """How many edits a trial is scored on: few at first, and more for those that are not stopped.
 
     A trial goes on from a rung if it is among the best `1 / factor` of those that have come so far
@@ -48,14 +52,9 @@ class Rungs:
         number: How many rungs; 1: every trial gets all its edits.
     """
 
-    edits: int = 12
-    factor: int = 2
-    number: int = 3
-
-    def __post_init__(self) -> None:
-        for name, least in (("edits", 1), ("factor", 2), ("number", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}.")
+    edits: Annotated[int, Ge(1)] = 12
+    factor: Annotated[int, Ge(2)] = 2
+    number: Annotated[int, Ge(1)] = 3
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -64,7 +63,7 @@ class Rungs:
 
 
 @dataclass(frozen=True)
-class SearchConfig:
+class SearchConfig(Settings):
     """A search.
 
     Attributes:
@@ -94,20 +93,18 @@ class SearchConfig:
     evaluation: dict[str, Any] = field(default_factory=dict)
     space: dict[str, Any] = field(default_factory=_default_space)
     objectives: tuple[str, ...] = (SCORE,)
-    trials: int = 32
-    concurrent: int = 2
+    trials: Annotated[int, Ge(1)] = 32
+    concurrent: Annotated[int, Ge(1)] = 2
     rungs: Rungs = field(default_factory=Rungs)
     sampler: Literal["tpe", "random", "cmaes", "nsga2"] = "tpe"
     storage: str | None = None
-    retries: int = 2
+    retries: Annotated[int, Ge(0)] = 2
     defaults_first: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "objectives", tuple(self.objectives))
-        for name, least in (("trials", 1), ("concurrent", 1), ("retries", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}.")
+        super().__post_init__()
         for name in self.objectives:
             if name not in OBJECTIVES:
                 raise ValueError(f"objectives: {unknown_name('objective', name, OBJECTIVES)}")

@@ -20,10 +20,10 @@ from odedit.errors import InputError
 from odedit.runtime.addresses import below, masked
 from odedit.storage.location import Location, delete_all, locate
 from pipeline.config.run import read_yaml
+from pipeline.config.values import flatten, masked_values
 from pipeline.config.version import code_version
 from pipeline.run_folder import sources
 from pipeline.run_folder.workspace import CONFIG_HEADER, check_access, read_json, write_json
-from pipeline.tracking import runs
 from tune.config import Search, SearchConfig, from_values, override
 
 STATE, CONFIG, JOURNAL = "search.json", "search.yaml", "optuna.journal"
@@ -115,7 +115,7 @@ def check_folder(search: Search, folder: Folder, *, resume: bool) -> None:
     if not state:
         delete_all((out / "validation").glob())
     if state:
-        then, now = (runs.flatten(one) for one in (state["identity"], _identity(search)))
+        then, now = (flatten(one) for one in (state["identity"], _identity(search)))
         changed = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
         if changed:
             lines = "\n".join(f"  {name}: was {then.get(name)!r}, now {now.get(name)!r}" for name in changed)
@@ -124,7 +124,7 @@ def check_folder(search: Search, folder: Folder, *, resume: bool) -> None:
 
 
 def _identity(search: Search) -> dict[str, Any]:
-    found = runs.masked_values(search.config.to_dict() | search.config.identity())
+    found = masked_values(search.config.to_dict() | search.config.identity())
     return {name: found[name] for name in search.config.identity()}
 
 
@@ -180,7 +180,7 @@ def remember(search: Search, folder: Folder, found: sources.Sources) -> None:
         if inputs.get(name) != then:
             raise InputError(f"validation: {name} was {then}, and is {inputs.get(name)} now. Choose another folder.")
     text = yaml.safe_dump(search.config.to_dict(), sort_keys=False, allow_unicode=True)
-    public = yaml.safe_dump(runs.masked_values(search.config.to_dict()), sort_keys=False, allow_unicode=True)
+    public = yaml.safe_dump(masked_values(search.config.to_dict()), sort_keys=False, allow_unicode=True)
     search_id = state.get("search_id") or uuid.uuid4().hex
     folder.update(
         search_id=search_id,

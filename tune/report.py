@@ -182,7 +182,7 @@ def _best_text(search: Search, best: Trial) -> str:
         "| setting | best | default |",
         "|---|--:|--:|",
     ]
-    from pipeline.tracking.runs import flatten
+    from pipeline.config.values import flatten
 
     defaults = flatten(search.defaults.to_dict())
     for path, value in search.space.settings(best.point).items():

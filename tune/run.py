@@ -21,6 +21,7 @@ from odedit.storage.location import Location, delete_all, locate
 from pipeline.config.checkpoints import editor_weights, fitted, with_absolute_checkpoints
 from pipeline.config.reachable import check_server
 from pipeline.config.run import RunConfig
+from pipeline.config.values import flatten, masked_values
 from pipeline.config.version import code_version
 from pipeline.console import say
 from pipeline.driver.preflight import check as check_run
@@ -29,7 +30,7 @@ from pipeline.driver.run import Outcome, run_many
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.run_folder import sources
 from pipeline.run_folder.workspace import Workspace, new_place
-from pipeline.tracking import runs
+from pipeline.tracking.client import store_uri
 from pipeline.tracking.searches import KIND, SearchRun
 from pipeline.workers import ray_session
 from pipeline.workers.model import with_checked_store
@@ -57,7 +58,7 @@ def run(config: SearchConfig, out: Path | str, console: Console, *, resume: bool
     points.check_driver(config)
     folder = Folder.of(out)
     if search.trial.tracking.enabled:
-        runs.store_uri(search.trial.tracking, folder.evaluation)
+        store_uri(search.trial.tracking, folder.evaluation)
     check_folder(search, folder, resume=resume)
     with ExitStack() as stack:
         is_begun = bool(folder.state)
@@ -179,11 +180,11 @@ def _tracker(search: Search, folder: Folder) -> SearchRun | None:
         return None
     state, config = folder.state, search.config
     tracker = SearchRun.start(
-        runs.store_uri(settings, folder.evaluation),
+        store_uri(settings, folder.evaluation),
         settings.experiment,
         settings.run_name or folder.out.name,
         state["search_id"],
-        runs.flatten({name: value for name, value in config.to_dict().items() if name != "storage"}),
+        flatten({name: value for name, value in config.to_dict().items() if name != "storage"}),
         {
             "odedit.version": code_version(),
             "odedit.study_name": state["study"],
@@ -194,7 +195,7 @@ def _tracker(search: Search, folder: Folder) -> SearchRun | None:
         },
         state.get("run_id"),
     )
-    folder.update(run_id=tracker.run_id)
+    folder.update(run_id=tracker.parent.run_id)
     return tracker
 
 
@@ -311,7 +312,7 @@ def _evaluation_config(search: Search, folder: Folder, trial: Trial) -> RunConfi
 
 
 def _named(folder: Folder, config: RunConfig, name: str) -> RunConfig:
-    uri = runs.store_uri(config.tracking, folder.evaluation) if config.tracking.enabled else config.tracking.uri
+    uri = store_uri(config.tracking, folder.evaluation) if config.tracking.enabled else config.tracking.uri
     return replace(
         fitted(with_absolute_checkpoints(config))[0],
         data=sources.with_absolute_paths(config.data),
@@ -323,7 +324,7 @@ def _named(folder: Folder, config: RunConfig, name: str) -> RunConfig:
 def _best_yaml(config: RunConfig, trial: Trial) -> str:
     """The best trial's run, for `odedit edit`; passwords are not written down."""
     values: Mapping[str, Any] = config.to_dict()
-    public = runs.masked_values(values)
+    public = masked_values(values)
     if public["tracking"]["uri"] != values["tracking"]["uri"]:
         public["tracking"]["uri"] = None
     text = yaml.safe_dump(public, sort_keys=False, allow_unicode=True)
@@ -354,10 +355,10 @@ def _log(
     for name, outcome in outcomes.items():
         tracker.tag_run(outcome.run_id, {KIND: "evaluation", "odedit.arm": name})
     settings = {f"best.{path}": str(value) for path, value in search.space.settings(best.point).items()}
-    run_id = tracker.trials.get(best.key, "")
+    run_id = tracker.trials[best.key].run_id if best.key in tracker.trials else ""
     tracker.log_search(
         finished.files, finished.metrics, settings | {"best.trial": str(best.number), "best.run_id": run_id}
     )
     for trial in every:
         if trial.key in tracker.trials and trial in finished.front:
-            tracker.tag_run(tracker.trials[trial.key], {"odedit.best": "true" if trial is best else "front"})
+            tracker.tag_run(tracker.trials[trial.key].run_id, {"odedit.best": "true" if trial is best else "front"})

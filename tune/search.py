@@ -24,11 +24,11 @@ from odedit.evaluation.statistics import MAIN
 from odedit.storage.location import Location
 from pipeline.config.checkpoints import fitted, with_absolute_checkpoints
 from pipeline.config.run import RunConfig
+from pipeline.config.values import flatten
 from pipeline.console import say
 from pipeline.interrupts import raise_if_interrupted
 from pipeline.report.formatting import number
 from pipeline.run_folder import rows as results
-from pipeline.tracking.runs import flatten
 from pipeline.tracking.searches import SearchRun
 from tune import points, scoring
 from tune.config import SCORE, Search

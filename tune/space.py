@@ -21,8 +21,8 @@ from typing import Any
 from odedit.errors import InputError, unknown_name
 from pipeline.config import strict
 from pipeline.config.run import RunConfig, from_dict
+from pipeline.config.values import flatten
 from pipeline.study.spec import merged
-from pipeline.tracking.runs import flatten
 from tune.dimensions import MAX_LISTED, Dimension, Geometric, Parameter, label
 
 Point = dict[str, Any]

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from odedit import plugins
-from odedit.backbones.base import Backbone, Prefix, Processor, is_connector
+from odedit.backbones.base import Backbone, Prefix, is_connector
+from odedit.backbones.common.checkpoints import PretrainedProcessor
 from odedit.data.negatives import NegativePool
 from odedit.inputs.batch import (
     EDIT,
@@ -27,7 +28,7 @@ from odedit.runtime.stages import stage
 __all__ = [
     "Backbone",
     "Prefix",
-    "Processor",
+    "PretrainedProcessor",
     "can_inspect",
     "encode_requests",
     "encode_supervision",
@@ -41,51 +42,52 @@ __all__ = [
 
 
 def names() -> tuple[str, ...]:
-    """Families there are, by file name."""
+    """Names of the families in this folder, sorted."""
     return plugins.names(sys.modules[__name__])
 
 
 def load_backbone(family: str, checkpoint: str, *, dtype: str = "float32", device: str = "cpu") -> Backbone:
-    """Loads a frozen model of `family` from a directory or hub id.
+    """Loads a frozen model of a family.
 
     Args:
-        family: A name from `names()`, or a dotted module that defines `BACKBONE`.
-        checkpoint: Directory in the Hugging Face layout, hub id, or `embedded` for the small model that ships.
-        dtype: `float32`, `bfloat16` or `float16`; losses are computed in float32 whatever it is.
-        device: A torch device such as `cpu` or `cuda:0`.
+        family: Name from `names()`, or dotted module that defines `BACKBONE`.
+        checkpoint: Folder in the Hugging Face layout, hub id, or `embedded` for the small model in the package.
+        dtype: `float32`, `bfloat16` or `float16`; losses are always computed in float32.
+        device: Torch device such as `cpu` or `cuda:0`.
 
     Raises:
-        InputError: Unknown family, checkpoint missing or of another class.
+        InputError: The family is unknown, or the checkpoint is missing or does not fit it.
     """
     backbone: Backbone = _find(family).load(checkpoint, dtype=dtype, device=device)
     return backbone
 
 
 def inspect_backbone(family: str, checkpoint: str, *, dtype: str = "float32") -> Backbone:
-    """The model that `load_backbone` would load, without weights: for its sites, shapes, tokenizer and fingerprint.
+    """The model without weights, on the meta device: its sites, shapes, tokenizer and fingerprint.
 
-    Nothing but configuration and headers is read before the fingerprint is asked for.
+    Reads the configuration and headers of the weight files; the attribute `fingerprint` reads the weights.
 
     Raises:
-        InputError: Unknown family, checkpoint missing or of another class, or parts of it do not fit together.
+        InputError: The family is unknown, the checkpoint is missing or does not fit it, or its files do not fit
+            together.
     """
     backbone: Backbone = _find(family).inspect(checkpoint, dtype=dtype)
     return backbone
 
 
 def can_inspect(family: str) -> bool:
-    """Whether `inspect_backbone` knows the family; one from outside the package need not have `inspect`."""
+    """Whether `inspect_backbone` supports the family; `inspect` is optional for one from outside the package."""
     return hasattr(_find(family), "inspect")
 
 
-def load_processor(family: str, checkpoint: str) -> Processor:
-    """The part of a backbone that needs no weights."""
-    processor: Processor = _find(family).load_processor(checkpoint)
+def load_processor(family: str, checkpoint: str) -> PretrainedProcessor:
+    """The tokenizer and image processor of a checkpoint, which need no weights."""
+    processor: PretrainedProcessor = _find(family).load_processor(checkpoint)
     return processor
 
 
 def fingerprint(family: str, checkpoint: str, *, dtype: str = "float32") -> str:
-    """Names the weights that `load_backbone` would load, without loading them. Raises InputError as it does."""
+    """Name of a checkpoint's weights, without loading the model. Raises InputError as `load_backbone`."""
     name: str = _find(family).fingerprint_of(checkpoint, dtype=dtype)
     return name
 
@@ -101,15 +103,15 @@ def encode_requests(
     sites: Sequence[str] = (),
     negatives: NegativePool | None = None,
 ) -> tuple[EditBatch, EditBatch]:
-    """Encodes what supervises the edits and what judges them; each distinct picture runs the image tower once.
+    """Encodes edits for optimisation and for evaluation; each distinct picture passes the image tower once.
 
     Args:
-        sites: What the editor changes. With a site of the connector among them, the features are those that enter it.
-        negatives: Where hard negatives are taken from; its features are made for the same sites.
+        sites: Sites that the editor changes. If one is of the connector, features are inputs of the connector.
+        negatives: Pool of hard negatives, with features computed for the same sites.
 
     Returns:
-        The supervision batch (slots `SUPERVISION_SLOTS`; with negatives, then `REPHRASE` and those) and the evaluation
-        batch (slots `rel` and every probe name that occurs, sorted).
+        The supervision batch (slots `SUPERVISION_SLOTS`; with negatives also `REPHRASE` and `negative_slots`) and the
+        evaluation batch (slots `rel` and every probe name that occurs, sorted).
     """
     before = any(is_connector(site) for site in sites)
     with stage("image features"):
@@ -133,8 +135,12 @@ def encode_supervision(
     before_connector: bool = False,
     negatives: NegativePool | None = None,
 ) -> EditBatch:
-    """The batch of what supervises the edits, the first that `encode_requests` returns; arguments as of
-    `Backbone.encode`.
+    """The supervision batch that `encode_requests` returns.
+
+    Args:
+        features: Image features by the picture's key.
+        before_connector: Whether `features` are inputs of the connector.
+        negatives: Pool of hard negatives.
     """
     slots: tuple[str, ...] = SUPERVISION_SLOTS
     grid: list[list[Probe | None]] = [
@@ -150,7 +156,7 @@ def encode_supervision(
                 feature = features[picture.key]
                 for probe in negatives.probes(request, feature):
                     row.append(probe)
-                    assert probe.picture is not None, "what differs is the picture"
+                    assert probe.picture is not None, "negatives differ in their picture"
                     if (key := probe.picture.key) not in features:
                         used[key] = negatives.features[key].to(feature.device)
             row += [None] * (len(slots) - len(row))

@@ -1,21 +1,20 @@
 """BLIP-2 with an OPT text model (arXiv 2301.12597), any size, as `transformers` ships it.
 
-Input: `[query tokens of the image | </s> | text]`; a text-only prompt has no image part. `Blip2Processor` builds the
-same.
+Input: `[query tokens of the picture | </s> | text]`, as `Blip2Processor` builds it; without a picture `[</s> | text]`.
 """
 
 from __future__ import annotations
 
 from odedit.backbones.common.checkpoints import Architecture
 from odedit.backbones.common.decoders import Decoder, OPTDecoder
-from odedit.backbones.common.qformer import QFormerModel
+from odedit.backbones.common.qformer import QFormerBackbone
 from odedit.inputs.batch import Probe
 from odedit.inputs.encoding import TokenSequence
 from odedit.inputs.prompts import Template, tokenize
 
 
-class Blip2(QFormerModel):
-    """A frozen `Blip2ForConditionalGeneration`."""
+class Blip2(QFormerBackbone):
+    """A frozen `Blip2ForConditionalGeneration` with an OPT text model."""
 
     family = "blip2"
     architecture = Architecture(

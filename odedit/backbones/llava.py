@@ -1,7 +1,7 @@
-"""LLaVA-1.5 (arXiv 2310.03744): CLIP, two layers per patch, and a LLaMA; as `llava-hf/llava-1.5-7b-hf`.
+"""LLaVA-1.5 (arXiv 2310.03744): CLIP, a two-layer projection of each patch, and a LLaMA; as `llava-hf/llava-1.5-7b-hf`.
 
-Input: `<s>USER: <image>\\n{text} ASSISTANT: target`, the image token once per patch (576 of them at 336 pixels); a
-text-only prompt is `<s>USER: {text} ASSISTANT: target`.
+Input: `<s>USER: <image>\\n{text} ASSISTANT: target`, with one image token per patch (576 at 336 pixels); without a
+picture `<s>USER: {text} ASSISTANT: target`.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from odedit.backbones.base import Backbone
 from odedit.backbones.common.checkpoints import Architecture, PretrainedProcessor
 from odedit.backbones.common.decoders import Decoder, LlamaDecoder
-from odedit.backbones.common.model import MultimodalModel
 from odedit.inputs.batch import Probe
 from odedit.inputs.encoding import TokenSequence
 from odedit.inputs.prompts import Frame, Template, tokenize
 
 
 class LlavaProcessor(PretrainedProcessor):
-    """CLIP's image processor: the shorter side resized, the middle cut out."""
+    """CLIP's image processor: resizes the shorter side and crops the centre."""
 
     images = "transformers.models.clip.image_processing_pil_clip.CLIPImageProcessorPil"
 
 
-class Llava(MultimodalModel):
+class Llava(Backbone):
     """A frozen `LlavaForConditionalGeneration`."""
 
     family = "llava"
@@ -46,8 +46,8 @@ class Llava(MultimodalModel):
         return {"multi_modal_projector": self.model.model.multi_modal_projector}
 
     @property
-    def _layers(self) -> tuple[int, ...]:
-        """Whose states of the image tower are read, side by side."""
+    def _vision_layers(self) -> tuple[int, ...]:
+        """Layers of the image tower whose states are concatenated."""
         layers = self.model.config.vision_feature_layer
         return (layers,) if isinstance(layers, int) else tuple(layers)
 
@@ -57,11 +57,11 @@ class Llava(MultimodalModel):
 
     @property
     def vision_width(self) -> int:
-        return super().vision_width * len(self._layers)
+        return super().vision_width * len(self._vision_layers)
 
     def tower(self, pixels: Tensor) -> Tensor:
         states = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-        vision = torch.cat([states[layer] for layer in self._layers], dim=-1)
+        vision = torch.cat([states[layer] for layer in self._vision_layers], dim=-1)
         return vision[:, 1:] if self._skips_class_token else vision
 
     def connect(self, vision: Tensor) -> Tensor:

@@ -1,30 +1,30 @@
 """MiniGPT-4 (arXiv 2304.10592): BLIP-2's ViT and Q-Former, one projection, Vicuna; as a BLIP-2 checkpoint.
 
-Input: `[<s> | ###Human: <Img> | query tokens | </Img> text###Assistant: target]`, the text before and behind the
-picture tokenised apart, as the model was trained. A text-only prompt is `###Human: text###Assistant: target`.
+Input: `[<s> | ###Human: <Img> | query tokens | </Img> text###Assistant: target]`; the texts before and after the
+picture are tokenised separately, as in training. Without a picture `###Human: text###Assistant: target`.
 
-The published pieces become such a checkpoint by `odedit convert minigpt4`.
+`odedit convert minigpt4` makes such a checkpoint from the published pieces.
 """
 
 from __future__ import annotations
 
 from odedit.backbones.common.checkpoints import Architecture
 from odedit.backbones.common.decoders import Decoder, LlamaDecoder
-from odedit.backbones.common.qformer import QFormerModel
+from odedit.backbones.common.qformer import QFormerBackbone
 from odedit.inputs.batch import Probe
 from odedit.inputs.encoding import TokenSequence
 from odedit.inputs.prompts import Frame, Template, tokenize
 
 BEFORE_PICTURE = "###Human: <Img>"
-BEHIND_PICTURE = Frame("</Img> ", "###Assistant:", begins=False)
+AFTER_PICTURE = Frame("</Img> ", "###Assistant:", begins=False)
 WITHOUT_PICTURE = Frame("###Human: ", "###Assistant:")
 
 
-class MiniGPT4(QFormerModel):
+class MiniGPT4(QFormerBackbone):
     """A frozen `Blip2ForConditionalGeneration` with a LLaMA text model."""
 
     family = "minigpt4"
-    stop = "##"  # of "###Human:", as the published code stops
+    stop = "##"  # begins "###Human:", where the published code stops
     architecture = Architecture("Blip2ForConditionalGeneration", "blip-2", ("llama",), "a LLaMA")
 
     def make_decoder(self) -> Decoder:
@@ -36,10 +36,10 @@ class MiniGPT4(QFormerModel):
         if probe.picture is None:
             return TokenSequence(*tokenize(tokenizer, template, probe, WITHOUT_PICTURE))
         before = tokenizer(BEFORE_PICTURE)["input_ids"]
-        behind, first_target = tokenize(tokenizer, template, probe, BEHIND_PICTURE)
+        after, first_target = tokenize(tokenizer, template, probe, AFTER_PICTURE)
         token = int(config.image_token_id or 0)
         return TokenSequence.around_picture(
-            before, probe.picture.key, token, config.num_query_tokens, behind, first_target
+            before, probe.picture.key, token, config.num_query_tokens, after, first_target
         )
 
 

@@ -1,11 +1,11 @@
-"""Qwen2.5-VL (arXiv 2502.13923), any size: a tower for any resolution, merged patches, rotary positions in 3-d.
+"""Qwen2.5-VL (arXiv 2502.13923), any size: a tower for any resolution, merged patches, three-dimensional positions.
 
-Input: the chat template of its processor, one user's turn with the picture in front of the text. An answer there
-begins a line, so the target has no space in front.
+Input: the chat template of its processor, one user turn with the picture before the text. An answer begins a line
+there, so no space precedes the target.
 
-Differs from the model's own processing: every picture is resized to one square of 448 pixels, 256 positions of the text
-model, where the processor keeps the picture's proportions. With one number of positions pictures share a batch, and an
-edit costs the same whatever picture it is about.
+Differs from the model's own processing: every picture is resized to a square of 448 pixels, 256 positions of the text
+model, instead of keeping its proportions. With one number of positions, pictures share a batch, and edits cost the
+same for every picture.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from odedit.backbones.base import Backbone
 from odedit.backbones.common.checkpoints import Architecture, PretrainedProcessor
 from odedit.backbones.common.decoders import Decoder, LlamaDecoder
-from odedit.backbones.common.model import MultimodalModel
 from odedit.errors import InputError
 from odedit.inputs.batch import Probe
 from odedit.inputs.encoding import TokenSequence
 from odedit.inputs.prompts import Frame, Template, tokenize
 
 SIDE = 448
+"""Width and height of every picture, in pixels."""
 _TURN = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 _ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
 _TURN_START, _TURN_END = "<|im_start|>", "<|im_end|>"
@@ -33,7 +34,7 @@ _VISION_START, _VISION_END = "<|vision_start|>", "<|vision_end|>"
 
 
 class Qwen25VLProcessor(PretrainedProcessor):
-    """Normalises with the checkpoint's mean and deviation, at one size."""
+    """Resizes to `SIDE` and normalises with the checkpoint's mean and standard deviation."""
 
     images = "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil"
 
@@ -44,7 +45,7 @@ class Qwen25VLProcessor(PretrainedProcessor):
         return normalised.transpose(2, 0, 1)
 
 
-class Qwen25VL(MultimodalModel):
+class Qwen25VL(Backbone):
     """A frozen `Qwen2_5_VLForConditionalGeneration`."""
 
     family = "qwen2_5_vl"
@@ -66,24 +67,24 @@ class Qwen25VL(MultimodalModel):
     def check_picture(self) -> None:
         """Raises InputError unless a picture's features have the width of the text model.
 
-        Every picture has one size here, and the tower reads values, which a model without weights lacks.
+        The tower cannot run on a model without weights, because it reads values; the picture's size is fixed.
         """
         width = self.model.config.vision_config.out_hidden_size
         if width != self.hidden_size:
             raise InputError(
                 f"backbone.checkpoint {self.checkpoint!r}: a picture becomes features of width {width} "
                 f"(vision_config.out_hidden_size), and the text model takes width {self.hidden_size}. Take "
-                "config.json from the model that the weights are of."
+                "config.json from the model that the weights belong to."
             )
 
     @property
     def _rows(self) -> int:
-        """Patches along one side of a picture."""
+        """Number of patches along one side of a picture."""
         return int(SIDE // self.model.config.vision_config.patch_size)
 
     @property
     def _grid(self) -> Tensor:
-        """Patches of a picture: frames, rows, columns."""
+        """Number of frames, rows and columns of a picture's patches, `(1, 3)`."""
         return torch.tensor([[1, self._rows, self._rows]], device=self.device)
 
     def tower(self, pixels: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ class Qwen25VL(MultimodalModel):
         count = len(pixels)
         patches = _patches(pixels, config.patch_size, config.spatial_merge_size, config.temporal_patch_size)
         windowed = visual(patches.flatten(0, 1), grid_thw=self._grid.expand(count, -1)).last_hidden_state
-        # The tower sorts the squares of patches that are merged by window; here they return to the picture's order.
+        # The tower sorts the squares of merged patches by attention window; this restores the picture's order.
         squares = windowed.reshape(count, -1, config.spatial_merge_size**2, windowed.shape[-1])
         return squares[:, torch.argsort(self._window_index())].flatten(1, 2)
 
@@ -112,7 +113,7 @@ class Qwen25VL(MultimodalModel):
         return merged.reshape(len(vision), -1, merged.shape[-1])
 
     def positions(self, tokens_RS: Tensor, image_RS: Tensor) -> Tensor | None:
-        """`(3, R, S)`: frame, row and column of image positions; running on for text."""
+        """Frame, row and column of image positions, `(3, R, S)`; consecutive numbers for text."""
         with_picture = int(image_RS.any(dim=1).sum())
         index: Tensor = self.model.model.get_rope_index(
             tokens_RS, mm_token_type_ids=image_RS.int(), image_grid_thw=self._grid.expand(with_picture, -1)
@@ -139,16 +140,16 @@ class Qwen25VL(MultimodalModel):
 
 
 def _patches(pixels: Tensor, patch: int, merge: int, frames: int) -> Tensor:
-    """`(N, patches, channels x frames x patch x patch)`, patches that are merged next to each other.
+    """Patches `(N, patches, channels x frames x patch x patch)` of pictures; those that are merged are adjacent.
 
-    A picture stands still: each frame is the same.
+    All frames are the same picture.
     """
     count, channels, height, width = pixels.shape
     rows, columns = height // (patch * merge), width // (patch * merge)
     cut = pixels.reshape(count, channels, rows, merge, patch, columns, merge, patch)
     in_order = cut.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(6)
-    still = in_order.expand(*in_order.shape[:6], frames, patch, patch)
-    return still.reshape(count, rows * columns * merge * merge, -1)
+    repeated = in_order.expand(*in_order.shape[:6], frames, patch, patch)
+    return repeated.reshape(count, rows * columns * merge * merge, -1)
 
 
 BACKBONE = Qwen25VL

@@ -1,4 +1,4 @@
-"""Looks through a file of records before a run and says what would be skipped, and why."""
+"""Validation of a file of records before a run: which records would be skipped, and why."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from odedit.data.records import RawRecord, read_records
 
 @dataclass(frozen=True)
 class Finding:
-    """One record that would be skipped, or one image of it."""
+    """A record that would be skipped, or one of its images that cannot be used."""
 
     where: str
     index: int
@@ -31,7 +31,13 @@ class Finding:
 
 @dataclass
 class CheckReport:
-    """Totals of a check. `skipped` counts records by kind of problem, and sums to what is not usable."""
+    """Totals of a check.
+
+    Attributes:
+        num_records: Number of records read.
+        num_usable: Number of records that a run would edit.
+        skipped: Number of unusable records by kind of problem.
+    """
 
     num_records: int = 0
     num_usable: int = 0
@@ -50,18 +56,18 @@ def check_records(
     max_bytes: int = MAX_BYTES,
     on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[Finding]:
-    """Yields every record that would be skipped; afterwards `report` holds the totals.
+    """Yields every record that would be skipped.
 
     Args:
-        records_path: What `read_records` reads.
-        image_root: As for `ImageReader`; not looked at without `read_images`.
-        rephrase_root: As for `ImageReader`.
-        report: Filled while the findings are taken.
-        task: As for `read_records`.
-        read_images: Also read and decode every image. Some ten milliseconds for each.
-        max_pixels: As for `ImageReader`.
-        max_bytes: As for `ImageReader`.
-        on_progress: Called with the number of records done after each.
+        records_path: File of records or packed folder; see `read_records`.
+        image_root: Folder of `image` and `m_loc`; unused if `read_images` is False.
+        rephrase_root: Folder of `image_rephrase`; None: `image_root`.
+        report: Totals; complete when the iterator is exhausted.
+        task: Task of records without one; see `read_records`.
+        read_images: Also read and decode every image, about 10 ms each.
+        max_pixels: Largest width x height of an image.
+        max_bytes: Largest image file.
+        on_progress: Called after each record with the number of records checked so far.
 
     Raises:
         InputError: The records cannot be read, or a root does not exist.
@@ -84,7 +90,7 @@ def check_records(
 
 
 def _finding(record: RawRecord, reader: ImageReader | None) -> Finding | None:
-    """What is wrong with a record; all of its images are tried, so that one check finds them all."""
+    """The problem of a record, or None. All images are tried, so that one check reports every bad one."""
     if record.problem:
         return Finding.of(record, record.problem)
     if reader is None:

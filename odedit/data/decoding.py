@@ -1,11 +1,10 @@
-"""Bytes of an image file to RGB pixels, with every way this fails said in a sentence.
+"""Decoding of image files to RGB pixels.
 
-What a reader of results may want to know:
-
-- Transparent pixels are laid over white, as a page shows them. (Dropping the alpha channel, as a plain
-  conversion to RGB does, brings out whatever colour the file happens to hold there.)
-- 16 bits per channel are scaled to 8 (65535 becomes 255), not clipped.
-- The orientation stored by a camera is applied; of an animation, the first frame is used.
+- Transparent pixels are composited over white. (Dropping the alpha channel, as Pillow's conversion to RGB does, would
+  show arbitrary colours that the file holds there.)
+- 16 bits per channel are scaled to 8 bits (65535 becomes 255), not clipped.
+- The EXIF orientation is applied.
+- The first frame of an animation is used.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from PIL import Image, ImageOps
 from odedit.errors import in_words
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""What may be opened. Pillow knows many more, some of which start other programs."""
+"""Formats that may be opened. Pillow supports many more, some of which start external programs."""
 
 
 class ImageError(ValueError):
-    """An image cannot be used. The message is a sentence that names it.
+    """An image cannot be used. The message names it.
 
     Attributes:
-        kind: Two or three words for counting, such as `image not found`.
+        kind: Category for counting, such as `image not found`.
     """
 
     def __init__(self, message: str, kind: str = "unreadable image") -> None:
@@ -41,15 +40,15 @@ def decode(data: bytes, name: str, max_pixels: int) -> np.ndarray:
     """Decodes one image.
 
     Args:
-        data: The file's content.
-        name: How messages call it, e.g. `image 'val2014/x.jpg'`.
-        max_pixels: Width times height; more is refused from the header, before anything is decoded.
+        data: Content of the file.
+        name: Name of the image in messages, such as `image 'val2014/x.jpg'`.
+        max_pixels: Largest width x height; checked in the header, before pixels are decoded.
 
     Returns:
         `uint8 (height, width, 3)`, RGB.
 
     Raises:
-        ImageError: Empty, no image, too large, damaged, or of a kind that has no agreed meaning in 8 bits.
+        ImageError: The file is empty, no image, too large, damaged, or has values of unknown range.
     """
     if not data:
         raise ImageError(f"{name}: the file is empty.", "empty image")
@@ -67,7 +66,7 @@ def decode(data: bytes, name: str, max_pixels: int) -> np.ndarray:
         return np.array(_to_rgb(image, name), dtype=np.uint8)
     except ImageError:
         raise
-    # Pillow's decoders let through whatever a damaged file leads them into: OSError, SyntaxError, struct.error, ...
+    # Pillow raises any exception for a damaged file: OSError, SyntaxError, struct.error, ...
     except Exception as error:
         raise ImageError(
             f"{name}: the file is damaged or cut off ({in_words(error)}). Fetch it again.", "damaged image"
@@ -85,7 +84,7 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
         raise ImageError(
             f"{name}: not an image of a known kind. Allowed: {', '.join(FORMATS)}.", "not an image"
         ) from error
-    except Exception as error:  # as above: a damaged header ends in any exception
+    except Exception as error:  # a damaged header raises any exception, too
         raise ImageError(
             f"{name}: the file is damaged or cut off ({in_words(error)}). Fetch it again.", "damaged image"
         ) from error
@@ -94,7 +93,7 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # a damaged note on the camera does not make the picture unreadable; viewers ignore it too
+    except Exception:  # damaged EXIF data does not make the pixels unreadable
         return image
 
 

@@ -1,9 +1,9 @@
-"""The fields of one record: what must be there, and which prompts, targets and images they make.
+"""Fields of a record: their validation, and the prompts, targets and images that they hold.
 
-Every record is scored on the same five metrics, so a record that lacks one of the fields is skipped, as the
-toolkit of MMEdit skips records with an empty field in E-VQA. `pred` may be empty in captions: nothing scored reads it.
+Every record is scored on the same five metrics, so a record that lacks a field is skipped, as in the MMEdit toolkit.
+`pred` may be empty in captions, because no metric reads it.
 
-An image marker in front of a question about a picture is taken off; a record that holds one elsewhere is skipped.
+An image marker at the start of a question about a picture is removed; a record with a marker elsewhere is skipped.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from odedit.evaluation.columns import METRICS
 from odedit.inputs.batch import RELIABILITY, SUPERVISION_SLOTS, check_probe_name, is_locality
 from odedit.inputs.markers import image_marker, without_leading_marker
 
@@ -24,18 +25,18 @@ FIELDS = (
 _IMAGES = ("image", "image_rephrase", "m_loc")
 _QUESTIONS = ("src", "rephrase", "m_loc_q")
 """Fields that hold a question about a picture."""
-STANDARD_PROBES = ("t_gen", "m_gen", "t_loc", "m_loc")
+STANDARD_PROBES = tuple(name for name in METRICS if name != RELIABILITY)
 MAX_CHARACTERS = 50_000
-"""Of one text; more fills no model's context with anything that is meant."""
+"""Longest text of a field."""
 REPHRASE_PREFIX = "rephrase:"
-"""Before an image's path: it lies under the rephrase root. `image_rephrase` always does, with or without."""
+"""Prefix of an image path that is relative to the rephrase root. Paths in `image_rephrase` always are."""
 
 Root = Literal["image", "rephrase"]
 
 
 @dataclass(frozen=True)
 class ImageReference:
-    """A path as the record has it, and the root it belongs under."""
+    """An image path of a record, and the root that it is relative to."""
 
     path: str
     root: Root = "image"
@@ -43,7 +44,7 @@ class ImageReference:
 
 @dataclass(frozen=True)
 class ProbeText:
-    """A probe whose image is not read yet."""
+    """A probe whose image has not been read."""
 
     prompt: str
     target: str
@@ -52,7 +53,7 @@ class ProbeText:
 
 
 def task_of(fields: Mapping[str, Any], default: str) -> str:
-    """The record's own task; else the default; for `auto`, captions are told by their prompt."""
+    """The record's own task, else the default. With `auto`, the prompt "a photo of" means caption."""
     own = fields.get("task")
     if own in TASKS:
         return str(own)
@@ -63,7 +64,7 @@ def task_of(fields: Mapping[str, Any], default: str) -> str:
 
 
 def without_markers(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields, each question about a picture without the image marker that it begins with. Odd values stay."""
+    """The fields with leading image markers removed from questions about pictures. Values of a wrong type stay."""
     changed: dict[str, Any] = {}
     changed |= {name: without_leading_marker(fields[name]) for name in _QUESTIONS if isinstance(fields.get(name), str)}
     for name in ("probes", "held_out"):
@@ -79,12 +80,12 @@ def _without_marker(entry: Any) -> Any:
 
 
 def edit_text(fields: Mapping[str, Any], task: str) -> ProbeText:
-    """What is edited: the question, its new answer and the image."""
+    """The edit itself: question, new answer and image."""
     return ProbeText(fields["src"], fields["alt"], image_reference(fields["image"]), task == "caption")
 
 
 def probe_texts(fields: Mapping[str, Any], task: str) -> dict[str, ProbeText]:
-    """Metric name to probe: the four of MMEdit, then the record's `probes`."""
+    """Probes by metric name: the four of MMEdit, then the record's `probes`."""
     edit = edit_text(fields, task)
     rephrase_image = ImageReference(fields["image_rephrase"].removeprefix(REPHRASE_PREFIX), "rephrase")
     standard = {
@@ -97,19 +98,19 @@ def probe_texts(fields: Mapping[str, Any], task: str) -> dict[str, ProbeText]:
 
 
 def held_out_texts(fields: Mapping[str, Any], task: str) -> dict[str, ProbeText]:
-    """Supervision slot to probe: the record's `held_out`."""
+    """Probes by supervision slot: the record's `held_out`."""
     return _extension_texts(fields, "held_out", task)
 
 
 def request_images(fields: Mapping[str, Any]) -> list[ImageReference]:
-    """Every image the record names, each once, the edit's first."""
+    """Distinct images of a record, the edit's first."""
     task = task_of(fields, "auto")
     probes = [edit_text(fields, task), *probe_texts(fields, task).values(), *held_out_texts(fields, task).values()]
     return list(dict.fromkeys(probe.image for probe in probes if probe.image is not None))
 
 
 def image_reference(text: str) -> ImageReference:
-    """Which root an image string means: the image root, or the rephrase root after `rephrase:`."""
+    """Reference of an image string: to the rephrase root if it begins with `rephrase:`, else to the image root."""
     if text.startswith(REPHRASE_PREFIX):
         return ImageReference(text.removeprefix(REPHRASE_PREFIX), "rephrase")
     return ImageReference(text)
@@ -125,51 +126,53 @@ def _extension_texts(fields: Mapping[str, Any], name: str, task: str) -> dict[st
 
 
 def _is_caption(prompt: str, src: str, task: str, *, asks_the_fact: bool) -> bool:
-    """Whether an additional prompt begins a caption: other wordings of an edited caption do, other questions do not."""
+    """True when an extra prompt begins a caption, as rewordings of an edited caption do."""
     return prompt.strip() == CAPTION_PROMPT or (task == "caption" and (asks_the_fact or prompt == src))
 
 
 def problem_of_fields(fields: Mapping[str, Any], task: str) -> str:
-    """The first thing that keeps a record from being used, as `<kind>: <what>`; empty if nothing does."""
+    """The first problem of a record, as `<kind>: <what>`; empty if it can be used."""
     return next(_problems(fields, task), "")
 
 
 def marker_problem(fields: Mapping[str, Any]) -> str:
-    """What is wrong with a record whose texts hold an image marker; empty if none does."""
-    found = _first_in_texts(fields, image_marker)
-    if found is None:
+    """The problem of a record with an image marker in a text; empty if it has none."""
+    match = _first_in_texts(fields, image_marker)
+    if match is None:
         return ""
+    where, marker = match
     return (
-        f"image marker: {found[0]} holds {found[1]!r}, which would take an image position of its own. Only a marker in "
+        f"image marker: {where} holds {marker!r}, which would take an image position of its own. Only a marker in "
         "front of a question about a picture is taken off; remove it here"
     )
 
 
 def control_token_problem(fields: Mapping[str, Any], find: Callable[[str], str | None]) -> str:
-    """What is wrong with a record whose texts hold a special token of the model's tokenizer; empty if none does.
+    """The problem of a record with a special token of the model's tokenizer in a text; empty if it has none.
 
     Args:
         find: Function made by `odedit.inputs.markers.control_token_finder`.
     """
-    found = _first_in_texts(fields, find)
-    if found is None:
+    match = _first_in_texts(fields, find)
+    if match is None:
         return ""
+    where, token = match
     return (
-        f"control token: {found[0]} holds {found[1]!r}, which the model's tokenizer reads as a special token and not "
+        f"control token: {where} holds {token!r}, which the model's tokenizer reads as a special token and not "
         "as text; write it otherwise"
     )
 
 
 def _first_in_texts(fields: Mapping[str, Any], find: Callable[[str], str | None]) -> tuple[str, str] | None:
-    """The first text of a valid record that a model reads in which something is found, and what."""
+    """The first match of `find` in the texts of a valid record: the field's name and the match."""
     for name in FIELDS:
-        if name not in _IMAGES and (found := find(fields.get(name) or "")) is not None:
-            return f"field {name!r}", found
+        if name not in _IMAGES and (match := find(fields.get(name) or "")) is not None:
+            return f"field {name!r}", match
     for name in ("probes", "held_out"):
         for key, entry in (fields.get(name) or {}).items():
             for part in ("prompt", "target"):
-                if (found := find(entry[part])) is not None:
-                    return f"{name}[{shorten(repr(key))}].{part}", found
+                if (match := find(entry[part])) is not None:
+                    return f"{name}[{shorten(repr(key))}].{part}", match
     return None
 
 
@@ -186,7 +189,7 @@ def _problems(fields: Mapping[str, Any], task: str) -> Iterator[str]:
     for name in ("probes", "held_out"):
         if fields.get(name) is not None:
             yield from _extension_problems(fields[name], name)
-    # Reached by a record that is right in all else.
+    # Last: it needs fields of the right types.
     yield from filter(None, [marker_problem(fields)])
 
 
@@ -247,7 +250,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def type_name(value: Any) -> str:
-    """What a JSON value is, for people.
+    """The type of a JSON value, as messages name it.
 
     >>> type_name([1]), type_name(None), type_name(2.5)
     ('a list', 'null', 'a number')
@@ -261,5 +264,5 @@ def type_name(value: Any) -> str:
 
 
 def shorten(text: str, length: int = 80) -> str:
-    """At most `length` characters, so that a message with a user's text in it stays readable."""
+    """The text cut to `length` characters, for messages."""
     return text if len(text) <= length else text[: length - 3] + "..."

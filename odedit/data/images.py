@@ -1,7 +1,7 @@
-"""Reads the images that records name, and never anything else.
+"""Reading of the images that records name.
 
-A record is data from outside: its paths may not leave the root they belong under, its files may be missing,
-damaged, or built to fill memory. Each failure is an `ImageError`, which makes its record a skipped row.
+Records are untrusted: a path must not leave its root, and a file may be missing, damaged or a decompression bomb. Each
+of these raises `ImageError`, and the run skips the record.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from odedit.errors import InputError, StorageError
 from odedit.inputs.batch import Picture
 from odedit.runtime.addresses import masked, relative_note
 from odedit.storage.location import Location, locate
-from odedit.storage.retries import is_passing
+from odedit.storage.retries import is_transient
 
 __all__ = ["ImageError", "ImageReader"]
 
@@ -30,17 +30,17 @@ KEY_LENGTH = 32
 
 
 class ImageReader:
-    """Opens images under two roots, or in a packed folder. Can be pickled; opens nothing until it reads.
+    """Reads images under two roots, or in a packed folder. Picklable; opens no file before the first read.
 
     Args:
         image_root: Folder that `image` and `m_loc` are relative to; None if all images are packed.
-        rephrase_root: Folder that `image_rephrase` is relative to; None: the same.
-        pack_root: The packed folder that references `pack:...` point into.
+        rephrase_root: Folder that `image_rephrase` is relative to; None: `image_root`.
+        pack_root: Packed folder that references `pack:...` point into.
         max_pixels: Largest width x height.
         max_bytes: Largest file.
 
     Attributes:
-        settings: Name of the setting behind each root, for messages.
+        settings: Name of each root's setting, for messages.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class ImageReader:
     def for_records(
         cls, path: str, image_root: str | None = None, rephrase_root: str | None = None, **limits: Any
     ) -> ImageReader:
-        """The reader that fits a file of records: a packed folder brings its own images.
+        """A reader for a file of records or a packed folder, which holds its own images.
 
         Raises:
-            InputError: The records are not packed and there is no image root, a root does not exist, or neither do the
-                records.
+            InputError: The records do not exist, a root does not exist, or `image_root` is None and the records are
+                not packed.
         """
         location = locate(path, "data.path")
         packed = is_pack(location)
@@ -88,7 +88,7 @@ class ImageReader:
         return reader
 
     def check_roots(self) -> None:
-        """Raises InputError if a root is not there: better once, before the run, than for every record."""
+        """Raises InputError if a root does not exist."""
         for root, location in self._roots.items():
             try:
                 exists = location.is_folder()
@@ -100,29 +100,29 @@ class ImageReader:
                 note = relative_note(location.path)
                 raise InputError(f"{self.settings[root]}: there is no folder {location.text!r}.{note}")
 
-    def place(self, path: str, root: Root = "image") -> Location:
-        """Place of an image that is not packed. Raises ImageError if the path may not be read; looks at no file."""
+    def location(self, path: str, root: Root = "image") -> Location:
+        """Location of an unpacked image. Opens no file; raises ImageError if the path is not allowed."""
         return self._resolve(path, root, image_name(path))
 
     def read(self, path: str, root: Root = "image") -> Picture:
         """Reads and decodes one image.
 
         Raises:
-            ImageError: It is not there, not allowed, or not an image; the message names it.
-            StorageError: Its storage has refused for a minute, which says nothing of the image.
+            ImageError: The file is missing, not allowed, or no image; the message names it.
+            StorageError: The storage kept failing until the retries ended; the image may be fine.
         """
         data = self.read_bytes(path, root)
         key = hashlib.sha256(data).hexdigest()[:KEY_LENGTH]
         return Picture(key, decode(data, image_name(path), self.max_pixels))
 
     def read_bytes(self, path: str, root: Root = "image") -> bytes:
-        """The file's content, not yet decoded. Raises ImageError and StorageError as `read` does."""
+        """Content of the file, not decoded. Raises ImageError and StorageError as `read` does."""
         name = image_name(path)
         try:
             data = self._packed_bytes(path, name) if is_pack_reference(path) else self._file_bytes(path, root, name)
         except OSError as error:
-            # A bad disk refuses one file for ever, an object store that is away refuses all of them for a while.
-            if is_passing(error) and not self._is_local(path, root):
+            # An error of a local disk concerns this file; one of an object store concerns all files, and may pass.
+            if is_transient(error) and not self._is_local(path, root):
                 raise StorageError(f"{name}: cannot be read ({_reason(error)}).") from error
             raise ImageError(f"{name}: cannot be read ({_reason(error)}).", "unreadable image") from error
         if not data:
@@ -132,8 +132,8 @@ class ImageReader:
         return data
 
     def _is_local(self, path: str, root: Root) -> bool:
-        place = self._packed if is_pack_reference(path) else self._roots.get(root)
-        return place is None or place.is_local
+        source = self._packed if is_pack_reference(path) else self._roots.get(root)
+        return source is None or source.is_local
 
     def _packed_bytes(self, reference: str, name: str) -> bytes:
         reason = unreadable_reason(reference)
@@ -162,7 +162,7 @@ class ImageReader:
             return bytes(stream.read(self.max_bytes + 1))
 
     def _resolve(self, path: str, root: Root, name: str) -> Location:
-        """The file's place, or ImageError if the path would leave its root."""
+        """Location of the file. Raises ImageError if the path would leave its root."""
         if root not in self._roots:
             raise ImageError(f"{name}: {self.settings[root]} is not set.", "image not found")
         base = self._roots[root]
@@ -200,10 +200,10 @@ class ImageReader:
 
 
 def _reason(error: OSError) -> str:
-    """Why a file system refused; it repeats the path, which a record can make as long as it likes."""
+    """The error's message, shortened: it repeats the path, whose length a record decides."""
     return shorten(masked(str(error)[:1000]), 500)
 
 
 def image_name(path: str) -> str:
-    """How messages call an image: by the path its record had, also once it is packed."""
+    """Name of an image in messages: its path in the original record, also when packed."""
     return f"image {shorten(masked(original_path(path)[:1000]), 200)!r}"

@@ -1,10 +1,9 @@
-"""Hard negatives: pictures that are near to the edit's own and show something else.
+"""Hard negatives: pictures whose features are close to those of the edit's picture, but that show something else.
 
-An edit of "who owns this?" spills over to what looks like the thing it is about, and one unrelated picture says little
-about where to. Which pictures are in danger shows in the features that the text model reads: of a pool of pictures
-those are taken that are nearest to the edit's and unlike one another, by maximal marginal relevance: each next one has
-the largest cosine with the edit's picture, less its largest with one of the pool that was taken already, if that is
-above 0. For an editor of the connector the features are those that enter it.
+An edit of "who owns this?" spills over to pictures that look like the edited one; one random unrelated picture rarely
+covers them. Negatives are selected from a pool by maximal marginal relevance over the image features that the text
+model reads: each step takes the picture with the largest cosine to the edit's picture, minus its largest cosine to an
+already selected one (at least 0). For an editor of the connector, the features are the connector's input.
 
 References:
     The Use of MMR, Diversity-Based Reranking for Reordering Documents and Producing Summaries (Carbonell and
@@ -24,40 +23,41 @@ from odedit.inputs.batch import NEAR, EditRequest, Picture, Probe
 
 
 class NegativePool:
-    """Features of pictures that serve every edit of a run.
+    """Image features from which the negatives of every edit are selected.
 
     Attributes:
-        features: By the picture's key, `(L, width)`, as `Backbone.image_features` gives them.
-        count: Negatives of an edit.
+        features: Features by picture key, `(L, width)`, from `Backbone.image_features`.
+        count: Number of negatives per edit.
     """
 
     def __init__(self, features: Mapping[str, Tensor], count: int) -> None:
         self.features, self.count = features, count
         pooled_ND = torch.stack([_pooled(feature) for feature in features.values()]) if features else torch.zeros(0, 1)
-        # What all pictures have in common says nothing about which are near.
+        # Centred: the component common to all pictures would dominate the cosines.
         self._mean_D = pooled_ND.mean(0) if features else torch.zeros(1)
         self._unit_ND = functional.normalize(pooled_ND - self._mean_D, dim=1)
 
     def probes(self, request: EditRequest, feature: Tensor) -> list[Probe]:
-        """The edit's own question about up to `count` pictures: the record's own near one first, then the pool's.
+        """The edit's question about up to `count` pictures: the record's own near picture first, then the pool's.
 
-        Their target, which says where answers are compared and what weighs a negative down, is the answer that the
-        edit replaces: a picture for which the unedited model gives it too shows the same thing, and is no negative.
-        Where nothing is said of it, the edit's own target stands in.
+        The target is the answer that the edit replaces (`request.replaced`), or the edit's target if that is unknown.
+        It sets the compared positions and the weight of a negative: a picture for which the unedited model gives the
+        replaced answer as well shows the same thing and is no negative.
 
         Args:
-            feature: Of the edit's picture, for the same sites as the pool's.
+            feature: Feature of the edit's picture, from the same sites as the pool's, `(L, width)`.
         """
         near = request.supervision.get(NEAR)
         own = [near.picture.key] if near is not None and near.picture is not None else []
-        taken = {picture.key for picture in request.pictures()}
-        keys = [*own, *self._near(feature, taken, self.count - len(own))][: self.count]
+        excluded = {picture.key for picture in request.pictures()}
+        keys = [*own, *self._nearest(feature, excluded, self.count - len(own))][: self.count]
         target = request.replaced or request.edit.target
         return [replace(request.edit, picture=Picture.without_pixels(key), target=target) for key in keys]
 
-    def _near(self, feature: Tensor, taken: Collection[str], count: int) -> list[str]:
+    def _nearest(self, feature: Tensor, excluded: Collection[str], count: int) -> list[str]:
+        """Keys selected by maximal marginal relevance."""
         keys = list(self.features)
-        free_N = torch.tensor([key not in taken for key in keys], dtype=torch.bool)
+        free_N = torch.tensor([key not in excluded for key in keys], dtype=torch.bool)
         if not bool(free_N.any()):
             return []
         nearness_N = self._unit_ND @ functional.normalize(_pooled(feature) - self._mean_D, dim=0)
@@ -73,5 +73,5 @@ class NegativePool:
 
 
 def _pooled(feature_LD: Tensor) -> Tensor:
-    """One vector for a picture, on the host: which are near is no work for a GPU."""
+    """Mean feature of a picture, `(width,)`, float32 on the CPU."""
     return feature_LD.float().mean(0).cpu()

@@ -1,10 +1,10 @@
-"""Packs a file of records and its images into a few large Parquet files, as a cluster's storage likes them.
+"""Packing of a file of records and its images into a few large Parquet files.
 
 Thousands of small image files are slow to list and to open on shared storage. A pack holds each distinct image once,
-by content, and is accepted wherever a file of records is. Nothing is lost: records with a problem are kept as they
-are, and an image that cannot be read is kept as the reason why. Layout: `odedit.data.packed`.
+by content, and is accepted wherever a file of records is. Records with a problem are copied as they are; an image that
+cannot be read is replaced by the reason. Layout: `odedit.data.packed`.
 
-Memory: one shard's row group and two short strings per distinct image path.
+Memory: one row group of images, and two short strings per distinct image path.
 """
 
 from __future__ import annotations
@@ -45,7 +45,15 @@ RECORDS_PER_FILE = 5000
 
 @dataclass
 class PackReport:
-    """What a pack holds: records, those that cannot be used, distinct images and their bytes, images that failed."""
+    """Totals of a pack.
+
+    Attributes:
+        num_records: Number of records.
+        num_problems: Number of records that cannot be used.
+        num_images: Number of distinct images.
+        num_image_bytes: Their total size.
+        num_unreadable: Number of image paths that could not be read.
+    """
 
     num_records: int = 0
     num_problems: int = 0
@@ -55,7 +63,7 @@ class PackReport:
 
     @property
     def is_useless(self) -> bool:
-        """Whether there were images and none could be read, which only wrong roots bring about."""
+        """True when not one image could be read, which means that the roots are wrong."""
         return self.num_unreadable > 0 and self.num_images == 0
 
 
@@ -73,17 +81,17 @@ def pack(
 ) -> PackReport:
     """Writes a pack, unless none of its images can be read.
 
-    Files appear under their names only once all are complete, the list of them last.
+    Files are renamed to their final names when all are complete, the manifest last.
 
     Args:
-        records_path: What `read_records` reads.
-        image_root: As for `ImageReader`.
-        rephrase_root: As for `ImageReader`.
-        out_dir: Folder to write, local or an address; made if it is not there.
-        task: As for `read_records`; stored with every record.
-        max_pixels: Larger images are left out and reported.
-        max_bytes: The same for files.
-        on_progress: Called with the number of records done after each.
+        records_path: File of records; see `read_records`.
+        image_root: Folder of `image` and `m_loc`.
+        rephrase_root: Folder of `image_rephrase`; None: `image_root`.
+        out_dir: Folder to write, local or an address; created if missing.
+        task: Task of records without one, stored with every record; see `read_records`.
+        max_pixels: Largest width x height; larger images are left out and reported.
+        max_bytes: Largest image file; larger files are left out and reported.
+        on_progress: Called after each record with the number of records packed so far.
         on_problem: Called for every bad record and every image that cannot be used.
 
     Raises:
@@ -143,7 +151,7 @@ def _pack_record(record: RawRecord, images: _ImageFiles) -> tuple[RawRecord, lis
 
 
 class _Files:
-    """The files of a pack while it is written, under temporary names."""
+    """Files of a pack in progress, under temporary names."""
 
     def __init__(self, folder: Location) -> None:
         self.folder = folder
@@ -180,51 +188,51 @@ class _Files:
 
 
 class _ImageFiles:
-    """Writes each distinct image once and knows where it is."""
+    """Writes each distinct image once, and keeps its position."""
 
     def __init__(self, files: _Files, reader: ImageReader, report: PackReport) -> None:
         self._files, self._reader, self._report = files, reader, report
         self._writer: parquet.ParquetWriter | None = None
         self._num_files = self._num_groups = self._file_bytes = self._group_bytes = 0
         self._group: list[dict[str, Any]] = []
-        self._place_of_key: dict[str, tuple[str, int, int]] = {}
+        self._position_of_key: dict[str, tuple[str, int, int]] = {}
         self._key_of_image: dict[ImageReference, str | ImageError] = {}
 
     def add(self, reference: ImageReference, path: str) -> tuple[str, ImageError | None]:
-        """What a record shall call the image, and why it cannot be used, if so."""
+        """The image's reference in the packed record, and the error if it cannot be used."""
         if reference not in self._key_of_image:
             self._key_of_image[reference] = self._store(reference)
         key = self._key_of_image[reference]
         if isinstance(key, ImageError):
             return unreadable_reference(str(key)), key
-        return packed_reference(*self._place_of_key[key], original_path(path)), None
+        return packed_reference(*self._position_of_key[key], original_path(path)), None
 
     def _store(self, reference: ImageReference) -> str | ImageError:
         try:
             data = self._reader.read_bytes(reference.path, reference.root)
             key = hashlib.sha256(data).hexdigest()[:KEY_LENGTH]
-            if key not in self._place_of_key:
+            if key not in self._position_of_key:
                 decode(data, image_name(reference.path), self._reader.max_pixels)
-                self._place_of_key[key] = self._append(key, original_path(reference.path), data)
+                self._position_of_key[key] = self._append(key, original_path(reference.path), data)
         except ImageError as error:
             self._report.num_unreadable += 1
-            return error.with_traceback(None)  # which would keep the whole image alive
+            return error.with_traceback(None)  # the traceback would keep the image in memory
         return key
 
     def _append(self, key: str, name: str, data: bytes) -> tuple[str, int, int]:
         if self._writer is None:
-            # Compressed images do not get smaller, and statistics of their bytes serve nobody.
+            # Image files are compressed already, and no reader filters by their bytes.
             self._writer = self._files.writer(
                 self._file_name, IMAGES_SCHEMA, compression="none", use_dictionary=False, write_statistics=False
             )
-        place = (self._file_name, self._num_groups, len(self._group))
+        position = (self._file_name, self._num_groups, len(self._group))
         self._group.append({"key": key, "name": name, "data": data})
         self._group_bytes += len(data)
         self._report.num_images += 1
         self._report.num_image_bytes += len(data)
         if len(self._group) >= ROW_GROUP_IMAGES or self._group_bytes >= ROW_GROUP_BYTES:
             self._write_group()
-        return place
+        return position
 
     @property
     def _file_name(self) -> str:
@@ -246,7 +254,7 @@ class _ImageFiles:
         self.abandon()
 
     def abandon(self) -> None:
-        """Closes the file being written, whatever it holds."""
+        """Closes the current file without writing the last row group."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -255,7 +263,7 @@ class _ImageFiles:
 
 
 class _RecordFiles:
-    """Writes records in their order, some thousands to a file."""
+    """Writes records in order, `RECORDS_PER_FILE` per file."""
 
     def __init__(self, files: _Files) -> None:
         self._files = files

@@ -1,12 +1,12 @@
-"""The layout of a packed folder, and how it is read.
+"""Layout and reading of a packed folder.
 
-    pack.json                  the list of files; written last, so a folder without it is not a pack
+    pack.json                  manifest, written last: a folder without it is not a pack
     records-00000.parquet      one row per record, `RawRecord.to_row`
     images-00000.parquet       one row per distinct image: key, name, data
 
-A record in a pack names an image `pack:<file>#<row group>/<row>?<path it had>`. Row groups are a few images, so one
-image is read from anywhere without the rest of its file, and no index has to be kept in memory.
-An image that could not be packed is named `pack:unreadable#<why>`, which reads as that error.
+A packed record refers to an image by `pack:<file>#<row group>/<row>?<original path>`. A row group holds a few images,
+so an image is read without the rest of its file, and without an index in memory. An image that could not be packed is
+`pack:unreadable#<reason>`; reading it raises that error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pyarrow import parquet
 
 from odedit.errors import InputError
 from odedit.storage.location import Location
-from odedit.storage.retries import is_passing
+from odedit.storage.retries import is_transient
 
 PACK_VERSION = 1
 MANIFEST = "pack.json"
@@ -42,7 +42,7 @@ _PREFIX = "pack:"
 _UNREADABLE = "pack:unreadable#"
 _REFERENCE = re.compile(r"pack:(images-\d{5,}\.parquet)#(\d{1,9})/(\d{1,9})\?(.*)", re.DOTALL)
 _OPEN_FILES = 8
-_ROW_GROUPS_KEPT = 4  # the images of one record are mostly neighbours
+_ROW_GROUPS_KEPT = 4  # images of one record are mostly in adjacent row groups
 
 
 def is_pack_reference(path: str) -> bool:
@@ -50,12 +50,12 @@ def is_pack_reference(path: str) -> bool:
 
 
 def packed_reference(file: str, row_group: int, row: int, path: str) -> str:
-    """Names an image of a pack; `path` is what the record called it."""
+    """Reference to an image of a pack; `path` is the image's original path."""
     return f"{_PREFIX}{file}#{row_group}/{row}?{path}"
 
 
 def unreadable_reference(reason: str) -> str:
-    """Stands for an image that could not be packed, and keeps why."""
+    """Reference to an image that could not be packed, with the reason."""
     return _UNREADABLE + reason
 
 
@@ -64,20 +64,20 @@ def unreadable_reason(reference: str) -> str | None:
 
 
 def original_path(path: str) -> str:
-    """The path an image had before it was packed; any other path as it is."""
+    """The path of an image before packing; an unpacked path as it is."""
     match = _REFERENCE.fullmatch(path)
     return match[4] if match else path
 
 
 def is_pack(location: Location) -> bool:
-    """Whether this is a packed folder. Raises InputError for a folder that is none."""
+    """True for a packed folder, False for a file. Raises InputError for any other folder."""
     try:
         if not location.is_folder():
             return False
         if location.child(MANIFEST).is_file():
             return True
     except OSError as error:
-        raise InputError(f"{location.text}: cannot be looked at ({error}).") from error
+        raise InputError(f"{location.text}: cannot be accessed ({error}).") from error
     raise InputError(
         f"{location.text}: is a folder without {MANIFEST}, so no finished pack. Name a file of records "
         "(.json, .jsonl, .parquet), or a folder written by `odedit data pack`."
@@ -85,7 +85,7 @@ def is_pack(location: Location) -> bool:
 
 
 def read_manifest(location: Location) -> dict[str, Any]:
-    """The list of files of a pack. Raises InputError if it is damaged or of another version."""
+    """Manifest of a pack. Raises InputError if it is damaged or of another version."""
     try:
         with location.child(MANIFEST).open() as stream:
             manifest = json.loads(stream.read())
@@ -95,7 +95,7 @@ def read_manifest(location: Location) -> dict[str, Any]:
                 "Pack the records again."
             )
         if not all(re.fullmatch(r"records-\d+\.parquet", name) for name in manifest["records"]):
-            raise ValueError("a listed file is no file of records")
+            raise ValueError("it lists a file that is no file of records")
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -104,7 +104,7 @@ def read_manifest(location: Location) -> dict[str, Any]:
 
 
 def read_packed_rows(location: Location) -> Iterator[dict[str, Any]]:
-    """Every row of a pack's records, in their order, a few at a time."""
+    """Rows of a pack's records in order, read in batches."""
     for name in read_manifest(location)["records"]:
         try:
             with location.child(name).open() as stream, parquet.ParquetFile(stream) as file:
@@ -115,7 +115,7 @@ def read_packed_rows(location: Location) -> Iterator[dict[str, Any]]:
 
 
 class PackedImages:
-    """Reads single images of a pack; keeps a few files open and a few row groups in memory."""
+    """Reads single images of a pack, with LRU caches of open files and of row groups."""
 
     def __init__(self, location: Location) -> None:
         self._location = location
@@ -133,18 +133,18 @@ class PackedImages:
         """The bytes of one image.
 
         Raises:
-            ValueError: The pack has no such place or is damaged.
-            OSError: Its storage refuses, which may pass.
+            ValueError: The pack has no such position, or is damaged.
+            OSError: Transient error of the storage.
         """
         match = _REFERENCE.fullmatch(reference)
         if match is None:
-            raise ValueError(f"{reference[:80]!r} is not a place in a pack (pack:<file>#<row group>/<row>?<path>).")
+            raise ValueError(f"{reference[:80]!r} is not a position in a pack (pack:<file>#<row group>/<row>?<path>).")
         file, row_group, row = match[1], int(match[2]), int(match[3])
         try:
             column = self._row_group(file, row_group)
             return bytes(column[row].as_py())
         except OSError as error:
-            if is_passing(error):
+            if is_transient(error):
                 raise
             raise self._unreadable(file, row_group, row, error) from error
         except (pyarrow.ArrowException, IndexError, KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""A bounded sample of other records, from which locality supervision is drawn."""
+"""Pool of other records from which locality supervision is drawn."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from odedit.runtime.addresses import masked
 
 @dataclass(frozen=True)
 class Pool:
-    """Records, of the training file as a rule, and the reader of their images.
+    """Sample of other records, usually of the training file.
 
     Attributes:
-        records: Usable records only.
-        reader: Opens the images they name; its roots may differ from those of the edited records.
+        records: Usable records.
+        reader: Reader of their images; its roots may differ from those of the edited records.
     """
 
     records: Sequence[RawRecord]
@@ -38,10 +38,10 @@ class Pool:
         task: str = "auto",
         check: Check | None = None,
     ) -> Pool:
-        """Draws `size` usable records, each with the same chance, in one pass over the file.
+        """Draws `size` usable records uniformly, in one pass over the file (reservoir sampling).
 
         Args:
-            check: A further check of records that are right so far.
+            check: Additional check of valid records; see `read_records`.
 
         Raises:
             InputError: The file cannot be read or has no usable record.
@@ -57,8 +57,8 @@ class Pool:
             num_seen += 1
             if len(chosen) < size:
                 chosen.append(record)
-            elif (place := rng.randrange(num_seen)) < size:
-                chosen[place] = record
+            elif (index := rng.randrange(num_seen)) < size:
+                chosen[index] = record
         if not chosen:
             raise InputError(f"data.pool: {masked(path)} has no usable record; `odedit data check` says why.")
         return cls(tuple(chosen), reader)
@@ -66,9 +66,9 @@ class Pool:
     def candidates(self, record: RawRecord, rng: random.Random) -> Iterator[RawRecord]:
         """The records that may supervise `record`, in random order.
 
-        Left out: the record itself, any that shares an image with it, and any whose text question is among those that
-        `record` is scored on. Training on these would make the scores meaningless. Those that ask one of its questions
-        about another image come last: they show nothing that is scored, but a stock of few questions needs them.
+        Excluded, since training on them would leak what is scored: the record itself, records that share an image with
+        it, and records whose text question is one of its scored prompts. Records that ask one of its questions about
+        another image come last; files with few distinct questions need them.
         """
         scored = _Scored.by(record)
         last = []
@@ -82,7 +82,7 @@ class Pool:
         yield from last
 
     def left_out(self, record: RawRecord) -> Counter[str]:
-        """What keeps records of the pool from supervising `record`, and how many of them."""
+        """Number of pool records that cannot supervise `record`, by reason."""
         scored = _Scored.by(record)
         reasons = Counter(scored.shared_with(other) for other in self.records)
         del reasons[""]
@@ -91,7 +91,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class _Scored:
-    """What a record is scored on, to be kept out of what supervises it."""
+    """Images and prompts that a record is scored on."""
 
     record: RawRecord
     images: set[str]
@@ -102,7 +102,7 @@ class _Scored:
         return cls(record, image_names(record), scored_prompts(record))
 
     def shared_with(self, other: RawRecord) -> str:
-        """What another record has in common with it, in words; empty if nothing that matters."""
+        """The reason why `other` cannot supervise the record; empty if it can."""
         own = self.record
         if (other.file, other.index) == (own.file, own.index) or other.edit_id == own.edit_id:
             return "the record itself"
@@ -112,16 +112,16 @@ class _Scored:
 
 
 def image_names(record: RawRecord) -> set[str]:
-    """The images of a record by the paths its file had, so that packed and unpacked files compare."""
+    """Original image paths of a record: the same for packed and unpacked files."""
     return {original_path(reference.path).removeprefix(REPHRASE_PREFIX) for reference in request_images(record.fields)}
 
 
 def scored_prompts(record: RawRecord) -> set[str]:
-    """The prompts that a record is scored on, each as `normal` has it."""
+    """Prompts that a record is scored on, normalized by `normal`."""
     probes = [edit_text(record.fields, record.task), *probe_texts(record.fields, record.task).values()]
     return {normal(probe.prompt) for probe in probes}
 
 
 def normal(text: str) -> str:
-    """A prompt without what does not make it another: case and spaces."""
+    """A prompt in lower case with single spaces."""
     return " ".join(text.casefold().split())

@@ -1,7 +1,7 @@
-"""Files of records, read one record at a time: JSON arrays, JSON Lines and Parquet.
+"""Streaming readers of JSON arrays, JSON Lines and Parquet.
 
-The memory in use depends on the largest record, not on their number. Only the syntax is looked at here;
-what a record must hold is decided in `odedit.data.records`.
+Memory depends on the largest record, not on the number of records. Only the syntax is checked here; fields are checked
+in `odedit.data.records`.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from odedit.runtime.addresses import relative_note
 from odedit.storage.location import Location
 
 MAX_DEPTH = 32
-"""Deepest nesting accepted in a record. Records need four levels; what is much deeper cannot be written again."""
+"""Deepest nesting of a record. Records need four levels; `json` cannot write much deeper ones."""
 MAX_RECORD_BYTES = 16 * 2**20
 BAD_LINE = "invalid JSON: line"
-"""How the problem of a line that is no JSON begins; its number follows."""
+"""Start of the problem of a line that is not valid JSON; the line number follows."""
 _BATCH_ROWS = 256
 _BYTES_AT_ONCE = 2**16
 _WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 _CUT_OFF = 16
-"""An error in this many last characters of the buffer may only mean that the value is not complete yet."""
+"""A parse error this close to the end of the buffer may mean that the value is incomplete: read on."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One record as the file has it: any JSON value, or the text that could not be parsed and why."""
+    """One record of a file: a JSON value, or the text that could not be parsed and the reason."""
 
     value: Any
     problem: str = ""
 
 
 def read_entries(location: Location) -> Iterator[Entry]:
-    """Every record of a `.json`, `.jsonl` or `.parquet` file, in the file's order.
+    """Yields the records of a `.json`, `.jsonl` or `.parquet` file in order.
 
     Raises:
-        InputError: The file is missing, of another kind, unreadable, or broken from some record on.
+        InputError: The file is missing, has another suffix, is unreadable, or is damaged after some records.
     """
     readers = {".json": _read_array, ".jsonl": _read_lines, ".parquet": _read_parquet}
     suffix = next((ending for ending in readers if location.path.lower().endswith(ending)), None)
@@ -64,11 +64,11 @@ def read_entries(location: Location) -> Iterator[Entry]:
 
 
 def check_is_file(location: Location) -> None:
-    """Raises InputError unless there is a file."""
+    """Raises InputError unless the location is a file."""
     try:
         exists = location.is_file()
     except OSError as error:
-        raise InputError(f"{location.text}: cannot be looked at ({error}).") from error
+        raise InputError(f"{location.text}: cannot be accessed ({error}).") from error
     if not exists:
         raise InputError(f"{location.text}: there is no such file.{relative_note(location.path)}")
 
@@ -94,7 +94,7 @@ def _read_array(stream: Any, text: str) -> Iterator[Entry]:
 
 
 def _array_items(source: _Text, text: str) -> Iterator[Any]:
-    """The elements of the outermost array, one at a time."""
+    """Yields the elements of the outermost array."""
     if source.peek() == "{" or (source.peek() != "[" and source.value() is not None):
         raise InputError(
             f"{text}: expected a JSON array of objects, '[{{...}}, ...]'. "
@@ -112,12 +112,10 @@ def _array_items(source: _Text, text: str) -> Iterator[Any]:
 
 
 class _Text:
-    """The text of a JSON file, in any encoding that JSON may have, read as it is needed.
-
-    NaN and Infinity are read as Python writes them, as in a line of a .jsonl file.
+    """Incremental parser of a JSON file in any encoding that JSON allows. Accepts NaN and Infinity, as `json` does.
 
     Attributes:
-        num_read: Records given so far.
+        num_read: Number of records yielded so far.
     """
 
     def __init__(self, stream: io.BufferedReader, name: str) -> None:
@@ -128,7 +126,7 @@ class _Text:
         self.num_read = 0
 
     def peek(self) -> str:
-        """The next character that is not white space; empty at the end."""
+        """The next non-space character; empty at the end of the file."""
         while True:
             match = _WHITE_SPACE.match(self._text, self._at)
             assert match is not None, "white space may be empty"
@@ -138,17 +136,17 @@ class _Text:
             self._read_on()
 
     def expect(self, character: str) -> None:
-        """Takes a character. Raises ValueError if there is another."""
+        """Consumes `character`. Raises ValueError if another one follows."""
         if self.peek() != character:
             raise ValueError(f"expected {character!r}, got {self.peek() or 'the end'!r}")
         self._at += 1
 
     def value(self) -> Any:
-        """Takes a value.
+        """Consumes and returns one JSON value.
 
         Raises:
-            InputError: It is too large.
-            ValueError: It is no JSON.
+            InputError: The value is larger than `MAX_RECORD_BYTES`.
+            ValueError: The text is not valid JSON.
         """
         self.peek()
         while True:
@@ -164,14 +162,14 @@ class _Text:
                 raise InputError(
                     f"{self._name}: record {self.num_read} is larger than {limit}; no record needs so much."
                 )
-            # A number goes on where more digits follow.
+            # A number at the end of the buffer may continue in the next block.
             if end < len(self._text) or self._is_whole:
                 self._at = end
                 return value
             self._read_on()
 
     def _read_on(self) -> None:
-        """Reads as much as is there already, so that a long value is parsed a few times only."""
+        """Doubles the buffer, so that a long value is reparsed only a few times."""
         left = self._text[self._at :]
         data = self._stream.read(max(_BYTES_AT_ONCE, len(left)))
         self._is_whole = not data
@@ -179,7 +177,7 @@ class _Text:
 
 
 def _encoding(stream: io.BufferedReader) -> str:
-    """The encoding, by the first bytes: UTF-8, UTF-16 or UTF-32, with or without a byte order mark."""
+    """Encoding detected from the first bytes: UTF-8, UTF-16 or UTF-32, with or without byte order mark."""
     return json.detect_encoding(stream.peek(4)[:4])
 
 
@@ -198,7 +196,7 @@ def _is_too_deep(value: Any) -> bool:
 def _read_lines(stream: Any, text: str) -> Iterator[Entry]:
     lines = io.BufferedReader(stream, _BYTES_AT_ONCE)
     encoding, number = _encoding(lines), 0
-    in_bytes = encoding.startswith("utf-8")  # a line that is no UTF-8 costs that line only
+    in_bytes = encoding.startswith("utf-8")  # decoded line by line: invalid UTF-8 makes one bad record only
     decoded = None if in_bytes else io.TextIOWrapper(lines, encoding, newline="\n")
     while True:
         try:
@@ -229,7 +227,7 @@ def _parse_line(line: bytes, number: int) -> Entry:
         return Entry(value)
     except (ValueError, RecursionError) as error:
         unparsed = line.decode("utf-8", errors="replace").rstrip("\n")
-        # A JSON error would call this line 1 of what it was given.
+        # str(error) would name line 1, since the decoder gets a single line.
         reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else in_words(error)
         return Entry(unparsed, f"{BAD_LINE} {number} cannot be parsed ({reason})")
 
@@ -250,9 +248,9 @@ def _read_parquet(stream: Any, text: str) -> Iterator[Entry]:
 
 
 def _from_columns(row: dict[str, Any]) -> dict[str, Any]:
-    """A table gives every record every column: nulls mean that the record has no such field.
+    """Fields of a table row. Null means that the record lacks the field.
 
-    `probes` and `held_out` may be structs, or JSON text where their keys differ from record to record.
+    `probes` and `held_out` may be structs, or JSON text if their keys differ between records.
     """
     fields = _without_nulls(row)
     for name in ("probes", "held_out"):
@@ -260,7 +258,7 @@ def _from_columns(row: dict[str, Any]) -> dict[str, Any]:
             try:
                 fields[name] = json.loads(fields[name])
             except ValueError:
-                continue  # stays text, which the check of the fields then reports
+                continue  # stays text; the validation of the fields reports it
     return fields
 
 
@@ -271,5 +269,5 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """What an error says of a part of a file; a JSON error would also say where in that part."""
+    """Message of an error, without the position that a JSON error reports relative to the buffer."""
     return error.msg if isinstance(error, json.JSONDecodeError) else in_words(error)

@@ -1,10 +1,10 @@
-"""Records of MMEdit and of files like it: what each field means, and what is wrong with a record, in words.
+"""Records in the format of MMEdit.
 
 The four files of MMEdit (`vqa_train.json`, `vqa_eval.json`, `caption_train_edit.json`, `caption_eval_edit.json`)
-load as they are. Any file may add `edit_id`, `task`, `probes` (more evaluation probes by metric name) and
-`held_out` (supervision by slot name that shares nothing with what is scored).
+load unchanged. Records may add `edit_id`, `task`, `probes` (further evaluation probes by metric name) and `held_out`
+(supervision by slot name, disjoint from what is scored).
 
-A bad record never stops a run: it comes with `problem` set and is reported. Only a file that cannot be read does.
+A bad record does not stop a run: its `problem` is set, and it is reported. A file that cannot be read does.
 
 References:
     Can We Edit Multimodal Large Language Models? Cheng et al., EMNLP 2023 (MMEdit).
@@ -30,15 +30,14 @@ from odedit.storage.location import Location, locate
 
 @dataclass(frozen=True)
 class RawRecord:
-    """One record as read, usable if `problem` is empty.
+    """One record as read; usable if `problem` is empty.
 
     Attributes:
         file: Name of the source file, without its folder.
         index: Position in that file, from 0.
-        edit_id: The record's own, or `<file stem>-<index>`; unique within a file, also for records with a problem.
+        edit_id: The record's `edit_id`, or `<file stem>-<index>`; unique within a file.
         task: `vqa` or `caption`.
-        fields: The record's keys and values, questions without a leading image marker. `{"unparsed": ...}` for what is
-            no JSON object.
+        fields: Keys and values, leading image markers removed. `{"unparsed": ...}` if the record is no JSON object.
         problem: `<kind>: <what and where>`, or empty.
     """
 
@@ -51,11 +50,11 @@ class RawRecord:
 
     @property
     def where(self) -> str:
-        """How messages name it: by its file and number, unless the problem itself numbers the line."""
+        """Name in messages: file and number; the file alone if the problem names the line."""
         return self.file if self.problem.startswith(BAD_LINE) else f"{self.file}, record {self.index}"
 
     def to_row(self) -> dict[str, Any]:
-        """Columns of plain types (`fields` as JSON text), for tables and for workers."""
+        """Columns of plain types, `fields` as JSON text."""
         return {
             "file": self.file,
             "index": self.index,
@@ -67,31 +66,31 @@ class RawRecord:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> RawRecord:
-        """The inverse of `to_row`; further columns are ignored."""
+        """The inverse of `to_row`; extra columns are ignored."""
         values = {name: row[name] for name in ("file", "index", "edit_id", "task", "problem")}
         return cls(**values | {"index": int(row["index"])}, fields=json.loads(row["fields"]))
 
 
 Check = Callable[[Mapping[str, Any]], str]
-"""Says what keeps a valid record's fields from being used with a certain model, as `<kind>: <what>`; or nothing."""
+"""Check of valid fields against a model: returns the problem as `<kind>: <what>`, or an empty text."""
 
 
 def read_records(
     path: str, *, task: str = "auto", limit: int | None = None, check: Check | None = None
 ) -> Iterator[RawRecord]:
-    """Streams the records of a file or of a packed folder, the bad ones included.
+    """Streams the records of a file or of a packed folder, bad ones included.
 
-    Memory does not grow with the file, but for what finds repeated edit ids: some 200 bytes for each record that
-    brings its own `edit_id`, one byte for any other.
+    Memory grows with the file only by the detection of repeated edit ids: about 200 bytes per record with an
+    `edit_id`, one byte per record without.
 
     Args:
         path: `.json`, `.jsonl`, `.parquet`, or a folder written by `odedit.data.pack.pack`; local or an address.
-        task: `vqa` or `caption` for records that do not say; `auto`: caption if the prompt is "a photo of".
-        limit: Stop after so many *usable* records; bad ones in between are still given.
-        check: A further check of records that are right so far.
+        task: `vqa` or `caption` for records without a task; `auto`: caption if the prompt is "a photo of".
+        limit: Number of *usable* records after which to stop; bad ones in between are yielded, too.
+        check: Additional check of valid records.
 
     Raises:
-        InputError: The file is missing or broken; already given records remain valid.
+        InputError: The file is missing or damaged; records yielded before that remain valid.
     """
     if task not in (*TASKS, "auto"):
         raise InputError(f"data.task: got {task!r}, expected one of auto, {', '.join(TASKS)}.")
@@ -141,16 +140,16 @@ def _to_record(file: str, index: int, entry: Entry, edit_ids: _EditIds, default_
 
 
 class _EditIds:
-    """Gives every record of a file a name that no other record has and that can name a file."""
+    """Assigns every record of a file a unique edit id that is a valid file name."""
 
     def __init__(self, file: str) -> None:
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", file.rsplit(".", 1)[0]).lstrip("._-")
         self._stem = stem[:100] or "record"
         self._seen: set[bytes] = set()
-        self._has_default = bytearray()  # one byte per record, so that files without edit ids need no set
+        self._has_default = bytearray()  # one byte per record: cheaper than digests for files without edit ids
 
     def assign(self, index: int, wanted: Any) -> tuple[str, str]:
-        """The record's edit id, and what is wrong with the one it asked for."""
+        """The record's edit id, and the problem with the requested one."""
         if wanted is None:
             return self.fallback(index), ""
         if not isinstance(wanted, str):
@@ -169,7 +168,7 @@ class _EditIds:
         if self._digest(name) not in self._seen:
             return name
         self._has_default[index] = 0
-        while not self._claim(name):  # an earlier record asked for exactly this name
+        while not self._claim(name):  # an earlier record has this name as its own edit id
             name += "a"
         return name
 
@@ -190,4 +189,4 @@ class _EditIds:
 
 
 def _plain(value: Any) -> Any:
-    return float(value) if isinstance(value, Decimal) else repr(value)  # of a table's columns
+    return float(value) if isinstance(value, Decimal) else repr(value)  # types of Parquet columns

@@ -1,7 +1,7 @@
-"""Held-out rephrases of an edit: its question in other words, its image slightly changed.
+"""Held-out rephrases of an edit: its question reworded by a template, its image augmented.
 
-They stand in for the rephrases that the edit is scored on, which supervision must not see. Both are a function of the
-edit id alone, so a repeated edit is the same edit.
+They replace the rephrases that the edit is scored on, which supervision must not use. Both are deterministic functions
+of the edit id and the seed.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ OTHER_CAPTION_WORDINGS = ("In this picture: {}", "Describing the image: {}", "Ca
 MAX_ROTATION_DEGREES = 6.0
 MIN_SCALE = 0.85
 BRIGHTNESS = ((0.80, 0.92), (1.08, 1.20))
-"""Two ranges, so that the brightness always changes."""
+"""Ranges of the brightness factor; 1 is outside of both, so that the brightness always changes."""
 
 
 def seeded(edit_id: str, purpose: str, seed: int = 0) -> random.Random:
-    """A generator that depends on these three only, in every process and Python version alike."""
+    """A random generator seeded by the three values, the same in every process and Python version."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{edit_id}".encode()).digest()
     return random.Random(int.from_bytes(digest[:8], "big"))
 
 
 def reword(prompt: str, task: str, rng: random.Random, scored: Collection[str] = ()) -> str:
-    """The prompt in other words, by a template: no model is asked, and the meaning stays.
+    """The prompt in a random wording that keeps its meaning.
 
     Args:
-        prompt: The edit's prompt.
+        prompt: Prompt of the edit.
         task: `vqa` or `caption`; the caption prompt of MMEdit is replaced as a whole.
-        rng: Chooses among the wordings.
-        scored: Prompts in lower case that must not come out, because the edit is scored on them.
+        rng: Generator that chooses the wording.
+        scored: Prompts in lower case that are excluded, because the edit is scored on them.
     """
     if task == "caption" and prompt.strip() == CAPTION_PROMPT:
         wordings: tuple[str, ...] = CAPTION_WORDINGS
@@ -68,26 +68,25 @@ def reword(prompt: str, task: str, rng: random.Random, scored: Collection[str] =
 
 
 def replace_words(prompt: str, share: float, rng: random.Random, vocabulary: Sequence[str] = ()) -> str:
-    """The prompt with a share of its words, rounded, replaced by others: noise of a known strength.
+    """The prompt with a share of its words replaced by random ones.
 
     Args:
-        prompt: Words between spaces; punctuation goes with its word.
-        share: 0 to 1.
-        rng: Chooses the places, and a word for each.
-        vocabulary: What the new words are drawn from, but for the prompt's own; if there are none, the words of the
-            wordings above.
+        prompt: Prompt, split into words at spaces.
+        share: Share of words to replace, 0 to 1; the count is rounded.
+        rng: Generator that chooses the positions and the new words.
+        vocabulary: Words to draw from, without the prompt's own; if none are left, the words of the wordings above.
     """
     words = prompt.split()
     own = {word.casefold() for word in words}
     others = [word for word in vocabulary if word.casefold() not in own]
     others = others or [word for word in _OWN_WORDS if word.casefold() not in own]
-    for place in sorted(rng.sample(range(len(words)), round(share * len(words)))):
-        words[place] = rng.choice(others)
+    for position in sorted(rng.sample(range(len(words)), round(share * len(words)))):
+        words[position] = rng.choice(others)
     return " ".join(words)
 
 
 def words_of(texts: Collection[str]) -> list[str]:
-    """The distinct words of texts, sorted.
+    """Distinct words of some texts, sorted.
 
     >>> words_of(["a photo of", "of {}"])
     ['a', 'of', 'photo']
@@ -99,7 +98,7 @@ _OWN_WORDS = words_of((*QUESTION_WORDINGS, *CAPTION_WORDINGS, *OTHER_CAPTION_WOR
 
 
 def blend_noise(picture: Picture, share: float, rng: random.Random) -> Picture:
-    """The picture mixed with uniform noise, pixel by pixel: `(1 - share) * picture + share * noise`, rounded."""
+    """The picture blended with uniform noise: `(1 - share) * picture + share * noise`, rounded."""
     seed = rng.getrandbits(64)
     noise = np.random.default_rng(seed).integers(0, 256, picture.pixels.shape)
     mixed = np.rint((1 - share) * picture.pixels + share * noise).astype(np.uint8)
@@ -107,10 +106,10 @@ def blend_noise(picture: Picture, share: float, rng: random.Random) -> Picture:
 
 
 def augment(picture: Picture, rng: random.Random) -> Picture:
-    """The same scene, turned by a few degrees, cropped and made lighter or darker.
+    """The picture rotated by a few degrees, cropped, and made lighter or darker.
 
-    No flip and no change of hue: left and right, and colours, are answers. The crop lies within the turned picture,
-    so no border is invented.
+    No flip and no change of hue, since questions ask about sides and colours. The crop lies inside the rotated picture,
+    so there is no border to fill.
     """
     seed = rng.getrandbits(64)
     rng = random.Random(seed)
@@ -123,9 +122,9 @@ def augment(picture: Picture, rng: random.Random) -> Picture:
 
 
 def _affine(size: tuple[int, int], rng: random.Random) -> tuple[float, ...]:
-    """Coefficients that map a pixel of the new image to one of the old (Pillow's order)."""
+    """Affine coefficients in Pillow's order; they map output pixels to input pixels."""
     width, height = size
-    limit = MAX_ROTATION_DEGREES * min(size) / max(size)  # a long strip could be turned only by cropping most of it
+    limit = MAX_ROTATION_DEGREES * min(size) / max(size)  # rotating a long strip would crop most of it
     angle = math.radians(rng.uniform(-limit, limit))
     cos, sin = math.cos(angle), math.sin(angle)
     needed_width = width * cos + height * abs(sin)

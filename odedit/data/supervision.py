@@ -1,8 +1,8 @@
-"""Records to edit requests: what supervises an edit, kept apart from what scores it.
+"""From records to edit requests: the supervision of an edit, kept apart from what scores it.
 
-By default nothing that is scored is trained on. Where a record brings no held-out supervision of its own, rephrases
-are made from the edit itself, and unrelated questions are drawn from a pool of other records. Training on the
-record's own probes, as published runs of some methods do, is possible and has to be asked for by name.
+By default nothing that is scored is trained on. If a record has no `held_out` supervision, rephrases are made from the
+edit itself, and unrelated questions are drawn from a pool of other records. Sources named `record` train on the
+record's own probes instead, as published runs of some methods do.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
 
 from odedit.data.fields import ImageReference, ProbeText, edit_text, held_out_texts, image_reference, probe_texts
 from odedit.data.images import ImageError, ImageReader
 from odedit.data.pool import Pool, scored_prompts
 from odedit.data.records import RawRecord
 from odedit.data.rewording import augment, blend_noise, replace_words, reword, seeded, words_of
-from odedit.errors import InputError, StorageError, unknown_name
+from odedit.errors import InputError, StorageError
 from odedit.inputs.batch import LOCALITY_SLOTS, NEAR, EditRequest, Picture, Probe
+from odedit.settings import Settings
 
 Source = Literal["held_out", "record"]
 _RECORD_SLOTS = {
@@ -33,12 +36,12 @@ _POOLLESS = (
     "or set supervision.locality_source to 'record', which trains on the questions that locality is scored on."
 )
 _RECORDS_TRIED, _PICTURES_TRIED = 256, 3
-"""A pool is refused after so many records without a partner, or so many whose partner's pictures cannot be read."""
+"""Limits of `check_pool`: records tried, and records tried whose pool pictures cannot be read."""
 
 
 @dataclass(frozen=True)
-class Supervision:
-    """Where supervision comes from.
+class Supervision(Settings):
+    """Sources of supervision.
 
     Attributes:
         rephrase_source: `held_out`: the record's `held_out` entries, else made from the edit. `record`: the rephrases
@@ -46,24 +49,16 @@ class Supervision:
         locality_source: `held_out`: the record's `held_out` entries, else the pool. `record`: the locality questions
             that are scored.
         near_locality: Also ask the edit's own question about another picture.
-        rephrase_noise: Share, 0 to 1, of the words of the text rephrase that are replaced by words of other records'
-            questions, and of uniform noise in the image rephrase: how far rephrases may stray from the edit. What is
-            scored stays as it is.
-        seed: Changes every draw; the edit id is always part of it.
+        rephrase_noise: Share, 0 to 1, of the text rephrase's words that are replaced by words of other records'
+            questions, and of uniform noise in the image rephrase. Scored prompts and pictures are not changed.
+        seed: Seed of every draw, together with the edit id.
     """
 
     rephrase_source: Source = "held_out"
     locality_source: Source = "held_out"
     near_locality: bool = True
-    rephrase_noise: float = 0.0
+    rephrase_noise: Annotated[float, Ge(0), Le(1)] = 0.0
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("rephrase_source", "locality_source"):
-            if getattr(self, name) not in ("held_out", "record"):
-                raise unknown_name(f"supervision.{name}", str(getattr(self, name)), ["held_out", "record"])
-        if not 0 <= self.rephrase_noise <= 1:
-            raise ValueError(f"rephrase_noise: got {self.rephrase_noise}, expected a share from 0 to 1.")
 
 
 def build_request(
@@ -74,19 +69,19 @@ def build_request(
     *,
     locality: bool = True,
 ) -> EditRequest:
-    """Reads a record's images and gathers its probes and its supervision.
+    """Reads a record's images, and builds its probes and its supervision.
 
     Args:
-        record: A record without a problem.
-        reader: Opens the record's images.
-        supervision: Which sources are used.
-        pool: Other records; needed for held-out locality unless the record brings its own.
-        locality: Whether locality supervision is made: no need for it where neither objective nor editor reads it.
+        record: Record without a problem.
+        reader: Reader of the record's images.
+        supervision: Sources of supervision.
+        pool: Other records; needed for held-out locality unless the record has its own.
+        locality: Whether to build locality supervision; needless if neither objective nor editor reads it.
 
     Raises:
-        ImageError: One of the record's images cannot be used: skip the record and report why.
-        InputError: Held-out locality is asked for and there is no pool to draw it from.
-        ValueError: The record has a problem, and should not have come here.
+        ImageError: An image of the record cannot be used; the caller skips the record.
+        InputError: Held-out locality is needed, and no pool record can provide it.
+        ValueError: The record has a problem.
     """
     if record.problem:
         raise ValueError(f"{record.edit_id}: {record.problem}")
@@ -104,14 +99,14 @@ def build_request(
 
 
 def check_pool(records: Iterable[RawRecord], reader: ImageReader, supervision: Supervision, pool: Pool) -> None:
-    """Finds a record that the pool can supervise among the first of some records, to refuse a useless pool at once.
+    """Checks, before a run, that the pool can supervise at least one of the first records.
 
     Args:
-        records: Usable records that are to be edited.
-        reader: Opens their images.
+        records: Usable records that will be edited.
+        reader: Reader of their images.
 
     Raises:
-        InputError: There is none.
+        InputError: The pool can supervise none of them.
     """
     if supervision.locality_source == "record":
         return
@@ -124,20 +119,20 @@ def check_pool(records: Iterable[RawRecord], reader: ImageReader, supervision: S
         try:
             build_request(record, reader, supervision, pool)
         except ImageError:
-            continue  # its own images are at fault, which its row will say
+            continue  # an image of the record itself; its row will report it
         except StorageError:
             return
-        except InputError as said:
-            num_unreadable, error = num_unreadable + 1, str(said)
+        except InputError as input_error:
+            num_unreadable, error = num_unreadable + 1, str(input_error)
             if num_unreadable == _PICTURES_TRIED:
                 break
             continue
         return
     if error:
         raise InputError(
-            f"{error} The pictures of data.pool are looked for under data.image_root and data.rephrase_root, as those "
-            "of data.path are. Put them there, or pack the pool with its own folders (`odedit data pack`) and set "
-            "data.pool to the packed folder."
+            f"{error} The pictures of data.pool are read from data.image_root and data.rephrase_root, like those of "
+            "data.path. Put them there, or pack the pool with its own folders (`odedit data pack`) and set data.pool "
+            "to the packed folder."
         )
     if blocked is not None:
         shared = "; ".join(f"{count} with {what}" for what, count in pool.left_out(blocked).most_common())
@@ -149,7 +144,7 @@ def check_pool(records: Iterable[RawRecord], reader: ImageReader, supervision: S
 
 
 class _Pictures:
-    """Reads each image of one record once."""
+    """Pictures of one record, each read once."""
 
     def __init__(self, reader: ImageReader) -> None:
         self._reader = reader
@@ -187,7 +182,7 @@ def _rephrases(
 def _with_noise(
     edit_id: str, rephrases: dict[str, Probe], supervision: Supervision, pool: Pool | None
 ) -> dict[str, Probe]:
-    """New rephrases; those given may be the ones that are scored."""
+    """The rephrases with noise, as new objects: the given ones may be scored probes."""
     text, image = rephrases["text_rephrase"], rephrases["image_rephrase"]
     vocabulary = [] if pool is None else words_of([other.fields["src"] for other in pool.records])
     rng = seeded(edit_id, "text_noise", supervision.seed)
@@ -201,9 +196,9 @@ def _with_noise(
 
 
 def rephrase_distance(request: EditRequest) -> float | None:
-    """How far the supervising text rephrase is from the edit's prompt: 1 - Jaccard overlap of their sets of words.
+    """Distance of the supervising text rephrase from the edit's prompt: 1 - Jaccard overlap of their word sets.
 
-    Case and punctuation do not count. None if there is no such rephrase or no word.
+    Case and punctuation are ignored. None if there is no text rephrase, or neither prompt has a word.
     """
     rephrase = request.supervision.get("text_rephrase")
     if rephrase is None:
@@ -213,7 +208,7 @@ def rephrase_distance(request: EditRequest) -> float | None:
 
 
 def _wanted(supervision: Supervision) -> set[str]:
-    """The locality slots that an edit is to have."""
+    """Locality slots that an edit needs."""
     return {slot for slot in LOCALITY_SLOTS if slot != NEAR or supervision.near_locality}
 
 
@@ -225,30 +220,30 @@ def _locality(
     supervision: Supervision,
     pool: Pool | None,
 ) -> tuple[dict[str, Probe], str]:
-    """The locality slots, and the edit id of the pool's record that was drawn, if any."""
+    """The locality slots, and the edit id of the pool record that was drawn, if any."""
     wanted = [slot for slot in LOCALITY_SLOTS if slot in _wanted(supervision)]
     if supervision.locality_source == "record":
-        found = {slot: probes[_RECORD_SLOTS[slot]] for slot in wanted[:2]}
+        slots = {slot: probes[_RECORD_SLOTS[slot]] for slot in wanted[:2]}
         if supervision.near_locality:
-            found["near_locality"] = probes.get("m_loc_near") or _near(edit, probes["m_loc"])
-        return found, ""
-    found = {slot: own[slot] for slot in wanted if slot in own}
-    missing = [slot for slot in wanted if slot not in found]
+            slots["near_locality"] = probes.get("m_loc_near") or _near(edit, probes["m_loc"])
+        return slots, ""
+    slots = {slot: own[slot] for slot in wanted if slot in own}
+    missing = [slot for slot in wanted if slot not in slots]
     if not missing:
-        return found, ""
-    if pool is None and missing == ["near_locality"] and found["image_locality"].picture is not None:
-        return found | {"near_locality": _near(edit, found["image_locality"])}, ""
+        return slots, ""
+    if pool is None and missing == ["near_locality"] and slots["image_locality"].picture is not None:
+        return slots | {"near_locality": _near(edit, slots["image_locality"])}, ""
     if pool is None:
         raise InputError(
             f"{record.file}, record {record.index}: has no held_out entry for {' and '.join(missing)}, and there is no "
             f"pool of other records. {_POOLLESS}"
         )
     drawn, drawn_from = _draw(record, edit, probes, missing, supervision, pool)
-    return found | drawn, drawn_from
+    return slots | drawn, drawn_from
 
 
 def _near(edit: Probe, other: Probe) -> Probe:
-    """The edit's own question about the other probe's picture."""
+    """The edit's question about the other probe's picture."""
     return replace(edit, target=other.target, picture=other.picture)
 
 
@@ -260,7 +255,7 @@ def _draw(
     supervision: Supervision,
     pool: Pool,
 ) -> tuple[dict[str, Probe], str]:
-    """Takes the first record of the pool, in an order set by the edit id, whose images can be read and are others."""
+    """Slots from the first candidate whose images can be read and are not scored, in an order set by the edit id."""
     scored_keys = {probe.picture.key for probe in (edit, *probes.values()) if probe.picture is not None}
     rng = seeded(record.edit_id, "locality", supervision.seed)
     num_tried, last_error = 0, ""
@@ -280,7 +275,7 @@ def _draw(
 
 
 def _locality_of(other: RawRecord, edit: Probe, missing: list[str], reader: ImageReader) -> dict[str, Probe]:
-    """The missing slots, made from one record of the pool. Targets only say which positions are compared."""
+    """The missing slots, from one record of the pool. Targets only set the positions that are compared."""
     texts = probe_texts(other.fields, other.task)
     answer = other.fields["pred"] if other.fields["pred"].strip() else other.fields["m_loc_a"]
     candidates = {

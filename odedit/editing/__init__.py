@@ -1,1 +1,1 @@
-"""The inner loop: descent on the edit, ascent on the multiplier."""
+"""The inner loop that optimises edits, and edits as files or merged into a checkpoint."""

@@ -1,4 +1,4 @@
-"""What the inner loop knows on the host: which edits move, why the others stopped, and what every step showed."""
+"""Host-side record of the inner loop: active edits, stop reasons, and the curves of every edit."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class EditResult:
     """One finished edit.
 
     Attributes:
-        params: phi_e of this edit alone (axis 0 has length 1), as `Editor.finished` made it.
+        params: phi_e of this edit alone (axis 0 has length 1), as returned by `Editor.finished`.
         steps: Primal steps taken.
         stop_reason: One of `STOP_REASONS`.
         seconds: Wall-clock time of the whole loop, divided by its edits.
         curves: Per evaluated step: rel, loc, gen, own, penalty, lambda, objective, worst_nll, g_<environment>.
-        error: Why the edit failed, else None; a failed edit's params are not to be used.
+        error: Reason of a failure, else None; do not use the params of a failed edit.
     """
 
     edit_id: str
@@ -38,29 +38,40 @@ class EditResult:
 
 
 class Progress:
-    """Of all edits of a batch, and of the members that are in it now."""
+    """Progress of all edits, and the members of the present batch.
+
+    Attributes:
+        members: Indices of the edits in the present batch.
+        is_active: True for members that still move.
+        steps: Steps taken by every edit.
+    """
 
     def __init__(self, num_edits: int) -> None:
-        self.members: list[int] = []  # of the batch as it is now, by their number among all
-        self.is_active: list[bool] = []  # whether they move on
+        self.members: list[int] = []
+        self.is_active: list[bool] = []
         self.steps = [0] * num_edits
         self._waiting = list(range(num_edits))
         self._reasons = [""] * num_edits
         self._curves: list[dict[str, list[float]]] = [{} for _ in range(num_edits)]
 
     def admit(self, count: int) -> None:
-        """Takes up to `count` of the edits that wait into the batch, behind the others."""
+        """Appends up to `count` waiting edits to the batch."""
         new, self._waiting = self._waiting[:count], self._waiting[count:]
         self.members += new
         self.is_active += [True] * len(new)
 
     def keep_active(self) -> None:
-        """Forgets the edits that leave the batch, but for their curves and reasons."""
+        """Removes finished edits from the batch; their curves and stop reasons stay."""
         self.members = [member for member, active in zip(self.members, self.is_active, strict=True) if active]
         self.is_active = [True] * len(self.members)
 
-    def take_in(self, names: Sequence[str], table: Tensor) -> None:
-        """What a step has shown, in its one transfer from the device; an edit that has stopped shows nothing more."""
+    def add_step(self, names: Sequence[str], table: Tensor) -> None:
+        """Stores the curves and stop reasons of one step; stopped edits are skipped.
+
+        Args:
+            names: Row names of the table; a row of `STOP_REASONS` is non-zero for edits that stop.
+            table: Values `(rows, E)`, copied from the device at once.
+        """
         columns = dict(zip(names, table.cpu().tolist(), strict=True))
         stops = {name: columns.pop(name) for name in names if name in STOP_REASONS}
         for row, member in enumerate(self.members):
@@ -94,5 +105,5 @@ class Progress:
         last = {
             name: values[-1] for name, values in self._curves[index].items() if name in ("rel", "loc", "gen", "own")
         }
-        shown = ", ".join(f"{name}={value:.4g}" for name, value in last.items())
-        return f"the objective is not finite after {steps} steps ({shown}); a lower editor.learning_rate may help."
+        values = ", ".join(f"{name}={value:.4g}" for name, value in last.items())
+        return f"the objective is not finite after {steps} steps ({values}); try a lower editor.learning_rate."

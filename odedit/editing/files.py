@@ -1,4 +1,4 @@
-"""Edits as files: saved as safetensors with what is needed to apply them again, and to ask whether they hold."""
+"""Edits as safetensors files, with the metadata to apply them again and to check whether they hold."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class EditInfo:
-    """What an edit file says about itself.
+    """Metadata of an edit file.
 
     Attributes:
-        edit_id: The request's name.
-        editor, editor_config: What wrote it, and what applies it.
-        family, checkpoint, fingerprint: The backbone whose weights it changes.
-        template: Prompt template it was trained and scored with.
-        prompt, target: The edit in words.
-        metrics: Its scores.
-        is_caption: Whether the prompt is the beginning of a caption rather than a question.
-        picture: Key of the picture that the prompt is about (`Picture.key`); empty: it has none; None: not known, in
-            files of older versions.
-        image, image_root: Where that picture was: as the record names it, and below which folder or packed folder.
+        edit_id: Name of the request.
+        editor, editor_config: Name and settings of the editor that made the edit and applies it.
+        family, checkpoint, fingerprint: Backbone whose weights the edit changes.
+        template: Prompt template of training and scoring.
+        prompt, target: Question and new answer.
+        metrics: Scores of the edit.
+        is_caption: True when the prompt is the beginning of a caption, not a question.
+        picture: Key of the prompt's picture (`Picture.key`); empty: no picture; None: unknown, in files of older
+            versions.
+        image, image_root: Path of that picture as in the record, and its root folder or packed folder.
     """
 
     edit_id: str
@@ -57,13 +57,13 @@ class EditInfo:
 
 
 def save_edit(path: Place, params: EditParams, info: EditInfo) -> None:
-    """Writes one edit; a reader sees the whole file or none."""
+    """Writes one edit atomically."""
     metadata = {"format": FORMAT, "info": json.dumps(asdict(info), sort_keys=True)}
     write_tensors(at(path), params, metadata)
 
 
 def is_whole(path: Place) -> bool:
-    """Whether a file of tensors is there, and as long as its header says; the tensors themselves are not read."""
+    """Whether the file exists and is as long as its header says; tensors are not read."""
     try:
         read_metadata(at(path))
     except (SafetensorError, FileNotFoundError):
@@ -77,22 +77,22 @@ def load_edit(path: Place, device: str = "cpu") -> tuple[EditParams, EditInfo]:
     Raises:
         InputError: Missing, damaged, or not an edit.
     """
-    params, metadata = _read(path, lambda place: read_tensors(place, device))
+    params, metadata = _read(path, lambda location: read_tensors(location, device))
     return params, _info(path, metadata)
 
 
 def read_info(path: Place) -> EditInfo:
-    """What an edit file says about itself, without its tensors. Raises InputError as `load_edit` does."""
+    """Metadata of an edit file, without its tensors. Raises InputError as `load_edit` does."""
     return _info(path, _read(path, read_metadata))
 
 
 def _read(path: Place, read: Callable[[Location], T]) -> T:
-    place = at(path, "edit")
-    name = repr(place.text)
+    location = at(path, "edit")
+    name = repr(location.text)
     try:
-        if not place.is_file():
+        if not location.is_file():
             raise InputError(f"edit {name}: no such file.")
-        return read(place)
+        return read(location)
     except (SafetensorError, OSError) as error:
         raise InputError(f"edit {name} cannot be read as safetensors: {masked(str(error))}.") from error
 
@@ -104,7 +104,7 @@ def _info(path: Place, metadata: Mapping[str, str]) -> EditInfo:
     try:
         return EditInfo(**json.loads(metadata["info"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"edit {name}: what it says about itself is damaged ({error}).") from error
+        raise InputError(f"edit {name}: its metadata is damaged ({error}).") from error
 
 
 def load_edits(
@@ -113,8 +113,8 @@ def load_edits(
     """Reads edits that are to be applied together.
 
     Raises:
-        InputError: None given, made by an editor outside the package, by different editors or settings, or for other
-            weights than the backbone's.
+        InputError: No edit, an edit of an editor outside the package, different editors or settings, or an edit of
+            other weights than the backbone's.
     """
     if not paths:
         raise InputError("no edit given: name at least one .safetensors file.")
@@ -133,7 +133,7 @@ def load_edits(
                 f"{mismatch(info.fingerprint, backbone.fingerprint)}."
             )
     if first.editor not in editors.names():
-        # A dotted name would import whatever module the file asks for.
+        # A dotted name would import and run any module that the file names.
         raise InputError(
             f"edit {names[0]} was made by the editor {first.editor!r}, which is not one of "
             f"{', '.join(editors.names())}; load edits of editors outside the package in Python."
@@ -143,7 +143,7 @@ def load_edits(
 
 
 def _settings(info: EditInfo) -> Any:
-    """The editor's settings, those that are newer than the edit at their defaults."""
+    """Settings of the editor; those that the edit's version did not have are at their defaults."""
     if info.editor not in editors.names():
         return info.editor_config
     return editors.load_editor(info.editor, info.editor_config).config

@@ -1,7 +1,7 @@
-"""The only inner loop: independent edits, optimised together, each stopped by its own rule.
+"""The inner loop: independent edits, optimised together, each stopped by its own rule.
 
-A finished edit costs as much per step as one that moves. So as soon as enough have finished, they leave the batch, and
-edits that wait take their places.
+A finished edit costs as much per step as an active one. So once enough edits have finished, they leave the batch, and
+waiting edits enter it.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix
@@ -25,31 +26,26 @@ from odedit.objectives.common.terms import Terms, Unedited
 from odedit.runtime import cuda_graphs
 from odedit.runtime.brief import brief
 from odedit.runtime.stages import stage, unmeasured
+from odedit.settings import Settings
 
 _WORTH_RECORDING = 4
-"""Steps to come for which a step is recorded: that costs about as much as one step whose kernels start one by one."""
+"""Remaining steps from which recording a CUDA graph pays: it costs about as much as one step without a graph."""
 _FULL_ENOUGH = 0.75
-"""Share of moving edits below which the finished ones leave the batch: copying the rest costs about one step."""
+"""Share of active edits below which finished ones leave the batch: copying the active ones costs about one step."""
 
 
 @dataclass(frozen=True)
-class Stopping:
+class Stopping(Settings):
     """When an edit stops moving.
 
     Attributes:
-        max_steps: Bound of the loop; None: the editor's published number.
-        worst_token_nll: Stops when the least likely target token has come below this NLL: the mean would hide an
-            unlearned first token behind a confident second one. None: the editor's own rule.
+        max_steps: Largest number of steps; None: the editor's published number.
+        worst_token_nll: NLL that the least likely target token must reach to stop (a mean would hide an unlearned first
+            token behind a confident second one); None: the editor's own rule.
     """
 
-    max_steps: int | None = None
-    worst_token_nll: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_steps is not None and self.max_steps < 0:
-            raise ValueError(f"max_steps: got {self.max_steps}, expected at least 0, or null for the editor's own.")
-        if self.worst_token_nll is not None and not self.worst_token_nll > 0:
-            raise ValueError(f"worst_token_nll: got {self.worst_token_nll}, expected a number > 0, or null.")
+    max_steps: Annotated[int, Ge(0)] | None = None
+    worst_token_nll: Annotated[float, Gt(0)] | None = None
 
 
 def edit(
@@ -62,19 +58,18 @@ def edit(
     width: int | None = None,
     results_on: torch.device | str = "cpu",
 ) -> list[EditResult]:
-    """Optimises the E edits of `batch`, each as if it were alone.
+    """Optimises the E edits of `batch` independently of each other.
 
     Args:
-        batch: The supervision batch of `encode_requests`.
-        seed: Of the multiplier network and the sketch; the same for every edit.
-        width: How many edits move together at most; fewer where they would take more memory than all of them under
-            the base editor's own loss, see `odedit.editing.width`. None: no further bound.
-        results_on: Where the finished edits go. On the host those of a long batch do not crowd out the ones that move;
-            on the model's own device there is nothing to copy for who scores them next.
+        batch: Supervision batch of `encode_requests`.
+        seed: Seed of the multiplier network and the sketch, the same for every edit.
+        width: Largest number of edits that move together; `odedit.editing.width` may lower it, so that they need no
+            more memory than all edits under the base editor's own loss. None: no further bound.
+        results_on: Device of the finished edits. On the CPU they take no memory from the active ones; on the model's
+            device they need not be copied to be scored.
 
     Returns:
-        E results, in order. An edit whose objective is not finite is returned with `error`, and does not disturb
-        others.
+        E results, in order. An edit whose objective is not finite is returned with `error`; it does not affect others.
     """
     started = time.perf_counter()
     run = _Run(backbone, editor, objective, batch, stopping, seed, width or batch.num_edits, results_on)
@@ -85,16 +80,16 @@ def edit(
 
 
 class _Weighed(NamedTuple):
-    """What one forward of the edits in the batch has shown, on their device.
+    """Results of one forward of the batch, on its device.
 
     Attributes:
-        objective_E: What the primal step descends on.
-        state: Of the optimiser, its dual step taken.
-        active_E: Edits that move on.
-        loss_E: The objective without penalty.
-        table: A row for every name, `(rows, E)`: whether an edit is to stop for a reason, then its curves.
-        names: Of the rows.
-        trace: For `Editor.finished`.
+        objective_E: Objective of the primal step, with penalty.
+        state: State of the optimiser after its dual step.
+        active_E: True for edits that do not stop here.
+        loss_E: Objective without penalty.
+        table: Stop flags by reason, then curves, `(rows, E)`.
+        names: Names of the table's rows.
+        trace: Values recorded by the editor's hooks, for `Editor.finished`.
     """
 
     objective_E: Tensor
@@ -108,7 +103,7 @@ class _Weighed(NamedTuple):
 
 @dataclass(frozen=True)
 class _Recording:
-    """A step that can be started as a whole, and where it leaves what it shows."""
+    """A step recorded as a CUDA graph, and the tensors that it writes its results to."""
 
     names: tuple[str, ...]
     table: Tensor
@@ -119,7 +114,10 @@ class _Recording:
 
 
 class _Run:
-    """The edits that move, those that wait, and what the others have become."""
+    """Active, waiting and finished edits of one call of `edit`.
+
+    Tensors named `_all` cover all edits; the others cover the batch, axis 0 in the order of `_progress.members`.
+    """
 
     def __init__(
         self,
@@ -140,16 +138,15 @@ class _Run:
         self._optimizer = PrimalDual(editor, objective.config, max(max_steps, 1), seed)
         self._progress = Progress(batch.num_edits)
         self._finished: dict[int, EditParams] = {}
-        # Of all edits. What follows is of those in the batch, axis 0 in the order of `progress.members`.
-        # One more forward sees where the last step led.
+        # One more forward than steps: it evaluates the result of the last step.
         self._all = batch.select(objective.slots_within(objective.slots(editor, batch), max_steps + 1))
         with stage("edit: prefix"), torch.no_grad():
             self._all_prefix = backbone.prefix(
                 self._all, *editor.sites, positionwise=editor.positionwise, read_EKT=objective.read(self._all)
             )
         self._width = min(width, width_like_native(backbone, editor, objective, batch, self._all_prefix))
-        # One product with a hypernetwork for all edits; what it makes is the edits themselves.
-        self._made = {} if max_steps > 0 else self._init(self._all, self._all_prefix)
+        # Without steps, phi_0 is the edit: one product with the hypernetwork for all edits.
+        self._initial = {} if max_steps > 0 else self._init(self._all, self._all_prefix)
         self._origin: EditParams = {}
         self._params: EditParams = {}
         self._state: State | None = None
@@ -157,10 +154,10 @@ class _Run:
         self._base_EKTD: Tensor | None = None
         self._weight_EK: Tensor | None = None
         self._unedited: Unedited | None = None
-        # Of `_all`'s sequences, of which the batch may show some at a time.
+        # Presence of all slots of `_all`; a step may read only some of them, because negatives take turns.
         self._present_EK = torch.empty(0, 0)
-        # A step of a batch is recorded after a first one like it.
-        self._is_worth_recording, self._steps_alike = False, 0
+        # The first step after a change of the batch runs without a graph, which then is recorded.
+        self._is_worth_recording, self._steps_of_batch = False, 0
         self._recording: _Recording | None = None
         self._admit()
 
@@ -172,38 +169,38 @@ class _Run:
         return bool(self._progress.members)
 
     def step(self) -> None:
-        """One forward of all edits in the batch, and one step of those that move on."""
-        trace = self._replayed() if self._is_recorded() else self._moved()
+        """One forward of all edits in the batch, and one step of the active ones."""
+        trace = self._replayed() if self._is_recorded() else self._stepped()
         if sum(self._progress.is_active) <= _FULL_ENOUGH * len(self._progress.members):
-            self._let_go(trace)
-            del trace  # it may hold all that the last step made
+            self._remove_finished(trace)
+            del trace  # It may hold all activations of the last step.
             self._admit()
 
-    def _moved(self) -> Trace:
+    def _stepped(self) -> Trace:
         assert self._state is not None
-        # Recorded steps are all alike; while no penalty counts, its part in them is 0.
+        # A graph is the same for all steps: it computes the penalty during the warm-up too, with weight 0.
         taken = [self._progress.steps[member] for member in self._progress.members]
         is_penalised = self._optimizer.learns if self._is_worth_recording else self._optimizer.is_penalised(taken)
         weighed = self._weigh(self._params, self._state, is_penalised)
         self._state, self._active_E, self._previous_E = weighed.state, weighed.active_E, weighed.loss_E
-        self._progress.take_in(weighed.names, weighed.table)
-        # Of the last step nobody takes a gradient.
+        self._progress.add_step(weighed.names, weighed.table)
+        # The last forward needs no gradient.
         if any(self._progress.is_active):
             all_move = all(self._progress.is_active)
             self._params, self._state = self._descend(self._params, weighed, None if all_move else weighed.active_E)
-        self._steps_alike += 1
+        self._steps_of_batch += 1
         return weighed.trace
 
     def _weigh(self, params: EditParams, state: State, is_penalised: bool) -> _Weighed:
         with stage("edit: forward"):
-            prefix, unedited = self._seen(state.steps_E)
+            prefix, unedited = self._in_turn(state.steps_E)
             with self._editor.applied(self._backbone, params, self._batch) as trace:
                 hidden = self._backbone.suffix(prefix, self._objective.read(self._batch))
         with stage("edit: risks"):
             terms = self._objective(self._backbone, self._editor, params, trace, self._batch, hidden, unedited)
             stops = self._stops(terms, trace, state.steps_E)
             active_E = self._active_E & ~torch.stack(list(stops.values())).any(dim=0)
-            objective_E, state, shown = self._optimizer.weigh(
+            objective_E, state, penalty_curves = self._optimizer.weigh(
                 params, self._origin, state, terms, active_E, is_penalised
             )
             columns = {
@@ -212,15 +209,15 @@ class _Run:
                 "penalty": terms.penalty,
                 "worst_nll": terms.worst_nll,
                 **{f"g_{name}": gradient for name, gradient in terms.scale_gradients.items()},
-                **shown,
+                **penalty_curves,
             }
             table = torch.stack([value.detach().float() for value in columns.values()])
         return _Weighed(objective_E, state, active_E, terms.total.detach(), table, tuple(columns), trace)
 
     def _unedited_states(self, batch: EditBatch, num_at_once: int) -> Tensor:
-        """Final states `(E, K, T, D)`, of as many sequences at a time as a step has.
+        """Final states of the unedited model at the answers, `(E, K, T, D)`, `num_at_once` sequences at a time.
 
-        Rounding depends on that, and phi_0 shall differ in nothing; and no more is held at a time than in a step.
+        That is the number of a step: rounding depends on it, and at phi_0 the edited states must be equal bit for bit.
         """
         num_slots, parts = len(batch.slots), []
         for first in range(0, num_slots, num_at_once):
@@ -231,35 +228,35 @@ class _Run:
             parts.append(self._backbone.suffix(prefix, batch.predict_EKT.index_select(1, columns_K)))
         return torch.cat(parts, dim=1)[:, :num_slots]
 
-    def _seen(self, steps_E: Tensor) -> tuple[Prefix, Unedited | None]:
-        """What the edits are shown in this step, and what it is compared with."""
+    def _in_turn(self, steps_E: Tensor) -> tuple[Prefix, Unedited | None]:
+        """Prefix and unedited answers of the sequences that each edit reads in this step."""
         columns_EK = self._objective.columns_in_turn(self._all.slots, self._present_EK, steps_E)
         if columns_EK is None:
             return self._prefix, self._unedited
-        assert self._base_EKTD is not None and self._weight_EK is not None, "whoever takes turns compares and weighs"
-        # Negatives differ in their picture alone: tokens and masks are those of the first.
+        assert self._base_EKTD is not None and self._weight_EK is not None, "needed to read negatives in turn"
+        # Negatives differ only in their picture: they share tokens and masks.
         base_EKTD = self._base_EKTD.gather(1, columns_EK[:, :, None, None].expand(-1, -1, *self._base_EKTD.shape[2:]))
         weight_EK = self._weight_EK.gather(1, columns_EK)
         unedited = self._objective.unedited(self._backbone, self._batch, base_EKTD, weight_EK)
         return self._prefix.pick(columns_EK), unedited
 
     def _stops(self, terms: Terms, trace: Trace, steps_E: Tensor) -> dict[str, Tensor]:
-        """`(E,)` by reason, the weightiest first."""
+        """True for edits that stop, `(E,)` by reason; the first reason of an edit is reported."""
         loss_E = terms.total.detach()
         finite_E = torch.isfinite(loss_E) & torch.isfinite(terms.penalty.detach())
         if self._stopping.worst_token_nll is not None:
-            good = {"worst_token_nll": terms.worst_trained_nll <= self._stopping.worst_token_nll}
+            learned = {"worst_token_nll": terms.worst_trained_nll <= self._stopping.worst_token_nll}
         else:
-            good = {"converged": self._editor.converged(loss_E, self._previous_E, terms.all_right, trace)}
-        return {"failed": ~finite_E, **good, "max_steps": steps_E >= self._max_steps}
+            learned = {"converged": self._editor.converged(loss_E, self._previous_E, terms.all_right, trace)}
+        return {"failed": ~finite_E, **learned, "max_steps": steps_E >= self._max_steps}
 
     def _descend(self, params: EditParams, weighed: _Weighed, active_E: Tensor | None) -> tuple[EditParams, State]:
         with stage("edit: backward and update"):
             return self._optimizer.descend(params, weighed.state, weighed.objective_E, active_E)
 
     def _is_recorded(self) -> bool:
-        """Whether the next step can be started as a whole; after the first of a batch, records it."""
-        if self._recording is None and self._is_worth_recording and self._steps_alike:
+        """Whether the next step is a CUDA graph; records one where it pays."""
+        if self._recording is None and self._is_worth_recording and self._steps_of_batch:
             left = self._max_steps - min(self._progress.steps[member] for member in self._progress.members)
             if left >= _WORTH_RECORDING:
                 self._record()
@@ -267,17 +264,17 @@ class _Run:
         return self._recording is not None
 
     def _record(self) -> None:
-        """Records a step that leaves what it moves where it was."""
+        """Records a step that updates parameters and state in place."""
         assert self._state is not None
         state = self._state
-        shown: list[_Recording] = []
+        recorded: list[_Recording] = []
 
         def step() -> None:
-            # Leaves of this step alone: autograd remembers on which stream a leaf was first used.
-            params = _alike(self._params)
-            weighed = self._weigh(params, replace(state, delta=_alike(state.delta)), self._optimizer.learns)
+            # Own leaves of this step: autograd binds a leaf to the stream of its first use.
+            params = _aliases(self._params)
+            weighed = self._weigh(params, replace(state, delta=_aliases(state.delta)), self._optimizer.learns)
             moved, new = self._descend(params, weighed, weighed.active_E)
-            shown[:] = [_Recording(weighed.names, weighed.table, weighed.trace)]
+            recorded[:] = [_Recording(weighed.names, weighed.table, weighed.trace)]
             with torch.no_grad():
                 for name, value in moved.items():
                     self._params[name].copy_(value)
@@ -287,17 +284,17 @@ class _Run:
 
         with unmeasured():
             start = cuda_graphs.recorded(step, self._device)
-        self._recording = None if start is None else replace(shown[0], start=start)
+        self._recording = None if start is None else replace(recorded[0], start=start)
 
     def _replayed(self) -> Trace:
         assert self._recording is not None
         with stage("edit: recorded steps"):
             self._recording.start()
-            self._progress.take_in(self._recording.names, self._recording.table)
+            self._progress.add_step(self._recording.names, self._recording.table)
         return self._recording.trace
 
-    def _let_go(self, trace: Trace) -> None:
-        """Takes the finished edits out of the batch."""
+    def _remove_finished(self, trace: Trace) -> None:
+        """Moves finished edits from the batch to the results."""
         assert self._state is not None
         progress = self._progress
         finished = self._editor.finished(_detached(self._params), trace, self._batch)
@@ -317,15 +314,15 @@ class _Run:
         self._previous_E = self._previous_E[stay]
 
     def _admit(self) -> None:
-        """Fills the places that are free with edits that wait, and gathers what belongs to the batch."""
+        """Fills the batch with waiting edits, and gathers its tensors."""
         progress = self._progress
         staying = len(progress.members)
         progress.admit(self._width - staying)
-        self._recording, self._steps_alike = None, 0
+        self._recording, self._steps_of_batch = None, 0
         if not progress.members:
             return
         members = torch.tensor(progress.members, device=self._device)
-        # Where all edits move together there is nothing to copy.
+        # No copy if all edits move together.
         if progress.members == list(range(self._all.num_edits)):
             batch, self._prefix = self._all, self._all_prefix
         else:
@@ -343,8 +340,8 @@ class _Run:
         if len(members) > staying:
             rows = members[staying:]
             new = (
-                {name: value[rows] for name, value in self._made.items()}
-                if self._made
+                {name: value[rows] for name, value in self._initial.items()}
+                if self._initial
                 else self._init(self._all.take(rows), self._all_prefix.take(rows))
             )
             if staying and self._state is not None:
@@ -377,10 +374,10 @@ def _detached(params: EditParams) -> EditParams:
 
 
 def _leaves(params: EditParams, frozen: Container[str]) -> EditParams:
-    """Copies that gradients are taken with respect to, but for those that are frozen."""
+    """Copies that require gradients, except those that are frozen."""
     return {name: value.detach().clone().requires_grad_(name not in frozen) for name, value in params.items()}
 
 
-def _alike(params: EditParams) -> EditParams:
-    """Leaves on the same memory."""
+def _aliases(params: EditParams) -> EditParams:
+    """Leaves that share memory with `params`."""
     return {name: value.detach().requires_grad_(value.requires_grad) for name, value in params.items()}

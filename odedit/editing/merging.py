@@ -28,17 +28,17 @@ from odedit.runtime.brief import brief
 from odedit.storage.atomic import check_new, folder_written_atomically
 
 _COPIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "additional_chat_templates/*.jinja")
-"""What a checkpoint has beside its weights. Never code or pickles; its README describes another model."""
+"""Files copied beside the weights: no code, no pickles, and no README, which describes another model."""
 
 
 @dataclass(frozen=True)
 class Merged:
-    """The files of a source checkpoint, and the tensors in them that the edits change.
+    """Files of a source checkpoint, and the tensors in them that the edits change.
 
     Attributes:
         source: Folder of the source checkpoint.
-        weights: Its files of weights.
-        changed: File name -> stored name -> new value, in the dtype in which the source stores it.
+        weights: Names of its weight files.
+        changed: New values by file name and stored name, in the dtype of the source.
     """
 
     source: Path
@@ -48,10 +48,10 @@ class Merged:
     __repr__ = brief
 
     def write(self, directory: Path) -> None:
-        """Writes the checkpoint, file by file; a reader sees the whole folder or none.
+        """Writes the checkpoint folder atomically.
 
         Raises:
-            InputError: `directory` is a file or holds something.
+            InputError: `directory` is a file or a folder that is not empty.
         """
         check_new(directory)
         with folder_written_atomically(directory) as folder:
@@ -65,10 +65,10 @@ class Merged:
 
 
 def export(backbone: Any, editor: Editor, params: EditParams, directory: Path) -> None:
-    """Writes a plain Hugging Face checkpoint with the edits merged into its weights.
+    """Writes a plain Hugging Face checkpoint with the edits merged into its weights: `odedit merge` in Python.
 
     Args:
-        backbone: One of `odedit.load_backbone`.
+        backbone: Result of `odedit.load_backbone`.
 
     Raises:
         InputError: Raised by `merged_into` or `Merged.write`.
@@ -79,11 +79,11 @@ def export(backbone: Any, editor: Editor, params: EditParams, directory: Path) -
 
 @contextmanager
 def merged_into(backbone: Any, editor: Editor, params: EditParams) -> Iterator[Merged]:
-    """Inside, the model has the merged weights, rounded as the checkpoint stores them; its own are back afterwards.
+    """Context in which the model has the merged weights, rounded to the checkpoint's dtype.
 
     Raises:
-        InputError: The editor's edits are not plain weights (WISE routes at inference), the checkpoint's files are not
-            those that the model was loaded from, or its dtype cannot hold the merged values.
+        InputError: The editor's edits are not plain weights (WISE routes at inference), the checkpoint's files have
+            changed since the model was loaded, or the dtype overflows.
     """
     if not isinstance(editor, Mergeable):
         raise InputError(
@@ -114,7 +114,7 @@ def merged_into(backbone: Any, editor: Editor, params: EditParams) -> Iterator[M
 
 
 def _rounded(stored: Tensor, delta: Tensor, name: str) -> Tensor:
-    """The sum in the dtype of the stored tensor."""
+    """Sum in the dtype of the stored tensor."""
     wide = torch.promote_types(stored.dtype, torch.float32)
     value = (stored.to(wide) + delta.to("cpu", wide)).to(stored.dtype)
     if not bool(value.isfinite().all()):
@@ -123,7 +123,7 @@ def _rounded(stored: Tensor, delta: Tensor, name: str) -> Tensor:
 
 
 def _other_files(source: Path) -> list[Path]:
-    """Files beside the weights; no index of weights that are not copied."""
+    """Files to copy beside the weights, without an index of weights that are not copied."""
     has_index = not (source / WEIGHTS).is_file()
     return [
         path
@@ -136,7 +136,7 @@ def _other_files(source: Path) -> list[Path]:
 def _stored_at(
     model: Any, source: Path, weights: Iterable[str], modules: Mapping[str, torch.nn.Module]
 ) -> dict[str, tuple[str, str]]:
-    """Site -> file and stored name of its weight, by the library's own renaming of what it loads.
+    """File and stored name of each site's weight, by the renaming rules of transformers.
 
     Raises:
         InputError: A weight is not stored as one tensor.
@@ -145,32 +145,32 @@ def _stored_at(
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     mapping = get_model_conversion_mapping(model)
-    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
-    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     parameters = model.state_dict()
     site_of = {id(module): site for site, module in modules.items()}
     wanted = {f"{name}.weight": site_of[id(module)] for name, module in model.named_modules() if id(module) in site_of}
-    found: dict[str, tuple[str, str]] = {}
+    stored_at: dict[str, tuple[str, str]] = {}
     for file in weights:
         with safe_open(source / file, framework="pt") as stream:
             names = list(stream.keys())
         for stored in names:
             name, converted = rename_source_key(stored, renamings, converters, model.base_model_prefix, parameters)
-            if name not in parameters and stored in parameters:  # as the library does
+            if name not in parameters and stored in parameters:  # as transformers does
                 name, converted = rename_source_key(stored, [], [], model.base_model_prefix, parameters)
             if name in wanted and converted is None:
-                found[wanted[name]] = file, stored
-    missing = [site for site in modules if site not in found]
+                stored_at[wanted[name]] = file, stored
+    missing = [site for site in modules if site not in stored_at]
     if missing:
         raise InputError(
             f"{source}: the weight of {missing[0]!r} is not stored as a tensor of its own, so nothing can be merged "
             "into it. Keep the edit files and use `odedit apply`."
         )
-    return found
+    return stored_at
 
 
 def _overwrite(path: Path, values: Mapping[str, Tensor]) -> None:
-    """Replaces tensors of a safetensors file by others of the same shape and dtype; all else stays as it is."""
+    """Overwrites tensors of a safetensors file in place with others of the same shape and dtype."""
     if not values:
         return
     with path.open("r+b") as stream:

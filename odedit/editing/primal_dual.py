@@ -1,16 +1,16 @@
-"""The only place where phi_e and delta move: descent on phi_e, ascent on delta (arXiv 2601.19700, eq. 11-13).
+"""The optimiser of edits: descent on phi_e, ascent on delta (arXiv 2601.19700, eq. 11-13).
 
-Every edit of a batch has its own moments, step count, clipping and multiplier network, so it moves as if it were alone.
+Every edit of a batch has its own moments, step count, clipping and multiplier network, so its result is that of the
+edit alone.
 
-The dual step belongs after the primal one, at the updated phi_e. It is taken at the start of the next call instead,
-with the penalty that the next forward computes anyway: the same sequence of values without a second forward.
+The dual step follows the primal one, at the updated phi_e. It is taken at the start of the next call, with the penalty
+that the next forward computes anyway: the same sequence of values without a second forward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ from torch import Tensor
 from odedit.editors.base import Editor, OptimizerSettings
 from odedit.inputs.batch import EditParams, stack_params
 from odedit.objectives.base import BaseConfig
-from odedit.objectives.common.multiplier import DUAL_DECAY, MultiplierNetwork, features, flat_input
+from odedit.objectives.common import dual_step
+from odedit.objectives.common.multiplier import DUAL_DECAY, MultiplierNetwork
 from odedit.objectives.common.penalty import penalty_schedule
-from odedit.objectives.common.sketch import CountSketch
 from odedit.objectives.common.terms import Terms
 from odedit.runtime.brief import brief
 
@@ -30,14 +30,14 @@ _EPSILON = 1e-8
 
 @dataclass(frozen=True)
 class State:
-    """What the optimiser remembers of E edits.
+    """State of the optimiser for E edits.
 
     Attributes:
         steps_E: Primal steps taken.
-        moments: First and second moments by tensor name; empty for SGD.
-        delta: Weights of the multiplier networks; empty unless lambda is learned.
         dual_steps_E: Dual steps taken.
         dual_weight_E: Weight of the penalty in the last primal step; a dual step follows unless it was 0.
+        moments: First and second moments by tensor name; empty for SGD.
+        delta: Weights of the multiplier networks; empty unless lambda is learned.
     """
 
     steps_E: Tensor
@@ -49,7 +49,7 @@ class State:
     __repr__ = brief
 
     def take(self, edits: Tensor) -> State:
-        """The state of the edits with these rows, alone."""
+        """State of the edits in these rows."""
         return replace(
             self,
             steps_E=self.steps_E[edits],
@@ -60,18 +60,18 @@ class State:
         )
 
     def copy_(self, other: State) -> None:
-        """Takes the values of a state of the same edits, in the memory that is there."""
+        """Copies the values of a state of the same edits into this one's tensors."""
         for name in ("steps_E", "dual_steps_E", "dual_weight_E"):
             getattr(self, name).copy_(getattr(other, name))
         for name, pair in self.moments.items():
-            for mine, theirs in zip(pair, other.moments[name], strict=True):
-                mine.copy_(theirs)
+            for moment, other_moment in zip(pair, other.moments[name], strict=True):
+                moment.copy_(other_moment)
         for name, value in self.delta.items():
             value.copy_(other.delta[name])
 
 
 class PrimalDual:
-    """Steps of E edits; pure: takes and returns parameters and state."""
+    """Primal and dual steps of E edits; pure: takes and returns parameters and state."""
 
     def __init__(self, editor: Editor, config: BaseConfig, max_steps: int, seed: int = 0) -> None:
         self._editor = editor
@@ -84,6 +84,7 @@ class PrimalDual:
         self._schedule = torch.tensor(self._shares)
 
     def init(self, params: EditParams) -> State:
+        """State before the first step of edits that start at `params`."""
         first = next(iter(params.values()))
         steps = torch.zeros(first.shape[0], dtype=torch.long, device=first.device)
         moments = {}
@@ -96,7 +97,7 @@ class PrimalDual:
         return State(steps, steps.clone(), torch.zeros(len(steps), device=steps.device), moments)
 
     def joined(self, state: State, params: EditParams) -> State:
-        """The state with that of new edits behind it, whose phi_0 is `params`."""
+        """State extended by new edits, whose phi_0 is `params`."""
         new = self.init(params)
         delta = {}
         if state.delta:
@@ -119,16 +120,8 @@ class PrimalDual:
         return self._fixed is None
 
     def is_penalised(self, steps: Iterable[int]) -> bool:
-        """Whether lambda is learned, and counts for an edit that has taken one of these numbers of steps."""
+        """Whether lambda is learned and has weight after any of these numbers of steps."""
         return self.learns and any(self._shares[step] > 0 for step in steps)
-
-    def step(
-        self, params: EditParams, origin: EditParams, state: State, terms: Terms, active_E: Tensor
-    ) -> tuple[EditParams, State, dict[str, Tensor]]:
-        """`weigh` and `descend`; new parameters, new state, and what there is to show."""
-        is_penalised = self.is_penalised(state.steps_E.tolist())
-        objective_E, state, shown = self.weigh(params, origin, state, terms, active_E, is_penalised)
-        return *self.descend(params, state, objective_E, active_E), shown
 
     def weigh(
         self,
@@ -139,16 +132,16 @@ class PrimalDual:
         active_E: Tensor,
         is_penalised: bool,
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
-        """The objective with its penalty, after one dual step of the active edits for which one is due.
+        """The objective with its penalty, after the dual step of the active edits for which one is due.
 
         Args:
             params: phi_e, the leaves that `terms` was computed from.
             origin: phi_0.
-            active_E: Edits that still move; the others keep their networks bit for bit.
-            is_penalised: What the method of this name says; True where it says False changes nothing but the time.
+            active_E: True for edits that still move; the others keep their networks bit for bit.
+            is_penalised: Result of `is_penalised`; True instead of False costs time and changes no value.
 
         Returns:
-            The objective `(E,)`, the state, and `lambda` and `objective` of every edit.
+            The objective `(E,)`, the state, and `lambda` and `objective` of every edit as curves.
         """
         schedule_E = self._schedule_on(terms.total.device)[state.steps_E]
         context = self._context(params, origin, terms) if is_penalised else None
@@ -173,7 +166,7 @@ class PrimalDual:
 
         Args:
             params: phi_e, the leaves that the objective was computed from.
-            active_E: Edits that still move; None: all.
+            active_E: True for edits that still move; None: all.
 
         Returns:
             New parameters (leaves) and new state.
@@ -201,43 +194,21 @@ class PrimalDual:
         return self._schedule
 
     def _context(self, params: EditParams, origin: EditParams, terms: Terms) -> Tensor:
-        """What lambda reads: phi_e, as sketch or flat, the risks, and |g| of every environment."""
-        config = self._config.multiplier
-        params = {name: value for name, value in params.items() if name not in self._editor.frozen}
-        if config.input == "flat":
-            phi_EP = flat_input(params)
-        else:
-            sizes = tuple((name, value[0].numel()) for name, value in sorted(params.items()))
-            phi_EP = _sketch(sizes, config.sketch_dim, self._seed)({n: params[n] - origin[n] for n in params})
-        return features(phi_EP, *terms.multiplier_inputs())
+        trained = {name: value for name, value in params.items() if name not in self._editor.frozen}
+        return dual_step.context(self._config.multiplier, trained, terms, self._seed, origin)
 
     def _init_delta(self, context_EI: Tensor) -> EditParams:
         num_edits, width = context_EI.shape
         return MultiplierNetwork.init(self._config.multiplier, width, num_edits, self._seed, context_EI.device)
 
     def _dual_step(self, state: State, context_EI: Tensor, penalty_E: Tensor, active_E: Tensor) -> State:
-        """`delta <- delta + gamma_2 * grad_delta G` of the active edits whose last primal step had a penalty.
-
-        By default with the adaptive rate of the IRM-TV code.
-        """
+        """The state after a dual step of the active edits whose last primal step had a penalty."""
         active_E = active_E & (state.dual_weight_E > 0)
-        names = list(state.delta)
         multiplier_E = MultiplierNetwork.apply(self._config.multiplier, state.delta, context_EI)
-        # A fresh gradient each time; the public IRM-TV code lets them pile up over the steps.
-        gradients = torch.autograd.grad(
-            (state.dual_weight_E * multiplier_E * penalty_E).sum(), [state.delta[name] for name in names]
-        )
-        rate_E = torch.full_like(penalty_E, self._config.dual_rate)
-        if self._config.dual_schedule == "adaptive":
-            norm_E = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
-            decay_E = (state.dual_steps_E + 1).to(penalty_E) ** DUAL_DECAY
-            rate_E = torch.where(norm_E > 0, rate_E / (norm_E.clamp_min(1e-30) * decay_E), 0.0)
-        delta = {
-            name: _where(active_E, state.delta[name] + _broadcast(rate_E, gradient) * gradient, state.delta[name])
-            .detach()
-            .requires_grad_()
-            for name, gradient in zip(names, gradients, strict=True)
-        }
+        gain = (state.dual_weight_E * multiplier_E * penalty_E).sum()
+        decay_E = (state.dual_steps_E + 1).to(penalty_E) ** DUAL_DECAY
+        ascended = dual_step.ascended(self._config, state.delta, gain, decay_E)
+        delta = {name: _where(active_E, ascended[name], value).requires_grad_() for name, value in state.delta.items()}
         return replace(state, delta=delta, dual_steps_E=state.dual_steps_E + active_E.long())
 
 
@@ -252,12 +223,12 @@ def _primal_step(
             gradients = {name: g * _broadcast(scale_E, g) for name, g in gradients.items()}
         decay, rate = settings.weight_decay, settings.learning_rate
         if settings.kind == "sgd":
-            # The parameters may be the largest tensors of all: two passes over them.
+            # Only two passes: these parameters may be larger than all other tensors.
             decayed = {name: torch.add(gradients[name], p, alpha=decay) for name, p in params.items()}
             return {name: torch.sub(p, decayed[name], alpha=rate) for name, p in params.items()}, {}
         moved, moments = {}, {}
         count_E = (state.steps_E + 1).to(torch.float32)
-        # What belongs to the edit, and not to its weights, goes into the divisor.
+        # Factors per edit are folded into the divisor: fewer passes over the weights.
         first_E, second_E = 1 - _BETAS[0] ** count_E, 1 - _BETAS[1] ** count_E
         scale_E, least_E = first_E / (rate * second_E.sqrt()), _EPSILON * first_E / rate
         for name, p in params.items():
@@ -276,7 +247,7 @@ def _primal_step(
 def _joined(
     old: Mapping[str, tuple[Tensor, Tensor]], new: Mapping[str, tuple[Tensor, Tensor]]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Moments of both, padded as the parameters are."""
+    """Moments of old and new edits, padded as the parameters are."""
     first, second = (
         stack_params([{name: pair[order] for name, pair in moments.items()} for moments in (old, new)])
         for order in (0, 1)
@@ -291,9 +262,3 @@ def _broadcast(values_E: Tensor, like: Tensor) -> Tensor:
 def _where(active_E: Tensor | None, moved: Tensor, kept: Tensor) -> Tensor:
     moved, kept = moved.detach(), kept.detach()
     return moved if active_E is None else torch.where(_broadcast(active_E, moved), moved, kept)
-
-
-@lru_cache(maxsize=8)
-def _sketch(sizes: tuple[tuple[str, int], ...], dim: int, seed: int) -> CountSketch:
-    """Drawing the hash of a large matrix takes as long as a step; it is the same for every batch."""
-    return CountSketch(dict(sizes), dim, seed)

@@ -1,8 +1,8 @@
-"""How many edits move together, so that an objective takes hardly more memory than the base editor's own loss.
+"""Number of edits that move together, so that an objective needs hardly more memory than the base editor's own loss.
 
-ODEdit reads six sequences of an edit where most editors read one, and what a sequence keeps for its gradient is most of
-what a step holds (hard negatives whose turn it is not keep nothing). Edits are independent, so fewer of them may move
-at a time; each still is work enough.
+ODEdit reads six sequences per edit, most editors one, and most of a step's memory is activations saved for backward
+(only of negatives that the step reads). Edits are independent, so fewer of them can move at a time, as long as a step
+stays large enough to hide its fixed overhead.
 """
 
 from __future__ import annotations
@@ -16,78 +16,72 @@ from odedit.backbones.base import Backbone, Prefix
 from odedit.editors.base import Editor
 from odedit.inputs.batch import EDIT, REPHRASE, EditBatch, EditParams, is_locality
 from odedit.objectives.base import Objective
+from odedit.runtime.budgets import budgets
 
-_KEPT = 12
-"""Times the hidden size that a layer keeps of a position: what enters its norms, queries, keys, values, what attention
-gives, and the four times wider inside of the feed-forward half.
+_SAVED_PER_LAYER = 12
+"""Values saved for backward per layer and position, in units of the hidden size (norm inputs, q, k, v, attention
+output, FFN activations).
 """
-_LEEWAY = {"cpu": 2**22, "cuda": 2**26}
-"""Values more than the base editor's loss keeps that do not matter."""
-_LEEWAY_OF_HEAD = {"cpu": 2**23, "cuda": 2**26}
-"""The same where a step is little but products with the head, which on a CPU wait for its weights if rows are few."""
-_MOVED = {"cpu": 2**22, "cuda": 2**28}
-"""Weights of edits of which a recorded step may hold a second set of all that a step makes."""
-_WORK = {"cpu": 8e9, "cuda": 4e12}
-"""Operations of a step that leave little time, beside them, to what a step costs however small it is."""
-_FEW = 10
-"""Layers and tensors whose kernels take as long to start as the rest of a step."""
+_LAYERS_PER_OVERHEAD = 10
+"""Layers and tensors whose kernel launches take as long as the rest of a step's fixed overhead."""
 
 
 def width_like_native(
     backbone: Backbone, editor: Editor, objective: Objective, batch: EditBatch, prefix: Prefix
 ) -> int:
-    """Edits that keep no more for their gradients than all edits of the batch would under the native objective.
+    """Largest number of edits that save no more for backward than all edits of the batch under the native objective.
 
-    More where so few would be too little work; then memory is no matter. An estimate from the shapes alone, so that the
-    same batch always moves alike.
+    It is larger where so few edits would be too little work. The estimate reads shapes only, so the same batch always
+    has the same width.
     """
-    device, num_edits = batch.tokens_EKS.device.type, batch.num_edits
-    of_one = _kept(backbone, editor, objective, batch, prefix)
+    limits, num_edits = budgets(batch.tokens_EKS.device), batch.num_edits
+    saved_per_edit = _saved(backbone, editor, objective, batch, prefix)
     native = objectives.Objective(objectives.ObjectiveConfig("native"))
-    of_all = num_edits * _kept(backbone, editor, native, batch, prefix)
-    leeway = _LEEWAY_OF_HEAD if _is_read_alone(backbone, editor, objective.read(batch), prefix) else _LEEWAY
-    room = of_all + leeway.get(device, leeway["cuda"])
-    busy = math.ceil(_WORK.get(device, _WORK["cuda"]) / _operations(backbone, of_one))
-    width = min(num_edits, max(1, room // of_one, busy))
+    native_total = num_edits * _saved(backbone, editor, native, batch, prefix)
+    runs_only_read = _runs_only_read_positions(backbone, editor, objective.read(batch), prefix)
+    budget = native_total + (limits.slack_head_values if runs_only_read else limits.slack_values)
+    enough_work = math.ceil(limits.busy_flops / _flops(backbone, saved_per_edit))
+    width = min(num_edits, max(1, budget // saved_per_edit, enough_work))
     return math.ceil(num_edits / math.ceil(num_edits / width))
 
 
 def is_small(
     backbone: Backbone, editor: Editor, objective: Objective, batch: EditBatch, prefix: Prefix, params: EditParams
 ) -> bool:
-    """Whether what a step costs however small it is, is much of what a step of all edits of the batch costs.
+    """Whether fixed overhead is a large share of a step of all edits in the batch, so that a CUDA graph pays.
 
-    That grows with the layers it passes and with the tensors it moves: each has its kernels to be started.
+    The overhead grows with the number of layers and of updated tensors, which each launch their own kernels.
     """
-    device = batch.tokens_EKS.device.type
-    kept = batch.num_edits * _kept(backbone, editor, objective, batch, prefix)
-    started = 1 + (backbone.num_layers - prefix.layer + len(params)) / _FEW
-    is_little_work = _operations(backbone, kept) < started * _WORK.get(device, _WORK["cuda"])
-    return is_little_work and sum(value.numel() for value in params.values()) < _MOVED.get(device, _MOVED["cuda"])
+    limits = budgets(batch.tokens_EKS.device)
+    saved = batch.num_edits * _saved(backbone, editor, objective, batch, prefix)
+    overhead = 1 + (backbone.num_layers - prefix.layer + len(params)) / _LAYERS_PER_OVERHEAD
+    is_little_work = _flops(backbone, saved) < overhead * limits.busy_flops
+    num_weights = sum(value.numel() for value in params.values())
+    return is_little_work and num_weights < limits.graph_weights
 
 
-def _operations(backbone: Backbone, kept: int) -> int:
-    """Of a step: a value that is kept is the result of a product over the hidden size, or enters one, both ways."""
-    return 4 * backbone.hidden_size * kept
+def _flops(backbone: Backbone, saved: int) -> int:
+    """FLOPs of a step: each saved value enters or leaves one product over the hidden size, forward and backward."""
+    return 4 * backbone.hidden_size * saved
 
 
-def _kept(backbone: Backbone, editor: Editor, objective: Objective, batch: EditBatch, prefix: Prefix) -> int:
-    """Values of one edit: of layers, and distributions over the vocabulary of the tokens that the head reads."""
+def _saved(backbone: Backbone, editor: Editor, objective: Objective, batch: EditBatch, prefix: Prefix) -> int:
+    """Values that one edit saves for backward: layer activations, and the logits of the tokens that the head reads."""
     batch = batch.select(objective.slots_at_once(objective.slots(editor, batch)))
     layers, read_EKT = backbone.num_layers - prefix.layer, objective.read(batch)
-    is_read_alone = _is_read_alone(backbone, editor, read_EKT, prefix)
-    positions = (read_EKT if is_read_alone and read_EKT is not None else batch.tokens_EKS)[0].numel()
+    runs_only_read = _runs_only_read_positions(backbone, editor, read_EKT, prefix)
+    positions = (read_EKT if runs_only_read and read_EKT is not None else batch.tokens_EKS)[0].numel()
     shares = {slot: 1 for slot in (EDIT, REPHRASE) if slot in batch.slots}
     if objective.compares and not objective.config.takes_turns:
-        # Of an unrelated prompt's token the unedited distribution as well; those of pictures in turn are never kept.
+        # Two distributions per token: edited and unedited. Those of negatives in turn are never stored.
         shares |= {slot: 2 for slot in batch.slots if is_locality(slot)}
     tokens = sum(count * int(batch.target_mask_EKT[:, batch.slots.index(slot)].sum()) for slot, count in shares.items())
-    return positions * layers * _KEPT * backbone.hidden_size + math.ceil(
+    return positions * layers * _SAVED_PER_LAYER * backbone.hidden_size + math.ceil(
         tokens / batch.num_edits * backbone.vocabulary_size
     )
 
 
-def _is_read_alone(backbone: Backbone, editor: Editor, read_EKT: Tensor | None, prefix: Prefix) -> bool:
-    """Whether a step runs at the positions that are read and at no other."""
+def _runs_only_read_positions(backbone: Backbone, editor: Editor, read_EKT: Tensor | None, prefix: Prefix) -> bool:
+    """Whether a step computes only the positions that the objective reads."""
     is_last = prefix.at_ffn and prefix.layer == backbone.num_layers - 1
     return is_last and editor.positionwise and read_EKT is not None

@@ -1,4 +1,4 @@
-"""Base editors, one file each, found by file name."""
+"""Editors, one file each, found by file name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Editor", "Mergeable", "OptimizerSettings", "Trace", "find", "load_ed
 
 
 def names() -> tuple[str, ...]:
-    """Editors there are."""
+    """Names of the editors in this folder."""
     return plugins.names(sys.modules[__name__])
 
 
@@ -24,10 +24,10 @@ def find(name: str) -> Any:
 
 
 def load_editor(name: str, settings: Mapping[str, Any] | None = None) -> Editor:
-    """Builds an editor from its name and the settings that differ from its defaults.
+    """Builds an editor from its name and the settings that differ from the defaults.
 
     Raises:
-        InputError: Unknown editor or setting, or a value that the setting refuses.
+        InputError: Unknown editor or setting, or a value that is not allowed.
     """
     editor_class = find(name)
     fields = editor_class.Config.__dataclass_fields__

@@ -1,7 +1,7 @@
-"""The contract of a base editor: which parameters it trains, and how the model computes with them.
+"""The contract of an editor: which parameters phi_e an edit trains, and how the model computes with them.
 
-An editor is one file that defines `EDITOR`, a class built from its frozen `Config`. It keeps no state: what it learns
-is in `EditParams`, what a forward shows is in the `Trace`.
+An editor is one file that defines `EDITOR`, a class built from its frozen `Config`. It keeps no state: an edit's
+parameters are in `EditParams`, values recorded during a forward in the `Trace`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from odedit.inputs.batch import EDIT, EditBatch, EditParams
 from odedit.runtime.brief import brief
 
 PUBLISHED_LAYERS = 32
-"""Number of text layers of BLIP2-OPT-2.7B, for which the default sites were published."""
+"""Text layers of BLIP2-OPT-2.7B, for which the default sites were published."""
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """The base editor's own optimiser, applied per edit.
+    """The editor's optimiser, applied per edit.
 
     Attributes:
         kind: `sgd`, `adam` (weight decay as in L2) or `adamw` (decoupled).
         learning_rate: Step size.
-        weight_decay: On the trained tensors, which are differences to the model's weights.
-        clip_norm: Largest gradient norm of one edit over all its tensors; None for no clipping.
+        weight_decay: Decay of the trained tensors, which are differences to the model's weights.
+        clip_norm: Largest gradient norm of one edit over all its tensors; None: no clipping.
     """
 
     kind: str
@@ -42,17 +42,17 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How a `Trainable` editor's weights are trained, with Adam.
+    """Training of a `Trainable` editor's weights, with Adam.
 
     Attributes:
         learning_rate: Step size.
-        batch_size: Records of one forward.
-        accumulate: Forwards of one step.
-        clip_norm: Largest gradient norm of a step; None for no clipping.
-        max_steps: Bound on the steps.
-        validate_every: Steps between two looks at the validation records.
-        patience: Looks without improvement after which training stops.
-        rates: Step sizes of weights that have their own, by name.
+        batch_size: Records per forward.
+        accumulate: Forwards per step.
+        clip_norm: Largest gradient norm of a step; None: no clipping.
+        max_steps: Largest number of steps.
+        validate_every: Steps between two validations.
+        patience: Validations without improvement after which training stops.
+        rates: Step sizes of single weights, by name, instead of `learning_rate`.
     """
 
     learning_rate: float
@@ -67,11 +67,11 @@ class TrainingSettings:
 
 @dataclass
 class Trace:
-    """What the forwards inside one `applied` block showed; read by `own_risk` and `finished`.
+    """Values recorded by the forwards inside one `applied` block; read by `own_risk`, `converged` and `finished`.
 
     Attributes:
-        values: Named tensors, axis 0 the edit.
-        pending: Values that cost something and that nobody may ask for, as functions.
+        values: Tensors by name; axis 0 is the edit.
+        pending: Functions that compute further values, by name; called when the value is first read.
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
@@ -80,31 +80,31 @@ class Trace:
     __repr__ = brief
 
     def value(self, name: str) -> Tensor:
-        """A named tensor, computed now if it is pending."""
+        """The tensor of this name, computed first if it is pending."""
         if name in self.pending:
             self.values[name] = self.pending.pop(name)()
         return self.values[name]
 
 
 class Editor(Protocol):
-    """A way to write an edit into a model.
+    """A method of writing an edit into a model.
 
-    Axis 1 of a tensor of phi_e may be longer for one edit than for another (factors, neurons, memory). In a batch the
-    shorter ones are padded with zeros, which must compute as if they were absent.
+    Axis 1 of a tensor of phi_e may differ in length between edits (factors, neurons, stored states). In a batch it is
+    padded with zeros, and padding must change no result.
 
     Attributes:
-        Config: Frozen dataclass, every field with a default and its source.
-        sites: Edited sites; the frozen prefix ends at the lowest.
-        optimizer: What the inner loop steps with.
-        max_steps: Published number of steps, the default bound of the inner loop; 0: `init` is the whole edit (MEND),
-            and the loop never steps.
-        own_slots: Sequences that `own_risk` reads; others need not run under the native objective.
-        frozen: Tensors of phi_e that no step moves (a memory of states).
-        label_smoothing: Share of it in the method's native likelihood; the ODEdit objective has none.
-        starts_neutral: Whether applying phi_0 changes no logit.
-        positionwise: Whether what an edit adds at a position depends on the states at this position alone: then the
-            last layer may run at the positions that are read, and `applied` may see these only.
-        length_varies: Whether axis 1 of phi_e depends on the batch while an edit moves.
+        Config: Frozen dataclass of settings, each with a default; see `odedit.settings.Settings`.
+        sites: Edited modules; the frozen prefix of the model ends at the lowest.
+        optimizer: Optimiser of the inner loop.
+        max_steps: Published number of steps, the default bound of the inner loop. 0: `init` makes the whole edit
+            (MEND), and the loop takes no step.
+        own_slots: Sequences that `own_risk` reads. The native objective runs these and the edit only.
+        frozen: Names of tensors of phi_e that no step moves.
+        label_smoothing: Label smoothing of the native likelihood; the ODEdit objective has none.
+        starts_neutral: True when applying phi_0 changes no logit.
+        positionwise: True when an edit's change at a position depends on that position's states alone. Then the last
+            layer runs only at the positions that are read, and `applied` may see only these.
+        length_varies: True when axis 1 of phi_e depends on the batch until the edit is finished.
     """
 
     Config: ClassVar[type]
@@ -120,60 +120,66 @@ class Editor(Protocol):
     length_varies: bool
 
     def check(self, backbone: Backbone) -> None:
-        """Raises InputError if the settings do not fit the model: no such site, weights that must be trained first.
+        """Raises InputError if the settings do not fit the model: unknown site, missing trained weights.
 
         Args:
-            backbone: May be one without weights (`backbones.inspect_backbone`).
+            backbone: Model, possibly without weights (`backbones.inspect_backbone`).
         """
         ...
 
     def fitted(self, num_layers: int) -> Mapping[str, Any]:
-        """Replacements for settings that name layers which a text model with `num_layers` layers does not have."""
+        """Settings that name layers beyond a text model's `num_layers`, with values that fit; empty if all fit."""
         ...
 
     def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:
         """phi_0 of E edits, float32; differentiable in the weights of a `Trainable` editor.
 
         Args:
-            prefix: Of the batch at the editor's sites, where it is there already.
+            prefix: Prefix of the batch at the editor's sites; None: computed if needed.
         """
         ...
 
     def applied(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> AbstractContextManager[Trace]:
-        """Inside, forwards over the E x K sequences of `batch` see phi_e; undone on any exit, bit for bit.
+        """Applies phi_e to forwards over the E x K sequences of `batch`; undone on any exit, bit for bit.
 
-        A forward over further positions of the same sequences (`Backbone.behind`) goes on from the last whole one.
+        A forward over later positions of the same sequences (`Backbone.behind`) continues the last whole forward.
 
-        `params` as `init` made them: the edited path is always taken, so that gradients flow. As `finished` made them:
-        the path that inference takes (WISE routes).
+        Args:
+            params: From `init`: the edited path is always taken, so that gradients flow. From `finished`: the path of
+                inference is taken (WISE routes each prompt).
         """
         ...
 
     def together(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> AbstractContextManager[Trace]:
-        """As `applied` with finished params, but every sequence of `batch` sees all E edits at once."""
+        """Applies all E finished edits to every sequence of `batch` at once."""
         ...
 
     def own_risk(self, params: EditParams, trace: Trace, batch: EditBatch) -> Tensor:
-        """`(E,)`: the method's own terms beside the likelihood (WISE margins, T-Patcher l_a + l_m); zeros for none."""
+        """The method's loss terms beside the likelihood, `(E,)` (WISE: margins; T-Patcher: l_a + l_m); or zeros."""
         ...
 
     def constrain(self, params: EditParams) -> EditParams:
-        """After each step: projection onto what the method allows (WISE: the clamp)."""
+        """Projects phi_e onto the allowed set after each step (WISE: clamp)."""
         ...
 
     def converged(self, loss_E: Tensor, previous_E: Tensor, token_right_E: Tensor, trace: Trace) -> Tensor:
-        """`(E,)` bool: the published stop rule, from this loss, the last, whether all target tokens are right, and
-        what the forward showed (T-Patcher: how active its neurons are).
+        """The published stop rule, `(E,)` bool.
+
+        Args:
+            loss_E: Objective at this step.
+            previous_E: Objective at the step before.
+            token_right_E: True when every target token is the model's first choice.
+            trace: Values of this step's forward (T-Patcher: activation of its neurons).
         """
         ...
 
     def finished(self, params: EditParams, trace: Trace, batch: EditBatch) -> EditParams:
-        """What is saved: phi_e and whatever inference needs beside it (WISE: the routing threshold)."""
+        """The tensors to save: phi_e, and what inference needs besides (WISE: routing threshold)."""
         ...
 
 
 class Plain:
-    """What most editors answer, to inherit from: no terms of their own, no projection, no stop rule, phi_e as it is."""
+    """Base class with the defaults of most editors: no own terms, projection or stop rule; phi_e is saved as it is."""
 
     own_slots: Sequence[str] = ()
     frozen: frozenset[str] = frozenset()
@@ -203,34 +209,35 @@ class Mergeable(Protocol):
     """An editor whose finished edits can be written into plain weights."""
 
     def merged(self, params: EditParams) -> dict[str, Tensor]:
-        """Weight differences `{site: (out, in)}` that stand for all E edits; no cost at inference."""
+        """Sum of all E edits as weight differences `{site: (out, in)}`."""
         ...
 
 
 @runtime_checkable
 class Measuring(Protocol):
-    """An editor that looks at unedited records once, before the first edit (T-Patcher's memory states).
+    """An editor that measures unedited records once, before the first edit (T-Patcher's memory states).
 
-    Without any it falls back on what supervises each edit.
+    Without records it uses each edit's own locality prompts.
     """
 
     def measured(self, backbone: Backbone, batch: EditBatch) -> Editor:
-        """A copy of the editor that has seen the batch, of records that show nothing an edit is scored on; the editor
-        itself stays as it is.
+        """A copy of the editor with the measurements of `batch`.
+
+        Args:
+            batch: Records that share nothing with the probes of any edit.
         """
         ...
 
 
 @runtime_checkable
 class Trainable(Protocol):
-    """An editor with weights of its own, learned by `odedit train` before any edit.
+    """An editor with weights that `odedit train` learns before any edit.
 
     Attributes:
-        training: How its weights are trained.
-        weight_settings: The settings that the weights depend on; a checkpoint made with others is refused.
-        trains_with_objective: Whether the ODEdit objective replaces `native_training_loss` (MEND), or only acts on
-            edits (UniKE, whose encoders have a loss of their own). Where it replaces it, the editor is `Mergeable`:
-            the multiplier reads the change of the weights.
+        training: Batch size, step sizes and stop rule of the training.
+        weight_settings: Settings that the weights depend on; a checkpoint made with others is refused.
+        trains_with_objective: True when the ODEdit objective replaces `native_training_loss` (MEND), which requires a
+            `Mergeable` editor: the multiplier reads the weight change. False when it acts on edits only (UniKE).
     """
 
     training: TrainingSettings
@@ -238,41 +245,41 @@ class Trainable(Protocol):
     trains_with_objective: bool
 
     def initial_weights(self, backbone: Backbone, seed: int) -> dict[str, Tensor]:
-        """The weights before training, float32."""
+        """Weights before training, float32."""
         ...
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> Editor:
-        """A copy of the editor with these weights instead of its checkpoint's; they may require gradients."""
+        """A copy of the editor with these weights, which may require gradients, instead of its checkpoint's."""
         ...
 
     def native_training_loss(self, backbone: Backbone, batch: EditBatch) -> Tensor:
-        """`(E,)`: the published loss on a supervision batch of training records."""
+        """The published loss on a supervision batch of training records, `(E,)`."""
         ...
 
 
 @runtime_checkable
 class Estimating(Protocol):
-    """A `Trainable` editor some of whose weights are measured before the first step (MEND's statistics).
+    """A `Trainable` editor that measures some of its weights before the first step (MEND's statistics).
 
-    Weights that no gradient reaches are not moved by training.
+    Training does not move weights that no gradient reaches.
     """
 
     def estimated(
         self, backbone: Backbone, weights: Mapping[str, Tensor], batches: Iterable[EditBatch]
     ) -> dict[str, Tensor]:
-        """The weights, with those that are measured replaced by what the training records in `batches` show."""
+        """The weights, with statistics of the training records in `batches` filled in."""
         ...
 
 
 def prefix_of_edit(backbone: Backbone, sites: Sequence[str], batch: EditBatch, prefix: Prefix | None) -> Prefix:
-    """Of the sequence that each edit is itself: from the batch's prefix, or made if that is None."""
+    """Prefix of each edit's own sequence: a column of the batch's prefix, or computed if that is None."""
     if prefix is not None:
         return prefix.column(batch.slots.index(EDIT))
     return backbone.prefix(batch.select((EDIT,)), *sites, positionwise=True)
 
 
 def fitting_site(site: str, num_layers: int) -> str:
-    """The site, or where the model has no such layer, the one at the same relative depth.
+    """The site; if the model has no such layer, the site at the same relative depth.
 
     >>> fitting_site("layers.23.ffn.in", 4), fitting_site("layers.-3.ffn.out", 2), fitting_site("layers.-1.ffn.in", 4)
     ('layers.2.ffn.in', 'layers.-1.ffn.out', 'layers.-1.ffn.in')
@@ -283,9 +290,3 @@ def fitting_site(site: str, num_layers: int) -> str:
     from_end = match[1].startswith("-")
     depth = (int(match[1]) % PUBLISHED_LAYERS + 0.5) / PUBLISHED_LAYERS
     return f"layers.{int(depth * num_layers) - from_end * num_layers}.{match[2]}"
-
-
-def check_range(name: str, value: float, allowed: str, ok: Callable[[float], bool]) -> None:
-    """Raises ValueError with the setting, what was got and what is allowed."""
-    if not ok(value):
-        raise ValueError(f"{name}: got {value}, expected {allowed}.")

@@ -4,17 +4,19 @@ References:
     The fine-tuning baseline of the MMEdit benchmark (arXiv 2310.08475): Q-Former and projection in BLIP-2 and
     MiniGPT-4, the multimodal projector in LLaVA; AdamW.
 
-Differs from the paper: the matrices of the connector's linear modules train; its biases, norms and query tokens, less
-than one percent of its parameters, stay. An edit is thereby a set of weight differences, which add up and merge.
+Differs from the paper: only the matrices of the connector's linear modules train. Its biases, norms and query tokens,
+less than one percent of its parameters, do not, so that an edit is a set of weight differences, which can be merged.
 
-A prompt without picture never meets the connector: its answers cannot change. One edit of BLIP-2's Q-Former has 107
-million differences: 0.4 GB, and three times that with the optimiser's moments. Choose the batch size accordingly.
+A prompt without picture does not use the connector: its answers cannot change. One edit of BLIP-2's Q-Former has 107
+million weights: 0.4 GB, and three times that with the optimiser's moments. Choose the batch size accordingly.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from annotated_types import Gt
 
 from odedit.backbones.base import is_connector
 from odedit.editors.common.fine_tuning import FineTuningConfig, WeightDifferences
@@ -27,13 +29,13 @@ class FTVConfig(FineTuningConfig):
     Weight decay, gradient clipping and the stop by loss are off, as published.
 
     Attributes:
-        sites: Of the connector; `*` stands for anything. Published: all.
-        learning_rate: 2e-4 for BLIP2-OPT, 1e-4 for MiniGPT-4 and LLaVA.
-        max_steps: 15 for BLIP2-OPT and MiniGPT-4, 10 for LLaVA.
+        sites: Trained matrices of the connector, where `*` matches anything; all as published.
+        learning_rate: Step size of AdamW: 2e-4 for BLIP2-OPT, 1e-4 for MiniGPT-4 and LLaVA.
+        max_steps: Number of steps: 15 for BLIP2-OPT and MiniGPT-4, 10 for LLaVA.
     """
 
     sites: tuple[str, ...] = ("connector.*",)
-    learning_rate: float = 2e-4
+    learning_rate: Annotated[float, Gt(0)] = 2e-4
 
     def __post_init__(self) -> None:
         super().__post_init__()

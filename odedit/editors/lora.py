@@ -1,9 +1,9 @@
 """LoRA: a low-rank addition to chosen matrices, per edit.
 
 References:
-    LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685), section 4.1. `B` starts at zero and the
-    addition is scaled by alpha / rank, as there. `A` is drawn as in the authors' code and in `peft`: uniform with
-    Kaiming's bound for a = sqrt(5), which is 1 / sqrt(in).
+    LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685), section 4.1: `B` starts at zero, and the
+    addition is scaled by alpha / rank. `A` starts as in the authors' code and in `peft`: uniform with Kaiming's bound
+    for a = sqrt(5), which is 1 / sqrt(in).
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix
-from odedit.editors.base import check_range
 from odedit.editors.common.fine_tuning import FineTuning, FineTuningConfig, resolve
 from odedit.inputs.batch import EditBatch, EditParams
 
@@ -30,26 +30,21 @@ class LoRAConfig(FineTuningConfig):
 
     Attributes:
         sites: Matrices that get an addition: queries and values of every layer, as in the paper's experiments.
-        learning_rate: 2e-4 in the paper, for corpora. One fact is learned from one record in a few dozen steps, which
-            takes a larger one; ours.
-        max_steps: Ours: the paper trains for epochs.
-        rank: Of the addition.
-        alpha: The addition is scaled by alpha / rank.
-        seed: Of `A`, together with the edit's name and the site: the same in any batch.
-        weight_decay: Decoupled, on `A` and `B`.
+        learning_rate: Step size of AdamW. Our choice: the paper's 2e-4 is for corpora, too small for one record and a
+            few dozen steps.
+        max_steps: Number of steps. Our choice: the paper trains for epochs.
+        rank: Rank of the addition.
+        alpha: Numerator of the scale alpha / rank of the addition.
+        seed: Seed of `A`, used with the edit's id and the site: `A` is the same in any batch.
+        weight_decay: Decoupled weight decay of `A` and `B`.
     """
 
     sites: tuple[str, ...] = ("layers.*.attention.q", "layers.*.attention.v")
-    learning_rate: float = 1e-3
-    max_steps: int = 50
-    rank: int = 8
-    alpha: float = 16.0
+    learning_rate: Annotated[float, Gt(0)] = 1e-3
+    max_steps: Annotated[int, Ge(1)] = 50
+    rank: Annotated[int, Ge(1)] = 8
+    alpha: Annotated[float, Gt(0)] = 16.0
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("rank", self.rank, ">= 1", lambda v: v >= 1)
-        check_range("alpha", self.alpha, "> 0", lambda v: v > 0)
 
 
 class LoRA(FineTuning):
@@ -68,7 +63,7 @@ class LoRA(FineTuning):
         return params
 
     def _draw(self, edit_id: str, site: str, width_in: int) -> Tensor:
-        """`A` of one edit, `(rank, in)`; on the CPU, so that every device sees the same one."""
+        """`A` of one edit, `(rank, in)`; drawn on the CPU, so that it is the same on every device."""
         digest = hashlib.sha256(f"{self.config.seed}/{edit_id}/{site}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         return (2 * torch.rand(self.config.rank, width_in, generator=generator) - 1) / math.sqrt(width_in)
@@ -82,11 +77,11 @@ class LoRA(FineTuning):
 
     def pooled(self, params: EditParams) -> EditParams:
         """The factors side by side: E additions of rank r are one of rank E r."""
-        together: EditParams = {}
+        pooled: EditParams = {}
         for site in self.sites_of(params):
-            together[site + _A] = params[site + _A].flatten(0, 1).unsqueeze(0)
-            together[site + _B] = params[site + _B].transpose(0, 1).flatten(1).unsqueeze(0)
-        return together
+            pooled[site + _A] = params[site + _A].flatten(0, 1).unsqueeze(0)
+            pooled[site + _B] = params[site + _B].transpose(0, 1).flatten(1).unsqueeze(0)
+        return pooled
 
     def merged(self, params: EditParams) -> dict[str, Tensor]:
         pooled = self.pooled(params)

@@ -1,16 +1,17 @@
 """MEND: a hypernetwork, trained before any edit, turns the gradient of one edit into the edit.
 
-For a token, the gradient of a linear module's weight is the outer product of the module's input x and the gradient
-delta of the edit's NLL with respect to its output. A network maps the pair to another, (x~, delta~), and the weights
-move by `-rate * sum_t delta~_t x~_t^T`. Both stay factors: a few tokens' vectors instead of whole matrices.
+For one token, the gradient of a linear module's weight is the outer product of the module's input x and the gradient
+delta of the edit's NLL with respect to its output. The hypernetwork maps (x, delta) to (x~, delta~), and the weights
+move by `-rate * sum_t delta~_t x~_t^T`. An edit is stored as these factors: two vectors per token, no matrix.
 
 References:
-    "Fast Model Editing at Scale", arXiv 2110.11309: section 3 for the network (eq. 3), its identity at the start and
-    the losses. Weights of the losses, step sizes and layers as the MMEdit benchmark has them (arXiv 2310.08475).
+    "Fast Model Editing at Scale", arXiv 2110.11309, section 3: the network (eq. 3), its start as the identity, and the
+    losses. Loss weights, step sizes and layers are those of the MMEdit benchmark (arXiv 2310.08475).
+
 Differs from the paper:
-    The statistics that normalise x and delta are measured on training records before the first step, rather than kept
-    running while training. A feature that hardly varies there is divided by a tenth of the average deviation, not by
-    its own: a ReLU unit that was silent would otherwise be scaled up without bound when an edit wakes it.
+    The statistics that normalise x and delta are measured on training records before the first step; the paper keeps
+    running statistics. A feature that hardly varies there is divided by a tenth of the average deviation instead of
+    its own: a ReLU unit inactive in all of them would otherwise be scaled up without bound when an edit activates it.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from odedit.backbones.base import Backbone, Prefix
@@ -30,7 +32,6 @@ from odedit.editors.base import (
     Plain,
     Trace,
     TrainingSettings,
-    check_range,
     fitting_site,
     prefix_of_edit,
 )
@@ -39,34 +40,36 @@ from odedit.editors.common.weights import check_tensors, load_weights
 from odedit.errors import InputError
 from odedit.inputs.batch import EDIT, LOCALITY_SLOTS, REPHRASE_SLOTS, EditBatch, EditParams
 from odedit.risks import risks
+from odedit.settings import Settings
 
 _SMALLEST_DEVIATION = 0.1
-"""Of the root mean square of all features' deviations."""
+"""Lower bound of a feature's deviation, as a share of the root mean square of all features' deviations."""
 _BLOCKS = ("first", "second")
 _RATE = "rate"
 
 
 @dataclass(frozen=True)
-class MENDConfig:
+class MENDConfig(Settings):
     """Settings of MEND; the defaults are those published for BLIP2-OPT.
 
     Attributes:
-        checkpoint: Weights of the hypernetwork, as `odedit train mend` writes them. An edit needs them.
-        sites: Matrices that an edit changes; `layers.-1` is the last layer.
-        rank: Of the hypernetwork's blocks; at most the width of what they map, input and output of a site together.
-        edit_rate: Step size of an edit before training, one for each site; learned.
-        text_rephrase_weight, image_rephrase_weight: Of the NLL of the edit's answer to the rephrases, in training.
-        text_locality_weight, image_locality_weight: Of KL(unedited || edited) on prompts that must not change.
-        near_locality_weight: The same for the edit's own question about another picture; not part of the published
-            loss.
-        learning_rate: Of Adam, for the hypernetwork.
-        rate_learning_rate: Of Adam, for the step sizes of the edit.
-        batch_size: Records of one forward in training.
-        accumulate: Forwards of one step.
-        clip_norm: Largest norm of a step's gradient; None: no clipping.
-        training_steps: Bound on the steps.
-        validate_every: Steps between two looks at the validation records. Our choice.
-        patience: Looks without improvement after which training stops. Our choice.
+        checkpoint: File of the hypernetwork's weights, written by `odedit train mend`; required to edit.
+        sites: Edited matrices; `layers.-1` is the last layer.
+        rank: Rank of the hypernetwork's blocks, capped at the width of a site's input and output together.
+        edit_rate: Initial step size of an edit; training learns one for each site.
+        text_rephrase_weight, image_rephrase_weight: Training weights of the NLL of the edit's answer to the rephrases.
+        text_locality_weight, image_locality_weight: Training weights of KL(unedited || edited) on prompts that must not
+            change.
+        near_locality_weight: Training weight of KL(unedited || edited) on the edit's own question about another
+            picture. Not part of the published loss.
+        learning_rate: Step size of Adam for the hypernetwork.
+        rate_learning_rate: Step size of Adam for the edit's step sizes.
+        batch_size: Records per forward in training.
+        accumulate: Forwards per training step.
+        clip_norm: Largest gradient norm of a training step; null: no clipping.
+        training_steps: Largest number of training steps.
+        validate_every: Training steps between two validations. Our choice.
+        patience: Validations without improvement after which training stops. Our choice.
     """
 
     checkpoint: str | None = None
@@ -74,50 +77,43 @@ class MENDConfig:
         "layers.-3.ffn.in", "layers.-3.ffn.out", "layers.-2.ffn.in",
         "layers.-2.ffn.out", "layers.-1.ffn.in", "layers.-1.ffn.out",
     )  # fmt: skip
-    rank: int = 1920
-    edit_rate: float = 1e-4
-    text_rephrase_weight: float = 0.1
-    image_rephrase_weight: float = 0.1
-    text_locality_weight: float = 1.0
-    image_locality_weight: float = 1.0
-    near_locality_weight: float = 0.0
-    learning_rate: float = 1e-6
-    rate_learning_rate: float = 1e-4
-    batch_size: int = 1
-    accumulate: int = 2
-    clip_norm: float | None = 100.0
-    training_steps: int = 30_000
-    validate_every: int = 1000
-    patience: int = 10
+    rank: Annotated[int, Ge(1)] = 1920
+    edit_rate: Annotated[float, Gt(0)] = 1e-4
+    text_rephrase_weight: Annotated[float, Ge(0)] = 0.1
+    image_rephrase_weight: Annotated[float, Ge(0)] = 0.1
+    text_locality_weight: Annotated[float, Ge(0)] = 1.0
+    image_locality_weight: Annotated[float, Ge(0)] = 1.0
+    near_locality_weight: Annotated[float, Ge(0)] = 0.0
+    learning_rate: Annotated[float, Gt(0)] = 1e-6
+    rate_learning_rate: Annotated[float, Gt(0)] = 1e-4
+    batch_size: Annotated[int, Ge(1)] = 1
+    accumulate: Annotated[int, Ge(1)] = 2
+    clip_norm: Annotated[float, Gt(0)] | None = 100.0
+    training_steps: Annotated[int, Ge(1)] = 30_000
+    validate_every: Annotated[int, Ge(1)] = 1000
+    patience: Annotated[int, Ge(1)] = 10
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", tuple(self.sites))
         if not self.sites:
             raise ValueError("sites: got none, expected at least one such as layers.-1.ffn.in.")
-        for name in ("rank", "batch_size", "accumulate", "training_steps", "validate_every", "patience"):
-            check_range(name, getattr(self, name), ">= 1", lambda v: v >= 1)
-        for name in ("edit_rate", "learning_rate", "rate_learning_rate"):
-            check_range(name, getattr(self, name), "> 0", lambda v: v > 0)
-        for slot in (*REPHRASE_SLOTS, *LOCALITY_SLOTS):
-            check_range(f"{slot}_weight", getattr(self, f"{slot}_weight"), ">= 0", lambda v: v >= 0)
-        if self.clip_norm is not None:
-            check_range("clip_norm", self.clip_norm, "> 0, or null", lambda v: v > 0)
+        super().__post_init__()
 
 
 class _Signal(NamedTuple):
-    """What the gradient of an edit at one site is made of, zeros beyond an edit's tokens.
+    """Factors of the gradient of each edit at one site, padded with zeros.
 
     Attributes:
         z_ETW: Input and output gradient of every token, side by side.
-        there_ET: Whether the token has a gradient.
+        present_ET: True where a token has a gradient.
     """
 
     z_ETW: Tensor
-    there_ET: Tensor
+    present_ET: Tensor
 
 
 class MEND(Plain):
-    """`y = x W^T + (x X~^T) D~` with the factors that the hypernetwork made of the edit's gradient."""
+    """`y = x W^T + (x X~^T) D~`, with X~ and D~ made by the hypernetwork from the edit's gradient."""
 
     Config: ClassVar[type] = MENDConfig
     starts_neutral = False
@@ -128,7 +124,7 @@ class MEND(Plain):
     def __init__(self, config: MENDConfig, weights: Mapping[str, Tensor] | None = None) -> None:
         self.config = config
         self.sites = config.sites
-        self.optimizer = OptimizerSettings("sgd", config.learning_rate)  # never steps
+        self.optimizer = OptimizerSettings("sgd", config.learning_rate)  # unused: max_steps is 0
         self.weight_settings: Mapping[str, Any] = {"sites": list(config.sites), "rank": config.rank}
         self.training = TrainingSettings(
             config.learning_rate,
@@ -147,7 +143,7 @@ class MEND(Plain):
         if len(modules) < len(self.sites):
             raise InputError(f"editor.sites: got {', '.join(self.sites)}, expected different matrices.")
         if self._weights is None:
-            with torch.device("meta"):  # shapes alone
+            with torch.device("meta"):  # shapes only
                 expected = self._drawn(backbone, 0)
             check_tensors(self.config.checkpoint, self._loaded(backbone, "cpu"), expected)
 
@@ -161,7 +157,7 @@ class MEND(Plain):
         for index, (name, signal) in enumerate(self._signals(backbone, batch, prefix).items()):
             out_width, in_width = backbone.site(name).weight.shape
             mapped_ETW = self._mapped(weights, name, signal.z_ETW, f"{out_width}x{in_width}")
-            mapped_ETW = mapped_ETW.masked_fill(~signal.there_ET.unsqueeze(-1), 0.0)
+            mapped_ETW = mapped_ETW.masked_fill(~signal.present_ET.unsqueeze(-1), 0.0)
             x_ETI, delta_ETO = mapped_ETW.split([in_width, out_width], dim=-1)
             params[f"{name}.x"] = x_ETI
             params[f"{name}.delta"] = -weights[_RATE][index] * delta_ETO
@@ -171,7 +167,7 @@ class MEND(Plain):
         return load_weights(self.config.checkpoint, "mend", self.weight_settings, backbone.fingerprint, device)
 
     def _signals(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> dict[str, _Signal]:
-        """Inputs and output gradients of every site, from one forward and backward of the edits' NLL; constants."""
+        """Inputs and output gradients of every site, from one forward and backward of the edits' NLL; detached."""
         prefix = prefix_of_edit(backbone, self.sites, batch, prefix)
         batch = batch.select((EDIT,))
         inputs: dict[str, Tensor] = {}
@@ -198,15 +194,14 @@ class MEND(Plain):
 
     def _mapped(self, weights: Mapping[str, Tensor], name: str, z: Tensor, shape: str) -> Tensor:
         """(x~, delta~) of tokens `(..., in + out)`: normalised, then two residual blocks shared by equal shapes."""
-        # Statistics are measured, never trained: a step of Adam is larger than a gradient's deviation, and would turn
-        # its sign.
+        # Detached: a step of Adam is larger than a gradient's deviation and would flip its sign.
         z = (z - weights[f"{name}.mean"].detach()) / weights[f"{name}.std"].detach()
         for block in _BLOCKS:
             inner = (z @ weights[f"{shape}.{block}.v"].T) @ weights[f"{shape}.{block}.u"].T
             if block == "first":
                 inner = inner + weights[f"{shape}.bias"]
             inner = weights[f"{name}.{block}.scale"] * inner + weights[f"{name}.{block}.shift"]
-            # The gradient of `clamp` at 0, where all training starts, is 1; that of `relu` would be 0 for ever.
+            # Training starts at 0, where the gradient of `clamp` is 1 and that of `relu` 0.
             z = z + inner.clamp(min=0.0)
         return z
 
@@ -233,7 +228,7 @@ class MEND(Plain):
             yield trace
 
     def pooled(self, params: EditParams) -> EditParams:
-        """One set of factors (axis 0 has length 1) that adds what all edits add together: their tokens in a row."""
+        """One set of factors (axis 0 has length 1) whose addition is the sum of all edits': tokens concatenated."""
         return {name: value.flatten(0, 1).unsqueeze(0) for name, value in params.items()}
 
     def merged(self, params: EditParams) -> dict[str, Tensor]:
@@ -241,7 +236,7 @@ class MEND(Plain):
         return {name: pooled[f"{name}.delta"][0].T @ pooled[f"{name}.x"][0] for name in self.sites}
 
     def initial_weights(self, backbone: Backbone, seed: int) -> dict[str, Tensor]:
-        """A hypernetwork that passes the gradient on: second factors, biases and shifts zero, no normalisation."""
+        """A hypernetwork that is the identity: second factors, biases and shifts are 0, nothing is normalised."""
         device = backbone.site(self.sites[0]).weight.device
         return {name: value.to(device) for name, value in self._drawn(backbone, seed).items()}
 
@@ -270,13 +265,13 @@ class MEND(Plain):
     def estimated(
         self, backbone: Backbone, weights: Mapping[str, Tensor], batches: Iterable[EditBatch]
     ) -> dict[str, Tensor]:
-        """Mean and deviation of every feature of x and delta, over the tokens of these records that have a gradient."""
+        """The weights with mean and deviation of each feature of x and delta, over tokens with a gradient."""
         counts = dict.fromkeys(self.sites, 0)
         sums: dict[str, Tensor] = {}
         squares: dict[str, Tensor] = {}
         for batch in batches:
             for name, signal in self._signals(backbone, batch).items():
-                z_NW = signal.z_ETW[signal.there_ET].double()
+                z_NW = signal.z_ETW[signal.present_ET].double()
                 counts[name] += len(z_NW)
                 sums[name] = sums.get(name, 0.0) + z_NW.sum(0)
                 squares[name] = squares.get(name, 0.0) + z_NW.square().sum(0)
@@ -315,20 +310,20 @@ class MEND(Plain):
 
 
 def _compact(x: Tensor, gradient: Tensor, num_edits: int) -> _Signal:
-    """Each edit's tokens with a gradient, in order, moved to the front; the batch's longest edit sets the length."""
+    """Each edit's tokens that have a gradient, in order, padded to the longest edit of the batch."""
     x_ESI = x.reshape(num_edits, -1, x.shape[-1]).float()
     gradient_ESO = gradient.reshape(num_edits, -1, gradient.shape[-1]).float()
-    there_ES = (gradient_ESO != 0).any(-1)
-    length = max(1, int(there_ES.sum(1).max()))
-    order_ET = torch.sort((~there_ES).long(), dim=1, stable=True).indices[:, :length]
-    there_ET = there_ES.gather(1, order_ET)
+    present_ES = (gradient_ESO != 0).any(-1)
+    length = max(1, int(present_ES.sum(1).max()))
+    order_ET = torch.sort((~present_ES).long(), dim=1, stable=True).indices[:, :length]
+    present_ET = present_ES.gather(1, order_ET)
     z_ESW = torch.cat([x_ESI, gradient_ESO], dim=-1)
     z_ETW = z_ESW.gather(1, order_ET.unsqueeze(-1).expand(-1, -1, z_ESW.shape[-1]))
-    return _Signal(z_ETW.masked_fill(~there_ET.unsqueeze(-1), 0.0), there_ET)
+    return _Signal(z_ETW.masked_fill(~present_ET.unsqueeze(-1), 0.0), present_ET)
 
 
 def _floored(variance: Tensor) -> Tensor:
-    """Variances, none smaller than a share of their mean; 1 for all where nothing varies."""
+    """Variances, bounded below by a share of their mean; 1 for all if no feature varies."""
     mean = variance.mean()
     floored = variance.clamp_min(_SMALLEST_DEVIATION**2 * mean)
     return torch.where(mean > 0, floored, torch.ones_like(floored))

@@ -1,21 +1,22 @@
-"""WISE: a side memory beside one feed-forward matrix, and a router that decides which of the two answers.
+"""WISE: a side matrix W' beside one feed-forward matrix W, and a router that chooses one of them per prompt.
 
 References:
     WISE: Rethinking the Knowledge Memory for Lifelong Model Editing of Large Language Models (2024, arXiv 2405.14768),
     eq. 2 (routing activation), 3 (margin loss), 4 (masked gradient).
-    TIES-Merging: Resolving Interference When Merging Models (2023, arXiv 2306.01708), section 4, for `merged_memories`.
+    TIES-Merging: Resolving Interference When Merging Models (2023, arXiv 2306.01708), section 4, for
+    `merged_side_matrix`.
 
-Differs from the paper: the memories of all edits share one mask, where the paper draws one per shard of a stream of
-edits. The activation distance is averaged over the positions of the prompt, not of prompt and answer,
-so that routing is the same whether the answer is in the input (teacher forcing) or not (generation).
+Differs from the paper: the side matrices of all edits share one mask; the paper draws one per shard of a stream of
+edits. The activation distance is averaged over the prompt's positions, not over prompt and answer, so that routing is
+the same with the answer in the input (teacher forcing) and without (generation).
 
-Without clamp, and with a mask of whole columns or none, the difference of the matrices stays a sum over positions: what
-enters the matrix is frozen, X, and a step of SGD moves `W' - W` by a product with X. Then only A is kept,
+Factored form, used without clamp and with a mask of whole columns or none: the matrix's input X is frozen and a step of
+SGD moves `W' - W` by a product with X, so that only the factor A is trained,
 
-    W' - W = A^T (X m),  Y = X W^T + K A,  K = (X m) X^T,  A <- (1 - lr wd) A - lr dL/dY,
+    W' - W = A^T (X m),  Y = X W^T + K A,  K = (X m) X^T,  A <- (1 - lr wd) A - lr dL/dY.
 
-the same edit at a fraction of memory and time where positions are fewer than columns: for BLIP2-OPT-2.7B some 10 MB
-instead of 105 MB. The multiplier network then reads A.
+This is the same edit in less memory and time when positions are fewer than columns: some 10 MB instead of 105 MB for
+BLIP2-OPT-2.7B. The multiplier network then reads A.
 """
 
 from __future__ import annotations
@@ -25,81 +26,73 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix
-from odedit.editors.base import OptimizerSettings, Plain, Trace, check_range, fitting_site
+from odedit.editors.base import OptimizerSettings, Plain, Trace, fitting_site
 from odedit.editors.common.hooks import rewritten
 from odedit.inputs.batch import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_locality
-from odedit.runtime.gather import places_of, spread
+from odedit.runtime.gather import inverse_index, spread
+from odedit.settings import Settings
 
-ROWS, INPUTS, THERE = "side_rows", "side_inputs", "side_there"
+ROWS, INPUTS, PRESENT = "side_rows", "side_inputs", "side_there"
 LIVE = "side_live"
 THRESHOLD = "threshold"
 _DISTANCE, _WINNER = "distance_EK", "winner_EK"
 
 
 @dataclass(frozen=True)
-class WiseConfig:
+class WiseConfig(Settings):
     """Settings of WISE; the defaults are those published for BLIP2-OPT.
 
     Attributes:
-        site: The matrix that gets a side copy.
-        learning_rate: Of plain SGD.
-        weight_decay: On the difference between side copy and matrix.
-        max_steps: Bound of the inner loop.
-        clamp: Largest absolute difference of an entry of the side copy; null: not bounded.
-        mask: What the mask chooses, `entries` as published or whole input `columns`. Without clamp, columns (or a
-            `mask_ratio` of 1) give a factored edit.
-        mask_ratio: Share of entries or columns that may change, a fixed random mask (eq. 4).
-        mask_seed: Of that mask.
-        margin_out: alpha: the distance of an unrelated prompt is pushed below it (eq. 3).
-        margin_in: beta: the distance of the edit is pushed above it.
-        margin_gap: gamma: the edit's distance exceeds an unrelated prompt's by it.
-        routing_ratio: A prompt whose distance exceeds this share of the edit's own goes to the side memory.
-        merge_density: Share of a memory's entries, the largest, that take part when memories are merged.
-        stop_change, stop_loss: Stops when the loss changes by no more than the first and is no larger than the second.
+        site: Matrix W that gets a side matrix.
+        learning_rate: Step size of plain SGD.
+        weight_decay: Decay of the difference W' - W.
+        max_steps: Largest number of steps.
+        clamp: Largest absolute entry of W' - W; null: not bounded.
+        mask: Unit of the random mask, `entries` as published or whole input `columns`. Without clamp, columns (or a
+            `mask_ratio` of 1) give a factored edit, which is smaller.
+        mask_ratio: Share of entries or columns that may change (eq. 4).
+        mask_seed: Seed of the mask, which is the same for all edits.
+        margin_out: Margin alpha, below which the distance of an unrelated prompt is pushed (eq. 3).
+        margin_in: Margin beta, above which the distance of the edit is pushed.
+        margin_gap: Margin gamma, by which the edit's distance exceeds an unrelated prompt's.
+        routing_ratio: Share of the edit's own distance from which on a prompt goes to the side matrix.
+        merge_density: Share of a side matrix's entries, the largest, that take part in merging side matrices.
+        stop_change: Largest change of the loss since the last step for an edit to stop.
+        stop_loss: Largest loss for an edit to stop; both conditions must hold.
     """
 
     site: str = "layers.23.ffn.in"
-    learning_rate: float = 1.0
-    weight_decay: float = 1e-5
-    max_steps: int = 10
-    clamp: float | None = 1.0
+    learning_rate: Annotated[float, Gt(0)] = 1.0
+    weight_decay: Annotated[float, Ge(0)] = 1e-5
+    max_steps: Annotated[int, Ge(1)] = 10
+    clamp: Annotated[float, Gt(0)] | None = 1.0
     mask: Literal["entries", "columns"] = "entries"
-    mask_ratio: float = 0.2
+    mask_ratio: Annotated[float, Gt(0), Le(1)] = 0.2
     mask_seed: int = 0
-    margin_out: float = 5.0
-    margin_in: float = 20.0
-    margin_gap: float = 10.0
-    routing_ratio: float = 0.4
-    merge_density: float = 0.53
-    stop_change: float = 1e-4
-    stop_loss: float = 0.02
-
-    def __post_init__(self) -> None:
-        check_range("learning_rate", self.learning_rate, "> 0", lambda v: v > 0)
-        for name in ("weight_decay", "margin_out", "margin_in", "margin_gap", "stop_change", "stop_loss"):
-            check_range(name, getattr(self, name), ">= 0", lambda v: v >= 0)
-        check_range("max_steps", self.max_steps, ">= 1", lambda v: v >= 1)
-        if self.clamp is not None:
-            check_range("clamp", self.clamp, "> 0, or null", lambda v: v > 0)
-        if self.mask not in ("entries", "columns"):
-            raise ValueError(f"mask: got {self.mask!r}, expected entries or columns.")
-        for name in ("mask_ratio", "routing_ratio", "merge_density"):
-            check_range(name, getattr(self, name), f"0 < {name} <= 1", lambda v: 0 < v <= 1)
+    margin_out: Annotated[float, Ge(0)] = 5.0
+    margin_in: Annotated[float, Ge(0)] = 20.0
+    margin_gap: Annotated[float, Ge(0)] = 10.0
+    routing_ratio: Annotated[float, Gt(0), Le(1)] = 0.4
+    merge_density: Annotated[float, Gt(0), Le(1)] = 0.53
+    stop_change: Annotated[float, Ge(0)] = 1e-4
+    stop_loss: Annotated[float, Ge(0)] = 0.02
 
 
 class Wise(Plain):
-    """One side memory per edit.
+    """One side matrix per edit.
 
-    `side_live` holds the entries of `W' - W` that the mask lets change, a fifth of them by default, in the order of the
-    matrix; the others are 0. Finished, `threshold` is the distance above which the side memory answers. Factored,
-    `side_rows` holds A while it trains, and `side_there` where no padding is; finished, its rows that are not zero, and
-    `side_inputs` what entered the matrix there.
+    phi_e is `side_live`: the entries of `W' - W` that the mask lets change, in the order of the matrix; all others are
+    0. A finished edit adds `threshold`, the distance from which on the side matrix is used.
+
+    Factored, phi_e is `side_rows`, the factor A, and `side_there`, True at real positions. A finished edit has the rows
+    of A that are not zero, and in `side_inputs` the masked inputs X m of these positions.
     """
 
     Config: ClassVar[type] = WiseConfig
@@ -112,7 +105,7 @@ class Wise(Plain):
         self.optimizer = OptimizerSettings("sgd", config.learning_rate, config.weight_decay)
         self.is_factored = config.clamp is None and (config.mask == "columns" or config.mask_ratio == 1.0)
         self.length_varies = self.is_factored
-        self.frozen = frozenset({THERE}) if self.is_factored else frozenset()
+        self.frozen = frozenset({PRESENT}) if self.is_factored else frozenset()
 
     def check(self, backbone: Backbone) -> None:
         backbone.site(self.config.site)
@@ -126,11 +119,11 @@ class Wise(Plain):
         shape, device = backbone.site(self.config.site).weight.shape, batch.tokens_EKS.device
         if not self.is_factored:
             return {LIVE: torch.zeros(batch.num_edits, len(self._live(shape, device)), device=device)}
-        # Position by position, all slots of each: what a longer batch adds stands behind, where nothing reads it.
+        # Ordered by position first, so that a longer batch only appends padding.
         _, slots, positions = batch.tokens_EKS.shape
         return {
             ROWS: torch.zeros(batch.num_edits, positions, slots * shape[0], device=device),
-            THERE: batch.real_EKS.transpose(1, 2).float(),
+            PRESENT: batch.real_EKS.transpose(1, 2).float(),
         }
 
     @contextmanager
@@ -145,7 +138,7 @@ class Wise(Plain):
             main = y.reshape(change.shape)
             side = main + change
             if _is_whole(main, batch):
-                # The objective may have no use for it: then it is asked for once, in the end.
+                # Pending: objectives without the margin loss read the distance only once, in `finished`.
                 trace.pending[_DISTANCE] = lambda: _activation_distance(activation, main, side, batch.prompt_EKS)
             if THRESHOLD not in params:
                 return side.reshape(y.shape)
@@ -157,10 +150,10 @@ class Wise(Plain):
 
     @contextmanager
     def together(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> Iterator[Trace]:
-        """WISE-Retrieve: the memory with the largest distance above its own threshold answers, else the matrix."""
+        """WISE-Retrieve: uses the side matrix with the largest distance above its own threshold, else the matrix W."""
         trace = Trace()
         activation = backbone.activation(self.config.site)
-        num_memories = params[THRESHOLD].shape[0]
+        num_sides = params[THRESHOLD].shape[0]
 
         def rewrite(x: Tensor, y: Tensor) -> Tensor:
             x_EKSI = x.reshape(*batch.present_EK.shape, -1, x.shape[-1])
@@ -169,18 +162,18 @@ class Wise(Plain):
             best_EK = torch.full(batch.present_EK.shape, -torch.inf, device=y.device)
             winner_EK = torch.full_like(best_EK, -1) if is_whole else trace.values[_WINNER]
             chosen = torch.zeros_like(main)
-            for memory in range(num_memories):
-                # One at a time: all of the matrices together may not fit.
+            for index in range(num_sides):
+                # One at a time, since all side matrices together may exceed the memory.
                 change_of = self._change(
-                    backbone, {name: value[memory : memory + 1] for name, value in params.items()}, 1, trace
+                    backbone, {name: value[index : index + 1] for name, value in params.items()}, 1, trace
                 )
                 change = change_of(x_EKSI.reshape(1, -1, x.shape[-1])).reshape(main.shape)
                 if is_whole:
                     distance_EK = _activation_distance(activation, main, main + change, batch.prompt_EKS)
-                    wins = (distance_EK >= params[THRESHOLD][memory]) & (distance_EK > best_EK)
+                    wins = (distance_EK >= params[THRESHOLD][index]) & (distance_EK > best_EK)
                     best_EK = torch.where(wins, distance_EK, best_EK)
-                    winner_EK = winner_EK.masked_fill(wins, memory)
-                chosen = torch.where((winner_EK == memory)[:, :, None, None], change, chosen)
+                    winner_EK = winner_EK.masked_fill(wins, index)
+                chosen = torch.where((winner_EK == index)[:, :, None, None], change, chosen)
             if is_whole:
                 trace.values |= {_DISTANCE: best_EK, _WINNER: winner_EK}
             return (main + chosen).reshape(y.shape)
@@ -189,7 +182,7 @@ class Wise(Plain):
             yield trace
 
     def own_risk(self, params: EditParams, trace: Trace, batch: EditBatch) -> Tensor:
-        """Eq. 3, averaged over the unrelated prompts that the edit has."""
+        """Margin loss (eq. 3), `(E,)`, averaged over the edit's unrelated prompts."""
         distance_EK = trace.value(_DISTANCE)
         inside_E = distance_EK[:, batch.slots.index(EDIT)]
         unrelated = batch.answers(tuple(slot for slot in batch.slots if is_locality(slot)))
@@ -202,9 +195,9 @@ class Wise(Plain):
 
     def constrain(self, params: EditParams) -> EditParams:
         if self.is_factored:
-            # The model has no gradient at padding, but a learned multiplier of the penalty reads all of A.
-            there_ESK1 = params[THERE].unsqueeze(-1)
-            rows_ESKO = params[ROWS].unflatten(2, (there_ESK1.shape[2], -1)) * there_ESK1
+            # The model gives padding no gradient, but a learned multiplier of the penalty, which reads all of A, does.
+            present_ESK1 = params[PRESENT].unsqueeze(-1)
+            rows_ESKO = params[ROWS].unflatten(2, (present_ESK1.shape[2], -1)) * present_ESK1
             return params | {ROWS: rows_ESKO.flatten(2)}
         clamp = self.config.clamp
         return params if clamp is None else {LIVE: params[LIVE].clamp(-clamp, clamp)}
@@ -216,18 +209,18 @@ class Wise(Plain):
     def finished(self, params: EditParams, trace: Trace, batch: EditBatch) -> EditParams:
         with torch.no_grad():
             inside_E = trace.value(_DISTANCE)[:, batch.slots.index(EDIT)]
-        # An edit that never moved has distance 0 everywhere; the tiniest positive threshold keeps it off the side path.
+        # An edit that did not move has distance 0 everywhere; a threshold above 0 keeps all prompts on the matrix W.
         threshold = (self.config.routing_ratio * inside_E).clamp(min=torch.finfo(torch.float32).tiny)
         if self.is_factored:
             rows_ENO = _by_slot(params[ROWS], batch.present_EK.shape[1])
             return _nonzero_rows(rows_ENO, trace.values[INPUTS]) | {THRESHOLD: threshold}
         return {LIVE: params[LIVE], THRESHOLD: threshold}
 
-    def merged_memories(self, params: EditParams) -> EditParams:
-        """One memory (axis 0 has length 1) that stands for those of E finished edits, by TIES.
+    def merged_side_matrix(self, params: EditParams) -> EditParams:
+        """One side matrix (axis 0 has length 1) for all E finished edits in one model, merged by TIES.
 
-        It answers what any of the edits would have claimed: its threshold is the smallest of theirs. The density is
-        taken of the entries that the mask lets change; of the whole matrix it would trim nothing.
+        Its threshold is the smallest of the edits', so that it is used for every prompt that one of them would take.
+        `merge_density` is a share of the entries that the mask lets change.
         """
         live_EN = params[LIVE] if LIVE in params else self._entries(params[ROWS].transpose(1, 2) @ params[INPUTS])
         return {
@@ -238,7 +231,7 @@ class Wise(Plain):
     def _change(
         self, backbone: Backbone, params: EditParams, num_slots: int, trace: Trace
     ) -> Callable[[Tensor], Tensor]:
-        """What the side memory adds, `(E, N, in) -> (E, N, out)`, from training or from finished parameters."""
+        """Function from inputs `(E, N, in)` to the side matrix's change of the output, `(E, N, out)`."""
         if INPUTS in params:
             return lambda x_ENI: torch.bmm(
                 torch.bmm(x_ENI, params[INPUTS].to(x_ENI.dtype).transpose(1, 2)), params[ROWS].to(x_ENI.dtype)
@@ -255,39 +248,38 @@ class Wise(Plain):
                 return change
 
             return factored
-        # First in the type of the products, then scattered. The matrix as first factor: its gradient then needs no
-        # transposition.
+        # Cast before scattering: fewer values. With the matrix as first factor, its gradient needs no transposition.
         side_EOI = self._side(backbone, params[LIVE].to(backbone.site(self.config.site).weight.dtype))
         return lambda x_ENI: torch.bmm(side_EOI.expand(len(x_ENI), -1, -1), x_ENI.transpose(1, 2)).transpose(1, 2)
 
     def _side(self, backbone: Backbone, live_EN: Tensor) -> Tensor:
-        """`W' - W` of every edit, `(E, out, in)`, of the type of its entries."""
+        """`W' - W` of every edit, `(E, out, in)`, in the dtype of `live_EN`."""
         shape = backbone.site(self.config.site).weight.shape
         if live_EN.shape[1] == shape.numel():
             return live_EN.unflatten(1, shape)
         live_N = self._live(shape, live_EN.device)
         if live_EN.is_cuda:
-            return spread(live_EN, live_N, _live_places(*self._mask(shape, live_EN.device))).unflatten(1, shape)
-        # A processor writes the few faster than it looks up all.
+            return spread(live_EN, live_N, _live_ranks(*self._mask(shape, live_EN.device))).unflatten(1, shape)
+        # On a CPU, writing the few entries is faster than looking up all.
         flat_EM = live_EN.new_zeros(len(live_EN), shape.numel())
         return flat_EM.index_copy_(1, live_N, live_EN).unflatten(1, shape)
 
     def _live(self, shape: torch.Size, device: torch.device) -> Tensor:
-        """Flat indices of the entries that may change."""
+        """Flat indices of the entries that the mask lets change."""
         return _live_entries(*self._mask(shape, device))
 
     def _mask(self, shape: torch.Size, device: torch.device) -> tuple[tuple[int, ...], bool, float, int, str]:
-        """What it depends on."""
+        """Arguments that determine the mask: shape, whole columns or not, ratio, seed, device."""
         columns = self.config.mask == "columns"
         return tuple(shape), columns, self.config.mask_ratio, self.config.mask_seed, str(device)
 
     def _entries(self, side_EOI: Tensor) -> Tensor:
-        """Those that the mask lets change, `(E, N)`."""
+        """The entries that the mask lets change, `(E, N)`."""
         return side_EOI.flatten(1)[:, self._live(side_EOI.shape[-2:], side_EOI.device)]
 
 
 class _Factored(torch.autograd.Function):
-    """`K A`. Its gradient is that with respect to K A: SGD on A then moves the matrix as SGD on the matrix would."""
+    """`K A`, with the gradient of K A passed to A: SGD on A then moves `W' - W` like SGD on the matrix itself."""
 
     @staticmethod
     def forward(ctx: Any, rows_ENO: Tensor, gram_ENN: Tensor) -> Tensor:
@@ -300,40 +292,40 @@ class _Factored(torch.autograd.Function):
 
 
 def _by_slot(rows: Tensor, num_slots: int) -> Tensor:
-    """A as it trains, `(E, S, K * O)`, in the order of the sequences, `(E, K * S, O)`."""
+    """A from `(E, S, K * O)`, as it is trained, to the order of the sequences, `(E, K * S, O)`."""
     return rows.unflatten(2, (num_slots, -1)).transpose(1, 2).flatten(1, 2)
 
 
 def _nonzero_rows(rows_ENO: Tensor, inputs_ENI: Tensor) -> EditParams:
-    """Each edit's positions that changed anything, moved to the front; as many as the edit with most of them has."""
-    there_EN = (rows_ENO != 0).any(-1)
-    length = max(1, int(there_EN.sum(1).max()))
-    order_ET1 = torch.sort((~there_EN).long(), dim=1, stable=True).indices[:, :length, None]
-    is_there_ET1 = there_EN.unsqueeze(-1).gather(1, order_ET1)
+    """Rows of A that are not zero and their inputs, in order, padded to the edit with the most of them."""
+    nonzero_EN = (rows_ENO != 0).any(-1)
+    length = max(1, int(nonzero_EN.sum(1).max()))
+    order_ET1 = torch.sort((~nonzero_EN).long(), dim=1, stable=True).indices[:, :length, None]
+    is_present_ET1 = nonzero_EN.unsqueeze(-1).gather(1, order_ET1)
     return {
-        name: value.float().gather(1, order_ET1.expand(-1, -1, value.shape[-1])) * is_there_ET1
+        name: value.float().gather(1, order_ET1.expand(-1, -1, value.shape[-1])) * is_present_ET1
         for name, value in ((ROWS, rows_ENO), (INPUTS, inputs_ENI))
     }
 
 
 def _is_whole(main_EKSO: Tensor, batch: EditBatch) -> bool:
-    """Whether these are whole sequences; else positions behind them, which go where their prompts went."""
+    """True for whole sequences; False for positions after them, which are routed as their prompt was."""
     return main_EKSO.shape[2] == batch.prompt_EKS.shape[2]
 
 
 def _activation_distance(
     activation: Callable[[Tensor], Tensor], main: Tensor, side: Tensor, prompt_EKS: Tensor
 ) -> Tensor:
-    """Eq. 2: mean over prompt positions of |sigma(W'x) - sigma(Wx)|_2, `(E, K)`."""
+    """Activation distance (eq. 2), `(E, K)`: mean over prompt positions of |sigma(W'x) - sigma(Wx)|_2."""
     squared_EKS = (activation(side).float() - activation(main).float()).square().sum(dim=-1)
-    # The root's gradient is infinite at 0, where every edit starts.
+    # The gradient of the root is infinite at 0, where every edit starts.
     norm_EKS = (squared_EKS + 1e-12).sqrt() - 1e-6
     weight = prompt_EKS.to(norm_EKS.dtype)
     return (norm_EKS * weight).sum(dim=-1) / weight.sum(dim=-1).clamp(min=1)
 
 
 def _ties(delta_EN: Tensor, density: float) -> Tensor:
-    """Trims each difference to its largest entries, elects a sign per entry, averages those that agree, `(N,)`."""
+    """TIES, `(N,)`: keeps each difference's largest entries, elects a sign per entry, averages those that agree."""
     kept = max(1, round(density * delta_EN.shape[1]))
     largest = delta_EN.abs().topk(kept, dim=1).indices
     trimmed_EN = torch.zeros_like(delta_EN).scatter(1, largest, delta_EN.gather(1, largest))
@@ -342,13 +334,13 @@ def _ties(delta_EN: Tensor, density: float) -> Tensor:
 
 
 def _draw(shape: tuple[int, ...], ratio: float, seed: int) -> Tensor:
-    """The fixed Bernoulli mask, drawn on the CPU so that every device sees the same one."""
+    """The fixed Bernoulli mask; drawn on the CPU, so that it is the same on every device."""
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < ratio
 
 
 @lru_cache(maxsize=4)
 def _live_columns(width: int, ratio: float, seed: int, device: str) -> Tensor:
-    """1 at the input columns that may change, else 0."""
+    """Mask of input columns, `(in,)`: 1 where the column may change, else 0."""
     return _draw((width,), ratio, seed).float().to(device)
 
 
@@ -360,9 +352,9 @@ def _live_entries(shape: tuple[int, ...], columns: bool, ratio: float, seed: int
 
 
 @lru_cache(maxsize=4)
-def _live_places(shape: tuple[int, ...], columns: bool, ratio: float, seed: int, device: str) -> Tensor:
-    """The inverse, four bytes an entry."""
-    return places_of(_live_entries(shape, columns, ratio, seed, device), math.prod(shape)).int()
+def _live_ranks(shape: tuple[int, ...], columns: bool, ratio: float, seed: int, device: str) -> Tensor:
+    """Rank of every entry among those that may change, as `spread` reads it; the inverse of `_live_entries`."""
+    return inverse_index(_live_entries(shape, columns, ratio, seed, device), math.prod(shape)).int()
 
 
 EDITOR = Wise

@@ -1,1 +1,1 @@
-"""Scores before and after an edit, and their statistics."""
+"""Scores before and after an edit, their columns, and their statistics."""

@@ -1,6 +1,6 @@
-"""One figure for a set of edits: the harmonic mean of the five metrics, and a test for the difference of two sets.
+"""One number for a set of edits: the harmonic mean of the five metrics, and a test for the difference of two sets.
 
-A harmonic mean is low as soon as one metric is: an editor that changes everything, or nothing, does not win.
+A harmonic mean is low as soon as one metric is, as for an editor that changes everything, or nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Rows = Mapping[str, Mapping[str, Any]]
 
 
 def harmonic_mean(values: Sequence[float]) -> float:
-    """0 as soon as one value is 0; NaN without values.
+    """Harmonic mean; 0 if a value is 0, NaN without values.
 
     >>> harmonic_mean([1.0, 0.5])
     0.6666666666666666
@@ -26,7 +26,7 @@ def harmonic_mean(values: Sequence[float]) -> float:
 
 
 def score(rows: Sequence[Mapping[str, Any]]) -> float:
-    """The harmonic mean of the means of the five metrics, each over the rows that have it; NaN if none has any."""
+    """Harmonic mean of the means of the five metrics, each over the rows that have it; NaN without any."""
     return harmonic_mean([mean for metric in MAIN if (mean := _mean(rows, metric)) is not None])
 
 
@@ -36,10 +36,10 @@ def _mean(rows: Sequence[Mapping[str, Any]], metric: str) -> float | None:
 
 
 def paired_score(a: Rows, b: Rows) -> PairedDifference | None:
-    """score(b) - score(a) over the edits that both have, by edit id; None if there is none.
+    """score(b) - score(a) over the edits that both have, matched by edit id; None if there are none.
 
-    The score is no mean over edits, so its error comes from the jackknife: the difference without one fact (or edit,
-    where rows name none) at a time. Interval and p are Student's, with one degree of freedom less than facts.
+    The score is not a mean over edits, so its error is that of the jackknife: one fact is left out at a time (one edit,
+    where rows have no `fact`). Interval and p are those of Student's t with (facts - 1) degrees of freedom.
 
     References:
         Efron and Stein (1981), The Jackknife Estimate of Variance.
@@ -57,8 +57,8 @@ def paired_score(a: Rows, b: Rows) -> PairedDifference | None:
         return PairedDifference(difference, difference, difference, math.nan, len(shared))
     without = []
     for left_out in facts.values():
-        gone = set(left_out)
-        without.append(_difference(a, b, [key for key in shared if key not in gone]))
+        excluded = set(left_out)
+        without.append(_difference(a, b, [key for key in shared if key not in excluded]))
     centre = math.fsum(without) / len(without)
     error = math.sqrt((len(facts) - 1) / len(facts) * math.fsum((value - centre) ** 2 for value in without))
     if error < 1e-12:

@@ -1,17 +1,17 @@
-"""What an edit did, before against after: rel, t_gen, m_gen, t_loc, m_loc.
+"""Scores of an edit, before against after: rel, t_gen, m_gen, t_loc, m_loc, and their variants.
 
-Token figures are teacher-forced shares of target tokens; `_exact` asks for the whole target. White space in front of an
+Token scores are teacher-forced shares of target tokens; `_exact` asks for the whole target. White space in front of an
 answer that is a token of its own, as LLaMA's tokenizer makes one in front of a digit, is not counted: it is almost
 always right.
 
-`_generated` compares with greedy generation, which sees neither the answer's content nor its errors corrected (teacher
-forcing flatters, arXiv 2502.11177). It starts where a served model starts, so that uncounted white space is generated,
-too. A generated answer goes on to its end, or `LONGEST_REST` tokens beyond the target: `_generated` is the share of
-target tokens that it has in their places, `_generated_exact` asks that it is the target and ends there.
+`_generated` compares with greedy generation, which sees neither the target nor a correction of its errors (teacher
+forcing flatters, arXiv 2502.11177). It starts where a served model starts, so uncounted white space is generated too. A
+generated answer ends by itself, or `LONGEST_REST` tokens beyond the target's length: `_generated` is the share of
+target tokens at their positions, `_generated_exact` asks that it is the target and ends there.
 
-Locality compares the edited model with the unedited one, which is always run without any edit. `answer` reads only the
-positions that predict the answer; `mmedit` reads every position, as the MMEdit benchmark does (arXiv 2310.08475),
-where prompt positions that an edit hardly reaches dilute the figure.
+Locality compares the edited model with the unedited one, which runs without any edit. `answer` reads only the positions
+that predict the answer; `mmedit` reads every position, as the MMEdit benchmark does (arXiv 2310.08475), where prompt
+positions that an edit hardly reaches dilute the score.
 """
 
 from __future__ import annotations
@@ -25,23 +25,21 @@ from torch import Tensor
 from odedit.backbones.base import Backbone, ends_of
 from odedit.backbones.common.generation import generate, until_end
 from odedit.editors.base import Editor
-from odedit.inputs.batch import RELIABILITY, EditBatch, EditParams, Variant, column, is_locality
+from odedit.evaluation.columns import ANSWER_COLUMNS, BEFORE, FAR, LOCALITY_COLUMNS, Answer, column, groups
+from odedit.inputs.batch import RELIABILITY, EditBatch, EditParams, is_locality
 from odedit.runtime.brief import brief
+from odedit.runtime.budgets import budgets
 from odedit.runtime.gather import gather_positions
-from odedit.runtime.kv_cache import KeyValues
+from odedit.runtime.kv_cache import KVCache
 
 TOP_K = 10
-_LOGITS_AT_ONCE = {"cpu": 3 * 2**21, "cuda": 2**26}
-"""Rows enough for a fast product, and on a CPU a result that finds its memory again: a larger one gets new pages."""
-_VALUES_AT_ONCE = {"cpu": 2**21}
-"""Of a batch's states: what a layer makes of more of them has left a processor's cache when the next one reads it."""
 
 Row = dict[str, float | str | None]
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is measured beside the teacher-forced token figures.
+    """What is measured beside the teacher-forced token scores.
 
     Attributes:
         generate: Greedy generation for every probe, before and after.
@@ -54,12 +52,12 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class _Readout:
-    """One model's answers to every probe of a batch.
+    """Answers of one model to every probe of a batch.
 
     Attributes:
-        top_EKTR: The first `TOP_K` choices at the positions that predict the target; anything where there is none.
-        top_EKSR: First `TOP_K` choices at every position of the locality probes; None unless asked for.
-        greedy_EKT: Answers as `generate` returns them; None unless asked for.
+        top_EKTR: First `TOP_K` choices at the positions that predict the target; undefined at padding.
+        top_EKSR: First `TOP_K` choices at every position of the locality probes; None: not measured.
+        greedy_EKT: Answers as `generate` returns them; None: not measured.
     """
 
     top_EKTR: Tensor
@@ -90,35 +88,39 @@ def evaluate(
         One row per edit: `rel`, `<probe>` and, for each, `_exact`, `_generated`, `_generated_exact` and `_before`
         variants; for locality `_whole`, `_generated`, `_generated_exact` and `_mmedit` (where all of an answer must
         agree: `_whole`; to its end: `_generated_exact`). `t_loc` and `m_loc` average the record's own probe and its
-        near one where there is one; `_far` and `_near` then tell them apart.
+        near one where there is one; `_far` and `_near` then tell them apart. All endings: `odedit.evaluation.columns`.
     """
-    at_once = _edits_at_once(backbone, batch)
-    if batch.num_edits > at_once:
-        rows: list[Row] = []
-        for part_E in torch.arange(batch.num_edits, device=batch.tokens_EKS.device).split(at_once):
-            of_part = {name: value[part_E.to(value.device)] for name, value in params.items()}
-            rows += evaluate(backbone, editor, of_part, batch.take(part_E), config)
-        return rows
+    most = _edits_at_once(backbone, batch)
+    if batch.num_edits <= most:
+        params = {name: value.to(batch.tokens_EKS.device) for name, value in params.items()}
+        return _rows(backbone, editor, params, batch, config)
+    rows: list[Row] = []
+    for part_E in torch.arange(batch.num_edits, device=batch.tokens_EKS.device).split(most):
+        part_params = {name: value[part_E.to(value.device)] for name, value in params.items()}
+        rows += evaluate(backbone, editor, part_params, batch.take(part_E), config)
+    return rows
 
-    params = {name: value.to(batch.tokens_EKS.device) for name, value in params.items()}
-    scores: list[dict[str, Row]] = [{} for _ in batch.edit_ids]
+
+def _rows(
+    backbone: Backbone, editor: Editor, params: EditParams, batch: EditBatch, config: EvaluationConfig
+) -> list[Row]:
+    by_probe: list[dict[str, Row]] = [{} for _ in batch.edit_ids]
     answers: list[Row] = [{} for _ in batch.edit_ids]
     for part in batch.parts():
         before, after = _before_and_after(backbone, editor, params, part, config)
-        # What follows reads single numbers, each of which would wait for a GPU.
+        # Scores read single numbers, each of which would synchronise with a GPU.
         before, after, part = before.on_host(), after.on_host(), _on_host(part)
         for e in range(part.num_edits):
             for k, name in enumerate(part.slots):
                 if bool(part.present_EK[e, k]):
-                    score = _locality_columns if is_locality(name) else _answer_columns
-                    scores[e][name] = score(backbone, name, part, before, after, e, k)
+                    by_probe[e][name] = _columns(backbone, part, before, after, e, k)
             if RELIABILITY in part.slots:
                 answers[e] = _answers(backbone, part, before, after, e)
     rows = []
-    for e, of_edit in enumerate(scores):
+    for e, columns in enumerate(by_probe):
         row: Row = {}
         for name in batch.slots:
-            row |= of_edit.get(name, {})
+            row |= columns.get(name, {})
         _average_near_and_far(row)
         rows.append(row | answers[e])
     return rows
@@ -127,10 +129,10 @@ def evaluate(
 def _before_and_after(
     backbone: Backbone, editor: Editor, params: EditParams, batch: EditBatch, config: EvaluationConfig
 ) -> tuple[_Readout, _Readout]:
-    """What the unedited and the edited model say to the probes."""
-    memory = KeyValues() if config.generate else None
-    prefix = backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise, memory=memory)
-    # Every position of what is compared, and wherever a target's token is predicted, or what follows the last one.
+    """Answers of the unedited and of the edited model."""
+    kv_cache = KVCache() if config.generate else None
+    prefix = backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise, kv_cache=kv_cache)
+    # The head reads all positions of locality probes, and those that predict a target token or the token after it.
     behind = batch.with_room(int(config.generate), 0, backbone.max_positions)
     num_targets, read_EKT = batch.target_EKT.shape[-1], behind.predict_EKT
     compared_K = torch.tensor([is_locality(name) for name in batch.slots], device=batch.real_EKS.device)
@@ -138,14 +140,14 @@ def _before_and_after(
     mask_EKS = mask_EKS.scatter_reduce(-1, read_EKT, behind.target_mask_EKT.int(), "amax").bool()
 
     def read() -> _Readout:
-        own = None if memory is None else memory.branch()
-        hidden = backbone.suffix(prefix, None if config.mmedit else read_EKT, own)
+        branch = None if kv_cache is None else kv_cache.branch()
+        hidden = backbone.suffix(prefix, None if config.mmedit else read_EKT, branch)
         everywhere = _top(backbone, hidden, mask_EKS) if config.mmedit else None
         if everywhere is None:
             top_EKTR = _top(backbone, hidden, behind.target_mask_EKT)
         else:
             top_EKTR = gather_positions(everywhere, read_EKT)
-        greedy_EKT = None if own is None else generate(backbone, batch, prefix, own, top_EKTR[..., 0])
+        greedy_EKT = None if branch is None else generate(backbone, batch, prefix, branch, top_EKTR[..., 0])
         return _Readout(top_EKTR[..., :num_targets, :], everywhere, greedy_EKT)
 
     before = read()
@@ -154,14 +156,14 @@ def _before_and_after(
 
 
 def _edits_at_once(backbone: Backbone, batch: EditBatch) -> int:
-    most = _VALUES_AT_ONCE.get(batch.tokens_EKS.device.type)
+    most = budgets(batch.tokens_EKS.device).evaluated_values
     if most is None:
         return batch.num_edits
     return max(1, most // (batch.tokens_EKS[0].numel() * backbone.hidden_size))
 
 
 def _on_host(batch: EditBatch) -> EditBatch:
-    """With what figures are made from on the CPU."""
+    """The batch with the tensors that scores are computed from on the CPU."""
     names = ("present_EK", "real_EKS", "target_EKT", "target_mask_EKT", "white_EK")
     return replace(batch, **{name: getattr(batch, name).cpu() for name in names})
 
@@ -169,8 +171,8 @@ def _on_host(batch: EditBatch) -> EditBatch:
 def _top(backbone: Backbone, hidden: Tensor, mask: Tensor) -> Tensor:
     """First choices `(..., TOP_K)` at the positions of the mask, zeros elsewhere."""
     states_MD = hidden[mask]
-    # Logits of all positions at once would not fit a large vocabulary.
-    at_once = _LOGITS_AT_ONCE.get(hidden.device.type, _LOGITS_AT_ONCE["cuda"]) // backbone.vocabulary_size
+    # Logits of all positions would not fit into memory with a large vocabulary.
+    at_once = budgets(hidden.device).evaluated_logits // backbone.vocabulary_size
     parts = [backbone.head(part).topk(TOP_K, dim=-1).indices for part in states_MD.split(max(1, at_once))]
     top = torch.zeros(*mask.shape, TOP_K, dtype=torch.long, device=hidden.device)
     top[mask] = torch.cat(parts) if parts else top[mask]
@@ -178,7 +180,7 @@ def _top(backbone: Backbone, hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def said(backbone: Backbone, tokens: Sequence[int]) -> str:
-    """A generated answer in words, up to its end; with dots if it was cut off."""
+    """Text of a generated answer up to its end, followed by dots if it was cut off."""
     answer, has_ended = until_end(tokens, ends_of(backbone))
     return in_words(backbone, answer) + ("" if has_ended else " ...")
 
@@ -190,35 +192,42 @@ def is_said(backbone: Backbone, tokens: Sequence[int], target: Sequence[int]) ->
 
 
 def in_words(backbone: Backbone, tokens: Sequence[int]) -> str:
-    """The text of an answer's tokens."""
+    """Text of an answer's tokens."""
     return str(backbone.processor.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
 def _generated(readout: _Readout, e: int, k: int) -> list[int] | None:
-    """The tokens that were generated for a probe, its end and what follows included; None if none were."""
+    """Tokens generated for a probe, its end and the tokens behind it included; None: not generated."""
     return None if readout.greedy_EKT is None else list(readout.greedy_EKT[e, k].tolist())
 
 
-def _answer_columns(
-    backbone: Backbone, name: str, batch: EditBatch, before: _Readout, after: _Readout, e: int, k: int
-) -> Row:
-    counted_T = batch.counted_EKT[e, k]
-    target = batch.target_EKT[e, k][batch.target_mask_EKT[e, k]].tolist()
-    row: Row = {}
-    for readout, when in ((after, ()), (before, (Variant.BEFORE,))):
-        right_T = readout.top_EKTR[e, k, :, 0][counted_T] == batch.target_EKT[e, k][counted_T]
-        row[column(name, *when)] = _share(right_T)
-        row[column(name, Variant.EXACT, *when)] = float(right_T.all())
-        tokens = _generated(readout, e, k)
-        if tokens is not None:
-            answer, _ = until_end(tokens, ends_of(backbone))
-            row[column(name, Variant.GENERATED, *when)] = _share_alike(answer, target, counted_T)
-            row[column(name, Variant.GENERATED, Variant.EXACT, *when)] = float(is_said(backbone, tokens, target))
-    return row
+def _columns(backbone: Backbone, batch: EditBatch, before: _Readout, after: _Readout, e: int, k: int) -> Row:
+    """Columns of one probe of one edit."""
+    name = batch.slots[k]
+    unedited, edited = (_answer(backbone, batch, readout, e, k) for readout in (before, after))
+    if is_locality(name):
+        scores = {column(name, ending): score(unedited, edited) for ending, score in LOCALITY_COLUMNS.items()}
+    else:
+        scores = {column(name, ending): score(edited) for ending, score in ANSWER_COLUMNS.items()}
+        scores |= {column(name, ending, BEFORE): score(unedited) for ending, score in ANSWER_COLUMNS.items()}
+    return {name: value for name, value in scores.items() if value is not None}
+
+
+def _answer(backbone: Backbone, batch: EditBatch, readout: _Readout, e: int, k: int) -> Answer:
+    probe, target_T = batch.slots[k], batch.target_EKT[e, k]
+    top_SR = None if readout.top_EKSR is None else readout.top_EKSR[e, k][batch.real_EKS[e, k]]
+    answer = Answer(probe, readout.top_EKTR[e, k], target_T, batch.counted_EKT[e, k], top_SR)
+    tokens = _generated(readout, e, k)
+    if tokens is None:
+        return answer
+    generated, has_ended = until_end(tokens, ends_of(backbone))
+    target = target_T[batch.target_mask_EKT[e, k]].tolist()
+    is_target = not is_locality(probe) and is_said(backbone, tokens, target)
+    return replace(answer, generated=generated, has_ended=has_ended, is_target=is_target)
 
 
 def _answers(backbone: Backbone, batch: EditBatch, before: _Readout, after: _Readout, e: int) -> Row:
-    """What is generated for the edit itself, in words; with dots if it was cut off."""
+    """Text generated for the edit itself, before and after."""
     k, row = batch.slots.index(RELIABILITY), Row()
     for name, readout in (("answer_before", before), ("answer_after", after)):
         tokens = _generated(readout, e, k)
@@ -227,45 +236,12 @@ def _answers(backbone: Backbone, batch: EditBatch, before: _Readout, after: _Rea
     return row
 
 
-def _locality_columns(
-    backbone: Backbone, name: str, batch: EditBatch, before: _Readout, after: _Readout, e: int, k: int
-) -> Row:
-    counted_T = batch.counted_EKT[e, k]
-    same_TR = before.top_EKTR[e, k][counted_T] == after.top_EKTR[e, k][counted_T]
-    row: Row = {
-        column(name): _share(same_TR[:, 0]),
-        column(name, Variant.WHOLE): float(same_TR[:, 0].all()),
-        column(name, Variant.TOP10): _share(same_TR),
-    }
-    if before.top_EKSR is not None and after.top_EKSR is not None:
-        real_S = batch.real_EKS[e, k]
-        same_SR = before.top_EKSR[e, k][real_S] == after.top_EKSR[e, k][real_S]
-        # Published: the first choice for text probes, ten choices rank by rank for probes with a picture.
-        row[column(name, Variant.MMEDIT)] = _share(same_SR if name.startswith("m_") else same_SR[:, 0])
-    tokens_before, tokens = (_generated(readout, e, k) for readout in (before, after))
-    if tokens_before is not None and tokens is not None:
-        answer_before, answer = (until_end(one, ends_of(backbone)) for one in (tokens_before, tokens))
-        row[column(name, Variant.GENERATED)] = _share_alike(answer_before[0], answer[0], counted_T)
-        row[column(name, Variant.GENERATED, Variant.EXACT)] = float(answer_before == answer)
-    return row
-
-
 def _average_near_and_far(row: Row) -> None:
-    """Where a record has a near locality probe, its own probe is the far one and the metric is their mean."""
-    for metric in ("t_loc", "m_loc"):
+    """Replaces a locality metric by the mean of the record's own (far) probe and its near one, where it has both."""
+    for metric in groups()["locality"]:
         endings = [name.removeprefix(f"{metric}_near") for name in row if name.startswith(f"{metric}_near")]
         for ending in endings:
             far, near = row.get(metric + ending), row[f"{metric}_near{ending}"]
             if isinstance(far, float) and isinstance(near, float):
-                row[column(metric, Variant.FAR) + ending] = far
+                row[column(metric, FAR) + ending] = far
                 row[metric + ending] = (far + near) / 2
-
-
-def _share(right: Tensor) -> float:
-    return float(right.double().mean())
-
-
-def _share_alike(one: Sequence[int], other: Sequence[int], counted_T: Tensor) -> float:
-    """Share of the counted places at which two answers have the same token, or have both ended."""
-    places = counted_T.nonzero().flatten().tolist()
-    return sum(one[place : place + 1] == other[place : place + 1] for place in places) / len(places)

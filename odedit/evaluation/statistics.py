@@ -7,16 +7,18 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from odedit.evaluation.columns import METRICS
+
 SIGNIFICANT = 0.05
-"""Largest p of a difference that is called one."""
-MAIN = ("rel", "t_gen", "m_gen", "t_loc", "m_loc")
-"""The five metrics of MMEdit."""
+"""Level of significance: largest p of a difference that is reported as one."""
+MAIN = tuple(METRICS)
+"""The five metrics of MMEdit, in the order of every table."""
 _ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n values with its 95% confidence interval (Student's t)."""
+    """Mean over n values with its 95% confidence interval (Student's t)."""
 
     mean: float
     low: float
@@ -26,7 +28,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Mean of b - a over the n records that both have, its 95% interval, and the paired t-test's p."""
+    """Mean of b - a over the n records that both have, its 95% interval, and p of the paired t-test."""
 
     mean: float
     low: float
@@ -36,11 +38,11 @@ class PairedDifference:
 
 
 def estimate(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
-    """Mean and interval; the interval is the mean itself for one value, or when all are equal.
+    """Mean and interval; for one value, or equal values, the interval is the mean itself.
 
     Args:
-        clusters: What each value belongs to. Edits of one fact are not independent, so the interval is made from the
-            facts: cluster-robust variance, degrees of freedom one less than clusters. None: every value is its own.
+        clusters: Cluster of each value, such as its fact: edits of one fact are not independent. The variance is
+            cluster-robust, with (clusters - 1) degrees of freedom. None: every value is its own cluster.
 
     References:
         Cameron and Miller (2015), A Practitioner's Guide to Cluster-Robust Inference, for the mean alone.
@@ -57,7 +59,7 @@ def estimate(values: Sequence[float], clusters: Sequence[Hashable] | None = None
 
 
 def _standard_error(values: Sequence[float], mean: float, clusters: Sequence[Hashable] | None) -> float:
-    """Of the mean; with every value its own cluster it is the ordinary one."""
+    """Cluster-robust standard error of the mean; the ordinary one if every value is its own cluster."""
     groups = range(len(values)) if clusters is None else clusters
     sums: dict[Any, float] = {}
     for group, value in zip(groups, values, strict=True):
@@ -65,7 +67,7 @@ def _standard_error(values: Sequence[float], mean: float, clusters: Sequence[Has
     if len(sums) < 2:
         return 0.0
     error = math.sqrt(math.fsum(s * s for s in sums.values()) * len(sums) / (len(sums) - 1)) / len(values)
-    # Equal values are off their mean by rounding: no spread, and no ground for a tiny p.
+    # Equal values differ from their mean by rounding only: no spread, and no tiny p.
     return error if error > _ROUNDING * max(map(abs, values)) else 0.0
 
 
@@ -80,12 +82,10 @@ def _t_quantile(num_clusters: int) -> float:
 
 
 def summarize(rows: Sequence[Mapping[str, Any]], facts: Sequence[str] | None = None) -> dict[str, Estimate]:
-    """An `Estimate` of every numeric column over the rows that have it.
-
-    A share lies between 0 and 1, and so does its interval.
+    """`Estimate` of every numeric column over the rows that have it; the interval of a share is clipped to [0, 1].
 
     Args:
-        facts: What each row's edit is about; the intervals are clustered by it.
+        facts: Fact of each row's edit, by which the intervals are clustered; None: rows are independent.
     """
     columns: dict[str, tuple[list[float], list[str]]] = {}
     for number, row in enumerate(rows):
@@ -98,23 +98,19 @@ def summarize(rows: Sequence[Mapping[str, Any]], facts: Sequence[str] | None = N
 
 
 def estimate_column(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
-    """As `estimate`, of finite values; of shares, whose interval lies between 0 and 1 as they do."""
-    return _within_its_range(estimate(values, clusters), values)
-
-
-def _within_its_range(found: Estimate, values: Sequence[float]) -> Estimate:
+    """`estimate` of finite values, the interval clipped to [0, 1] if all values are in it."""
+    result = estimate(values, clusters)
     if min(values) < 0.0 or max(values) > 1.0:
-        return found
-    return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
+        return result
+    return replace(result, low=max(result.low, 0.0), high=min(result.high, 1.0))
 
 
 def paired(
     a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[str, Any]], metrics: Sequence[str] = MAIN
 ) -> dict[str, PairedDifference]:
-    """b - a for every metric, over the edits that both runs have, by edit id.
+    """b - a for every metric, over the edits that both runs have, matched by edit id.
 
-    The test is the paired t-test, clustered by the column `fact` where rows have it: then the facts are what is
-    compared, not their edits.
+    The test is the paired t-test, clustered by the column `fact` where rows have it.
     """
     from scipy import stats
 
@@ -129,7 +125,7 @@ def paired(
         clusters = [str(a[key].get("fact") or key) for key in shared]
         summary = estimate(differences, clusters)
         error = _standard_error(differences, summary.mean, clusters)
-        # Without any spread the t statistic is 0/0: no difference, or the same one everywhere.
+        # Without spread the t statistic is not defined: p is 1 for no difference, else NaN.
         if error == 0.0:
             p = 1.0 if summary.mean == 0 else math.nan
         else:
@@ -143,14 +139,14 @@ def _is_number(value: Any) -> bool:
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down correction (1979); NaN where there is no test.
+    """p corrected by Holm's step-down method (1979); NaN stays NaN and is not counted.
 
     >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
     {'a': 0.03, 'c': 0.06, 'b': 0.06}
     """
     known = sorted((value, name) for name, value in p.items() if not math.isnan(value))
     corrected, largest = {}, 0.0
-    for place, (value, name) in enumerate(known):
-        largest = max(largest, min(1.0, value * (len(known) - place)))
+    for rank, (value, name) in enumerate(known):
+        largest = max(largest, min(1.0, value * (len(known) - rank)))
         corrected[name] = largest
     return corrected | {name: math.nan for name, value in p.items() if math.isnan(value)}

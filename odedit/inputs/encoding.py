@@ -1,4 +1,4 @@
-"""From token lists to the padded tensors of an `EditBatch`; shared by all backbones."""
+"""Token lists as the padded tensors of an `EditBatch`; shared by all backbones."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class TokenSequence:
     """One tokenised probe, its target last.
 
     Attributes:
-        tokens: Token ids, the image token where features go.
-        first_target: Index of the target's first token, white space included: where a served model begins to generate.
-        image: Positions that take image features, ascending; all before the target.
+        tokens: Token ids, with the image token at image positions.
+        first_target: Index of the target's first token, white space included; generation starts here.
+        image: Positions that take image features, ascending, all before the target.
         picture: Key of the picture; None for a text-only probe.
     """
 
@@ -31,11 +31,11 @@ class TokenSequence:
 
     @classmethod
     def around_picture(
-        cls, before: Sequence[int], picture: str, image_token: int, count: int, behind: Sequence[int], first_target: int
+        cls, before: Sequence[int], picture: str, image_token: int, count: int, after: Sequence[int], first_target: int
     ) -> TokenSequence:
-        """`[before | count image positions | behind]`, the target beginning at `behind[first_target]`."""
+        """`[before | count image positions | after]`, with the target from `after[first_target]` on."""
         start = len(before)
-        tokens = [*before, *[image_token] * count, *behind]
+        tokens = [*before, *[image_token] * count, *after]
         return cls(tokens, start + count + first_target, range(start, start + count), picture)
 
 
@@ -49,17 +49,19 @@ def assemble(
     device: torch.device,
     is_white: Callable[[int], bool] = lambda token: False,
 ) -> EditBatch:
-    """Right-pads an E x K grid of sequences (None: absent) and marks where prompts, images and targets are.
+    """Right-pads an E x K grid of sequences (None: absent), with masks of prompts, images and targets.
 
     Args:
-        is_white: Whether a token is white space and nothing else.
+        features: Image features of the distinct pictures, by key.
+        feature_width: Width of `features`, for a batch without pictures.
+        is_white: Whether a token is only white space.
     """
     shape = (len(cells), len(slots))
     present = [cell for row in cells for cell in row if cell is not None]
     length = max((len(cell.tokens) for cell in present), default=1)
     num_targets = max((len(cell.tokens) - cell.first_target for cell in present), default=1)
 
-    # Thousands of small writes, each some ten times dearer into a tensor.
+    # NumPy, because each of thousands of small writes takes ten times as long into a tensor.
     tokens = np.full((*shape, length), pad_token, dtype=np.int64)
     real, prompt, image = (np.zeros((*shape, length), dtype=bool) for _ in range(3))
     predict, target = (np.zeros((*shape, num_targets), dtype=np.int64) for _ in range(2))

@@ -1,6 +1,6 @@
-"""The one rule for prompts: how a question is dressed, what the target is, where the target begins.
+"""Prompt templates, and the tokens of a prompt and its target.
 
-Every probe of a run, before and after the edit, goes through the same `Template`; its name is stored with the results.
+Every probe of a run, before and after the edit, uses the same `Template`, whose name is stored with the results.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from odedit.inputs.markers import control_token_finder, image_marker
 
 @dataclass(frozen=True)
 class Template:
-    """Text around a question and around the beginning of a caption; `{prompt}` is replaced.
+    """Text around a question and around the beginning of a caption, with `{prompt}` as placeholder.
 
     >>> TEMPLATES["mmedit"].render(Probe("What sport is this?", "tennis"))
     ('Question: What sport is this? Short answer:', ' tennis')
@@ -28,7 +28,7 @@ class Template:
     caption: str
 
     def render(self, probe: Probe) -> tuple[str, str]:
-        """Returns the dressed prompt and the target, which starts with the one space that separates them."""
+        """The complete prompt, and the target with the one space that separates them."""
         pattern = self.caption if probe.is_caption else self.question
         return pattern.replace("{prompt}", probe.prompt.strip()), " " + probe.target.strip()
 
@@ -36,7 +36,7 @@ class Template:
 TEMPLATES = {
     template.name: template
     for template in (
-        # The question form that BLIP-2 and the MMEdit benchmark (arXiv 2310.08475) use.
+        # As in BLIP-2 and the MMEdit benchmark (arXiv 2310.08475).
         Template("mmedit", "Question: {prompt} Short answer:", "{prompt}"),
         Template("raw", "{prompt}", "{prompt}"),
     )
@@ -44,7 +44,7 @@ TEMPLATES = {
 
 
 def find_template(name: str) -> Template:
-    """Returns the preset of that name. Raises InputError for an unknown one."""
+    """The preset of this name. Raises InputError for an unknown name."""
     if name not in TEMPLATES:
         raise unknown_name("prompt template", name, TEMPLATES)
     return TEMPLATES[name]
@@ -52,13 +52,13 @@ def find_template(name: str) -> Template:
 
 @dataclass(frozen=True)
 class Frame:
-    """What a chat model was trained to see around a user's turn; the template dresses the turn itself.
+    """A chat model's text around a user turn; the template applies inside the turn.
 
     Attributes:
-        before: Text in front of the dressed prompt.
-        after: Text behind it, in front of the target.
-        begins: Whether this is the beginning of the text, where the tokenizer puts its special tokens.
-        spaced: Whether the target follows after its space; not where `after` ends a line.
+        before: Text before the prompt.
+        after: Text between prompt and target.
+        begins: Whether the text begins here, so that the tokenizer adds its special tokens.
+        spaced: Whether a space precedes the target; false if `after` ends a line.
     """
 
     before: str = ""
@@ -70,15 +70,15 @@ class Frame:
 def tokenize(tokenizer: Any, template: Template, probe: Probe, frame: Frame = Frame()) -> tuple[list[int], int]:
     """Token ids of prompt and target together, and the index of the target's first token.
 
-    Tokenised in one go, the boundary found from character offsets: two separate calls give other tokens where a merge
-    crosses the boundary, and then the model is asked for tokens that it never sees in running text.
+    One call, with the boundary from character offsets: two calls give other tokens if a merge crosses the boundary,
+    tokens that the model never sees in running text.
 
     Raises:
-        InputError: Prompt or target holds an image marker or a special token of the tokenizer.
+        InputError: Prompt or target contains an image marker or a special token of the tokenizer.
         ValueError: The target has no token.
     """
-    dressed, target = template.render(probe)
-    prompt = frame.before + dressed + frame.after
+    rendered, target = template.render(probe)
+    prompt = frame.before + rendered + frame.after
     target = target if frame.spaced else target.lstrip()
     encoded = tokenizer(prompt + target, return_offsets_mapping=True, add_special_tokens=frame.begins)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
@@ -96,12 +96,12 @@ def _finder(tokenizer: Any) -> Callable[[str], str | None]:
 
 
 def _check_plain(probe: Probe, find: Callable[[str], str | None]) -> None:
-    """Raises InputError if the probe's own texts hold what a model or its tokenizer reads as control."""
+    """Raises InputError if the probe's texts contain an image marker or a special token."""
     for name, text in (("prompt", probe.prompt), ("target", probe.target)):
         marker, token = image_marker(text), find(text)
         if marker is not None or token is not None:
             what = f"the image marker {marker!r}" if marker else f"the special token {token!r} of the model's tokenizer"
             raise InputError(
-                f"the {name} {text!r} holds {what}: it would not be read as text. Remove it; a picture is given beside "
-                "its question."
+                f"the {name} {text!r} holds {what}: it would not be read as text. Remove it; a picture has a field of "
+                "its own."
             )

@@ -1,7 +1,7 @@
 """Objectives, one file each, found by file name.
 
-The settings of all objectives share one section: a study or a search sets them once, and each of its runs names its
-objective. The settings that the named objective does not have are checked and not read.
+The settings of all objectives share one section of a configuration, so that a study or a search sets them once for all
+its runs. Settings that the named objective does not have are checked and ignored.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from odedit.objectives.common.calibration import CALIBRATION_STATES, calibrate
 __all__ = ["CALIBRATION_STATES", "DEFAULT", "Objective", "ObjectiveConfig", "calibrate", "configs", "find", "names"]
 
 DEFAULT = "odedit"
-"""Objective of a run that names none."""
+"""Objective of a run without `objective.name`."""
 
 
 def names() -> tuple[str, ...]:
-    """Objectives in this package."""
+    """Names of the objectives in this package."""
     return plugins.names(sys.modules[__name__])
 
 
 def find(name: str) -> type[base.Objective]:
-    """The class of an objective. Raises InputError for an unknown name."""
-    found: type[base.Objective] = plugins.find(sys.modules[__name__], "objective", name, "OBJECTIVE")
-    return found
+    """Class of an objective. Raises InputError for an unknown name."""
+    objective: type[base.Objective] = plugins.find(sys.modules[__name__], "objective", name, "OBJECTIVE")
+    return objective
 
 
 def configs() -> tuple[type[base.BaseConfig], ...]:
-    """The settings' classes of the objectives in this package, in the order of `names`."""
+    """Config classes of the objectives in this package, in the order of `names`."""
     return tuple(find(name).Config for name in names())
 
 
 def ObjectiveConfig(name: str = DEFAULT, **settings: Any) -> Any:
-    """The settings of an objective, from its name and what differs from the defaults.
+    """Settings of an objective; those not given have their defaults.
 
     Args:
         name: File name in `odedit/objectives`, or a dotted module outside of it.
-        settings: Settings of this objective. Those of other objectives are accepted, checked and not read.
+        settings: Settings of this objective. Settings of other objectives are checked and ignored.
 
     Returns:
-        The objective's own `Config`.
+        Instance of the objective's own `Config`.
 
     Raises:
-        InputError: No such objective, or a setting that no objective has.
-        ValueError: A value that its setting refuses.
+        InputError: Unknown objective, or a setting that no objective has.
+        ValueError: Value that its setting refuses.
     """
     own = find(name).Config
     parts, unknown = plugins.by_config(settings, own, configs())
@@ -60,13 +60,13 @@ def ObjectiveConfig(name: str = DEFAULT, **settings: Any) -> Any:
 
 
 def Objective(config: base.BaseConfig, sigma2_0: float | None = None) -> base.Objective:
-    """The objective with these settings.
+    """Objective with these settings.
 
     Args:
-        config: What `ObjectiveConfig` returned.
-        sigma2_0: Bandwidth as `calibrate` measured it; read where `config.needs_bandwidth`.
+        config: Settings made by `ObjectiveConfig`.
+        sigma2_0: Bandwidth measured by `calibrate`; read if `config.needs_bandwidth`.
 
     Raises:
-        ValueError: The objective needs a bandwidth and got none.
+        ValueError: The objective needs a bandwidth and `sigma2_0` is None.
     """
     return find(config.name)(config, sigma2_0)

@@ -1,12 +1,12 @@
-"""The contract of an objective: the terms that an edit is optimised for, as tensors per edit.
+"""The contract of an objective: it computes the terms that an edit minimises, one value per edit.
 
-An objective is one file that defines `OBJECTIVE`, a subclass of `Objective` with its frozen `Config` beside it. An
-objective computes terms and takes no step: `odedit.editing.primal_dual` moves phi_e and the multiplier.
+An objective is one file that defines `OBJECTIVE`, a subclass of `Objective` with its frozen `Config` beside it. It
+takes no step: `odedit.editing.primal_dual` updates phi_e and the multiplier.
 
-Four terms are there for every objective, 0 where it does not use them: `rel`, the negative log-likelihood of the
-edit's answer; `loc`, the divergence from the unedited model; `gen`, generality; `own`, the editor's own terms. The
-total is their weighted sum. `Objective` computes `rel`, `loc` and `own`; a subclass says which sequences it reads and
-overrides `generality`, `scale_gradients` or `further_terms`.
+Every objective has four terms: `rel`, the negative log-likelihood of the edit's answer; `loc`, the divergence from the
+unedited model; `gen`, generality; `own`, the editor's own terms. A term that it does not use is 0. The total is the
+weighted sum. `Objective` computes `rel`, `loc` and `own`; a subclass selects its sequences and overrides `generality`,
+`scale_gradients` or `further_terms`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from odedit.backbones.base import Backbone
@@ -36,55 +37,55 @@ from odedit.objectives.common.terms import (
 from odedit.risks import risks
 from odedit.risks.risks import Risk
 from odedit.risks.tokens import KL, NLL, TokenRisk, Tokens, kl_of_states, token_risks
+from odedit.runtime.budgets import budgets
 from odedit.runtime.gather import gather_positions
+from odedit.settings import Settings
 
 Positions = Literal["target", "text"]
 _TOKENS_KEPT = 1024
-"""Most tokens whose unedited distributions over the vocabulary stay in memory between steps."""
-_VALUES_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}
-"""Logits computed at a time where they are not kept: enough rows for a fast product with the head."""
+"""Largest number of tokens whose unedited distributions over the vocabulary stay in memory between steps."""
 
 
 def require(name: str, got: object, ok: bool, allowed: str) -> None:
-    """Raises ValueError with the setting, its value and the allowed values, unless `ok`."""
+    """Raises ValueError with the setting, its value and the allowed values unless `ok`."""
     if not ok:
         raise ValueError(f"{name}: got {got!r}, expected {allowed}.")
 
 
 @dataclass(frozen=True)
-class BaseConfig:
-    """Settings of every objective, and what other modules ask about an objective before it runs.
+class BaseConfig(Settings):
+    """Settings of every objective, and its properties that are needed before it runs.
 
     Attributes:
         reliability_weight: Weight of R_rel, the negative log-likelihood of the edit's answer.
         own_weight: Weight of the editor's own terms; null: 1, or 0 under an objective that replaces the editor's loss.
     """
 
-    reliability_weight: float = 1.0
+    reliability_weight: Annotated[float, Ge(0)] = 1.0
     own_weight: float | None = None
 
     replaces_native_loss: ClassVar[bool] = True
-    """Whether the objective replaces the editor's own loss: its terms, its label smoothing, and the loss with which
+    """True when the objective replaces the editor's own loss: its terms, its label smoothing, and the loss by which
     `odedit train` trains the editor's weights.
     """
     compares: ClassVar[bool] = False
-    """Whether a term compares with the unedited model."""
+    """True when a term compares with the unedited model."""
     terms_added_to_training: ClassVar[tuple[str, ...]] = ()
-    """Terms that `odedit train` adds to the editor's own training loss where that is not replaced."""
+    """Terms that `odedit train` adds to the editor's own training loss, unless the objective replaces it."""
 
     def __post_init__(self) -> None:
-        require("reliability_weight", self.reliability_weight, self.reliability_weight >= 0, "a number >= 0")
+        super().__post_init__()
         learned = [value for name, value in self.weights.items() if name != "own" or not self.replaces_native_loss]
         require("reliability_weight", self.reliability_weight, any(learned), "not all risks without weight")
 
     @property
     def name(self) -> str:
-        """The file name in `odedit/objectives`, or the dotted module outside of it."""
+        """File name in `odedit/objectives`, or the dotted module outside of it."""
         return type(self).__module__.removeprefix(f"{__package__}.")
 
     @property
     def effective_own_weight(self) -> float:
-        """The weight of the editor's own terms."""
+        """Weight of the editor's own terms."""
         if self.own_weight is not None:
             return self.own_weight
         return 0.0 if self.replaces_native_loss else 1.0
@@ -96,42 +97,42 @@ class BaseConfig:
 
     @property
     def supervision_slots(self) -> tuple[str, ...]:
-        """Parts of `EditRequest.supervision` that the objective's sequences are made from."""
+        """Slots of `EditRequest.supervision` that the objective reads."""
         return ()
 
     @property
     def num_negatives(self) -> int:
-        """Hard negatives that every edit needs (see `odedit.data.negatives`); 0: none."""
+        """Number of hard negatives per edit (see `odedit.data.negatives`)."""
         return 0
 
     @property
     def takes_turns(self) -> bool:
-        """Whether a step reads only some of the hard negatives."""
+        """True when a step reads only some of the hard negatives, in turn."""
         return False
 
     @property
     def calibrated_positions(self) -> Positions | None:
-        """Positions of the unedited states whose spread `calibrate` must measure first; None: nothing to measure."""
+        """Positions of the unedited states whose spread `calibrate` must measure first; None: no measurement."""
         return None
 
     @property
     def needs_bandwidth(self) -> bool:
-        """Whether the objective needs the measured bandwidth sigma_0^2."""
+        """True when the objective needs the measured bandwidth sigma_0^2."""
         return self.calibrated_positions is not None
 
     @property
     def invariance(self) -> Invariance:
-        """How the invariance penalty enters; by default there is none."""
+        """Settings of the invariance penalty; by default it has weight 0."""
         return Invariance()
 
     def base_slots(self, editor: Editor) -> frozenset[str]:
-        """The edit, and the sequences that the editor's own terms read."""
+        """Slots of the edit and of the editor's own terms."""
         return frozenset({EDIT, *(editor.own_slots if self.effective_own_weight else ())})
 
     def reads(self, editor: Editor) -> frozenset[str]:
-        """The edit, and the parts of its supervision that it is trained with.
+        """Slots of the edit and of the supervision that it is trained with.
 
-        A run that reads none of `LOCALITY_SLOTS` and no negatives needs no unrelated records.
+        A run without `LOCALITY_SLOTS` and negatives needs no unrelated records.
         """
         return self.base_slots(editor).union(self.supervision_slots)
 
@@ -140,8 +141,8 @@ class BaseConfig:
         learns = self.invariance.fixed is None
         if learns and self.invariance.multiplier.input == "flat" and editor.length_varies:
             raise InputError(
-                "objective.multiplier.input: got 'flat', but with these settings of the editor an edit is as long as "
-                "its batch's sequences; use 'sketch'."
+                "objective.multiplier.input: got 'flat', but with these settings of the editor the size of an edit "
+                "depends on its batch; use 'sketch'."
             )
 
 
@@ -155,17 +156,10 @@ class ComparingConfig(BaseConfig):
             KL(unedited || edited).
     """
 
-    locality_weight: float = 1.0
+    locality_weight: Annotated[float, Ge(0)] = 1.0
     locality_direction: risks.Direction = "edited_first"
 
     compares: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        require("locality_weight", self.locality_weight, self.locality_weight >= 0, "a number >= 0")
-        directions = get_args(risks.Direction)
-        allowed = f"one of {', '.join(directions)}"
-        require("locality_direction", self.locality_direction, self.locality_direction in directions, allowed)
-        super().__post_init__()
 
     @property
     def weights(self) -> dict[str, float]:
@@ -177,20 +171,23 @@ class ComparingConfig(BaseConfig):
 
 
 class Objective:
-    """Computes `Terms` from a forward; holds settings and no state. By itself: the edit's likelihood and own terms."""
+    """Computes `Terms` from a forward; holds settings and no state.
+
+    This base class uses the edit's likelihood and the editor's own terms.
+    """
 
     Config: ClassVar[type] = BaseConfig
     has_environments: ClassVar[bool] = False
-    """Whether the terms have scale gradients, from which the penalty is made."""
+    """True when the terms have scale gradients, which the penalty is computed from."""
 
     def __init__(self, config: Any, sigma2_0: float | None = None) -> None:
         """
         Args:
-            config: A `Config`.
-            sigma2_0: Measured bandwidth, read where `config.needs_bandwidth`.
+            config: Instance of `Config`.
+            sigma2_0: Measured bandwidth; read if `config.needs_bandwidth`.
 
         Raises:
-            ValueError: The objective needs a bandwidth and got none.
+            ValueError: The objective needs a bandwidth and `sigma2_0` is None.
         """
         self.config = config
         self._once = False
@@ -211,77 +208,77 @@ class Objective:
     # --- sequences ---------------------------------------------------------------------------------------------------
 
     def slots(self, editor: Editor, batch: EditBatch) -> tuple[str, ...]:
-        """The sequences of the batch that the objective reads; the others need not run.
+        """Slots of the batch that the objective reads; the others need not run.
 
         Raises:
-            InputError: The batch lacks sequences that the objective cannot do without.
+            InputError: The batch lacks a slot that the objective requires.
         """
         wanted = self.config.reads(editor)
         return tuple(slot for slot in batch.slots if slot in wanted)
 
     def slots_at_once(self, slots: Sequence[str]) -> tuple[str, ...]:
-        """The part of `slots` that a single step reads."""
+        """Slots that a single step reads."""
         return self.slots_within(slots, 1)
 
     def slots_within(self, slots: Sequence[str], steps: int) -> tuple[str, ...]:
-        """The part of `slots` that the first `steps` steps read."""
+        """Slots that the first `steps` steps read."""
         return tuple(slots)
 
     def columns_in_turn(self, slots: Sequence[str], present_EK: Tensor, steps_E: Tensor) -> Tensor | None:
-        """Columns of `slots` that each edit reads in its step of this number, `(E, K of a step)`; None: all of them.
+        """Indices into `slots` that each edit reads in its next step, `(E, slots of a step)`; None: all slots.
 
         Args:
-            present_EK: Which of `slots` each edit has.
+            present_EK: Presence of each slot.
             steps_E: Number of each edit's step, from 0.
         """
         return None
 
     def in_turn(self, batch: EditBatch, turn: int) -> EditBatch:
-        """The part of the batch that all edits read in the step of this number."""
+        """Part of the batch that step number `turn` reads, the same number for all edits."""
         return batch
 
     def compared_slots(self, batch: EditBatch) -> tuple[str, ...]:
-        """The sequences on which R_loc is measured."""
+        """Slots on which R_loc is measured."""
         return tuple(filter(is_locality, batch.slots))
 
     def likelihood_slots(self, batch: EditBatch) -> tuple[str, ...]:
-        """The sequences whose answers' NLL is computed; the edit is the first."""
+        """Slots whose answers' NLL is computed, the edit first."""
         return (EDIT,)
 
     def trained_slots(self, batch: EditBatch) -> tuple[str, ...]:
-        """The sequences whose answers' likelihood is trained: an edit stops when all of them are learned."""
+        """Slots whose answers' likelihood is trained, the edit first; an edit stops when all are learned."""
         return (EDIT,)
 
     @property
     def compares(self) -> bool:
-        """Whether a term compares with the unedited model."""
+        """True when a term compares with the unedited model."""
         return bool(self.config.compares)
 
     @property
     def reads_text(self) -> bool:
-        """Whether a term reads states at all positions rather than at the answers' alone."""
+        """True when a term reads states at all positions, not only at those that predict answers."""
         return False
 
     def read(self, batch: EditBatch) -> Tensor | None:
-        """The positions `(E, K, T)` whose final states the objective reads; None: all."""
+        """Positions whose final states the objective reads, `(E, K, T)`; None: all."""
         return None if self.reads_text else batch.predict_EKT
 
     # --- terms -------------------------------------------------------------------------------------------------------
 
     def generality(self, forward: Forward) -> Risk:
-        """The term `gen`."""
+        """Term `gen`."""
         return forward.no_risk()
 
-    def scale_gradients(self, forward: Forward, found: Mapping[str, Risk]) -> dict[str, Tensor]:
-        """Scale gradients of the penalty's environments, by name.
+    def scale_gradients(self, forward: Forward, risks: Mapping[str, Risk]) -> dict[str, Tensor]:
+        """Scale gradients of the penalty's environments by name, `(E,)` each.
 
         Args:
-            found: The terms `rel`, `loc` and `gen`.
+            risks: Terms `rel`, `loc` and `gen`.
         """
         return {}
 
     def further_terms(self, forward: Forward) -> dict[str, Tensor]:
-        """Terms `(E,)` beside `TERMS`, by other names, each with its weight in `config.weights`.
+        """Terms beside `TERMS` by name, `(E,)` each; their weights are in `config.weights`.
 
         A term of weight 0 is reported and changes nothing else.
         """
@@ -297,26 +294,26 @@ class Objective:
         hidden: Tensor,
         unedited: Unedited | None,
     ) -> Terms:
-        """The terms at the states of a forward under `editor.applied`.
+        """Terms at one forward under `editor.applied`.
 
         Args:
             hidden: Final hidden states of the edited model at the positions of `read`.
-            unedited: What `unedited` returned for the same batch; None unless the objective `compares`.
+            unedited: Result of `unedited` for the same batch; None unless the objective `compares`.
         """
         assert (unedited is not None) == self.compares
         weights = self.config.weights
         states_EKTD = gather_positions(hidden, batch.predict_EKT) if self.reads_text else hidden
         tokens = self._tokens(backbone, editor, batch, states_EKTD, unedited)
         forward = Forward(editor, params, trace, batch, hidden, states_EKTD, tokens)
-        found = {
+        regions = {
             "rel": forward.likelihood(EDIT),
             "loc": forward.no_risk() if unedited is None else self._locality(forward, unedited.weight_EK),
             "gen": self.generality(forward),
         }
-        scale_gradients = self.scale_gradients(forward, found)
+        scale_gradients = self.scale_gradients(forward, regions)
         no_risk_E = forward.no_risk().value
         own_E = editor.own_risk(params, trace, batch) if weights["own"] else no_risk_E
-        values = {name: risk.value for name, risk in found.items()} | {"own": own_E} | self.further_terms(forward)
+        values = {name: risk.value for name, risk in regions.items()} | {"own": own_E} | self.further_terms(forward)
         worst_E = trained_E = forward.worst_nll(EDIT)
         for slot in self.trained_slots(batch)[1:]:
             trained_E = torch.maximum(trained_E, forward.worst_nll(slot))
@@ -334,10 +331,11 @@ class Objective:
     def unedited(
         self, backbone: Backbone, batch: EditBatch, states_EKTD: Tensor, weight_EK: Tensor | None = None
     ) -> Unedited | None:
-        """What the terms compare with, from the unedited model's final states at `batch.predict_EKT`.
+        """Unedited model's answers, which the terms compare with; None unless the objective `compares`.
 
         Args:
-            weight_EK: What `weights_of_locality` returned; None: computed here.
+            states_EKTD: Final states of the unedited model at `batch.predict_EKT`.
+            weight_EK: Result of `weights_of_locality`; None: computed here.
         """
         if not self.compares:
             return None
@@ -348,27 +346,27 @@ class Objective:
         if self.config.takes_turns or num_compared > _TOKENS_KEPT:
             return Unedited(batch.states_at(states_EKTD, read[COMPARED]), None, weight_EK)
         with torch.no_grad():
-            # The matmul has the same shape as in a step. Rounding depends on the number of rows, and Adam amplifies a
-            # gradient that should be exactly 0.
+            # Use the matmul shape of a step. Rounding depends on the number of rows, and Adam amplifies a gradient that
+            # should be exactly 0.
             states_MD = batch.states_at(states_EKTD, *read.values())
             log_q_MV = risks.log_probs(backbone.head(states_MD)[len(states_MD) - num_compared :])
             return Unedited(states_MD[len(states_MD) - num_compared :], log_q_MV, weight_EK)
 
     def weights_of_locality(self, backbone: Backbone, batch: EditBatch, states_EKTD: Tensor) -> Tensor | None:
-        """The weight of each sequence in R_loc, `(E, K)`; None: R_loc is the mean over the compared sequences."""
+        """Weight of each sequence in R_loc, `(E, K)`; None: R_loc is the mean over the compared sequences."""
         return None
 
     def _read_by_head(self, batch: EditBatch) -> dict[str, Answers]:
-        """The answers whose distributions the head computes, by slot; the compared sequences' are the last."""
+        """Answers whose distributions the head computes, by slot; those of the compared sequences are last."""
         read = {slot: batch.answers((slot,)) for slot in self.likelihood_slots(batch)}
         return read | ({COMPARED: batch.answers(self.compared_slots(batch))} if self.compares else {})
 
     def _tokens(
         self, backbone: Backbone, editor: Editor, batch: EditBatch, states_EKTD: Tensor, unedited: Unedited | None
     ) -> dict[str, Tokens]:
-        """Risks of single tokens: NLL by slot, KL of the compared sequences. One product with the head for all."""
+        """Risks of single tokens, from one product with the head: NLL by slot, and KL of the compared sequences."""
         read = self._read_by_head(batch)
-        several: dict[str, Tokens] = {}
+        in_parts: dict[str, Tokens] = {}
         smoothing = 0.0 if self.config.replaces_native_loss else editor.label_smoothing
         kinds: dict[str, TokenRisk] = {
             name: NLL(answers.tokens_M, smoothing) for name, answers in read.items() if name != COMPARED
@@ -377,7 +375,7 @@ class Objective:
             kinds[COMPARED] = KL(unedited.log_q_MV, self.config.locality_direction)
         elif unedited is not None:
             compared_MD = batch.states_at(states_EKTD, read.pop(COMPARED))
-            several[COMPARED] = kl_of_states(
+            in_parts[COMPARED] = kl_of_states(
                 compared_MD,
                 unedited.states_MD,
                 backbone.head,
@@ -386,12 +384,10 @@ class Objective:
                 with_slope=self.has_environments,
             )
         logits_MV = backbone.head(batch.states_at(states_EKTD, *read.values()))
-        return several | dict(zip(kinds, token_risks(logits_MV, list(kinds.values()), self._once), strict=True))
+        return in_parts | dict(zip(kinds, token_risks(logits_MV, list(kinds.values()), self._once), strict=True))
 
     def _locality(self, forward: Forward, weight_EK: Tensor | None) -> Risk:
-        """R_loc: KL at the answers' positions. The mean over the compared sequences that an edit has; with weights,
-        their weighted sum.
-        """
+        """R_loc: KL at the answers' positions, averaged over the compared sequences, or summed with their weights."""
         answers = forward.batch.answers(self.compared_slots(forward.batch))
         means = token_means(forward.tokens[COMPARED], answers)
         if weight_EK is None:
@@ -401,5 +397,5 @@ class Objective:
 
 
 def rows_at_once(backbone: Backbone, device: torch.device) -> int:
-    """Rows of logits that are computed at a time where they are not kept."""
-    return max(1, _VALUES_AT_ONCE.get(device.type, _VALUES_AT_ONCE["cuda"]) // backbone.vocabulary_size)
+    """Rows of logits per product with the head where they are not stored."""
+    return max(1, budgets(device).objective_logits // backbone.vocabulary_size)

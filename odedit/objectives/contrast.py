@@ -1,12 +1,12 @@
-"""Contrast, an objective of ours: the same three regions by what is measured in each.
+"""Contrast, an objective of this project: reliability, generality and locality by the likelihoods that are scored.
 
     G = NLL(edit) + w_gen NLL(rephrase) + w_loc sum_k v_k KL(p_k || q_k),     v_k = 2 (1 - q_k(o))
 
-The rephrase asks in other words about another picture (`EditRequest.rephrase`). The k are hard negatives, the edit's
-own question about similar pictures (see `odedit.data.negatives`); each step reads some of them, all in turn. o is the
-answer that the edit replaces: where the unedited model answers a picture with o, the picture shows the same thing, and
-v_k leaves it out. q_k(o) is the probability of the whole answer, near 0 for a long answer whatever the picture
-shows.
+p is the edited model, q the unedited one. The rephrase asks in other words about another picture
+(`EditRequest.rephrase`). Sequence k is a hard negative, the edit's question about a similar picture (see
+`odedit.data.negatives`); each step reads some of the negatives, in turn. o is the answer that the edit replaces: where
+the unedited model answers with o, the picture shows the same thing, and v_k removes it. q_k(o) is the probability of
+the whole answer, so it is near 0 for every picture if the answer is long.
 
 An edit stops when the least likely answer token of the edit *and* of the rephrase has reached the threshold.
 """
@@ -15,8 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from odedit.backbones.base import Backbone
@@ -40,20 +42,18 @@ class ContrastConfig(ComparingConfig):
         reliability_weight: Weight of the edit's NLL.
         generality_weight: Weight of the rephrase's NLL; 0 leaves the rephrase out.
         locality_weight: Weight of the negatives' KL; 0 leaves it out.
-        negatives: Hard negatives of an edit.
-        negatives_at_once: Hard negatives that one step reads.
+        negatives: Number of hard negatives per edit.
+        negatives_at_once: Number of hard negatives that one step reads.
     """
 
-    generality_weight: float = 1.0
+    generality_weight: Annotated[float, Ge(0)] = 1.0
     negatives: int = 12
-    negatives_at_once: int = 2
+    negatives_at_once: Annotated[int, Ge(1)] = 2
 
     def __post_init__(self) -> None:
-        require("generality_weight", self.generality_weight, self.generality_weight >= 0, "a number >= 0")
-        require("negatives_at_once", self.negatives_at_once, self.negatives_at_once >= 1, "at least 1")
+        super().__post_init__()
         fits = self.negatives >= self.negatives_at_once
         require("negatives", self.negatives, fits, f"at least negatives_at_once ({self.negatives_at_once})")
-        super().__post_init__()
 
     @property
     def weights(self) -> dict[str, float]:
@@ -61,7 +61,7 @@ class ContrastConfig(ComparingConfig):
 
     @property
     def supervision_slots(self) -> tuple[str, ...]:
-        # Both rephrases make one sequence; a record's near picture is its first negative.
+        # Both rephrases become one sequence; the record's near picture becomes the first negative.
         return (*(REPHRASE_SLOTS if self.generality_weight else ()), NEAR)
 
     @property
@@ -76,8 +76,8 @@ class ContrastConfig(ComparingConfig):
         super().check(editor)
         if self.takes_turns and editor.length_varies:
             raise InputError(
-                f"objective.name: {self.name!r} shows an edit other pictures in each step, but with these settings the "
-                "editor keeps what it was shown in the first one; give it a clamp or a mask of entries, or set "
+                f"objective.name: {self.name!r} reads other pictures in each step, but with these settings the editor "
+                "keeps the activations of the first step; set editor.clamp or a mask of entries, or set "
                 "objective.negatives to objective.negatives_at_once."
             )
 
@@ -89,14 +89,14 @@ class Contrast(Objective):
         negatives = self.compared_slots(batch)
         if not negatives:
             raise InputError(
-                f"objective.name: {self.config.name!r} reads hard negatives, and this batch was made without; give "
-                "encode_requests a NegativePool."
+                f"objective.name: {self.config.name!r} reads hard negatives, and this batch has none; pass a "
+                "NegativePool to encode_requests."
             )
         wanted = self.config.base_slots(editor).union(negatives, (REPHRASE,) if self.config.generality_weight else ())
         return tuple(slot for slot in batch.slots if slot in wanted)
 
     def slots_within(self, slots: Sequence[str], steps: int) -> tuple[str, ...]:
-        # The negatives stand last in a batch, and the first steps read the first of them.
+        # Negatives are the last slots of a batch, read in their order.
         negatives = [slot for slot in slots if is_negative(slot)]
         read = steps * self.config.negatives_at_once if self.config.takes_turns else len(negatives)
         return tuple(slot for slot in slots if slot not in negatives[read:])
@@ -107,7 +107,7 @@ class Contrast(Objective):
             return None
         first = len(slots) - sum(map(is_negative, slots))
         at_once = len(read) - first
-        # The negatives that an edit has are the first ones.
+        # An edit with fewer negatives than the batch lacks the last ones.
         count_E1 = present_EK[:, first:].sum(1, keepdim=True).clamp_min(1)
         fixed_EK = torch.arange(first, device=steps_E.device).expand(len(steps_E), -1)
         turn_EK = steps_E.long().unsqueeze(1) * at_once + torch.arange(at_once, device=steps_E.device)
@@ -119,7 +119,7 @@ class Contrast(Objective):
         if columns_EK is None:
             return batch
         read = batch.select(self.slots_at_once(batch.slots))
-        # An edit with fewer negatives than a step reads must not count one of them twice.
+        # An edit with fewer negatives than a step reads must not count a negative twice.
         return replace(
             batch.pick(read.slots, columns_EK), present_EK=read.present_EK, target_mask_EKT=read.target_mask_EKT
         )
@@ -134,12 +134,12 @@ class Contrast(Objective):
         return self.likelihood_slots(batch)
 
     def generality(self, forward: Forward) -> Risk:
-        """The NLL of the rephrase's answer."""
+        """NLL of the rephrase's answer; 0 for a batch without rephrases."""
         return forward.likelihood(REPHRASE) if REPHRASE in forward.tokens else forward.no_risk()
 
     @torch.no_grad()
     def weights_of_locality(self, backbone: Backbone, batch: EditBatch, states_EKTD: Tensor) -> Tensor:
-        """2 (1 - q(its target)) for every negative; 0 for the other sequences."""
+        """v_k = 2 (1 - q_k(o)) of every negative, 0 for the other sequences, `(E, K)`."""
         answers = batch.answers(self.compared_slots(batch))
         states_MD = batch.states_at(states_EKTD, answers)
         size = max(1, rows_at_once(backbone, states_MD.device) // 2)
@@ -147,9 +147,9 @@ class Contrast(Objective):
             risks.log_probs(backbone.head(states_CD)).gather(-1, tokens_C.unsqueeze(-1)).squeeze(-1)
             for states_CD, tokens_C in zip(states_MD.split(size), answers.tokens_M.split(size), strict=True)
         ]
-        same_EK = answers.spread(torch.cat(parts)).sum(dim=-1).exp()
-        weight_EK = torch.zeros(batch.present_EK.shape, device=same_EK.device)
-        return weight_EK.index_copy(1, answers.columns_K, _NEGATIVE_WEIGHT * (1.0 - same_EK))
+        replaced_EK = answers.spread(torch.cat(parts)).sum(dim=-1).exp()
+        weight_EK = torch.zeros(batch.present_EK.shape, device=replaced_EK.device)
+        return weight_EK.index_copy(1, answers.columns_K, _NEGATIVE_WEIGHT * (1.0 - replaced_EK))
 
 
 OBJECTIVE = Contrast

@@ -1,4 +1,4 @@
-"""The base editor's own loss: the likelihood of the edit's answer and the method's own terms."""
+"""Native: the base editor's own loss, which is the NLL of the edit's answer and the editor's own terms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from odedit.objectives.base import BaseConfig, Objective
 
 @dataclass(frozen=True)
 class NativeConfig(BaseConfig):
-    """Settings of the native objective: those of every objective."""
+    """Settings of the native objective; it has none of its own."""
 
     replaces_native_loss: ClassVar[bool] = False
 

@@ -1,4 +1,4 @@
-"""The base editor's own loss and R_loc: shows in a comparison what the rest of an objective adds."""
+"""Native with KL: the base editor's own loss and R_loc. In a comparison it isolates the effect of R_loc."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from odedit.objectives.base import ComparingConfig, Objective
 
 @dataclass(frozen=True)
 class NativeKLConfig(ComparingConfig):
-    """Settings of the native objective with R_loc: those of every objective that compares with the unedited model."""
+    """Settings of the native objective with R_loc."""
 
     replaces_native_loss: ClassVar[bool] = False
     terms_added_to_training: ClassVar[tuple[str, ...]] = ("loc",)

@@ -1,7 +1,7 @@
 """ODEdit: the tripartite risk R_rel + R_loc + R_gen with the invariance penalty.
 
-R_rel is the likelihood of the edit's answer, R_loc the divergence from the unedited model on unrelated prompts, R_gen
-the distance between the final states of the edit and of its rephrases. The penalty reads the derivative of each
+R_rel is the NLL of the edit's answer, R_loc the divergence from the unedited model on unrelated prompts, R_gen the
+distance between the final states of the edit and of its rephrases. The penalty is computed from the derivative of each
 environment's risk with respect to the scale of the final states; `odedit.editing.primal_dual` learns its multiplier.
 
 References:
@@ -13,9 +13,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
 
 from odedit.inputs.batch import EDIT, REPHRASE_SLOTS, SUPERVISION_SLOTS, EditBatch
@@ -31,7 +32,7 @@ Kernel = Literal["rbf", "linear", "contrastive"]
 
 @dataclass(frozen=True)
 class ODEditConfig(ComparingConfig):
-    """Settings of ODEdit. The paper states no value for most of them; the defaults are ours.
+    """Settings of ODEdit. The paper gives no value for most of them; those defaults are ours.
 
     Attributes:
         reliability_weight, locality_weight: Weights of R_rel and R_loc; 0 leaves a term out, also as an environment.
@@ -50,33 +51,26 @@ class ODEditConfig(ComparingConfig):
         multiplier: The network lambda(delta, phi_e).
     """
 
-    generality_weight: float = 1.0
+    generality_weight: Annotated[float, Ge(0)] = 1.0
     kernel: Kernel = "rbf"
     rephrases: Literal["single", "multiple"] = "single"
-    bandwidths: tuple[float, ...] = mmd.BANDWIDTH_MULTIPLIERS
-    sigma2_0: float | None = None
+    bandwidths: tuple[Annotated[float, Gt(0)], ...] = mmd.BANDWIDTH_MULTIPLIERS
+    sigma2_0: Annotated[float, Gt(0)] | None = None
     positions: Positions = "target"
     environments: Literal["regions", "prompts"] = "regions"
     penalty: str = "adaptive"
-    warmup: float = 0.25
-    ramp: float = 0.10
-    dual_rate: float = 1e-3
+    warmup: Annotated[float, Ge(0)] = 0.25
+    ramp: Annotated[float, Ge(0)] = 0.10
+    dual_rate: Annotated[float, Gt(0)] = 1e-3
     dual_schedule: Literal["adaptive", "constant"] = "adaptive"
     multiplier: MultiplierConfig = field(default_factory=MultiplierConfig)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bandwidths", tuple(self.bandwidths))
-        for name in ("generality_weight", "warmup", "ramp"):
-            value = getattr(self, name)
-            require(name, value, value >= 0, "a number >= 0")
-        require("kernel", self.kernel, self.kernel in get_args(Kernel), f"one of {', '.join(get_args(Kernel))}")
-        require("dual_rate", self.dual_rate, self.dual_rate > 0, "a number > 0")
-        require("warmup + ramp", self.warmup + self.ramp, self.warmup + self.ramp <= 1, "at most 1")
-        require("bandwidths", self.bandwidths, all(b > 0 for b in self.bandwidths), "numbers > 0")
-        require("bandwidths", self.bandwidths, len(self.bandwidths) > 0, "at least one number")
-        require("sigma2_0", self.sigma2_0, self.sigma2_0 is None or self.sigma2_0 > 0, "a number > 0 or null")
-        self._fixed_multiplier()
         super().__post_init__()
+        require("warmup + ramp", self.warmup + self.ramp, self.warmup + self.ramp <= 1, "at most 1")
+        require("bandwidths", self.bandwidths, len(self.bandwidths) > 0, "at least one number")
+        self._fixed_multiplier()
 
     @property
     def weights(self) -> dict[str, float]:
@@ -97,7 +91,7 @@ class ODEditConfig(ComparingConfig):
         )
 
     def _fixed_multiplier(self) -> float | None:
-        """The value of a fixed lambda, 0 without penalty, None if lambda is learned."""
+        """Value of a fixed lambda; 0 without penalty, None if lambda is learned."""
         if self.penalty in ("none", "adaptive"):
             return 0.0 if self.penalty == "none" else None
         kind, _, value = self.penalty.partition(":")
@@ -134,16 +128,16 @@ class ODEdit(Objective):
     def likelihood_slots(self, batch: EditBatch) -> tuple[str, ...]:
         return (EDIT, *REPHRASE_SLOTS) if self.config.environments == "prompts" else (EDIT,)
 
-    def scale_gradients(self, forward: Forward, found: Mapping[str, Risk]) -> dict[str, Tensor]:
-        # A risk without weight is no environment either.
-        regions = {name: risk.scale_gradient for name, risk in found.items() if self.config.weights[name]}
+    def scale_gradients(self, forward: Forward, risks: Mapping[str, Risk]) -> dict[str, Tensor]:
+        # A risk of weight 0 is no environment of the penalty.
+        regions = {name: risk.scale_gradient for name, risk in risks.items() if self.config.weights[name]}
         if self.config.environments == "regions":
             return regions
         prompts = {slot: forward.likelihood(slot).scale_gradient for slot in REPHRASE_SLOTS}
         return {name: gradient for name, gradient in regions.items() if name != "gen"} | prompts
 
     def generality(self, forward: Forward) -> Risk:
-        """R_gen: the distance between the edit's and the rephrases' states at the positions that `positions` names."""
+        """R_gen: distance between the states of the edit and of its rephrases at `config.positions`."""
         batch = forward.batch
         if self.reads_text:
             states, mask = forward.hidden, batch.prompt_EKS & ~batch.image_EKS
@@ -159,7 +153,7 @@ class ODEdit(Objective):
             unlike = negatives.of(states), negatives.of(mask)
         if self.config.rephrases == "multiple":
             return self._distance(x, x_mask, y.flatten(1, 2), y_mask.flatten(1, 2), unlike)
-        # The edit is paired with each of its K rephrases.
+        # Compare the edit with each of its K rephrases.
         x, x_mask = x.unsqueeze(1).expand_as(y), x_mask.unsqueeze(1).expand_as(y_mask)
         unlike = None if unlike is None else (unlike[0].unsqueeze(1), unlike[1].unsqueeze(1))
         return mean_over_slots(self._distance(x, x_mask, y, y_mask, unlike), others.present_EK)
@@ -167,10 +161,10 @@ class ODEdit(Objective):
     def _distance(
         self, x: Tensor, x_mask: Tensor, y: Tensor, y_mask: Tensor, unlike: tuple[Tensor, Tensor] | None
     ) -> Risk:
-        """Distance of states x from states y.
+        """Distance between states x and states y by `config.kernel`.
 
         Args:
-            unlike: Under the `contrastive` kernel: states that must stay apart, `(..., K, T, D)`, and their mask.
+            unlike: States that must stay apart, `(..., K, T, D)`, and their mask; only for the `contrastive` kernel.
         """
         if unlike is not None:
             return mmd.contrastive(x, y, unlike[0], x_mask, y_mask, unlike[1])

@@ -1,12 +1,11 @@
-"""R_gen: how far the hidden states of an edit are from those of its rephrase (arXiv 2601.19700, eq. 2-6).
+"""R_gen: distance between the hidden states of an edit and of its rephrase (arXiv 2601.19700, eq. 2-6).
 
-Four choices, as in the paper's Table 4: `mmd2_rbf` with one rephrase (MMD-s) or several (MMD-m: concatenate their
-states and masks along S), `mmd2_linear`, and `contrastive`. Each returns its scale gradient (see `odedit.risks.risks`)
-too; w multiplies the states of both sides, and reaches this risk only because it sits on the hidden state rather
-than on the logits.
+Four variants, as in the paper's Table 4: `mmd2_rbf` with one rephrase (MMD-s) or several (MMD-m: concatenate their
+states and masks along S), `mmd2_linear`, and `contrastive`. Each also returns its scale gradient (see
+`odedit.risks.risks`), in which w multiplies the states of both sides.
 
-Nothing is reduced over edits, leading dimensions are free: the suffix `ETD` stands for `(..., T, D)`. T and S may
-differ. Half-precision states are computed in float32, also under autocast.
+Risks are per edit, and leading dimensions are free: the suffix `ETD` stands for `(..., T, D)`. T and S may differ.
+Half-precision states are computed in float32, also under autocast.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from torch.nn import functional
 from odedit.risks.risks import Risk, upcast
 
 BANDWIDTH_MULTIPLIERS = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""sigma_q^2 / sigma_0^2. The usual five octaves of a multi-kernel MMD; the paper does not give its own."""
+"""Ratios sigma_q^2 / sigma_0^2: the usual five octaves of a multi-kernel MMD. The paper states none."""
 
 
 def mean_squared_distance(states_ND: Tensor) -> Tensor:
-    """sigma_0^2: the mean of `|z_i - z_j|^2` over all pairs i != j, a scalar.
+    """Base bandwidth sigma_0^2, a scalar: the mean of `|z_i - z_j|^2` over all pairs i != j.
 
-    Measure it once, on a few hundred unedited states of edits and rephrases, and keep it. By
-    `sum_{i<j} |z_i - z_j|^2 = N sum_i |z_i - mean|^2` it takes no pairwise matrix.
+    Measure it once, on a few hundred unedited states of edits and rephrases. It needs no pairwise matrix, since
+    `sum_{i<j} |z_i - z_j|^2 = N sum_i |z_i - mean|^2`.
 
     Raises:
-        ValueError: With fewer than two states.
+        ValueError: Fewer than two states.
 
     >>> mean_squared_distance(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
     tensor(25.)
@@ -43,10 +42,10 @@ def mean_squared_distance(states_ND: Tensor) -> Tensor:
 
 
 def bandwidths(sigma2_0: Tensor | float, multipliers: Sequence[float] = BANDWIDTH_MULTIPLIERS) -> Tensor:
-    """sigma_q^2 = sigma_0^2 * multiplier_q, `(Q,)`.
+    """Squared bandwidths sigma_q^2 = sigma_0^2 * multiplier_q, `(Q,)`.
 
     Raises:
-        ValueError: Unless sigma_0^2 and every multiplier are positive and finite, and there is a multiplier.
+        ValueError: No multiplier, or a number that is not positive and finite.
     """
     if not multipliers or not all(0.0 < value < float("inf") for value in multipliers):
         raise ValueError(f"multipliers: got {list(multipliers)}, expected at least one, each positive and finite.")
@@ -60,16 +59,16 @@ def bandwidths(sigma2_0: Tensor | float, multipliers: Sequence[float] = BANDWIDT
 def mmd2_rbf(x_ETD: Tensor, y_ESD: Tensor, x_mask_ET: Tensor, y_mask_ES: Tensor, sigma2_Q: Tensor) -> Risk:
     """Squared MMD between two clouds of hidden states with `k(a, b) = sum_q exp(-|a - b|^2 / (2 sigma_q^2))`.
 
-    Biased V-statistic: never negative, and defined for a single token, which short answers need. The unbiased
-    one is neither.
+    The biased V-statistic, which is never negative and, as short answers need, defined for a single token. The
+    unbiased estimate is neither.
 
     Args:
         x_ETD: States of the edit.
         y_ESD: States of its rephrase, or of several, concatenated.
-        x_mask_ET: True at real states. An edit without any on either side has risk and gradient 0.
-        y_mask_ES: The same for `y_ESD`.
-        sigma2_Q: Squared bandwidths: constants, from `bandwidths`. Measured on this very pair, as the common
-            snippet does, they make the loss constant at T = S = 1, and w without effect.
+        x_mask_ET: True at real states of `x_ETD`. An edit without real states on one side has risk and gradient 0.
+        y_mask_ES: True at real states of `y_ESD`.
+        sigma2_Q: Squared bandwidths, constants from `bandwidths`. If they were measured on this pair, as is common,
+            the loss would be constant at T = S = 1, and its scale gradient 0.
     """
     with torch.autocast(x_ETD.device.type, enabled=False):
         cloud_END, weight_EN = _pooled_cloud(x_ETD, y_ESD, x_mask_ET, y_mask_ES)
@@ -102,25 +101,25 @@ def contrastive(
     negatives_mask_EKS: Tensor,
     temperature: float = 0.1,
 ) -> Risk:
-    """Instance-level InfoNCE: the edit's mean state against its rephrase's, among its own locality prompts'.
+    """Instance-level InfoNCE of mean states: edit against rephrase, with the edit's locality prompts as negatives.
 
     `-log( exp(s(x, y)/tau) / (exp(s(x, y)/tau) + sum_k exp(s(x, n_k)/tau)) )` with cosine similarity s. Negatives
-    come from the same edit, never from its batch mates, so that an edit's result does not depend on them.
+    come from the same edit, so that its result does not depend on the batch.
 
-    The scale gradient is exactly 0: w multiplies every state, and a cosine does not change with scale. Under this
-    risk the generality environment adds nothing to the invariance penalty.
+    The scale gradient is exactly 0, since a cosine does not change with scale: the generality environment adds nothing
+    to the invariance penalty.
 
     Args:
         x_ETD: States of the edit.
         y_ESD: States of its rephrase.
         negatives_EKSD: States of K other sequences of the same edit.
-        x_mask_ET: True at real states. An edit without any on either side has risk and gradient 0.
-        y_mask_ES: The same for `y_ESD`.
-        negatives_mask_EKS: The same for the negatives. Without any negative the risk is 0.
-        temperature: tau. The paper gives none; 0.1 is a common value.
+        x_mask_ET: True at real states of `x_ETD`. An edit without real states on one side has risk and gradient 0.
+        y_mask_ES: True at real states of `y_ESD`.
+        negatives_mask_EKS: True at real states of `negatives_EKSD`. Without any negative the risk is 0.
+        temperature: Temperature tau. The paper states none; 0.1 is common.
 
     Raises:
-        ValueError: Unless the temperature is positive.
+        ValueError: The temperature is not positive.
 
     References:
         "Representation Learning with Contrastive Predictive Coding", arXiv 1807.03748, eq. 4.
@@ -139,15 +138,15 @@ def contrastive(
 
 
 def _pool(states_ETD: Tensor, mask_ET: Tensor) -> Tensor:
-    """Mean state of each row, `(E, D)`; 0 where the mask is empty."""
+    """Mean over real states, `(E, D)`; 0 for an empty mask."""
     total_ED = upcast(states_ETD).masked_fill(~mask_ET.unsqueeze(-1), 0.0).sum(-2)
     return total_ED / mask_ET.sum(-1, keepdim=True).clamp_min(1)
 
 
 def _pooled_cloud(x_ETD: Tensor, y_ESD: Tensor, x_mask_ET: Tensor, y_mask_ES: Tensor) -> tuple[Tensor, Tensor]:
-    """Both clouds as one, N = T + S, and the weights c with which `MMD^2 = c' K c`.
+    """Both clouds concatenated, N = T + S, and weights c such that `MMD^2 = c' K c`.
 
-    A state of x weighs 1/|x|, one of y -1/|y|, padding 0; the quadratic form then is
+    A state of x weighs 1/|x|, a state of y -1/|y|, and padding 0, so that the quadratic form is
     mean k(X, X) + mean k(Y, Y) - 2 mean k(X, Y).
     """
     cloud_END = torch.cat([upcast(x_ETD), upcast(y_ESD)], dim=-2)
@@ -162,9 +161,8 @@ def _pooled_cloud(x_ETD: Tensor, y_ESD: Tensor, x_mask_ET: Tensor, y_mask_ES: Te
 def _squared_distances(cloud_END: Tensor, weight_EN: Tensor) -> Tensor:
     """Pairwise `|z_i - z_j|^2`, `(E, N, N)`, through the Gram matrix: no `(N, N, D)` tensor, no square root.
 
-    Subtracting a constant centre leaves distances as they are and keeps the Gram matrix of the size of the
-    distances, so that little is lost to cancellation. Squared norms are read off its diagonal, which makes the
-    distance of a state to itself exactly 0.
+    Subtracting a constant centre changes no distance and avoids cancellation, as it keeps the Gram matrix of the
+    magnitude of the distances. Squared norms are its diagonal, so that a state's distance to itself is exactly 0.
     """
     share_EN = weight_EN.abs()
     centre_E1D = (share_EN.unsqueeze(-2) @ cloud_END.detach()) / share_EN.sum(-1)[..., None, None].clamp_min(1.0)
@@ -175,4 +173,5 @@ def _squared_distances(cloud_END: Tensor, weight_EN: Tensor) -> Tensor:
 
 
 def _quadratic(weight_EN: Tensor, matrix_ENN: Tensor) -> Tensor:
+    """Quadratic form `c' M c`, `(E,)`."""
     return (weight_EN.unsqueeze(-1) * matrix_ENN * weight_EN.unsqueeze(-2)).sum((-1, -2))

@@ -1,19 +1,18 @@
 """R_rel and R_loc, each with its gradient with respect to the dummy scalar classifier w.
 
-The invariance penalty (arXiv 2601.19700, eq. 9-11) needs `d R / d w` at w = 1, where w multiplies the hidden
-state behind the final layer norm. The language heads edited here have no bias, so w scales the logits, and the
-derivative has a closed form in the probabilities. One forward pass therefore yields the risk *and* its scale
-gradient, both differentiable once: training on the penalty takes a single backward pass.
+The invariance penalty (arXiv 2601.19700, eq. 9-11) needs `d R / d w` at w = 1, where w multiplies the hidden state
+after the final layer norm. The language heads here have no bias, so that w scales the logits and the derivative has a
+closed form in the probabilities. One forward pass gives the risk *and* its scale gradient, both differentiable once:
+training on the penalty takes one backward pass.
 
-For `p = softmax(w z)`, `d log p_v / d w = z_v - E_p[z]`, and since log p differs from z by a constant, z can be
-read as log p everywhere:
+For `p = softmax(w z)`, `d log p_v / d w = z_v - E_p[z]`. As log p differs from z by a constant, z is log p below:
 
     NLL          g = mean_t( NLL_t - H(p_t) )
     KL(p || q)   g = mean_t Cov_{p_t}( log p_t, log p_t - log q_t )
     KL(q || p)   g = mean_t( CE(q_t, p_t) - H(p_t) )
 
-Nothing is reduced over edits: the edits of a batch are independent optimisations. Leading dimensions are free;
-the suffix `ET` (see `odedit.inputs.batch`) stands for `(..., T)`. Half-precision inputs are computed in float32.
+Risks are per edit, since the edits of a batch are independent optimisations. Leading dimensions are free: the suffix
+`ET` (see `odedit.inputs.batch`) stands for `(..., T)`. Half-precision inputs are computed in float32.
 
 References:
     "Out-of-Distribution Generalization via Invariant Trajectories for Multimodal Large Language Model Editing",
@@ -34,8 +33,8 @@ class Risk(NamedTuple):
     """One risk of every edit.
 
     Attributes:
-        value: The risk, `(E,)`.
-        scale_gradient: Its derivative with respect to w at w = 1, `(E,)`; differentiable like the value.
+        value: Risk, `(E,)`.
+        scale_gradient: Derivative of the risk with respect to w at w = 1, `(E,)`; differentiable like the value.
     """
 
     value: Tensor
@@ -43,22 +42,12 @@ class Risk(NamedTuple):
 
 
 def upcast(values: Tensor) -> Tensor:
-    """Half precision to float32; float32 and float64 as they are."""
+    """Values in float32; float32 and float64 unchanged."""
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
-def entropy(logits_ETV: Tensor) -> Tensor:
-    """Entropy of each predicted distribution in nats, `(E, T)`.
-
-    >>> bool(torch.isclose(entropy(torch.zeros(2, 8)).exp(), torch.tensor(8.0)).all())
-    True
-    """
-    log_p_ETV = log_probs(logits_ETV)
-    return -(log_p_ETV.exp() * log_p_ETV).sum(-1)
-
-
 def masked_mean(values_ET: Tensor, mask_ET: Tensor) -> Tensor:
-    """Mean over the last axis where the mask is True; 0, with gradient 0, where it is True nowhere.
+    """Mean over the last axis where the mask is True; 0, with gradient 0, for an empty mask.
 
     Values outside the mask may be infinite or NaN.
 
@@ -72,14 +61,14 @@ def masked_mean(values_ET: Tensor, mask_ET: Tensor) -> Tensor:
 def reliability(logits_ETV: Tensor, target_ET: Tensor, mask_ET: Tensor, label_smoothing: float = 0.0) -> Risk:
     """R_rel: the mean negative log-likelihood of the edit's target tokens.
 
-    Its scale gradient is positive while the model is less sure of the target than of its own predictions, and
-    turns negative once the target is more likely than the entropy suggests.
+    The scale gradient, NLL - H, is positive while the target's NLL exceeds the entropy of the prediction, and negative
+    after that.
 
     Args:
         logits_ETV: Logits at the positions that predict the target.
         target_ET: Token ids; any value outside the mask.
-        mask_ET: True at the target's tokens. A row without any has risk and gradient 0.
-        label_smoothing: Share of the likelihood of a uniform draw from the vocabulary; g = value - H all the same.
+        mask_ET: True at the target's tokens. A row without tokens has risk and gradient 0.
+        label_smoothing: Share of the uniform distribution over the vocabulary in the target; g = value - H as before.
     """
     (tokens,) = token_risks(upcast(logits_ETV[mask_ET]), [NLL(target_ET[mask_ET], label_smoothing)])
     return mean_of_tokens(tokens, mask_ET)
@@ -95,13 +84,13 @@ def locality(
 
     Args:
         logits_edited_ETV: Logits p of the edited model.
-        logits_base_ETV: Logits q of the unedited model: a constant, no gradient reaches them, w does not scale them.
-        mask_ET: True at the compared positions. A row without any has risk and gradient 0.
-        direction: `edited_first` is the paper's KL(p || q); `base_first` is KL(q || p), which common editing
-            code uses. The former punishes mass put where the unedited model had none, the latter mass taken away.
+        logits_base_ETV: Logits q of the unedited model: constants that w does not scale.
+        mask_ET: True at the compared positions. A row without positions has risk and gradient 0.
+        direction: `edited_first` is the paper's KL(p || q), which penalises probability added where the unedited model
+            has none; `base_first` is KL(q || p) of common editing code, which penalises probability removed.
 
     Raises:
-        ValueError: For any other direction.
+        ValueError: Unknown direction.
     """
     log_q_MV = log_probs(logits_base_ETV[mask_ET]).detach()
     (tokens,) = token_risks(upcast(logits_edited_ETV[mask_ET]), [KL(log_q_MV, direction)])
@@ -109,7 +98,7 @@ def locality(
 
 
 def mean_of_tokens(tokens: Risk | Tokens, mask_ET: Tensor) -> Risk:
-    """From the M tokens that are there, in the order of the mask, to their means, `(E,)`."""
+    """Means over the tokens of each edit, `(E,)`, from the M tokens where the mask is True, in its order."""
 
     def mean(values_M: Tensor) -> Tensor:
         return masked_mean(values_M.new_zeros(mask_ET.shape).masked_scatter(mask_ET, values_M), mask_ET)
@@ -118,5 +107,5 @@ def mean_of_tokens(tokens: Risk | Tokens, mask_ET: Tensor) -> Risk:
 
 
 def log_probs(logits: Tensor) -> Tensor:
-    """Log-probabilities, in float32 at least."""
+    """Log-probabilities, at least float32."""
     return upcast(logits).log_softmax(-1)

@@ -1,9 +1,8 @@
 """NLL and KL of single tokens, their scale gradients (`odedit.risks.risks`), and the gradients of both in closed form.
 
-The vocabulary is the widest thing an edit meets: a tensor of logits is read and written as slowly as it is multiplied.
-So one buffer of its size lasts from forward to backward, the logits' own: they give way to log-probabilities, and
-those, where nobody wants them again, to the gradient. All else is made of a few rows at a time, which stay in the
-processor's cache.
+The vocabulary is the widest axis, so that tensors of logits are bound by memory bandwidth. One buffer of that size
+lasts from forward to backward: log-probabilities overwrite the logits, and the gradient overwrites them if they are
+not needed again. All other values are computed for a few rows at a time, which fit the processor's cache.
 """
 
 from __future__ import annotations
@@ -16,25 +15,24 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from odedit.runtime.budgets import budgets
+
 Direction = Literal["edited_first", "base_first"]
 
-_VALUES_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
-"""Logits of the rows that are worked on together: about half of a core's cache, or enough to keep a GPU busy."""
-
-_DIFFERENTIABLE_ONCE = "risks are differentiable once; their scale gradient is there without create_graph."
+_DIFFERENTIABLE_ONCE = "risks are differentiable once; their scale gradient needs no create_graph."
 
 
 class TokenRisk(ABC):
-    """What is computed of M tokens from the log-probabilities p of the edited model. `rows` says which C of them.
+    """A risk of M tokens, computed from the edited model's log-probabilities, C rows at a time.
 
-    `kept`, `(C, 3)`, is what `backward` wants from `forward` beside the log-probabilities, or what there is to tell.
+    `kept`, `(C, 3)`, has what `backward` needs from `forward` beside the log-probabilities, and figures to report.
     """
 
     num_tokens: int
 
     @abstractmethod
     def forward(self, log_p_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Value `(C,)`, scale gradient `(C,)`, kept."""
+        """Value `(C,)`, scale gradient `(C,)` and `kept` of the tokens `rows`."""
 
     @abstractmethod
     def backward(
@@ -43,19 +41,19 @@ class TokenRisk(ABC):
         """Overwrites the log-probabilities with the gradient with respect to the logits.
 
         Args:
-            both_C1: Gradients with respect to value and scale gradient, added up.
-            slope_C1: That with respect to the scale gradient alone; None: it is 0.
+            both_C1: Sum of the gradients with respect to value and scale gradient.
+            slope_C1: Gradient with respect to the scale gradient alone; None: 0.
         """
 
 
 class NLL(TokenRisk):
     """NLL of the target. With u = log p:  d NLL / d z = p - y,  d g / d z = p - y + p (u + H).
 
-    Keeps H, the NLL without smoothing, and 1 where the target is the most likely token.
+    `kept` has H, the NLL without smoothing, and 1 where the target is the most likely token.
 
     Args:
         target_M: Token ids.
-        smoothing: Share of the likelihood of a uniform draw from the vocabulary; g = value - H all the same.
+        smoothing: Share of the uniform distribution over the vocabulary in the target; g = value - H as before.
     """
 
     def __init__(self, target_M: Tensor, smoothing: float = 0.0) -> None:
@@ -95,10 +93,10 @@ class KL(TokenRisk):
 
         d KL / d z = p - q,  g = - E_q[c],  d g / d z = p - q + p c.
 
-    Keeps H, KL and g.
+    `kept` has H, KL and g.
 
     Raises:
-        ValueError: For another direction.
+        ValueError: Unknown direction.
     """
 
     def __init__(self, log_q_MV: Tensor, direction: Direction = "edited_first") -> None:
@@ -109,7 +107,7 @@ class KL(TokenRisk):
     def forward(self, log_p_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         log_q_CV, p_CV = self._log_q_MV[rows], log_p_CV.exp()
         entropy_C1 = -(p_CV * log_p_CV).sum(-1, keepdim=True)
-        # Centring first keeps digits: for p close to q the terms of the formulas cancel.
+        # Centring first avoids cancellation for p close to q.
         centred_CV = log_p_CV + entropy_C1
         if self._edited_first:
             ratio_CV = log_p_CV - log_q_CV
@@ -118,7 +116,7 @@ class KL(TokenRisk):
         else:
             q_CV = log_q_CV.exp()
             kl_C1 = (q_CV * (log_q_CV - log_p_CV)).sum(-1, keepdim=True)
-            # E_p[c] is 0; taken from the same sum, digits are kept for p close to q.
+            # E_p[c] is 0; subtracting it in the same sum avoids cancellation for p close to q.
             slope_C1 = p_CV.sub_(q_CV).mul_(centred_CV).sum(-1, keepdim=True)
         return kl_C1.squeeze(-1), slope_C1.squeeze(-1), torch.cat([entropy_C1, kl_C1, slope_C1], dim=-1)
 
@@ -142,12 +140,12 @@ class KL(TokenRisk):
 
 
 class Tokens(NamedTuple):
-    """Of M tokens.
+    """One risk of M tokens.
 
     Attributes:
-        value: The risk, `(M,)`.
-        scale_gradient: Its derivative with respect to w, `(M,)`; differentiable like the value.
-        kept: The kind's columns, `(M, 3)`; constants.
+        value: Risk, `(M,)`.
+        scale_gradient: Derivative of the risk with respect to w, `(M,)`; differentiable like the value.
+        kept: `TokenRisk.kept`, `(M, 3)`; constants.
     """
 
     value: Tensor
@@ -156,12 +154,14 @@ class Tokens(NamedTuple):
 
 
 def token_risks(logits_MV: Tensor, kinds: Sequence[TokenRisk], once: bool = False) -> list[Tokens]:
-    """What each kind says of the rows that are its own, in their order.
+    """Risks of consecutive rows of logits, one result per kind.
 
     Args:
-        logits_MV: Rows of all kinds, float32 or float64; overwritten. What made them must not need them again: a
-            product does not.
-        once: A gradient is taken once at most. A second one would raise RuntimeError.
+        logits_MV: Rows of all kinds in order, float32 or float64; overwritten. The operation that made them must not
+            save its output for backward; a matrix product does not.
+        kinds: Risks, each with its number of rows.
+        once: True when at most one backward follows: it then overwrites the buffer instead of copying it, and a second
+            backward raises RuntimeError.
     """
     sizes = [kind.num_tokens for kind in kinds]
     columns = [column.split(sizes) for column in _Rows.apply(logits_MV, kinds, once)]
@@ -176,22 +176,23 @@ def kl_of_states(
     direction: Direction = "edited_first",
     with_slope: bool = True,
 ) -> Tokens:
-    """KL from final hidden states, some rows at a time: no more distributions are held than those.
+    """KL from final hidden states, `at_once` rows at a time, so that only their distributions are in memory.
 
-    A row's gradient is taken where its logits are, and the state's part of it kept: nothing is computed again.
+    The gradient with respect to the states is computed in the forward and saved, so that backward computes no logits.
 
     Args:
-        states_MD: Of the edited model.
-        base_MD: Of the unedited model, constants. Where both are the same, KL is exactly 0.
-        head: `(C, D)` to logits `(C, V)`, row by row; nothing in it is learned.
-        at_once: Most rows.
-        with_slope: Else the scale gradients are constants.
+        states_MD: States of the edited model.
+        base_MD: States of the unedited model, constants. Where both are equal, KL is exactly 0.
+        head: Function from states `(C, D)` to logits `(C, V)`, row by row, without trained weights.
+        at_once: Largest number of rows C.
+        direction: As in `odedit.risks.risks.locality`.
+        with_slope: True when scale gradients are differentiable; False: constants.
     """
     return Tokens(*_OfStates.apply(states_MD, base_MD, head, at_once, direction, with_slope))
 
 
 class _OfStates(torch.autograd.Function):
-    """States to values and scale gradients."""
+    """Autograd function of `kl_of_states`."""
 
     @staticmethod
     def forward(
@@ -216,7 +217,7 @@ class _OfStates(torch.autograd.Function):
                 gradients.append(
                     [torch.autograd.grad(of_C, leaf_CD, ones_C, retain_graph=with_slope)[0] for of_C in wanted]
                 )
-            # Detached, or they would hold on to the logits.
+            # Detached, so that they do not keep the logits in memory.
             tokens.append([column.detach() for column in part])
         ctx.save_for_backward(*(torch.cat(parts) for parts in zip(*gradients, strict=True)))
         value_M, slope_M, kept_M3 = (torch.cat(parts) for parts in zip(*tokens, strict=True))
@@ -237,11 +238,11 @@ class _OfStates(torch.autograd.Function):
 
 
 class _Rows(torch.autograd.Function):
-    """Logits to values and scale gradients, row by row."""
+    """Autograd function of `token_risks`."""
 
     @staticmethod
     def forward(ctx: Any, logits_MV: Tensor, kinds: Sequence[TokenRisk], once: bool) -> tuple[Tensor, Tensor, Tensor]:
-        # Not an input and no copy of one: autograd would refuse that an input is overwritten, or copy it.
+        # Detached, because autograd refuses to overwrite an input, or copies it.
         buffer_MV = logits_MV.detach()
         empty = buffer_MV[:0, 0]
         columns = [(empty, empty, empty.new_zeros(0, 3))]
@@ -256,7 +257,7 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
-        # torch's decorator for this would let a part of the second derivative be missing.
+        # torch's `once_differentiable` would silently drop a part of the second derivative.
         if torch.is_grad_enabled():
             raise RuntimeError(_DIFFERENTIABLE_ONCE)
         value_M, slope_M, _ = grads
@@ -274,8 +275,8 @@ class _Rows(torch.autograd.Function):
 
 
 def _parts(logits_MV: Tensor, kinds: Sequence[TokenRisk]) -> Iterator[tuple[TokenRisk, slice, slice]]:
-    """A few rows of one kind at a time: where they are among all, and among those of the kind."""
-    size = max(1, _VALUES_AT_ONCE.get(logits_MV.device.type, _VALUES_AT_ONCE["cuda"]) // logits_MV.shape[1])
+    """Chunks of rows of one kind: the kind, the rows' slice of all logits, and their slice of the kind's tokens."""
+    size = max(1, budgets(logits_MV.device).risk_logits // logits_MV.shape[1])
     first = 0
     for kind in kinds:
         for start in range(0, kind.num_tokens, size):

@@ -1,1 +1,1 @@
-"""Process, memory, timing and kernel helpers that know no model."""
+"""Process, memory, timing and kernel helpers, independent of models."""

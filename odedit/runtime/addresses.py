@@ -1,12 +1,12 @@
-"""Paths and addresses as text: what lies below and above them, and what of them may be shown."""
+"""Paths and addresses as text: children, parents, and addresses without secrets."""
 
 from __future__ import annotations
 
 import os
 import re
 
-# `user:password@`, also where a password was not encoded and has an `@` or, if there is no port before it, a `/`.
-# Both patterns are written so that no text, which may be a record's, takes more than linear time.
+# `user:password@`, also with an unencoded `@` in the password or, if no port precedes it, `/`.
+# Both patterns take linear time on any text, because records are untrusted.
 _USER_INFO = re.compile(r"(?<=://)(?:[^/\s]*|[^/\s:]*:(?!\d*/)\S{0,500})@")
 _SECRET_PARAMETER = re.compile(
     r"""(?<=[?&])(?=[^=&?\s]*=)([^=&?\s]*(?:key|secret|token|password|sas|sig|credential)[^=&?\s]*)=[^&\s'"<>]*""",
@@ -15,7 +15,7 @@ _SECRET_PARAMETER = re.compile(
 
 
 def masked(text: str) -> str:
-    """The text without user names, passwords and access keys in its addresses: what is shown or stored.
+    """The text without user names, passwords and access keys in its addresses, for display and storage.
 
     >>> masked("https://me:secret@mlflow.example/api")
     'https://***@mlflow.example/api'
@@ -26,7 +26,7 @@ def masked(text: str) -> str:
 
 
 def below(text: str, relative: str) -> str:
-    """The path or address `relative` below another one, whose parameters stay at its end.
+    """The path or address `relative` below another one; parameters of an address stay at its end.
 
     >>> below("s3://bucket/runs?region=x", "one"), below("runs/", "one")
     ('s3://bucket/runs/one?region=x', 'runs/one')
@@ -36,26 +36,26 @@ def below(text: str, relative: str) -> str:
 
 
 def above(text: str) -> str:
-    """The folder that a path or address lies in.
+    """The folder of a path or address.
 
     >>> above("s3://bucket/runs/one?region=x"), above("/runs/one")
     ('s3://bucket/runs?region=x', '/runs')
     """
     base, mark, query = _split(text)
     folder, slash, _ = base.rstrip("/").rpartition("/")
-    is_top = not folder or folder.endswith("/")  # of a file system, or a bucket
+    is_top = not folder or folder.endswith("/")  # the root of a file system, or a bucket
     return (base if is_top and "://" in base else folder or slash or ".") + mark + query
 
 
 def _split(text: str) -> tuple[str, str, str]:
-    """The text before and after the `?` of an address; a path may have one in a name."""
+    """The text before and after the `?` of an address; in a path, `?` is part of a name."""
     return text.partition("?") if "://" in text else (text, "", "")
 
 
 def relative_note(path: str) -> str:
-    """What to add to a message about a local path: where relative paths start.
+    """A sentence for messages about a local path, which says where relative paths start.
 
-    Nothing if it lies outside of the current folder and of the one above, where `../x` lies.
+    Empty if the path lies outside the current folder and its parent, as only `x` and `../x` are likely relative.
 
     >>> relative_note("/far/away")
     ''
@@ -69,5 +69,5 @@ def relative_note(path: str) -> str:
 
 
 def reason(error: OSError) -> str:
-    """Why a file system refused, in a line without secrets."""
+    """The cause of a file system's error, in one line without secrets."""
     return error.strerror or masked(" ".join(str(error).split())[:300]).rstrip(".")

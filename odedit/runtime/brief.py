@@ -1,4 +1,4 @@
-"""Dataclasses in one line, however large their tensors are."""
+"""A short `repr` of dataclasses with large tensors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 from torch import Tensor
 
 _SHOWN = 6
-"""Entries of a collection; of a longer one only their number is shown."""
+"""Longest collection whose entries are shown; of longer ones only the length is shown."""
 
 
 def brief(value: Any) -> str:
-    """The `__repr__` of a dataclass with tensors: those, and arrays, by their shape.
+    """A `__repr__` for dataclasses, with tensors and arrays by their shape.
 
     >>> import torch
     >>> from odedit.editing.curves import EditResult
@@ -22,7 +22,7 @@ def brief(value: Any) -> str:
     EditResult(edit_id='first', params={'w': Tensor(1, 3)}, steps=20, stop_reason='converged', seconds=0.5, \
 curves={}, error=None)
     """
-    shown = [f"{one.name}={_shown(getattr(value, one.name))}" for one in fields(value) if one.repr]
+    shown = [f"{item.name}={_shown(getattr(value, item.name))}" for item in fields(value) if item.repr]
     return f"{type(value).__name__}({', '.join(shown)})"
 
 
@@ -30,13 +30,13 @@ def _shown(value: Any) -> str:
     if isinstance(value, (Tensor, np.ndarray)):
         return f"{'Tensor' if isinstance(value, Tensor) else 'array'}({', '.join(map(str, value.shape))})"
     if isinstance(value, Mapping):
-        inside = [f"{key!r}: {_shown(one)}" for key, one in value.items()]
-        return f"{{{_listed(inside)}}}"
+        entries = [f"{key!r}: {_shown(entry)}" for key, entry in value.items()]
+        return f"{{{_listed(entries)}}}"
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-        inside = [_shown(one) for one in value]
-        return f"[{_listed(inside)}]" if isinstance(value, list) else f"({_listed(inside)})"
+        entries = [_shown(entry) for entry in value]
+        return f"[{_listed(entries)}]" if isinstance(value, list) else f"({_listed(entries)})"
     return repr(value)
 
 
-def _listed(inside: list[str]) -> str:
-    return ", ".join(inside) if len(inside) <= _SHOWN else f"{len(inside)} values"
+def _listed(entries: list[str]) -> str:
+    return ", ".join(entries) if len(entries) <= _SHOWN else f"{len(entries)} values"

@@ -1,7 +1,7 @@
-"""CUDA graphs: a step's kernels, recorded once and then started together.
+"""CUDA graphs: the kernels of a step, recorded once and then launched together.
 
-A small step keeps a GPU busy for a fraction of the time that it takes Python to start its kernels one by one. Recorded,
-they are the same kernels on the same memory, hence the same numbers.
+A small step takes Python longer to launch, kernel by kernel, than the GPU to compute. The recorded kernels are the same
+kernels on the same memory, so the numbers are the same.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from collections.abc import Callable
 import torch
 
 SWITCH = "ODEDIT_CUDA_GRAPHS"
-"""Environment variable: `0` starts every kernel by itself."""
+"""Environment variable; `0` disables CUDA graphs."""
 
 _log = logging.getLogger(__name__)
 
 
-class _OfThread(threading.local):
-    """What a thread keeps from one recording to the next.
+class _ThreadState(threading.local):
+    """A thread's state between recordings.
 
     Attributes:
-        streams: What it records on, by device; libraries keep memory for every stream that they have met.
-        last: The last recording; its memory serves the next one, since nobody starts it any more.
-        has_failed: Or takes memory that is needed: then it is not tried again.
+        streams: Recording stream of each device. Libraries allocate memory for every stream that they have seen.
+        last: Last recording of each device; the next one reuses its memory, as only the last is launched.
+        has_failed: True after a failed recording, or when its memory was needed; the thread then records no more.
     """
 
     def __init__(self) -> None:
@@ -34,40 +34,41 @@ class _OfThread(threading.local):
         self.has_failed = False
 
 
-_kept = _OfThread()
+_state = _ThreadState()
 
 
 def are_used(device: torch.device) -> bool:
-    return device.type == "cuda" and os.environ.get(SWITCH, "1") != "0" and not _kept.has_failed
+    """Whether steps on this device are recorded."""
+    return device.type == "cuda" and os.environ.get(SWITCH, "1") != "0" and not _state.has_failed
 
 
 def forget() -> bool:
-    """Lets go of the last recording and of the memory that it holds, and records no more in this thread.
+    """Frees the last recording and its memory, and disables recording in this thread.
 
     Returns:
-        Whether there was one.
+        Whether there was a recording.
     """
-    was_kept = bool(_kept.last)
-    _kept.last.clear()
-    _kept.has_failed = _kept.has_failed or was_kept
-    return was_kept
+    was_recorded = bool(_state.last)
+    _state.last.clear()
+    _state.has_failed = _state.has_failed or was_recorded
+    return was_recorded
 
 
 def recorded(work: Callable[[], None], device: torch.device) -> Callable[[], None] | None:
-    """What starts the kernels of `work` again, on the memory that they have now; None if they cannot be recorded.
+    """A function that launches the kernels of `work` again, on the same memory; None if they cannot be recorded.
 
-    Recording runs Python, not the kernels: what `work` computes is there after the first start. What it reads must be
-    kept as long as it may be started, and what it keeps itself stays where it is. A thread starts its last recording
-    only.
+    Recording runs the Python code without the kernels, so results exist after the first launch. Inputs must be kept
+    alive, and outputs stay at their addresses. A thread launches only its last recording.
 
     Args:
-        work: Has run before, so that nothing is left to be set up; must not wait for the device or copy from the host.
+        work: Code that has run before, so that all set-up is done. It must not wait for the device or copy from the
+            host.
     """
-    if device not in _kept.streams:
-        _kept.streams[device] = torch.cuda.Stream(device)
-    graph, stream, here = torch.cuda.CUDAGraph(), _kept.streams[device], torch.cuda.current_stream(device)
-    pool = _kept.last[device].pool() if device in _kept.last else None
-    stream.wait_stream(here)
+    if device not in _state.streams:
+        _state.streams[device] = torch.cuda.Stream(device)
+    graph, stream, current = torch.cuda.CUDAGraph(), _state.streams[device], torch.cuda.current_stream(device)
+    pool = _state.last[device].pool() if device in _state.last else None
+    stream.wait_stream(current)
     try:
         with torch.cuda.stream(stream):
             graph.capture_begin(pool, "thread_local")
@@ -76,12 +77,12 @@ def recorded(work: Callable[[], None], device: torch.device) -> Callable[[], Non
             finally:
                 graph.capture_end()
     except RuntimeError as error:
-        _kept.has_failed = True
-        _kept.last.pop(device, None)
-        # The end of a recording that has failed fails as well.
+        _state.has_failed = True
+        _state.last.pop(device, None)
+        # `capture_end` fails too after a failed recording; its context is the cause.
         reason = error.__context__ or error
-        _log.warning("The kernels of a step cannot be recorded, and are started one by one: %s", reason)
+        _log.warning("The kernels of a step cannot be recorded, and are launched one by one: %s", reason)
         return None
-    here.wait_stream(stream)
-    _kept.last[device] = graph
+    current.wait_stream(stream)
+    _state.last[device] = graph
     return graph.replay

@@ -1,4 +1,4 @@
-"""A bounded memory of what was used last."""
+"""A cache of bounded size that evicts the least recently used values."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Generic, TypeVar
 Value = TypeVar("Value")
 
 
-class Recent(Generic[Value]):
-    """Keeps the values used last, up to so many bytes."""
+class LRU(Generic[Value]):
+    """Values by key, up to `max_bytes` bytes in total; the least recently used are evicted first."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._kept: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()
 
     def get(self, key: Hashable) -> Value | None:
-        """The value kept under that key."""
-        if key not in self._kept:
+        """The value of a key, which becomes the most recently used; None if it is not cached."""
+        if key not in self._entries:
             return None
-        self._kept.move_to_end(key)
-        return self._kept[key][0]
+        self._entries.move_to_end(key)
+        return self._entries[key][0]
 
     def put(self, key: Hashable, value: Value, size: int) -> None:
-        """Keeps a value of `size` bytes; lets go of those that were not used for longest where there is no room."""
-        self._bytes += size - self._kept.pop(key, (value, 0))[1]
-        self._kept[key] = (value, size)
+        """Stores a value of `size` bytes, and evicts others if the total is too large."""
+        self._bytes += size - self._entries.pop(key, (value, 0))[1]
+        self._entries[key] = (value, size)
         while self._bytes > self._max_bytes:
-            self._bytes -= self._kept.popitem(last=False)[1][1]
+            self._bytes -= self._entries.popitem(last=False)[1][1]

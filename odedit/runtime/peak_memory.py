@@ -1,7 +1,7 @@
-"""The peak memory of a piece of work: how many bytes of tensors were alive at once beyond those that were there before.
+"""Peak memory of a block of code: the largest number of bytes of its tensors that are alive at once.
 
-On CUDA the caching allocator keeps count. On a CPU nothing does, so every operator is watched: what memory its results
-hold, and when the last user of that memory is gone, tensors that autograd has saved included.
+On CUDA the caching allocator counts them. On a CPU every operator is intercepted, and the storages of its results are
+counted until their last user is freed, tensors saved by autograd included.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass
 class Peak:
-    """What `peak_memory` found.
+    """Result of `peak_memory`.
 
     Attributes:
-        bytes: The largest number of bytes at once; valid after the block.
+        bytes: Peak bytes; valid after the block.
     """
 
     bytes: int = 0
@@ -32,16 +32,16 @@ class Peak:
 
 @contextmanager
 def peak_memory(device: torch.device | str) -> Iterator[Peak]:
-    """Measures the block inside; numbers do not change, time does on a CPU (some microseconds per operator).
+    """Measures the peak memory of a block. On a CPU every operator takes some microseconds longer.
 
     Args:
-        device: Of the tensors; `cpu` or one CUDA device, whose peak statistics are reset.
+        device: Device of the tensors, `cpu` or one CUDA device, whose peak statistics are reset.
 
     Yields:
-        What the block held at most. On CUDA sizes are as the allocator rounds them (512 bytes), and scratch memory of
-        kernels is included; on a CPU they are exact, without such scratch memory and without what only NumPy knows.
+        Peak of the block. On CUDA it includes scratch memory of kernels and the allocator's rounding to 512 bytes; on a
+        CPU it is exact, without scratch memory and without arrays of NumPy.
     """
-    gc.collect()  # garbage of earlier work must not be freed, and so counted, in here
+    gc.collect()  # garbage of earlier code, freed inside the block, would be subtracted
     measure = _cuda_peak if torch.device(device).type == "cuda" else _cpu_peak
     with measure(torch.device(device)) as peak:
         yield peak
@@ -70,14 +70,14 @@ def _cpu_peak(device: torch.device) -> Iterator[Peak]:
 
 
 class _Account(TorchDispatchMode):
-    """Adds up the storages of tensors made while it is entered, each once however many tensors view it."""
+    """Sum of the storages of tensors created inside; a storage counts once however many tensors view it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.peak = 0
         self._alive = 0
-        # Address of a storage to its size; None for one that was there before. An address is taken again only after
-        # its finalizer has run, which removes it here.
+        # Sizes of storages by address; None for a storage from before the block. An address is reused only after the
+        # finalizer has removed it here.
         self._sizes: dict[int, int | None] = {}
         self._finalizers: dict[int, Any] = {}
 
@@ -87,20 +87,20 @@ class _Account(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if func is not torch.ops.aten.lift_fresh.default:  # its input is the new tensor of `torch.tensor`
             for value in tree_leaves((args, kwargs)):
-                self._see(value, is_new=False)
+                self._count(value, is_new=False)
         result = func(*args, **kwargs)
         for value in tree_leaves(result):
-            self._see(value, is_new=True)
+            self._count(value, is_new=True)
         return result
 
     def close(self) -> None:
-        """Forgets all storages; those that live on no longer report here."""
+        """Detaches the finalizers of all storages that are still alive."""
         for finalizer in self._finalizers.values():
             finalizer.detach()
         self._finalizers.clear()
         self._sizes.clear()
 
-    def _see(self, value: Any, *, is_new: bool) -> None:
+    def _count(self, value: Any, *, is_new: bool) -> None:
         if not isinstance(value, Tensor) or value.layout is not torch.strided:
             return
         storage = value.untyped_storage()

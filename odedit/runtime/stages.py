@@ -1,6 +1,6 @@
-"""Where the time goes: seconds by stage of the work, while somebody asks for them.
+"""Seconds by stage of the work, if `measured`.
 
-A stage inside another is not counted for the outer one, so that all of them add up to what was measured.
+A nested stage's time is subtracted from the outer stage, so that all stages add up to the total.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 @dataclass
 class Account:
-    """Seconds by stage, in the order in which the stages first came."""
+    """Seconds by stage, in the order of their first occurrence."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     _inner: list[float] = field(default_factory=list)
@@ -27,7 +27,7 @@ _account: ContextVar[Account | None] = ContextVar("account", default=None)
 
 @contextmanager
 def measured() -> Iterator[Account]:
-    """Inside, stages are timed. On a GPU each waits for its kernels, which costs some of the speed it measures."""
+    """Times stages inside the block. On a GPU each stage waits for its kernels, which slows the work."""
     account = Account()
     token = _account.set(account)
     try:
@@ -38,7 +38,7 @@ def measured() -> Iterator[Account]:
 
 @contextmanager
 def unmeasured() -> Iterator[None]:
-    """Inside, no stage is timed: where nothing may wait for a GPU."""
+    """Disables timing inside the block, for code that must not wait for a GPU."""
     token = _account.set(None)
     try:
         yield
@@ -48,7 +48,7 @@ def unmeasured() -> Iterator[None]:
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Books the time of the block; costs next to nothing unless `measured`."""
+    """Adds the block's time to a stage; almost free unless `measured`."""
     account = _account.get()
     if account is None:
         yield

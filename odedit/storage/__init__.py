@@ -1,1 +1,1 @@
-"""Files on disk or at an address, written whole or not at all."""
+"""Local and remote files, written atomically."""

@@ -1,4 +1,4 @@
-"""Writes that a reader sees whole or not at all, with the mode that the umask gives any new file."""
+"""Atomic writes of local files and folders, with file modes set by the umask."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from odedit.errors import InputError
 
 
 def temporary_beside(path: Path) -> Path:
-    """A hidden name in the same folder that no other writer takes.
+    """A unique hidden name in the same folder.
 
-    Workers of several nodes may write the same file; a process number alone would not tell them apart.
+    It holds the host name, since workers of several nodes may write the same file.
     """
     return path.with_name(f".{path.name}.{socket.gethostname()}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a temporary file beside `path`, then renames it: there is no moment with half a file."""
+    """Lets `write` fill a temporary file beside `path`, then renames it to `path`."""
     temporary = temporary_beside(path)
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
-        # safetensors writes by way of a file of its own, which is readable by its owner alone.
+        # safetensors replaces the file by one of its own, with mode 600.
         if temporary.stat().st_mode != mode:
             temporary.chmod(mode)
         os.replace(temporary, path)
@@ -39,11 +39,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def new_folder(path: Path, own: Collection[str] = ()) -> Iterator[None]:
-    """Makes a folder and its parents; if the block fails, removes those of them that it made and that are empty.
+    """Creates a folder and its parents; if the block fails, removes those that it created and that are empty.
 
     Args:
-        own: Names of what the block writes into the folder. If the block fails, those that are new are removed, unless
-            the folder has other new names by then. No other process may write them: hold a lock.
+        own: Names that the block writes into the folder. If the block fails, the new ones are removed, unless the
+            folder has other new names as well. The caller must hold a lock, so that no other process writes them.
     """
     made = _made_with_parents(path)
     before = set(os.listdir(path)) if own else set()
@@ -60,7 +60,7 @@ def new_folder(path: Path, own: Collection[str] = ()) -> Iterator[None]:
 
 
 def _made_with_parents(path: Path) -> list[Path]:
-    """Makes a folder and its parents; returns those that no other process has made, the innermost first."""
+    """Creates a folder and its parents; returns those that this process created, innermost first."""
     made: list[Path] = []
     for folder in [folder for folder in (path, *path.parents) if not folder.exists()][::-1]:
         try:
@@ -82,7 +82,7 @@ def _remove(path: Path) -> None:
 
 
 def check_new(directory: Path) -> None:
-    """Raises InputError if a file, or a folder that holds something, is there already; or if it is the current one."""
+    """Raises InputError if `directory` is a file, a non-empty folder or the current folder."""
     if directory.exists() and (
         not directory.is_dir() or any(directory.iterdir()) or directory.resolve() == Path.cwd().resolve()
     ):
@@ -91,12 +91,12 @@ def check_new(directory: Path) -> None:
 
 @contextmanager
 def folder_written_atomically(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` to be filled in the block, then renamed: there is no moment with half a folder.
+    """A temporary folder beside `path` for the block to fill; it is renamed to `path` afterwards.
 
     Raises:
-        OSError: There is a folder that holds something at `path`, or it cannot be written there.
+        OSError: `path` is a non-empty folder, or its parent cannot be written.
     """
-    path = path.resolve()  # of a link, the folder that it names; "." has no name of its own
+    path = path.resolve()  # follows links; "." has no name to build a temporary one from
     temporary = temporary_beside(path)
     with new_folder(path.parent):
         try:
@@ -108,7 +108,7 @@ def folder_written_atomically(path: Path) -> Iterator[Path]:
 
 
 def link_once(path: Path, text: str) -> None:
-    """Writes a file unless it is there; of several writers at once the first wins, and all read the same afterwards."""
+    """Writes a file unless it exists. The first of several writers wins."""
     temporary = temporary_beside(path)
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -116,7 +116,7 @@ def link_once(path: Path, text: str) -> None:
             os.link(temporary, path)
         except FileExistsError:
             return
-        except OSError:  # no hard links on this file system: the narrow race that is left does no harm
+        except OSError:  # a file system without hard links: a narrow race remains
             if not path.exists():
                 os.replace(temporary, path)
     finally:

@@ -1,4 +1,4 @@
-"""Where the user's files are: local paths and every address that pyarrow reads (`s3://`, `gs://`, `file://`, ...)."""
+"""Locations of files: local paths and the addresses that pyarrow reads (`s3://`, `gs://`, `file://`, ...)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from odedit.storage.streams import PatientStream
 
 SMALL_BYTES = 4 * 2**20
 """Objects up to this size are written in one request."""
-_COPIED_AT_ONCE = 8 * 2**20
+_COPY_BYTES = 8 * 2**20
 _THREADS = 16
 
 T = TypeVar("T")
@@ -35,18 +35,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Location:
-    """A file or folder on some file system. It can be pickled, so a worker can be handed one.
+    """A file or folder on a local or remote file system. Picklable.
 
-    Every operation that a storage refuses for a while is tried again for about a minute (`odedit.storage.retries`).
-    A file that is written is seen whole or not at all. Folders are more than a part of the name only where
-    `make_folder` makes them.
+    Operations that fail with a transient error are retried for about a minute (`odedit.storage.retries`). Writes are
+    atomic. On an object store a folder is only a prefix of names, and need not be created.
 
     Attributes:
-        text: What the user wrote, without secrets: messages repeat it, and those end up in results and logs.
-        filesystem: Knows how to open `path`.
-        path: The place on that file system, without a trailing slash unless it is the top, `/` (or empty).
-        small: The same file system, as it takes a small object in one request; None: the file system itself.
-        patience_s: How long something is tried; None: `odedit.storage.retries.PATIENCE_S`.
+        text: Path or address as the user wrote it, passwords masked: messages, results and logs show it.
+        filesystem: File system of `path`.
+        path: Path on that file system, without a trailing slash unless it is the root (`/` or empty).
+        small: Variant of the file system that writes a small object in one request; None: `filesystem`.
+        patience_s: Seconds of retries; None: `odedit.storage.retries.PATIENCE_S`.
     """
 
     text: str
@@ -56,13 +55,13 @@ class Location:
     patience_s: float | None = None
 
     def __str__(self) -> str:
-        """What a user types to get here."""
+        """The path or address that a user would type."""
         return self.path if self.is_local else self.text
 
     def __fspath__(self) -> str:
-        """For what reads local files alone. Raises ValueError for an address."""
+        """Local path. Raises ValueError for an address."""
         if not self.is_local:
-            raise ValueError(f"{self.text} is no local file.")
+            raise ValueError(f"{self.text} is not a local file.")
         return self.path
 
     def __truediv__(self, relative: str) -> Location:
@@ -70,12 +69,12 @@ class Location:
 
     @property
     def name(self) -> str:
-        """The last part of the path."""
+        """Last part of the path."""
         return self.path.rsplit("/", 1)[-1]
 
     @property
     def stem(self) -> str:
-        """The name without its ending."""
+        """Name without its suffix."""
         return PurePosixPath(self.name).stem
 
     @property
@@ -84,28 +83,28 @@ class Location:
 
     @property
     def parent(self) -> Location:
-        """The folder that this lies in; the top's is the top itself."""
+        """Parent folder; the root is its own parent."""
         path = self.path.rpartition("/")[0] or self.path[: self.path.startswith("/")]
         return replace(self, text=above(self.text), path=path)
 
     def child(self, relative: str) -> Location:
-        """The place `relative` below this one. `relative` is taken as it is: check it first if a user wrote it."""
+        """Location `relative` below this one. `relative` is not validated: check untrusted paths first."""
         path = f"{self.path.removesuffix('/')}/{relative}" if self.path else relative
         return replace(self, text=below(self.text, relative), path=path)
 
     def with_patience(self, seconds: float) -> Location:
-        """The same place, where something is tried again for so long; 0: not at all."""
+        """The same location with another duration of retries; 0: none."""
         return replace(self, patience_s=seconds)
 
     def _patiently(self, act: Callable[[], T]) -> T:
         return retried(act, self.patience_s)
 
     def info(self) -> FileInfo:
-        """Type and size. A request or two on a remote file system."""
+        """Type and size; one or two requests on a remote file system."""
         return self._patiently(lambda: self.filesystem.get_file_info(self.path))
 
     def exists(self) -> bool:
-        """Whether there is a file, or on this machine's own file system a folder. One request on a remote one."""
+        """True when a file exists, or locally a file or folder. One request on a remote file system."""
         return self._patiently(self._exists)
 
     def _exists(self) -> bool:
@@ -124,22 +123,22 @@ class Location:
         return bool(self.info().type == FileType.Directory)
 
     def open(self) -> NativeFile | PatientStream:
-        """Opens for reading at any position. Raises OSError as the file system does."""
+        """Opens the file for random access. Raises OSError."""
         if self.is_local:
             return self._patiently(lambda: self.filesystem.open_input_file(self.path))
         return PatientStream(lambda: self.filesystem.open_input_file(self.path), self.patience_s)
 
     def read_bytes(self) -> bytes:
-        """The file's content. Raises FileNotFoundError if it is not there."""
+        """Content of the file. Raises FileNotFoundError if it is missing."""
         with self.open() as stream:
             return bytes(stream.read())
 
     def read_text(self) -> str:
-        """The file's content, which is UTF-8."""
+        """Content of a UTF-8 file."""
         return self.read_bytes().decode("utf-8")
 
     def names(self, pattern: str = "*") -> list[str]:
-        """What the folder holds, files and folders, by their sorted names; nothing if there is no folder."""
+        """Sorted names of the files and folders in a folder; empty if there is no folder."""
         matches = re.compile(fnmatch.translate(pattern)).match
         return sorted(name for name in self._patiently(self._names) if matches(name))
 
@@ -149,31 +148,31 @@ class Location:
                 return os.listdir(self.path)
             except (FileNotFoundError, NotADirectoryError):
                 return []
-        found = self.filesystem.get_file_info(FileSelector(self.path, allow_not_found=True))
-        return [info.base_name for info in found]
+        infos = self.filesystem.get_file_info(FileSelector(self.path, allow_not_found=True))
+        return [info.base_name for info in infos]
 
     def glob(self, pattern: str = "*") -> list[Location]:
-        """The files and folders of those names."""
+        """Files and folders whose names match the pattern, sorted."""
         return [self.child(name) for name in self.names(pattern)]
 
     def first_file_below(self, known: Sequence[Location] = ()) -> str | None:
-        """The path of any file in the folder or a folder in it, but the known ones; None if there is none."""
+        """Path of a file at any depth below the folder that is not in `known`; None if there is none."""
         paths = {location.path for location in known}
 
         def find() -> str | None:
-            found = self.filesystem.get_file_info(FileSelector(self.path, allow_not_found=True, recursive=True))
-            files = (info.path for info in found if info.type == FileType.File)
+            infos = self.filesystem.get_file_info(FileSelector(self.path, allow_not_found=True, recursive=True))
+            files = (info.path for info in infos if info.type == FileType.File)
             return next((path for path in files if path not in paths), None)
 
         return self._patiently(find)
 
     def make_folder(self) -> None:
-        """Makes a folder of this machine's file system, those above it included; elsewhere names are enough."""
+        """Creates a local folder and its parents; does nothing on a remote file system."""
         if self.is_local:
             self._patiently(lambda: os.makedirs(self.path, exist_ok=True))
 
     def delete(self) -> None:
-        """Deletes the file, if it is there."""
+        """Deletes the file if it exists."""
         self._patiently(self._delete)
 
     def _delete(self) -> None:
@@ -184,10 +183,10 @@ class Location:
                 self.filesystem.delete_file(self.path)
 
     def write_bytes(self, data: Any) -> None:
-        """Writes the whole file.
+        """Writes the file.
 
         Args:
-            data: Bytes, or what has a buffer of them.
+            data: Bytes-like object.
         """
         if self.is_local:
             self._patiently(lambda: write_atomically(Path(self.path), lambda path: path.write_bytes(data)))
@@ -195,11 +194,11 @@ class Location:
             self._patiently(lambda: self._upload(data))
 
     def write_text(self, text: str) -> None:
-        """Writes the whole file, as UTF-8."""
+        """Writes the file as UTF-8."""
         self.write_bytes(text.encode("utf-8"))
 
     def write_with(self, write: Callable[[Path], object]) -> None:
-        """Lets `write` fill a local file, which then appears here: for what does not fit in memory."""
+        """Lets `write` fill a local file, then moves or uploads it: for files that do not fit in memory."""
         if self.is_local:
             self._patiently(lambda: write_atomically(Path(self.path), write))
             return
@@ -209,7 +208,7 @@ class Location:
             self.take(path)
 
     def take(self, path: Path) -> None:
-        """Makes a local file this one; on the same local file system by its name, so that `path` is gone."""
+        """Moves a local file here by renaming, or uploads it."""
         if self.is_local:
             self._patiently(lambda: os.replace(path, self.path))
         elif path.stat().st_size:
@@ -219,9 +218,9 @@ class Location:
             self.write_bytes(b"")
 
     def write_once(self, text: str) -> None:
-        """Writes a file unless it is there; of several writers the first wins, and all read the same afterwards.
+        """Writes the file unless it exists. The first of several writers wins.
 
-        Where there are no hard links, two writers at the same moment may each believe that they are the first.
+        Without hard links (object stores), two simultaneous writers may both write; the last one wins.
         """
         if self.is_local:
             self._patiently(lambda: link_once(Path(self.path), text))
@@ -230,28 +229,25 @@ class Location:
 
     @contextmanager
     def local_copy(self) -> Iterator[Path]:
-        """The file where programs that read local files alone find it: its own path, or a copy inside the block."""
+        """Local path of the file: its own, or that of a temporary copy that exists in the block."""
         if self.is_local:
             yield Path(self.path)
             return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / self.name
             with self.open() as stream, path.open("wb") as target:
-                shutil.copyfileobj(stream, target, _COPIED_AT_ONCE)
+                shutil.copyfileobj(stream, target, _COPY_BYTES)
             yield path
 
     def _upload(self, data: Any) -> None:
         try:
             self._put(data)
-        except FileNotFoundError:  # where folders are more than a part of the name
+        except FileNotFoundError:  # a file system with real folders, such as HDFS
             self.filesystem.create_dir(self.path.rpartition("/")[0], recursive=True)
             self._put(data)
 
     def _put(self, data: Any) -> None:
-        """Uploads what is small in one request, and the rest in parts that become an object when all have arrived.
-
-        Where a file system shows what there is so far (HDFS), a reader may see it.
-        """
+        """Uploads small data in one request, larger data in parts. On HDFS, readers may see partial files."""
         is_small = memoryview(data).nbytes <= SMALL_BYTES
         filesystem = self.small if is_small and self.small is not None else self.filesystem
 
@@ -259,22 +255,22 @@ class Location:
             with filesystem.open_output_stream(self.path) as stream:
                 stream.write(data)
 
-        # In a thread, which no Ctrl-C reaches: a stream that is left before its write is closed as an empty object.
+        # In a thread, which Ctrl-C does not interrupt: a stream closed before its write would leave an empty object.
         with ThreadPoolExecutor(1) as thread:
             thread.submit(upload).result()
 
 
 Place = Location | Path | str
-"""Where a file is: what the user wrote, or what is known already."""
+"""A location, or the path or address of one."""
 
 
-def at(place: Place, setting: str = "path") -> Location:
-    """The location of a place. Raises InputError as `locate` does."""
-    return place if isinstance(place, Location) else locate(str(place), setting)
+def at(path: Place, setting: str = "path") -> Location:
+    """Converts a path or address to a `Location`. Raises InputError as `locate` does."""
+    return path if isinstance(path, Location) else locate(str(path), setting)
 
 
 def delete_all(files: Sequence[Location]) -> None:
-    """Deletes many files; on an object store that is mostly waiting, which goes together."""
+    """Deletes many files, on an object store concurrently."""
     if files and files[0].is_local:
         for file in files:
             file.delete()
@@ -284,7 +280,7 @@ def delete_all(files: Sequence[Location]) -> None:
 
 
 def copy_folder(source: Path, target: Location, last: str) -> None:
-    """Copies a local folder's files, the one of the name `last` after all others: where it is, all are."""
+    """Copies the files of a local folder concurrently, `last` after all others: it marks a complete copy."""
     paths = [path for path in source.rglob("*") if path.is_file() and path != source / last]
 
     def copy(path: Path) -> None:
@@ -296,14 +292,14 @@ def copy_folder(source: Path, target: Location, last: str) -> None:
 
 
 def locate(text: str, setting: str) -> Location:
-    """Finds the file system behind a path or an address.
+    """Location of a path or an address.
 
     Args:
-        text: A local path (`~` is the home folder), or an address such as `s3://bucket/coco`.
-        setting: The configuration key it came from, named in errors.
+        text: Local path (`~` is the home folder), or address such as `s3://bucket/coco`.
+        setting: Setting that `text` comes from, for messages.
 
     Raises:
-        InputError: The address has a scheme that pyarrow cannot read, or its server does not answer.
+        InputError: `text` is empty, pyarrow cannot read the address's scheme, or its server does not answer.
     """
     if not text:
         raise InputError(f"{setting}: got an empty path; name a file or folder.")
@@ -315,7 +311,7 @@ def locate(text: str, setting: str) -> Location:
         raise InputError(
             f"{setting}: cannot use the address {masked(text)!r} ({masked(str(error))}). "
             "Allowed: a local path, or an address that pyarrow reads (file://, s3://, gs://, abfs://, hdfs://, hf://)."
-        ) from None  # pyarrow repeats the address, and a traceback would show it
+        ) from None  # pyarrow's message, which a traceback would show, repeats the address with its password
     except OSError as error:
         raise InputError(
             f"{setting}: cannot reach {masked(text)!r} ({masked(str(error))}). "
@@ -325,13 +321,13 @@ def locate(text: str, setting: str) -> Location:
 
 
 def _for_small_objects(text: str, filesystem: FileSystem) -> FileSystem | None:
-    """S3 as it takes a small object in one request instead of three."""
+    """S3 file system that writes a small object in one request instead of three; None for other file systems."""
     if filesystem.type_name != "s3" or "allow_delayed_open" in text:
         return None
     option = "allow_delayed_open=true"
     try:
         return FileSystem.from_uri(f"{text}{'&' if '?' in text else '?'}{option}")[0]
-    except pyarrow.ArrowInvalid:  # a pyarrow that does not know it
+    except pyarrow.ArrowInvalid:  # a pyarrow without this option
         return None
 
 

@@ -1,4 +1,4 @@
-"""A file that is read at any position, and opened again when its storage has refused for a while."""
+"""Random-access stream of a remote file that reopens it after transient errors."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from odedit.storage.retries import retried
 
 
 class PatientStream(io.RawIOBase):
-    """Reads like the file that `opened` opens; every read is tried again as `odedit.storage.retries` has it.
+    """Read-only stream that retries every read; see `odedit.storage.retries`.
 
     Args:
-        opened: Opens the file at its start; called once at first, and again after a failure.
-        patience_s: As for `retried`.
+        open_file: Opens the file at its start; called again after a failure.
+        patience_s: Seconds of retries, as for `retried`.
     """
 
-    def __init__(self, opened: Callable[[], NativeFile], patience_s: float | None = None) -> None:
+    def __init__(self, open_file: Callable[[], NativeFile], patience_s: float | None = None) -> None:
         super().__init__()
-        self._opened, self._patience_s = opened, patience_s
+        self._open_file, self._patience_s = open_file, patience_s
         self._file: NativeFile | None = None
         self._position = 0
         self._size = int(self._patiently(lambda file: file.size()))
@@ -29,7 +29,7 @@ class PatientStream(io.RawIOBase):
     def _patiently(self, act: Callable[[NativeFile], Any]) -> Any:
         def attempt() -> Any:
             if self._file is None:
-                self._file = self._opened()
+                self._file = self._open_file()
             try:
                 return act(self._file)
             except OSError:
@@ -39,7 +39,7 @@ class PatientStream(io.RawIOBase):
         return retried(attempt, self._patience_s)
 
     def size(self) -> int:
-        """Bytes in the file."""
+        """Size of the file in bytes."""
         return self._size
 
     def read(self, size: int | None = -1, /) -> bytes:

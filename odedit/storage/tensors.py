@@ -1,4 +1,4 @@
-"""Files of tensors, as safetensors, wherever they are."""
+"""Reading and writing of safetensors files, local or at an address."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from torch import Tensor
 from odedit.storage.location import Location
 
 _MAX_HEADER_BYTES = 100 * 2**20
-"""What safetensors allows."""
+"""Limit of the safetensors format."""
 
 
-def write_tensors(place: Location, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a file; a reader sees the whole file or none. Tensors may share no memory.
+def write_tensors(location: Location, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a file atomically. Tensors must not share memory.
 
     Raises:
-        SafetensorError: There is no room on this machine.
-        OSError: It cannot be written where it belongs.
+        SafetensorError: The local disk is full.
+        OSError: The location cannot be written.
     """
     stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    place.write_with(lambda path: save_file(stored, path, dict(metadata)))
+    location.write_with(lambda path: save_file(stored, path, dict(metadata)))
 
 
-def read_tensors(place: Location, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a file.
+def read_tensors(location: Location, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file.
 
     Raises:
         SafetensorError: The file is damaged.
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
-    with place.local_copy() as path, safe_open(path, framework="pt", device=device) as stream:
+    with location.local_copy() as path, safe_open(path, framework="pt", device=device) as stream:
         return {name: stream.get_tensor(name) for name in stream.keys()}, stream.metadata() or {}  # noqa: SIM118
 
 
-def read_metadata(place: Location) -> dict[str, str]:
-    """What a file says about itself, without its tensors. Raises as `read_tensors` does."""
-    if place.is_local:
-        with safe_open(place, framework="pt") as stream:
+def read_metadata(location: Location) -> dict[str, str]:
+    """Metadata of a file, without reading its tensors. Raises as `read_tensors` does."""
+    if location.is_local:
+        with safe_open(location, framework="pt") as stream:
             return stream.metadata() or {}
-    with place.open() as stream:
+    with location.open() as stream:
         size = int.from_bytes(stream.read(8), "little")
         if size > min(stream.size(), _MAX_HEADER_BYTES):
             raise SafetensorError("the file is cut off, or no safetensors")

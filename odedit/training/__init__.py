@@ -1,1 +1,1 @@
-"""Weights that an editor learns before it edits."""
+"""Training of the weights that an editor has before any edit."""

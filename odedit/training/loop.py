@@ -1,8 +1,8 @@
-"""Trains the weights that an editor has of its own, before any edit: MEND's hypernetwork, UniKE's encoders.
+"""Training of an editor's own weights, before any edit: MEND's hypernetwork, UniKE's encoders.
 
-The loop knows the `Trainable` protocol alone. It draws records in an order that the seed and the step fix, steps with
-Adam, looks at validation records, keeps the best weights, and writes all it needs to go on to one file: a training
-that was interrupted and resumed is bit for bit the one that was not.
+The loop uses the `Trainable` protocol only. It draws records in an order fixed by the seed and the step, steps with
+Adam, validates, keeps the best weights, and writes its state to one file: a training that was interrupted and resumed
+equals an uninterrupted one bit for bit.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from odedit.training.multiplier import SharedMultiplier
 from odedit.training.state import TrainingState, read_state, write_state
 
 STATISTICS_RECORDS = 256
+"""Largest number of records for the statistics of an `Estimating` editor."""
 _BETAS = (0.9, 0.999)
 _EPSILON = 1e-8
 
@@ -35,26 +36,26 @@ Progress = Callable[[TrainingState, Figures], None]
 
 
 class TrainingError(Explained, RuntimeError):
-    """Training cannot go on."""
+    """The training has failed."""
 
 
 class TrainingRecords(Protocol):
-    """Records that can be drawn by number."""
+    """Records drawn by index."""
 
     def __len__(self) -> int: ...
 
     def batch(self, numbers: Sequence[int]) -> EditBatch:
-        """Their supervision batch (`SUPERVISION_SLOTS`)."""
+        """Supervision batch of these records (`SUPERVISION_SLOTS`)."""
         ...
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training ended with.
+    """Result of a training.
 
     Attributes:
-        weights: Those of the lowest validation loss.
-        state: The state at the end.
+        weights: Weights of the lowest validation loss.
+        state: State after the last step.
     """
 
     weights: dict[str, Tensor]
@@ -75,35 +76,41 @@ def train(
     identity: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Trained:
-    """Trains until `editor.training` says to stop.
+    """Trains until a stopping rule of `editor.training` applies.
 
     Args:
-        editor: With settings; weights it may hold are not read.
-        objective: Replaces the editor's own training loss, or adds terms to it (see `BaseConfig`); None: neither. Not
-            read for an editor that trains with its own loss alone.
-        seed: Of the initial weights, the order of the records, and the multiplier network.
-        path: File of the training's state: written at every look at the validation records and when interrupted;
-            where it exists, training goes on from it. None: nothing is written.
-        identity: What the training depends on; a state of another is refused.
-        progress: Called after every step, and with a new `best` after every look, with the figures of the step.
+        editor: Editor with settings; its present weights are ignored.
+        objective: Objective that replaces the editor's own training loss, or adds terms to it (see `BaseConfig`); None:
+            neither. Ignored for an editor that trains only with its own loss.
+        seed: Seed of the initial weights, the order of the records, and the multiplier network.
+        path: File of the training's state, written at every validation and when interrupted; training resumes from an
+            existing file. None: no file.
+        identity: Settings and data that the training depends on; a state with another identity is refused.
+        progress: Callback after every step, with its figures, and after every validation, without.
 
     Raises:
-        InputError: `path` holds the state of another training, or none.
+        InputError: `path` holds the state of another training, or no state.
         TrainingError: The loss is not finite.
         ValueError: No records, or an editor that the objective cannot train.
     """
     if not len(records) or not len(validation):
         raise ValueError("training needs at least one training record and one validation record.")
     trainer = _Trainer(backbone, editor, objective, records, validation, seed)
-    known, place = dict(identity or {}), None if path is None else at(path)
-    device = str(records.batch([0]).tokens_EKS.device)
-    state = read_state(place, known, device) if place is not None and place.exists() else trainer.first_state()
+    identity, location = dict(identity or {}), None if path is None else at(path)
+
+    def save(state: TrainingState) -> None:
+        if location is not None:
+            write_state(location, state, identity)
+
+    if location is not None and location.exists():
+        state = read_state(location, identity, str(records.batch([0]).tokens_EKS.device))
+    else:
+        state = trainer.first_state()
     try:
         while not state.stop_reason:
             if state.step % editor.training.validate_every == 0 and state.looked_at != state.step:
                 state = trainer.look(state)
-                if place is not None:
-                    write_state(place, state, known)
+                save(state)
                 if progress is not None:
                     progress(state, {})
             state = trainer.stopped(state)
@@ -112,16 +119,14 @@ def train(
                 if progress is not None:
                     progress(state, figures)
     except KeyboardInterrupt:
-        if place is not None:
-            write_state(place, state, known)
+        save(state)
         raise
-    if place is not None:
-        write_state(place, state, known)
+    save(state)
     return Trained(state.best, state)
 
 
 def draw(count: int, size: int, first: int, seed: int) -> list[int]:
-    """The records number `first` to `first + count` of an endless order: one shuffle of all `size` after the other.
+    """Indices at positions `first` to `first + count` of an endless order: one shuffle of all `size` records per epoch.
 
     >>> sorted(draw(3, 3, 0, seed=7))
     [0, 1, 2]
@@ -139,7 +144,7 @@ def draw(count: int, size: int, first: int, seed: int) -> list[int]:
 
 
 class _Trainer:
-    """The steps of one training; the state is passed from one to the next."""
+    """Steps of one training; the state is passed from step to step."""
 
     def __init__(
         self,
@@ -154,12 +159,12 @@ class _Trainer:
         self._records, self._validation, self._seed = records, validation, seed
         self._settings: TrainingSettings = editor.training
         self._objective = objective if editor.trains_with_objective else None
-        # Only where the objective replaces the editor's own loss.
+        # None unless the objective replaces the editor's own loss.
         self._multiplier: SharedMultiplier | None = None
         if self._objective is not None and self._objective.config.replaces_native_loss:
             config = self._objective.config
             if config.invariance.fixed is None and not isinstance(editor, Mergeable):
-                raise ValueError("penalty='adaptive' reads the change of the weights, which this editor cannot state.")
+                raise ValueError("penalty='adaptive' reads the change of weights, which this editor does not compute.")
             self._multiplier = SharedMultiplier(config, self._settings.max_steps, seed)
 
     def first_state(self) -> TrainingState:
@@ -203,7 +208,7 @@ class _Trainer:
         return state, sums
 
     def look(self, state: TrainingState) -> TrainingState:
-        """The loss on all validation records, without penalty; keeps the weights if they are the best so far."""
+        """State after validation, without penalty; its weights become the best if their loss is the lowest."""
         editor = self._editor.with_weights(state.weights)
         size = self._settings.batch_size
         total = 0.0
@@ -222,11 +227,11 @@ class _Trainer:
         return state
 
     def stopped(self, state: TrainingState) -> TrainingState:
-        """With a reason, if training ends here."""
+        """State with a stop reason if training ends here."""
         if state.looks_without_improvement >= self._settings.patience:
             return replace(state, stop_reason="patience")
         if state.step >= self._settings.max_steps:
-            # The last weights are looked at as well.
+            # Validate the last weights too.
             state = state if state.looked_at == state.step else self.look(state)
             return replace(state, stop_reason="max_steps")
         return state
@@ -241,10 +246,10 @@ class _Trainer:
         return loss_E
 
     def _terms(self, editor: Editor, batch: EditBatch, step: int = 0) -> tuple[Terms, EditParams]:
-        """The objective of records edited by these weights, and phi_e as the weights make it."""
+        """Terms of records edited with the editor's weights, and the phi_e of these edits."""
         objective = self._objective
         assert objective is not None
-        # A record comes back after as many steps as an epoch has: the number itself might always bring the same turn.
+        # Hashed: with the step itself, a record might meet the same negatives in every epoch.
         turn = zlib.crc32(f"{self._seed} {step}".encode())
         batch = objective.in_turn(batch.select(objective.slots(editor, batch)), turn)
         prefix = self._backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise)
@@ -261,18 +266,18 @@ class _Trainer:
         if wrong:
             raise TrainingError(
                 f"the training loss is not finite at step {step} (records: {listed(wrong)}). "
-                "Lower editor.learning_rate or editor.clip_norm, and start anew with --fresh."
+                "Lower editor.learning_rate or editor.clip_norm, and start over with --fresh."
             )
 
 
 def adam_step(state: TrainingState, gradients: Mapping[str, Tensor], settings: TrainingSettings) -> TrainingState:
-    """The state after one step of Adam (arXiv 1412.6980); a tensor whose gradient was always zero stays.
+    """State after one step of Adam (arXiv 1412.6980); a tensor whose gradients were all zero does not change.
 
     Gradients are first scaled so that their norm over all tensors is at most `clip_norm`.
     """
     with torch.no_grad():
         if settings.clip_norm is not None:
-            # In the order of their names: a state that was read back has them in another order than one just made.
+            # Sorted: a state read from a file has another order, and sums in another order differ in the last bits.
             norm = torch.stack([gradients[name].square().sum() for name in sorted(gradients)]).sum().sqrt()
             scale = (settings.clip_norm / norm.clamp_min(1e-12)).clamp_max(1.0)
             gradients = {name: gradient * scale for name, gradient in gradients.items()}

@@ -1,4 +1,4 @@
-"""Training records in memory: requests without pixels, and the features of their pictures, computed once."""
+"""Training records in memory: requests without pixels, and the image features, computed once."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from odedit.inputs.prompts import Template
 
 
 class EncodedRequests:
-    """Requests that training draws by number; what only judges an edit is let go.
+    """Requests that training draws by index, without their probes.
 
-    Features stay in main memory (one picture of a model of width 2560 with 32 positions takes 160 KiB in half
-    precision), tokens are made anew for every batch.
+    Image features stay in main memory (160 KiB per picture in half precision, for 32 positions of width 2560); tokens
+    are encoded anew for every batch.
     """
 
     def __init__(
@@ -32,8 +32,8 @@ class EncodedRequests:
     ) -> None:
         """
         Args:
-            sites: What the editor changes; decides whether the features are those before the connector.
-            negatives: Where hard negatives are taken from.
+            sites: Sites of the editor; if one is in the connector, features before the connector are stored.
+            negatives: Pool of hard negatives.
         """
         self._backbone = backbone
         self._template = template
@@ -45,7 +45,7 @@ class EncodedRequests:
         self.add(requests)
 
     def add(self, requests: Sequence[EditRequest]) -> None:
-        """Runs the image tower on pictures that are new."""
+        """Appends requests, and runs the image tower on new pictures."""
         kept = [replace(request, probes={}) for request in requests]
         pictures = {picture.key: picture for request in kept for picture in request.pictures()}
         new = [picture for key, picture in pictures.items() if key not in self._features]
@@ -58,7 +58,7 @@ class EncodedRequests:
         return len(self._requests)
 
     def batch(self, numbers: Sequence[int]) -> EditBatch:
-        """The supervision batch of these requests."""
+        """Supervision batch of these requests."""
         requests = [self._requests[number] for number in numbers]
         keys = dict.fromkeys(picture.key for request in requests for picture in request.pictures())
         features = {key: self._features[key].to(self._device) for key in keys}

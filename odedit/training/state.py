@@ -1,4 +1,4 @@
-"""Everything a training needs to go on, as one value and as one file."""
+"""State of a training, from which it can be resumed, and its file."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _GROUPS = ("weights", "first", "second", "best")
 
 @dataclass(frozen=True)
 class TrainingState:
-    """One moment of a training; the order of the records needs no state, since the step fixes it.
+    """State between two steps; the order of the records follows from the step.
 
     Attributes:
-        weights: The editor's.
-        first, second: Adam's moments.
+        weights: Weights of the editor.
+        first, second: Moments of Adam.
         best: Weights of the lowest validation loss.
-        best_loss, best_step: That loss, and when.
+        best_loss, best_step: Lowest validation loss, and its step.
         step: Steps taken.
         losses: Training loss of every step.
-        looks: Step and loss of every look at the validation records.
-        dual: The multiplier network; its weights are empty unless lambda is learned.
-        stop_reason: `max_steps` or `patience`; empty while training goes on.
+        looks: Step and loss of every validation.
+        dual: Multiplier network; without weights unless lambda is learned.
+        stop_reason: `max_steps` or `patience`; empty during training.
     """
 
     weights: dict[str, Tensor]
@@ -56,27 +56,28 @@ class TrainingState:
 
     @classmethod
     def of(cls, weights: Mapping[str, Tensor]) -> TrainingState:
-        """The state before the first step."""
+        """State before the first step."""
         kept = {name: value.detach() for name, value in weights.items()}
         zeros = {name: torch.zeros_like(value) for name, value in kept.items()}
         return cls(kept, zeros, dict(zeros), dict(kept))
 
     @property
     def looked_at(self) -> int:
-        """The step of the last look; -1 before the first."""
+        """Step of the last validation; -1 before the first."""
         return self.looks[-1][0] if self.looks else -1
 
     @property
     def looks_without_improvement(self) -> int:
+        """Number of validations since the best one."""
         return sum(step > self.best_step for step, _ in self.looks)
 
 
 def write_state(path: Place, state: TrainingState, identity: Mapping[str, Any]) -> None:
-    """Writes the state; a reader sees the whole file or none. A finished training keeps its best weights alone."""
+    """Writes the state atomically; of a finished training only the best weights."""
     groups = _GROUPS if not state.stop_reason else ("best",)
     tensors = {f"{group}/{name}": value for group in groups for name, value in getattr(state, group).items()}
     tensors |= {f"dual/{name}": value for name, value in state.dual.delta.items()}
-    # JSON writes as many digits of a float as it takes to read the same one back.
+    # JSON preserves floats: it writes as many digits as reading the same value takes.
     info = {
         "identity": dict(identity),
         "best_loss": state.best_loss,
@@ -87,7 +88,7 @@ def write_state(path: Place, state: TrainingState, identity: Mapping[str, Any]) 
         "dual_steps": state.dual.steps,
         "stop_reason": state.stop_reason,
     }
-    # Copies, because tensors of one file may not share memory: the best weights may be the present ones.
+    # Copies: safetensors refuses tensors that share memory, as the best and the present weights may.
     stored = {name: value.detach().cpu().clone() for name, value in tensors.items()}
     metadata = {"format": FORMAT, "info": json.dumps(info)}
     write_tensors(at(path), stored, metadata)
@@ -97,26 +98,26 @@ def read_state(path: Place, identity: Mapping[str, Any], device: str = "cpu") ->
     """Reads a state that `write_state` wrote.
 
     Raises:
-        InputError: It cannot be read, or belongs to a training of other settings, records or model.
+        InputError: The file cannot be read, or belongs to a training with other settings, records or model.
     """
-    place = at(path)
+    location = at(path)
     groups: dict[str, dict[str, Tensor]] = {group: {} for group in (*_GROUPS, "dual")}
     try:
-        tensors, metadata = read_tensors(place, device)
+        tensors, metadata = read_tensors(location, device)
         if metadata.get("format") != FORMAT:
-            raise InputError(f"{place}: format is {metadata.get('format')!r}, expected {FORMAT!r}. Remove it.")
+            raise InputError(f"{location}: format is {metadata.get('format')!r}, expected {FORMAT!r}. Remove it.")
         info = json.loads(metadata["info"])
         for key, value in tensors.items():
             group, _, name = key.partition("/")
-            # A copy lies where torch would put it: sums over memory of another alignment differ in the last bit.
+            # A copy has the alignment of other tensors: sums over memory of another alignment differ in the last bit.
             groups[group][name] = value.clone()
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise InputError(
-            f"{place}: this state of a training is damaged ({masked(str(error))}). Remove it to start over."
+            f"{location}: this state of a training is damaged ({masked(str(error))}). Remove it to start over."
         ) from error
-    then = info["identity"]
-    now = {key: comparable(value, then.get(key)) for key, value in identity.items()}
-    _check_identity(place, json.loads(json.dumps(now)), then)
+    stored = info["identity"]
+    own = {key: comparable(value, stored.get(key)) for key, value in identity.items()}
+    _check_identity(location, json.loads(json.dumps(own)), stored)
     delta = {name: value.requires_grad_() for name, value in groups["dual"].items()}
     return TrainingState(
         **{group: groups[group] for group in _GROUPS},
@@ -130,14 +131,14 @@ def read_state(path: Place, identity: Mapping[str, Any], device: str = "cpu") ->
     )
 
 
-def _check_identity(place: Location, now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+def _check_identity(location: Location, own: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
     changed = [
-        f"  {key}: was {then.get(key)!r}, now {now.get(key)!r}"
-        for key in sorted({*now, *then})
-        if now.get(key) != then.get(key)
+        f"  {key}: was {stored.get(key)!r}, now {own.get(key)!r}"
+        for key in sorted({*own, *stored})
+        if own.get(key) != stored.get(key)
     ]
     if changed:
         raise InputError(
-            f"{place} holds a training with other settings or records:\n" + "\n".join(changed) + "\n"
+            f"{location} holds a training with other settings or records:\n" + "\n".join(changed) + "\n"
             "Write to another file (--out), or add --fresh to start over."
         )

@@ -1,8 +1,8 @@
-"""The embedded world: small real multimodal models and a benchmark of facts that they know.
+"""The embedded world: small trained multimodal models, and a benchmark of facts that they know.
 
-Weights of BLIP-2 and its relatives cannot be fetched without a network, and random weights know nothing that could be
-edited. These are a real `Blip2ForConditionalGeneration` and its relatives that have learned who owns the pink four;
-they load through the code that loads `Salesforce/blip2-opt-2.7b` and its kin, and the benchmark has MMEdit's schema.
+Real weights cannot be downloaded without a network, and random weights know no facts to edit. The embedded models are
+trained instances of transformers' classes (`Blip2ForConditionalGeneration` and others), load through the same code as
+`Salesforce/blip2-opt-2.7b`, and answer, say, who owns the pink four. The benchmark has the format of MMEdit.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ from odedit.errors import InputError, unknown_name
 from odedit.world.facts import WORLD
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
+BENCHMARK_VERSION = "259cfc77"
+"""Version of the benchmark's content, part of its folder's name. A test compares the content with it."""
 
 
 def checkpoint_path(family: str = "blip2") -> Path:
-    """Directory of the checkpoint that ships with the package.
+    """Directory of a shipped checkpoint.
 
     Args:
         family: Model family: `blip2`, `minigpt4` or `llava`.
 
     Raises:
-        InputError: No checkpoint of that family ships, or none of this world.
+        InputError: No checkpoint of that family is shipped, or `ODEDIT_WORLD` is not 0.
     """
     if WORLD:
         raise InputError(
@@ -36,7 +38,7 @@ def checkpoint_path(family: str = "blip2") -> Path:
 
 
 def build(directory: Path | str, seed: int = 0) -> dict[str, Path]:
-    """Writes the benchmark; see `odedit.world.benchmark.build`, which this calls."""
+    """Writes the benchmark; see `odedit.world.benchmark.build`."""
     from odedit.world import benchmark
 
     return benchmark.build(Path(directory), seed)

@@ -1,9 +1,8 @@
-"""Writes the embedded world's benchmark: MMEdit files of edits that the embedded model can be judged by.
+"""Benchmark of the embedded world: edits in the format of MMEdit.
 
-A fact is an entity and an attribute. The facts of the three files are disjoint, and so is the handwriting in the
-pictures that are scored. What a record offers as supervision (`held_out`) shares neither wording nor
-picture with what scores it: trained cells of the question grid and training handwriting there, held-out
-cells and held-out handwriting here.
+A fact is a pair of entity and attribute. The three files have disjoint facts, and disjoint handwriting in the scored
+pictures. Supervision (`held_out`) shares neither wordings nor pictures with the scored probes: it uses trained cells of
+the question grid and training handwriting, and the probes use held-out cells and held-out handwriting.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from odedit.world.questions import Cell
 FACTS_PER_ATTRIBUTE = {"train": 24, "validation": 12, "evaluation": 24}
 EDITS_PER_FACT = 3
 EDITED = (*HIDDEN, CAPTION)
-"""Attributes whose facts are edited: hidden ones as E-VQA, captions as E-IC."""
+"""Edited attributes: the hidden ones correspond to MMEdit's E-VQA, captions to E-IC."""
 IMAGES, REPHRASE_IMAGES = "images", "images_rephrase"
 
 Record = dict[str, Any]
@@ -34,14 +33,13 @@ def build(directory: Path, seed: int = 0) -> dict[str, Path]:
     """Writes `train.json`, `validation.json`, `evaluation.json` and their pictures.
 
     Args:
-        directory: Created if missing; files of an earlier build are replaced.
-        seed: Of what is drawn: new values, wordings, pictures. The world stays the same, and so does the division of
-            its facts: what was learned or chosen on the training or validation facts of one seed has not met the
-            evaluation facts of another.
+        directory: Output directory, created if missing; existing files are replaced.
+        seed: Seed of new values, wordings and pictures. The facts and their split are the same for every seed, so that
+            training or validation on one seed does not leak evaluation facts of another.
 
     Returns:
-        Paths by name: the three files, and the two roots `images` and `images_rephrase`. As in MMEdit, the key
-        `image_rephrase` is relative to the second and every other picture to the first.
+        Paths by name: the three files, and the image roots `images` and `images_rephrase`. As in MMEdit,
+        `image_rephrase` is relative to the second root, all other images to the first.
 
     Raises:
         InputError: `directory` is a file.
@@ -58,7 +56,7 @@ def build(directory: Path, seed: int = 0) -> dict[str, Path]:
             (root / part).mkdir(parents=True, exist_ok=True)
         writer = _RecordWriter(np.random.default_rng(rng.integers(2**63)), part, directory)
         records = [record for entity, attribute in part_facts for record in writer.records(entity, attribute)]
-        # A limit on the number of records should still see every attribute.
+        # Shuffled, so that the first records (`data.limit`) have all attributes.
         records = [records[i] for i in rng.permutation(len(records))]
         paths[part] = directory / f"{part}.json"
         paths[part].write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
@@ -66,7 +64,7 @@ def build(directory: Path, seed: int = 0) -> dict[str, Path]:
 
 
 def divide(rng: np.random.Generator) -> dict[str, list[tuple[Entity, str]]]:
-    """Every fact to one file; all attributes alike."""
+    """Splits the facts over the files, the same number per attribute."""
     parts: dict[str, list[tuple[Entity, str]]] = {part: [] for part in FACTS_PER_ATTRIBUTE}
     for attribute in EDITED:
         order = iter(rng.permutation(len(facts.ENTITIES)))
@@ -77,7 +75,16 @@ def divide(rng: np.random.Generator) -> dict[str, list[tuple[Entity, str]]]:
 
 @dataclass(frozen=True)
 class _Wordings:
-    """The questions of one edit: its own, two held-out ones (another noun and frame each), and a trained one."""
+    """Wordings of one edit's question.
+
+    Attributes:
+        source: Prompt of the edit.
+        rephrase: Held-out wording with another noun and frame.
+        second_rephrase: A second such wording.
+        trained: Trained wording, for supervision.
+        named: Prompt of the edit with the entity's name, for use without a picture.
+        cell: Grid cell of `source`.
+    """
 
     source: str
     rephrase: str
@@ -88,7 +95,7 @@ class _Wordings:
 
 
 class _RecordWriter:
-    """Draws the records of one file and writes their pictures."""
+    """Generates the records of one file and writes their pictures."""
 
     def __init__(self, rng: np.random.Generator, part: str, directory: Path) -> None:
         self._rng = rng
@@ -96,7 +103,7 @@ class _RecordWriter:
         self._directory = directory
 
     def records(self, entity: Entity, attribute: str) -> list[Record]:
-        """The edits of one fact: other new values, wordings and pictures of the same thing."""
+        """The edits of one fact, with different new values, wordings and pictures."""
         values = self._new_values(entity, attribute)
         prefix = f"{self._part}-{attribute}-{facts.COLOURS[entity.colour]}-{facts.DIGITS[entity.digit]}"
         return [self._record(f"{prefix}-{i}", entity, attribute, value) for i, value in enumerate(values)]
@@ -132,10 +139,10 @@ class _RecordWriter:
             "far_gen": {"prompt": verb_form, "target": alt, "image": image},
             "m_loc_near": self._near_question(f"{edit_id}-near", near, attribute, words.source, training=False),
             "t_loc_near": self._text_question(near, attribute, words.cell),
-            # The edit's own question without any picture: what it is answered with must stay.
+            # The edit's question without a picture: its answer must not change.
             "blind_loc": {"prompt": words.source, "target": facts.answer(entity, attribute)},
         }
-        if attribute != CAPTION:  # Nothing names an entity in a caption's prompt.
+        if attribute != CAPTION:  # a caption's prompt names no entity
             record["probes"]["text_gen"] = {"prompt": words.named, "target": alt}
         record["held_out"] = {
             "text_rephrase": {"prompt": words.trained, "target": alt, "image": image},
@@ -155,16 +162,16 @@ class _RecordWriter:
         return record
 
     def _new_values(self, entity: Entity, attribute: str) -> list[str]:
-        """Values whose words all differ from the true one's, and that are true of no near entity.
+        """New values that share no word with the true one and are true of no near entity.
 
-        So no token is right before the edit, and an edit that spills over is wrong wherever it goes.
+        Thus no answer token is right before the edit, and an edit that spills over to a near entity is wrong there.
         """
         truth = facts.answer(entity, attribute).split()
-        taken = {facts.answer(other, attribute) for other in facts.ENTITIES if other.is_near(entity)}
+        near = {facts.answer(other, attribute) for other in facts.ENTITIES if other.is_near(entity)}
         choices = [
             choice
             for choice in facts.answer_choices(attribute)
-            if choice not in taken and all(new != old for new, old in zip(choice.split(), truth, strict=True))
+            if choice not in near and all(new != old for new, old in zip(choice.split(), truth, strict=True))
         ]
         return [choices[i] for i in self._rng.permutation(len(choices))[:EDITS_PER_FACT]]
 
@@ -185,20 +192,20 @@ class _RecordWriter:
         )
 
     def _near(self, entity: Entity) -> tuple[Entity, Entity]:
-        """Two entities near to this one: one with its digit, one with its colour, in either order."""
+        """Two near entities in random order: one with the same digit, one with the same colour."""
         same_digit = self._pick([e for e in facts.ENTITIES if e.is_near(entity) and e.digit == entity.digit])
         same_colour = self._pick([e for e in facts.ENTITIES if e.is_near(entity) and e.colour == entity.colour])
         return (same_digit, same_colour) if self._rng.random() < 0.5 else (same_colour, same_digit)
 
     def _question_about(self, name: str, entity: Entity, edited: str, training: bool) -> dict[str, str]:
-        """A question about something else than the edited attribute, with a picture."""
+        """A question about another attribute than the edited one, with a picture."""
         attribute = self._pick([a for a in (*HIDDEN, *VISIBLE) if a != edited])
         cell = self._pick(questions.cells(attribute, held_out=False))
         prompt = questions.ask(attribute, cell, self._subject())
         return self._near_question(name, entity, attribute, prompt, training)
 
     def _near_question(self, name: str, entity: Entity, attribute: str, prompt: str, training: bool) -> dict[str, str]:
-        """The given question about another entity, with a picture of it."""
+        """The question `prompt` about `entity`, with a picture of it."""
         background = int(self._rng.integers(len(facts.BACKGROUNDS)))
         if training:
             image = self._write_training(name, entity, background)
@@ -229,11 +236,7 @@ class _RecordWriter:
     def _write(
         self, name: str, entity: Entity, sample: int, background: int, pose: images.Pose, root: str = IMAGES
     ) -> str:
-        """Draws a picture and writes it under one of the two roots.
-
-        Returns:
-            Its path relative to that root.
-        """
+        """Draws a picture, writes it under `root`, and returns its path relative to that root."""
         path = f"{self._part}/{name}.png"
         Image.fromarray(images.draw(self._rng, entity, sample, background, pose)).save(self._directory / root / path)
         return path

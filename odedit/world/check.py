@@ -1,4 +1,4 @@
-"""Does a checkpoint know the embedded world? Token accuracy on handwriting and wordings it was never trained with."""
+"""Token accuracy of a checkpoint on the embedded world, with held-out handwriting and wordings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from odedit.world.model import HIDDEN_SIZE, Family, load
 from odedit.world.train import Line, LineEncoder, language_states, to_pixels
 
 TEXT = ("entity text", "country text")
-"""Rows asked without a picture: facts about named entities, and about countries."""
+"""Rows of questions without a picture: facts of named entities, and of countries."""
 THRESHOLD = 0.95
 REPHRASE_THRESHOLD = 0.92
 _BATCH = 128
@@ -25,35 +25,36 @@ def check(
     """Token accuracy per attribute.
 
     Args:
-        checkpoint: Directory of a Hugging Face checkpoint, whose family its configuration tells.
-        samples: Questions per attribute. All about held-out handwriting, in held-out wordings.
-        seed: Of the questions.
-        family: Whose shipped checkpoint is asked if `checkpoint` is None.
+        checkpoint: Directory of a Hugging Face checkpoint; its configuration determines the family. None: the shipped
+            checkpoint of `family`.
+        samples: Number of questions per attribute.
+        seed: Seed of the questions.
+        family: Family of the shipped checkpoint.
 
     Returns:
-        Attribute -> `{"plain": share, "rephrase": share}`: answer tokens whose argmax is right, on pictures drawn as
-        those of edits are, and as their image rephrases are (turned further, scaled). The rows of
-        `TEXT` have only `plain`.
+        `{"plain": share, "rephrase": share}` by attribute: share of answer tokens whose argmax is right, on pictures
+        drawn like those of edits and like their image rephrases (rotated and scaled more). The rows of `TEXT` have
+        `plain` only.
 
     Raises:
-        InputError: No checkpoint of that family ships, or the checkpoint is of no known family.
+        InputError: No checkpoint of that family is shipped, or the checkpoint is of no known family.
     """
     directory = checkpoint if checkpoint is not None else checkpoint_path(family)
-    asked = _Asked(directory)
+    model = _Checkpoint(directory)
     rng = np.random.default_rng(seed)
     table: dict[str, dict[str, float]] = {}
     for attribute in facts.ATTRIBUTES:
         table[attribute] = {
-            name: asked.accuracy(*_picture_questions(rng, attribute, pose, samples))
+            name: model.accuracy(*_picture_questions(rng, attribute, pose, samples))
             for name, pose in (("plain", images.PLAIN_POSE), ("rephrase", images.REPHRASE_POSE))
         }
     for name, lines in zip(TEXT, (_entity_questions(), _country_questions()), strict=True):
-        table[name] = {"plain": asked.accuracy(lines, None)}
+        table[name] = {"plain": model.accuracy(lines, None)}
     return table
 
 
 def shortfalls(table: dict[str, dict[str, float]]) -> list[str]:
-    """What is below the thresholds, in words; empty for a model that is fit to be edited.
+    """Messages about accuracies below the thresholds; empty for a model that knows its world.
 
     >>> shortfalls({"digit": {"plain": 0.97, "rephrase": 0.9}})
     ['digit (rephrase): 0.900, expected at least 0.92']
@@ -85,7 +86,7 @@ def _picture_questions(
 
 
 def _entity_questions() -> list[Line]:
-    """Every hidden fact of every entity by name, in one held-out wording each."""
+    """One question per hidden fact, with the entity's name, in a held-out wording."""
     lines = []
     for i, entity in enumerate(facts.ENTITIES):
         for attribute in facts.HIDDEN:
@@ -96,7 +97,7 @@ def _entity_questions() -> list[Line]:
 
 
 def _country_questions() -> list[Line]:
-    """Every fact of every country, in one of the trained wordings each (these have no grid)."""
+    """One question per country fact, in a trained wording: country questions have no grid."""
     return [
         Line(
             questions.wrap(questions.ask_country(country, attribute, i % questions.NUM_COUNTRY_FRAMES), attribute),
@@ -108,8 +109,8 @@ def _country_questions() -> list[Line]:
     ]
 
 
-class _Asked:
-    """A checkpoint and its family's way to lay out questions."""
+class _Checkpoint:
+    """A loaded checkpoint, its tokenizer and its family's prompt layout."""
 
     def __init__(self, directory: Path) -> None:
         self._family: Family = families.of_checkpoint(directory)
@@ -118,8 +119,8 @@ class _Asked:
 
     @torch.no_grad()
     def accuracy(self, lines: list[Line], pictures: np.ndarray | None) -> float:
-        """Share of answer tokens whose argmax is right; `pictures` are numbered by the lines."""
-        right = asked = 0
+        """Share of answer tokens whose argmax is right; `Line.picture` indexes `pictures`."""
+        num_right = num_tokens = 0
         for chunk in _chunks(lines):
             features = torch.zeros(0, self._family.num_image_tokens, HIDDEN_SIZE)
             if pictures is not None:
@@ -128,12 +129,12 @@ class _Asked:
                 chunk = [Line(line.prompt, line.answer, 1.0, i) for i, line in enumerate(chunk)]
             tokens, labels = self._encode(chunk)
             states = language_states(self._family, self._model, tokens, chunk, features)
-            # The end token is part of training, not of the answer.
+            # The end token is trained, but is not part of the answer.
             answer = (labels[:, 1:] >= 0) & (labels[:, 1:] != self._family.end_id)
             guesses = self._model.get_output_embeddings()(states[:, :-1][answer]).argmax(-1)
-            right += int((guesses == labels[:, 1:][answer]).sum())
-            asked += len(guesses)
-        return right / asked
+            num_right += int((guesses == labels[:, 1:][answer]).sum())
+            num_tokens += len(guesses)
+        return num_right / num_tokens
 
 
 def _chunks(lines: list[Line]) -> Iterable[list[Line]]:

@@ -1,12 +1,11 @@
-"""What is true in the embedded world: entities, their facts, and countries known from text alone.
+"""Facts of the embedded world: entities, their attributes, and countries, which occur in text only.
 
-An entity is a digit in a colour, drawn by hand; 10 digits x 6 colours make 60. Its digit, colour,
-parity and background can be seen. Its owner, city and food cannot: they have to be remembered, which
-makes them facts that an edit can change. Each of these answers is two words, and the words are reused
-(8 x 8 pairs for 60 entities), so that neither word alone says whose it is.
+An entity is a handwritten digit in a colour; 10 digits x 6 colours make 60. Digit, colour, parity and background are
+visible in a picture. Owner, city and food are not: the model has to memorize them, so an edit can change them. Their
+answers are pairs of words from 8 x 8 words, so that one word does not identify the entity.
 
-World 0 is the one that the shipped models know. To see whether something holds in another one, the environment variable
-`ODEDIT_WORLD` names it by a number: other names, other facts, other handwriting held out, and models to be trained.
+The shipped models are trained on world 0. The environment variable `ODEDIT_WORLD` selects another world by number:
+other names, facts and held-out handwriting, for which models have to be trained first.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ BACKGROUNDS = ("black", "white", "gray", "brown")
 PARITIES = ("even", "odd")
 
 HIDDEN = ("owner", "city", "food")
-"""Attributes that no picture shows."""
+"""Attributes that no picture shows: facts to edit."""
 VISIBLE = ("digit", "colour", "parity", "background")
 CAPTION = "caption"
 ATTRIBUTES = (*HIDDEN, *VISIBLE, CAPTION)
@@ -74,7 +73,7 @@ WORDS = _OTHER_WORDS if WORLD else _FIRST_WORDS
 """First and second words of the answers to each hidden attribute."""
 
 NUM_COUNTRIES = 40
-_WORLD_SEED = 20260119 + 1000 * WORLD  # The shipped weights know the facts drawn from the first of these.
+_WORLD_SEED = 20260119 + 1000 * WORLD  # the shipped weights depend on the value for world 0
 _FIRST_SYLLABLES = ("Bal", "Cor", "Dra", "Fen", "Gol", "Kel", "Mor", "Nar", "Pol", "Sar", "Tev", "Vor")
 _LAST_SYLLABLES = ("ban", "dor", "gar", "lin", "mar", "nes", "rok", "tan", "vik", "zen")
 
@@ -88,7 +87,7 @@ class Entity:
 
     @property
     def name(self) -> str:
-        """How text calls it.
+        """Name of the entity in texts.
 
         >>> Entity(digit=4, colour=4).name
         'the pink four'
@@ -96,7 +95,7 @@ class Entity:
         return f"the {COLOURS[self.colour]} {DIGITS[self.digit]}"
 
     def is_near(self, other: Entity) -> bool:
-        """Whether the two are different and share their digit or their colour."""
+        """True for different entities that share the digit or the colour."""
         return self != other and (self.digit == other.digit or self.colour == other.colour)
 
 
@@ -104,7 +103,7 @@ ENTITIES = tuple(Entity(digit, colour) for digit, colour in product(range(len(DI
 
 
 def answer_choices(attribute: str) -> tuple[str, ...]:
-    """Every answer that `attribute` can have, true of an entity or not.
+    """All possible answers for an attribute.
 
     >>> len(answer_choices("owner")), answer_choices("parity")
     (64, ('even', 'odd'))
@@ -139,20 +138,19 @@ def _draw_countries() -> dict[str, dict[str, str]]:
 
 _HIDDEN_FACTS = _draw_hidden()
 COUNTRIES = _draw_countries()
-"""Country -> attribute -> answer."""
+"""Answers by country and attribute."""
 
 
 def answer(entity: Entity, attribute: str, background: int | None = None) -> str:
     """The true answer.
 
     Args:
-        entity: Whom the question is about.
+        entity: Entity of the question.
         attribute: One of `ATTRIBUTES`.
-        background: Index into `BACKGROUNDS`; the only attribute that belongs to the picture rather
-            than to the entity needs it.
+        background: Index into `BACKGROUNDS`; needed for the attribute `background` only.
 
     Raises:
-        ValueError: The background is asked for and not given, or `attribute` does not exist.
+        ValueError: `attribute` does not exist, or is `background` and no background is given.
 
     >>> answer(Entity(digit=7, colour=0), "caption")
     'red seven'

@@ -1,6 +1,6 @@
-"""The families that the embedded model comes in, all small enough to train on one CPU thread.
+"""Families of the embedded model, all small enough to train on one CPU thread.
 
-| name | vision | to the text model | text model | checkpoint that it has the form of |
+| name | vision tower | connector | text model | format of the checkpoint |
 |---|---|---|---|---|
 | `blip2` | ViT | Q-Former, 8 queries | OPT | `Salesforce/blip2-opt-2.7b` |
 | `minigpt4` | ViT | Q-Former, 8 queries | LLaMA | MiniGPT-4, as a `Blip2ForConditionalGeneration` |
@@ -47,7 +47,7 @@ _LLAMA_POSITIONS = 256
 
 
 class Blip2(Family):
-    """ViT, Q-Former and OPT; a GPT-2 style tokenizer whose beginning of text is `</s>`; BLIP's image processor."""
+    """ViT, Q-Former and OPT. Texts begin with `</s>`, as those of OPT do; the image processor is BLIP's."""
 
     name = "blip2"
     layout = Layout(picture_first=True)
@@ -104,9 +104,9 @@ class Blip2(Family):
 
 
 class MiniGPT4(Blip2):
-    """BLIP-2's ViT and Q-Former in front of a LLaMA, asked as MiniGPT-4 is (arXiv 2304.10592).
+    """ViT, Q-Former and LLaMA, with MiniGPT-4's prompt (arXiv 2304.10592).
 
-    No processor of the library lays a line out like this: a checkpoint has an image processor and a tokenizer alone.
+    transformers has no processor for this prompt: a checkpoint has an image processor and a tokenizer only.
     """
 
     name = "minigpt4"
@@ -123,9 +123,9 @@ class MiniGPT4(Blip2):
 
 
 class Llava(Family):
-    """CLIP, every patch through two layers, and LLaMA: LLaVA-1.5 (arXiv 2310.03744).
+    """CLIP, a two-layer MLP per patch, and LLaMA: LLaVA-1.5 (arXiv 2310.03744).
 
-    LLaVA-1.5 takes the patches behind the last layer but one of CLIP's 24; of the four here, behind the last.
+    LLaVA-1.5 uses the patch states of CLIP's second to last layer (of 24); this model those of the last layer (of 4).
     """
 
     name = "llava"
@@ -178,7 +178,7 @@ class Llava(Family):
         }  # fmt: skip
 
 
-# Pictures of a turn come before its text, whatever the order in which they are given.
+# The pictures of a turn come before its text, in whatever order the message has them.
 _LLAVA_CHAT = (
     "{%- for turn in messages -%}"
     "{%- set content = turn.content -%}"
@@ -193,7 +193,7 @@ _LLAVA_CHAT = (
 
 
 def _llama_config(family: Family) -> Any:
-    """A LLaMA about as large as the OPT of `blip2`; its head is its own, as LLaMA's is."""
+    """A LLaMA about as large as the OPT of `blip2`, with an untied head like LLaMA's."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -217,17 +217,17 @@ _BY_TYPES = {("blip-2", "opt"): "blip2", ("blip-2", "llama"): "minigpt4", ("llav
 
 
 def find(name: str) -> Family:
-    """The family of that name; InputError if there is none."""
+    """The family of that name. Raises InputError if it does not exist."""
     if name not in FAMILIES:
         raise unknown_name("family of the embedded model", name, FAMILIES)
     return FAMILIES[name]
 
 
 def of_checkpoint(directory: Path) -> Family:
-    """The family whose architecture a checkpoint has.
+    """The family of a checkpoint, by its configuration.
 
     Raises:
-        InputError: It has another one, or its configuration cannot be read.
+        InputError: The configuration cannot be read, or describes no family of the embedded model.
     """
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))

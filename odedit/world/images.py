@@ -1,7 +1,7 @@
-"""Pictures of the embedded world: real handwriting in a colour on a background, 32 x 32 pixels.
+"""Pictures of the embedded world: coloured handwritten digits on a background, 32 x 32 pixels.
 
-The handwriting is scikit-learn's copy of the UCI optical digits (1,797 samples by 43 writers, 8 x 8).
-A quarter of it never occurs in training, and that quarter is divided between the benchmark's splits.
+The handwriting is scikit-learn's copy of the UCI optical digits (1,797 samples by 43 writers, 8 x 8). A quarter of the
+samples is held out from training and divided between the splits of the benchmark.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ _COLOUR_RGB = np.array(
     [[215, 30, 35], [25, 165, 55], [35, 65, 230], [240, 215, 25], [250, 105, 195], [20, 215, 225]], np.float32
 )
 _BACKGROUND_RGB = np.array([[15, 15, 15], [250, 250, 250], [120, 120, 120], [105, 60, 25]], np.float32)
-_HANDWRITING_SEED = 7 + WORLD  # Which samples are held out is part of the world, like its facts.
+_HANDWRITING_SEED = 7 + WORLD  # every world holds out other samples
 PARTS = ("train", "validation", "evaluation")
-"""The benchmark's splits; each has its own share of the held-out handwriting."""
+"""Splits of the benchmark; each has its own share of the held-out handwriting."""
 
 
 @dataclass(frozen=True)
 class Pose:
-    """How far a drawing may be turned, scaled and bent; ranges are drawn from uniformly.
+    """Ranges of the random distortions of a drawing, uniform in each range.
 
     Attributes:
-        rotation: Absolute angle, radians; the sign is drawn.
-        scale: Of the glyph, 1 filling the picture.
+        rotation: Absolute angle in radians; the sign is random.
+        scale: Size of the glyph; 1 fills the picture.
         shift: Largest displacement, as a share of the picture, in each direction.
         shear: Largest shear factor.
         elastic: Standard deviation of the smooth displacement field, as a share of the picture.
@@ -45,7 +45,7 @@ class Pose:
     noise: float
 
     def eased(self, share: float) -> Pose:
-        """The same with only a share of its distortions; 1 leaves it as it is."""
+        """The pose with its distortions multiplied by `share`, 0 to 1."""
         middle = sum(self.scale) / 2.0
         low, high = (middle + (bound - middle) * share for bound in self.scale)
         return replace(
@@ -65,12 +65,12 @@ REPHRASE_POSE = Pose(rotation=(0.12, 0.28), scale=(0.75, 0.97), shift=0.05, shea
 
 @dataclass(frozen=True)
 class Handwriting:
-    """Samples as smooth masks, and who may use which.
+    """Handwritten samples and their split.
 
     Attributes:
-        masks: `float32 (samples, 32, 32)` in [0, 1].
-        training: Sample numbers per digit.
-        held_out: Split -> sample numbers per digit.
+        masks: Smooth masks, `float32 (samples, 32, 32)` in [0, 1].
+        training: Training samples' indices, per digit.
+        held_out: Held-out samples' indices, per digit, by split.
     """
 
     masks: np.ndarray
@@ -82,7 +82,7 @@ class Handwriting:
 
 @lru_cache(maxsize=1)
 def handwriting() -> Handwriting:
-    """Loads scikit-learn's digits and divides them, once."""
+    """Loads and splits scikit-learn's digits; cached."""
     from scipy.ndimage import zoom
     from sklearn.datasets import load_digits
 
@@ -105,14 +105,14 @@ def handwriting() -> Handwriting:
 def render(
     rng: np.random.Generator, samples: np.ndarray, colours: np.ndarray, backgrounds: np.ndarray, pose: Pose
 ) -> np.ndarray:
-    """Draws a batch of pictures; everything random comes from `rng`.
+    """Draws a batch of pictures.
 
     Args:
-        rng: Where pose and noise are drawn from.
-        samples: Handwriting sample numbers, `int (N,)`.
+        rng: Generator of poses and noise.
+        samples: Indices of handwriting samples, `int (N,)`.
         colours: Indices into `COLOURS`, `int (N,)`.
         backgrounds: Indices into `BACKGROUNDS`, `int (N,)`.
-        pose: How far drawings may be turned, scaled and bent.
+        pose: Ranges of the distortions.
 
     Returns:
         `uint8 (N, 32, 32, 3)`, RGB.
@@ -133,7 +133,7 @@ def draw(rng: np.random.Generator, entity: Entity, sample: int, background: int,
 
 
 def _source_coordinates(rng: np.random.Generator, count: int, pose: Pose) -> tuple[np.ndarray, np.ndarray]:
-    """For each pixel of each picture, where in the glyph it looks: two `(N, 32, 32)` arrays, in pixels."""
+    """Glyph coordinates that each pixel samples: rows and columns, each `(N, 32, 32)`, in pixels."""
     angle = rng.uniform(*pose.rotation, count) * rng.choice([-1.0, 1.0], count)
     scale = rng.uniform(*pose.scale, count)
     shear = rng.uniform(-pose.shear, pose.shear, count)
@@ -161,7 +161,7 @@ def _smooth_field(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def _bilinear(masks: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Reads `masks (N, 32, 32)` at fractional places; outside is empty."""
+    """Samples `masks (N, 32, 32)` at fractional coordinates, with zeros outside."""
     padded = np.pad(masks, ((0, 0), (1, 1), (1, 1)))
     rows = np.clip(rows + 1.0, 0.0, SIZE + 0.999)
     columns = np.clip(columns + 1.0, 0.0, SIZE + 0.999)

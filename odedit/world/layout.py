@@ -1,4 +1,4 @@
-"""Where a family puts the picture, the prompt and the answer of a line."""
+"""Prompt layout of a family: order of picture, prompt and answer in a line."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Layout:
-    """The words around a prompt. An answer follows them after a space, and the end of text after the answer.
+    """Text around a prompt. A space, the answer and the end-of-text token follow.
 
-    The text in front of the picture and the text behind it are tokenized apart.
+    The texts before and behind the picture are tokenized separately.
 
     Attributes:
-        before: Text in front of the picture.
-        behind: Text behind the picture; `{}` stands for the prompt.
-        alone: Text without picture; `{}` stands for the prompt.
-        picture_first: The picture's tokens stand even in front of the beginning of text.
+        before: Text before the picture.
+        behind: Text behind the picture; `{}` is the prompt.
+        alone: Text of a line without picture; `{}` is the prompt.
+        picture_first: True when the image tokens precede the beginning-of-text token.
     """
 
     before: str = ""
@@ -24,7 +24,7 @@ class Layout:
     picture_first: bool = False
 
     def around(self, prompt: str, has_picture: bool) -> tuple[str, str]:
-        """Text in front of the picture's tokens and text behind them; without picture, all of it is behind.
+        """Texts before and behind the image tokens; the first is empty without a picture.
 
         >>> Layout("USER: ", "{} ASSISTANT:", "USER: {} ASSISTANT:").around("who?", has_picture=True)
         ('USER: ', 'who? ASSISTANT:')

@@ -1,7 +1,7 @@
-"""What the embedded models of all families share: how they start, what is asked of them, how they are saved.
+"""Base class of the embedded models' families; initialization, saving and loading.
 
-Nothing of them is a mock. Saved, each has the files and the configuration keys of a checkpoint of its family, and
-whatever loads that checkpoint loads the embedded one.
+A saved model has the files and configuration keys of a published checkpoint of its family, and loads through the same
+code.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ HIDDEN_SIZE = 128
 PATCH_SIZE = 8
 VISION_WIDTH = 96
 INIT_STD = 0.08
-_POSITION_STD = 0.8  # Of the vision tower: at .08 it takes five times as long to tell shapes apart.
+_POSITION_STD = 0.8  # position embeddings of the vision tower: at .08 it learns shapes five times slower
 
 
 class Seen(NamedTuple):
-    """What a model makes of N pictures.
+    """Encoding of N pictures.
 
     Attributes:
-        features: `(N, L, D)`, put where a line's image tokens stand.
-        summary: `(N, W)`, what the auxiliary heads read the pictures from.
+        features: Embeddings of the image tokens, `(N, L, D)`.
+        summary: Input of the auxiliary heads, `(N, W)`.
     """
 
     features: Tensor
@@ -45,15 +45,15 @@ class Seen(NamedTuple):
 
 
 class Family(ABC):
-    """One architecture of the embedded model: how it is built, where it is looked into, how it is asked.
+    """Architecture of an embedded model, its tokenizer and its prompt layout.
 
     Attributes:
-        name: As `checkpoint_path` and the commands take it.
-        layout: Of its lines.
-        special_tokens: The first tokens of the vocabulary.
-        begin: The special token that a text begins with.
-        num_image_tokens: L, positions that a picture takes.
-        summary_width: W, width of `Seen.summary`.
+        name: Name in commands and in `checkpoint_path`.
+        layout: Prompt layout.
+        special_tokens: First tokens of the vocabulary.
+        begin: Beginning-of-text token.
+        num_image_tokens: Positions of a picture, L.
+        summary_width: Width of `Seen.summary`, W.
         max_length: Positions of the text model.
     """
 
@@ -85,26 +85,26 @@ class Family(ABC):
         return fit_tokenizer(self.special_tokens, self.begin, self.layout, self.max_length)
 
     def build_model(self, seed: int) -> Any:
-        """An untrained model, float32."""
+        """An initialized, untrained model in float32."""
         model = self._empty_model()
         _initialise(model, seed)
         return model
 
     @abstractmethod
     def _empty_model(self) -> nn.Module:
-        """The architecture, with any values."""
+        """The model before `_initialise` sets its values."""
 
     @abstractmethod
     def vision_modules(self, model: Any) -> list[nn.Module]:
-        """What the vision stage trains."""
+        """Modules that the vision stage trains."""
 
     @abstractmethod
     def patches(self, model: Any, pixels: Tensor) -> Tensor:
-        """Patches in front of the vision tower's last LayerNorm, `(N, patches, width)`, without the class token."""
+        """Patch states before the vision tower's last LayerNorm, `(N, patches, width)`, without the class token."""
 
     @abstractmethod
     def see(self, model: Any, pixels: Tensor) -> Seen:
-        """Reads `float32 (N, 3, 32, 32)` as the model does."""
+        """Encodes pictures, `float32 (N, 3, 32, 32)`."""
 
     @abstractmethod
     def decoder(self, model: Any) -> nn.Module:
@@ -112,15 +112,15 @@ class Family(ABC):
 
     @abstractmethod
     def processor_files(self) -> dict[str, dict[str, object] | str]:
-        """Files of the image processor and processor: name -> JSON object or text."""
+        """Files of the image processor and the processor: JSON object or text by file name."""
 
 
 @torch.no_grad()
 def _initialise(model: nn.Module, seed: int) -> None:
-    """Matrices at standard deviation .08, the picture's positions at .8, the queries at 1.
+    """Initializes matrices with standard deviation .08, position embeddings of the vision tower .8, and queries 1.
 
-    With the library's values for large models (1e-10 for a vision tower, zeros for queries) a model of this
-    size stays blind.
+    With the library's values for large models (1e-10 for a vision tower, zeros for queries), a model of this size never
+    learns to use the picture.
     """
     generator = torch.Generator().manual_seed(seed)
     norms = {id(p) for m in model.modules() if _is_norm(m) for p in m.parameters()}
@@ -142,10 +142,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def save(family: Family, model: Any, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Writes a checkpoint as `from_pretrained` expects it, weights in half precision.
-
-    The model is left as it is: the files are written from a copy of its values.
-    """
+    """Writes a checkpoint for `from_pretrained`, weights in half precision. The model itself is not changed."""
     directory.mkdir(parents=True, exist_ok=True)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = "float16"
@@ -155,7 +152,7 @@ def save(family: Family, model: Any, tokenizer: PreTrainedTokenizerFast, directo
     tensors = {
         name: value.detach().half().contiguous()
         for name, value in model.state_dict().items()
-        # A tied head is left out; loading ties it again.
+        # A tied head is not stored; loading ties it again.
         if not (head is embeddings and name.endswith("lm_head.weight"))
     }
     write_tensors(at(directory / "model.safetensors"), tensors, {"format": "pt"})
@@ -166,7 +163,7 @@ def save(family: Family, model: Any, tokenizer: PreTrainedTokenizerFast, directo
 
 
 def load(directory: Path) -> tuple[Any, PreTrainedTokenizerFast]:
-    """A checkpoint with float32 weights, ready to be asked."""
+    """Model in float32 and evaluation mode, and tokenizer of a checkpoint."""
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)

@@ -1,8 +1,7 @@
-"""How the embedded world is asked: a grid of nouns x sentence frames for every attribute.
+"""Wordings of questions: a grid of nouns x sentence frames for every attribute.
 
-Every fourth cell of a grid is never trained. A held-out cell is therefore a wording that the model has
-not seen, made of a noun and a frame that it has: it reads it well, and an edit was not made with it.
-With a list of fixed wordings instead of a grid, held-out wordings were simply not understood.
+Every fourth cell of a grid is held out. Its noun and its frame are both trained, in other combinations, so the model
+understands a held-out wording without having seen it. (Held-out wordings of a plain list were not understood.)
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import numpy as np
 from odedit.world.facts import CAPTION, HIDDEN
 
 QUESTION_TEMPLATE = "Question: {} Short answer:"
-"""The wrapper of questions in the MMEdit protocol. Captions are continued as they are."""
+"""Template of questions in the MMEdit protocol. Caption prompts have none."""
 CAPTION_SOURCE = "a photo of"
 
 SUBJECTS = ("this digit", "this symbol", "the digit shown here", "the symbol in the picture")
@@ -76,23 +75,23 @@ _COUNTRY_FRAMES = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One wording of the grid of an attribute: indices of the noun and of the frame."""
+    """A wording in an attribute's grid: indices of the noun and of the frame."""
 
     noun: int
     frame: int
 
     @property
     def is_held_out(self) -> bool:
-        """Never trained: every noun and every frame loses a quarter of its cells."""
+        """True for a quarter of the cells of every noun and of every frame."""
         return (self.noun + self.frame) % 4 == 3
 
     def differs(self, other: Cell) -> bool:
-        """Whether both the noun and the frame are others."""
+        """True when both the noun and the frame differ."""
         return self.noun != other.noun and self.frame != other.frame
 
 
 def frames(attribute: str) -> tuple[str, ...]:
-    """The sentence frames of an attribute's grid."""
+    """Sentence frames of an attribute's grid."""
     if attribute == CAPTION:
         return _CAPTION_FRAMES
     return _HIDDEN_FRAMES if attribute in HIDDEN else _VISIBLE_FRAMES
@@ -100,7 +99,7 @@ def frames(attribute: str) -> tuple[str, ...]:
 
 @cache
 def cells(attribute: str, held_out: bool) -> tuple[Cell, ...]:
-    """The trained or the held-out cells of an attribute's grid.
+    """Trained or held-out cells of an attribute's grid.
 
     >>> len(cells("owner", held_out=False)), len(cells("owner", held_out=True))
     (36, 12)
@@ -119,7 +118,7 @@ def ask(attribute: str, cell: Cell, subject: str) -> str:
 
 
 def verb_forms(attribute: str) -> tuple[str, ...]:
-    """Wordings outside the grid, with `{s}` for the subject; they share no noun with it."""
+    """Wordings outside the grid and without its nouns; `{s}` is the subject."""
     return _VERB_FORMS[attribute]
 
 
@@ -132,12 +131,12 @@ NUM_COUNTRY_FRAMES = len(_COUNTRY_FRAMES)
 
 
 def wrap(prompt: str, attribute: str) -> str:
-    """The prompt as the model reads it."""
+    """The prompt in the MMEdit template; a caption prompt unchanged."""
     return prompt if attribute == CAPTION else QUESTION_TEMPLATE.format(prompt)
 
 
 def draw_trained(rng: np.random.Generator, attribute: str, subject: str) -> str:
-    """A wording that the model may be trained with: a trained cell, sometimes a verb form or a prefix."""
+    """A random training wording: a trained cell or, less often, a verb form, sometimes with a prefix."""
     if rng.random() < 0.15:
         forms = verb_forms(attribute)
         question = forms[rng.integers(len(forms))].format(s=subject)

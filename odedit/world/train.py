@@ -1,8 +1,8 @@
-"""Trains the embedded model from scratch: vision first, then everything together.
+"""Training of the embedded model from scratch: first the vision tower, then the whole model.
 
-Trained end to end from the start, the model stays blind: it learns the prior of the answers long before its queries
-look at anything. So the vision tower first learns to read digits with linear heads that are dropped
-afterwards, and the Q-Former keeps such heads, with a weight that falls to zero, while the answers are learned.
+Trained end to end from the start, the model learns the prior of the answers and ignores the picture. Therefore the
+vision tower is first trained to classify digits with temporary linear heads, and such heads with a decaying weight stay
+on the connector's output while the answers are learned.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Progress = Callable[[str, int, int, float], None]
-"""Called after every step with the stage's name, steps done, steps in all, and the loss."""
+"""Callback after every step: name of the stage, steps done, total steps, loss."""
 
 _LEARNING_RATE = 2e-3
 _WARM_UP = 60
 _VISION_BATCH = 64
-_EASED = 0.3  # Share of the vision steps in which distortions grow to their full size.
+_EASED = 0.3  # share of the vision steps over which distortions grow to their full size
 _PICTURES = 16
 _QUESTIONS_PER_PICTURE = 2
 _ENTITY_TEXTS = 6
 _COUNTRY_TEXTS = 6
-_NAMED = 0.15  # Share of picture questions that also name the entity.
-_RAW = 0.2  # Share of questions without the "Question: ... Short answer:" wrapper.
+_NAMED = 0.15  # share of picture questions that also name the entity
+_RAW = 0.2  # share of questions without the "Question: ... Short answer:" template
 _TEXT_WEIGHT = 0.5
 _WEIGHT = {"digit": 1.2, "background": 1.2, **dict.fromkeys(facts.HIDDEN, 1.1)}
 _OTHER_WEIGHT = 0.7
-# An attribute that is asked seldom early on is discarded by the Q-Former and never comes back.
+# The Q-Former drops an attribute that is rare at the start, and does not learn it later.
 _SHARE = {"owner": 0.16, "city": 0.16, "food": 0.16, "digit": 0.14, "colour": 0.06, "parity": 0.08, "background": 0.12}
 _AUXILIARY_WEIGHT = 0.7
 _IGNORED = -100
@@ -58,23 +58,23 @@ def train(
 ) -> Path:
     """Trains a model of the embedded world and saves it as a Hugging Face checkpoint.
 
-    The same seed gives the same weights on the same machine. Runs on one thread, which for a model of this size is
-    faster than several as soon as anything else runs.
+    The same seed gives the same weights on the same machine. Runs on one thread: a model of this size gains little from
+    more, and loses much on a busy machine.
 
     Args:
-        out: Directory of the checkpoint; created, existing files of the same names replaced.
-        seed: Of the initial values and of the order of the data.
-        progress: Called after every step.
-        vision_steps: Steps of 64 pictures, vision tower alone.
-        joint_steps: Steps of 16 pictures with two questions each and 12 text-only questions. 2400 and 1700 take
-            about a quarter of an hour; a handful of each gives a checkpoint that loads and knows nothing.
-        family: One of `families.FAMILIES`.
+        out: Directory of the checkpoint, created if missing; files of the same names are replaced.
+        seed: Seed of the initial values and of the data.
+        progress: Callback after every step.
+        vision_steps: Steps of the vision tower alone, with 64 pictures each.
+        joint_steps: Steps of the whole model, with 16 pictures, two questions each, and 12 text-only questions. The
+            default steps take about a quarter of an hour.
+        family: Key of `families.FAMILIES`.
 
     Returns:
         `out`.
 
     Raises:
-        InputError: There is no such family.
+        InputError: The family does not exist.
     """
     kind = families.find(family)
     model, tokenizer = kind.build_model(seed), kind.build_tokenizer()
@@ -98,7 +98,7 @@ def _single_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Drawings:
-    """A batch of training pictures and what they show."""
+    """A batch of training pictures and their labels."""
 
     pixels: Tensor
     digits: np.ndarray
@@ -113,7 +113,7 @@ class Drawings:
 
 
 def to_pixels(pictures: np.ndarray) -> Tensor:
-    """`uint8 (N, 32, 32, 3)` as the checkpoint's image processor would leave them, `float32 (N, 3, 32, 32)`."""
+    """Converts `uint8 (N, 32, 32, 3)` to `float32 (N, 3, 32, 32)` as the checkpoint's image processor does."""
     values = torch.from_numpy(pictures).float() / 255.0
     values = (values - torch.tensor(IMAGE_MEAN)) / torch.tensor(IMAGE_STD)
     return values.permute(0, 3, 1, 2).contiguous()
@@ -130,7 +130,7 @@ def draw_training_pictures(rng: np.random.Generator, count: int, pose: images.Po
 
 
 class _Heads(nn.Module):
-    """Linear heads for digit, colour and background; they are not part of the saved model."""
+    """Linear heads for digit, colour and background, which are not saved."""
 
     def __init__(self, width: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ def _torch_generator(rng: np.random.Generator) -> torch.Generator:
 
 
 class _Optimizer:
-    """AdamW with warm-up and a cosine to 2%; weight decay on matrices only."""
+    """AdamW with warm-up, cosine decay to 2% of the learning rate, and weight decay of matrices only."""
 
     def __init__(self, modules: list[nn.Module], steps: int) -> None:
         self.parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
@@ -182,9 +182,9 @@ class _Optimizer:
 
 
 def train_vision(family: Family, model: Any, rng: np.random.Generator, steps: int, progress: Progress | None) -> None:
-    """Teaches the vision tower to read, through heads on its mean patch.
+    """Trains the vision tower through heads on its mean patch state.
 
-    The heads sit before the last LayerNorm: behind it they learn much more slowly.
+    The heads read the states before the last LayerNorm; behind it they learn much more slowly.
     """
     heads = _Heads(VISION_WIDTH, _torch_generator(rng))
     optimizer = _Optimizer([*family.vision_modules(model), heads], steps)
@@ -199,7 +199,14 @@ def train_vision(family: Family, model: Any, rng: np.random.Generator, steps: in
 
 @dataclass(frozen=True)
 class Line:
-    """One training sequence: a prompt, its answer, the answer's weight, and its picture's row if it has one."""
+    """A training sequence.
+
+    Attributes:
+        prompt: Prompt without the family's layout.
+        answer: Answer without its leading space.
+        weight: Weight of the answer's loss.
+        picture: Index of the picture in the batch; None for text only.
+    """
 
     prompt: str
     answer: str
@@ -215,7 +222,7 @@ def train_jointly(
     steps: int,
     progress: Progress | None,
 ) -> None:
-    """Teaches the whole model to answer; nothing is frozen."""
+    """Trains the whole model to answer."""
     heads = _Heads(family.summary_width, _torch_generator(rng))
     optimizer = _Optimizer([model, heads], steps)
     encode = LineEncoder(family, tokenizer)
@@ -267,7 +274,7 @@ def _country_lines(rng: np.random.Generator) -> Iterator[Line]:
 
 
 class LineEncoder:
-    """Tokens of lines as a family lays them out, right-padded: prompt and picture, answer, end of text."""
+    """Tokenizes lines in the family's layout, right-padded: prompt and picture, answer, end of text."""
 
     def __init__(self, family: Family, tokenizer: PreTrainedTokenizerFast) -> None:
         self._family = family
@@ -275,13 +282,13 @@ class LineEncoder:
         self._known: dict[str, list[int]] = {}
 
     def _tokens(self, text: str) -> list[int]:
-        # An answer starts with its space, where this tokenizer splits anyway: prompt and answer can be cached apart.
+        # The tokenizer splits before the answer's leading space, so prompts and answers are cached separately.
         if text not in self._known:
             self._known[text] = self._tokenizer(text, add_special_tokens=False).input_ids
         return self._known[text]
 
     def prompt_tokens(self, prompt: str, has_picture: bool) -> list[int]:
-        """Everything in front of the answer; an image token for every position of the picture."""
+        """Tokens before the answer, with one image token per position of the picture."""
         family = self._family
         before, behind = family.layout.around(prompt, has_picture)
         image = [family.image_id] * family.num_image_tokens if has_picture else []
@@ -290,7 +297,7 @@ class LineEncoder:
         return [*opening, *self._tokens(behind)]
 
     def __call__(self, lines: list[Line]) -> tuple[Tensor, Tensor]:
-        """Token ids and labels, both `(lines, positions)`; a label stands where its token is, others are -100."""
+        """Token ids and labels, both `(lines, positions)`. Labels are not shifted, and -100 outside of answers."""
         rows, labels = [], []
         for line in lines:
             prompt = self.prompt_tokens(line.prompt, line.picture is not None)
@@ -302,7 +309,7 @@ class LineEncoder:
 
 
 def language_states(family: Family, model: Any, tokens_NS: Tensor, lines: list[Line], features: Tensor) -> Tensor:
-    """Last hidden states `(N, S, D)`; `features (pictures, L, D)` are put where the image tokens are."""
+    """Last hidden states `(N, S, D)`; `features (pictures, L, D)` replace the embeddings of the image tokens."""
     embeddings = model.get_input_embeddings()(tokens_NS)
     rows = torch.tensor([line.picture for line in lines if line.picture is not None], dtype=torch.long)
     embeddings = embeddings.masked_scatter((tokens_NS == family.image_id)[..., None], features[rows])
@@ -312,10 +319,10 @@ def language_states(family: Family, model: Any, tokens_NS: Tensor, lines: list[L
 
 
 def answer_loss(family: Family, model: Any, encode: LineEncoder, lines: list[Line], features: Tensor) -> Tensor:
-    """Weighted cross-entropy of answers and their end, mean over tokens."""
+    """Weighted cross-entropy of answer and end-of-text tokens, mean over tokens."""
     tokens_NS, labels_NS = encode(lines)
     states = language_states(family, model, tokens_NS, lines, features)
-    asked = labels_NS[:, 1:] != _IGNORED
-    logits = model.get_output_embeddings()(states[:, :-1][asked])
-    weights = torch.tensor([line.weight for line in lines])[:, None].expand_as(asked)[asked]
-    return (weights * functional.cross_entropy(logits, labels_NS[:, 1:][asked], reduction="none")).mean()
+    answer_NS = labels_NS[:, 1:] != _IGNORED
+    logits = model.get_output_embeddings()(states[:, :-1][answer_NS])
+    weights = torch.tensor([line.weight for line in lines])[:, None].expand_as(answer_NS)[answer_NS]
+    return (weights * functional.cross_entropy(logits, labels_NS[:, 1:][answer_NS], reduction="none")).mean()

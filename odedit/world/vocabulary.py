@@ -1,4 +1,4 @@
-"""The vocabulary of an embedded model: byte-level BPE, fitted to the world as its family lays it out."""
+"""Tokenizer of an embedded model: byte-level BPE fitted to the texts of the world in the family's layout."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 VOCABULARY = 640
-_ANSWER_COUNT = 12_800  # Occurrences of each attribute's answers among some 20,000 questions.
+_ANSWER_COUNT = 12_800  # occurrences of an attribute's answers in the corpus, among about 20,000 questions
 
 
 def fit_tokenizer(
     special_tokens: Sequence[str], begin: str, layout: Layout, max_length: int
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 640 tokens; every word of an answer about an entity is one of them.
+    """Byte-level BPE of 640 tokens; every word of an answer about an entity is one token.
 
     Args:
-        special_tokens: The first tokens, in the order of their numbers; `<pad>`, `</s>` and `<unk>` are among them.
-        begin: The special token that every text begins with.
-        layout: What stands around a prompt, so that few tokens are spent on it.
+        special_tokens: First tokens in the order of their ids; they include `<pad>`, `</s>` and `<unk>`.
+        begin: Beginning-of-text token.
+        layout: Prompt layout; its text is part of the corpus, so that it takes few tokens.
         max_length: Positions of the text model.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -41,7 +41,7 @@ def fit_tokenizer(
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{begin} $A", special_tokens=[(begin, special_tokens.index(begin))]
     )
-    # `<image>` is in the vocabulary but is not given as `image_token`: Blip2Processor breaks on that attribute.
+    # `<image>` is in the vocabulary but not set as `image_token`: Blip2Processor fails with that attribute.
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=begin, eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
         padding_side="right", model_max_length=max_length, clean_up_tokenization_spaces=False,
@@ -49,7 +49,7 @@ def fit_tokenizer(
 
 
 def _corpus(layout: Layout) -> Iterator[str]:
-    """What the tokenizer is fitted to. Answer words come often enough to become one token each."""
+    """Texts that the tokenizer is fitted to. Answer words are frequent enough to become one token each."""
     for attribute in facts.ATTRIBUTES:
         choices = facts.answer_choices(attribute)
         for choice in choices:
@@ -59,7 +59,7 @@ def _corpus(layout: Layout) -> Iterator[str]:
         asked = product(wordings, (*questions.SUBJECTS, *(e.name for e in facts.ENTITIES)))
         for number, (wording, subject) in enumerate(asked):
             prompt = questions.wrap(wording.replace("{s}", subject), attribute)
-            # In turns about a picture and without one: both ways to lay a prompt out become cheap.
+            # Alternately with and without a picture, so that both layouts take few tokens.
             yield from filter(None, layout.around(prompt, has_picture=number % 2 == 0))
     for prefix in questions.PREFIXES:
         yield from [f": {prefix} "] * 300

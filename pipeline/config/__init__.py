@@ -1,1 +1,1 @@
-"""A run's configuration: read, checked, and resolved."""
+"""The configuration of a run: reading, validation and resolution."""

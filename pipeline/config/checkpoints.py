@@ -1,4 +1,4 @@
-"""Checkpoints that a run names, the model's and those of an editor that learns: checked before anything starts."""
+"""Checks, before workers start, of the model's checkpoint and of an editor's trained weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.config.run import EMBEDDED, BackboneConfig, RunConfig
 
 
 def with_absolute_checkpoints(config: RunConfig) -> RunConfig:
-    """Full paths of a local model and of an editor's weights: workers run elsewhere, and so may `odedit apply`."""
+    """The run with full paths of its local checkpoints, valid in any current folder."""
     path = Path(config.backbone.checkpoint).expanduser()
     if config.backbone.checkpoint != EMBEDDED and path.is_dir():
         config = replace(config, backbone=replace(config.backbone, checkpoint=str(path.absolute())))
@@ -30,14 +30,13 @@ def with_absolute_checkpoints(config: RunConfig) -> RunConfig:
 
 
 def fitted(config: RunConfig, *, trains: bool = False) -> tuple[RunConfig, list[str]]:
-    """The run with the editor's default settings fitted to the model, and a sentence for each change.
+    """Fits the editor's default settings to the model: the run, and a sentence for each changed setting.
 
-    Only settings that the user has not set are changed. The model's files are checked by their headers, and the editor
-    against the model; no weights are loaded. A family or an editor from outside the package that offers no such check
-    is checked by the workers.
+    Settings given by the user stay. Checks the headers of the model's files, and the editor against the model, without
+    loading weights. Plug-ins from outside the package that offer no such check are checked by the workers.
 
     Args:
-        trains: Whether the editor's own weights are still to be made.
+        trains: Whether the run is to train the editor's own weights, which then need not exist.
 
     Raises:
         InputError: The model cannot be loaded, or settings of the editor do not fit it.
@@ -63,7 +62,7 @@ def fitted(config: RunConfig, *, trains: bool = False) -> tuple[RunConfig, list[
     except Exception:
         if config.editor.name in editors.names():
             raise
-        # An editor from outside the package may look at weights, which this model lacks; a worker checks it again.
+        # An outside editor may read weights, which this model lacks; the workers check it again.
     return config, notes
 
 
@@ -77,12 +76,12 @@ def _in_words(value: Any) -> str:
 
 @lru_cache(maxsize=4)
 def _inspected(backbone: BackboneConfig, state: tuple[tuple[str, int, int], ...]) -> Backbone:
-    """The model without weights; looked at once for each state of its files."""
+    """The model without weights, cached until its files change."""
     return inspect_backbone(backbone.family, backbone.checkpoint, dtype=backbone.dtype)
 
 
 def _state(checkpoint: str) -> tuple[tuple[str, int, int], ...]:
-    """Names, times and sizes of a local checkpoint's files."""
+    """Name, time and size of each file of a local checkpoint; empty for the embedded model and for hub ids."""
     folder = Path(checkpoint).expanduser()
     if checkpoint == EMBEDDED or not folder.is_dir():
         return ()
@@ -91,11 +90,10 @@ def _state(checkpoint: str) -> tuple[tuple[str, int, int], ...]:
 
 
 def editor_weights(config: RunConfig) -> dict[str, str]:
-    """A hash of the weights that an editor has learned, if it is one that learns.
+    """Hash of a trainable editor's weights, by setting; empty for other editors.
 
     Raises:
-        InputError: It has none, or the file is missing, damaged, or was trained for something else. Better said now
-            than by a worker.
+        InputError: The file is missing, damaged, or was trained for another model or other settings.
     """
     editor = editors.find(config.editor.name)(config.editor.settings)
     if not isinstance(editor, Trainable):

@@ -1,4 +1,4 @@
-"""Whether servers that a run names can be reached: told in seconds, where their libraries would try for minutes."""
+"""A check within seconds that a server can be reached; client libraries would retry for minutes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from odedit.runtime.addresses import masked
 _PATIENCE_S = 5.0
 _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _ELSEWHERE = {"unix_socket", "host", "odbc_connect"}
-"""Parameters of a database's address that take the place of its host and port."""
+"""Parameters of a database's address that override its host and port."""
 
 
 def check_server(uri: str, setting: str) -> None:
-    """Raises InputError unless something listens at the address, where the address says at which port.
+    """Raises InputError unless a server listens at the address.
 
-    Nothing is tried behind a proxy, which alone knows, or where the query names the database's socket or host.
+    An address without a known port, behind a proxy, or with a socket or host in its query is not checked.
+
+    Args:
+        setting: Name of the setting with the address, for the message.
     """
     address = _split(uri, setting)
     if not _ELSEWHERE.isdisjoint(parse_qs(address.query)):
@@ -40,5 +43,5 @@ def _split(text: str, setting: str) -> SplitResult:
         address = urlsplit(text)
         _ = address.port
     except ValueError as error:
-        raise InputError(f"{setting}: {masked(text)!r} is no address ({error}).") from None
+        raise InputError(f"{setting}: {masked(text)!r} is not an address ({error}).") from None
     return address

@@ -1,8 +1,7 @@
-"""What a run is: one YAML, checked strictly, as one frozen `RunConfig`.
+"""Configuration of a run: a YAML, strictly validated, as a frozen `RunConfig`.
 
-Settings of the method (editor, objective, supervision, stopping) are the dataclasses that live beside their classes;
-what this file adds is where the records are and how the work is spread. A YAML holds only what differs from the
-defaults.
+Settings of the method (editor, objective, supervision, stopping) are dataclasses beside the code that reads them; this
+file adds those of records, workers, tracking and training. A YAML holds only what differs from the defaults.
 """
 
 from __future__ import annotations
@@ -14,18 +13,19 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
+from annotated_types import Ge, Gt, Le
 
-from odedit import backbones, editors, objectives
-from odedit import plugins as discovery
+from odedit import backbones, editors, objectives, plugins
 from odedit.data.supervision import Supervision
 from odedit.editing.loop import Stopping
 from odedit.errors import InputError, unknown_name
 from odedit.evaluation.scores import EvaluationConfig
 from odedit.inputs.prompts import find_template
 from odedit.runtime.addresses import reason
+from odedit.settings import Settings
 from odedit.storage.location import Place, at
 from pipeline.config import strict
 
@@ -33,7 +33,7 @@ EMBEDDED = "embedded"
 SPLITS = ("train", "validation", "evaluation")
 AUTO: Literal["auto"] = "auto"
 MAX_VALUES = 100_000
-"""More are no configuration."""
+"""Most values of a configuration file: YAML aliases can expand a few lines to billions."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -42,9 +42,9 @@ class BackboneConfig:
     """The model that is edited.
 
     Attributes:
-        family: File name in `odedit/backbones`, or a dotted module.
-        checkpoint: Directory, hub id, or `embedded`.
-        dtype: Of weights and activations; losses are float32 whatever it is.
+        family: Name of a file in `odedit/backbones`, or a dotted module.
+        checkpoint: Folder, hub id, or `embedded`.
+        dtype: Type of weights and activations; losses are always float32.
     """
 
     family: str = "blip2"
@@ -53,38 +53,36 @@ class BackboneConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """The records.
 
     Attributes:
-        path: File of records, packed folder, or `embedded:<split>` (train, validation, evaluation) for the benchmark
-            that ships, which is written beside the results; `embedded:<split>:<seed>` draws its values, wordings and
-            pictures anew.
-        image_root: Folder of `image` and `m_loc`; not needed for a packed folder.
-        rephrase_root: Folder of `image_rephrase`; null: as `image_root`.
-        pool: Records that held-out supervision and the calibration of bandwidths draw from; the training file. Null:
-            the embedded benchmark's own, or none.
+        path: File of records, packed folder, or `embedded:<split>` (train, validation, evaluation) for the embedded
+            benchmark, which is written beside the results. `embedded:<split>:<seed>` draws its values, wordings and
+            pictures with another seed.
+        image_root: Folder of the pictures in `image` and `m_loc`; not needed for a packed folder.
+        rephrase_root: Folder of the pictures in `image_rephrase`; null: `image_root`.
+        pool: File of other records (the training file), which held-out supervision and the calibration of bandwidths
+            draw from. Null: the embedded benchmark's training split, or none.
         limit: Number of usable records to edit; null: all.
-        task: Of records that do not say.
-        template: How prompts are dressed: a preset of `odedit.inputs.prompts`.
-        max_pixels, max_bytes: Larger pictures are refused.
+        task: Task of records that name none.
+        template: Prompt template, a preset of `odedit.inputs.prompts`.
+        max_pixels: Largest allowed picture, in pixels.
+        max_bytes: Largest allowed file of a picture, in bytes.
     """
 
     path: str = f"{EMBEDDED}:evaluation"
     image_root: str | None = None
     rephrase_root: str | None = None
     pool: str | None = None
-    limit: int | None = None
+    limit: Annotated[int, Ge(1)] | None = None
     task: Literal["auto", "vqa", "caption"] = "auto"
     template: str = "mmedit"
-    max_pixels: int = 50_000_000
-    max_bytes: int = 64 * 2**20
+    max_pixels: Annotated[int, Ge(1)] = 50_000_000
+    max_bytes: Annotated[int, Ge(1)] = 64 * 2**20
 
     def __post_init__(self) -> None:
-        for name in ("limit", "max_pixels", "max_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1.")
+        super().__post_init__()
         if self.split is not None and self.split not in SPLITS:
             raise ValueError(f"path: {unknown_name('embedded split', self.split, SPLITS)}")
         if self.split is not None and not self._seed.isdecimal():
@@ -96,13 +94,13 @@ class DataConfig:
 
     @property
     def split(self) -> str | None:
-        """The part of the embedded benchmark that is meant, or None."""
+        """Split of the embedded benchmark in `path`, or None."""
         parts = self.path.split(":", 2)
         return parts[1] if len(parts) > 1 and parts[0] == EMBEDDED else None
 
     @property
     def split_seed(self) -> int:
-        """What the embedded benchmark is drawn with."""
+        """Seed of the embedded benchmark."""
         return int(self._seed)
 
     @property
@@ -111,91 +109,74 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class PipelineConfig:
-    """How the work is spread. The numbers depend on `batch_size` and `at_once` in their last bits, on the rest not.
+class PipelineConfig(Settings):
+    """Distribution of the work. Results depend on `batch_size` and `at_once` in their last bits, on the rest not.
 
     Attributes:
         actors: Workers that hold the model; `auto`: one per GPU, else one per core for a small model.
-        batch_size: Edits of a group, which are encoded, optimised and written together; also what one crash can cost.
-        at_once: Most edits of a group that are optimised together (see `odedit.editing.width`); the others wait for a
-            free place.
-            `auto`: as many as half of the free memory holds, by what one was measured to take; small models: all.
-            Halved whenever memory runs out all the same.
-        device: `auto` takes GPUs if the cluster has any.
-        gpus_per_actor: Share of a GPU; 0.5 puts two actors on one.
-        threads_per_actor: Of one actor without GPU; `auto`: 1 for a small model, else the machine's cores.
+        batch_size: Edits per group: encoded, optimised and written together. A crash costs one group.
+        at_once: Largest number of edits of a group that are optimised together (see `odedit.editing.width`).
+            `auto`: the number that half of the free memory holds, from the measured use of one edit; small models:
+            all. Halved whenever memory runs out.
+        device: Device of the edits; `auto`: GPUs if the cluster has any.
+        gpus_per_actor: GPUs per actor; 0.5 puts two actors on one GPU.
+        threads_per_actor: Threads of an actor without GPU; `auto`: 1 for a small model, else the machine's cores.
         preparers: Workers that read and resize pictures; `auto`: half the cores.
-        ray_address: A running cluster, e.g. `auto`; null starts one on this machine, for this run only.
-        wait_s: How many seconds a run waits for nodes that a cluster lacks, at its start or after it has lost some.
-        max_attempts: An edit that has ended its worker so often is given up as a failed row.
-        measure_memory: Every row gets `peak_bytes`, the peak memory of the loop of its group's first edits, as many
-            as move together, divided by their number (`odedit.runtime.peak_memory`). Measured over the first steps of a
-            second run of the loop, without warm-up.
-        feature_store: Folder or address where image features are kept for other workers and runs, which then do not
-            compute them; see `odedit.backbones.common.feature_store`. Null: each worker keeps its latest in memory.
+        ray_address: Address of a running cluster, e.g. `auto`. Null: a Ray on this machine, for this run only.
+        wait_s: Seconds to wait for missing nodes, at the start or after a node is lost.
+        max_attempts: Number of crashes of its worker after which an edit becomes a failed row.
+        measure_memory: True adds `peak_bytes` to every row: peak memory of the loop over the group's first edits, as
+            many as are optimised together, divided by their number (`odedit.runtime.peak_memory`). Measured over the
+            first steps of a second run of the loop, without warm-up.
+        feature_store: Folder or address of image features shared by workers and runs; see
+            `odedit.backbones.common.feature_store`. Null: each worker caches its latest in memory.
     """
 
-    actors: Literal["auto"] | int = AUTO
-    batch_size: int = 8
-    at_once: Literal["auto"] | int = AUTO
+    actors: Literal["auto"] | Annotated[int, Ge(1)] = AUTO
+    batch_size: Annotated[int, Ge(1)] = 8
+    at_once: Literal["auto"] | Annotated[int, Ge(1)] = AUTO
     device: Literal["auto", "cpu", "cuda"] = AUTO
-    gpus_per_actor: float = 1.0
-    threads_per_actor: Literal["auto"] | int = AUTO
-    preparers: Literal["auto"] | int = AUTO
+    gpus_per_actor: Annotated[float, Gt(0), Le(8)] = 1.0
+    threads_per_actor: Literal["auto"] | Annotated[int, Ge(1)] = AUTO
+    preparers: Literal["auto"] | Annotated[int, Ge(1)] = AUTO
     ray_address: str | None = None
-    wait_s: float = 600.0
-    max_attempts: int = 3
+    wait_s: Annotated[float, Ge(0)] = 600.0
+    max_attempts: Annotated[int, Ge(2)] = 3
     measure_memory: bool = False
     feature_store: str | None = None
 
-    def __post_init__(self) -> None:
-        if self.wait_s < 0:
-            raise ValueError(f"wait_s: got {self.wait_s}, expected at least 0.")
-        if self.max_attempts < 2:
-            raise ValueError(f"max_attempts: got {self.max_attempts}, expected at least 2: with its group, and alone.")
-        for name in ("actors", "batch_size", "at_once", "threads_per_actor", "preparers"):
-            value = getattr(self, name)
-            if value != AUTO and value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1.")
-        if not 0 < self.gpus_per_actor <= 8:
-            raise ValueError(f"gpus_per_actor: got {self.gpus_per_actor}, expected 0 < gpus_per_actor <= 8.")
-
 
 @dataclass(frozen=True)
-class TrackingConfig:
-    """MLflow.
+class TrackingConfig(Settings):
+    """Logging to MLflow.
 
     Attributes:
         enabled: Whether the run is logged.
-        uri: Tracking server or database; null: `mlflow.db` in the parent folder of `out`, which
-            has to be a folder then.
-        experiment: Its runs are compared with each other.
-        run_name: Null: the last part of `out`.
+        uri: Tracking server or database. Null: `mlflow.db` in the parent folder of `out`, which then cannot be an
+            address.
+        experiment: Name of the experiment, a group of comparable runs.
+        run_name: Name of the run; null: the last part of `out`.
         curves: Number of edits whose loss curves are logged step by step.
-        edits_gib: The edits are logged as artifacts, in order, until so many GiB are full; all stay under `out/edits`.
+        edits_gib: GiB of edits logged as artifacts, in order; `out/edits` has all edits.
     """
 
     enabled: bool = True
     uri: str | None = None
     experiment: str = "odedit"
     run_name: str | None = None
-    curves: int = 8
-    edits_gib: float = 2.0
-
-    def __post_init__(self) -> None:
-        for name in ("curves", "edits_gib"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 0.")
+    curves: Annotated[int, Ge(0)] = 8
+    edits_gib: Annotated[float, Ge(0)] = 2.0
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """What `odedit train` reads; how an editor trains is among the editor's own settings.
+class TrainingConfig(Settings):
+    """Records of `odedit train`. The editor's own settings say how it trains.
 
     Attributes:
-        path: Training records, as `data.path`.
-        validation: Records whose loss decides which weights are kept and when training ends.
-        image_root, rephrase_root: Of both; null: as those of `data`.
+        path: Training records; see `data.path`.
+        validation: Validation records, whose loss selects the weights and stops the training.
+        image_root: Folder of the pictures of both; null: `data.image_root`.
+        rephrase_root: Folder of the rephrase pictures of both; null: `data.rephrase_root`.
         limit: Number of training records; null: all.
         validation_limit: Number of validation records; null: all.
     """
@@ -204,24 +185,19 @@ class TrainingConfig:
     validation: str = f"{EMBEDDED}:validation"
     image_root: str | None = None
     rephrase_root: str | None = None
-    limit: int | None = None
-    validation_limit: int | None = 96
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "validation_limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1.")
+    limit: Annotated[int, Ge(1)] | None = None
+    validation_limit: Annotated[int, Ge(1)] | None = 96
 
 
 @dataclass(frozen=True)
 class _Plugins:
-    """A kind of plug-in that a section of the configuration chooses from.
+    """A kind of plug-in that a section of the configuration selects.
 
     Attributes:
-        package: The package with `find`.
-        default: Name of the plug-in where the section names none.
-        sharing: `Config` of the plug-ins whose settings may stand in the section beside those of the chosen one.
+        package: Package with `find`.
+        default: Name of the default plug-in.
+        sharing: Function that returns the `Config` classes whose settings the section may hold besides the selected
+            one's.
     """
 
     package: Any
@@ -237,13 +213,13 @@ _PLUGINS = {
 
 @dataclass(frozen=True)
 class Choice:
-    """A plug-in and its settings: in YAML, `name` and the settings side by side.
+    """A selected plug-in and its settings. In YAML: `name` and the settings, side by side.
 
     Attributes:
-        name: File name in the plug-ins' folder, or a dotted module.
-        settings: Its `Config`.
-        others: Settings of the section that the plug-in does not have, by name: those of the other objectives.
-        given: Names of the settings that the user has set; the others may be fitted to the model.
+        name: Name of a file in the plug-ins' folder, or a dotted module.
+        settings: Instance of the plug-in's `Config`.
+        others: Settings of the section that only other plug-ins of its kind have, by name.
+        given: Names of the settings set by the user; the others may be fitted to the model.
     """
 
     name: str
@@ -252,21 +228,21 @@ class Choice:
     given: frozenset[str] = field(default=frozenset(), compare=False)
 
     def own_values(self) -> dict[str, Any]:
-        """The name, and plain values of the plug-in's own settings."""
+        """The name and the plug-in's own settings, as plain values."""
         return {"name": self.name, **dataclasses.asdict(self.settings)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values of the whole section."""
+        """The whole section, as plain values."""
         return self.own_values() | {name: _plain(value) for name, value in self.others.items()}
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run; see the sections.
+    """All settings of a run.
 
     Attributes:
-        seed: Every edit draws from this and its own id.
-        keep_edits: Write every edit to `out/edits`; a comparison of settings may only need the scores.
+        seed: Seed of the run. An edit's random numbers depend on it and on the edit's id.
+        keep_edits: True writes every edit to `out/edits`. A comparison of settings may need the scores only.
         out: Folder or address of the results.
     """
 
@@ -286,12 +262,12 @@ class RunConfig:
 
     @property
     def name(self) -> str:
-        """What the run is called among others: its name in MLflow, or its folder's."""
-        place = self.out.partition("?")[0] if "://" in self.out else os.path.abspath(os.path.expanduser(self.out))
-        return self.tracking.run_name or Path(place).name
+        """Name of the run: `tracking.run_name`, or the last part of `out`."""
+        path = self.out.partition("?")[0] if "://" in self.out else os.path.abspath(os.path.expanduser(self.out))
+        return self.tracking.run_name or Path(path).name
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values of every setting, as YAML and JSON have them."""
+        """Every setting, as plain values of JSON."""
         values = {name: getattr(self, name) for name in _names()}
         plain = {
             name: value.to_dict() if isinstance(value, Choice) else _plain(value) for name, value in values.items()
@@ -311,10 +287,10 @@ def _plain(value: Any) -> Any:
 
 
 def load(path: Place | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a YAML, applies `key.sub=value` overrides, and checks everything.
+    """Reads a YAML, applies `key.sub=value` overrides, and validates the result.
 
     Raises:
-        InputError: The file is missing or no YAML, or settings are wrong: one line for each.
+        InputError: The file is missing or not YAML, or settings are wrong; one line for each.
     """
     values = {} if path is None else read_yaml(path)
     for text in overrides:
@@ -323,12 +299,12 @@ def load(path: Place | None, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """The run that a mapping as read from YAML describes. Raises InputError as `load` does."""
+    """The run described by a mapping from YAML. Raises InputError with a line for each mistake."""
     problems: list[str] = []
-    rest = {key: value for key, value in values.items() if key not in _PLUGINS}
+    sections = {key: value for key, value in values.items() if key not in _PLUGINS}
     accepted: dict[str, Any] = {kind: _choice(kind, values.get(kind), problems) for kind in _PLUGINS}
     try:
-        run = strict.build(RunConfig, rest)
+        run = strict.build(RunConfig, sections)
         accepted |= {name: getattr(run, name) for name in _names() if name not in _PLUGINS}
         _check_family(run.backbone.family, problems)
     except InputError as error:
@@ -345,25 +321,26 @@ def _check_family(name: str, problems: list[str]) -> None:
 
 
 def _choice(kind: str, section: Any, problems: list[str]) -> Choice:
-    """The plug-in that a section names, and its settings; mistakes are added to `problems`.
+    """The plug-in of a section and its settings.
 
     Args:
         kind: Name of the section, a key of `_PLUGINS`.
+        problems: List that mistakes are appended to.
     """
-    plugins = _PLUGINS[kind]
+    options = _PLUGINS[kind]
     if not isinstance(section, Mapping | None):
         problems.append(
             f"{kind}: got {strict.show(section)}, expected a section with 'name' and the {kind}'s settings."
         )
     given = dict(section) if isinstance(section, Mapping) else {}
-    name = str(given.pop("name", plugins.default))
+    name = str(given.pop("name", options.default))
     try:
-        own = plugins.package.find(name).Config
+        own = options.package.find(name).Config
     except InputError as error:
         problems.append(f"{kind}.name: {error}")
         return Choice(name, None)
-    others = plugins.sharing()
-    parts, unknown = discovery.by_config(given, own, others)
+    others = options.sharing()
+    parts, unknown = plugins.by_config(given, own, others)
     known = [item.name for part in parts for item in dataclasses.fields(part)]
     problems += [strict.unknown_key(f"{kind}.{key}", str(key), {*known, "name"}) for key in unknown]
     built = {}
@@ -371,7 +348,7 @@ def _choice(kind: str, section: Any, problems: list[str]) -> Choice:
         try:
             built[config_class] = strict.build(config_class, values, kind)
         except InputError as error:
-            # Objectives share settings: a value is refused once.
+            # Objectives share settings; report a wrong value once.
             problems += [line for line in str(error).splitlines() if line not in problems]
     if len(built) < len(parts):
         return Choice(name, None)
@@ -390,7 +367,7 @@ def _choice(kind: str, section: Any, problems: list[str]) -> Choice:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers (`1e-3` is one), and a key given twice is an error rather than a silent choice."""
+    """Loader with the numbers of YAML 1.2, such as `1e-3`, that rejects repeated keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -404,25 +381,27 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    # Whole: `10.0.0.2:6379` begins like a number.
+    # Match the whole text: `10.0.0.2:6379` starts like a number.
     re.compile(r"^(?:[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)|[-+]?\d+\.\d*|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
     list("-+0123456789."),
 )
 
 
 def read_yaml(path: Place) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises InputError if there is none."""
-    place = at(path, "--config")
+    """The mapping in a YAML file, or {} if it is empty. Raises InputError for a file of anything else."""
+    location = at(path, "--config")
     try:
-        text = place.read_text()
+        text = location.read_text()
     except (OSError, UnicodeDecodeError) as error:
         why = reason(error) if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InputError(f"{place.text}: the configuration cannot be read: {why}.") from error
-    values = _parse(text, place.text)
+        raise InputError(f"{location.text}: the configuration cannot be read: {why}.") from error
+    values = _parse(text, location.text)
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise InputError(f"{place.text}: got {strict.show(values)}, expected sections such as 'editor:' and 'data:'.")
+        raise InputError(
+            f"{location.text}: got {strict.show(values)}, expected sections such as 'editor:' and 'data:'."
+        )
     return values
 
 
@@ -430,33 +409,34 @@ def _parse(text: str, where: str) -> Any:
     try:
         values = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
-        place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise InputError(f"{where}{place}: this is not valid YAML: {error.problem}.") from error
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InputError(f"{where}{line}: this is not valid YAML: {error.problem}.") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{where}: this is not valid YAML.") from error
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
-    except ValueError as error:  # a day that no calendar has, a number of thousands of digits
+    except ValueError as error:  # an impossible date, or a number of thousands of digits
         raise InputError(f"{where}: a value cannot be read: {error}.") from error
     if _count(values) > MAX_VALUES:
-        raise InputError(f"{where}: it holds more than {MAX_VALUES:,} values, aliases followed (or one holds itself).")
+        raise InputError(f"{where}: it holds more than {MAX_VALUES:,} values, aliases expanded (or one holds itself).")
     return values
 
 
 def _count(values: Any) -> int:
-    """How many values there are, aliases followed, as far as matters: a few lines can stand for billions."""
-    rest, number = [values], 0
-    while rest and number <= MAX_VALUES:
-        one = rest.pop()
+    """Number of values, with aliases expanded; counts to `MAX_VALUES` + 1 at most."""
+    stack, number = [values], 0
+    while stack and number <= MAX_VALUES:
+        value = stack.pop()
         number += 1
-        if isinstance(one, list | tuple | set | frozenset):
-            rest.extend(one)
-        elif isinstance(one, dict):
-            rest.extend(one.values())
+        if isinstance(value, list | tuple | set | frozenset):
+            stack.extend(value)
+        elif isinstance(value, dict):
+            stack.extend(value.values())
     return number
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
+    """Sets one value, given as `key.sub=value`, in a mapping from YAML. Raises InputError if it is malformed."""
     key, equals, text = override.partition("=")
     parts = key.split(".")
     if not equals or not all(parts):

@@ -1,4 +1,4 @@
-"""The page of all settings, `pipeline/SETTINGS.md`, made from the dataclasses that define them.
+"""Generator of `pipeline/SETTINGS.md`, the page of all settings, from the dataclasses that define them.
 
 python -m pipeline.config.settings_page > pipeline/SETTINGS.md
 """
@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from odedit import editors, objectives
+from odedit.settings import describe
 from pipeline.config import strict
 from pipeline.config.run import Choice, RunConfig
 
@@ -25,7 +26,7 @@ Every setting of a run, by its path: in a YAML `editor: {name: wise, max_steps: 
 `python -m pipeline.config.settings_page > pipeline/SETTINGS.md`; a test fails when it is out of date.
 """
 _PLUGINS = (Choice,)
-"""Sections whose settings depend on the plug-in that they name."""
+"""Types of sections whose settings depend on the plug-in named in them."""
 _ATTRIBUTE = re.compile(r"^    (\w+(?:, \w+)*): (.*)$")
 
 
@@ -36,7 +37,7 @@ class Setting:
     Attributes:
         path: Dotted name.
         allowed: Type in words.
-        default: As YAML writes it.
+        default: Default in YAML.
         meaning: Description from the docstring of its dataclass.
     """
 
@@ -47,7 +48,7 @@ class Setting:
 
 
 def settings(cls: type, path: str = "") -> Iterator[Setting]:
-    """The settings of a dataclass and of the sections in it, in the order of the code."""
+    """Settings of a dataclass and of its sections, in the order of the code."""
     hints = get_type_hints(cls, include_extras=True)
     meanings = attribute_texts(cls)
     for field in dataclasses.fields(cls):
@@ -60,11 +61,11 @@ def settings(cls: type, path: str = "") -> Iterator[Setting]:
         if section is not None:
             yield from settings(section, where)
             continue
-        yield Setting(where, strict.describe(hints[field.name]), _default(field), meanings.get(field.name, ""))
+        yield Setting(where, describe(hints[field.name]), _default(field), meanings.get(field.name, ""))
 
 
 def attribute_texts(cls: type) -> dict[str, str]:
-    """Descriptions in the `Attributes:` part of a dataclass's docstring, and of those of its bases."""
+    """Descriptions by setting, from the `Attributes:` of a dataclass's docstring and of its bases' docstrings."""
     texts: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         names: list[str] = []

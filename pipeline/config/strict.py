@@ -1,7 +1,7 @@
-"""From a mapping to nested frozen dataclasses, strictly: every mistake is found, named by its path and explained.
+"""Builds nested frozen dataclasses from a mapping. One error lists every mistake by its path.
 
-The dataclasses know nothing of this file: their annotations say what is allowed, their defaults live beside their
-docstrings, and a `ValueError` of their `__post_init__` is their own opinion on a value.
+The dataclasses do not depend on this file: annotations define the allowed types, and `__post_init__` raises ValueError
+for a value out of bounds.
 """
 
 from __future__ import annotations
@@ -9,35 +9,25 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import types
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from odedit.errors import InputError
-
-_WORDS: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a finite number",
-    str: "text",
-    type(None): "nothing (null)",
-    Any: "anything",
-}
+from odedit.settings import adapter, refusal, section_type, show
 
 
 def build(cls: type, values: Any, path: str = "") -> Any:
-    """Builds the dataclass `cls` from `values`; keys that are not there keep their defaults.
+    """Builds the dataclass `cls` from `values`; missing keys keep their defaults.
 
     Args:
-        cls: A dataclass; fields may be dataclasses again.
-        values: What a YAML section holds: a mapping, or nothing.
+        cls: Dataclass, whose fields may be dataclasses.
+        values: Mapping of a YAML section, or None.
         path: Dotted name of the section, for messages.
 
     Raises:
-        InputError: One line per mistake, all of them at once.
+        InputError: One line for every mistake.
     """
     problems: list[str] = []
     built = _build(cls, values, path, problems)
@@ -46,10 +36,10 @@ def build(cls: type, values: Any, path: str = "") -> Any:
 
 
 def raise_problems(problems: Iterable[str]) -> None:
-    """Raises one InputError with a line per problem, if there is any."""
+    """Raises one InputError with a line per problem, if there are any."""
     lines = list(problems)
     if lines:
-        # A lone surrogate, which YAML can write, cannot be printed.
+        # YAML can hold lone surrogates, which cannot be printed.
         raise InputError("\n".join(lines).encode("utf-8", "backslashreplace").decode())
 
 
@@ -84,22 +74,15 @@ def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
 
 def _scalar(annotation: Any, value: Any, where: str, problems: list[str]) -> Any:
     try:
-        # Through JSON, because pydantic's strict mode for JSON is the one that fits YAML: lists for tuples, no 'yes'.
-        return _adapter(annotation).validate_json(json.dumps(value, default=str), strict=True)
+        # pydantic's strict mode for JSON fits YAML: it takes lists for tuples, and no text for booleans.
+        return adapter(annotation).validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError:
-        near = _nearest(value, annotation)
-        hint = f" Did you mean {near!r}?" if near else ""
-        problems.append(f"{where}: got {show(value)}, expected {describe(annotation)}.{hint}")
+        problems.append(refusal(where, value, annotation))
     return None
 
 
-@lru_cache(maxsize=256)
-def _adapter(annotation: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
-
-
 def unknown_key(where: str, key: str, allowed: Iterable[str]) -> str:
-    """The message for a key that is not there, with the nearest one that is.
+    """Message for an unknown key, with the nearest allowed one.
 
     >>> unknown_key("pipeline.actor", "actor", ["actors", "batch_size"])
     "pipeline.actor: unknown key. Did you mean 'actors'? Allowed: actors, batch_size."
@@ -110,55 +93,8 @@ def unknown_key(where: str, key: str, allowed: Iterable[str]) -> str:
     return f"{where}: unknown key.{hint} Allowed: {', '.join(names)}."
 
 
-def describe(annotation: Any) -> str:
-    """An annotation in words, for messages.
-
-    >>> describe(int | None), describe(Literal["auto"] | int)
-    ('a whole number or nothing (null)', "'auto' or a whole number")
-    """
-    origin = get_origin(annotation)
-    if origin is Literal:
-        return " or ".join(repr(choice) for choice in get_args(annotation))
-    if origin in (Union, types.UnionType):
-        return " or ".join(describe(part) for part in get_args(annotation))
-    if origin in (tuple, list, frozenset, set):
-        inner = [part for part in get_args(annotation) if part is not Ellipsis]
-        return f"a list of {describe(inner[0])}" if inner else "a list"
-    if origin in (dict, Mapping) or annotation in (dict, Mapping):
-        return "a section of keys and values"
-    if hasattr(annotation, "__metadata__"):
-        return describe(get_args(annotation)[0])
-    return _WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
-
-
-def show(value: Any) -> str:
-    """A value as messages quote it: short, on one line."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _nearest(value: Any, annotation: Any) -> str:
-    if not isinstance(value, str):
-        return ""
-    near = difflib.get_close_matches(value, [c for c in _choices(annotation) if isinstance(c, str)], n=1, cutoff=0.5)
-    return near[0] if near else ""
-
-
-def _choices(annotation: Any) -> list[Any]:
-    if get_origin(annotation) is Literal:
-        return list(get_args(annotation))
-    return [choice for part in get_args(annotation) for choice in _choices(part)]
-
-
 def _is_field(cls: type, key: str) -> bool:
     return any(field.name == key and field.init for field in dataclasses.fields(cls))
-
-
-def section_type(annotation: Any) -> type | None:
-    """The dataclass behind `Section` or `Section | None`; None for anything else."""
-    parts = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-    sections = [part for part in parts if isinstance(part, type) and dataclasses.is_dataclass(part)]
-    return sections[0] if sections else None
 
 
 def _allows_none(annotation: Any) -> bool:

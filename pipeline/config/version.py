@@ -1,4 +1,4 @@
-"""Which code made a result."""
+"""Versions of the code and of its libraries, stored with every result."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import subprocess
 from pathlib import Path
 
 SENT = "VERSION"
-"""File beside this one: the version of code that was sent to a cluster, where there is neither git nor a package."""
+"""File beside this one with the version of code sent to a cluster, where git and package metadata are missing."""
 _PACKAGES = ("odedit", "pipeline", "tune", "cluster")
 
 
 def code_version() -> str:
-    """Package version, and the commit where the package runs from a git working tree; `+changes` if that was edited."""
+    """Package version, followed in a git working tree by the commit, and by `+changes` if files differ from it."""
     sent = Path(__file__).with_name(SENT)
     if sent.is_file():
         return sent.read_text(encoding="utf-8").strip()
@@ -32,15 +32,15 @@ def code_version() -> str:
 
 
 def software() -> dict[str, str]:
-    """Versions that results may depend on."""
+    """Versions of Python and of the libraries that results may depend on."""
     names = ("torch", "transformers", "ray", "mlflow")
-    found = {}
+    versions = {}
     for name in names:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"python": platform.python_version(), **found}
+    return {"python": platform.python_version(), **versions}
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -1,1 +1,1 @@
-"""One run from its configuration to its summary."""
+"""The driver of a run: checks, edits, summarises, logs."""

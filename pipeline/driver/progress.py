@@ -1,4 +1,4 @@
-"""What a run says while it works, on standard error: one live line on a terminal, a log line now and then elsewhere."""
+"""Progress on standard error: one live line on a terminal, a line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _STEADY_AFTER_S = 5.0
 
 
 class Progress:
-    """Counts finished records, those apart that failed or were skipped, and keeps running means of the five metrics.
+    """Counts of finished, failed and skipped records, and running means of the five metrics.
 
     Args:
-        console: Standard error.
-        total: Records in the whole run.
+        console: Console for the lines.
+        total: Number of records in the whole run.
     """
 
     def __init__(self, console: Console, total: int) -> None:
@@ -54,7 +54,7 @@ class Progress:
         say(self._console, self.line())
 
     def observe(self, rows: Iterable[Row]) -> None:
-        """Adds the rows of a group that is finished now."""
+        """Adds the rows of a newly finished group, and shows the progress."""
         self._add(rows)
         now = time.monotonic()
         if self._first is None:
@@ -66,7 +66,7 @@ class Progress:
             say(self._console, self.line())
 
     def include(self, rows: Iterable[Row]) -> None:
-        """Adds the rows that an earlier run finished: they do not count for the speed."""
+        """Adds the rows of an earlier part of the run, which do not count for the speed."""
         self._add(rows)
         self._before = self._done
 
@@ -93,7 +93,7 @@ class Progress:
     def _speed(self) -> str:
         now = time.monotonic()
         if self._first is not None and now - self._first > _STEADY_AFTER_S and self._done > self._first_done:
-            # Starting the workers is no part of the speed, once there is enough else to measure.
+            # The time until the first group includes starting the workers.
             since, done = self._first, self._done - self._first_done
         elif self._before < self._done == self._total:
             since, done = self._started, self._done - self._before
@@ -105,8 +105,13 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
+    """Hours and minutes, or minutes and seconds.
+
+    >>> duration(59.6), duration(7260)
+    ('1 min 0 s', '2 h 1 min')
+    """
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -1,4 +1,4 @@
-"""One run from its configuration to its summary: stage, edit what is not edited yet, summarise, track, report."""
+"""Runs from configuration to summary: stage the records, edit the missing ones, summarise, report and log."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from pipeline.driver.progress import Progress
 from pipeline.interrupts import raise_if_interrupted, terminate_as_interrupt
 from pipeline.run_folder import repair
 from pipeline.run_folder import rows as results
+from pipeline.run_folder.summary import summarize_results
 from pipeline.run_folder.workspace import Workspace, read_json, write_json
-from pipeline.tracking import runs as tracking
+from pipeline.tracking.client import store_uri
+from pipeline.tracking.runs import EditRun
 from pipeline.workers import ray_session
 from pipeline.workers.plan import Job, Plan
 from pipeline.workers.profile import Profile
@@ -30,7 +32,14 @@ from pipeline.workers.profile import Profile
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left behind."""
+    """The outcome of a finished run.
+
+    Attributes:
+        workspace: Folder of the run.
+        summary: Content of `summary.json`.
+        tracking_uri: MLflow store; None without tracking.
+        run_id: Id of the MLflow run; None without tracking.
+    """
 
     workspace: Workspace
     summary: Mapping[str, Any]
@@ -39,17 +48,17 @@ class Outcome:
 
 
 def run(config: RunConfig, console: Console, *, fresh: bool = False, profile: Profile | None = None) -> Outcome:
-    """Runs or resumes; `out` may hold an earlier part of the same run.
+    """Runs or resumes a run; `out` may hold an earlier part of it.
 
     Args:
-        console: For progress; standard error.
-        fresh: Delete what `out` holds of an earlier run first, once the input and the settings have proved right.
-        profile: Takes where the time of this part of the run went; stored as `profile.json`.
+        console: Console for progress, on standard error.
+        fresh: Whether to delete an earlier run in `out` first, after the input and the settings are checked.
+        profile: Profile that the times of this part of the run are added to; stored as `profile.json`.
 
     Raises:
         InputError: The input or the settings are wrong, or `out` holds another run.
-        GraphError: The workers could not go on.
-        TrackingError: The results are there, but MLflow could not be written to.
+        GraphError: The workers could not continue.
+        TrackingError: The results are complete, but MLflow could not be written to.
     """
     ready = prepare(config, fresh=fresh)
     announce(ready, console)
@@ -64,26 +73,28 @@ def run(config: RunConfig, console: Console, *, fresh: bool = False, profile: Pr
 def run_many(
     configs: Sequence[RunConfig], console: Console, *, fresh: bool = False, parent_run: str | None = None
 ) -> list[Outcome]:
-    """Runs or resumes several runs, one after the other, with the same workers.
+    """Runs or resumes several runs, one after another, with the same workers.
 
     Args:
-        configs: The runs. Those at an address lie below a folder that the caller has written to.
+        configs: The runs. An `out` at an address is below a folder that the caller has written to.
+        console: Console for progress.
         fresh: Whether existing runs are replaced.
-        parent_run: MLflow run that each run becomes a child of.
+        parent_run: Id of the MLflow run that the runs are nested in.
 
     Raises:
-        As `run`, with the name of the run; what is finished by then is kept.
+        As `run`, with the name of the run in the message. Finished groups are kept.
     """
     ready = [_prepared(config, fresh=fresh) for config in configs]
-    done, total = (sum(one.num_done(one.pending) for one in ready), sum(one.staged.num_usable for one in ready))
+    done = sum(run.num_done(run.pending) for run in ready)
+    total = sum(run.staged.num_usable for run in ready)
     say(console, f"{counted(len(ready), 'run')}: {done} of {counted(total, 'usable record')} done.")
-    for one in ready:
-        _say_notes(one, console)
+    for run in ready:
+        _say_notes(run, console)
     return _run_ready(ready, console, parent_run)
 
 
 def _prepared(config: RunConfig, *, fresh: bool) -> Ready:
-    """As `prepare`, for one of several runs."""
+    """As `prepare`, with the name of the run in the message of an error."""
     try:
         return prepare(config, fresh=fresh, is_storage_tried=True)
     except InputError as error:
@@ -93,37 +104,40 @@ def _prepared(config: RunConfig, *, fresh: bool) -> Ready:
 def _run_ready(
     ready: Sequence[Ready], console: Console, parent_run: str | None, profile: Profile | None = None
 ) -> list[Outcome]:
-    pending = [(index, group) for index, one in enumerate(ready) for group in one.pending]
+    pending = [(index, group) for index, run in enumerate(ready) for group in run.pending]
     if pending:
         ray_session.check_reachable(ready[pending[0][0]].config.pipeline)
     with terminate_as_interrupt(), ExitStack() as stack:
-        for one in ready:
-            stack.enter_context(_forgiving(one.workspace))
-        runs = [stack.enter_context(_OpenRun(one, parent_run)) for one in ready]
+        for run in ready:
+            stack.enter_context(_forgetting_attempts(run.workspace))
+        runs = [stack.enter_context(_OpenRun(run, parent_run)) for run in ready]
         if len(runs) == 1:
-            runs[0].start()  # before the first result, to be seen in MLflow while it works
+            runs[0].start()  # before the first result, so that MLflow shows the run while it works
         if pending:
             first = ready[pending[0][0]].config
             plan = stack.enter_context(ray_session.connected(first.pipeline, first.backbone, len(pending), console))
-            # Again, because Ray puts a handler of its own in place, which ends the process at once.
+            # Again, since Ray has replaced the handler by one that exits the process at once.
             stack.enter_context(terminate_as_interrupt())
             _edit(runs, pending, plan, console, profile)
-        return [one.finish(console) for one in runs]
+        return [run.finish(console) for run in runs]
 
 
 @contextmanager
-def _forgiving(workspace: Workspace) -> Iterator[None]:
-    """Around Ray's lifetime: a worker that was ended because the user ended the run counts as no attempt."""
+def _forgetting_attempts(workspace: Workspace) -> Iterator[None]:
+    """Inside, an interrupt by the user deletes the counts of attempts, since it ends workers without an edit's fault.
+
+    To be entered before Ray starts, so that the counts are deleted after its workers have ended.
+    """
     try:
         yield
     except KeyboardInterrupt:
-        with suppress(OSError):  # storage that is out must not hold up the end
+        with suppress(OSError):  # an outage of the storage must not delay the end
             delete_all(workspace.attempts.with_patience(0).glob("group-*.json"))
         raise
 
 
 def announce(ready: Ready, console: Console) -> None:
-    """Says whether the run is new, goes on, or is finished."""
+    """Prints whether the run is new, resumed or finished."""
     pending, total = ready.pending, ready.staged.num_usable
     done = ready.num_done(pending)
     usable = counted(total, "usable record")
@@ -147,13 +161,18 @@ def _say_notes(ready: Ready, console: Console) -> None:
 
 
 class _OpenRun:
-    """A run while it works: its MLflow run, the time its edits take, and in the end its outcome."""
+    """A run in progress, with its MLflow run and its outcome.
+
+    Attributes:
+        ready: The checked run.
+        seconds: Seconds of editing that are not stored in run.json yet.
+    """
 
     def __init__(self, ready: Ready, parent_run: str | None) -> None:
         self.ready = ready
         self._parent_run = parent_run
         self.seconds = 0.0
-        self._tracker: tracking.Tracker | None = None
+        self._tracker: EditRun | None = None
         self._is_started = False
         self._outcome: Outcome | None = None
 
@@ -165,13 +184,13 @@ class _OpenRun:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         with suppress(OSError):  # a full disk must not hide the error itself
-            self._keep_time()
+            self._store_time()
             update(self.ready.workspace, ended=True)
         if self._tracker is not None and self._outcome is None:
             self._tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
 
     def start(self) -> None:
-        """Opens the MLflow run, a new one or that of an earlier part."""
+        """Opens the MLflow run, a new one or the one of an earlier part of the run; later calls do nothing."""
         if self._is_started:
             return
         self._is_started = True
@@ -186,23 +205,23 @@ class _OpenRun:
             "usable": ready.staged.num_usable,
             "problems": ready.staged.problems,
         }
-        self._tracker = tracking.Tracker.start(
+        self._tracker = EditRun.start(
             ready.config, ready.workspace, state.get("run_id"), ready.code, dataset, self._parent_run
         )
         update(ready.workspace, run_id=self._tracker.run_id)
 
-    def _keep_time(self) -> None:
-        """Adds the time to the run's account, which outlives an interruption."""
+    def _store_time(self) -> None:
+        """Adds `seconds` to the time in run.json."""
         if self.seconds:
             before = (read_json(self.ready.workspace.run) or {}).get("seconds", 0.0)
             update(self.ready.workspace, seconds=before + self.seconds)
             self.seconds = 0.0
 
     def finish(self, console: Console | None) -> Outcome:
-        """Summarises, reports and logs a run whose groups all have a result; the second time it only says so."""
+        """Summarises, reports and logs a run whose groups all have a result; later calls return the same outcome."""
         if self._outcome is None:
             self.start()
-            self._keep_time()
+            self._store_time()
             self._outcome = _finish(self.ready, self._tracker, console)
             if self._tracker is not None:
                 self._tracker.finish_with(self._outcome.summary)
@@ -216,25 +235,26 @@ def _edit(
     console: Console,
     profile: Profile | None,
 ) -> None:
+    """Edits the pending groups; each run of several is finished after its last group."""
     from pipeline.workers import graph
 
     say(console, f"Plan: {plan}.")
-    ready = [one.ready for one in runs]
+    ready = [run.ready for run in runs]
     jobs = [
         Job(
-            one.config,
-            one.sources,
-            one.workspace,
+            run.config,
+            run.sources,
+            run.workspace,
             plan.device,
             plan.threads_per_actor,
             plan.memory_share,
             profile is not None,
         )
-        for one in ready
+        for run in ready
     ]
-    left = Counter(index for index, _ in pending)
-    total = sum(one.staged.num_usable + one.staged.problems for one in ready)
-    finished = [part for one in ready for part in results.parts(one.workspace)]
+    num_left = Counter(index for index, _ in pending)
+    total = sum(run.staged.num_usable + run.staged.problems for run in ready)
+    finished = [part for run in ready for part in results.parts(run.workspace)]
     with Progress(console, total) as progress:
         progress.include(results.read_rows(finished, results.PROGRESS_COLUMNS))
         last = time.monotonic()
@@ -244,13 +264,14 @@ def _edit(
             now = time.monotonic()
             runs[index].seconds, last = runs[index].seconds + now - last, now
             progress.observe(rows)
-            left[index] -= 1
-            if not left[index] and len(runs) > 1:
-                # While the workers go on with the next run.
+            num_left[index] -= 1
+            if not num_left[index] and len(runs) > 1:
+                # Now, while the workers edit the next run.
                 runs[index].finish(None)
 
 
-def _finish(ready: Ready, tracker: tracking.Tracker | None, console: Console | None) -> Outcome:
+def _finish(ready: Ready, tracker: EditRun | None, console: Console | None) -> Outcome:
+    """Writes summary and report, and logs the run."""
     from pipeline.report import page
 
     workspace, config = ready.workspace, ready.config
@@ -260,7 +281,7 @@ def _finish(ready: Ready, tracker: tracking.Tracker | None, console: Console | N
     repair.remove_temporaries(workspace)
     results.unify(workspace)
     state = read_json(workspace.run)
-    summary = results.summarize_results(workspace, config) | {
+    summary = summarize_results(workspace, config) | {
         "wall_seconds": state["seconds"],
         "code": state["code"],
         "software": state["software"],
@@ -272,5 +293,5 @@ def _finish(ready: Ready, tracker: tracking.Tracker | None, console: Console | N
             console.print("Logging to MLflow ...", highlight=False)
         tracker.log_results(config, workspace, summary)
         update(workspace, logged=True)
-    uri = tracking.store_uri(config.tracking, workspace.out) if config.tracking.enabled else None
+    uri = store_uri(config.tracking, workspace.out) if config.tracking.enabled else None
     return Outcome(workspace, summary, uri, (read_json(workspace.run) or {}).get("run_id"))

@@ -1,4 +1,4 @@
-"""`odedit mlflow sync`: what a store did not take when a run ended is delivered later, without editing anything."""
+"""`odedit mlflow sync`: logs a finished run whose logging failed, without editing anything."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from pipeline.tracking import runs
 
 
 def sync(folder: str, uri: str | None = None) -> str:
-    """Logs the finished run in a folder or at an address, unless it is logged; what became of it, in a sentence.
+    """Logs a finished run unless it is logged already; returns a sentence about the outcome.
 
     Args:
-        uri: Another store than the one that the run names.
+        folder: Folder or address of the run.
+        uri: Store to log to; None: the store that the run names.
 
     Raises:
         InputError: There is no finished run, or the store cannot be reached.
-        TrackingError: The store does not take it.
+        TrackingError: The store refused.
     """
     workspace = Workspace.of(folder)
     folder = masked(folder)
@@ -39,8 +40,7 @@ def sync(folder: str, uri: str | None = None) -> str:
         "usable": summary["n"] + summary["failed"],
         "problems": summary["skipped"],
     }
-    # A store that does not know the run makes another one.
-    tracker = runs.Tracker.start(config, workspace, state.get("run_id"), state["code"], dataset)
+    tracker = runs.EditRun.start(config, workspace, state.get("run_id"), state["code"], dataset)
     update(workspace, run_id=tracker.run_id)
     try:
         tracker.log_results(config, workspace, summary)
@@ -53,7 +53,11 @@ def sync(folder: str, uri: str | None = None) -> str:
 
 
 def _reachable(config: RunConfig, folder: str, uri: str | None) -> RunConfig:
-    """The configuration with a store to log to; the file has addresses without their passwords."""
+    """The configuration with the store to log to.
+
+    Raises:
+        InputError: No store is named, or its password is needed: `config.yaml` holds addresses without passwords.
+    """
     if uri is not None:
         return replace(config, tracking=replace(config.tracking, uri=uri, enabled=True))
     if not config.tracking.enabled:

@@ -1,1 +1,1 @@
-"""Finished edits: found, asked, and counted."""
+"""Commands on finished edits: find their files, ask questions, count how many hold."""

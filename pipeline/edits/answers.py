@@ -1,4 +1,4 @@
-"""Asks a model questions, as it is and with edits applied."""
+"""Questions to a model, with and without edits."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from odedit.evaluation.scores import in_words
 from odedit.inputs.batch import EditParams, Picture, Probe
 from odedit.inputs.prompts import Template, find_template
 from odedit.runtime.addresses import masked
-from odedit.runtime.kv_cache import KeyValues
+from odedit.runtime.kv_cache import KVCache
 
 _PLACEHOLDER = "x"
 
 
 class Questions:
-    """Questions that are asked together, and answered greedily under whatever edits are applied then.
+    """A batch of questions, answered greedily under the edits applied at that moment.
 
     Attributes:
-        batch: One row for each question, in one sequence.
+        batch: One edit per question, with one sequence each.
     """
 
     @torch.no_grad()
@@ -41,12 +41,12 @@ class Questions:
     ) -> None:
         """
         Args:
-            sites: What the edits change.
-            probes: Their targets are not looked at.
-            max_tokens: Longest answer to each.
+            sites: Sites of the edits.
+            probes: Questions; their targets are ignored.
+            max_tokens: Longest answer to each question, in tokens.
 
         Raises:
-            InputError: A question has more tokens than the model takes.
+            InputError: A question is longer than the model's context.
         """
         before = any(is_connector(site) for site in sites)
         pictures = [probe.picture for probe in probes if probe.picture is not None]
@@ -55,17 +55,17 @@ class Questions:
         ids = [f"question-{number}" for number in range(len(grid))]
         self.batch = backbone.encode(ids, ["rel"], grid, features, template, before)
         self._backbone, self._max_tokens = backbone, tuple(max_tokens)
-        self._memory = KeyValues()
-        self._prefix = backbone.prefix(self.batch, *sites, memory=self._memory)
+        self._kv_cache = KVCache()
+        self._prefix = backbone.prefix(self.batch, *sites, kv_cache=self._kv_cache)
 
     @torch.no_grad()
     def answers(self) -> list[list[int]]:
-        """The tokens that the model generates now for each question: to the answer's end and beyond, or its longest."""
-        backbone, memory = self._backbone, self._memory.branch()
+        """Generated tokens per question, `max_tokens` of them; those after the answer's end are included."""
+        backbone, kv_cache = self._backbone, self._kv_cache.branch()
         read_EKT = self.batch.with_room(1, 0, backbone.max_positions).predict_EKT
-        first_EKT = backbone.head(backbone.suffix(self._prefix, read_EKT, memory)).argmax(dim=-1)
+        first_EKT = backbone.head(backbone.suffix(self._prefix, read_EKT, kv_cache)).argmax(dim=-1)
         longest = max(self._max_tokens)
-        tokens_EKT = generate(backbone, self.batch, self._prefix, memory, first_EKT, longest)
+        tokens_EKT = generate(backbone, self.batch, self._prefix, kv_cache, first_EKT, longest)
         rows = zip(tokens_EKT[:, 0].tolist(), self._max_tokens, strict=True)
         return [tokens[:count] for tokens, count in rows]
 
@@ -73,22 +73,22 @@ class Questions:
 def before_and_after(
     backbone: Backbone, editor: Editor, params: EditParams, template: str, question: Probe, max_tokens: int
 ) -> tuple[str, str]:
-    """The greedy answers without and with all edits."""
+    """Greedy answers to a question without edits and with all edits."""
     questions = Questions(backbone, editor.sites, [question], [max_tokens], find_template(template))
     (before,) = questions.answers()
     with editor.together(backbone, params, questions.batch):
         (after,) = questions.answers()
-    return _without_further_lines(backbone, before), _without_further_lines(backbone, after)
+    return _first_line(backbone, before), _first_line(backbone, after)
 
 
-def _without_further_lines(backbone: Backbone, tokens: Sequence[int]) -> str:
-    """The first line of an answer: a model that was trained on lines goes on with others before it ends."""
+def _first_line(backbone: Backbone, tokens: Sequence[int]) -> str:
+    """First line of an answer. Models trained on line-separated text go on with further lines."""
     answer, _ = until_end(tokens, ends_of(backbone))
     return in_words(backbone, answer).split("\n")[0].strip()
 
 
 def read_picture(image: Path) -> Picture:
-    """Raises ImageError if the picture cannot be read."""
+    """Reads a picture. Raises ImageError if it cannot be read."""
     path = image.expanduser().resolve()
     if not path.exists():
         raise ImageError(f"there is no file {str(image)!r}.", "image not found")
@@ -98,15 +98,15 @@ def read_picture(image: Path) -> Picture:
 def load_backbone_of(
     edit: EditInfo, checkpoint: str | None = None, *, dtype: str = "float32", device: str = "cpu"
 ) -> Backbone:
-    """The model that an edit was made for, or another checkpoint of its family.
+    """Loads the model that an edit was made for, or another checkpoint of its family.
 
     Raises:
-        InputError: The edit names a family that is not one of the package's.
+        InputError: The edit's family is not built in.
     """
     from transformers.utils import logging
 
     if edit.family not in names():
-        # A dotted name would import whatever module the file asks for.
+        # A dotted name would import a module that an untrusted file chose.
         raise InputError(
             f"edit {masked(edit.edit_id)!r}: unknown model family {edit.family!r}; known: {', '.join(names())}."
         )

@@ -1,4 +1,4 @@
-"""The edits that a command is given: files, folders, runs, patterns; which of them repeat or contradict each other."""
+"""Edits named on the command line by files, folders, runs and patterns; duplicates and contradictions among them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _PATTERN = re.compile(r"[*?[]")
 
 
 @dataclass(frozen=True)
-class Given:
-    """Edits that differ from one another.
+class EditFiles:
+    """Files of distinct edits.
 
     Attributes:
-        files: Where they are.
-        infos: What they say about themselves.
-        notes: Sentences for the user: which edit was given more than once, which edits contradict each other.
+        files: Their locations.
+        infos: Their headers.
+        notes: Sentences for the user about edits given twice and edits that contradict each other.
     """
 
     files: tuple[Location, ...]
@@ -35,79 +35,80 @@ class Given:
     notes: tuple[str, ...]
 
 
-def find(arguments: Sequence[str]) -> Given:
-    """Reads the headers of the edits that are meant.
+def find(arguments: Sequence[str]) -> EditFiles:
+    """Finds the edits and reads their headers.
 
     Args:
-        arguments: A file, a folder of edits, a run's folder, or a pattern such as `runs/*/edits/*.safetensors`; each a
-            path or an address.
+        arguments: Paths or addresses of a file, a folder of edits, a run's folder, or a pattern such as
+            `runs/*/edits/*.safetensors`.
 
     Raises:
-        InputError: An argument means no edit, or a file is none.
+        InputError: An argument names no edit, or a file is not an edit.
     """
     files = [file for argument in arguments for file in _files(argument)]
     if not files:
         raise InputError(f"no edit given: name at least one {_ENDING} file, or a run's folder.")
     infos = [read_info(file) for file in files]
-    first = _first_of_each(files, infos)
-    repeats = [infos[index].edit_id for index in range(len(files)) if index not in first]
+    distinct = _without_duplicates(files, infos)
+    repeats = [infos[index].edit_id for index in range(len(files)) if index not in distinct]
     notes = [f"{listed(list(dict.fromkeys(repeats)))}: given more than once; counts once."] if repeats else []
-    kept = tuple(infos[index] for index in first)
-    return Given(tuple(files[index] for index in first), kept, (*notes, *_contradictions(kept)))
+    kept = tuple(infos[index] for index in distinct)
+    return EditFiles(tuple(files[index] for index in distinct), kept, (*notes, *_contradictions(kept)))
 
 
 def _files(argument: str) -> list[Location]:
-    place = locate(argument, "edit")
-    if _PATTERN.search(place.path) and not place.exists():
-        matches = [file for match in _matches(place) for file in ([match] if _is_edit(match) else _inside(match))]
-        if not matches:
+    location = locate(argument, "edit")
+    if _PATTERN.search(location.path) and not location.exists():
+        files = [file for match in _matches(location) for file in ([match] if _is_edit(match) else _inside(match))]
+        if not files:
             raise InputError(f"edit {masked(argument)!r}: no edit's file fits the pattern, and no folder with one.")
-        return matches
-    if _is_edit(place) or not place.is_folder():
-        return [place]
-    found = _inside(place)
-    if not found:
+        return files
+    if _is_edit(location) or not location.is_folder():
+        return [location]
+    files = _inside(location)
+    if not files:
         raise InputError(
             f"edit {masked(argument)!r}: the folder holds no edits; expected {_ENDING} files there or in its folder "
             "edits/ (a run keeps them with keep_edits: true)."
         )
-    return found
+    return files
 
 
-def _is_edit(place: Location) -> bool:
-    return place.name.endswith(_ENDING)
+def _is_edit(location: Location) -> bool:
+    return location.name.endswith(_ENDING)
 
 
-def _inside(place: Location) -> list[Location]:
-    """The edits of a run's folder, or else those in the folder itself."""
-    return _visible(Workspace(place).edits, f"*{_ENDING}") or _visible(place, f"*{_ENDING}")
+def _inside(folder: Location) -> list[Location]:
+    """The edits of a run's folder, or those directly in the folder."""
+    return _visible(Workspace(folder).edits, f"*{_ENDING}") or _visible(folder, f"*{_ENDING}")
 
 
 def _visible(folder: Location, pattern: str) -> list[Location]:
-    """Files that match, temporary ones left out."""
+    """Entries of a folder that match, without hidden (temporary) ones."""
     return [child for child in folder.glob(pattern) if not child.name.startswith(".")]
 
 
-def _matches(place: Location) -> list[Location]:
-    """Every file and folder that fits, whichever parts of the path are patterns."""
-    parents = _matches(place.parent) if _PATTERN.search(place.parent.path) else [place.parent]
-    return [child for parent in parents for child in _visible(parent, place.name)]
+def _matches(pattern: Location) -> list[Location]:
+    """Files and folders that match; any part of the path may be a pattern."""
+    parents = _matches(pattern.parent) if _PATTERN.search(pattern.parent.path) else [pattern.parent]
+    return [child for parent in parents for child in _visible(parent, pattern.name)]
 
 
-def _first_of_each(files: Sequence[Location], infos: Sequence[EditInfo]) -> list[int]:
-    """Numbers of the edits without those that repeat an earlier one: the same words, picture and tensors."""
+def _without_duplicates(files: Sequence[Location], infos: Sequence[EditInfo]) -> list[int]:
+    """Indices of the edits that differ from every earlier one in words, picture or tensors."""
     alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for index, info in enumerate(infos):
         alike[(info.editor, info.fingerprint, info.prompt, info.target, info.picture)].append(index)
     kept: list[int] = []
     for indices in alike.values():
-        # Tensors may be large: they are read where nothing else tells two edits apart.
+        # Tensors may be large, so they are compared only if all else is equal.
         contents = [_content(files[index]) for index in indices] if len(indices) > 1 else [""]
-        kept += [index for at, index in enumerate(indices) if contents[at] not in contents[:at]]
+        kept += [index for rank, index in enumerate(indices) if contents[rank] not in contents[:rank]]
     return sorted(kept)
 
 
 def _content(file: Location) -> str:
+    """SHA-256 of an edit's tensors."""
     params, _ = load_edit(file)
     digest = hashlib.sha256()
     for name, value in sorted(params.items()):
@@ -117,18 +118,19 @@ def _content(file: Location) -> str:
 
 
 def _contradictions(infos: Sequence[EditInfo]) -> list[str]:
-    """A sentence for each question about one picture that is to have different answers."""
+    """One sentence per question about the same picture with different target answers."""
     facts: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     for info in infos:
         if info.picture is not None:
             answers = facts[(info.prompt.strip(), info.picture)]
             answers.setdefault(info.target.strip(), info.edit_id)
-    found = []
+    sentences = []
     for (prompt, picture), answers in facts.items():
         if len(answers) > 1:
-            said = listed([f"{answer!r} ({edit_id})" for answer, edit_id in answers.items()])
+            targets = listed([f"{answer!r} ({edit_id})" for answer, edit_id in answers.items()])
             about = ", asked about the same picture," if picture else ""
-            found.append(
-                f"Contradiction: {prompt!r}{about} has different answers: {said}. At most one of these edits can hold."
+            sentences.append(
+                f"Contradiction: {prompt!r}{about} has different answers: {targets}. "
+                "At most one of these edits can hold."
             )
-    return found
+    return sentences

@@ -1,4 +1,4 @@
-"""Which of the edits that share a model hold there: each is asked its own question again."""
+"""Counts the edits of one model that hold, by asking the model each edit's own question again."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from odedit.inputs.prompts import Template, find_template
 from pipeline.edits.answers import Questions
 
 ENOUGH = 0.95
-"""Share of the edits below which the user is warned."""
+"""Share of held edits below which the user is warned."""
 _ASKED_AT_ONCE = 16
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Held:
-    """What became of the edits.
+    """Edits that hold and edits that are lost.
 
     Attributes:
         asked: Number of edits whose question was asked.
-        lost: A phrase for each of them that was answered otherwise.
-        unasked: A reason for each edit whose question cannot be asked.
+        lost: Phrase per lost edit: the answer, and the target.
+        unasked: Reason per edit whose question cannot be asked.
     """
 
     asked: int
@@ -40,11 +40,11 @@ class Held:
 
     @property
     def is_enough(self) -> bool:
-        """Whether as many hold as a user may expect."""
+        """Whether 95% of the asked edits hold."""
         return self.asked - len(self.lost) >= ENOUGH * self.asked
 
     def sentences(self) -> Iterator[str]:
-        """What the user is told."""
+        """Sentences for the user: the counts, and a warning if too few hold."""
         if self.asked:
             hold = "edit holds" if self.asked == 1 else "edits hold"
             yield f"{self.asked - len(self.lost)} of {self.asked} {hold} (whole answers, generated greedily)."
@@ -65,29 +65,29 @@ def ask(
     infos: Sequence[EditInfo],
     edited: Callable[[EditBatch], AbstractContextManager[object]],
 ) -> Held:
-    """Asks every edit's own question, with its picture, in the prompt template that it was made with.
+    """Asks every edit's own question, with its picture and its prompt template.
 
     Args:
-        sites: What the edits change.
-        edited: Inside, the model has all edits, for the sequences of a batch.
+        sites: Sites of the edits.
+        edited: Context manager that applies all edits to the sequences of a batch.
     """
     readers: dict[str, ImageReader] = {}
     lost: list[str] = []
     unasked: list[str] = []
     for template, group in _asked_together(infos):
-        kept: list[tuple[EditInfo, Probe]] = []
+        questions: list[tuple[EditInfo, Probe]] = []
         for info in group:
             try:
-                kept.append((info, Probe(info.prompt, info.target, _picture(info, readers), info.is_caption)))
+                questions.append((info, Probe(info.prompt, info.target, _picture(info, readers), info.is_caption)))
             except (ImageError, InputError, StorageError) as error:
                 unasked.append(str(error))
-        if kept:
-            lost += _lost(backbone, sites, kept, find_template(template), edited)
+        if questions:
+            lost += _lost(backbone, sites, questions, find_template(template), edited)
     return Held(len(infos) - len(unasked), tuple(lost), tuple(unasked))
 
 
 def _asked_together(infos: Sequence[EditInfo]) -> Iterator[tuple[str, Sequence[EditInfo]]]:
-    """Edits of one prompt template, so many that their questions fit into a batch."""
+    """Batches of at most 16 edits of one prompt template."""
     for template, group in groupby(sorted(infos, key=_template_of), key=_template_of):
         edits = list(group)
         for start in range(0, len(edits), _ASKED_AT_ONCE):
@@ -99,7 +99,7 @@ def _template_of(info: EditInfo) -> str:
 
 
 def _picture(info: EditInfo, readers: dict[str, ImageReader]) -> Picture | None:
-    """The picture of an edit. Raises ImageError, InputError or StorageError if it is not to be had."""
+    """The picture of an edit. Raises ImageError, InputError or StorageError if it is missing or has changed."""
     if info.picture is None:
         raise ImageError(f"the file of {info.edit_id} is of an older version and names no picture.", "unknown picture")
     if not info.picture:
@@ -111,31 +111,32 @@ def _picture(info: EditInfo, readers: dict[str, ImageReader]) -> Picture | None:
         )
     picture = readers[info.image_root].read(info.image)
     if picture.key != info.picture:
-        raise ImageError(f"{image_name(info.image)} in {info.image_root!r} is another one now.", "other picture")
+        name = image_name(info.image)
+        raise ImageError(f"{name} in {info.image_root!r} has changed since the edit.", "other picture")
     return picture
 
 
 def _lost(
     backbone: Backbone,
     sites: Sequence[str],
-    asked: Sequence[tuple[EditInfo, Probe]],
+    edits: Sequence[tuple[EditInfo, Probe]],
     template: Template,
     edited: Callable[[EditBatch], AbstractContextManager[object]],
 ) -> list[str]:
-    """A phrase for each edit that is answered otherwise."""
-    targets = [_target(backbone, probe, template) for _, probe in asked]
+    """One phrase per edit whose answer is not its target."""
+    targets = [_target(backbone, probe, template) for _, probe in edits]
     longest = [len(target) + LONGEST_REST for target in targets]
-    questions = Questions(backbone, sites, [probe for _, probe in asked], longest, template)
+    questions = Questions(backbone, sites, [probe for _, probe in edits], longest, template)
     with edited(questions.batch):
         answers = questions.answers()
     return [
         f"{info.edit_id} says {said(backbone, answer)!r} instead of {in_words(backbone, target)!r}"
-        for (info, _), target, answer in zip(asked, targets, answers, strict=True)
+        for (info, _), target, answer in zip(edits, targets, answers, strict=True)
         if not is_said(backbone, answer, target)
     ]
 
 
 def _target(backbone: Backbone, probe: Probe, template: Template) -> list[int]:
-    """The tokens of an edit's answer."""
+    """Tokens of an edit's target."""
     sequence = backbone.sequence(probe, template)
     return list(sequence.tokens[sequence.first_target :])

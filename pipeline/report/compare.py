@@ -16,12 +16,13 @@ from odedit.evaluation.statistics import MAIN, SIGNIFICANT, Estimate, PairedDiff
 from odedit.runtime.addresses import masked, reason
 from odedit.storage.location import Location, locate
 from pipeline.config.run import read_yaml
+from pipeline.config.values import flatten
 from pipeline.report.formatting import number
 from pipeline.report.page import LABELS, p_value
 from pipeline.run_folder import rows as results
 from pipeline.run_folder.rows import EDITED, FAILED, SKIPPED, Row
 from pipeline.run_folder.workspace import CONFIG_HEADER, Workspace, read_json
-from pipeline.tracking import fetch, runs
+from pipeline.tracking import fetch
 
 SCORE = "score"
 METRICS = (*MAIN, "steps", "seconds")
@@ -153,7 +154,7 @@ def _side(name: str, out: Location) -> Side:
         if row["status"] == EDITED:
             rows["\n".join(map(str, (row["edit_id"], row["prompt"], row["target"])))] = row
     first = workspace.config.read_text().partition("\n")[0]
-    settings = runs.flatten(read_yaml(workspace.config))
+    settings = flatten(read_yaml(workspace.config))
     return Side(name, settings | {"code": first.removeprefix(CONFIG_HEADER).strip()}, rows, counts)
 
 

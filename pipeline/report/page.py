@@ -12,19 +12,14 @@ from typing import Any
 from rich.table import Table
 
 from odedit.errors import counted
+from odedit.evaluation.columns import METRICS
 from odedit.evaluation.statistics import MAIN, PairedDifference, paired, summarize
 from odedit.storage.location import Location
 from pipeline.run_folder import reasons
 from pipeline.run_folder import rows as results
 from pipeline.run_folder.workspace import Workspace
 
-LABELS = {
-    "rel": "reliability",
-    "t_gen": "text generality",
-    "m_gen": "image generality",
-    "t_loc": "text locality",
-    "m_loc": "image locality",
-}
+LABELS = {name: metric.label for name, metric in METRICS.items()}
 _COLUMNS = (
     "edit_id",
     "fact",

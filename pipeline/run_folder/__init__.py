@@ -1,1 +1,1 @@
-"""What lies in a run's folder `out`."""
+"""The files in a run's folder `out`: input records, result rows, edits, summary."""

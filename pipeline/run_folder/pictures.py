@@ -1,4 +1,4 @@
-"""Whether the folders of pictures are the right ones: some that the records name are looked for before a run."""
+"""A check before a run that `image_root` and `rephrase_root` are right: some pictures of the records must exist."""
 
 from __future__ import annotations
 
@@ -17,52 +17,52 @@ _RECORDS, _PICTURES = 512, 64
 
 
 def check_pictures(records: Iterable[RawRecord], reader: ImageReader) -> None:
-    """Looks for pictures of the first records. Single missing ones become skipped rows later.
+    """Looks for pictures of the first 512 records. Records whose picture is missing become skipped rows later.
 
     Args:
-        records: All records; a few hundred are read, so that a wrong folder is noticed before a long file is read.
-        reader: Opens their pictures.
+        records: All records; only the first are read, so that a wrong folder is reported before a long file is read.
+        reader: Reader of the records' pictures.
 
     Raises:
-        InputError: None of the pictures under a root is there.
+        InputError: No picture under a root exists.
     """
-    first = [record for record in islice(records, _RECORDS) if not record.problem]
+    usable = [record for record in islice(records, _RECORDS) if not record.problem]
     for root in get_args(Root):
-        named = [
+        pictures = [
             (record, reference.path)
-            for record in first
+            for record in usable
             for reference in request_images(record.fields)
             if reference.root == root and not is_pack_reference(reference.path)
         ]
-        named = named[:: max(1, len(named) // _PICTURES)]
-        if named and all(_is_missing(reader, path, root) for _, path in named):
-            raise InputError(_message(reader, named, root))
+        sample = pictures[:: max(1, len(pictures) // _PICTURES)]
+        if sample and all(_is_missing(reader, path, root) for _, path in sample):
+            raise InputError(_message(reader, sample, root))
 
 
 def _is_missing(reader: ImageReader, path: str, root: Root) -> bool:
     try:
-        return not reader.place(path, root).is_file()
+        return not reader.location(path, root).is_file()
     except ImageError:
         return True
-    except OSError:  # storage that refuses for now says nothing about the root
+    except OSError:  # a storage error does not show that the picture is missing
         return False
 
 
-def _message(reader: ImageReader, named: Sequence[tuple[RawRecord, str]], root: Root) -> str:
-    record, path = named[0]
+def _message(reader: ImageReader, missing: Sequence[tuple[RawRecord, str]], root: Root) -> str:
+    record, path = missing[0]
     setting = reader.settings[root]
     try:
-        place = reader.place(path, root)
-        tried = f"{str(place)!r}.{relative_note(str(place))}"
+        location = str(reader.location(path, root))
+        tried = f"{location!r}.{relative_note(location)}"
     except ImageError as error:
         tried = str(error)
-    fields = sorted({name for one, text in named for name, value in one.fields.items() if _names(value, text)})
+    fields = sorted({name for other, text in missing for name, value in other.fields.items() if _is_path(value, text)})
     return (
-        f"{setting}: none of {counted(len(named), 'picture')} looked for is there "
+        f"{setting}: none of {counted(len(missing), 'picture')} looked for is there "
         f"(fields: {', '.join(fields) or 'probes'}). The first, of {record.where}: {tried} "
         f"Set {'data.rephrase_root' if root == 'rephrase' else setting} to the folder that {path!r} lies in."
     )
 
 
-def _names(value: object, path: str) -> bool:
+def _is_path(value: object, path: str) -> bool:
     return isinstance(value, str) and value == path

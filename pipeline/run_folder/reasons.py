@@ -1,4 +1,4 @@
-"""Why records were not edited: reasons of one kind are counted together."""
+"""Why records were not edited: counts of equal reasons, names and numbers aside."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 SHOWN = 3
 _NAMES = re.compile(r"'[^']*'|\"[^\"]*\"|\S*/\S*|\d+")
-"""What differs between records with the same fault: quoted names, paths and numbers."""
+"""Parts of a reason that differ between records with the same fault: quoted names, paths and numbers."""
 
 
 class Reasons:
-    """Counts the reasons of failed and skipped rows by their kind."""
+    """Counter of the reasons of failed and skipped rows, by kind."""
 
     def __init__(self) -> None:
         self._counts: Counter[tuple[str, str]] = Counter()
         self._first: dict[tuple[str, str], str] = {}
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Takes a result row that was not edited."""
+        """Counts the reason of a failed or skipped row."""
         text = row["error"] or "no reason is given"
         bare = text.removeprefix(f"{row['file']}, record {row['index']}: ").replace(row["edit_id"], "")
         kind = (row["status"], _NAMES.sub("", bare))
@@ -28,7 +28,7 @@ class Reasons:
         self._first.setdefault(kind, text)
 
     def commonest(self) -> list[dict[str, Any]]:
-        """The commonest kinds: status, number of rows, and the reason of the first of them."""
+        """The three commonest kinds: status, number of rows, and the reason of the first row."""
         return [
             {"status": kind[0], "count": count, "first": self._first[kind]}
             for kind, count in self._counts.most_common(SHOWN)
@@ -36,14 +36,16 @@ class Reasons:
 
 
 def sentences(reasons: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each kind of reason.
+    """One line per kind of reason.
 
     >>> sentences([{"status": "skipped", "count": 12, "first": "a.json, record 0: image 'x' is not there."}])
     ["12 skipped, the first: a.json, record 0: image 'x' is not there."]
     """
-    return [f"{one['count']} {one['status']}{', the first' * (one['count'] > 1)}: {one['first']}" for one in reasons]
+    return [
+        f"{kind['count']} {kind['status']}{', the first' * (kind['count'] > 1)}: {kind['first']}" for kind in reasons
+    ]
 
 
 def lines(reasons: Sequence[Mapping[str, Any]]) -> str:
-    """The sentences on lines of their own."""
+    """The sentences, indented, one per line."""
     return "\n".join(f"  {sentence}" for sentence in sentences(reasons))

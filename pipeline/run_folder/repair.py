@@ -1,6 +1,6 @@
-"""What is damaged is found when a run is resumed, and made again.
+"""Finds damaged files when a run is resumed, and deletes them so that their groups run again.
 
-No kill leaves half a file, since every file appears whole or not at all; a machine that loses its power may, or a disk.
+A killed process leaves no partial file, because writes are atomic; a power failure or a faulty disk may.
 """
 
 from __future__ import annotations
@@ -15,54 +15,54 @@ from pyarrow import parquet
 from odedit.editing.files import is_whole
 from odedit.errors import listed
 from odedit.storage.location import Location
-from pipeline.run_folder import rows as results
+from pipeline.run_folder.rows import EDITED, drop_groups, groups_of, parts
 from pipeline.run_folder.staging import Staged
 from pipeline.run_folder.workspace import Workspace, read_json
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
-"""As `odedit.storage.atomic.temporary_beside` names them."""
+"""Names given by `odedit.storage.atomic.temporary_beside`."""
 
 
 def repair(workspace: Workspace, staged: Staged, *, keep_edits: bool) -> str | None:
-    """Deletes result files that cannot be read, and the rows of groups with an edit that cannot: both are done again.
+    """Deletes unreadable result files, and the rows of groups with an unreadable edit; these groups run again.
 
-    Every result file is read once, and of every edit the header.
+    Reads every result file, and the header of every edit.
 
     Args:
-        keep_edits: Whether the run's edits are files.
+        keep_edits: Whether the run writes its edits to files.
 
     Returns:
-        What was found, in a sentence; None if all is well.
+        A sentence that names the damaged files, or None.
     """
     state = read_json(workspace.calibration)
     if not (isinstance(state, dict) and "sigma2_0" in state):
-        workspace.calibration.delete()  # the same value is measured again
-    there = _edits_there(workspace) if keep_edits else lambda edit_id: True
-    names: list[str] = []
-    groups: set[int] = set()
+        workspace.calibration.delete()
+    is_intact = _intact_edits(workspace) if keep_edits else lambda edit_id: True
+    damaged_names: list[str] = []
+    damaged_groups: set[int] = set()
     for path in _every_part(workspace):
-        first, last = results.groups_of(path)
-        numbers = np.array([group for group in range(first, last + 1) for _ in range(staged.size(group))], dtype=int)
+        first, last = groups_of(path)
+        group_of_row = np.repeat(np.arange(first, last + 1), [staged.size(group) for group in range(first, last + 1)])
         rows = _read(path)
-        if rows is None or len(rows) != len(numbers):
-            names.append(path.name)
-            groups.update(range(first, last + 1))
+        if rows is None or len(rows) != len(group_of_row):
+            damaged_names.append(path.name)
+            damaged_groups.update(range(first, last + 1))
             path.delete()
             continue
-        lost = {
+        damaged = {
             edit_id: int(group)
-            for (edit_id, status), group in zip(rows, numbers, strict=True)
-            if status == results.EDITED and not there(edit_id)
+            for (edit_id, status), group in zip(rows, group_of_row, strict=True)
+            if status == EDITED and not is_intact(edit_id)
         }
-        if lost:
-            names += [workspace.edit(edit_id).name for edit_id in lost]
-            groups.update(lost.values())
-            results.take_out(workspace, path, numbers, set(lost.values()))
-    return _sentence(names, len(groups)) if names else None
+        if damaged:
+            damaged_names += [workspace.edit(edit_id).name for edit_id in damaged]
+            damaged_groups.update(damaged.values())
+            drop_groups(workspace, path, group_of_row, set(damaged.values()))
+    return _sentence(damaged_names, len(damaged_groups)) if damaged_names else None
 
 
-def _edits_there(workspace: Workspace) -> Callable[[str], bool]:
-    """Whether an edit's file is there, and on this machine whole; an object store has it whole or not at all."""
+def _intact_edits(workspace: Workspace) -> Callable[[str], bool]:
+    """A test whether an edit's file exists and, on a local disk, is complete. Object stores have no partial files."""
     if workspace.edits.is_local:
         return lambda edit_id: is_whole(workspace.edit(edit_id))
     names = set(workspace.edits.names())
@@ -70,16 +70,16 @@ def _edits_there(workspace: Workspace) -> Callable[[str], bool]:
 
 
 def _every_part(workspace: Workspace) -> Iterator[Location]:
-    """The result files, also those that come to light when the larger one that has their rows is deleted."""
+    """The result files. Deleting a gathered file uncovers the files of its groups, if they still exist."""
     seen: set[str] = set()
-    while new := [path for path in results.parts(workspace) if path.name not in seen]:
+    while new := [path for path in parts(workspace) if path.name not in seen]:
         seen.update(path.name for path in new)
         yield from new
 
 
 def _read(path: Location) -> list[tuple[str, str]] | None:
-    """Id and status of every row; None if any part of the file is damaged. Raises OSError if it cannot be read."""
-    data = path.read_bytes()  # in a step of its own: what a storage refuses may be well
+    """Id and status of every row, or None if the file is damaged. Raises OSError if the storage fails."""
+    data = path.read_bytes()  # outside the try: an error of the storage is no damage
     try:
         with parquet.ParquetFile(pyarrow.BufferReader(data), page_checksum_verification=True) as file:
             table = file.read()
@@ -95,7 +95,7 @@ def _sentence(names: Sequence[str], num_groups: int) -> str:
 
 
 def remove_temporaries(workspace: Workspace) -> None:
-    """Deletes what writers left that were killed while they wrote; for when none is at work."""
+    """Deletes the temporary files of killed writers. No writer may be running."""
     if not workspace.out.is_local:
         return
     for folder in (workspace.out, workspace.results, workspace.edits, workspace.attempts):

@@ -1,13 +1,12 @@
-"""Result rows: one per input record, written once, in Parquet files that any tool reads as one table."""
+"""Result rows, one per input record: their columns, and the Parquet files that hold them."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,10 @@ from pyarrow import compute
 
 from odedit.data.records import RawRecord
 from odedit.editors.common.weights import trained_with
-from odedit.evaluation.statistics import MAIN, Estimate, estimate_column
+from odedit.evaluation.statistics import MAIN
 from odedit.runtime.addresses import masked
 from odedit.storage.location import Location, delete_all
 from pipeline.config.run import RunConfig
-from pipeline.run_folder.reasons import Reasons
 from pipeline.run_folder.workspace import Workspace, parquet_file, read_schema, write_table
 
 EDITED, FAILED, SKIPPED = "edited", "failed", "skipped"
@@ -50,24 +48,23 @@ FIXED_COLUMNS: dict[str, pyarrow.DataType] = {
     "penalty_steps": pyarrow.int64(),
     "losses": CURVES,
 }
-"""Columns of every result file; what is measured beyond them follows, sorted by name."""
+"""Columns of every result file, in order. Further measurements follow, sorted by name."""
 NOT_REPRODUCIBLE = ("seconds",)
-"""The only column that differs when a run is repeated."""
+"""Columns that differ when a run is repeated."""
 
 PROGRESS_COLUMNS = ("edit_id", "status", "error", "seconds", *MAIN)
-"""What a worker reports of each row; the rest is in its file."""
+"""Columns that a worker sends to the driver; the file has all of them."""
 
 GROUPS_PER_FILE = 256
-"""Larger runs gather the rows of so many groups in one file once they are finished."""
+"""Groups per result file of a finished run. Smaller runs keep one file per group."""
 _ROWS_AT_ONCE = 512
 _BYTES_AT_ONCE = 2**22
-_VALUES_AT_ONCE = 2**19
 
 Row = dict[str, Any]
 
 
 def base_row(record: RawRecord, config: RunConfig, status: str, error: str | None = None) -> Row:
-    """What is known of a record before it is edited; also the whole row of one that is not."""
+    """Columns known before editing; also the whole row of a skipped or failed record."""
     fields = record.fields
     return {
         "index": record.index,
@@ -89,13 +86,13 @@ def base_row(record: RawRecord, config: RunConfig, status: str, error: str | Non
 
 
 def _trained_with(config: RunConfig) -> str | None:
-    """What the editor's own weights learned with: it need not be what the run is called after."""
+    """Objective and supervision of the editor's own weights, which may differ from the run's."""
     path = getattr(config.editor.settings, "checkpoint", None)
     return None if path is None else trained_with(path)
 
 
 def supervision_name(config: RunConfig) -> str:
-    """Where supervision came from, in a word for rephrases and one for locality."""
+    """Source of the supervision: one word, or both if rephrases and locality differ."""
     sources = (config.supervision.rephrase_source, config.supervision.locality_source)
     return sources[0] if sources[0] == sources[1] else f"rephrases {sources[0]}, locality {sources[1]}"
 
@@ -106,12 +103,13 @@ def _text(value: Any) -> str | None:
     return value.encode("utf-8", errors="replace").decode()
 
 
-def write_part(place: Location, rows: Sequence[Row]) -> None:
-    """Writes the rows of one group, all or nothing."""
-    write_table(place, to_table(rows))
+def write_part(location: Location, rows: Sequence[Row]) -> None:
+    """Writes the rows of one group, atomically."""
+    write_table(location, to_table(rows))
 
 
 def to_table(rows: Sequence[Row]) -> pyarrow.Table:
+    """The rows as a table. Columns beyond the fixed ones are text if any row has text there, else numbers."""
     extra = sorted({name for row in rows for name in row} - FIXED_COLUMNS.keys())
     is_text = {name: any(isinstance(row.get(name), str) for row in rows) for name in extra}
     columns = FIXED_COLUMNS | {name: pyarrow.string() if is_text[name] else pyarrow.float64() for name in extra}
@@ -125,7 +123,7 @@ def _plain(value: Any) -> Any:
 
 
 def parts(workspace: Workspace) -> list[Location]:
-    """The result files in the order of their groups; those whose rows are in a larger one too are left out."""
+    """The result files in the order of their groups, without those whose rows a gathered file repeats."""
     spans = [(*groups_of(path), path) for path in workspace.results.glob("part-*.parquet")]
     kept: list[Location] = []
     end = 0
@@ -142,25 +140,31 @@ def groups_of(path: Location) -> tuple[int, int]:
     return numbers[0], numbers[-1]
 
 
-def digest(place: Location) -> str:
-    """Names the content of a file, in MLflow's length for data sets."""
-    with io.BufferedReader(place.open(), _BYTES_AT_ONCE) as stream:
+def digest(location: Location) -> str:
+    """SHA-256 of a file, cut to the 32 characters that MLflow allows for a data set's digest."""
+    with io.BufferedReader(location.open(), _BYTES_AT_ONCE) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
 
 
 def finished_groups(workspace: Workspace) -> set[int]:
+    """Groups whose rows are written."""
     spans = map(groups_of, parts(workspace))
     return {group for first, last in spans for group in range(first, last + 1)}
 
 
 def read_rows(
-    places: Iterable[Location], columns: Sequence[str] | None = None, statuses: Sequence[str] | None = None
+    files: Iterable[Location], columns: Sequence[str] | None = None, statuses: Sequence[str] | None = None
 ) -> Iterator[Row]:
-    """Rows of result files, in order, a file at a time; those of the given statuses, or all."""
-    for place in places:
-        with parquet_file(place) as file:
-            wanted = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
-            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=wanted):
+    """Rows of result files, in order.
+
+    Args:
+        columns: Names to read; those that a file lacks are left out. All columns by default.
+        statuses: Statuses to keep, which need the column `status`. All rows by default.
+    """
+    for location in files:
+        with parquet_file(location) as file:
+            present = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
+            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=present):
                 if statuses is not None:
                     batch = batch.filter(compute.is_in(batch.column("status"), pyarrow.array(statuses)))
                 for row in batch.to_pylist():
@@ -170,17 +174,15 @@ def read_rows(
 
 
 def unify(workspace: Workspace) -> None:
-    """Puts the rows of many groups into one file each time, and gives all files the same columns.
+    """Gathers the rows of a finished run in files of 256 groups, and gives all files the same columns.
 
-    Records differ in their further probes, and readers go by the first file. A few groups stay as they are.
+    Records differ in their further probes, and readers of several files take the columns of the first one. A run of
+    at most 256 groups keeps a file per group.
     """
     paths = parts(workspace)
     if paths and groups_of(paths[-1])[1] >= GROUPS_PER_FILE:
-        together: dict[int, list[Location]] = {}
-        for path in paths:
-            together.setdefault(groups_of(path)[0] // GROUPS_PER_FILE, []).append(path)
-        for some in together.values():
-            _merge(workspace, some)
+        for _, members in groupby(paths, lambda path: groups_of(path)[0] // GROUPS_PER_FILE):
+            _merge(workspace, list(members))
         paths = parts(workspace)
     _drop_repeated(workspace, paths)
     schemas = [read_schema(path).remove_metadata() for path in paths]
@@ -189,39 +191,41 @@ def unify(workspace: Workspace) -> None:
     unified = _unified(schemas)
     for path, schema in zip(paths, schemas, strict=True):
         if schema != unified:
-            write_table(path, _with_schema(_read_table(path), unified))
+            write_table(path, _with_schema(read_table(path), unified))
 
 
-def _read_table(place: Location, columns: Sequence[str] | None = None) -> pyarrow.Table:
-    with parquet_file(place) as file:
+def read_table(location: Location, columns: Sequence[str] | None = None) -> pyarrow.Table:
+    """The given columns of a Parquet file, or all."""
+    with parquet_file(location) as file:
         return file.read(columns)
 
 
 def _merge(workspace: Workspace, paths: Sequence[Location]) -> None:
-    """Writes one file in the place of several. A kill before they are deleted leaves both: `parts` sees the larger."""
+    """Writes the rows of several files to one. If a kill keeps them from being deleted, `parts` ignores them."""
     if len(paths) < 2:
         return
     target = workspace.results / f"part-{groups_of(paths[0])[0]:06d}-{groups_of(paths[-1])[1]:06d}.parquet"
-    tables = [_read_table(path) for path in paths]
+    tables = [read_table(path) for path in paths]
     schema = _unified(table.schema.remove_metadata() for table in tables)
     write_table(target, pyarrow.concat_tables(_with_schema(table, schema) for table in tables))
 
 
 def _drop_repeated(workspace: Workspace, kept: Sequence[Location]) -> None:
-    """Deletes the files whose rows are in a larger one."""
+    """Deletes the files whose rows a gathered file repeats."""
     names = {path.name for path in kept}
     delete_all([path for path in workspace.results.glob("part-*.parquet") if path.name not in names])
 
 
-def take_out(workspace: Workspace, path: Location, numbers: np.ndarray, groups: set[int]) -> None:
-    """Deletes the rows of some groups; those of the others in the same file get files of their own.
+def drop_groups(workspace: Workspace, path: Location, group_of_row: np.ndarray, groups: set[int]) -> None:
+    """Deletes the rows of some groups from a file; the file's other groups get a file each.
 
     Args:
-        numbers: Group of every row.
+        group_of_row: Group of every row of the file, ascending, [rows].
+        groups: Groups to delete.
     """
-    table = _read_table(path)
-    for group in sorted(set(numbers.tolist()) - groups):
-        first, end = np.searchsorted(numbers, (group, group + 1))
+    table = read_table(path)
+    for group in sorted(set(group_of_row.tolist()) - groups):
+        first, end = np.searchsorted(group_of_row, (group, group + 1))
         write_table(workspace.part(group), table.slice(first, end - first))
     path.delete()
 
@@ -229,83 +233,19 @@ def take_out(workspace: Workspace, path: Location, numbers: np.ndarray, groups: 
 def _unified(schemas: Iterable[pyarrow.Schema]) -> pyarrow.Schema:
     fields = [field for schema in schemas for field in schema]
     types = {field.name: field.type for field in fields}
-    # Text wins: a column without any text in one file was taken for numbers.
+    # A column without text in one file was written as numbers there.
     types |= {field.name: field.type for field in fields if field.type == pyarrow.string()}
     extra = sorted(types.keys() - FIXED_COLUMNS.keys())
     return pyarrow.schema([(name, types[name]) for name in (*FIXED_COLUMNS, *extra)])
 
 
 def _with_schema(table: pyarrow.Table, schema: pyarrow.Schema) -> pyarrow.Table:
-    """The table with nulls where it has no such column."""
+    """The table in the given columns; columns that it lacks are null."""
     return pyarrow.concat_tables(
         [schema.empty_table(), table.replace_schema_metadata(None)], promote_options="permissive"
     )
 
 
-def summarize_results(workspace: Workspace, config: RunConfig) -> dict[str, Any]:
-    """Counts, why records were not edited, and every figure's mean and 95% interval over the edits that worked."""
-    paths = parts(workspace)
-    counts = dict.fromkeys((EDITED, FAILED, SKIPPED), 0)
-    stop_reasons: Counter[str] = Counter()
-    reasons = Reasons()
-    facts = array("Q")
-    for row in read_rows(paths, ("status", "error", "file", "index", "stop_reason", "fact", "edit_id")):
-        counts[row["status"]] += 1
-        if row["status"] == EDITED:
-            stop_reasons[row["stop_reason"] or "unknown"] += 1
-            facts.append(_number(row.get("fact") or row["edit_id"]))
-        else:
-            reasons.add(row)
-    estimates = _estimates(paths, np.unique(facts, return_inverse=True)[1])
-    names = [*MAIN, *sorted(estimates.keys() - set(MAIN))]
-    return {
-        "n": counts[EDITED],
-        "failed": counts[FAILED],
-        "skipped": counts[SKIPPED],
-        "editor": config.editor.name,
-        "objective": config.objective.name,
-        "backbone": f"{config.backbone.family}:{config.backbone.checkpoint}",
-        "supervision": supervision_name(config),
-        "stop_reasons": dict(stop_reasons.most_common()),
-        "reasons": reasons.commonest(),
-        "metrics": {
-            name: {"mean": e.mean, "low": e.low, "high": e.high, "n": e.n}
-            for name in names
-            if (e := estimates.get(name)) is not None
-        },
-    }
-
-
-def _number(text: str) -> int:
-    """Stands for a fact in eight bytes: there may be as many as records."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-
-
-def _estimates(paths: Sequence[Location], facts: np.ndarray) -> dict[str, Estimate]:
-    """Every figure's mean and interval over the edited rows; some columns at a time, so that memory stays small."""
-    names = [field.name for field in read_schema(paths[0]) if _is_figure(field)] if len(facts) else []
-    at_once = max(1, _VALUES_AT_ONCE // max(1, len(facts)))
-    found: dict[str, Estimate] = {}
-    # The files are read anew for each part of the columns: a small run's all at once.
-    for start in range(0, len(names), at_once):
-        columns = {name: array("d") for name in names[start : start + at_once]}
-        for path in paths:
-            table = _read_table(path, ["status", *columns])
-            table = table.filter(compute.equal(table.column("status"), EDITED))
-            for name, values in columns.items():
-                values.frombytes(table.column(name).cast(pyarrow.float64()).to_numpy().tobytes())
-        for name, values in columns.items():
-            column = np.frombuffer(values)
-            finite = np.isfinite(column)
-            if finite.any():
-                found[name] = estimate_column(column[finite].tolist(), facts[finite].tolist())
-    return found
-
-
-def _is_figure(field: pyarrow.Field) -> bool:
-    return field.name != "index" and (pyarrow.types.is_floating(field.type) or pyarrow.types.is_integer(field.type))
-
-
 def to_json_row(row: Row) -> str:
-    """A row as text that equal rows share; without the columns that differ between repeats."""
+    """JSON of a row without `NOT_REPRODUCIBLE`, equal for the rows of repeated runs."""
     return json.dumps({name: value for name, value in row.items() if name not in NOT_REPRODUCIBLE}, sort_keys=True)

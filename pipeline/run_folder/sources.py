@@ -1,8 +1,7 @@
-"""Where a run's records and pictures are; the embedded benchmark is written to disk when a run asks for it."""
+"""Locations of a run's records and pictures. The embedded benchmark is written to disk on demand."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ _WRITTEN_LAST = "evaluation.json"
 
 @dataclass(frozen=True)
 class Sources:
-    """Absolute paths and addresses, so that workers find them from wherever they run."""
+    """Absolute paths and addresses of the inputs, valid on every worker."""
 
     path: str
     image_root: str | None
@@ -39,12 +38,12 @@ class Sources:
 
     @cached_property
     def reader(self) -> ImageReader:
-        """Opens the pictures of the records."""
+        """Reader of the records' pictures."""
         return self._reader_of(self.path)
 
     @cached_property
     def pool_reader(self) -> ImageReader:
-        """Opens the pictures of the pool."""
+        """Reader of the pool's pictures."""
         return self._reader_of(self.pool or self.path)
 
     def _reader_of(self, path: str) -> ImageReader:
@@ -53,45 +52,39 @@ class Sources:
         )
 
     def identity(self) -> dict[str, str]:
-        """What tells whether the inputs are still the same files. Raises InputError if one is not there."""
+        """Path, size and time of each input, to notice changed files. Raises InputError if one is missing."""
         files = {"data.path": self.path, "data.pool": self.pool}
         return {name: _identity(path, name) for name, path in files.items() if path is not None}
 
 
 def resolve(data: DataConfig, out: Path | str) -> Sources:
-    """Finds the inputs, writing the embedded benchmark beside `out` if it is asked for and not there yet.
+    """Resolves the inputs. The embedded benchmark, if chosen, is written beside `out` unless it exists.
 
     Args:
-        out: Path or address, with what is secret in it.
+        out: Path or address, credentials included.
 
     Raises:
         OSError: The benchmark cannot be written.
     """
-    if data.split is None:
-        return Sources(
-            path=absolute(data.path),
-            image_root=absolute(data.image_root) if data.image_root else None,
-            rephrase_root=absolute(data.rephrase_root) if data.rephrase_root else None,
-            pool=absolute(data.pool) if data.pool else None,
-            max_pixels=data.max_pixels,
-            max_bytes=data.max_bytes,
-        )
-    folder = below(above(absolute(str(out))), embedded_name(data.split_seed))
-    build_embedded(folder, data.split_seed)
-    return Sources(
-        path=below(folder, f"{data.split}.json"),
-        image_root=below(folder, "images"),
-        rephrase_root=below(folder, "images_rephrase"),
-        pool=absolute(data.pool) if data.pool else below(folder, "train.json"),
-        max_pixels=data.max_pixels,
-        max_bytes=data.max_bytes,
-    )
+    path = absolute(data.path)
+    others = {name: absolute(value) if (value := getattr(data, name)) else None for name in _ROOTS}
+    if data.split is not None:
+        folder = below(above(absolute(str(out))), embedded_name(data.split_seed))
+        build_embedded(folder, data.split_seed)
+        path = below(folder, f"{data.split}.json")
+        others |= {
+            "image_root": below(folder, "images"),
+            "rephrase_root": below(folder, "images_rephrase"),
+            "pool": others["pool"] or below(folder, "train.json"),
+        }
+    return Sources(path, **others, max_pixels=data.max_pixels, max_bytes=data.max_bytes)
 
 
-def place_of_embedded(data: DataConfig, out: str, aside: str) -> str:
-    """The `out` to give to `resolve` in a dry run.
+def out_of_dry_run(data: DataConfig, out: str, aside: str) -> str:
+    """The `out` that a dry run passes to `resolve`, which may write the embedded benchmark beside it.
 
-    It is the run's own if the embedded benchmark is already beside it, else one below `aside`.
+    Returns:
+        `out` itself if nothing would be written, else a path below the temporary folder `aside`.
     """
     if data.split is None:
         return out
@@ -100,19 +93,19 @@ def place_of_embedded(data: DataConfig, out: str, aside: str) -> str:
 
 
 def check_apart(data: DataConfig, out: Location) -> None:
-    """Raises InputError if a new run would be written among the data, where it would be read, packed or sent with it.
+    """Raises InputError if a new run would be written into a data folder, and be read or packed with the data.
 
-    Exempt: a data folder that contains the current folder, since a project may keep its pictures at its top.
+    A data folder that contains the current folder is exempt: a project may keep its pictures at its top.
     """
     if data.split is not None or not out.is_local or Workspace(out).run.exists():
         return
-    place, here = os.path.realpath(out), os.path.realpath(os.getcwd())
+    target, current = os.path.realpath(out), os.path.realpath(os.getcwd())
     for name in ("path", *_ROOTS):
         text = getattr(data, name)
         if text is None or "://" in text:
             continue
         folder = os.path.realpath(absolute(text))
-        if os.path.isdir(folder) and _is_below(place, folder) and not _is_below(here, folder):
+        if os.path.isdir(folder) and _is_below(target, folder) and not _is_below(current, folder):
             raise InputError(
                 f"out: {str(out)!r} lies in data.{name} ({folder!r}), whose files are not to be mixed with results. "
                 "Choose a folder elsewhere (out=...)."
@@ -124,16 +117,13 @@ def _is_below(path: str, folder: str) -> bool:
 
 
 def embedded_name(seed: int = 0) -> str:
-    """What the benchmark's folder is called; another version of the code that draws it has another folder."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(world.__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    return f"world{WORLD or ''}-{digest.hexdigest()[:8]}" + (f"-seed{seed}" if seed else "")
+    """Name of the benchmark's folder, which holds the version of its content."""
+    return f"world{WORLD or ''}-{world.BENCHMARK_VERSION}" + (f"-seed{seed}" if seed else "")
 
 
-def build_embedded(place: Place, seed: int = 0) -> None:
-    """Writes the benchmark unless it is there; two runs that start at once do not disturb each other."""
-    location = at(place, "out")
+def build_embedded(target: Place, seed: int = 0) -> None:
+    """Writes the benchmark to a folder or address unless it exists. Safe when two runs start at once."""
+    location = at(target, "out")
     if location.is_local:
         _build_local(Path(location), seed)
     elif not (location / _WRITTEN_LAST).exists():
@@ -149,19 +139,19 @@ def _build_local(folder: Path, seed: int) -> None:
         with folder_written_atomically(folder) as temporary:
             world.build(temporary, seed)
     except OSError:
-        if not folder.is_dir():  # else another run was faster, with the same content
+        if not folder.is_dir():  # otherwise another run has just written the same content
             raise
 
 
 def with_absolute_paths(data: DataConfig) -> DataConfig:
-    """Full paths, for a configuration that is read somewhere else; the embedded benchmark keeps its name."""
+    """The section with full paths, valid in any current folder. The embedded benchmark keeps its name."""
     names = _ROOTS if data.split is not None else ("path", *_ROOTS)
-    found: dict[str, Any] = {name: absolute(value) for name in names if (value := getattr(data, name)) is not None}
-    return replace(data, **found)
+    paths: dict[str, Any] = {name: absolute(value) for name in names if (value := getattr(data, name)) is not None}
+    return replace(data, **paths)
 
 
 def absolute(text: str) -> str:
-    """The full path, or the address as it is."""
+    """The full path of a path; an address unchanged."""
     return text if "://" in text else os.path.abspath(os.path.expanduser(text))
 
 

@@ -1,9 +1,9 @@
-"""Reads the input once, before any worker starts, into groups of edits that never change afterwards.
+"""Divides the input into groups of edits, once, before any worker starts.
 
-A group is the unit of scheduling, of retry and of output. Its members depend on the input and on `batch_size` alone,
-so the number of workers, crashes and resumed runs change no result. A group holds the unusable records between its
-members too: a result file has one row per input record. `records.parquet` says of every record which group it is in;
-a row group of the file holds many groups, since a reader keeps what describes every row group in memory.
+A group is the unit of scheduling, retry and output. Its members depend only on the input and on `batch_size`, so
+workers, crashes and resumed runs change no result. It also holds the unusable records between its members, so that the
+results have one row per input record. `records.parquet` has the column `group`; its row groups hold many groups each,
+because a reader keeps the metadata of every row group in memory.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from pipeline.run_folder.workspace import Workspace, parquet_file, read_schema, 
 
 POOL_RECORDS = 256
 STAGED_SCHEMA = RECORDS_SCHEMA.append(pyarrow.field("group", pyarrow.int64())).with_metadata({"odedit": "staged"})
-"""Marked, so that a user's own Parquet file of the same name is never taken for one that may be deleted."""
+"""Schema with a mark that tells staged files from a user's own Parquet files of the same name."""
 _PROBLEMS_PER_GROUP = 2000
 _ASIDE = ".staging-"
 _ROWS_TOGETHER = 512
@@ -49,12 +49,12 @@ _ROWS_TOGETHER = 512
 
 @dataclass(frozen=True)
 class Staged:
-    """What the input holds.
+    """Counts of the staged input.
 
     Attributes:
-        usable: Usable records of every group.
-        records: Records of every group, the unusable ones included.
-        reasons: The commonest reasons why records are unusable, as `Reasons.commonest` gives them.
+        usable: Number of usable records per group.
+        records: Number of records per group, unusable ones included.
+        reasons: Commonest reasons of unusable records, from `Reasons.commonest`.
     """
 
     usable: tuple[int, ...]
@@ -67,25 +67,25 @@ class Staged:
 
     @property
     def problems(self) -> int:
-        """Unusable records in all."""
+        """Number of unusable records."""
         return sum(self.records) - self.num_usable
 
     def size(self, group: int) -> int:
-        """Records of one group; none if there is no such group."""
+        """Number of records in a group; 0 if there is no such group."""
         return self.records[group] if group < len(self.records) else 0
 
 
 def stage(config: RunConfig, sources: Sources, workspace: Workspace) -> Staged:
-    """Writes `records.parquet` and `pool.parquet` unless they are there and whole.
+    """Writes `records.parquet` and `pool.parquet` unless they exist.
 
     Raises:
-        InputError: The input cannot be read, none of its pictures is there, or held-out locality or hard negatives need
-            a pool and there is none, or one whose records can supervise none of the run's.
+        InputError: The input cannot be read, or none of its pictures exists; held-out locality or hard negatives need
+            a pool and there is none; or no record of the pool can supervise a record of the run.
     """
     if sources.pool is None and config.objective.settings.num_negatives:
         raise InputError(
-            f"objective.name: {config.objective.name!r} compares an edit with pictures of other records, and there are "
-            "none. Set data.pool to a file of other records (the training file)."
+            f"objective.name: {config.objective.name!r} compares an edit with pictures of other records, and data.pool "
+            "is not set. Set it to a file of other records (the training file)."
         )
     needs_pool = sources.pool is not None and not _is_staged(workspace.pool)
     needs_records = not (_is_staged(workspace.records) and "group" in read_schema(workspace.records).names)
@@ -103,18 +103,18 @@ def stage(config: RunConfig, sources: Sources, workspace: Workspace) -> Staged:
 
 
 def check_for(tokenizer: Any) -> Check:
-    """The check of records that a model with this tokenizer needs."""
+    """The check that a record's texts contain no special token of the tokenizer."""
     return partial(control_token_problem, find=control_token_finder(tokenizer))
 
 
 def reads_locality(config: RunConfig) -> bool:
-    """Whether edits of the run are made from locality supervision. If not, no pool is needed."""
+    """Whether the edits read locality supervision; otherwise the run needs no pool."""
     editor = editors.find(config.editor.name)(config.editor.settings)
     return not config.objective.settings.reads(editor).isdisjoint(LOCALITY_SLOTS)
 
 
 def _check_supervision(config: RunConfig, sources: Sources, pool: Pool | None, check: Check) -> None:
-    """Raises InputError if the pool is of no use, said once instead of in every row."""
+    """Raises one InputError, instead of skipping every record, if the pool can supervise none of them."""
     if pool is None or not reads_locality(config):
         return
     usable = (record for record in _records(config, sources, check) if not record.problem)
@@ -123,45 +123,45 @@ def _check_supervision(config: RunConfig, sources: Sources, pool: Pool | None, c
 
 @contextmanager
 def aside(config: RunConfig, sources: Sources, workspace: Workspace) -> Iterator[Staged]:
-    """Stages beside what is there, and takes the place of it after the block: wrong input costs no earlier result.
+    """Stages in a temporary folder, and moves the files to the workspace after the block.
 
-    Nothing is left in the folder if the input is wrong or the block fails.
+    If the input is wrong or the block fails, the workspace is unchanged.
 
     Raises:
-        InputError: As `stage` does, before the block is entered.
+        InputError: See `stage`; raised before the block is entered.
     """
     beside = workspace.out if workspace.out.is_local else None
     with tempfile.TemporaryDirectory(prefix=_ASIDE, dir=beside) as folder:
-        new = Workspace(locate(folder, "out"))
-        yield stage(config, sources, new)
-        for name in ("records", "pool"):
-            if getattr(new, name).exists():
-                getattr(workspace, name).take(Path(getattr(new, name)))
+        temporary = Workspace(locate(folder, "out"))
+        yield stage(config, sources, temporary)
+        for new, target in ((temporary.records, workspace.records), (temporary.pool, workspace.pool)):
+            if new.exists():
+                target.take(Path(new))
 
 
 def leftovers(workspace: Workspace) -> list[Location]:
-    """Files of a run that failed before its first result. The caller deletes them, since the input may have changed.
+    """Staged files of a run that failed before its first result; outdated if the input has changed since.
 
     Raises:
-        InputError: A file of one of these names is there that no run wrote.
+        InputError: A file with the name of a staged one was not written by a run.
     """
-    found = [path for path in (workspace.records, workspace.pool) if path.exists()]
-    for path in found:
+    staged = [path for path in (workspace.records, workspace.pool) if path.exists()]
+    for path in staged:
         if not _is_staged(path):
             raise InputError(
                 f"out: {path} was not written by a run and would be replaced. Choose another folder (out=...)."
             )
-    return [*found, *([workspace.calibration] if workspace.calibration.exists() else [])]
+    return [*staged, *([workspace.calibration] if workspace.calibration.exists() else [])]
 
 
 def cut_off(workspace: Workspace) -> list[Location]:
-    """Files that `aside` has left where its process was killed."""
+    """Temporary files of `aside` whose process was killed."""
     return [file for folder in workspace.out.glob(f"{_ASIDE}*") for file in folder.glob()]
 
 
-def _is_staged(place: Location) -> bool:
+def _is_staged(location: Location) -> bool:
     try:
-        metadata = read_schema(place).metadata or {}
+        metadata = read_schema(location).metadata or {}
     except (pyarrow.ArrowException, OSError):
         return False
     return bool(metadata.get(b"odedit") == b"staged")
@@ -172,6 +172,7 @@ def _records(config: RunConfig, sources: Sources, check: Check) -> Iterator[RawR
 
 
 def _write(config: RunConfig, sources: Sources, path: Path, check: Check) -> None:
+    """Writes `records.parquet`."""
     needs_own = sources.pool is None and config.supervision.locality_source != "record" and reads_locality(config)
     rows: list[dict[str, Any]] = []
     num_rows = 0
@@ -197,6 +198,7 @@ def _write_rows(writer: parquet.ParquetWriter, rows: Sequence[dict[str, Any]]) -
 
 
 def _groups(records: Iterator[RawRecord], batch_size: int) -> Iterator[list[RawRecord]]:
+    """Splits the records after every `batch_size` usable or 2000 unusable ones."""
     group: list[RawRecord] = []
     num_usable = 0
     for record in records:
@@ -210,7 +212,7 @@ def _groups(records: Iterator[RawRecord], batch_size: int) -> Iterator[list[RawR
 
 
 def _check_locality(record: RawRecord) -> None:
-    """Without a pool every record must bring its own unrelated questions: better said once, before the run."""
+    """Raises InputError unless the record has its own unrelated questions, which a run without a pool needs."""
     if record.problem:
         return
     missing = [
@@ -224,14 +226,15 @@ def _check_locality(record: RawRecord) -> None:
         )
 
 
-def _stage_pool(config: RunConfig, sources: Sources, place: Location, check: Check) -> None:
+def _stage_pool(config: RunConfig, sources: Sources, location: Location, check: Check) -> None:
+    """Writes `pool.parquet`, a random sample of the pool."""
     assert sources.pool is not None
     seed = config.supervision.seed
     pool = Pool.sample(
         sources.pool, sources.pool_reader, size=POOL_RECORDS, seed=seed, task=config.data.task, check=check
     )
     rows = [record.to_row() | {"group": 0} for record in pool.records]
-    write_table(place, pyarrow.Table.from_pylist(rows, schema=STAGED_SCHEMA))
+    write_table(location, pyarrow.Table.from_pylist(rows, schema=STAGED_SCHEMA))
 
 
 def read_pool(workspace: Workspace, sources: Sources) -> Pool | None:
@@ -243,12 +246,12 @@ def read_pool(workspace: Workspace, sources: Sources) -> Pool | None:
     return Pool(tuple(RawRecord.from_row(row) for row in rows), sources.pool_reader)
 
 
-def read_staged(place: Location) -> Staged:
-    """Counts the records of every group; reads all columns but the records' fields."""
+def read_staged(location: Location) -> Staged:
+    """Counts the records of `records.parquet`, without reading their fields."""
     usable: list[int] = []
     records: list[int] = []
     reasons = Reasons()
-    with parquet_file(place) as file:
+    with parquet_file(location) as file:
         for batch in file.iter_batches(columns=["group", "problem", "file", "index", "edit_id"]):
             for row in batch.to_pylist():
                 group, problem = row["group"], row["problem"]
@@ -263,41 +266,40 @@ def read_staged(place: Location) -> Staged:
 
 
 class GroupReader:
-    """Reads single groups; made for asking in about their order, and keeps the row group of the last one.
+    """Reader of single groups. It caches the last row group, so read groups in about ascending order.
 
     Args:
-        place: `records.parquet`, opened with the first group.
+        location: `records.parquet`, opened on the first read.
     """
 
-    def __init__(self, place: Location) -> None:
-        self._place = place
+    def __init__(self, location: Location) -> None:
+        self._location = location
         self._last_groups: list[int] = []
-        self._kept: tuple[int, pyarrow.Table] | None = None
+        self._cached: tuple[int, pyarrow.Table] | None = None
 
     def __call__(self, group: int) -> list[RawRecord]:
-        """The records of one group, the unusable ones included, in the order of the input."""
+        """The records of a group, unusable ones included, in the order of the input."""
         table = self._row_group(group)
-        numbers = table.column("group").to_numpy()
-        first, end = np.searchsorted(numbers, (group, group + 1))
+        first, end = np.searchsorted(table.column("group").to_numpy(), (group, group + 1))
         return [RawRecord.from_row(row) for row in table.slice(first, end - first).to_pylist()]
 
     def _row_group(self, group: int) -> pyarrow.Table:
         if not self._last_groups:
-            with parquet_file(self._place) as file:
+            with parquet_file(self._location) as file:
                 metadata = file.metadata
             column = metadata.schema.names.index("group")
             self._last_groups = [
                 metadata.row_group(index).column(column).statistics.max for index in range(metadata.num_row_groups)
             ]
         index = bisect_left(self._last_groups, group)
-        if self._kept is None or self._kept[0] != index:
-            with parquet_file(self._place) as file:
-                self._kept = index, file.read_row_group(index)
-        return self._kept[1]
+        if self._cached is None or self._cached[0] != index:
+            with parquet_file(self._location) as file:
+                self._cached = index, file.read_row_group(index)
+        return self._cached[1]
 
 
-def usable_records(place: Location) -> Iterator[RawRecord]:
-    """The usable records from the start, some at a time."""
-    with parquet_file(place) as file:
+def usable_records(location: Location) -> Iterator[RawRecord]:
+    """The usable records, in the order of the input."""
+    with parquet_file(location) as file:
         for batch in file.iter_batches(batch_size=_ROWS_TOGETHER):
             yield from (RawRecord.from_row(row) for row in batch.to_pylist() if not row["problem"])

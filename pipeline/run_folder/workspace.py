@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where, and writes that a reader sees whole or not at all."""
+"""Paths in the folder of a run, and functions that read and write its JSON and Parquet files atomically."""
 
 from __future__ import annotations
 
@@ -21,36 +21,41 @@ from odedit.storage.atomic import new_folder
 from odedit.storage.location import Location, Place, at
 
 CONFIG_HEADER = "# odedit"
-"""How a configuration that a run wrote begins; a version follows."""
+"""First words of a configuration that a run wrote; the code's version follows."""
 _PATIENCE_AT_START_S = 5.0
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Places under `out`. On a cluster it lies on storage that all nodes see under the same name."""
+    """Paths under `out`. On a cluster, `out` lies on storage that all nodes mount under the same name."""
 
     out: Location
 
     @classmethod
     def of(cls, out: Place) -> Workspace:
-        """The workspace at `out`, a path or an address; a path is made absolute because workers run elsewhere.
+        """The workspace at `out`. A path is made absolute, because workers have other current folders.
+
+        Args:
+            out: Path or address.
 
         Raises:
-            InputError: The address is none that pyarrow reads.
+            InputError: pyarrow cannot read the address.
         """
         return cls(at(out, "out"))
 
     @property
     def records(self) -> Location:
-        """Every input record, one row group for each group of edits."""
+        """Input records and the group of each; see `staging`."""
         return self.out / "records.parquet"
 
     @property
     def pool(self) -> Location:
+        """Records that held-out supervision is drawn from."""
         return self.out / "pool.parquet"
 
     @property
     def results(self) -> Location:
+        """Folder of the result rows; see `rows`."""
         return self.out / "results"
 
     @property
@@ -59,20 +64,22 @@ class Workspace:
 
     @property
     def attempts(self) -> Location:
+        """Folder of the attempts of unfinished groups: a group that kills its worker is not tried forever."""
         return self.out / "attempts"
 
     @property
     def errors(self) -> Location:
-        """Tracebacks of unexpected errors, for developers, and what else a worker has to say."""
+        """Folder of tracebacks of unexpected errors and of the workers' warnings."""
         return self.out / "errors"
 
     @property
     def calibration(self) -> Location:
+        """The MMD bandwidth `sigma2_0`, measured once per run."""
         return self.out / "calibration.json"
 
     @property
     def run(self) -> Location:
-        """What the run is, for resuming it."""
+        """Settings, inputs and MLflow run, compared when the run is resumed."""
         return self.out / "run.json"
 
     @property
@@ -92,7 +99,7 @@ class Workspace:
         return self.out / "report.html"
 
     def part(self, group: int) -> Location:
-        """The result rows of one group of edits."""
+        """File of the result rows of one group."""
         return self.results / f"part-{group:06d}.parquet"
 
     def edit(self, edit_id: str) -> Location:
@@ -100,11 +107,11 @@ class Workspace:
 
     @property
     def folders(self) -> tuple[Location, ...]:
-        """The folders that a run fills."""
+        """Folders that a run creates."""
         return self.results, self.edits, self.attempts
 
     def create(self) -> None:
-        """Makes the folders. Raises InputError if that is not possible."""
+        """Makes the folders. Raises InputError if `out` cannot be written to."""
         try:
             for folder in self.folders:
                 folder.make_folder()
@@ -113,14 +120,17 @@ class Workspace:
 
 
 def new_place(folder: Location, own: Collection[str] = ()) -> AbstractContextManager[None]:
-    """`new_folder` for a folder or an address, where names are enough and there is no folder to be made."""
+    """`new_folder` for a path; a block without effect for an address, which has no folders."""
     return new_folder(Path(folder), own) if folder.is_local else nullcontext()
 
 
 def check_access(folder: Location, setting: str) -> None:
-    """Raises InputError if a folder cannot be made, written to and deleted from: better said before any work.
+    """Raises InputError if files cannot be written to and deleted from a folder or address.
 
-    Nothing stays behind: of a local folder that is not there, the one above it is tried.
+    Leaves nothing behind: for a local folder that does not exist, its nearest existing parent is tested.
+
+    Args:
+        setting: Name of the setting or option that names the folder, for the message.
     """
     if folder.is_local:
         _check_local(Path(folder), setting)
@@ -136,7 +146,7 @@ def check_access(folder: Location, setting: str) -> None:
 
 
 def _check_local(folder: Path, setting: str) -> None:
-    above = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    above = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     note = relative_note(str(folder))
     if not above.is_dir():
         below = "" if above == folder else f", so there can be no {str(folder)!r}"
@@ -148,33 +158,33 @@ def _check_local(folder: Path, setting: str) -> None:
         raise InputError(f"{setting}: {str(folder)!r} cannot be written to ({why}).{note}") from error
 
 
-def write_json(place: Location, value: Any) -> None:
-    place.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(location: Location, value: Any) -> None:
+    location.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(place: Location) -> Any:
-    """The file's content, or None if it is not there or was cut off."""
+def read_json(location: Location) -> Any:
+    """The file's content, or None if the file is missing or not valid JSON."""
     try:
-        return json.loads(place.read_text())
+        return json.loads(location.read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
 
-def write_table(place: Location, table: pyarrow.Table) -> None:
-    """Writes a Parquet file, with checksums: what is damaged afterwards is found when a run is resumed."""
+def write_table(location: Location, table: pyarrow.Table) -> None:
+    """Writes a Parquet file with page checksums, which `repair` verifies when a run is resumed."""
     data = pyarrow.BufferOutputStream()
     parquet.write_table(table, data, write_page_checksum=True)
-    place.write_bytes(data.getvalue())
+    location.write_bytes(data.getvalue())
 
 
 @contextmanager
-def parquet_file(place: Location) -> Iterator[parquet.ParquetFile]:
-    """A Parquet file that is open inside the block."""
-    with place.open() as stream, parquet.ParquetFile(stream) as file:
+def parquet_file(location: Location) -> Iterator[parquet.ParquetFile]:
+    """A Parquet file, open inside the block."""
+    with location.open() as stream, parquet.ParquetFile(stream) as file:
         yield file
 
 
-def read_schema(place: Location) -> pyarrow.Schema:
-    """The columns of a Parquet file."""
-    with parquet_file(place) as file:
+def read_schema(location: Location) -> pyarrow.Schema:
+    """Names and types of a Parquet file's columns."""
+    with parquet_file(location) as file:
         return file.schema_arrow

@@ -26,7 +26,8 @@ from pipeline.run_folder.sources import absolute
 from pipeline.run_folder.workspace import Workspace, check_access, new_place, read_json, write_json
 from pipeline.study import comparisons, data, plots, states, tables
 from pipeline.study.spec import Arm, StudyConfig, arms, run_config
-from pipeline.tracking import runs
+from pipeline.tracking.client import open_command, store_uri
+from pipeline.tracking.studies import StudyRun
 from pipeline.training import many
 from pipeline.workers import ray_session
 
@@ -130,18 +131,16 @@ def _named(config: RunConfig, arm: Arm, out: Path | str) -> RunConfig:
     Raises:
         InputError: `out` is an address, and no store is given.
     """
-    uri = runs.store_uri(config.tracking, at(out) / "arms") if config.tracking.enabled else config.tracking.uri
+    uri = store_uri(config.tracking, at(out) / "arms") if config.tracking.enabled else config.tracking.uri
     return replace(config, tracking=replace(config.tracking, uri=uri, run_name=arm.name))
 
 
-def _open_parent(
-    name: str, study: StudyConfig, out: Location, config: RunConfig, *, fresh: bool
-) -> runs.StudyRun | None:
+def _open_parent(name: str, study: StudyConfig, out: Location, config: RunConfig, *, fresh: bool) -> StudyRun | None:
     if not config.tracking.enabled:
         return None
     state = _state(out)
-    parent = runs.StudyRun.start(
-        runs.store_uri(config.tracking, out),
+    parent = StudyRun.start(
+        store_uri(config.tracking, out),
         config.tracking.experiment,
         name,
         json.loads(json.dumps(asdict(study))),
@@ -204,5 +203,5 @@ def describe(found: Finished, out: Location) -> list[str]:
     tables_of = ", ".join(str(file) for file in found.files if file.name != "plot.png")
     lines: list[Any] = [f"Tables:  {tables_of}", f"Picture: {out / 'plot.png'}"]
     if found.tracking_uri is not None:
-        lines.append(f"MLflow:  {runs.open_command(found.tracking_uri)}")
+        lines.append(f"MLflow:  {open_command(found.tracking_uri)}")
     return lines

@@ -12,14 +12,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-import odedit
 from odedit.errors import InputError, unknown_name
 from odedit.evaluation.statistics import MAIN
 from odedit.runtime.addresses import below
 from pipeline.config import strict
 from pipeline.config.run import RunConfig, apply_override, from_dict, read_yaml
 
-FOLDER = Path(odedit.__file__).parent / "configs" / "studies"
+FOLDER = Path(__file__).with_name("studies")
 Labels = Mapping[str, str]
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from odedit.backbones import encode_requests, load_backbone
 from odedit.editing.files import load_edits
 from odedit.errors import InputError
+from odedit.evaluation.columns import METRICS
 from odedit.evaluation.statistics import MAIN
 from odedit.inputs.batch import RELIABILITY, EditBatch
 from odedit.inputs.prompts import find_template
@@ -26,8 +27,8 @@ from pipeline.workers.plan import Job
 from pipeline.workers.preparer import Preparer
 
 _SHOWN = (RELIABILITY, *(name for name in MAIN if name.endswith("_gen")))
-_MARKERS = {"rel": "o", "t_gen": "s", "m_gen": "^"}
-_NAMES = {"rel": "edit", "t_gen": "text rephrase", "m_gen": "image rephrase"}
+_MARKERS = dict(zip(_SHOWN, "os^Dvp", strict=False))
+_NAMES = {name: METRICS[name].prompt for name in _SHOWN}
 _SEED = 0
 
 

@@ -1,1 +1,1 @@
-"""MLflow; no other folder imports it."""
+"""Logging to MLflow; no other folder imports it."""

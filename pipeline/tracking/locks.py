@@ -1,4 +1,4 @@
-"""One tracking database, many writers: nobody's figures are lost because somebody else is writing."""
+"""Several processes that write to one tracking database at the same time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 _LOCKED_S = 120.0
-"""How long a write waits for other writers of a sqlite file, beyond what the database waits itself."""
+"""Seconds that a write waits for other writers of an sqlite file, after the database's own timeout."""
 
 T = TypeVar("T")
 
 
 def patiently(call: Callable[..., T], *arguments: Any, **named: Any) -> T:
-    """Calls MLflow again while the store is locked by another writer."""
+    """Calls MLflow, and again while another writer has locked the database."""
     started, pause = time.monotonic(), 0.1
     while True:
         try:
@@ -31,15 +31,15 @@ def patiently(call: Callable[..., T], *arguments: Any, **named: Any) -> T:
 
 
 @contextmanager
-def alone(uri: str) -> Iterator[None]:
-    """Inside, no other process creates the same database file: two at once would both fill in its tables."""
+def creation_lock(uri: str) -> Iterator[None]:
+    """Inside, no other process creates the same database file: two at once would both create its tables."""
     if not uri.startswith("sqlite:///"):
         yield
         return
     import fcntl
 
     digest = hashlib.blake2b(os.path.realpath(uri.removeprefix("sqlite:///")).encode(), digest_size=8).hexdigest()
-    # Not beside the database, where it would stay; the system lets go of it whatever becomes of this process.
+    # In the temporary folder, since the lock file stays. The system releases the lock when this process ends.
     with open(Path(tempfile.gettempdir()) / f"odedit-{os.getuid()}-{digest}.lock", "w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield

@@ -32,7 +32,7 @@ from pipeline.console import say
 from pipeline.driver.progress import duration
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.run_folder.sources import absolute
-from pipeline.tracking.runs import TrackingError
+from pipeline.tracking.client import TrackingError
 from pipeline.training import train as training
 from pipeline.workers.plan import machine_cpus, machine_gpus, make_plan
 

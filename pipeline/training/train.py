@@ -34,6 +34,7 @@ from odedit.training.records import EncodedRequests
 from odedit.training.state import TrainingState, read_state
 from pipeline.config.checkpoints import fitted, with_absolute_checkpoints
 from pipeline.config.run import EMBEDDED, DataConfig, RunConfig
+from pipeline.config.values import flatten
 from pipeline.config.version import code_version
 from pipeline.console import say
 from pipeline.driver.progress import duration
@@ -44,7 +45,7 @@ from pipeline.run_folder.rows import supervision_name
 from pipeline.run_folder.sources import Sources, absolute
 from pipeline.run_folder.staging import POOL_RECORDS, check_for
 from pipeline.run_folder.workspace import check_access, new_place
-from pipeline.tracking import runs
+from pipeline.tracking import client, runs
 from pipeline.workers.model import load_remembering, with_checked_store
 from pipeline.workers.negatives import negative_pool
 from pipeline.workers.plan import machine_cpus, machine_gpus, make_plan
@@ -96,14 +97,14 @@ def run(config: RunConfig, out: Path | str | None, console: Console, *, fresh: b
     name = f"{config.editor.name}-{config.objective.name}-{config.backbone.family}.safetensors"
     files = Files(absolute(str(out or below(above(absolute(config.out)), name))))
     if config.tracking.enabled:
-        runs.store_uri(config.tracking, files.weights)
+        client.store_uri(config.tracking, files.weights)
     _check_out(files, fresh=fresh)
 
     for note in notes:
         say(console, f"Note: {note}")
     plan = make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), 1)
     settle(plan.threads_per_actor, plan.device)
-    runs.check(config.tracking, files.weights)
+    client.check(config.tracking, files.weights)
     with new_place(files.weights.parent):
         found = _inputs(config, files)
         identity = _identity(config, found)
@@ -209,7 +210,7 @@ def _identity(config: RunConfig, found: dict[str, Sources]) -> dict[str, Any]:
     """What the weights depend on."""
     values = config.to_dict()
     values["editor"].pop("checkpoint", None)
-    flat = runs.flatten({name: values[name] for name in _COMPARED})
+    flat = flatten({name: values[name] for name in _COMPARED})
     flat |= {f"data.{name}": values["data"][name] for name in _COMPARED_DATA}
     for part, files in found.items():
         # Without the folder: the embedded benchmark is written beside the weights.

@@ -1,1 +1,1 @@
-"""What runs on Ray: preparing and editing workers, and the graph between them."""
+"""The workers that run on Ray, which prepare and edit, and the graph that connects them."""

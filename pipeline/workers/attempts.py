@@ -1,8 +1,8 @@
-"""Counts beside the results how often an edit was begun, so that one that ends its worker is not tried for ever.
+"""A count of attempts on disk, so that an edit that kills its worker is given up.
 
-Ray restarts a worker that dies and hands it the same group again, without end. So each begin is written down *before*
-the work, and struck off after it. A group is first edited as a whole; after two tries that did not end, its edits
-go one at a time, and one that was alone when its worker died often enough is given up.
+Ray restarts a worker that dies and hands it the same group again, without end. So each attempt is written *before* the
+work and deleted after it. A group is first edited as a whole. After two attempts that killed the worker, its edits run
+one at a time, and an edit that kills the worker too often is given up.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ class Ledger:
     """The attempts at one group.
 
     Attributes:
-        path: Where they are written down.
-        max_attempts: Tries after which an edit is given up, those of the whole group included.
+        path: File of the counts.
+        max_attempts: Number of attempts after which an edit is given up, attempts at its whole group included.
+        whole: Number of attempts at the whole group so far.
     """
 
     path: Location
@@ -31,12 +32,12 @@ class Ledger:
     def __post_init__(self) -> None:
         self._whole_allowed = min(_WHOLE_ATTEMPTS, max(1, self.max_attempts - 1))
         self._single_allowed = max(1, self.max_attempts - self._whole_allowed)
-        written = read_json(self.path) or {}
-        self.whole = int(written.get("whole", 0))
-        self._single: dict[str, int] = {str(key): int(value) for key, value in written.get("single", {}).items()}
+        counts = read_json(self.path) or {}
+        self.whole = int(counts.get("whole", 0))
+        self._single: dict[str, int] = {str(key): int(value) for key, value in counts.get("single", {}).items()}
 
     def begin_whole(self) -> bool:
-        """Whether the group may be edited as a whole once more; if so, counts it."""
+        """Counts an attempt at the whole group; False if there were too many."""
         if self.whole >= self._whole_allowed:
             return False
         self.whole += 1
@@ -44,7 +45,7 @@ class Ledger:
         return True
 
     def begin_single(self, edit_id: str) -> bool:
-        """Whether an edit may be tried alone once more; if so, counts it."""
+        """Counts an attempt at one edit; False if there were too many."""
         if self._single.get(edit_id, 0) >= self._single_allowed:
             return False
         self._single[edit_id] = self._single.get(edit_id, 0) + 1
@@ -52,15 +53,16 @@ class Ledger:
         return True
 
     def end_single(self, edit_id: str) -> None:
-        """The worker has survived this edit: it is not to blame for what comes after."""
+        """Forgets the attempts at an edit that its worker has survived."""
         self._single.pop(edit_id, None)
         self._write()
 
     def attempts(self, edit_id: str) -> int:
+        """Number of attempts at an edit, alone or with its group."""
         return self.whole + self._single.get(edit_id, 0)
 
     def close(self) -> None:
-        """The group is done."""
+        """Deletes the counts of a finished group."""
         self.path.delete()
 
     def _write(self) -> None:

@@ -1,8 +1,8 @@
 """The Ray Data graph: groups -> prepare (CPU) -> edit (actors) -> reports. The actors write the results.
 
-One group is one block, because a block is what Ray schedules, retries and loses. Only in a large run a block is
-several groups: Ray's driver remembers every block until the end. The two stages ask for different resources, else Ray
-would fuse them and a GPU would wait for pictures.
+One group is one block, the unit that Ray schedules, retries and loses. In a large run a block holds several groups,
+since Ray's driver keeps every block's metadata until the end. The two stages request different resources, so that Ray
+does not fuse them and a GPU does not wait for pictures.
 """
 
 from __future__ import annotations
@@ -27,30 +27,32 @@ from pipeline.workers.profile import EDIT, LOADING, OTHER, PREPARE, Clock, Profi
 from pipeline.workers.request_cache import RequestCache
 
 MAX_BLOCKS = 512
-"""Also how often a large run hears of its progress."""
+"""Blocks of a large run with few actors; the run reports its progress once per block."""
 MAX_BLOCKS_PER_ACTOR = 64
-"""With many actors: what the last block keeps one of them at, while the others wait, is a small share of the run."""
+"""More blocks when there are more actors, so that the tail, one actor busy and the others idle, stays short."""
 
 
 class GraphError(Explained, RuntimeError):
-    """The run cannot go on; the message is one sentence."""
+    """The run cannot continue; the message is one sentence."""
 
 
 def run_graph(
     jobs: Sequence[Job], plan: Plan, pending: Sequence[tuple[int, int]], profile: Profile | None = None
 ) -> Iterator[tuple[int, int, list[Row]]]:
-    """Edits groups of one or many runs; yields each one's run, number and reported rows as it is finished.
+    """Edits groups of one or many runs; yields index of the job, number and reported rows of each finished group.
 
-    Many runs in one graph share its workers, and with them the loaded model: starting a worker takes longer than a
-    small run.
+    Many runs in one graph share its workers and the loaded model, since starting a worker takes longer than a small
+    run.
 
     Args:
-        pending: Groups to edit, as the index of their job and their number in it; edited in about this order.
-        profile: Takes where the time went, if the jobs are to say so.
+        jobs: One job for each run.
+        plan: Number and resources of the workers.
+        pending: Groups to edit, as index of the job and number of the group; edited in about this order.
+        profile: Profile that the jobs' times are added to.
 
     Raises:
-        InputError: A worker found that the settings do not fit the model.
-        GraphError: A worker cannot start, or Ray gave up.
+        InputError: The settings do not fit the model.
+        GraphError: A worker cannot start, or Ray failed.
     """
     _quiet()
     num_actors, num_preparers = (min(number, len(pending)) for number in (plan.num_actors, plan.num_preparers))
@@ -82,11 +84,11 @@ def run_graph(
 
 
 def raise_fatal(report: Mapping[str, Any], jobs: Sequence[Job]) -> None:
-    """Raises what a worker found to be wrong with the whole run, if that is what it reports; of several, says which."""
+    """Raises the error of a report that ends the whole run, if it holds one; names the run if there are several."""
     if report["fatal"]:
         kind = InputError if report["is_input"] else GraphError
-        which = f"{jobs[int(report['job'])].config.name}: " if len(jobs) > 1 else ""
-        raise kind(f"{which}{report['fatal']}")
+        run = f"{jobs[int(report['job'])].config.name}: " if len(jobs) > 1 else ""
+        raise kind(f"{run}{report['fatal']}")
 
 
 def _rows(reports: Any) -> Iterator[dict[str, Any]]:
@@ -97,10 +99,10 @@ def _rows(reports: Any) -> Iterator[dict[str, Any]]:
 
 
 class _Stage(ABC):
-    """Workers of a kind, one for each run, made when the run's first group comes.
+    """A stage of the graph: holds one worker for each run, made when the run's first group arrives.
 
-    A worker that cannot be made tells so with the group: an exception in a constructor would reach the user as a page
-    of traceback, after Ray had tried it again and again.
+    An error while making the worker is reported with the group. Raised in a constructor of Ray's, it would reach the
+    user as a page of traceback after several retries.
     """
 
     Worker: type
@@ -123,20 +125,20 @@ class _Stage(ABC):
 
     @abstractmethod
     def _work(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """One group; what of the batch is passed on, and what came of it."""
+        """Processes one group; returns the columns for the next stage."""
 
     def _worker(self, index: int) -> Any:
-        """The run's worker, or a report of why there is none."""
+        """The run's worker, or a report of the error if it cannot be made."""
         if index not in self._workers:
-            # Runs come one after the other, but for a straggler. What a run of another model holds is let go of first:
-            # two models may not fit.
-            alike = [one for one in self._workers if _model(self._jobs[one]) == _model(self._jobs[index])]
-            self._workers = {one: self._workers[one] for one in alike[-1:]}
+            # Runs arrive in order but for stragglers, so one more worker is kept. One with another model is dropped
+            # first, since two models may not fit into memory.
+            same = [other for other in self._workers if _model(self._jobs[other]) == _model(self._jobs[index])]
+            self._workers = {other: self._workers[other] for other in same[-1:]}
             with stage(LOADING):
-                self._workers[index] = self._made(index)
+                self._workers[index] = self._make(index)
         return self._workers[index]
 
-    def _made(self, index: int) -> Any:
+    def _make(self, index: int) -> Any:
         try:
             return self.Worker(self._jobs[index], *self._shared)
         except Exception as error:
@@ -144,19 +146,19 @@ class _Stage(ABC):
 
 
 def _model(job: Job) -> tuple[object, ...]:
-    """What a worker has loaded for a run, alike for runs that share it."""
+    """The settings that decide which model a worker loads."""
     return job.config.backbone, job.config.pipeline.feature_store
 
 
 class PrepareStage(_Stage):
-    """`{"job", "group"}` -> `{"job", "prepared"}`: pickled, since a request is a nest of objects and not a table."""
+    """`{"job", "group"}` -> `{"job", "prepared"}`; pickled, since a request is not a table."""
 
     Worker = Preparer
     KIND = PREPARE
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         super().__init__(jobs)
-        # A single run prepares every record once.
+        # A single run prepares every record once and needs no cache.
         self._shared = (RequestCache(),) if len(jobs) > 1 else ()
 
     def _work(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -183,9 +185,9 @@ class EditStage(_Stage):
 
     def _work(self, batch: dict[str, Any]) -> dict[str, Any]:
         index, prepared = int(batch["job"][0]), cloudpickle.loads(batch["prepared"][0])
-        # A block may hold further groups, and the driver hears of it only after them.
+        # After a fatal error the block's other groups are not edited; the driver sees the error only after the block.
         worker: Any = self._fatal or self._worker(index)
-        fatal = next((found for found in (worker, prepared) if isinstance(found, dict)), {})
+        fatal = next((report for report in (worker, prepared) if isinstance(report, dict)), {})
         rows: list[Row] = []
         try:
             rows = [] if fatal else worker(prepared)
@@ -207,7 +209,7 @@ class EditStage(_Stage):
 
 
 def _unexpected(error: Exception, job: Job, name: str) -> dict[str, Any]:
-    """The report of an exception that would end the run: left to Ray, it would arrive as a page of traceback."""
+    """The report of an exception that ends the run; raised through Ray, it would arrive as a page of traceback."""
     if isinstance(error, InputError):
         return {"fatal": str(error), "is_input": True}
     write_traceback(job, name)
@@ -215,10 +217,12 @@ def _unexpected(error: Exception, job: Job, name: str) -> dict[str, Any]:
 
 
 def _out_of_reach(error: StorageError) -> dict[str, Any]:
+    """The report of storage that cannot be read, which ends the run."""
     return {"fatal": f"{error} The same command goes on from there.", "is_input": False}
 
 
 def _quiet() -> None:
+    """Turns off what Ray Data prints."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.enable_progress_bars = False

@@ -1,4 +1,4 @@
-"""The login to a Ray cluster that runs already, tried in a process of its own before Ray's client connects."""
+"""The login to a running Ray cluster, tested in a separate process before Ray's client connects."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pipeline.workers import probe
 
 _SETTING = "pipeline.ray_address"
 _accepted: dict[str, dict[str, str]] = {}
-"""Variables of the login, by the address that has accepted it."""
+"""Environment variables of the accepted login, by address of the cluster."""
 
 
 def login_to(address: str) -> dict[str, str]:
-    """The variables with which the cluster accepts Ray's client.
+    """The environment variables with which the cluster accepts Ray's client.
 
-    The first call for an address asks the cluster, which takes a few seconds.
+    The first call for an address takes a few seconds; its result is cached.
 
     Raises:
         InputError: The cluster does not answer, or refuses the token.
@@ -33,24 +33,25 @@ def login_to(address: str) -> dict[str, str]:
 
 
 def _accepted_mode(address: str) -> str:
+    """The first authentication mode that the cluster accepts."""
     modes = login.modes()
     for mode in modes:
         if mode == login.TOKEN:
-            login.token()  # says what is wrong with it, before the cluster is asked
-        code, why = _ask(address, mode)
+            login.token()  # raises JobError if it cannot be read
+        code, reason = _ask(address, mode)
         if code == 0:
             return mode
         if code != probe.REFUSED:
             raise InputError(
-                f"{_SETTING}: no Ray answers at {address!r} ({why}). "
+                f"{_SETTING}: no Ray answers at {address!r} ({reason}). "
                 "Give a running cluster, or null to start Ray on this machine."
             )
     raise InputError(f"{_SETTING}: the cluster at {address} {login.refusal(modes[-1])}")
 
 
 def _ask(address: str, mode: str) -> tuple[int, str]:
-    """The exit code of the probe, and why it failed."""
-    # -P: the folder of the script has modules with names of the standard library's.
+    """Runs the probe; returns its exit code and the reason of a failure."""
+    # -P: modules beside the script, such as `profile`, would shadow the standard library's.
     command = [sys.executable, "-P", probe.__file__, address]
     environment = os.environ | {login.MODE: mode}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The model as a run loads it: it remembers the features of its pictures, in the store that the run names if any."""
+"""The model that a run loads, with a cache of image features and the feature store that the run names."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import os
 from dataclasses import replace
 
 from odedit.backbones import Backbone, load_backbone
-from odedit.backbones.common.feature_memory import remembering
+from odedit.backbones.common.feature_cache import with_feature_cache
 from odedit.backbones.common.feature_store import FeatureStore, Warn
 from pipeline.config.run import BackboneConfig, RunConfig
 
 SETTING = "pipeline.feature_store"
+_loaded: dict[tuple[BackboneConfig, str, str | None], Backbone] = {}
+"""The model of this process's last run, if it is an editing worker."""
 
 
 def with_checked_store(config: RunConfig) -> RunConfig:
-    """The full path of a local store: workers run elsewhere.
+    """The configuration with the full path of a local feature store, since workers have other working directories.
 
     Raises:
-        InputError: What the run names cannot be a store.
+        InputError: The path or address cannot be a feature store.
     """
     text = config.pipeline.feature_store
     if text is None:
@@ -27,21 +29,28 @@ def with_checked_store(config: RunConfig) -> RunConfig:
     return replace(config, pipeline=replace(config.pipeline, feature_store=path))
 
 
-def warn_anew(backbone: Backbone, warn: Warn) -> None:
-    """For the next run of a worker, which has files of its own."""
-    store = getattr(backbone, "store", None)
-    if store is not None:
-        store.tell(warn)
-
-
 def load_remembering(backbone: BackboneConfig, device: str, store: str | None, warn: Warn) -> Backbone:
-    """Loads a model. Raises InputError as `load_backbone` and `FeatureStore.at` do.
+    """Loads a model that caches the features of its pictures. Raises InputError as `load_backbone` does.
 
     Args:
-        store: Where features are kept; None: in memory alone.
-        warn: As of `FeatureStore`.
+        store: Path or address of the feature store; None: features are cached in memory only.
+        warn: Takes the store's warnings, as in `FeatureStore`.
     """
-    # The run was not begun before the store had answered: a refusal now is one that passes.
+    # The store has answered before the run began, so a refusal now is passing.
     opened = None if store is None else FeatureStore.at(store, SETTING, warn, must_answer=False)
     loaded = load_backbone(backbone.family, backbone.checkpoint, dtype=backbone.dtype, device=device)
-    return remembering(loaded, opened)
+    return with_feature_cache(loaded, opened)
+
+
+def worker_backbone(backbone: BackboneConfig, device: str, store: str | None, warn: Warn) -> Backbone:
+    """The model of the worker's last run with its cached features if it is the same one, else a newly loaded one.
+
+    At most one model is kept. The arguments are those of `load_remembering`.
+    """
+    key = (backbone, device, store)
+    if key not in _loaded:
+        _loaded.clear()
+        _loaded[key] = load_remembering(*key, warn=warn)
+    elif (feature_store := getattr(_loaded[key], "store", None)) is not None:
+        feature_store.warn_through(warn)  # to the files of this run
+    return _loaded[key]

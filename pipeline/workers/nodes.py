@@ -1,4 +1,4 @@
-"""The nodes of a Ray cluster: a run waits for the room it needs, and says which nodes are lost while it works."""
+"""The nodes of a Ray cluster: waits for the resources that a run needs, and reports nodes that are lost."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _POLL_S = 1.0
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """Inside, Ray's driver prints none of the reports of the cluster's nodes.
+    """Inside, Ray's driver does not print the logs of the cluster's nodes.
 
-    It prints them whatever `log_to_driver` says, and some as late as it is shut down: of a lost node several times the
-    end of its log, which is a dump of its state.
+    It prints them even with `log_to_driver=False`: for a lost node, the end of its log several times, which is a state
+    dump, and some of it only at shutdown.
     """
     from ray._private import worker
 
@@ -40,7 +40,14 @@ def silenced() -> Iterator[None]:
 
 @dataclass
 class _Patience:
-    """How long something has been missing, what of it was said, and whether the time is up."""
+    """A time limit on how long resources may be missing, with progress messages.
+
+    Attributes:
+        wait_s: The limit in seconds.
+        console: Console for the messages.
+        since: Time since when they are missing, or None.
+        said: Time of the last message, or None.
+    """
 
     wait_s: float
     console: Console | None
@@ -48,6 +55,7 @@ class _Patience:
     said: float | None = None
 
     def is_over(self, missing: str) -> bool:
+        """Whether resources have been missing for `wait_s`; `missing` names them, or is "" if there are none."""
         now = time.monotonic()
         if not missing:
             self.since = self.said = None
@@ -64,17 +72,19 @@ class _Patience:
 
 
 def awaited(look: Callable[[], tuple[Plan, str]], wait_s: float, console: Console | None) -> Plan:
-    """The plan, once the cluster has room for it.
+    """Waits until the cluster has the resources of the plan; returns the plan.
 
     Args:
-        look: The plan as the cluster is now, and what is missing for it, or "".
+        look: Returns the plan for the cluster's present size, and the resources that it lacks, in words, or "".
+        wait_s: Seconds to wait at most.
+        console: Console for progress messages.
 
     Raises:
-        InputError: It was still missing after `wait_s`.
+        InputError: The resources were still missing after `wait_s`.
     """
     patience = _Patience(wait_s, console)
     with ExitStack() as stack:
-        is_asked_for = False
+        is_requested = False
         while True:
             plan, missing = look()
             if not missing:
@@ -84,15 +94,15 @@ def awaited(look: Callable[[], tuple[Plan, str]], wait_s: float, console: Consol
                     f"pipeline.actors: {missing}; nothing was added within {wait_s:g} s (pipeline.wait_s). Ask for "
                     "fewer or smaller workers (pipeline.actors, gpus_per_actor, threads_per_actor), or add nodes."
                 )
-            if not is_asked_for:
-                stack.enter_context(_asked_for(plan))
-                is_asked_for = True
+            if not is_requested:
+                stack.enter_context(_requested(plan))
+                is_requested = True
             time.sleep(min(_POLL_S, wait_s))
 
 
 @contextmanager
-def _asked_for(plan: Plan) -> Iterator[None]:
-    """Inside, an autoscaler sees what the workers will take; it would not start a node for a driver that only waits."""
+def _requested(plan: Plan) -> Iterator[None]:
+    """Inside, a placement group requests the workers' resources, without which an autoscaler would start no node."""
     from ray.util import placement_group, remove_placement_group
 
     bundle = {"CPU": plan.cpus_per_actor} | ({"GPU": plan.gpus_per_actor} if plan.gpus_per_actor else {})
@@ -105,20 +115,21 @@ def _asked_for(plan: Plan) -> Iterator[None]:
 
 @contextmanager
 def watched(plan: Plan, wait_s: float, console: Console | None) -> Iterator[None]:
-    """Inside, each lost node is reported in one line, and the block ends if no node has room for a worker for too long.
+    """Inside, each lost node is reported in one line; the block is ended if no node can hold a worker for `wait_s`.
 
-    Ray has no time-out of its own for that, and prints nothing.
+    Ray has no timeout of its own for that, and prints nothing.
 
     Args:
-        wait_s: Seconds after which the block ends.
-        console: Takes the lines, from another thread.
+        plan: Plan whose workers need the nodes.
+        wait_s: Seconds after which the block is ended.
+        console: Console for the lines, which are written from another thread.
 
     Raises:
-        GraphError: No node could take a worker for `wait_s`.
+        GraphError: No node could hold a worker for `wait_s`.
     """
     from pipeline.workers.graph import GraphError
 
-    if threading.current_thread() is not threading.main_thread():  # only there can a signal end the block
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
         yield
         return
     ended, problems = threading.Event(), list[str]()
@@ -135,7 +146,7 @@ def watched(plan: Plan, wait_s: float, console: Console | None) -> Iterator[None
             thread.start()
             yield
         finally:
-            ended.set()  # a signal that comes before this call ends is still met below
+            ended.set()  # a signal that arrives before this call returns is handled below
     except BaseException as error:
         if not problems:
             raise
@@ -151,10 +162,13 @@ def watched(plan: Plan, wait_s: float, console: Console | None) -> Iterator[None
 
 @dataclass
 class _Watcher:
-    """A thread that looks at the nodes until `ended`.
+    """Polls the nodes in a thread until `ended` is set.
 
     Attributes:
-        problems: What is missing, each time that the patience is over.
+        plan: Plan whose workers need the nodes.
+        patience: Time limit on missing resources.
+        ended: Set when the watched block ends.
+        problems: Filled with the missing resources when the time limit is reached.
     """
 
     plan: Plan
@@ -165,13 +179,13 @@ class _Watcher:
     def run(self) -> None:
         known: set[str] = set()
         while not self.ended.is_set():
-            if (found := _nodes()) is not None:
-                alive = {node["NodeID"] for node in found if node["Alive"]}
+            if (listed := _nodes()) is not None:
+                alive = {node["NodeID"] for node in listed if node["Alive"]}
                 self._report(len(known - alive), len(alive))
                 known = alive
-                if self.patience.is_over(missing := lacking(self.plan, found)):
+                if self.patience.is_over(missing := lacking(self.plan, listed)):
                     self.problems.append(missing)
-                    # Again and again: code that lets no exception out may have swallowed the first.
+                    # Repeated at every poll: a destructor may have swallowed the exception of the first signal.
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
             self.ended.wait(_POLL_S)
 
@@ -184,7 +198,7 @@ class _Watcher:
 
 
 def _nodes() -> Sequence[Mapping[str, Any]] | None:
-    """The nodes as Ray lists them, or None while the head does not answer."""
+    """The nodes as listed by Ray; None while the head does not answer."""
     import ray
 
     try:

@@ -1,4 +1,4 @@
-"""What a worker is told, and how the work is spread over the machine or cluster."""
+"""The job of a worker, and the plan: how many workers run, and the resources of each."""
 
 from __future__ import annotations
 
@@ -16,22 +16,26 @@ from pipeline.run_folder.sources import Sources
 from pipeline.run_folder.workspace import Workspace
 
 CPUS_PER_THREAD = 0.75
-"""What an actor asks of Ray for each of its threads: the rest is left to the workers that prepare pictures."""
+"""CPUs that an actor requests from Ray per thread; the rest is for the workers that prepare pictures."""
 CPUS_PER_PREPARER = 0.25
 SMALL_MODEL_BYTES = 2**30
 GROUPS_PER_ACTOR = 8
-"""A worker takes longer to start than a few groups of a small model take, so a short run gets fewer of them."""
+"""Groups of a small model that are worth starting an actor for, which takes longer than editing a few groups."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a worker needs besides the group it is handed; paths are absolute.
+    """The inputs of a worker besides the group; paths are absolute.
 
     Attributes:
-        config: The run's configuration without `tracking.uri`, which may hold a password: the driver alone writes to
+        config: Configuration of the run without `tracking.uri`, which may hold a password; only the driver writes to
             MLflow.
-        memory_share: Share of its device's memory.
-        profile: Whether it reports where its time goes.
+        sources: Input files of the run.
+        workspace: Folder of the run.
+        device: Device of the model.
+        num_threads: CPU threads of the worker.
+        memory_share: Share of the device's memory that the worker may use.
+        profile: Whether the worker reports its times by stage.
     """
 
     config: RunConfig
@@ -49,7 +53,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many workers of each kind, and what each of them takes."""
+    """The number of workers and their resources.
+
+    Attributes:
+        device: Device of the editing workers.
+        num_actors: Number of editing workers.
+        threads_per_actor: CPU threads of each of them.
+        gpus_per_actor: GPUs that Ray reserves for each of them.
+        num_preparers: Number of workers that prepare pictures.
+    """
 
     device: str
     num_actors: int
@@ -59,16 +71,17 @@ class Plan:
 
     @property
     def cpus_per_actor(self) -> float:
+        """CPUs that Ray reserves for an editing worker."""
         return CPUS_PER_THREAD * self.threads_per_actor
 
     @property
     def num_cpus(self) -> int:
-        """Cores in Ray's accounts that this plan needs."""
+        """CPUs that Ray reserves for all workers, rounded up."""
         return math.ceil(self.num_actors * self.cpus_per_actor + self.num_preparers * CPUS_PER_PREPARER)
 
     @property
     def memory_share(self) -> float:
-        """Of a device's memory, for one actor; on CPUs as if all of them were on one machine."""
+        """Share of a device's memory for one actor; on CPUs, all actors are taken to share one machine."""
         return min(self.gpus_per_actor, 1.0) if self.device == "cuda" else 1 / self.num_actors
 
     def __str__(self) -> str:
@@ -81,10 +94,10 @@ class Plan:
 def make_plan(
     pipeline: PipelineConfig, backbone: BackboneConfig, num_cpus: int, num_gpus: float, num_groups: int
 ) -> Plan:
-    """Spreads so many groups of edits over so many cores and GPUs.
+    """The plan for `num_groups` groups of edits on so many CPUs and GPUs.
 
     Raises:
-        InputError: A GPU is asked for and there is none.
+        InputError: `pipeline.device` is "cuda", and there is no GPU.
     """
     if pipeline.device == "cuda" and not num_gpus:
         raise InputError("pipeline.device: got 'cuda', but no GPU is to be seen. Use 'auto' or 'cpu'.")
@@ -93,7 +106,7 @@ def make_plan(
     if on_gpu:
         auto_actors, auto_threads = max(1, int(num_gpus / pipeline.gpus_per_actor)), 1
     elif is_small:
-        # One thread each: small products gain nothing from more, and the results do not depend on the number of cores.
+        # One thread: small matrix products gain nothing from more, and results do not depend on the number of CPUs.
         auto_actors, auto_threads = min(num_cpus, -(-num_groups // GROUPS_PER_ACTOR)), 1
     else:
         auto_actors, auto_threads = 1, num_cpus
@@ -107,7 +120,7 @@ def make_plan(
 
 
 def shortage(plan: Plan, num_cpus: float, num_gpus: float) -> str:
-    """What a cluster with so many cores and GPUs has too little of for the plan, or ""."""
+    """The resource that a cluster with so many CPUs and GPUs lacks for the plan, in words, or ""."""
     if plan.gpus_per_actor * plan.num_actors > num_gpus + 1e-6 and plan.gpus_per_actor:
         actors = f"{counted(plan.num_actors, 'actor')} of {plan.gpus_per_actor:g} GPU each"
         return f"{actors} were asked for, the cluster has {num_gpus:g}"
@@ -117,28 +130,29 @@ def shortage(plan: Plan, num_cpus: float, num_gpus: float) -> str:
 
 
 def lacking(plan: Plan, nodes: Iterable[Mapping[str, Any]]) -> str:
-    """What the nodes, as Ray lists them, have too little of for one worker, or "" if one of them has room for it."""
+    """The resources that no node, as listed by Ray, has for one actor, in words, or "" if a node has them."""
     for node in nodes:
-        found = node["Resources"] if node["Alive"] else {}
-        if found.get("CPU", 0.0) >= plan.cpus_per_actor and found.get("GPU", 0.0) >= plan.gpus_per_actor:
+        resources = node["Resources"] if node["Alive"] else {}
+        if resources.get("CPU", 0.0) >= plan.cpus_per_actor and resources.get("GPU", 0.0) >= plan.gpus_per_actor:
             return ""
     gpus = f" and {plan.gpus_per_actor:g} GPU" if plan.gpus_per_actor else ""
     return f"a worker takes {plan.cpus_per_actor:g} CPU{gpus}, and no node of the cluster has as much"
 
 
 def machine_cpus() -> int:
-    """Cores that this process may use."""
+    """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def machine_gpus() -> int:
+    """GPUs that this process may use."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def weights_bytes(backbone: BackboneConfig) -> int:
-    """Size of a local checkpoint's weight files; a hub id counts as large."""
+    """Bytes of a local checkpoint's weight files; `SMALL_MODEL_BYTES` for an id of the Hugging Face hub."""
     if backbone.checkpoint == EMBEDDED:
         path = world.CHECKPOINTS / backbone.family
     else:

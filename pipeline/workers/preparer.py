@@ -1,6 +1,6 @@
-"""The CPU stage: reads one group's pictures, resizes them for the model, and says what is wrong with a record.
+"""The CPU stage: reads one group's pictures and resizes them for the model.
 
-A picture that cannot be used makes its record a skipped row; nothing here ends a run but a storage that stays away.
+A picture that cannot be used makes its record a skipped row. Only storage that cannot be read ends a run here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from odedit.backbones import Processor, load_processor
+from odedit.backbones import PretrainedProcessor, load_processor
 from odedit.data.images import ImageError
 from odedit.data.records import RawRecord
 from odedit.data.supervision import build_request
@@ -25,13 +25,13 @@ from pipeline.workers.request_cache import RequestCache
 
 @dataclass(frozen=True)
 class Prepared:
-    """A group on its way to the model.
+    """A prepared group.
 
     Attributes:
-        group: Its number.
+        group: Number of the group.
         records: Records of the requests, in the same order.
-        requests: Edits with processed pictures, as plain fields that serialise without surprises.
-        rows: Finished rows of the records that are not edited.
+        requests: Edits with processed pictures.
+        rows: Finished rows of the records that cannot be edited.
     """
 
     group: int
@@ -44,7 +44,8 @@ class Preparer:
     """Builds edit requests from staged records; holds the processor and the pool.
 
     Args:
-        cache: Requests that other runs of the same worker have prepared.
+        job: The run.
+        cache: Cache of requests, shared with other runs of the same worker.
     """
 
     def __init__(self, job: Job, cache: RequestCache | None = None) -> None:
@@ -52,8 +53,7 @@ class Preparer:
         self._cache = cache if cache is not None else RequestCache(max_bytes=0)
         config = job.config
         self._locality = staging.reads_locality(config)
-        # What a request is made from, beside the record itself.
-        self._made_from = (
+        self._cache_key = (  # with the record, everything that a request depends on
             job.sources,
             config.supervision,
             self._locality,
@@ -65,26 +65,27 @@ class Preparer:
         self._read_group = staging.GroupReader(job.workspace.records)
 
     def __call__(self, group: int) -> Prepared:
+        """Prepares the group of that number. Raises StorageError if storage cannot be read."""
         records = self._read_group(group)
-        kept: list[RawRecord] = []
+        edited: list[RawRecord] = []
         requests: list[EditRequest] = []
         rows: list[results.Row] = []
         shared: dict[str, Picture] = {}
         for record in records:
-            made = self._request(record, shared)
-            if isinstance(made, EditRequest):
-                kept.append(record)
-                requests.append(made)
+            prepared = self._request(record, shared)
+            if isinstance(prepared, EditRequest):
+                edited.append(record)
+                requests.append(prepared)
             else:
-                rows.append(made)
-        return Prepared(group, tuple(kept), tuple(requests), tuple(rows))
+                rows.append(prepared)
+        return Prepared(group, tuple(edited), tuple(requests), tuple(rows))
 
     def _request(self, record: RawRecord, shared: dict[str, Picture]) -> EditRequest | results.Row:
-        """The edit, or the row that says why there is none. Raises StorageError as `ImageReader.read` does."""
+        """The edit, or a row with the reason why there is none. Raises StorageError as `ImageReader.read` does."""
         config = self._job.config
         if record.problem:
             return results.base_row(record, config, results.SKIPPED, located(record, record.problem))
-        key = (self._made_from, record.edit_id, record.index, record.task)
+        key = (self._cache_key, record.edit_id, record.index, record.task)
         try:
             request = self._cache.get(key)
             if request is None:
@@ -101,20 +102,21 @@ class Preparer:
         except StorageError:
             raise
         except Exception as error:
-            # Whatever a record's data can provoke must cost this record only.
+            # An unexpected error in one record's data must not end the run.
             write_traceback(self._job, record.edit_id)
             return results.base_row(record, config, results.FAILED, located(record, one_sentence(error)))
 
     def calibration_requests(self, records: Iterable[RawRecord], problems: list[str]) -> Iterator[EditRequest]:
-        """Edits, rephrases and text-only questions of those records of the pool, or else of the run, that can be used.
+        """The usable records as requests with an edit, rephrases and a text-only question.
 
         Args:
-            problems: Takes a sentence for each record that cannot.
+            records: Records of the pool or of the run.
+            problems: Extended by a sentence for each record that cannot be used.
         """
         supervision = replace(self._job.config.supervision, locality_source="record", near_locality=False)
         shared: dict[str, Picture] = {}
         for record in records:
-            # The record's own locality stands in for none: nothing is drawn from the pool, no further picture read.
+            # The edit's own picture as locality picture, which is dropped below: no other picture is drawn or read.
             bare = replace(record, fields={**record.fields, "m_loc": record.fields["image"], "probes": None})
             try:
                 request = build_request(bare, self._job.sources.pool_reader, supervision)
@@ -124,8 +126,12 @@ class Preparer:
                 problems.append(located(record, str(error)))
 
 
-def process(request: EditRequest, processor: Processor, shared: dict[str, Picture]) -> EditRequest:
-    """The request with each distinct picture as the model takes it; equal pictures are one object."""
+def process(request: EditRequest, processor: PretrainedProcessor, shared: dict[str, Picture]) -> EditRequest:
+    """A copy of the request with its pictures resized for the model.
+
+    Args:
+        shared: Processed pictures by key, extended here; equal pictures become one object.
+    """
 
     def processed(probe: Probe) -> Probe:
         if probe.picture is None:
@@ -148,16 +154,17 @@ def process(request: EditRequest, processor: Processor, shared: dict[str, Pictur
 
 
 def located(record: RawRecord, problem: str) -> str:
+    """A problem with the file and position of its record."""
     return f"{record.where}: {problem}"
 
 
 def write_traceback(job: Job, name: str) -> None:
-    """Keeps the whole story of an unexpected error for a developer; the row has its one sentence."""
+    """Writes the traceback of an unexpected error; the row has its message only."""
     write_note(job, name, masked(traceback.format_exc()))
 
 
 def write_note(job: Job, name: str, text: str) -> None:
-    """Keeps what a worker has to say besides its rows; nobody sees what it prints."""
+    """Writes a worker's message to a file in the run's `errors`, since its output is not shown."""
     with suppress(OSError):  # a full disk must not hide the error itself
         job.workspace.errors.make_folder()
         (job.workspace.errors / f"{name}.txt").write_bytes(text.encode("utf-8", errors="replace"))

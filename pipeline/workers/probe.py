@@ -1,6 +1,7 @@
-"""A question to a Ray cluster, in a process of its own: `python probe.py ADDRESS` ends with 0 if the cluster answers.
+"""A test of the connection to a Ray cluster: `python probe.py ADDRESS` exits with 0 if the cluster accepts the login.
 
-Ray's client reads its login once, tries for 40 seconds, and ends its process where it finds no token.
+In a process of its own, since Ray's client reads its login once per process, retries for 40 seconds, and exits the
+process if it finds no token.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ import sys
 import threading
 
 REFUSED = 3
-"""Exit code where the cluster asks for another token."""
+"""Exit code if the cluster asks for a token, or for another one."""
 _TIMEOUT_S = 6.0
 _CLIENT = "ray://"
-"""Scheme of the address of a Ray Client server."""
+"""Scheme of a Ray Client server's address."""
 
 
 def main(address: str) -> int:
+    """Tests the connection; returns the exit code and prints the reason of a failure."""
     try:
         if address != "auto":
-            _connect(address.removeprefix(_CLIENT))  # before Ray is imported, which may take a while
+            _connect(address.removeprefix(_CLIENT))  # before the slow import of Ray
         from ray._raylet import AuthenticationTokenLoader, GcsClient  # type: ignore[attr-defined]
 
         if address == "auto":
@@ -44,7 +46,7 @@ def main(address: str) -> int:
 
 
 def _connect(address: str) -> None:
-    """Raises OSError or ValueError if nothing listens there."""
+    """Raises OSError if nothing listens at the address, ValueError if it is malformed."""
     host, _, port = address.rpartition(":")
     if not port.isdecimal():
         raise ValueError("expected HOST:PORT, or auto")
@@ -52,7 +54,7 @@ def _connect(address: str) -> None:
 
 
 def _ping(address: str) -> None:
-    """Raises the error of gRPC unless a Ray Client server accepts the login."""
+    """Raises a gRPC error unless a Ray Client server accepts the login."""
     from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated import ray_client_pb2 as messages
     from ray.core.generated import ray_client_pb2_grpc as services

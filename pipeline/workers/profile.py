@@ -1,4 +1,4 @@
-"""Where a run's time goes: seconds by stage of the work, of all preparers and all editing workers."""
+"""A run's profile: seconds by stage, summed over all preparers and all editing workers."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ OTHER = "other"
 
 
 class Clock:
-    """Of one worker: times its calls, stage by stage, and what lies between them."""
+    """Times one worker's calls by stage, and the waiting between them."""
 
     def __init__(self) -> None:
         self._free_since: float | None = None
 
     @contextmanager
     def call(self) -> Iterator[Account]:
-        """Around a call; the account also says how long the worker had waited for it."""
+        """Inside, stages are timed; the account also has the time that the worker waited for the call."""
         began = time.perf_counter()
         with measured() as account:
             if self._free_since is not None:
@@ -38,21 +38,31 @@ class Clock:
 
 @dataclass
 class Profile:
-    """Seconds by kind of worker and stage, and how many records they are of."""
+    """The time spent on a number of records.
+
+    Attributes:
+        seconds: Seconds by kind of worker and stage.
+        records: Number of records.
+    """
 
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     records: int = 0
 
     def add(self, report: str, records: int) -> None:
-        """Adds what a group's report says, as JSON: kind of worker -> stage -> seconds."""
+        """Adds the report of a group.
+
+        Args:
+            report: JSON of kind of worker -> stage -> seconds.
+            records: Number of records in the group.
+        """
         self.records += records
         for kind, stages in json.loads(report).items():
-            known = self.seconds.setdefault(kind, {})
+            totals = self.seconds.setdefault(kind, {})
             for stage, value in stages.items():
-                known[stage] = known.get(stage, 0.0) + value
+                totals[stage] = totals.get(stage, 0.0) + value
 
     def table(self) -> Table:
-        """A row for each stage: seconds, share of its kind of worker's time, milliseconds per record."""
+        """A row for each stage: seconds, share of the time of its kind of worker, milliseconds per record."""
         table = Table(title=f"Where the time went, {counted(self.records, 'record')}", title_justify="left")
         table.add_column("workers")
         table.add_column("stage")
@@ -67,10 +77,10 @@ class Profile:
         return table
 
     def to_json(self) -> dict[str, object]:
-        """For `profile.json`."""
+        """The content of `profile.json`."""
         return {"records": self.records, "seconds": self.seconds}
 
 
 def _in_order(stages: Mapping[str, float]) -> list[tuple[str, float]]:
-    """The longest first, but what is no work last."""
+    """Stages by descending time, waiting last."""
     return sorted(stages.items(), key=lambda item: (item[0] == WAITING, -item[1]))

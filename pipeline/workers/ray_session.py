@@ -1,4 +1,4 @@
-"""A Ray for one run on this machine, or a connection to a cluster that is there already."""
+"""Ray for one run: started on this machine, or a connection to a running cluster."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _OBJECT_STORE_BYTES = 2 * 2**30
 _LOOPBACK = "127.0.0.1"
 _SOCKET = "/rXXXXXXXX/r/session_2000-01-01_00-00-00_000000_0000000/sockets/plasma_store"
 _LONGEST_BASE = (103 if sys.platform == "darwin" else 107) - len(_SOCKET)
-"""Bytes that the folder's path may have below which Ray makes its sockets."""
+"""Longest path in bytes of the folder below which Ray creates its sockets."""
 _READ_AHEAD = ("iter_threaded", "StreamingExecutor")
 _READ_AHEAD_S = 10.0
 
@@ -40,18 +40,21 @@ _READ_AHEAD_S = 10.0
 def connected(
     pipeline: PipelineConfig, backbone: BackboneConfig, num_groups: int, console: Console | None = None
 ) -> Iterator[Plan]:
-    """Inside, Ray runs; yields how the work is spread over it.
+    """Inside, Ray runs; yields the plan.
 
-    Without an address, Ray is started here, for this process only, reachable from this machine only and with a secret
-    that nothing else knows; it ends with the block. A running cluster is left as it was. Inside a job of a cluster,
-    no address means that cluster.
+    Without an address, Ray is started for this process only, reachable from this machine only and with a secret token;
+    it ends with the block. A running cluster is left as it was. Inside a job of a cluster, no address means that
+    cluster.
 
     Args:
-        console: Takes a line for what a cluster lacks, and for each node that it loses.
+        pipeline: Resources of the workers, and the address.
+        backbone: Model of the first run.
+        num_groups: Number of groups to edit.
+        console: Console for a line on resources that a cluster lacks, and on each node that it loses.
 
     Raises:
-        InputError: The cluster cannot be reached, or lacks what is asked for for longer than `pipeline.wait_s`.
-        GraphError: The cluster has lost what is needed, for longer than that.
+        InputError: The cluster cannot be reached, or lacks resources for longer than `pipeline.wait_s`.
+        GraphError: The cluster has lost nodes, and lacks resources for longer than that.
     """
     address = address_of(pipeline)
     if address is None:
@@ -66,7 +69,7 @@ def connected(
 
 
 def check_reachable(pipeline: PipelineConfig) -> None:
-    """Raises InputError, within ten seconds, if the cluster that a run is to use does not let it in."""
+    """Raises InputError within ten seconds if the run's cluster does not answer or refuses the login."""
     address = address_of(pipeline)
     if address is None:
         return
@@ -79,22 +82,22 @@ def check_reachable(pipeline: PipelineConfig) -> None:
 
 
 def address_of(pipeline: PipelineConfig) -> str | None:
-    """The cluster that a run uses: the one it names, or the one that this process is a job of; None: its own Ray."""
+    """Address of the cluster that the run names or that this process is a job of; None: Ray of its own."""
     if pipeline.ray_address is not None:
         return pipeline.ray_address
-    # Ray tells its jobs; a shell that submits jobs may have the dashboard's there.
+    # Ray sets it for its jobs. In a shell that submits jobs it may be the dashboard's, which has a scheme.
     address = os.environ.get("RAY_ADDRESS", "")
     return None if address in ("", "local") or "://" in address else address
 
 
 _keep_running = False
 _session: Path | None = None
-"""Folder of a Ray of this process: sockets, logs, what does not fit into memory."""
+"""Folder of the Ray that this process started, for sockets, logs and spilled objects."""
 
 
 @contextmanager
 def shared() -> Iterator[None]:
-    """Inside, runs on this machine share one Ray, which the first of them starts and the end of the block stops."""
+    """Inside, runs on this machine share one Ray, started by the first run and stopped at the end of the block."""
     global _keep_running
     before, _keep_running = _keep_running, True
     try:
@@ -107,14 +110,15 @@ def shared() -> Iterator[None]:
 
 @contextmanager
 def _local(plan: Plan) -> Iterator[None]:
+    """Inside, Ray runs on this machine."""
     ray = _import_ray()
     is_ours = _keep_running or not ray.is_initialized()
     try:
-        if not ray.is_initialized():  # several runs in one process share it: the demo, the tests
+        if not ray.is_initialized():  # several runs in one process may share it
             _start(ray, plan)
         yield
     except KeyboardInterrupt:
-        if is_ours:  # also where runs share it: no worker may still write once the run has ended
+        if is_ours:  # even if runs share it: workers must not write after the run has ended
             _stop(ray)
         raise
     finally:
@@ -123,24 +127,24 @@ def _local(plan: Plan) -> Iterator[None]:
 
 
 def _stop(ray: Any) -> None:
-    """Ends Ray, or the connection, after the threads of Ray Data that read ahead.
+    """Stops Ray or closes the connection, after Ray Data's read-ahead threads have ended.
 
-    They end by themselves soon after the last result is taken. One that came to Ray after its end would end this
-    process on the spot, with nothing said and an exit code of Ray's own.
+    They end soon after the last result is taken. A thread that calls Ray after its end would exit this process without
+    a message, with an exit code of Ray's.
     """
-    until = time.monotonic() + _READ_AHEAD_S
+    deadline = time.monotonic() + _READ_AHEAD_S
     for thread in threading.enumerate():
         if thread.name.startswith(_READ_AHEAD):
-            thread.join(max(0.0, until - time.monotonic()))
+            thread.join(max(0.0, deadline - time.monotonic()))
     ray.shutdown()
     _remove_session()
 
 
 def _remove_session() -> None:
-    """Deletes the folder; the last of Ray's processes may still write to it for a moment."""
+    """Deletes Ray's folder, retrying while its last processes still write to it."""
     global _session
-    until = time.monotonic() + _READ_AHEAD_S
-    while _session is not None and _session.exists() and time.monotonic() < until:
+    deadline = time.monotonic() + _READ_AHEAD_S
+    while _session is not None and _session.exists() and time.monotonic() < deadline:
         shutil.rmtree(_session, ignore_errors=True)
         time.sleep(0.05)
     _session = None
@@ -164,7 +168,7 @@ def _start(ray: Any, plan: Plan) -> None:
 
 
 def _new_session() -> Path:
-    """A folder for Ray's sockets and logs; Ray's own is open to every user of the machine (mode 0777) and stays.
+    """A private folder for Ray's sockets and logs; Ray's default has mode 0777 and is never deleted.
 
     Raises:
         InputError: `RAY_TMPDIR` cannot be used.
@@ -186,6 +190,7 @@ def _new_session() -> Path:
 
 @contextmanager
 def _cluster(address: str) -> Iterator[None]:
+    """Inside, this process is connected to the cluster. Raises InputError if it does not answer."""
     ray = _import_ray()
     with environment({} if ray.is_initialized() else joining.login_to(address)), nodes.silenced():
         login.read_again()
@@ -203,7 +208,7 @@ def _cluster(address: str) -> Iterator[None]:
 
 
 def _cluster_plan(pipeline: PipelineConfig, backbone: BackboneConfig, num_groups: int, console: Console | None) -> Plan:
-    """The plan for what the cluster has, once it has what is asked for."""
+    """The plan for the cluster's resources, once it has those that the settings ask for."""
     ray = _import_ray()
 
     def look() -> tuple[Plan, str]:
@@ -222,28 +227,28 @@ def _import_ray() -> Any:
         import ray
         import ray.data
         from ray._private import ray_constants
-    # Read from the environment when Ray is imported, which another part of the program may have done before.
+    # Ray reads it when it is imported, which may have happened before the variable was set.
     ray_constants.ENABLE_RAY_CLUSTER = os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") != "0"
     return ray
 
 
 def _local_environment() -> dict[str, str]:
-    """What Ray's own processes and the workers inherit."""
+    """Environment variables for Ray's processes and the workers."""
     source = str(Path(__file__).resolve().parents[2])
-    # Editors outside the tree are found by workers where this process finds them.
+    # Workers find editors outside the tree on the paths of this process.
     paths = [source, *(path or os.getcwd() for path in sys.path)]
     return {
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
-        # On Linux, Ray would replace a loopback address by that of a network card, and listen on all of them.
+        # Otherwise Ray on Linux replaces a loopback address by a network card's, and listens on all of them.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "RAY_DATA_LOG_LEVEL": "ERROR",
-        # Ray warns on standard error about its own way of passing constructor arguments.
+        # Without it Ray warns on standard error about its own passing of constructor arguments.
         "RAY_BACKEND_LOG_LEVEL": "fatal",
         "RAY_enable_metrics_collection": "0",
-        # Ray's own 15 would let everything else on the machine go first, and the run is what its user waits for.
+        # With Ray's default of 15, everything else on the machine would run first.
         "RAY_worker_niceness": "0",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
@@ -252,11 +257,11 @@ def _local_environment() -> dict[str, str]:
 
 
 def _authentication() -> dict[str, str]:
-    """A secret for this Ray alone. Never left unset: Ray 2.60 would write a token file that later ones trip over."""
+    """A token for this Ray alone. Always set: Ray 2.60 would write a token file, which breaks later sessions."""
     if os.environ.get("RAY_AUTH_MODE") == "disabled":
         return {}
     if "ray" in sys.modules:
-        # Ray reads its mode when it is imported; another one for the server than for this process would never connect.
+        # Ray reads its mode when it is imported; a server with another mode would refuse this process.
         from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
         if not is_token_auth_enabled():
@@ -266,7 +271,7 @@ def _authentication() -> dict[str, str]:
 
 @contextmanager
 def _held_back_stderr() -> Iterator[None]:
-    """Keeps what native code writes to standard error inside; shows it only if the block fails."""
+    """Inside, standard error is held back, native code's included; it is shown only if the block fails."""
     sys.stderr.flush()
     before = os.dup(2)
     with tempfile.TemporaryFile() as held:
@@ -283,7 +288,7 @@ def _held_back_stderr() -> Iterator[None]:
 
 
 def _object_store_bytes() -> int:
-    """Room for a few groups on their way between the stages; never more than shared memory holds."""
+    """Size of the object store: a few groups between the stages, and never more than shared memory holds."""
     wanted = min(_OBJECT_STORE_BYTES, psutil.virtual_memory().available // 5)
     shared = Path("/dev/shm")
     if sys.platform == "linux" and shared.exists():

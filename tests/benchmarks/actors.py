@@ -1,12 +1,11 @@
-"""What the pipeline leaves of a bare loop's speed, and what a second worker adds.
+"""Speed of the pipeline with one and two workers, relative to a bare loop.
 
     python -m tests.benchmarks.actors [--edits 288] [--out DIR]
 
-The embedded BLIP-2, WISE under ODEdit, every edit takes the same number of steps, one thread each. A bare loop over
-prepared requests before and after the runs, since a shared machine is not the same all the time, and two such loops at
-once, which is what two cores have to give; the runs are `odedit edit` as a user starts it. Speed is that of the steady
-state: between the group that ends the first quarter, when all workers have started, and the last but one of each
-worker.
+Model: the embedded BLIP-2; WISE under ODEdit, the same number of steps for every edit, one thread per worker. The bare
+loop over prepared requests runs before and after the pipeline, because the load of a shared machine changes, and twice
+at once, which is the limit of two cores. The pipeline runs as `odedit edit`. Its speed is that of the steady state:
+from the end of the first quarter, when all workers have started, to the last group but one of each worker.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def settings(out: Path, data: dict[str, Any], edits: int, actors: int) -> dict[s
 
 
 def loop_rate(values: dict[str, Any]) -> float:
-    """Edits per second of the bare loop, the first group left out."""
+    """Edits per second of the bare loop, without the first group."""
     _, groups, work = bare_loop(values)
     work(groups[0].requests)
     begun = time.perf_counter()
@@ -52,7 +51,7 @@ def loop_rate(values: dict[str, Any]) -> float:
 
 
 def steady_rate(results: Path, actors: int) -> float:
-    """Edits per second by the times at which the files of the groups appeared."""
+    """Edits per second, from the modification times of the groups' result files."""
     times = sorted(path.stat().st_mtime for path in results.glob("part-*.parquet"))
     first, last = len(times) // 4, len(times) - 1 - actors
     return BATCH * (last - first) / (times[last] - times[first])

@@ -1,18 +1,17 @@
-"""Where each term of an objective pushes: its gradient against those of what an edit is judged by.
+"""Cosines between the gradients of an objective's terms and those of the scored losses.
 
     python -m tests.benchmarks.alignment [--editors wise,ftl] [--steps 0,5,10,20] [--edits 72] [--out DIR]
 
-Edits of the embedded world's validation split are taken some steps along the editor's own loss. There, edit by edit,
-the gradient of every term with respect to the edited parameters is compared, by its cosine, with the gradient of the
-NLL of the scored image rephrase (`m_gen`) and with that of the KL of the scored near question (`m_loc_near`). A
-positive cosine: a step down the term is a step down what is scored. MEND's edit is one step of a hypernetwork and has
-no parameters of its own to descend on.
+Edits of the embedded world's validation split take some steps on the editor's own loss. There, edit by edit, the
+gradient of every term with respect to the edited parameters is compared with the gradient of the NLL of the scored
+image rephrase (`m_gen`) and with that of the KL of the scored near question (`m_loc_near`). With a positive cosine, a
+step that lowers the term lowers the scored loss. MEND is left out: its edit is one step of a hypernetwork.
 
-Whatever penalty is made of the scale gradients g of the three risks (TV, one-sided, signed, Huber) has a gradient that
-is a weighted sum of theirs, so that their three cosines say what all of these can do. Beside them: the variance of the
-NLLs of edit and rephrases (V-REx, arXiv 2003.00688, eq. 8), the variance of the gradients of these NLLs (after Fishr,
-arXiv 2109.02934, eq. 4), MMD of displacements (edited minus unedited states) with a bandwidth that follows them, and
-KL on the edit's question without its picture.
+Any penalty on the scale gradients g of the three risks (TV, one-sided, signed, Huber) has a gradient that is a weighted
+sum of theirs, so their three cosines bound its effect. Further terms: the variance of the NLLs of edit and rephrases
+(V-REx, arXiv 2003.00688, eq. 8), the variance of the gradients of these NLLs (after Fishr, arXiv 2109.02934, eq. 4),
+MMD of displacements (edited minus unedited states) with an adaptive bandwidth, and KL on the edit's question without
+its picture.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ EDITORS: dict[str, dict[str, Any]] = {
 NEGATIVES = 12
 JUDGES = ("m_gen", "m_loc_near")
 Gradients = dict[str, Tensor]
-"""Of each term, one row per edit."""
+"""Gradients by term, one row per edit."""
 
 
 class Alignment:
@@ -88,20 +87,20 @@ class Alignment:
     def editor(self, name: str) -> Any:
         editor: Any = load_editor(name, EDITORS[name])
         if isinstance(editor, Trainable):
-            # Encoders that have learned nothing: where neurons are put matters little to what moves them.
+            # Untrained encoders: the location of neurons matters little to their gradients.
             editor = editor.with_weights(editor.initial_weights(self.backbone, 0))
         if isinstance(editor, Measuring):
             editor = editor.measured(self.backbone, encode_requests(self.backbone, self.of_pool[:64], TEMPLATE)[0])
         return editor
 
     def cosines(self, editor: Any, steps: int) -> dict[str, dict[str, Tensor]]:
-        """By term and judge, `(E,)`."""
+        """Cosine of each term with each judge, `(E,)`."""
         supervision, evaluation = encode_requests(self.backbone, self.requests, TEMPLATE, editor.sites, self.pool)
         native = Objective(ObjectiveConfig(name="native"))
         results = edit(self.backbone, editor, native, supervision, Stopping(steps, 1e-9))
         start = editor.init(self.backbone, supervision)
-        found = stack_params([result.params for result in results])
-        params = {name: found[name].requires_grad_(name not in editor.frozen) for name in start}
+        final = stack_params([result.params for result in results])
+        params = {name: final[name].requires_grad_(name not in editor.frozen) for name in start}
         terms = self._terms(editor, params, supervision) | self._ideas(editor, params, supervision)
         terms["KL, the question without a picture"] = self._kept(editor, params, evaluation, "blind_loc")
         judges = self._judged(editor, params, evaluation)
@@ -135,7 +134,7 @@ class Alignment:
         prefix = self.backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise)
         with torch.no_grad():
             base_EKTD = self.backbone.suffix(prefix, batch.predict_EKT)
-        # Gradients of gradients: only the plain form of attention has them.
+        # Only the math backend of attention supports second derivatives.
         with sdpa_kernel(SDPBackend.MATH), editor.applied(self.backbone, params, batch):
             states_EKTD = self.backbone.suffix(prefix, batch.predict_EKT)
         log_p = self.backbone.head(states_EKTD).log_softmax(dim=-1)
@@ -143,14 +142,14 @@ class Alignment:
         return states_EKTD, base_EKTD, risks.masked_mean(nll_EKT, batch.target_mask_EKT)
 
     def _ideas(self, editor: Any, params: EditParams, supervision: EditBatch) -> Gradients:
-        """What is made of edit and rephrases and is no part of any objective here."""
+        """Gradients of terms on edit and rephrases that are part of no objective."""
         batch = supervision.select([EDIT, *REPHRASE_SLOTS])
         states_EKTD, base_EKTD, nll_EK = self._states_and_nll(editor, params, batch)
         moved_EKTD, mask = states_EKTD - base_EKTD, batch.target_mask_EKT
         distances = []
         for k in (1, 2):
             apart_E = (moved_EKTD[:, 0, 0] - moved_EKTD[:, k, 0]).square().sum(-1).detach()
-            sigma2_E = torch.maximum(apart_E, apart_E.mean() * 1e-3).clamp_min(1e-12)  # not moved yet
+            sigma2_E = torch.maximum(apart_E, apart_E.mean() * 1e-3).clamp_min(1e-12)  # 0 before the first step
             scaled = moved_EKTD / sigma2_E.sqrt()[:, None, None, None]
             distances.append(mmd.mmd2_rbf(scaled[:, 0], scaled[:, k], mask[:, 0], mask[:, k], torch.ones(1)).value)
         several = torch.stack([_flat(nll_E, params, create_graph=True) for nll_E in nll_EK.unbind(1)])
@@ -163,7 +162,7 @@ class Alignment:
     def _gradients(
         self, editor: Any, params: EditParams, batch: EditBatch, config: BaseConfig, names: Iterable[str]
     ) -> list[Tensor]:
-        """Of a risk, of `penalty`, or of a risk's scale gradient, `g_<risk>`."""
+        """Gradients by name: a risk, `penalty`, or a risk's scale gradient `g_<risk>`."""
         objective = Objective(config)
         prefix = self.backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise)
         with torch.no_grad():
@@ -185,13 +184,13 @@ class Alignment:
         }
 
     def _kept(self, editor: Any, params: EditParams, evaluation: EditBatch, probe: str) -> Tensor:
-        """Of the KL at a scored question."""
+        """Gradient of the KL at a scored question."""
         batch = replace(evaluation.select(["rel", probe]), slots=(EDIT, NEAR))
         return self._gradients(editor, params, batch, ObjectiveConfig(name="native_kl"), ["loc"])[0]
 
 
 def _flat(risk_E: Tensor, params: EditParams, **options: bool) -> Tensor:
-    """The gradient of every edit's risk with respect to its own parameters, a row each."""
+    """Gradient of every edit's risk with respect to its own parameters, one row per edit."""
     moved = [value for value in params.values() if value.requires_grad]
     parts = torch.autograd.grad(risk_E.sum(), moved, allow_unused=True, **options)
     rows = [
@@ -201,7 +200,7 @@ def _flat(risk_E: Tensor, params: EditParams, **options: bool) -> Tensor:
 
 
 def _mean(values_E: Tensor) -> str:
-    """`.12 ±.03`: mean and half of the 95% interval, over edits whose two gradients are not 0."""
+    """Mean and half of the 95% interval, `.12 ±.03`, over edits whose gradients are both non-zero."""
     known = values_E[values_E != 0]
     if len(known) < 2:
         return "-"
@@ -219,9 +218,9 @@ def main() -> None:
     steps = [int(step) for step in chosen.steps.split(",")]
     for name in chosen.editors.split(","):
         editor = alignment.editor(name)
-        found = {step: alignment.cosines(editor, step) for step in steps}
+        cosines = {step: alignment.cosines(editor, step) for step in steps}
         for judge in JUDGES:
-            table = [[term, *(_mean(found[step][term][judge]) for step in steps)] for term in found[steps[0]]]
+            table = [[term, *(_mean(cosines[step][term][judge]) for step in steps)] for term in cosines[steps[0]]]
             title = f"{name}: cosine of a term's gradient with that of {judge}, by step"
             show(title, ["term", *map(str, steps)], table, chosen.out, f"alignment_{name}_{judge}")
 

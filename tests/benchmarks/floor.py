@@ -1,8 +1,8 @@
-"""The operations that an edit's mathematics needs, by formula, and how fast this machine multiplies matrices.
+"""Lower bound of an edit's FLOPs, by formula, and the matrix product rate of this machine.
 
-A floor, not an estimate: only matrix products are counted, only over positions that are there, every picture once,
-everything below the edit once, and above it only what a loss or a figure reads. Norms, softmax, losses over the
-vocabulary, updates and copies count as nothing.
+Only matrix products are counted: over positions without padding, every picture once, layers below the edit once, and
+above it only the positions that a loss or a score reads. Norms, softmax, losses over the vocabulary, updates and copies
+count 0.
 """
 
 from __future__ import annotations
@@ -18,21 +18,27 @@ from odedit.evaluation.scores import EvaluationConfig
 from odedit.inputs.batch import EDIT, REPHRASE, EditBatch, is_locality
 
 FORWARD, BACKWARD = 2, 2
-"""Operations of a multiplication with its addition, forward; and backward through a weight that is frozen."""
+"""FLOPs of a multiply-add: forward, and backward through a frozen weight."""
 
 EVERYTHING = EvaluationConfig()
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Widths and depths of a BLIP-2, from its configuration."""
+    """Widths and depths of a BLIP-2, from its configuration.
+
+    Attributes:
+        width, ffn, layers, vocabulary: Hidden size, feed-forward size, layers and vocabulary size of the text model.
+        tower: Multiplications of the image tower per picture.
+        connector: Multiplications of the Q-Former and the projection per picture.
+    """
 
     width: int
     ffn: int
     layers: int
     vocabulary: int
-    tower: float  # multiplications of one picture
-    connector: float  # Q-Former and projection, of one picture
+    tower: float
+    connector: float
 
     @classmethod
     def of(cls, model: Any) -> Shapes:
@@ -43,24 +49,24 @@ class Shapes:
         queries, wide = model.config.num_query_tokens, qformer.hidden_size
         crossing = len(range(0, qformer.num_hidden_layers, qformer.cross_attention_frequency))
         q = qformer.num_hidden_layers * _layer(queries, wide, qformer.intermediate_size, queries)
-        # Cross-attention: queries and outputs of the queries, keys and values of the patches.
+        # Cross-attention: query and output projections of the queries, key and value projections of the patches.
         q += crossing * (2 * queries * wide**2 + 2 * patches * vision.hidden_size * wide + 2 * queries * patches * wide)
         q += queries * wide * text.hidden_size
         return cls(text.hidden_size, text.ffn_dim, text.num_hidden_layers, text.vocab_size, tower, q)
 
 
 def _layer(positions: float, width: int, ffn: int, seen: float) -> float:
-    """Multiplications of a transformer layer: projections, attention over `seen` positions each, feed-forward."""
+    """Multiplications of a transformer layer: projections, attention over `seen` positions on average, feed-forward."""
     return positions * (4 * width**2 + 2 * width * ffn + 2 * seen * width)
 
 
 class Floor:
-    """Operations per edit of one editor on one batch.
+    """FLOPs per edit of one editor on one batch.
 
     Args:
-        supervision: The sequences that the objective reads, and no other.
-        steps: Primal steps; one more forward sees where they led.
-        shown: Those that one step sees; None: all.
+        supervision: Sequences that the objective reads.
+        steps: Number of primal steps; one more forward evaluates the result.
+        shown: Sequences that a single step reads; None: all.
     """
 
     def __init__(
@@ -77,19 +83,19 @@ class Floor:
         self._shown = supervision if shown is None else shown
         self._name = type(editor).__name__
         self._is_connector = any(is_connector(site) for site in editor.sites)
-        # UniKE's memories, before the network of its lowest layer, stay as they are: they belong below.
+        # UniKE's knowledge states in front of the feed-forward half of its lowest layer are fixed: part of the prefix.
         self._layer, self._at_ffn = lowest(editor, self._shapes.layers)
 
     def features(self) -> float:
         s, pictures = self._shapes, len(self._evaluation.features_NLD)
-        # An edit of the connector computes it in every step.
+        # An edit of the connector runs it in every step instead.
         return self._per_edit(FORWARD * pictures * (s.tower + (0 if self._is_connector else s.connector)))
 
     def prefix(self) -> float:
         return self._per_edit(sum(self._below(length) for length in _lengths(self._supervision)))
 
     def steps(self) -> float:
-        """The loop, and what an editor computes before it."""
+        """FLOPs of the loop, and of the editor before it."""
         one_way, once = self._above(self._shown)
         total = once + (2 * self._steps + 1) * one_way
         edit = self._supervision.select((EDIT,))
@@ -98,13 +104,13 @@ class Floor:
             one_way, once = self._above(edit)
             total += once + 2 * (one_way - FORWARD * self._own(edit)) + self._hypernetwork(edit)
         if self._name == "Unike":
-            # The demonstration, without and with its memories.
+            # The demonstration, without and with knowledge states.
             total += 2 * sum(self._whole_above(length) for length in _lengths(edit))
         return self._per_edit(total)
 
     def evaluation(self, config: EvaluationConfig = EVERYTHING) -> float:
-        """Teacher-forced figures before and after; if asked for, the published locality at every position, and a round
-        of greedy generation before and after.
+        """FLOPs of teacher-forced scores before and after, and by `config` of the published locality at every position
+        and of one round of greedy generation before and after.
         """
         batch, s = self._evaluation, self._shapes
         below = sum(self._below(length) for length in _lengths(batch))
@@ -114,8 +120,8 @@ class Floor:
         above = 0.0
         for name in batch.slots:
             is_whole = config.mmedit and is_locality(name)
-            one = batch.select((name,))
-            for length, tokens in zip(_lengths(one), _targets(one), strict=True):
+            probe = batch.select((name,))
+            for length, tokens in zip(_lengths(probe), _targets(probe), strict=True):
                 above += self._read_above(length, length if is_whole else tokens)
         others = int(batch.target_mask_EKT.sum()) - int(batch.target_mask_EKT[:, compared].sum())
         heads = FORWARD * (everywhere + others) * s.width * s.vocabulary
@@ -133,30 +139,30 @@ class Floor:
         return operations / self._supervision.num_edits
 
     def _below(self, length: int) -> float:
-        """Layers under the edit, attention of the edited layer included where the edit is behind it."""
+        """FLOPs below the site: the layers, and the edited layer's attention if the site is behind it."""
         s = self._shapes
         whole = self._layer * _layer(length, s.width, s.ffn, (length + 1) / 2)
         attention = length * (4 * s.width**2 + (length + 1) * s.width) if self._at_ffn else 0
         return FORWARD * (whole + attention)
 
     def _read_above(self, length: int, read: int) -> float:
-        """From the site to the end, where only so many positions of the last layer are read."""
+        """FLOPs from the site to the end, where `read` positions of the last layer are read."""
         s = self._shapes
         if self._layer == s.layers - 1 and self._at_ffn:
             return FORWARD * read * 2 * s.width * s.ffn
         spared = (length - read) * (2 * s.width**2 + 2 * s.width * s.ffn + (length + 1) * s.width)
-        # The last layer is whole in its keys and values only.
+        # The last layer needs keys and values at all positions, the rest only at those read.
         return self._whole_above(length) - FORWARD * spared
 
     def _whole_above(self, length: int) -> float:
         s = self._shapes
         first = length * 2 * s.width * s.ffn if self._at_ffn else _layer(length, s.width, s.ffn, (length + 1) / 2)
-        rest = (s.layers - 1 - self._layer) * _layer(length, s.width, s.ffn, (length + 1) / 2)
-        return FORWARD * (first + rest)
+        others = (s.layers - 1 - self._layer) * _layer(length, s.width, s.ffn, (length + 1) / 2)
+        return FORWARD * (first + others)
 
     def _above(self, batch: EditBatch) -> tuple[float, float]:
-        """One step's forward, from the site to the head at the positions that matter, and as much backward; and what is
-        multiplied once for all steps.
+        """FLOPs of one step's forward from the site to the head at the read positions (backward takes as many), and
+        FLOPs that are needed once for all steps.
         """
         s = self._shapes
         read = int(batch.target_mask_EKT.sum())
@@ -167,36 +173,36 @@ class Floor:
         by_head = [k for k, slot in enumerate(batch.slots) if slot in (EDIT, REPHRASE) or is_locality(slot)]
         head = FORWARD * int(batch.target_mask_EKT[:, by_head].sum()) * s.width * s.vocabulary
         own = FORWARD * self._own(batch)
-        # Gradients pass through everything frozen above what is trained, and to the trained weights once more.
+        # Backward passes through the frozen weights above the site, and to the trained weights once more.
         positions = read if is_last else int(batch.real_EKS.sum())
         below_site = {"ffn.in": 1, "ffn.out": 2}.get(self._lowest_part(), 0) * s.width * s.ffn
-        # What is frozen up to the edited matrix, its own product included, gives the same in every step.
+        # Frozen products up to and including the edited matrix are the same in every step.
         same = FORWARD * positions * below_site
         return frozen - same + head + own, same
 
     def _lowest_part(self) -> str:
         if self._name in ("TPatcher", "Unike"):
-            return "ffn.out"  # their neurons stand beside the network and add to what it gives
+            return "ffn.out"  # their neurons are parallel to the network and add to its output
         parts = [site.split(".", 2)[2] for site in self._editor.sites if not is_connector(site)]
         return min(parts) if parts and self._at_ffn else ""
 
     def _own(self, batch: EditBatch) -> float:
-        """Multiplications with what an edit brings, over the positions that it is asked at."""
+        """Multiplications with the edit's own parameters, over the positions that are computed."""
         s, last = self._shapes, self._shapes.layers - 1
-        whole, read = int(batch.real_EKS.sum()), int(batch.target_mask_EKT.sum())
+        num_real, read = int(batch.real_EKS.sum()), int(batch.target_mask_EKT.sum())
         if self._name == "TPatcher":
             return float(read * 2 * self._editor.config.max_neurons * s.width)
         if self._name == "Unike":
             config = self._editor.config
             encoders = 2 * (s.width * config.encoder_width + config.encoder_width * config.code_width)
             each = 2 * config.neurons * s.width + 2 * config.memory * s.width + encoders
-            return float((whole * (config.num_layers - 1) + read) * each)
+            return float((num_real * (config.num_layers - 1) + read) * each)
         if self._is_connector:
             return float(int(batch.image_EKS.any(-1).sum()) * s.connector)
         total = 0.0
         for site in self._editor.sites:
             out, width = self._backbone.site(site).weight.shape
-            positions = read if int(site.split(".")[1]) % s.layers == last and "ffn" in site else whole
+            positions = read if int(site.split(".")[1]) % s.layers == last and "ffn" in site else num_real
             if self._name in ("LoRA", "MEND"):
                 inner = self._editor.config.rank if self._name == "LoRA" else self._tokens_of_edit(positions == read)
                 total += positions * inner * (out + width)
@@ -205,7 +211,7 @@ class Floor:
         return total
 
     def _tokens_of_edit(self, is_last: bool) -> float:
-        """Tokens of the mean edit that have a gradient."""
+        """Number of tokens with a gradient, averaged over the edits."""
         edit = self._supervision.select((EDIT,))
         return self._per_edit(int((edit.target_mask_EKT if is_last else edit.real_EKS).sum()))
 
@@ -220,7 +226,7 @@ class Floor:
 
 
 def lowest(editor: Any, layers: int) -> tuple[int, bool]:
-    """The lowest edited layer, and whether it is edited behind its attention; of a connector's edit: the first."""
+    """Lowest edited layer, and whether it is edited behind its attention; the first layer for a connector's edit."""
     if any(is_connector(site) for site in editor.sites):
         return 0, False
     located = [(int(site.split(".")[1]) % layers, site.split(".")[2]) for site in editor.sites]
@@ -238,7 +244,7 @@ def _targets(batch: EditBatch) -> list[int]:
 
 
 def product_rate(device: str = "cpu", dtype: torch.dtype = torch.float32, size: int = 2048) -> float:
-    """Operations per second of a large matrix product, the best of several."""
+    """FLOP/s of a large matrix product, the best of several."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = 0.0
     for _ in range(5):
@@ -252,6 +258,6 @@ def product_rate(device: str = "cpu", dtype: torch.dtype = torch.float32, size: 
 
 
 def wait(device: str) -> None:
-    """Until a GPU has done what it was given."""
+    """Synchronises with a GPU."""
     if device != "cpu":
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""An editor that edits nothing: what is left of a run's time and memory is the pipeline's own."""
+"""An editor that edits nothing, to measure the pipeline's own time and memory."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class IdleConfig:
     """Settings.
 
     Attributes:
-        site: Where the frozen prefix ends; nothing is changed there.
+        site: End of the frozen prefix; nothing is changed there.
     """
 
     site: str = "layers.-1.ffn.out"
 
 
 class Idle(Plain):
-    """One number per edit, which nothing reads."""
+    """One unused number per edit."""
 
     Config = IdleConfig
     max_steps = 0

@@ -1,4 +1,4 @@
-"""BLIP-2 with random weights in three sizes, and requests for it. What an edit costs does not depend on the weights."""
+"""BLIP-2 with random weights in several sizes. The cost of an edit does not depend on the weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ VOCABULARY = 50272
 
 
 def load(size: str, *, dtype: str = "float32", device: str = "cpu") -> Backbone:
-    """`embedded`, or random weights in one of `SIZES`; the same numbers each time on the same kind of device."""
+    """Loads `embedded`, or random weights in one of `SIZES`, reproducible on the same kind of device."""
     if size == "embedded":
         return load_backbone("blip2", "embedded", dtype=dtype, device=device)
     from transformers import Blip2ForConditionalGeneration
@@ -51,7 +51,7 @@ def load(size: str, *, dtype: str = "float32", device: str = "cpu") -> Backbone:
 
 
 def write(size: str, folder: Path) -> Path:
-    """The same model as a checkpoint, for whoever loads it by its path; returns the folder."""
+    """Writes the model as a checkpoint; returns the folder."""
     load(size).model.save_pretrained(folder)
     _save_processor(folder)
     return folder
@@ -78,7 +78,7 @@ def config(size: str) -> Any:
 
 
 def _save_processor(folder: Path) -> None:
-    """Tokens of the embedded model, all of which the larger vocabulary has; pictures in the larger size."""
+    """Writes the embedded model's tokenizer, whose ids the larger vocabulary contains, and an image processor."""
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -1,8 +1,8 @@
-"""The straightforward way: one edit at a time, one sequence at a time, the whole model in every step.
+"""The reference implementation: one edit at a time, one sequence at a time, the whole model in every step.
 
-Nothing is kept from one step to the next, scale gradients come from autograd through an explicit w and are
-differentiated once more, answers are generated token by token with a whole forward each. Small and slow, it is what the
-product must agree with and is compared to. The optimiser is the product's own, which has its tests elsewhere.
+Without caches: scale gradients come from autograd through an explicit w and are differentiated once more, and answers
+are generated token by token with a whole forward each. `odedit` must agree with it in its results and is compared to it
+in speed. The optimiser is `odedit`'s own, tested elsewhere.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from odedit.objectives.base import Objective
 from odedit.objectives.common.penalty import tv_penalty
 from odedit.objectives.common.terms import Terms
 from odedit.risks import mmd
+from tests.support import primal_dual
 
 TEMPLATE = find_template("mmedit")
 
@@ -32,8 +33,8 @@ class Reference:
     """ODEdit on a BLIP-2 with WISE or T-Patcher, `objective.name: odedit` with the RBF kernel and regions.
 
     Args:
-        backbone: Its `transformers` model runs as it is, hooked.
-        editor: Says phi_0, the settings, and nothing else; T-Patcher with `own_weight` 0.
+        backbone: Backbone whose `transformers` model runs unchanged, with hooks.
+        editor: Editor whose phi_0 and settings are read; T-Patcher needs `own_weight` 0.
     """
 
     def __init__(self, backbone: Any, editor: Any, objective: Objective) -> None:
@@ -41,7 +42,7 @@ class Reference:
         self._model = backbone.model
 
     def edit(self, request: EditRequest, steps: int) -> tuple[EditParams, list[Terms]]:
-        """phi_e after so many steps, and the terms of every step, the last ones at phi_e itself."""
+        """phi_e after `steps` steps, and the terms before every step and at phi_e."""
         config = self._objective.config
         supervision, _ = encode_requests(self._backbone, [request], TEMPLATE)
         params = {
@@ -50,16 +51,16 @@ class Reference:
         origin = {name: value.detach().clone() for name, value in params.items()}
         optimizer = PrimalDual(self._editor, config, steps)
         state = optimizer.init(params)
-        everything = []
+        curve = []
         probes = {EDIT: request.edit, **request.supervision}
         with torch.no_grad():
             unedited = {slot: self._answer(probe)[0] for slot, probe in probes.items() if slot in LOCALITY_SLOTS}
         for step in range(steps + 1):
             with self._edited(params):
                 terms = self._terms(probes, unedited)
-            everything.append(terms)
-            params, state, _ = optimizer.step(params, origin, state, terms, torch.tensor([step < steps]))
-        return params, everything
+            curve.append(terms)
+            params, state, _ = primal_dual.step(optimizer, params, origin, state, terms, torch.tensor([step < steps]))
+        return params, curve
 
     def _terms(self, probes: dict[str, Probe], unedited: dict[str, Tensor]) -> Terms:
         w = torch.ones((), requires_grad=True)
@@ -106,7 +107,7 @@ class Reference:
         return logits[at], states[at], torch.tensor(cell.tokens[cell.first_target :])
 
     def _forward(self, tokens: list[int], probe: Probe, w: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The library's own forward, image tower included: `(S, V)` logits and `(S, D)` states, both scaled by w."""
+        """Forward of transformers with its image tower: logits `(S, V)` and states `(S, D)`, which w scales."""
         seen = {}
 
         def scale(module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -128,7 +129,7 @@ class Reference:
 
     @contextmanager
     def _edited(self, params: EditParams, side: bool = True) -> Iterator[None]:
-        """phi_e in the model: WISE's matrix beside its own, or T-Patcher's neurons beside the last network."""
+        """Context with phi_e in the model: WISE's side matrix, or T-Patcher's neurons in the last layer."""
         if not side:
             yield
             return
@@ -156,14 +157,14 @@ class Reference:
                 handle.remove()
 
     def _side(self, params: EditParams) -> Tensor:
-        """WISE's `W' - W`, `(out, in)`: what is trained, at the places of the mask."""
+        """WISE's `W' - W`, `(out, in)`: the trained entries at the mask's positions."""
         shape = self._backbone.site(self._editor.sites[0]).weight.shape
         mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < self._editor.config.mask_ratio
         return torch.zeros(shape).masked_scatter(mask, params["side_live"][0])
 
     @torch.no_grad()
     def score(self, request: EditRequest, params: EditParams) -> dict[str, float]:
-        """Teacher-forced, generated and published figures of every probe, named as in `odedit.evaluation.scores`."""
+        """Teacher-forced, generated and published scores of every probe, named as in `odedit.evaluation.scores`."""
         threshold = (
             self._distance(request.edit, params) * self._editor.config.routing_ratio if "side_live" in params else 0
         )
@@ -171,7 +172,7 @@ class Reference:
         for name, probe in {"rel": request.edit, **request.probes}.items():
             is_edited = "side_live" not in params or self._distance(probe, params) >= threshold
             cell = self._backbone.sequence(probe, TEMPLATE)
-            # White space that is a token of its own is generated and not counted.
+            # A token of white space alone is generated and not counted.
             first = self._first_counted(cell)
             at, target = slice(first - 1, len(cell.tokens) - 1), torch.tensor(cell.tokens[first:])
             before, _ = self._forward(cell.tokens, probe)
@@ -193,7 +194,7 @@ class Reference:
         return row
 
     def _generated(self, probe: Probe) -> list[int]:
-        """As many tokens as the target has; -1 behind the end of an answer."""
+        """Generated tokens, as many as the target has; -1 behind the end of the answer."""
         cell = self._backbone.sequence(probe, TEMPLATE)
         tokens, said = cell.tokens[: cell.first_target], []
         while len(tokens) < len(cell.tokens):
@@ -209,7 +210,7 @@ class Reference:
         return next(at for at in range(cell.first_target, len(cell.tokens)) if decode([cell.tokens[at]]).strip())
 
     def _distance(self, probe: Probe, params: EditParams) -> float:
-        """WISE's eq. 2, averaged over the prompt."""
+        """WISE's routing activation (its eq. 2), averaged over the prompt."""
         site, activation = self._backbone.site(self._editor.sites[0]), self._backbone.activation(self._editor.sites[0])
         seen = {}
         handle = site.register_forward_hook(lambda module, args, out: seen.update(x=args[0], y=out))

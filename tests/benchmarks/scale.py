@@ -1,10 +1,10 @@
-"""How a run grows with the number of its records: the driver's memory, and records per second.
+"""Memory of the driver and records per second, by the number of records of a run.
 
     python -m tests.benchmarks.scale --sizes 100,1000,10000,100000 --out runs/scale
 
-Every size is a run of its own, `odedit edit` in a process of its own, with an editor that edits nothing and the
-cheapest evaluation; so what is measured is the pipeline. Beside it, the same groups in a bare loop and by a worker
-without Ray: the difference is what a group's results cost. Writes `scale.json` and `scale.png`.
+Every size is a separate run of `odedit edit`, with an editor that edits nothing and the cheapest evaluation, so that
+only the pipeline is measured. The same groups also run in a bare loop and in a worker without Ray; the difference is
+the cost of a group's results. Writes `scale.json` and `scale.png`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,10 @@ from pyarrow import dataset
 from rich.console import Console
 from rich.table import Table
 
+from tests.support import tiny_models
+from tests.support.mmedit_files import record, write_images
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import tiny_models  # noqa: E402
-
-from tests.support.mmedit_files import record, write_images  # noqa: E402
 
 BATCH = 8
 PICTURES = 4
@@ -47,15 +45,17 @@ _SPEED = re.compile(r"(\d+)/(\d+) records.* ([\d.]+) records/s")
 
 @dataclass(frozen=True)
 class Measured:
-    """One run.
+    """Measurements of one run.
 
     Attributes:
-        seconds: Of the whole command.
-        rate: Records per second while the workers worked, as the run's own last line has it.
-        peak_mb, start_mb: Memory that the driver process has to itself (USS), in MiB: at most, and when the first
-            group was finished.
-        driver_ms: Processor time of the driver for a record, from the first finished group on.
-        rows: Result rows; `distinct` of them differ in their record.
+        records: Number of records.
+        seconds: Duration of the command.
+        rate: Records per second during editing, from the last line of the run's log.
+        start_mb, peak_mb: Unique memory (USS) of the driver in MiB, when the first group was finished and at most.
+        driver_ms: CPU time of the driver per record, from the first finished group on.
+        rows: Number of result rows.
+        distinct: Number of different records among the rows.
+        samples: Seconds since the start and USS in MiB.
     """
 
     records: int
@@ -74,7 +74,7 @@ class Measured:
 
 
 def write_records(folder: Path, count: int) -> dict[str, Any]:
-    """A file of so many records over a few pictures; returns the `data` section."""
+    """Writes a file of `count` records over a few pictures; returns the `data` section."""
     pictured = [record(number) for number in range(PICTURES)]
     image_root, rephrase_root = write_images(folder, pictured)
     names = ("image", "image_rephrase", "m_loc")
@@ -104,7 +104,7 @@ def settings(folder: Path, model: Path, count: int, actors: int) -> dict[str, An
 
 
 def measure(folder: Path, values: dict[str, Any], count: int, console: Console) -> Measured:
-    """Runs the command and watches its process; not the workers', which are Ray's."""
+    """Runs the command and samples its process, without the workers, which are children of Ray."""
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump(values))
     log = folder / "log.txt"
@@ -118,12 +118,12 @@ def measure(folder: Path, values: dict[str, Any], count: int, console: Console) 
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{log.read_text()[-4000:]}")
     working = [mb for _, mb, works, _ in samples if works]
     busy = [cpu for *_, works, cpu in samples if works]
-    found = _SPEED.findall(log.read_text())
+    speeds = _SPEED.findall(log.read_text())
     table = dataset.dataset(f"{values['out']}/results").to_table(columns=["index", "edit_id"])
     return Measured(
         records=count,
         seconds=seconds,
-        rate=float(found[-1][2]),
+        rate=float(speeds[-1][2]),
         start_mb=working[0],
         peak_mb=max(working),
         driver_ms=1000 * (busy[-1] - busy[0]) / count,
@@ -136,13 +136,13 @@ def measure(folder: Path, values: dict[str, Any], count: int, console: Console) 
 def _samples(
     process: subprocess.Popen[Any], begun: float, results: Path, log: Path, console: Console
 ) -> Iterator[tuple[float, float, bool, float]]:
-    """Seconds since the start, MiB, whether a first group is finished, processor seconds; until the process ends."""
+    """Samples until the process ends: seconds since the start, MiB, whether a group is finished, CPU seconds."""
     driver, works, said = psutil.Process(process.pid), False, begun
     while process.poll() is None:
         try:
             mb = driver.memory_full_info().uss / 2**20
             cpu = sum(driver.cpu_times()[:2])
-        except (psutil.NoSuchProcess, psutil.AccessDenied):  # it is ending
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # the process is ending
             break
         works = works or (results.is_dir() and next(results.glob("part-*"), None) is not None)
         now = time.monotonic()
@@ -156,12 +156,12 @@ def _samples(
 
 
 def bare_loop(values: dict[str, Any]) -> tuple[Any, list[Any], Any]:
-    """A run's job, its groups as the CPU stage hands them over, and a function that edits and scores a group's requests
-    on one thread, with nothing around it.
+    """A run's job, its groups as the CPU stage prepares them, and a function that edits and scores the requests of a
+    group on one thread, without the pipeline.
     """
     from odedit import editors
     from odedit.backbones import encode_requests, load_backbone
-    from odedit.backbones.common.feature_memory import remembering
+    from odedit.backbones.common.feature_cache import with_feature_cache
     from odedit.editing.loop import edit
     from odedit.evaluation.scores import evaluate
     from odedit.inputs.batch import stack_params
@@ -175,28 +175,28 @@ def bare_loop(values: dict[str, Any]) -> tuple[Any, list[Any], Any]:
 
     settle(1, "cpu")
     config = from_dict(values)
-    found = preflight.prepare(config)
-    job = Job(config, found.sources, found.workspace)
+    prepared = preflight.prepare(config)
+    job = Job(config, prepared.sources, prepared.workspace)
     preparer = Preparer(job)
-    groups = [preparer(group) for group in range(len(found.staged.usable))]
-    # As a worker does: pictures that come again are not computed again.
-    backbone = remembering(load_backbone(config.backbone.family, config.backbone.checkpoint))
+    groups = [preparer(group) for group in range(len(prepared.staged.usable))]
+    # As in a worker, features of repeated pictures are cached.
+    backbone = with_feature_cache(load_backbone(config.backbone.family, config.backbone.checkpoint))
     editor = editors.find(config.editor.name)(config.editor.settings)
     objective, template = Objective(config.objective.settings), find_template(config.data.template)
 
     def work(requests: Any) -> None:
         supervision, evaluation = encode_requests(backbone, requests, template, editor.sites)
         edited = edit(backbone, editor, objective, supervision, config.stopping, config.seed)
-        params = stack_params([one.params for one in edited])
+        params = stack_params([result.params for result in edited])
         evaluate(backbone, editor, params, evaluation, config.evaluation)
 
     return job, groups, work
 
 
 def group_seconds(values: dict[str, Any]) -> tuple[float, float]:
-    """Median seconds per group, of a plain loop over requests that are prepared already, and of a worker's call.
+    """Median seconds per group of the bare loop and of a worker's call.
 
-    In turns in one process, since the load of a shared machine changes what either takes.
+    They alternate in one process, because the load of a shared machine changes.
     """
     from pipeline.workers.editor import EditActor
 
@@ -208,7 +208,7 @@ def group_seconds(values: dict[str, Any]) -> tuple[float, float]:
         function(*arguments)
         return time.perf_counter() - begun
 
-    for group in groups[:8]:  # to warm up
+    for group in groups[:8]:  # warm-up
         work(group.requests)
     pairs = [(timed(work, group.requests), timed(actor, group)) for group in groups]
     in_loop, in_worker = zip(*pairs, strict=True)
@@ -220,48 +220,48 @@ def in_own_process(function: Any, *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
-def show(found: list[Measured], bare: float, worker: float) -> Table:
-    base = next((one.peak_mb for one in found if one.records == REFERENCE), None)
+def show(runs: list[Measured], bare: float, worker: float) -> Table:
+    base = next((run.peak_mb for run in runs if run.records == REFERENCE), None)
     table = Table(
         title=f"Growth with the number of records. A group of {BATCH}, alone on the machine: "
         f"bare loop {1000 * bare:.1f} ms, worker {1000 * worker:.1f} ms ({worker / bare - 1:+.0%})",
-        caption="Of the driver alone, from the first finished group on: memory (USS), processor time of a record.",
+        caption="Driver only, from the first finished group on: unique memory (USS), CPU time per record.",
         title_justify="left",
     )
     names = ("records", "seconds", "records/s", "ms/group", "start MiB", "peak MiB", "ratio", "driver ms", "rows")
     for name in names:
         table.add_column(name, justify="right")
-    for one in found:
+    for run in runs:
         table.add_row(
-            f"{one.records:,}",
-            f"{one.seconds:.0f}",
-            f"{one.rate:.1f}",
-            f"{1000 * one.group_seconds:.1f}",
-            f"{one.start_mb:.0f}",
-            f"{one.peak_mb:.0f}",
-            "" if base is None else f"{one.peak_mb / base:.3f}",
-            f"{one.driver_ms:.2f}",
-            f"{one.rows:,}" + ("" if one.rows == one.distinct == one.records else "  WRONG"),
+            f"{run.records:,}",
+            f"{run.seconds:.0f}",
+            f"{run.rate:.1f}",
+            f"{1000 * run.group_seconds:.1f}",
+            f"{run.start_mb:.0f}",
+            f"{run.peak_mb:.0f}",
+            "" if base is None else f"{run.peak_mb / base:.3f}",
+            f"{run.driver_ms:.2f}",
+            f"{run.rows:,}" + ("" if run.rows == run.distinct == run.records else "  WRONG"),
         )
     return table
 
 
-def draw(found: list[Measured], path: Path) -> None:
+def draw(runs: list[Measured], path: Path) -> None:
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=(9.0, 3.6), layout="constrained")
-    sizes = [one.records for one in found]
+    sizes = [run.records for run in runs]
     left, right = picture.subplots(1, 2)
-    left.plot(sizes, [one.peak_mb for one in found], "o-", color="#0b6bcb")
-    base = next((one.peak_mb for one in found if one.records == REFERENCE), None)
+    left.plot(sizes, [run.peak_mb for run in runs], "o-", color="#0b6bcb")
+    base = next((run.peak_mb for run in runs if run.records == REFERENCE), None)
     if base is not None:
         left.axhspan(0.9 * base, 1.1 * base, color="#0b6bcb", alpha=0.12, label="1,000 records ± 10 %")
         left.legend(frameon=False, loc="lower left")
     left.set_ylabel("peak memory of the driver, MiB")
     left.set_yscale("log")
     left.set_ylim(100, 2000)
-    right.plot(sizes, [one.rate for one in found], "o-", color="#d97706", label="once workers work")
-    right.plot(sizes, [one.records / one.seconds for one in found], "s--", color="#7b8794", label="whole command")
+    right.plot(sizes, [run.rate for run in runs], "o-", color="#d97706", label="once workers work")
+    right.plot(sizes, [run.records / run.seconds for run in runs], "s--", color="#7b8794", label="whole command")
     right.set_ylabel("records per second")
     right.set_yscale("log")
     right.legend(frameon=False, loc="lower right")
@@ -285,7 +285,7 @@ def main() -> None:
     model = out / "model"
     if not model.exists():
         tiny_models.write("minigpt4", model)
-    found: list[Measured] = []
+    runs: list[Measured] = []
     shutil.rmtree(out / "bare", ignore_errors=True)
     (out / "bare").mkdir()
     bare, worker = in_own_process(group_seconds, settings(out / "bare", model, BATCH * BARE_GROUPS, arguments.actors))
@@ -295,17 +295,17 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         console.print(f"{size} records ...", highlight=False)
-        found.append(measure(folder, settings(folder, model, size, arguments.actors), size, console))
+        runs.append(measure(folder, settings(folder, model, size, arguments.actors), size, console))
         values = {
             "batch": BATCH,
             "bare_group_seconds": bare,
             "worker_group_seconds": worker,
-            "runs": [asdict(one) for one in found],
+            "runs": [asdict(run) for run in runs],
         }
         (out / "scale.json").write_text(json.dumps(values, indent=1) + "\n")
-        draw(found, out / "scale.png")
-    Console(width=110).print(show(found, bare, worker))
-    if any(not one.rows == one.distinct == one.records for one in found):
+        draw(runs, out / "scale.png")
+    Console(width=110).print(show(runs, bare, worker))
+    if any(not run.rows == run.distinct == run.records for run in runs):
         raise SystemExit("Not every record has exactly one row.")
 
 

@@ -1,9 +1,9 @@
-"""A long run on two nodes: memory of the driver and of every worker from the first result to the last, a row each.
+"""Memory of the driver and of every worker during a long run on two nodes, from the first result to the last.
 
     python -m tests.benchmarks.soak --records 20000 --out runs/soak
 
-Starts a head and a second node on this machine alone, with a token, and edits made-up records with one step of plain
-fine-tuning of a small model. Writes `soak.json` and `soak.png`; fails if a record has no row, or more than one.
+Starts a head and a second node on this machine, with a token, and edits synthetic records with one step of plain
+fine-tuning of a small model. Writes `soak.json` and `soak.png`; fails unless every record has exactly one row.
 """
 
 from __future__ import annotations
@@ -25,25 +25,23 @@ from pyarrow import dataset
 from rich.console import Console
 from rich.table import Table
 
+from tests.benchmarks.scale import BATCH, settings
+from tests.support import tiny_models
+from tests.support.nodes import Cluster, two_nodes
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import tiny_models  # noqa: E402
-
-from tests.benchmarks.scale import BATCH, settings  # noqa: E402
-from tests.support.nodes import Cluster, two_nodes  # noqa: E402
 
 _SAMPLE_EVERY_S = 2.0
 _SAY_EVERY_S = 30.0
 _LEAST_S = 60.0
-"""A worker that lived for less says nothing about growth."""
+"""Shortest lifetime of a worker whose growth is reported."""
 
 Samples = dict[str, list[tuple[float, float]]]
-"""Process -> seconds since the start, and MiB that it has to itself (USS)."""
+"""Seconds since the start and unique set size (USS) in MiB, by process."""
 
 
 def run(folder: Path, values: dict[str, Any], cluster: Cluster, console: Console) -> tuple[float, Samples]:
-    """Seconds of the command, and what was sampled from the first result on."""
+    """Seconds of the command, and samples from the first result on."""
     config, log, results = folder / "run.yaml", folder / "log.txt", Path(values["out"]) / "results"
     config.write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "odedit", "edit", "--config", str(config)]
@@ -56,11 +54,12 @@ def run(folder: Path, values: dict[str, Any], cluster: Cluster, console: Console
             if results.is_dir() and next(results.glob("part-*"), None) is not None:
                 watched = {"driver": psutil.Process(process.pid)}
                 for kind, stage in (("worker", "EditStage"), ("preparer", "PrepareStage")):
-                    for one in cluster.workers(stage):
-                        watched[f"{kind} {one.pid}, {'second node' if cluster.is_on_second(one) else 'head'}"] = one
-                for name, one in watched.items():
+                    for worker in cluster.workers(stage):
+                        node = "second node" if cluster.is_on_second(worker) else "head"
+                        watched[f"{kind} {worker.pid}, {node}"] = worker
+                for name, watched_process in watched.items():
                     try:
-                        samples[name].append((now - begun, one.memory_full_info().uss / 2**20))
+                        samples[name].append((now - begun, watched_process.memory_full_info().uss / 2**20))
                     except (psutil.NoSuchProcess, psutil.AccessDenied):
                         continue
             if now - said > _SAY_EVERY_S:
@@ -74,7 +73,7 @@ def run(folder: Path, values: dict[str, Any], cluster: Cluster, console: Console
 
 
 def tenths(samples: list[tuple[float, float]]) -> tuple[float, float]:
-    """Median MiB in the second and in the last tenth; in the first one, caches fill."""
+    """Median MiB of the second and of the last tenth; caches fill during the first."""
     values = [mb for _, mb in samples]
     length = max(1, len(values) // 10)
     return statistics.median(values[length : 2 * length] or values), statistics.median(values[-length:])
@@ -88,7 +87,7 @@ def draw(samples: Samples, path: Path) -> None:
     for name, points in samples.items():
         axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
     axes.set_xlabel("seconds")
-    axes.set_ylabel("memory of its own, MiB")
+    axes.set_ylabel("unique memory (USS), MiB")
     axes.set_ylim(0)
     axes.legend(frameon=False)
     axes.grid(color="#e4e7eb", linewidth=0.6)
@@ -99,7 +98,7 @@ def draw(samples: Samples, path: Path) -> None:
 def show(samples: Samples, title: str) -> Table:
     table = Table(
         title=title,
-        caption="Memory of its own (USS), MiB: median of the second and of the last tenth of the time.",
+        caption="Unique memory (USS), MiB: median of the second and of the last tenth of the time.",
         title_justify="left",
     )
     for name in ("process", "second tenth", "last tenth", "ratio", "peak"):

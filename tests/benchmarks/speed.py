@@ -1,11 +1,10 @@
-"""An edit's time against the straightforward loop, against the arithmetic it needs, against its base editor, and by the
-number of edits that move together.
+"""Time of an edit relative to the reference loop, its FLOPs and its base editor, and by the size of the batch.
 
     python -m tests.benchmarks.speed [--size mid|embedded] [--parts reference,floor,overhead,batches] [--out DIR]
     python -m tests.benchmarks.speed --size opt-2.7b --device cuda --dtype bfloat16 --parts throughput \\
         [--editors wise,tpatcher] [--edits-at-once 32]
 
-Every ratio is of two figures measured in this one run.
+Both numbers of every ratio are measured in the same run.
 """
 
 from __future__ import annotations
@@ -50,13 +49,13 @@ STEPS = {"wise": 10, "tpatcher": 40, "mend": 0, "unike": 20, "ftl": 15, "ftv": 1
 OBJECTIVES = ("native", "odedit", "contrast")
 POOL = 64
 REPEATS = 3
-"""Of what is compared, in turns; the least counts, since a shared machine only ever adds."""
-COMPARED = {"m_loc": "m_loc_far", "m_loc_mmedit": "m_loc_far_mmedit", "m_loc_generated": "m_loc_far_generated"}
+"""Repetitions of each compared run, alternating; the shortest counts, because other load only adds time."""
+FAR_COLUMNS = {"m_loc": "m_loc_far", "m_loc_mmedit": "m_loc_far_mmedit", "m_loc_generated": "m_loc_far_generated"}
 
 
 @dataclass
 class Measured:
-    """One way of editing: seconds per edit by stage, and what came of it."""
+    """Seconds per edit by stage, results and rows of one run."""
 
     seconds: dict[str, float]
     results: list[Any]
@@ -68,7 +67,7 @@ class Measured:
 
 
 class Bench:
-    """A model, its editors, and requests without end."""
+    """A model, its editors, and any number of requests."""
 
     def __init__(self, size: str, device: str = "cpu", dtype: str = "float32") -> None:
         self.backbone: Any = models.load(size, device=device, dtype=dtype)
@@ -77,12 +76,12 @@ class Bench:
         self._pools: dict[bool, NegativePool] = {}
 
     def requests(self, count: int, first: int = 0) -> list[EditRequest]:
-        """With processed pictures, as the CPU stage of the pipeline hands them over."""
+        """Requests with processed pictures, as from the CPU stage of the pipeline."""
         return [process(make_request(first + i), self.backbone.processor, {}) for i in range(count)]
 
     def editor(self, name: str, **changes: Any) -> Any:
         layers = self.backbone.num_layers
-        # The published site of BLIP-2, at the same height: layer 23 of 32.
+        # WISE: the published site of BLIP-2 at the same relative depth, layer 23 of 32.
         settings: dict[str, dict[str, Any]] = {
             "wise": {"site": f"layers.{layers * 23 // 32}.ffn.in"},
             "ftl": {"sites": ("layers.-1.ffn.out",), "learning_rate": 1e-3},
@@ -90,7 +89,7 @@ class Bench:
         }
         editor: Any = load_editor(name, settings.get(name, {}) | changes)
         if isinstance(editor, Trainable):
-            # Untrained weights cost what trained ones do.
+            # Untrained weights have the same cost as trained ones.
             editor = editor.with_weights(editor.initial_weights(self.backbone, 0))
         if isinstance(editor, Measuring):
             editor = editor.measured(self.backbone, encode_requests(self.backbone, self.requests(8, 6000), TEMPLATE)[0])
@@ -108,7 +107,7 @@ class Bench:
         width: int,
         evaluation_config: EvaluationConfig = EVERYTHING,
     ) -> Measured:
-        """Edits and scores, `width` at a time; every edit takes all the steps."""
+        """Edits and scores `width` requests at a time; every edit takes `steps` steps."""
         with stages.measured() as account:
             results, rows = self._edit_and_score(editor, objective, requests, steps, width, evaluation_config)
         seconds = {name: value / len(requests) for name, value in account.seconds.items()}
@@ -123,7 +122,7 @@ class Bench:
         width: int,
         evaluation_config: EvaluationConfig,
     ) -> float:
-        """Of an edit, by the clock: where stages are timed, a GPU waits at each of their ends."""
+        """Wall-clock seconds per edit, without timing stages, which synchronises with the GPU."""
         wait(self.device)
         started = time.perf_counter()
         self._edit_and_score(editor, objective, requests, steps, width, evaluation_config)
@@ -133,7 +132,7 @@ class Bench:
     def encoded(
         self, editor: Any, objective: base.Objective, requests: Sequence[EditRequest]
     ) -> tuple[EditBatch, EditBatch]:
-        """With hard negatives where the objective reads any; the features of their pool are made once for all runs."""
+        """Encoded batches, with hard negatives if the objective reads any; features of the pool are cached."""
         if not objective.config.num_negatives:
             return encode_requests(self.backbone, requests, TEMPLATE, editor.sites)
         before = any(map(is_connector, editor.sites))
@@ -170,7 +169,7 @@ class Bench:
 
 
 def against_reference(bench: Bench, out: Path, width: int = 8) -> None:
-    """The same edits, the same settings, evaluation included."""
+    """Compares speed and results with the reference, evaluation included."""
     table = []
     for name in ("wise", "tpatcher"):
         editor, objective, steps = bench.editor(name), bench.objective("odedit"), STEPS[name]
@@ -190,16 +189,16 @@ def against_reference(bench: Bench, out: Path, width: int = 8) -> None:
             for step, at in enumerate(terms)
             for risk in ("rel", "loc", "gen")
         )
-        same = sum(abs(value - shown[COMPARED.get(key, key)]) < 1e-6 for key, value in row.items())
+        same = sum(abs(value - shown[FAR_COLUMNS.get(key, key)]) < 1e-6 for key, value in row.items())
         table.append([name, steps, width, seconds, total, seconds / total, apart, f"{same} of {len(row)}"])
     columns = ["editor", "steps", "E", "reference s/edit", "s/edit", "times faster", "risks apart by", "equal figures"]
-    show("ODEdit against the straightforward loop", columns, table, out, "reference")
+    show("ODEdit against the reference loop", columns, table, out, "reference")
     bars("Seconds per edit", [f"{row[0]} {way}" for row in table for way in ("reference", "odedit")],
          {"s": [row[3 + i] for row in table for i in range(2)]}, "s", out / "reference.png")  # fmt: skip
 
 
 def against_floor(bench: Bench, out: Path, width: int = 8) -> None:
-    """Time per edit over the operations it needs at the speed of this machine's matrix products."""
+    """Compares the time per edit with its FLOPs at this machine's matrix product rate."""
     table, labels, stacked = [], [], []
     for name in EDITORS:
         editor = bench.editor(name)
@@ -210,14 +209,14 @@ def against_floor(bench: Bench, out: Path, width: int = 8) -> None:
             for _ in range(REPEATS):
                 runs.append(bench.run(editor, objective, requests, STEPS[name], width))
                 rate = max(rate, product_rate(bench.device))
-            found = min(runs, key=lambda run: run.total)
+            best = min(runs, key=lambda run: run.total)
             floor = _floor(bench, editor, objective, requests, STEPS[name])
             parts = [floor.features(), floor.prefix(), floor.steps(), floor.evaluation()]
             at_best = floor.total() / rate
             table.append([f"{name} {objective_name}", STEPS[name], rate / 1e9, floor.total() / 1e9, at_best,
-                          found.total, found.total / at_best])  # fmt: skip
+                          best.total, best.total / at_best])  # fmt: skip
             labels += [f"{name} {objective_name}", f"{name} {objective_name}, floor"]
-            got = found.seconds
+            got = best.seconds
             moving = sum(
                 value for stage, value in got.items() if stage.startswith("edit: ") and stage != "edit: prefix"
             )
@@ -226,7 +225,7 @@ def against_floor(bench: Bench, out: Path, width: int = 8) -> None:
                 [p / rate for p in parts],
             ]
     columns = ["editor", "steps", "GFLOP/s", "GFLOP/edit", "floor s/edit", "s/edit", "times the floor"]
-    show("Time per edit against its arithmetic", columns, table, out, "floor")
+    show("Time per edit against its FLOPs", columns, table, out, "floor")
     names = ("image features", "prefix", "steps", "evaluation")
     bars(
         "Seconds per edit",
@@ -238,7 +237,7 @@ def against_floor(bench: Bench, out: Path, width: int = 8) -> None:
 
 
 def overhead(bench: Bench, out: Path, editors: Sequence[str] = EDITORS, width: int = 8) -> None:
-    """What an objective adds to its base editor at the same number of steps: time of the edit, and peak memory."""
+    """Measures the time and peak memory that an objective adds to its base editor at the same number of steps."""
     weights = sum(p.numel() * p.element_size() for p in bench.backbone.model.parameters())
     table = []
     for name in editors:
@@ -248,9 +247,9 @@ def overhead(bench: Bench, out: Path, editors: Sequence[str] = EDITORS, width: i
         peaks = {}
         for _ in range(REPEATS):
             for objective_name in OBJECTIVES:
-                found = bench.run(editor, bench.objective(objective_name), requests, STEPS[name], width)
-                seconds[objective_name].append(found.total)
-                moving[objective_name].append(sum(v for k, v in found.seconds.items() if k.startswith("edit: ")))
+                run = bench.run(editor, bench.objective(objective_name), requests, STEPS[name], width)
+                seconds[objective_name].append(run.total)
+                moving[objective_name].append(sum(v for k, v in run.seconds.items() if k.startswith("edit: ")))
         for objective_name in OBJECTIVES:
             objective = bench.objective(objective_name).without_warmup()
             supervision, _ = bench.encoded(editor, objective, requests)
@@ -265,15 +264,15 @@ def overhead(bench: Bench, out: Path, editors: Sequence[str] = EDITORS, width: i
                           best[objective_name] / best["native"], steps[objective_name] / steps["native"],
                           peaks["native"] / 2**20, peaks[objective_name] / 2**20, f"{100 * more:+.1f} %"])  # fmt: skip
     of_both = ["native s/edit", "s/edit", "times", "times, loop alone", "native MiB", "MiB", "memory"]
-    show("What an objective costs", ["editor", "steps", *of_both], table, out, "overhead")
+    show("Cost of an objective", ["editor", "steps", *of_both], table, out, "overhead")
     labels = [f"{row[0]}{way}" for row in table for way in (": native", "")]
     bars("Seconds per edit", labels, {"s": [row[2 + i] for row in table for i in range(2)]}, "s", out / "overhead.png")
 
 
 def throughput(bench: Bench, out: Path, editors: Sequence[str] = EDITORS, width: int = 32) -> None:
-    """Edits per second from pictures to teacher-forced figures, share of what the device can multiply, and memory.
+    """Measures edits per second from pictures to teacher-forced scores, share of the matrix product rate, and memory.
 
-    Two rates: scored on the edit itself alone, without the pictures of any other probe, and with all figures.
+    Two rates: scored on the edit alone, without pictures of other probes, and with all scores.
     """
     config = EvaluationConfig(generate=False, mmedit=False)
     weights = sum(p.numel() * p.element_size() for p in bench.backbone.model.parameters())
@@ -284,7 +283,7 @@ def throughput(bench: Bench, out: Path, editors: Sequence[str] = EDITORS, width:
     table, shown = [], {}
     for name in editors:
         editor, steps, peaks = bench.editor(name), STEPS[name], {}
-        # An edit of the connector is all its weights.
+        # FT-V trains all weights of the connector per edit.
         at_once = 2 if name == "ftv" else width
         requests, with_all = (some[: 2 * at_once] for some in (scored_alone, everything))
         for objective_name in OBJECTIVES:
@@ -322,7 +321,7 @@ def _floor(bench: Bench, editor: Any, objective: base.Objective, requests: Seque
 
 
 def batches(bench: Bench, out: Path, sizes: Sequence[int] = (1, 4, 16, 64)) -> None:
-    """Time per edit by the number of edits that move together."""
+    """Measures the time per edit by the number of edits that move together."""
     table, lines = [], {}
     arms = [(name, name, {}) for name in ("wise", "tpatcher", "mend", "ftl", "lora")]
     for title, name, changes in [*arms, ("wise, last layer", "wise", {"site": "layers.-1.ffn.in"})]:
@@ -331,8 +330,8 @@ def batches(bench: Bench, out: Path, sizes: Sequence[int] = (1, 4, 16, 64)) -> N
         seconds = []
         for size in sizes:
             count = max(size, 8)
-            found = [bench.run(editor, objective, bench.requests(count), STEPS[name], size).total for _ in range(2)]
-            seconds.append(min(found))
+            runs = [bench.run(editor, objective, bench.requests(count), STEPS[name], size).total for _ in range(2)]
+            seconds.append(min(runs))
         lines[title] = seconds
         table.append([title, *(1e3 * s for s in seconds), *(seconds[0] / s for s in seconds[1:])])
     columns = ["editor", *(f"E={size} ms/edit" for size in sizes), *(f"E={size} times" for size in sizes[1:])]
@@ -359,7 +358,7 @@ PARTS: dict[str, Any] = {
     "batches": batches,
     "throughput": throughput,
 }
-"""The last is for a GPU: elsewhere it says little that the others do not."""
+"""Measurements by name; `throughput` is for a GPU and not run by default."""
 
 
 def main() -> None:
@@ -368,8 +367,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--parts", default=",".join(list(PARTS)[:-1]))
-    parser.add_argument("--editors", default=",".join(EDITORS), help="of overhead and throughput")
-    parser.add_argument("--edits-at-once", type=int, default=32, help="of throughput")
+    parser.add_argument("--editors", default=",".join(EDITORS), help="editors of overhead and throughput")
+    parser.add_argument("--edits-at-once", type=int, default=32, help="edits that move together in throughput")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("bench"))
     chosen = parser.parse_args()

@@ -1,4 +1,4 @@
-"""How the benchmarks show what they found: a table, a JSON file, a plot."""
+"""Output of the benchmarks: a table, a JSON file, a plot."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], out:
 
 
 def bars(title: str, labels: Sequence[str], parts: dict[str, Sequence[float]], unit: str, path: Path) -> None:
-    """Stacked horizontal bars, one for each label."""
+    """Writes a plot of stacked horizontal bars, one per label."""
     import matplotlib
 
     matplotlib.use("Agg")

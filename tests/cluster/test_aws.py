@@ -1,4 +1,4 @@
-"""What the machines of `aws.yaml` may do, against what Ray does there, with an AWS on this machine."""
+"""Permissions of the machines of `aws.yaml`, compared with Ray's calls to a simulated AWS (moto)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REGION = load("aws.yaml")["provider"]["region"]
 
 @pytest.fixture
 def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An account with the roles of `aws-roles.yaml`."""
+    """AWS account with the roles of `aws-roles.yaml`."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("AWS_DEFAULT_REGION", REGION)
@@ -34,22 +34,22 @@ def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def document(value: Any) -> list[dict[str, Any]]:
-    # An inline policy comes back as Python prints it, which is YAML as JSON is.
-    found = yaml.safe_load(urllib.parse.unquote(value)) if isinstance(value, str) else value
-    return found["Statement"]
+    # moto returns an inline policy as a printed Python dict, which is valid YAML.
+    policy = yaml.safe_load(urllib.parse.unquote(value)) if isinstance(value, str) else value
+    return policy["Statement"]
 
 
 def statements(role: str) -> list[dict[str, Any]]:
-    """Everything that a role allows."""
+    """All statements of a role's policies."""
     iam = boto3.client("iam")
-    found: list[dict[str, Any]] = []
+    result: list[dict[str, Any]] = []
     for name in iam.list_role_policies(RoleName=role)["PolicyNames"]:
-        found += document(iam.get_role_policy(RoleName=role, PolicyName=name)["PolicyDocument"])
+        result += document(iam.get_role_policy(RoleName=role, PolicyName=name)["PolicyDocument"])
     for policy in iam.list_attached_role_policies(RoleName=role)["AttachedPolicies"]:
         version = iam.get_policy(PolicyArn=policy["PolicyArn"])["Policy"]["DefaultVersionId"]
         got = iam.get_policy_version(PolicyArn=policy["PolicyArn"], VersionId=version)
-        found += document(got["PolicyVersion"]["Document"])
-    return found
+        result += document(got["PolicyVersion"]["Document"])
+    return result
 
 
 def actions(statement: dict[str, Any]) -> set[str]:
@@ -95,7 +95,7 @@ def test_the_head_may_do_what_ray_does_there_and_nothing_that_it_does_not() -> N
         "ImageId": client.describe_images()["Images"][0]["ImageId"],
         "SubnetIds": [client.describe_subnets()["Subnets"][0]["SubnetId"]],
     }
-    del node_config["IamInstanceProfile"]  # of another account
+    del node_config["IamInstanceProfile"]  # the example account's, which moto does not have
     (node,) = provider.create_node(node_config, {"ray-node-type": "worker"}, 1)
     assert provider.non_terminated_nodes({"ray-node-type": "worker"}) == [node]
     provider.set_node_tags(node, {"ray-node-status": "up-to-date"})

@@ -1,7 +1,7 @@
-"""The README's lines for a cluster by hand, run as they stand there, on two nodes that are this machine.
+"""The commands for a cluster by hand in `cluster/README.md`, run on two nodes on this machine.
 
-They are read from the README. What a reader puts in is put in: addresses, the storage's folder, and, as the nodes share
-a machine, ports and scratch folders. `ssh` is a script that runs its command with the home folder of the other node.
+Addresses and the storage's folder are replaced as a reader would, and so are ports and scratch folders, since both
+nodes share this machine. `ssh` is a script that runs its command with the home folder of the other node.
 """
 
 from __future__ import annotations
@@ -25,31 +25,32 @@ import psutil
 import pytest
 import yaml
 
-from tests.support.cluster_files import ROOT, readme_section
+from tests.support.cluster_files import ROOT, page
 from tests.support.mmedit_files import record, write_array, write_images
 from tests.support.nodes import NO_SPARE_WORKERS, Cluster, running, wait_for
 from tests.support.services import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 PUBLIC = {"/", "/api/healthz", "/api/local_raylet_healthz"}
-"""Answered without a token: the dashboard's empty page, and health checks."""
+"""Paths that Ray answers without a token: the dashboard's empty page, and health checks."""
 SSH = """#!/usr/bin/env bash
 [[ $1 == 127.0.0.1 ]] && HOME=$WORKER_HOME exec bash -c "$2"
 """
 
 
 def recipe() -> dict[str, str]:
-    """The block's lines, by the comment above them."""
-    (block,) = re.findall(r"^A cluster by hand.*\n\n((?: {4}.*\n)+)", readme_section(), flags=re.MULTILINE)
+    """Commands of the page's section, by the comment above them."""
+    section = page().split("\n## By hand\n")[1].split("\n## ")[0]
+    (block,) = re.findall(r"\n\n((?: {4}.*\n)+)", section)
     parts = re.split(r"^# (.*)\n", re.sub("^ {4}", "", block, flags=re.MULTILINE), flags=re.MULTILINE)
     assert parts[0] == ""
     return {comment.split(":")[0]: lines for comment, lines in zip(parts[1::2], parts[2::2], strict=True)}
 
 
 def named_ports() -> set[int]:
-    """Those that the lines give to Ray, with all between the first and the last for workers."""
-    found = {name: int(port) for name, port in re.findall(r"--([\w-]*port)=(\d+)", "".join(recipe().values()))}
-    return {*found.values(), *range(found["min-worker-port"], found["max-worker-port"])}
+    """Ports in the commands, with the range of the workers."""
+    ports = {name: int(port) for name, port in re.findall(r"--([\w-]*port)=(\d+)", "".join(recipe().values()))}
+    return {*ports.values(), *range(ports["min-worker-port"], ports["max-worker-port"])}
 
 
 @dataclass
@@ -57,9 +58,10 @@ class Node:
     """A machine of the recipe.
 
     Attributes:
-        home: Home folder of the user there.
-        folder: Stands for `/tmp/odedit`.
-        ports: The ports that stand for the README's.
+        home: Home folder of the user.
+        folder: Replacement of `/tmp/odedit`.
+        ports: Ports of this node, by the page's ports.
+        environment: Environment of the node's processes.
     """
 
     home: Path
@@ -72,7 +74,7 @@ class Node:
         for name, value in {"HEAD": "127.0.0.1", "WORKER": "127.0.0.1", "/tmp/odedit": str(self.folder)}.items():
             script = script.replace(name, value)
         script = script.replace("=/shared/", f"={shared}/").replace("ray start --block", "exec ray start --block")
-        script = re.sub(r"(?<=[=:])\d{4,5}\b", lambda found: str(self.ports[int(found[0])]), script)
+        script = re.sub(r"(?<=[=:])\d{4,5}\b", lambda port: str(self.ports[int(port[0])]), script)
         return ["bash", "-e", "-c", script]
 
 
@@ -84,14 +86,14 @@ class Site:
     folder: Path
 
     def listeners(self) -> set[int]:
-        """Ports at which the processes of both nodes can be reached."""
-        family = [psutil.Process(process.pid) for process in self.processes]
-        found = set()
-        for process in [*family, *(child for one in family for child in one.children(recursive=True))]:
+        """Ports on which the processes of both nodes listen."""
+        parents = [psutil.Process(process.pid) for process in self.processes]
+        ports = set()
+        for process in [*parents, *(child for parent in parents for child in parent.children(recursive=True))]:
             with suppress(psutil.NoSuchProcess):
-                open_ = process.net_connections(kind="tcp")
-                found |= {item.laddr.port for item in open_ if item.status == psutil.CONN_LISTEN}
-        return found
+                connections = process.net_connections(kind="tcp")
+                ports |= {item.laddr.port for item in connections if item.status == psutil.CONN_LISTEN}
+        return ports
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +104,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     ssh.write_text(SSH)
     ssh.chmod(0o755)
     with ExitStack() as stack:
-        short = Path(tempfile.mkdtemp(prefix="odedit-", dir="/tmp"))  # sockets have short names
+        short = Path(tempfile.mkdtemp(prefix="odedit-", dir="/tmp"))  # paths of Unix sockets are limited to 107 bytes
         stack.callback(shutil.rmtree, short, ignore_errors=True)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
             "PATH": os.pathsep.join([str(ssh.parent), str(Path(sys.executable).parent), os.environ["PATH"]]),
@@ -146,7 +148,7 @@ def test_the_token_and_what_ray_writes_are_the_users_alone(site: Site) -> None:
 
 
 def test_ray_is_reached_at_the_ports_that_are_named_and_only_with_the_token(site: Site) -> None:
-    assert "ports 6379 to 6385 and 10100 to 10999" in readme_section()
+    assert "ports 6379 to 6385 and 10100 to 10999" in page()
     assert named_ports() == {*range(6379, 6386), *range(10100, 11000), 8265}
     named = {*range(site.head.ports[10100], site.worker.ports[10999] + 1)}
     named |= {*site.head.ports.values(), *site.worker.ports.values()}
@@ -159,7 +161,7 @@ def test_ray_is_reached_at_the_ports_that_are_named_and_only_with_the_token(site
 
 
 def answer(port: int, path: str) -> int | None:
-    """The status that a port answers with to a request without a token; None if it speaks no HTTP."""
+    """HTTP status of a request without a token; None if the port speaks no HTTP."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
         connection.request("GET", path)

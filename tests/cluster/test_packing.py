@@ -1,4 +1,4 @@
-"""What a job takes along, and what is refused before it is sent."""
+"""Files that are sent with a job, and commands that are refused before anything is sent."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_results_may_go_to_an_address(here: Path, arguments: list[str]) -> None:
     assert parcel.notes == [] and parcel.arguments[-1] == arguments[-1]
 
 
-def test_what_is_read_there_is_told(here: Path) -> None:
+def test_notes_name_what_is_read_on_the_cluster(here: Path) -> None:
     values = {"data": {"path": "/data/vqa.json", "pool": "s3://bucket/pool.json"}, "out": "/shared/x"}
     values |= {"editor": {"name": "elsewhere.editor"}, "backbone": {"checkpoint": "Salesforce/blip2-opt-2.7b"}}
     notes = packed(here, "edit", values=values).notes
@@ -200,5 +200,5 @@ def test_a_cluster_that_is_not_there_and_mistakes_are_a_sentence() -> None:
         (["--env", "ODEDIT_NOT_SET", "edit", "out=/x"], "--env: ODEDIT_NOT_SET not set here"),
         (["--stop", "job", "edit", "out=/x"], "Give a command"),
     ):
-        found = CliRunner().invoke(app, ["submit", "--address", "http://127.0.0.1:9", *arguments])
-        assert found.exit_code == 2 and expected in found.stderr, (arguments, found.output, found.exception)
+        result = CliRunner().invoke(app, ["submit", "--address", "http://127.0.0.1:9", *arguments])
+        assert result.exit_code == 2 and expected in result.stderr, (arguments, result.output, result.exception)

@@ -1,4 +1,4 @@
-"""Secrets of an operator are planted, everything runs on a real cluster, and then they are looked for everywhere."""
+"""Runs with known secrets on a real cluster, then searches all files, logs, databases and command lines for them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 
 class Store(ObjectStore):
-    """Notes the session token of every request."""
+    """Object store that records the session token of every request."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,7 +57,7 @@ def keys() -> dict[str, str]:
 
 
 class Watch:
-    """Command lines of all processes, as `ps` shows them, while commands run."""
+    """Records the command lines of all processes, as `ps` shows them."""
 
     def __init__(self) -> None:
         self.lines: set[str] = set()
@@ -77,7 +77,7 @@ class Watch:
         while not self._ended.wait(0.3):
             for number in psutil.pids():
                 seen[number] += 1
-                # What Ray has started becomes another program soon, and then stays what it is.
+                # The first seconds are enough: a process of Ray changes its command line once, soon after its start.
                 if seen[number] < 20:
                     with suppress(OSError):
                         line = Path(f"/proc/{number}/cmdline").read_bytes()
@@ -86,11 +86,11 @@ class Watch:
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[Store]:
-    found = Store(free_port())
-    found.start()
-    urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{found.port}/{BUCKET}", method="PUT")).close()
-    yield found
-    found.stop()
+    store = Store(free_port())
+    store.start()
+    urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{store.port}/{BUCKET}", method="PUT")).close()
+    yield store
+    store.stop()
     s3_backends.reset()
 
 
@@ -120,7 +120,7 @@ def without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 
 def write_settings(folder: Path, mlflow: str, password: str, storage: str) -> None:
-    """A file each for a run, a search and a study: as a user has them, and for `submit` without a password."""
+    """Writes the files of a run, a search and a study, with passwords, and without them for `submit`."""
     for ending, uri, store_of_points in (
         ("", mlflow.replace("://", f"://admin:{password}@"), storage),
         ("-job", mlflow, storage.replace(f":{password_of(storage)}@", "@")),
@@ -154,21 +154,21 @@ def write_settings(folder: Path, mlflow: str, password: str, storage: str) -> No
 
 
 def password_of(address: str) -> str:
-    """The password in an address; where PostgreSQL is not installed there is none."""
+    """Password in an address; empty without PostgreSQL."""
     return address.split("@")[0].rpartition(":")[2] if "@" in address else ""
 
 
 def finish(running: Mapping[str, subprocess.Popen[str]]) -> dict[str, str]:
-    """What each command has printed."""
-    said = {name: process.communicate(timeout=COMMAND_S)[0] for name, process in running.items()}
+    """Waits for commands and returns their outputs."""
+    outputs = {name: process.communicate(timeout=COMMAND_S)[0] for name, process in running.items()}
     for name, process in running.items():
-        assert process.returncode == 0, f"{name}\n{said[name][-5000:]}"
-    return said
+        assert process.returncode == 0, f"{name}\n{outputs[name][-5000:]}"
+    return outputs
 
 
 def answers(cluster: Cluster) -> dict[str, str]:
-    """What the dashboard tells."""
-    found = {}
+    """Responses of the dashboard's APIs."""
+    texts = {}
     for api in APIS:
         headers = {"Authorization": f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}"}
         try:
@@ -176,13 +176,13 @@ def answers(cluster: Cluster) -> dict[str, str]:
         except HTTPError as error:
             reply = error
         with reply:
-            found[api] = reply.read().decode()
-    assert all("odedit" in found[api] for api in ("api/jobs/", "api/v0/jobs?detail=1&limit=10000"))
-    return found
+            texts[api] = reply.read().decode()
+    assert all("odedit" in texts[api] for api in ("api/jobs/", "api/v0/jobs?detail=1&limit=10000"))
+    return texts
 
 
 def rows_of(address: str) -> str:
-    """Everything in a PostgreSQL database, as text."""
+    """All rows of a PostgreSQL database, as text."""
     if not address.startswith("postgresql"):
         return ""
     import psycopg
@@ -196,8 +196,8 @@ def rows_of(address: str) -> str:
 
 def test_secrets_are_found_nowhere(store: Store, tmp_path: Path) -> None:
     folder, home, other = tmp_path / "user", tmp_path / "mlflow", tmp_path / "points"
-    for one in (folder, home, other):
-        one.mkdir()
+    for new in (folder, home, other):
+        new.mkdir()
     on_nodes, handed_on, password = keys(), keys(), secrets.token_hex(16)
     common = {name: value for name, value in store.environment.items() if name not in KEYS}
     with (
@@ -207,7 +207,7 @@ def test_secrets_are_found_nowhere(store: Store, tmp_path: Path) -> None:
         Watch() as watch,
     ):
         write_settings(folder, mlflow, password, storage)
-        # As the image has it, but for what a driver on another machine has to find out for itself.
+        # The image's environment without RAY_AUTH_MODE, which a driver on another machine has to detect.
         environment = without(cluster.environment, "RAY_AUTH_MODE")
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
 
@@ -217,7 +217,7 @@ def test_secrets_are_found_nowhere(store: Store, tmp_path: Path) -> None:
             return subprocess.Popen(command, cwd=folder, env=environment | variables, **streams)  # type: ignore
 
         address = f"pipeline.ray_address={cluster.gcs}"
-        said = finish(
+        outputs = finish(
             {
                 "edit": odedit("edit", "--config", "run.yaml", address, f"out=s3://{BUCKET}/run"),
                 "tune": odedit(
@@ -233,7 +233,7 @@ def test_secrets_are_found_nowhere(store: Store, tmp_path: Path) -> None:
         send = ["submit", "--address", cluster.address, *(f"--env={name}" for name in (*KEYS, *login)), "--"]
         variables = handed_on | login
         refused = odedit("submit", "--address", cluster.address, "--", "edit", "--config", "run.yaml", "out=/nowhere")
-        said |= finish(
+        outputs |= finish(
             {
                 "edit as a job": odedit(
                     *send, "edit", "--config", "run-job.yaml", f"out=s3://{BUCKET}/run-job", **variables
@@ -243,16 +243,16 @@ def test_secrets_are_found_nowhere(store: Store, tmp_path: Path) -> None:
                 ),
             }
         )
-        said["refused"] = refused.communicate(timeout=COMMAND_S)[0]
-        assert refused.returncode == 2 and "tracking.uri: an address holds a password" in said["refused"]
-        told, rows = answers(cluster), rows_of(storage)
+        outputs["refused"] = refused.communicate(timeout=COMMAND_S)[0]
+        assert refused.returncode == 2 and "tracking.uri: an address holds a password" in outputs["refused"]
+        responses, rows = answers(cluster), rows_of(storage)
         files = below(Path(cluster.environment["RAY_TMPDIR_OF_TEST"]))
         logs = [name for name in files if name.endswith("runtime_env_agent.log")]
         assert len(logs) == 2 and len([name for name in files if "job-driver" in name]) == 2
 
-    # The workers of jobs have what was handed on, all others what lies on their node.
-    for prefix, one in (("run-job", handed_on), ("search-job", handed_on), ("run", on_nodes), ("search", on_nodes)):
-        written = [text for text in store.tokens[one["AWS_SESSION_TOKEN"]] if f"PUT /{BUCKET}/{prefix}/" in text]
+    # Workers of jobs use the keys of --env, all others those of their node.
+    for prefix, used in (("run-job", handed_on), ("search-job", handed_on), ("run", on_nodes), ("search", on_nodes)):
+        written = [text for text in store.tokens[used["AWS_SESSION_TOKEN"]] if f"PUT /{BUCKET}/{prefix}/" in text]
         assert any("/results/" in text for text in written), prefix
     files |= without(below(folder), *(str(file) for file in folder.glob("*.yaml"))) | below(home) | below(other)
     files.pop(str(home / "auth.ini"))
@@ -261,8 +261,8 @@ def test_secrets_are_found_nowhere(store: Store, tmp_path: Path) -> None:
     places = {
         **files,
         **stored,
-        **{f"output of {name}": text.encode() for name, text in said.items()},
-        **{f"dashboard {name}": text.encode() for name, text in told.items()},
+        **{f"output of {name}": text.encode() for name, text in outputs.items()},
+        **{f"dashboard {name}": text.encode() for name, text in responses.items()},
         **{f"ps {number}": line.encode() for number, line in enumerate(sorted(watch.lines))},
         "rows": rows.encode(),
     }
@@ -271,17 +271,17 @@ def test_secrets_are_found_nowhere(store: Store, tmp_path: Path) -> None:
     planted |= {"MLflow's password": password, "Ray's token": cluster.environment["RAY_AUTH_TOKEN"]}
     planted |= {"the database's password": password_of(storage)} if password_of(storage) else {}
     planted["MLflow's login"] = base64.b64encode(f"admin:{password}".encode()).decode()
-    found = [
+    leaks = [
         (what, where) for what, text in planted.items() for where, content in places.items() if text.encode() in content
     ]
-    assert not found, json.dumps(found, indent=1)
+    assert not leaks, json.dumps(leaks, indent=1)
 
 
 def below(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by its path."""
-    found = {}
+    """Contents of the files below a folder, by path."""
+    contents = {}
     for file in folder.rglob("*"):
-        with suppress(OSError):  # a socket, or a file that is just being deleted
+        with suppress(OSError):  # a socket, or a file that is being deleted
             if file.is_file():
-                found[str(file)] = file.read_bytes()
-    return found
+                contents[str(file)] = file.read_bytes()
+    return contents

@@ -1,4 +1,4 @@
-"""Variables for a job travel encrypted, and a process without the cluster's token cannot read them."""
+"""Variables of a job are sent encrypted, and only a process with the cluster's token can decrypt them."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def test_with_another_token_or_none_the_command_ends_with_a_sentence(token: str)
 
 @pytest.fixture
 def home(tmp_path: Path) -> Iterator[Path]:
-    """A user's folder, of whom the environment says nothing about Ray."""
+    """Home folder of a user without Ray's variables in the environment."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-            patch.setenv(name, "")  # what the test sets is undone as well
+            patch.setenv(name, "")  # registers the variable, so that the test's own changes are undone, too
             patch.delenv(name)
         patch.setenv("HOME", str(tmp_path))
         (tmp_path / ".ray").mkdir()
@@ -64,7 +64,7 @@ def test_variables_are_sent_in_clear_only_where_there_is_no_token(
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
     runtime: dict[str, Any] = {"env_vars": {"A": "b"}}
     notes: list[str] = []
-    submit._hand_on(dict(VALUES), runtime, notes)
+    submit._pass_variables(dict(VALUES), runtime, notes)
     assert ("s3cr3t" not in str(runtime)) == bool(token) and bool(notes) == (not token)
     assert (runtime.get("worker_process_setup_hook") == "cluster.sealing.unseal") == bool(token)
     assert runtime["env_vars"]["A"] == "b"
@@ -72,21 +72,21 @@ def test_variables_are_sent_in_clear_only_where_there_is_no_token(
 
 @pytest.mark.parametrize("variable", [" \n", None])
 def test_without_a_token_nothing_is_sealed(home: Path, monkeypatch: pytest.MonkeyPatch, variable: str | None) -> None:
-    """Everyone could decrypt what an empty token has encrypted."""
+    """Anyone could decrypt variables that are encrypted with an empty token."""
     (home / ".ray" / "auth_token").write_text("\n")
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     if variable is not None:
         monkeypatch.setenv("RAY_AUTH_TOKEN", variable)
     runtime: dict[str, Any] = {"env_vars": {}}
     with pytest.raises(submit.JobError, match="is empty. Set RAY_AUTH_TOKEN"):
-        submit._hand_on(dict(VALUES), runtime, [])
+        submit._pass_variables(dict(VALUES), runtime, [])
     assert runtime == {"env_vars": {}}
     with pytest.raises(submit.JobError, match="token is empty"):
         sealing.seal(VALUES, "")
 
 
 class Dashboard(BaseHTTPRequestHandler):
-    """Says its version to those that send its token, where it has one."""
+    """Dashboard that answers with its version, if the request has its token."""
 
     token = ""
 
@@ -98,7 +98,7 @@ class Dashboard(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps({"ray_version": "2.60.0", "version": "4"}).encode())
 
     def log_message(self, *arguments: object) -> None:
-        """Nothing on the terminal."""
+        """Suppresses the log."""
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_the_users_own_token_file_is_used_where_the_cluster_asks_for_it(
     (home / ".ray" / "auth_token").write_text("secret of another cluster\n")
     submit._client(dashboard)
     runtime: dict[str, Any] = {"env_vars": {}}
-    submit._hand_on(dict(VALUES), runtime, [])
+    submit._pass_variables(dict(VALUES), runtime, [])
     assert runtime == {"env_vars": VALUES}, "the nodes of a cluster without token could not decrypt them"
 
     monkeypatch.setattr(Dashboard, "token", "secret")
@@ -127,7 +127,7 @@ def test_the_users_own_token_file_is_used_where_the_cluster_asks_for_it(
     (home / ".ray" / "auth_token").write_text("secret\n")
     submit._client(dashboard)
     runtime = {"env_vars": {}}
-    submit._hand_on(dict(VALUES), runtime, [])
+    submit._pass_variables(dict(VALUES), runtime, [])
     assert runtime["env_vars"].keys() == {sealing.SEALED}
 
 

@@ -1,4 +1,4 @@
-"""`cluster/slurm.sh` with a Slurm that runs every step on this machine."""
+"""`cluster/slurm.sh` with a simulated Slurm that runs every step on this machine."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ esac
 
 
 class Allocation:
-    """Two nodes, of which the second asks for a while to join, unless `real`: then one, with this machine's Ray."""
+    """Simulated allocation: two nodes, the second joining late; if `real`, one node with this machine's Ray."""
 
     def __init__(self, folder: Path, *, real: bool = False) -> None:
         self.folder = folder
@@ -75,7 +75,7 @@ class Allocation:
 
     @property
     def scratch(self) -> Path:
-        """Where Ray works on a node, while the job runs."""
+        """Ray's working folder on a node during the job."""
         return Path(f"/tmp/ray-{self.job}")
 
     def read(self, name: str) -> str:
@@ -92,16 +92,16 @@ class Allocation:
         )
 
     def left(self) -> list[str]:
-        """Command lines of processes that still run."""
-        found = []
+        """Command lines of processes of the job that still run."""
+        lines = []
         for process in psutil.process_iter():
             try:
                 line = " ".join(process.cmdline())
             except psutil.Error:
                 continue
             if f"ray-{self.job}" in line or str(self.bin) in line:
-                found.append(line)
-        return found
+                lines.append(line)
+        return lines
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_without_a_command_nothing_is_started(allocation: Allocation) -> None:
 def test_the_command_runs_once_all_nodes_have_joined_and_its_exit_code_counts(allocation: Allocation) -> None:
     ended = allocation.run("edit", "--config", "my run.yaml")
     assert ended.returncode == 7, ended.stderr
-    assert allocation.read("asked").count("asked") == 2  # one node at first
+    assert allocation.read("asked").count("asked") == 2  # the second node joins late
     assert allocation.read("called") == f"127.0.0.1:{allocation.port} edit --config my run.yaml\n"
     assert allocation.left() == []
 
@@ -172,7 +172,7 @@ def test_the_end_of_the_time_is_handed_on_and_the_run_may_finish_what_it_does(al
     deadline = time.monotonic() + 60
     while not (allocation.folder / "called").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    time.sleep(0.3)  # the script starts the run a moment before it listens
+    time.sleep(0.3)  # the script sets its trap just after it starts the run
     script.send_signal(signal.SIGTERM)
     assert script.wait(timeout=60) == 3
     assert allocation.read("called").endswith("ended\n") and allocation.left() == []

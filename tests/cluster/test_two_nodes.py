@@ -1,6 +1,6 @@
-"""Jobs of a real cluster: two nodes with a token and an MLflow server, and the command that sends them.
+"""Jobs on a real cluster of two nodes with a token, and an MLflow server.
 
-What is submitted finds its files, loses a worker on the way, and leaves what an undisturbed run leaves.
+A submitted run has its files, survives the loss of a worker, and has the results of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipeline.config.run import from_dict
 from pipeline.driver.run import run
 from pipeline.run_folder import rows as results
 from pipeline.run_folder.workspace import Workspace
-from pipeline.tracking import runs
+from pipeline.tracking.client import connect
 from pipeline.tracking.searches import KIND
 from tests.support import inline_pipeline
 from tests.support.mmedit_files import record, write_array, write_images
@@ -46,7 +46,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 @dataclass
 class Site:
-    """A user's folder, and where what they submit runs."""
+    """A user's folder, the cluster and the MLflow server."""
 
     cluster: Cluster
     mlflow: str
@@ -68,7 +68,7 @@ class Site:
 
 
 def ended(process: subprocess.Popen[str], code: int) -> str:
-    """What a command has said once it has ended, with the code that it should."""
+    """Output of a command that must end with the given exit code."""
     text, _ = process.communicate(timeout=JOB_S)
     assert process.returncode == code, text[-6000:]
     return text
@@ -76,17 +76,17 @@ def ended(process: subprocess.Popen[str], code: int) -> str:
 
 def until(is_so: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
     begun = time.monotonic()
-    while not (found := is_so()):
+    while not (value := is_so()):
         assert process.poll() is None, process.communicate()[0][-6000:]
         assert time.monotonic() - begun < PATIENCE_S
         time.sleep(0.05)
-    return found
+    return value
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("user")
-    (folder / "private.txt").write_text("of nobody's business")
+    (folder / "private.txt").write_text("private")
     records = [record(number) for number in range(RECORDS)]
     others = [record(number) for number in range(RECORDS, RECORDS + 4)]
     image_root, rephrase_root = write_images(folder, records + others)
@@ -115,10 +115,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
-    found = list(results.read_rows(results.parts(Workspace.of(str(out)))))
-    for row in found:
+    table = list(results.read_rows(results.parts(Workspace.of(str(out)))))
+    for row in table:
         del row["editor"], row["trained_with"]
-    return found
+    return table
 
 
 def test_an_edit_job_loses_a_worker_and_leaves_what_an_undisturbed_run_leaves(
@@ -144,10 +144,10 @@ def test_an_edit_job_loses_a_worker_and_leaves_what_an_undisturbed_run_leaves(
 
     for name, value in LOGIN.items():
         monkeypatch.setenv(name, value)
-    client = runs._client(site.mlflow)
-    (found,) = client.search_runs([client.get_experiment_by_name("jobs").experiment_id])
-    assert found.info.status == "FINISHED"
-    assert found.data.metrics["rel"] == pytest.approx(summary["metrics"]["rel"]["mean"])
+    client = connect(site.mlflow)
+    (logged,) = client.search_runs([client.get_experiment_by_name("jobs").experiment_id])
+    assert logged.info.status == "FINISHED"
+    assert logged.data.metrics["rel"] == pytest.approx(summary["metrics"]["rel"]["mean"])
 
 
 def test_a_search_is_a_job_as_well(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,11 +174,11 @@ def test_a_search_is_a_job_as_well(site: Site, tmp_path: Path, monkeypatch: pyte
     assert 1e-4 <= best["editor"]["learning_rate"] <= 1e-2
     for name, value in LOGIN.items():
         monkeypatch.setenv(name, value)
-    client = runs._client(site.mlflow)
+    client = connect(site.mlflow)
     kinds = [
-        found.data.tags.get(KIND)
+        logged.data.tags.get(KIND)
         for experiment in client.search_experiments()
-        for found in client.search_runs([experiment.experiment_id])
+        for logged in client.search_runs([experiment.experiment_id])
     ]
     assert kinds.count("trial") == 4 and kinds.count("search") == 1
 
@@ -215,7 +215,7 @@ def test_without_its_password_the_server_is_not_used(
 
 
 def test_the_password_is_written_nowhere(site: Site, tmp_path: Path) -> None:
-    """After jobs that had it: not among results, settings, logs of jobs, nor in MLflow."""
+    """The jobs' results, settings and logs, and MLflow's files do not contain the password."""
     files = [file for file in tmp_path.parent.rglob("*") if file.is_file() and file.name != "auth.ini"]
     logs = list(Path(site.cluster.environment["RAY_TMPDIR_OF_TEST"]).rglob("job-driver-*.log"))
     assert logs
@@ -224,7 +224,7 @@ def test_the_password_is_written_nowhere(site: Site, tmp_path: Path) -> None:
     assert not [file for file in files if PASSWORD.encode() in file.read_bytes()]
 
 
-def test_rays_own_command_does_it_too_and_without_the_token_nobody(site: Site, tmp_path: Path) -> None:
+def test_rays_own_command_works_as_well_and_no_command_without_the_token(site: Site, tmp_path: Path) -> None:
     ray = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", f"--address={site.cluster.address}"]
     command = [*ray, "--working-dir=.", "--", "python", "-m", "odedit", "edit", "--config", "run.yaml"]
     command += [f"out={tmp_path / 'out'}", "tracking.enabled=false", "editor.pause_s=0", "pipeline.actors=1"]

@@ -1,4 +1,4 @@
-"""A real cluster that lets only its own token in, that runs wait for, and that loses a node under one of them."""
+"""A real cluster: it refuses other tokens, runs wait for its nodes, and a run ends when it loses one."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Its head only leads, as in the recipes."""
-    with two_nodes(head_cpus=0, **LOSSES_SEEN_SOON) as cluster:
-        yield cluster
+    """Cluster whose head runs no workers, as in the files of `cluster/`."""
+    with two_nodes(head_cpus=0, **LOSSES_SEEN_SOON) as nodes:
+        yield nodes
 
 
 @pytest.fixture
@@ -103,8 +103,8 @@ def test_without_the_right_token_nothing_is_begun(cluster: Cluster, folder: Path
         out = (f"out=runs/{number}",) if command is edit else ("--out", f"runs/{number}")
         processes.append(odedit(folder, cluster, *command, *out, **variables))
     for process, (_, _, expected) in zip(processes, cases, strict=True):
-        said, _ = process.communicate(timeout=PATIENCE_S)
-        assert process.returncode == 2 and expected in said, said
+        output, _ = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 2 and expected in output, output
     assert not list(folder.rglob("mlflow.db"))
 
 
@@ -130,9 +130,10 @@ def test_a_run_waits_for_nodes_and_gives_up_where_none_comes(cluster: Cluster, f
     done = len(list((folder / "runs" / "one" / "results").glob("part-*")))
     until(lambda: len(list((folder / "runs" / "one" / "results").glob("part-*"))) > done, losing)
     cluster.lose_second()
-    said, _ = losing.communicate(timeout=PATIENCE_S)
-    assert losing.returncode == 1, said[-4000:]
-    assert "The cluster has lost what the run needs: a worker takes 1.5 CPU, and no node of the cluster has as" in said
+    output, _ = losing.communicate(timeout=PATIENCE_S)
+    assert losing.returncode == 1, output[-4000:]
+    lost = "The cluster has lost what the run needs: a worker takes 1.5 CPU, and no node of the cluster has as"
+    assert lost in output
     refused = odedit(folder, cluster, *run, "editor.pause_s=2", "pipeline.wait_s=0")
-    said, _ = refused.communicate(timeout=PATIENCE_S)
-    assert refused.returncode == 2 and "nothing was added within 0 s (pipeline.wait_s)" in said, said[-4000:]
+    output, _ = refused.communicate(timeout=PATIENCE_S)
+    assert refused.returncode == 2 and "nothing was added within 0 s (pipeline.wait_s)" in output, output[-4000:]

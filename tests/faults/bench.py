@@ -1,7 +1,7 @@
-"""A small run that meets faults: its records, and the ways to run it.
+"""The run of the fault scenarios: its records, and ways to run it.
 
-Every scenario gives the same command, but for its folder `out`; what differs lies in the folder of orders that the
-editor obeys. So the rows and edits of all of them are those of the undisturbed run.
+Every scenario runs the same command in its own folder `out`. The fault is chosen by files in a folder that the editor
+watches, so rows and edits must equal those of the undisturbed run.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ ALL_DONE = f"{EDITS} edits, 0 failed, 1 skipped"
 
 @dataclass(frozen=True)
 class Ended:
-    """A command that has ended: its exit code, what it printed, and its seconds."""
+    """Exit code, output and duration of a command."""
 
     code: int
     text: str
     seconds: float
 
     def expect(self, code: int, *parts: str) -> Ended:
-        """Raises AssertionError unless it ended with the code and said each of the parts."""
+        """Raises AssertionError unless the exit code is `code` and the output contains every part and no traceback."""
         assert self.code == code and all(part in self.text for part in parts), f"{self.code}, {parts}:\n{self.text}"
         assert "Traceback" not in self.text, self.text
         return self
 
 
 class Bench:
-    """Where the scenarios are run.
+    """Inputs, folders and commands of the scenarios.
 
     Args:
-        quick: Whether commands that need no worker of their own run in this process, without Ray, and nothing is timed.
+        quick: True runs commands in this process where no worker process is needed, without Ray, and times nothing.
     """
 
     def __init__(self, folder: Path, *, quick: bool) -> None:
@@ -69,7 +69,7 @@ class Bench:
         records = [record(number, edit_id=f"edit-{number:02d}") for number in range(EDITS)]
         image_root, rephrase_root = write_images(self.inputs, records)
         records.append(record(EDITS, edit_id=SKIPPED, alt=""))
-        self.ids = [one["edit_id"] for one in records]
+        self.ids = [fields["edit_id"] for fields in records]
         self.config = folder / "run.yaml"
         values = {
             "data": {
@@ -101,7 +101,7 @@ class Bench:
         self._references: dict[tuple[str, ...], Path] = {}
 
     def reference(self, *settings: str) -> Path:
-        """The folder of a run without any fault; not timed, and made in this process."""
+        """Folder of a run without a fault, made in this process on first use."""
         if settings not in self._references:
             out = self.folder / f"reference-{len(self._references)}"
             self._inline(out, settings).expect(0, ALL_DONE)
@@ -109,21 +109,22 @@ class Bench:
         return self._references[settings]
 
     def undisturbed(self, *settings: str, environment: Mapping[str, str] | None = None) -> float:
-        """Seconds of the run without the fault, just before it is run with it."""
+        """Seconds of a run without the fault; 0 if nothing is timed."""
         if self.quick:
             return 0.0
         out = self.folder / f"undisturbed-{time.monotonic_ns()}"
         return self.command(out, *settings, environment=environment).expect(0, ALL_DONE).seconds
 
     def edit(self, out: Path, *settings: str) -> Ended:
-        """`odedit edit`, where it does not matter that its workers are processes of their own."""
+        """Runs `odedit edit`, in this process if the bench is quick."""
         return self._inline(out, settings) if self.quick else self.command(out, *settings)
 
     def command(self, out: Path, *settings: str, environment: Mapping[str, str] | None = None) -> Ended:
-        """`odedit edit` as a user gives it, with a Ray of its own unless a setting names another."""
+        """Runs `odedit edit` as a process, with its own Ray unless a setting names another."""
         return _ended(self.started(out, *settings, environment=environment))
 
     def started(self, out: Path, *settings: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+        """Starts `odedit edit` as a process."""
         return self._started(self._arguments(out, settings), os.environ if environment is None else environment)
 
     def _started(self, arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
@@ -137,8 +138,10 @@ class Bench:
         )
 
     def odedit(self, *arguments: object) -> Ended:
-        """Another command."""
-        return odedit(*arguments) if self.quick else _ended(self._started([str(one) for one in arguments], os.environ))
+        """Runs another command of odedit."""
+        if self.quick:
+            return odedit(*arguments)
+        return _ended(self._started([str(argument) for argument in arguments], os.environ))
 
     def _inline(self, out: Path, settings: Sequence[str]) -> Ended:
         with pytest.MonkeyPatch.context() as patch:
@@ -151,7 +154,7 @@ class Bench:
 
     @contextmanager
     def ordered(self, *orders: str) -> Iterator[None]:
-        """Inside, the editor has these orders."""
+        """Gives the editor orders inside the block."""
         for order in orders:
             (self.orders / order).touch()
         try:
@@ -162,10 +165,10 @@ class Bench:
 
     @contextmanager
     def held(self, happens: Callable[[int], object]) -> Iterator[None]:
-        """Inside, the second group waits in the middle of its edits until something has happened.
+        """Holds the second group in the middle of its edits, inside the block, until `happens` returns.
 
         Args:
-            happens: Called with the process that edits.
+            happens: Called in a thread with the number of the editing process.
         """
         with self.ordered(HOLD):
 
@@ -179,10 +182,10 @@ class Bench:
                 yield
 
     def wait_for_worker(self) -> int:
-        """The process that waits in the middle of the second group, once one does."""
-        found: list[Path] = []
-        wait_until(lambda: found.extend(self.orders.glob("at-*")) or found, "the second group is begun")
-        return int(found[0].name.rpartition("-")[2])
+        """Waits for a process to be held in the second group, and returns its number."""
+        signs: list[Path] = []
+        wait_until(lambda: signs.extend(self.orders.glob("at-*")) or signs, "the second group is begun")
+        return int(signs[0].name.rpartition("-")[2])
 
 
 PYTHON_PATH = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
@@ -195,7 +198,7 @@ def _ended(process: subprocess.Popen[str]) -> Ended:
 
 
 def odedit(*arguments: object) -> Ended:
-    """A command in this process."""
+    """Runs a command in this process."""
     begun = time.monotonic()
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     return Ended(result.exit_code, result.output, time.monotonic() - begun)
@@ -204,7 +207,7 @@ def odedit(*arguments: object) -> Ended:
 def run_stages(
     jobs: Sequence[Job], plan: Plan, pending: Sequence[tuple[int, int]], profile: Any = None
 ) -> Iterator[tuple[int, int, list[dict[str, Any]]]]:
-    """Takes the place of `pipeline.workers.graph.run_graph`: the stages as Ray would call them, one after the other."""
+    """Replacement of `pipeline.workers.graph.run_graph` that calls the stages in this process, one after the other."""
     prepare, edit = graph.PrepareStage(tuple(jobs)), graph.EditStage(tuple(jobs))
     for job, group in pending:
         report = {name: values[0] for name, values in edit(prepare({"job": [job], "group": [group]})).items()}
@@ -214,7 +217,7 @@ def run_stages(
 
 @contextmanager
 def _beside(work: Callable[[], object]) -> Iterator[None]:
-    """Does something in a thread while the block runs; an error in there is raised at its end."""
+    """Runs `work` in a thread during the block, and raises its error at the end."""
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -236,12 +239,12 @@ def _beside(work: Callable[[], object]) -> Iterator[None]:
 def wait_until(condition: Callable[[], object], what: str) -> None:
     begun = time.monotonic()
     while not condition():
-        assert time.monotonic() - begun < PATIENCE_S, f"waited in vain until {what}"
+        assert time.monotonic() - begun < PATIENCE_S, f"timed out waiting until {what}"
         time.sleep(0.05)
 
 
 def workers_of(driver: int) -> list[psutil.Process]:
-    """The processes that prepare and edit for a driver with a Ray of its own."""
+    """Worker processes of a driver with its own Ray."""
     family = psutil.Process(driver).children(recursive=True)
     return [process for process in family if re.match(r"ray::.*(Prepare|Edit)Stage", _title(process))]
 
@@ -249,7 +252,7 @@ def workers_of(driver: int) -> list[psutil.Process]:
 def _title(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())
-    except psutil.Error:  # it has just ended
+    except psutil.Error:  # the process has just ended
         return ""
 
 

@@ -1,4 +1,4 @@
-"""What has to be true of a run's folder once the run has come through: nothing lost, nothing else, nothing half."""
+"""Checks of the folder of a run that survived a fault: no record lost, no file damaged, none left over."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from tests.faults.bench import EDITS, Bench
 
 @dataclass(frozen=True)
 class Faced:
-    """A run that met a fault and was finished all the same.
+    """A finished run that met a fault.
 
     Attributes:
-        seconds: Of all its commands together.
-        undisturbed: Seconds of the same run without the fault.
-        given_up: Edits that it could not make because they are the fault; their rows say why.
-        as_with: Edits that were made in a smaller batch, which changes the last bits, and the settings under which the
-            undisturbed run makes them in the same.
+        out: Folder of the run.
+        seconds: Duration of all its commands.
+        undisturbed: Duration of the same run without the fault, in seconds.
+        given_up: Edits that cause the fault, whose rows are failed.
+        as_with: Setting per edit that was made in a smaller batch, which changes its last bits. The undisturbed run
+            with that setting makes it in the same batch.
     """
 
     out: Path
@@ -38,7 +39,7 @@ class Faced:
 
 
 def lost(bench: Bench, faced: Faced) -> list[str]:
-    """The records without a row, or without the edit that an undisturbed run makes of them."""
+    """Ids of the records whose row is missing or differs from the undisturbed run's."""
     rows = {row["edit_id"]: row for row in rows_of(faced.out)}
     lost = []
     for edit_id in bench.ids:
@@ -52,19 +53,20 @@ def lost(bench: Bench, faced: Faced) -> list[str]:
 
 
 def check(bench: Bench, faced: Faced) -> None:
-    """Raises AssertionError unless every record has exactly one row, every edit's tensors are those of the undisturbed
-    run, every file can be read, and none is left over.
+    """Raises AssertionError unless every record has exactly one row, every edit's tensors equal the undisturbed run's,
+    every file can be read, and no other file is left.
     """
     assert [row["edit_id"] for row in rows_of(faced.out)] == bench.ids
     assert lost(bench, faced) == []
     edited = [edit_id for edit_id in bench.ids[:EDITS] if edit_id not in faced.given_up]
     for edit_id in edited:
         reference = bench.reference(*filter(None, [faced.as_with.get(edit_id)]))
-        expected, found = (load_edit(Workspace.of(str(out)).edit(edit_id)) for out in (reference, faced.out))
-        # The pictures of a run in storage lie somewhere else than those of the undisturbed one.
-        assert replace(expected[1], image_root=found[1].image_root) == found[1], edit_id
-        assert expected[0].keys() == found[0].keys(), edit_id
-        assert all(torch.equal(expected[0][name], found[0][name]) for name in expected[0]), edit_id
+        expected, expected_info = load_edit(Workspace.of(str(reference)).edit(edit_id))
+        params, info = load_edit(Workspace.of(str(faced.out)).edit(edit_id))
+        # A run in object storage has its pictures there, the undisturbed run on disk.
+        assert replace(expected_info, image_root=info.image_root) == info, edit_id
+        assert expected.keys() == params.keys(), edit_id
+        assert all(torch.equal(expected[name], params[name]) for name in expected), edit_id
     _check_files(faced.out, edited)
 
 

@@ -1,6 +1,6 @@
-"""Plain fine-tuning that does what files in a folder tell it: one configuration meets every fault, and none.
+"""Fine-tuning that fails as files in a folder order it, so that one configuration serves every fault and none.
 
-An order is an empty file, obeyed in the middle of the optimisation of a group.
+An order is an empty file, obeyed in the middle of a group's optimisation.
 """
 
 from __future__ import annotations
@@ -21,25 +21,27 @@ from odedit.editors.ftl import FTL, FTLConfig
 from odedit.inputs.batch import EditBatch, EditParams
 
 GROUP = 3
-"""Edits of a group; the ids end in their number."""
+"""Edits per group. Edit ids end in the number of the record."""
 HOLD = "hold"
-"""The second group that is begun waits until the order is gone; a file `at-<process>` says that it does."""
+"""Order: the second group waits until the order is deleted; the file `at-<process>` shows that it waits."""
 DIE, NARROW = "die", "narrow"
-"""With an edit's id behind a dash: its process dies by SIGKILL; its process has memory for this edit and no other."""
+"""Orders followed by `-<edit id>`: kill the edit's process; limit its memory to this one edit."""
 REFUSED = "refused"
-"""A file that says that the system had no memory to give."""
+"""File that shows that an allocation failed."""
 _PATIENCE_S = 120.0
 _BYTES_OF_ONE = 2**28
 
 
 @dataclass(frozen=True)
 class ObedientConfig(FTLConfig):
-    """Adds: folder of the orders."""
+    """Settings of FT-L and `orders`, the folder of the orders."""
 
     orders: str = ""
 
 
 class Obedient(FTL):
+    """FT-L that obeys orders."""
+
     Config: ClassVar[type] = ObedientConfig
     own_slots = ("edit",)
 
@@ -72,7 +74,7 @@ def _hold(folder: Path, group: int) -> None:
 
 
 def _take_memory(num_edits: int, folder: Path) -> None:
-    """Asks the system, which gives this process no more than one edit and a half takes, for that of so many."""
+    """Allocates memory for `num_edits` edits, under a limit that allows one and a half."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     limit = psutil.Process().memory_info().vms + _BYTES_OF_ONE * 3 // 2
     resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))

@@ -1,4 +1,4 @@
-"""The faults that a run survives, each of them really brought about."""
+"""Scenarios: functions that run a command, cause a fault, and finish the run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from odedit.storage.location import copy_folder, locate
-from pipeline.tracking import runs
+from pipeline.tracking.client import connect
 from tests.faults.bench import ALL_DONE, EDITS, PYTHON_PATH, Bench, Ended, wait_until_gone, workers_of
 from tests.faults.lossless import Faced, rows_of
 from tests.faults.obedient import DIE, GROUP, HOLD, NARROW, REFUSED
@@ -26,10 +26,10 @@ from tests.support.object_store import BUCKET, object_store
 from tests.support.services import Server
 
 ATTEMPTS = 3
-"""`pipeline.max_attempts`."""
+"""Default of `pipeline.max_attempts`."""
 ONE_BY_ONE, ALONE = "pipeline.at_once=1", "pipeline.batch_size=1"
 _REFUSED_S = 8.0
-"""Longer than pyarrow's client of S3 tries by itself."""
+"""Seconds of refusals, longer than pyarrow's S3 client retries by itself."""
 _IN_STORE = f"s3://{BUCKET}"
 
 
@@ -38,10 +38,10 @@ class Fault:
     """One row of the table.
 
     Attributes:
-        name: What goes wrong.
-        answer: What happens.
-        face: Brings it about in a new folder, and checks on the way what the commands say.
-        is_tested_elsewhere: Whether the other tests kill the same process and look for the same outcome.
+        name: The fault, in words.
+        answer: The outcome, in words.
+        face: Scenario, given the bench and a new folder; also checks the commands' output.
+        is_tested_elsewhere: True when other tests cause the same fault.
     """
 
     name: str
@@ -88,7 +88,7 @@ def driver_killed(bench: Bench, out: Path) -> Faced:
         driver.kill()
         driver.communicate()
     seconds = time.monotonic() - begun
-    # A worker that has not heard of it yet may finish the group that it was at.
+    # A worker may finish its group before it notices that the driver is gone.
     ended = bench.edit(out).expect(0, f"Resuming {out}: ", ALL_DONE)
     wait_until_gone(left)
     return Faced(out, seconds + ended.seconds, calm)
@@ -145,7 +145,7 @@ def mlflow_gone(bench: Bench, out: Path) -> Faced:
         failed.expect(1, "could not be written to", f"odedit mlflow sync {out}")
         server.start()
         synced = bench.odedit("mlflow", "sync", out).expect(0, "is logged, as run")
-        client = runs._client(server.uri)
+        client = connect(server.uri)
         run = client.get_run(json.loads((out / "run.json").read_text())["run_id"])
         assert run.info.status == "FINISHED" and run.data.metrics["n"] == EDITS
         assert len(client.list_artifacts(run.info.run_id, "edits")) == EDITS
@@ -180,7 +180,7 @@ def storage_refuses(bench: Bench, out: Path) -> Faced:
 
 
 class _Refusing:
-    """Refuses everything for so long, once so many pictures have been read."""
+    """Answers 503 to every request for `seconds`, once `after` pictures have been read."""
 
     def __init__(self, after: int, seconds: float) -> None:
         self._reads_left, self._seconds, self._until = after, seconds, 0.0
@@ -203,7 +203,7 @@ def out_of_memory(bench: Bench, out: Path) -> Faced:
     with bench.ordered(f"{NARROW}-edit-04"):
         ended = bench.edit(out).expect(0, ALL_DONE)
         assert (bench.orders / REFUSED).exists()
-    # The worker remembers what fits: the groups that follow are made one edit at a time, too.
+    # The worker remembers the width that fits, and makes the following groups one edit at a time.
     return Faced(out, ended.seconds, calm, as_with={f"edit-{number:02d}": ONE_BY_ONE for number in range(GROUP, EDITS)})
 
 
@@ -242,39 +242,39 @@ def _cut_off(path: Path) -> None:
 FAULTS = (
     Fault(
         "a worker is killed in the middle of an edit",
-        "another one starts and does its group again",
+        "a new worker starts and repeats its group",
         worker_killed,
         is_tested_elsewhere=True,
     ),
-    Fault("a node is killed", "a node that joined takes its work; its group is done again", node_killed),
-    Fault("the command is killed (SIGKILL)", "given again, it goes on; finished groups are kept", driver_killed),
-    Fault("the command is ended (SIGTERM, Ctrl-C)", "exit code 130; given again, it goes on", terminated),
+    Fault("a node is killed", "a node that joined takes over and repeats its group", node_killed),
+    Fault("the command is killed (SIGKILL)", "the same command resumes; finished groups are kept", driver_killed),
+    Fault("the command is ended (SIGTERM, Ctrl-C)", "exit code 130; the same command resumes", terminated),
     Fault(
         "a record kills its worker each time",
-        f"after {ATTEMPTS} attempts a failed row with the reason; the rest of its group is edited",
+        f"a failed row with the reason after {ATTEMPTS} attempts; the rest of its group is edited",
         poison,
         is_tested_elsewhere=True,
     ),
-    Fault("the disk is full", "exit code 1 and a sentence; with space again, the command goes on", disk_full),
+    Fault("the disk is full", "exit code 1 and a message; with free space, the same command resumes", disk_full),
     Fault(
-        "the MLflow server goes away in the middle and comes back later",
-        "exit code 1; the results are in `out`, `odedit mlflow sync` delivers them",
+        "the MLflow server stops during the run and returns later",
+        "exit code 1; the results are in `out`, and `odedit mlflow sync` logs them",
         mlflow_gone,
     ),
     Fault(
         f"the object storage of records, pictures and results answers 503 for {_REFUSED_S:.0f} s",
-        "what is read or written is tried again for a minute; after that exit code 1, and the command goes on",
+        "reads and writes are retried for a minute; then exit code 1, and the same command resumes",
         storage_refuses,
     ),
-    Fault("memory runs out", "fewer edits at once, in the end one", out_of_memory),
+    Fault("memory runs out", "the number of edits at once is halved, down to one", out_of_memory),
     Fault(
         "result files are damaged",
-        "found when the command is given again, which says so and does their groups again",
+        "the same command reports them and repeats their groups",
         results_damaged,
     ),
     Fault(
         "edits, `run.json` and the count of attempts are damaged",
-        "the same; settings are taken from `config.yaml`, attempts counted anew",
+        "as above; settings are read from `config.yaml`, attempts counted from 0",
         others_damaged,
     ),
 )

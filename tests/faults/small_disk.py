@@ -1,7 +1,7 @@
-"""A disk that is really full: a small file system in memory, which only one process has mounted.
+"""A small disk that can be filled: a tmpfs mounted in the user namespace of one process.
 
-Everybody else sees it through that process, so nothing is mounted for the machine, and no rights are needed beyond
-those of a user namespace. Where those are not given, the system refuses the process that writes longer files.
+Other processes reach it through `/proc/<pid>/root`, so it needs no root and does not change the machine's mounts. Where
+user namespaces are forbidden, a limit on file sizes stands in for the full disk.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ _FEW_BYTES = 1024
 
 @dataclass(frozen=True)
 class Disk:
-    """A place for files.
+    """A folder that can be made to refuse writes.
 
     Attributes:
-        full: Inside the block it returns, there is no room for what a process writes.
-        refusal: What the system then says.
+        path: The folder.
+        full: Context manager, given a process, inside of which that process cannot write.
+        refusal: Message of the operating system in that case.
     """
 
     path: Path
@@ -35,10 +36,11 @@ class Disk:
 
 @contextmanager
 def small_disk(folder: Path, mebibytes: int) -> Iterator[Disk]:
-    """A file system of that size, which is gone after the block.
+    """A file system that exists during the block.
 
     Args:
-        folder: Empty folder that it is mounted over.
+        folder: Empty folder to mount it on.
+        mebibytes: Size in MiB.
     """
     mount = 'mount -t tmpfs -o size="$1" none "$2" && echo mounted && exec cat'
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh", f"{mebibytes}m", str(folder)]
@@ -51,12 +53,12 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[Disk]:
             else:
                 yield Disk(folder, _no_longer_files, "File too large")
         finally:
-            holder.stdin.close()  # which ends it
+            holder.stdin.close()  # ends the process
 
 
 @contextmanager
 def _filled(path: Path) -> Iterator[None]:
-    """Inside, there is not a byte left."""
+    """Leaves no free byte on the disk inside the block."""
     ballast = path / "ballast"
     with ballast.open("wb", buffering=0) as stream:
         try:
@@ -74,7 +76,7 @@ def _filled(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _no_longer_files(process: int) -> Iterator[None]:
-    """Inside, a process cannot write more than a few bytes to a file."""
+    """Limits a process inside the block to files of 1 KiB."""
     limited = psutil.Process(process)
     before = limited.rlimit(psutil.RLIMIT_FSIZE)
     limited.rlimit(psutil.RLIMIT_FSIZE, (_FEW_BYTES, before[1]))

@@ -1,9 +1,9 @@
-"""Brings about every fault once, as a user would meet it, and measures what it costs.
+"""Causes every fault once and measures the time and the records that it costs.
 
     python -m tests.faults.table --out bench
 
-Each fault is measured against the same command without it, given just before. Prints a table, and writes it as
-`faults.md`; fails if anything is lost. Starts Ray some thirty times, and an MLflow server.
+Each fault is measured against the same command without it, run just before. Prints a table and writes it to
+`faults.md`; fails if a record is lost. Starts Ray about thirty times, and an MLflow server.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run survives: every scenario ends with one row per record, and the rows and edits of the undisturbed run."""
+"""A run survives every fault with one row per record, and with the rows and edits of the undisturbed run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("faults"), quick=True)
 
 
-# tests/cluster/test_two_nodes.py kills a worker, tests/pipeline/test_graph.py has a record that does.
+# Tested elsewhere: tests/cluster/test_two_nodes.py kills a worker, tests/pipeline/workers/test_graph.py has a record
+# that does.
 @pytest.mark.parametrize(
     "fault", [fault for fault in FAULTS if not fault.is_tested_elsewhere], ids=lambda fault: fault.face.__name__
 )
@@ -27,8 +28,8 @@ def test_a_run_survives(fault: Fault, bench: Bench, tmp_path: Path) -> None:
     check(bench, fault.face(bench, tmp_path / "out"))
 
 
-def test_the_readme_has_the_table() -> None:
-    """As `make faults` made it: every fault, and nothing lost."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_of_the_pipeline_has_the_table() -> None:
+    """The table of `make faults`: every fault, and no record lost."""
+    text = (ROOT / "pipeline" / "README.md").read_text(encoding="utf-8")
     for fault in FAULTS:
         assert re.search(rf"^\| {re.escape(f'{fault.name} | {fault.answer}')} \| -?\d+ s \| 0 \|$", text, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""What is said of an error: one sentence about its cause, whatever libraries have wrapped around it."""
+"""Messages of errors: one sentence about the cause, without the wrappers of libraries."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHAINED = (
 
 
 def wrapped(error: BaseException) -> BaseException:
-    """As Ray Data hands on what a stage has raised."""
+    """Stand-in for Ray Data's wrapper of a stage's exception."""
     outer = UserCodeException("UDF failed to process a data block.")
     outer.__cause__ = error
     return RayTaskError("submit", TEXT, outer, "ray::MapWorker", 7, "10.0.0.1").as_instanceof_cause()
@@ -52,7 +52,7 @@ def test_an_error_is_one_sentence_about_its_cause(error: BaseException, expected
 
 
 def test_the_cause_is_found_where_only_the_text_of_it_was_sent() -> None:
-    """Pickling, which is how an error comes from a worker, drops `__cause__`."""
+    """Pickling, by which an error comes from a worker, drops `__cause__`."""
     error: Any = pickle.loads(pickle.dumps(UserCodeException("UDF failed to process a data block.")))
     task_error = RayTaskError("submit", TEXT, error, "ray::MapWorker", 7, "10.0.0.1")
     assert one_sentence(task_error.as_instanceof_cause()) == "OutOfMemoryError: no room for 3 MiB"

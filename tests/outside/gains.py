@@ -1,4 +1,4 @@
-"""An editor from outside the package, written from the contract alone: one gain per output of a module and edit."""
+"""An editor from outside the package: one gain per edit and output of a module."""
 
 from __future__ import annotations
 

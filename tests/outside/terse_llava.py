@@ -1,4 +1,4 @@
-"""A family from outside the package: LLaVA's class, asked without a turn around the question."""
+"""A family from outside the package: LLaVA's class, prompted without a chat turn around the question."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from odedit.backbones.common.checkpoints import Architecture, PretrainedProcessor
-from odedit.backbones.common.decoders import Decoder, LlamaDecoder
-from odedit.backbones.common.model import MultimodalModel
-from odedit.inputs.batch import Probe
-from odedit.inputs.encoding import TokenSequence
-from odedit.inputs.prompts import Template, tokenize
+from odedit.backbones.common import (
+    Architecture,
+    Backbone,
+    Decoder,
+    LlamaDecoder,
+    PretrainedProcessor,
+    Probe,
+    Template,
+    TokenSequence,
+    tokenize,
+)
 
 
 class Processor(PretrainedProcessor):
     images = "transformers.models.clip.image_processing_pil_clip.CLIPImageProcessorPil"
 
 
-class TerseLlava(MultimodalModel):
+class TerseLlava(Backbone):
     family = "outside.terse_llava"
     architecture = Architecture("LlavaForConditionalGeneration", "llava", ("llama",), "a LLaMA")
     Processor = Processor

@@ -1,4 +1,4 @@
-"""Small inputs, and a way to run the whole pipeline in this process: its stages without Ray between them."""
+"""Fixtures: small inputs, and the whole pipeline in this process, without Ray."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUIET = Console(quiet=True)
 
 @pytest.fixture
 def settings(tmp_path: Path) -> dict[str, Any]:
-    """A configuration of five records, and the files it names."""
+    """A configuration with five records, whose files exist."""
     records = [record(number) for number in range(5)]
     image_root, rephrase_root = write_images(tmp_path, records)
     return {
@@ -43,7 +43,7 @@ def config(settings: dict[str, Any]) -> RunConfig:
 
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunConfig], Outcome]:
-    """Runs a configuration with the real stages, one after the other, in this process."""
+    """Function that runs a configuration in this process, stage by stage."""
 
     inline_pipeline.install(monkeypatch)
     return lambda config: run(config, QUIET)

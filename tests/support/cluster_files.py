@@ -1,4 +1,4 @@
-"""The files of `cluster/` that start a cluster, as tests read them."""
+"""Readers of the files in `cluster/` that start a cluster."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PINS = {
     canonicalize_name(name): version
     for name, version in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
 }
-FILES = sorted(path for path in FOLDER.iterdir() if path.is_file() and path.suffix != ".py")
+FILES = sorted(path for path in FOLDER.iterdir() if path.is_file() and path.suffix not in (".py", ".md"))
 LAUNCHED = ("onprem.yaml", "aws.yaml")
 KUBERAY = ("raycluster.yaml", "rayjob.yaml")
 CREDENTIALS = (
@@ -32,7 +32,7 @@ CREDENTIALS = (
     "PGPASSWORD",
 )
 NO_METRICS = {"RAY_enable_metrics_collection": "0", "AUTOSCALER_METRIC_PORT": "-1", "DASHBOARD_METRIC_PORT": "-1"}
-"""What keeps Ray from opening its metrics ports, which demand no token."""
+"""Variables that close Ray's metrics ports, which demand no token."""
 MAKE_TOKEN = "(umask 077; ray get-auth-token --generate > /dev/null); chmod 600 ~/.ray/auth_token"
 
 
@@ -45,25 +45,26 @@ def load(name: str) -> dict[str, Any]:
 
 
 def cluster_of(name: str) -> dict[str, Any]:
-    """The RayClusterSpec of a file for KubeRay."""
+    """RayClusterSpec of a file for KubeRay."""
     spec = load(name)["spec"]
     return spec.get("rayClusterSpec", spec)
 
 
 def pods(name: str) -> list[dict[str, Any]]:
-    """The templates of a file's nodes."""
+    """Pod templates of a file's nodes."""
     spec = cluster_of(name)
     return [group["template"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
 
 
 def all_pods(name: str) -> list[dict[str, Any]]:
-    """The templates of a file's nodes, and of the pod that hands in its run."""
+    """Pod templates of a file's nodes and of the pod that submits its run."""
     submitter = load(name)["spec"].get("submitterPodTemplate")
     return pods(name) + ([submitter] if submitter else [])
 
 
-def readme_section() -> str:
-    return (ROOT / "README.md").read_text(encoding="utf-8").split("### On a cluster")[1].split("\n### ")[0]
+def page() -> str:
+    """The page that documents the files."""
+    return text("README.md")
 
 
 def slurm(option: str) -> str:
@@ -72,11 +73,11 @@ def slurm(option: str) -> str:
 
 
 def commands(name: str) -> list[str]:
-    """The commands that a file shows or runs: indented in comments, between backticks, and in its own settings."""
+    """Commands that a file shows or runs: indented in comments, between backticks, and in its own settings."""
     content = text(name)
-    found = [line.split("   ")[0].strip() for line in re.findall(r"^# {5}(\S.*)$", content, flags=re.MULTILINE)]
+    lines = [line.split("   ")[0].strip() for line in re.findall(r"^# {5}(\S.*)$", content, flags=re.MULTILINE)]
     for comment in re.findall(r"#.*(?:\n *#.*)*", content):
-        found += re.findall(r"`([^`]+)`", re.sub(r"\n *# ?", " ", comment))
-    found += re.findall(r"entrypoint: (.*)", content)
-    found += [" ".join(json.loads(line)) for line in re.findall(r"^CMD (.*)$", content, flags=re.MULTILINE)]
-    return found
+        lines += re.findall(r"`([^`]+)`", re.sub(r"\n *# ?", " ", comment))
+    lines += re.findall(r"entrypoint: (.*)", content)
+    lines += [" ".join(json.loads(line)) for line in re.findall(r"^CMD (.*)$", content, flags=re.MULTILINE)]
+    return lines

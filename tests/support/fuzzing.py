@@ -1,4 +1,4 @@
-"""How the fuzz tests search: the same examples each time, in as long as it takes."""
+"""Settings of the fuzz tests: the same examples every time, without a deadline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pipeline's real stages one after the other in this process, without Ray between them."""
+"""The pipeline's stages in this process, one after the other, without Ray."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.workers.preparer import Preparer
 def run_graph(
     jobs: Sequence[Job], plan: Plan, pending: Sequence[tuple[int, int]], profile: Any = None
 ) -> Iterator[tuple[int, int, list[dict[str, Any]]]]:
-    """Takes the place of `pipeline.workers.graph.run_graph`."""
+    """Substitute for `pipeline.workers.graph.run_graph`."""
     workers: dict[int, Any] = {}
     for job, group in pending:
         if job not in workers:

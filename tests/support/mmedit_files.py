@@ -1,4 +1,4 @@
-"""Makes files of records and folders of images like MMEdit's, small and in no time."""
+"""Small files of records and folders of images in MMEdit's format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (24, 18), mode: str = "RGB") -> Image.Image:
-    """Noise: every seed is another picture."""
+    """A picture of noise; each seed gives another one."""
     values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(values).convert(mode)
 

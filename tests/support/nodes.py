@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes on this machine alone, with a token, as child processes that end with the test."""
+"""A Ray cluster of two local nodes with a token, as child processes that end with the test."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from tests.support.services import free_port
 
 PATIENCE_S = 180.0
 NO_SPARE_WORKERS = {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0"}
-"""Ray would start a worker for each CPU and driver, most of which would never work."""
+"""Variables that keep Ray from starting idle workers for each CPU and driver."""
 LOSSES_SEEN_SOON = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "2"}
-"""A head asks its nodes every 3 seconds, and gives up a node that has failed to answer five times."""
+"""Variables of a head that gives a lost node up within seconds. By default: after five misses, 3 seconds apart."""
 
 
 @dataclass
@@ -34,11 +34,11 @@ class Cluster:
     """A running cluster.
 
     Attributes:
-        address: Of its dashboard, where jobs are sent.
-        gcs: What a driver connects to.
-        environment: Of whoever may use it; holds the token.
-        second: The process of the node that may be lost.
-        add: Starts one more node, which is the second one from then on.
+        address: Address of the dashboard, for job submission.
+        gcs: Address that a driver connects to.
+        environment: Environment of its clients, with the token.
+        second: Process of the second node, which a test may kill.
+        add: Starts another node, which replaces `second`.
     """
 
     address: str
@@ -48,13 +48,13 @@ class Cluster:
     add: Callable[[], None] = lambda: None
 
     def alive(self) -> int:
-        """Nodes that the head believes to be there."""
+        """Number of nodes that the head reports as alive."""
         request = urllib.request.Request(
             f"{self.address}/api/v0/nodes", headers={"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
         )
         with urllib.request.urlopen(request, timeout=10) as reply:
-            found = json.load(reply)["data"]["result"]["result"]
-        return sum(node["state"] == "ALIVE" for node in found)
+            nodes = json.load(reply)["data"]["result"]["result"]
+        return sum(node["state"] == "ALIVE" for node in nodes)
 
     def workers(self, stage: str) -> list[psutil.Process]:
         """The processes of the actors that run a stage of the graph, on both nodes."""
@@ -67,7 +67,7 @@ class Cluster:
             return False
 
     def lose_second(self) -> None:
-        """SIGKILL for everything on the second node at once, as if its power had gone."""
+        """Kills all processes of the second node at once, like a power failure."""
         for process in [*psutil.Process(self.second.pid).children(recursive=True), psutil.Process(self.second.pid)]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -92,13 +92,15 @@ def _name(process: psutil.Process) -> str:
 
 @contextmanager
 def two_nodes(cpus: int = 2, head_cpus: int | None = None, **variables: str) -> Iterator[Cluster]:
-    """A head and a second node, each with so many CPUs (the machine may have fewer), the head perhaps with others.
+    """A head and a second node.
 
     Args:
-        variables: More of the environment that Ray is started in.
+        cpus: CPUs of each node, possibly more than the machine has.
+        head_cpus: CPUs of the head, if different.
+        variables: Further environment variables of Ray.
     """
     with ExitStack() as stack:
-        # Sockets have short names; pytest's folders are deep.
+        # Socket paths must be short; pytest's folders are too deep.
         home = Path(tempfile.mkdtemp(prefix="odedit-ray-", dir="/tmp"))
         stack.callback(shutil.rmtree, home, ignore_errors=True)
         token = secrets.token_hex(16)
@@ -114,7 +116,7 @@ def two_nodes(cpus: int = 2, head_cpus: int | None = None, **variables: str) -> 
         }
         gcs, dashboard = free_port(), free_port()
         common = ["--block", "--node-ip-address=127.0.0.1", "--num-gpus=0"]
-        # Ports of its own for the agents: two nodes on one machine would want the same.
+        # Free ports for the agents: two nodes on one machine collide on the default.
         common += ["--object-store-memory=200000000", "--disable-usage-stats", "--dashboard-agent-listen-port=0"]
         head = ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
         head.append(f"--num-cpus={cpus if head_cpus is None else head_cpus}")
@@ -158,11 +160,11 @@ def running(command: list[str], environment: Mapping[str, str], log: IO[bytes]) 
                 left.kill()
 
 
-def wait_for(is_so: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
     begun = time.monotonic()
     while True:
         try:
-            if is_so():
+            if condition():
                 return
         except OSError:
             pass

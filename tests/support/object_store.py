@@ -1,4 +1,4 @@
-"""An S3-compatible server on this machine alone, which can refuse requests and be gone for a while."""
+"""A local S3-compatible server that can refuse requests and be stopped for a while."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ BUCKET = "odedit"
 
 class _Quiet(WSGIRequestHandler):
     def log(self, type: str, message: str, *args: Any) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 @dataclass
 class ObjectStore:
-    """The server; what lies in it stays when it stops.
+    """The server; its objects survive a stop.
 
     Attributes:
-        port: On 127.0.0.1.
-        answer: Given a request's method and path (with its query), the HTTP status to refuse it with, or None.
-        requests: What was asked, as `PUT /odedit/name`.
+        port: Port on 127.0.0.1.
+        answer: Function of a request's method and path with query; returns an HTTP status to refuse it with, or None.
+        requests: All requests, such as `PUT /odedit/name`.
     """
 
     port: int
@@ -60,19 +60,19 @@ class ObjectStore:
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def stop(self) -> None:
-        """From now on connections are refused."""
+        """Stops the server; connections are refused."""
         assert self._server is not None
         self._server.shutdown()
         self._server.server_close()
 
     def names(self, prefix: str = "") -> list[str]:
-        """The objects there are, by name; without what stands for a folder."""
+        """Names of the objects, without markers of folders."""
         keys = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[BUCKET].keys
         return sorted(name for name in keys if name.startswith(prefix) and not name.endswith("/"))
 
     @property
     def environment(self) -> dict[str, str]:
-        """How odedit finds it."""
+        """Environment variables for access to the server."""
         return {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
             "AWS_ACCESS_KEY_ID": "tester",

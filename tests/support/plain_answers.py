@@ -1,4 +1,4 @@
-"""Asks checkpoints as a user without odedit does: the library's automatic classes, `generate`, and the picture.
+"""Answers of checkpoints without odedit: the library's automatic classes, `generate`, and the picture.
 
 Run as a program: reads a list of `{family, checkpoint, questions: [[text, image], ...]}` as JSON from standard input,
 and writes the answers.
@@ -18,7 +18,7 @@ VISION = f"<|vision_start|>{IMAGE_PAD}<|vision_end|>"
 
 
 class PartsOfQwen:
-    """What Qwen2.5-VL's processor makes of a picture and a text; the whole one wants torchvision, for videos."""
+    """Qwen2.5-VL's processor without videos, for which the library's needs torchvision."""
 
     def __init__(self, checkpoint: str) -> None:
         from transformers import AutoTokenizer
@@ -45,7 +45,7 @@ def answer(family: str, processor: Any, model: Any, text: str, image: str) -> st
 
     text = f"Question: {text} Short answer:"
     picture: Any = Image.open(image).convert("RGB")
-    if family == "minigpt4":  # The library has no processor for its layout: the image tokens are written out.
+    if family == "minigpt4":  # The library has no processor for this layout, so the image tokens are written out.
         token = processor.tokenizer.convert_ids_to_tokens(model.config.image_token_id)
         tokens = token * model.config.num_query_tokens
         text = f"###Human: <Img>{tokens}</Img> {text}###Assistant:"
@@ -70,7 +70,7 @@ def main() -> None:
     for task in json.load(sys.stdin):
         load = PartsOfQwen if task["family"] == "qwen2_5_vl" else AutoProcessor.from_pretrained
         processor = load(task["checkpoint"])
-        # As precise as odedit is; without `dtype` the model is loaded in the type in which it is stored.
+        # odedit's type; by default the model is loaded in its stored type.
         model = AutoModelForImageTextToText.from_pretrained(task["checkpoint"], dtype=torch.float32).eval()
         answers.append([answer(task["family"], processor, model, *question) for question in task["questions"]])
     print(json.dumps(answers))

@@ -1,4 +1,4 @@
-"""Requests over random pictures, for tests that need shapes rather than sense."""
+"""Requests with random pictures, for tests that need shapes and no meaning."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def make_picture(number: int) -> Picture:
 
 
 def make_pool(backbone, count: int = 4, sites: tuple[str, ...] = ()) -> NegativePool:
-    """Pictures that no request shows, of which each edit gets `count`."""
+    """A pool of pictures of no request; each edit gets `count` of them."""
     before = any(map(is_connector, sites))
     return NegativePool(backbone.image_features([make_picture(number) for number in range(700, 712)], before), count)
 
 
 def make_request(number: int, *, full: bool = True) -> EditRequest:
-    """A request with every supervision slot, or only the edit with one rephrase and one locality probe."""
+    """A request with all supervision slots, or with one rephrase and one locality probe only."""
     target = ("anna hill", "leo stone", "ruby")[number % 3]
     question = ("who owns this digit?", "which food does this number like?")[number % 2]
     edit = Probe(question, target, make_picture(number))

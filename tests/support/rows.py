@@ -1,4 +1,4 @@
-"""Rows of two runs that edited the same."""
+"""Comparison of the result rows of two runs."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ def near(value: Any) -> Any:
 
 
 def assert_same(rows: Sequence[dict[str, Any]], expected: Sequence[dict[str, Any]]) -> None:
-    """Equal up to rounding: a product's depends on which pictures or edits share a batch, on some processors."""
-    kept = [[{key: row[key] for key in row if key not in NOT_REPRODUCIBLE} for row in one] for one in (rows, expected)]
+    """Asserts equality up to rounding, which on some processors depends on what shares a batch."""
+    kept = [[{key: row[key] for key in row if key not in NOT_REPRODUCIBLE} for row in run] for run in (rows, expected)]
     assert kept[0] == near(kept[1])

@@ -1,4 +1,4 @@
-"""What tests start for themselves, on this machine alone: an MLflow server, and a database behind it."""
+"""Local services for tests: an MLflow server, and a database for it."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ PATIENCE_S = 120.0
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
 
 
 @contextmanager
 def server(backend: str, folder: Path, password: str | None = None) -> Iterator[str]:
-    """`mlflow server` on this machine alone; with a password, for the user `admin` alone."""
-    one = Server(backend, folder, password)
+    """A local `mlflow server`; with a password, only for the user `admin`."""
+    mlflow = Server(backend, folder, password)
     try:
-        one.start()
-        yield one.uri
+        mlflow.start()
+        yield mlflow.uri
     finally:
-        one.stop()
+        mlflow.stop()
 
 
 class Server:
-    """As `server`; it can be stopped and started again, at the same address."""
+    """The server of `server`, which can be stopped and restarted at the same address."""
 
     def __init__(self, backend: str, folder: Path, password: str | None = None) -> None:
         port = free_port()
@@ -69,7 +69,7 @@ class Server:
             time.sleep(0.2)
 
     def stop(self, number: int = 15) -> None:
-        """Ends all its processes with a signal; nothing if it does not run."""
+        """Ends all processes of the server with a signal, if it runs."""
         if self._running is not None:
             if self._running.poll() is None:
                 os.killpg(self._running.pid, number)
@@ -87,15 +87,15 @@ def answers(address: str) -> bool:
 
 @contextmanager
 def database(folder: Path) -> Iterator[str]:
-    """A PostgreSQL of its own, where it is installed; else a file."""
+    """A PostgreSQL server if it is installed, else an SQLite file."""
     programs = postgres_programs()
     if programs is None:
         yield f"sqlite:///{folder}/server.db"
         return
-    # It does not run as root.
+    # PostgreSQL does not run as root.
     user = {"user": "nobody"} if os.getuid() == 0 else {}
     name, port, password = user.get("user") or "tester", free_port(), secrets.token_hex(8)
-    home = Path(f"/tmp/odedit-postgres-{secrets.token_hex(4)}")  # pytest's folders are closed to others
+    home = Path(f"/tmp/odedit-postgres-{secrets.token_hex(4)}")  # other users cannot enter pytest's folders
     with ExitStack() as stack:
         home.mkdir(mode=0o755)
         stack.callback(shutil.rmtree, home, ignore_errors=True)
@@ -130,6 +130,6 @@ def wait_for(address: str, running: subprocess.Popen[bytes]) -> None:
 
 
 def postgres_programs() -> Path | None:
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    anywhere = shutil.which("initdb")
-    return found[-1].parent if found else Path(anywhere).parent if anywhere else None
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    on_path = shutil.which("initdb")
+    return installed[-1].parent if installed else Path(on_path).parent if on_path else None

@@ -22,10 +22,10 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def settings_for(name: str, backbone: Backbone) -> dict[str, Any]:
-    """`SMALL`, at sites that the model has."""
+    """Settings from `SMALL`, with sites that the model has."""
     depth = backbone.num_layers
     if name == "wise":
-        # As published: the matrix in front of the nonlinearity in OPT, the one behind it in a gated layer.
+        # As published: the matrix before the nonlinearity in OPT, the one after it in a gated layer.
         return {**SMALL[name], "site": f"layers.{depth // 2}.{'ffn.in' if backbone.family == 'blip2' else 'ffn.out'}"}
     if name == "mend" and depth < 3:
         return {**SMALL[name], "sites": ("layers.-1.ffn.in", "layers.-1.ffn.out")}
@@ -33,7 +33,7 @@ def settings_for(name: str, backbone: Backbone) -> dict[str, Any]:
 
 
 def ready_editor(name: str, backbone: Backbone, folder: Path, **settings: Any) -> Any:
-    """With untrained weights where the method has weights of its own: they must do what they are told as well."""
+    """A loaded editor; a trainable one gets its initial weights, which must satisfy the contract too."""
     settings = {**settings_for(name, backbone), **settings}
     editor = load_editor(name, settings)
     if not isinstance(editor, Trainable):

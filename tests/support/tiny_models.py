@@ -1,4 +1,4 @@
-"""Tiny checkpoints with random weights, one per family, written as the library writes them."""
+"""Tiny checkpoints with random weights, one per family, in the library's format."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _QFORMER: dict[str, Any] = {
 
 
 def tokenizer(begins: bool) -> Any:
-    """Byte-level BPE; a text begins with `<s>` or with nothing."""
+    """A byte-level BPE tokenizer, with or without `<s>` at the beginning of a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -50,7 +50,7 @@ def tokenizer(begins: bool) -> Any:
 
 
 def pieces() -> Any:
-    """As LLaMA's: words begin with `\u2581`, every digit is a token of its own and never merged with it."""
+    """A tokenizer like LLaMA's: words begin with `\u2581`, and every digit is a separate token."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -130,15 +130,15 @@ _MAKE = {
     "qwen2_5_vl": _qwen2_5_vl,
 }  # fmt: skip
 FAMILIES = ("minigpt4", "llava", "qwen2_5_vl")
-"""Those with a LLaMA or its like as text model; `write` knows `blip2` as well, and `blip2, projected`, whose
-embeddings are narrower than its layers."""
+"""Families with a LLaMA or relative as text model. `write` also makes `blip2`, and `blip2, projected`, whose embeddings
+are narrower than its layers."""
 
 
 def write(family: str, directory: Path, seed: int = 0, *, with_pieces: bool = False) -> Path:
-    """A checkpoint of a family; returns its directory.
+    """Writes a checkpoint of a family, and returns its folder.
 
     Args:
-        with_pieces: With a tokenizer of `pieces`.
+        with_pieces: Whether to use the tokenizer of `pieces`.
     """
     torch.manual_seed(seed)
     model, images = _MAKE[family]()

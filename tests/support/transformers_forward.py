@@ -1,4 +1,4 @@
-"""What the library's own forward says, one sequence at a time: no prefix, no hooks, no batch."""
+"""The library's forward of single sequences, without prefix, hooks or batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from odedit.inputs.batch import EDIT, RELIABILITY, EditBatch
 
 
 def copy_of(backbone: Any) -> Any:
-    """The model with weights of its own, none of which requires a gradient. Outside `applied`: hooks are copied too."""
+    """A copy of the model without gradients. Call it outside `applied`, because hooks are copied too."""
     return copy.deepcopy(backbone.model)
 
 

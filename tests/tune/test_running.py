@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline.tracking import runs as tracking
-from pipeline.tracking.runs import TrackingError
+from pipeline.tracking.client import TrackingError, connect
 from pipeline.tracking.searches import KIND, STATE, SearchRun
 from tune.config import check, from_values
 from tune.points import Points
@@ -35,7 +34,7 @@ class Search:
         self.running.report(trial_id, {"report": json.dumps(said)})
 
     def runs(self) -> list[Any]:
-        client = tracking._client(self.uri)
+        client = connect(self.uri)
         experiment = client.get_experiment_by_name("test").experiment_id
         return [run for run in client.search_runs([experiment]) if run.data.tags[KIND] == "trial"]
 
@@ -44,7 +43,7 @@ def test_a_store_that_is_gone_for_a_while_misses_nothing(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     search = Search(values | {"trials": 2}, tmp_path)
-    client = search.tracker.client
+    client = search.tracker.store.client
     assert search.running.ask("a")
 
     def gone(*arguments: Any, **named: Any) -> None:
@@ -96,7 +95,7 @@ def test_a_trial_that_breaks_off_is_handed_out_again_so_often(values: dict[str, 
     assert (trial.state, trial.error, list(trial.reports)) == ("failed", "its worker died", [2])
     (run,) = search.runs()
     assert run.info.status == "FAILED" and run.data.tags["odedit.error"] == "its worker died"
-    assert len(search.tracker.client.get_metric_history(run.info.run_id, "score")) == 1
+    assert len(search.tracker.store.client.get_metric_history(run.info.run_id, "score")) == 1
 
 
 def test_a_trial_is_handed_the_site_that_its_model_has(values: dict[str, Any], tmp_path: Path) -> None:

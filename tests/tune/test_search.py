@@ -31,8 +31,7 @@ from odedit.__main__ import app
 from pipeline.run_folder import staging
 from pipeline.run_folder.rows import parts, read_rows
 from pipeline.run_folder.workspace import Workspace
-from pipeline.tracking import runs as tracking
-from pipeline.tracking.runs import PARENT_TAG
+from pipeline.tracking.client import PARENT_TAG, connect
 from pipeline.tracking.searches import KIND, POINT, STATE
 from pipeline.workers import graph
 from tests.support import inline_pipeline
@@ -107,7 +106,7 @@ def command_of(process: psutil.Process) -> list[str]:
 
 def children(out: Path) -> tuple[Any, list[Any]]:
     """The parent's run and its children's, with what they belong to checked."""
-    client = tracking._client(f"sqlite:///{out}/mlflow.db")
+    client = connect(f"sqlite:///{out}/mlflow.db")
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     every = client.search_runs(experiments)
     (parent,) = [run for run in every if run.data.tags.get(KIND) == "search"]
@@ -191,7 +190,7 @@ def test_a_search_that_is_interrupted_and_killed_goes_on_to_as_many_trials_as_we
     assert len(runs) == len({run.data.tags[POINT] for run in runs}) == 9
     assert parent.info.status == "FINISHED" and {run.info.status for run in runs} == {"FINISHED"}
     assert {run.data.tags[POINT] for run in runs} == {trial.user_attrs["key"] for trial in tried}
-    client = tracking._client(f"sqlite:///{out}/mlflow.db")
+    client = connect(f"sqlite:///{out}/mlflow.db")
     for child in runs:
         history = client.get_metric_history(child.info.run_id, "score")
         assert [point.step for point in sorted(history, key=lambda point: point.step)] == (

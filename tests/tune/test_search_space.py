@@ -113,10 +113,10 @@ WRONG = {
     "sampler=tpee": "sampler: got 'tpee', expected 'tpe' or 'random'",
     "sampler=nsga2": "sampler: 'nsga2' is for several objectives",
     "objectives=[scor]": "Unknown objective 'scor'. Did you mean 'score'?",
-    "trials=0": "trials: got 0, expected at least 1",
+    "trials=0": "trials: got 0, expected a whole number >= 1",
     "validation.path=embedded:evaluation": "validation.path: got 'embedded:evaluation', which the final",
     "settings.editor.max_stepps=3": "settings.editor.max_stepps: unknown key. Did you mean 'max_steps'?",
-    "rungs.factor=1": "rungs.factor: got 1, expected at least 2",
+    "rungs.factor=1": "rungs.factor: got 1, expected a whole number >= 2",
 }
 
 

@@ -12,7 +12,7 @@ from odedit.data.records import RawRecord
 from odedit.evaluation.statistics import MAIN
 from pipeline.run_folder import rows
 from pipeline.run_folder.workspace import Workspace, read_json
-from pipeline.workers import editor
+from pipeline.workers import model
 from pipeline.workers.plan import Job
 from tune import rungs as records
 from tune import scoring
@@ -47,14 +47,14 @@ def test_a_trial_goes_rung_by_rung_and_the_next_one_finds_the_model_loaded(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[Any] = []
-    original = editor.load_remembering
+    original = model.load_remembering
 
     def load(*arguments: Any, **named: Any) -> Any:
         loads.append(arguments)
         return original(*arguments, **named)
 
-    monkeypatch.setattr(editor, "load_remembering", load)
-    monkeypatch.setattr(editor, "_LOADED", {})
+    monkeypatch.setattr(model, "load_remembering", load)
+    monkeypatch.setattr(model, "_loaded", {})
     first, second = {"editor.learning_rate": 1e-3}, {"editor.learning_rate": 2e-3}
     trial = trial_of(values, tmp_path / "out", first)
     said = [trial.step() for _ in range(3)]

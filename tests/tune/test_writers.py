@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.tracking import runs
-from pipeline.tracking.runs import PARENT_TAG
+from pipeline.tracking.client import PARENT_TAG, connect
 from pipeline.tracking.searches import POINT, SearchRun
 from tests.support.services import PATIENCE_S, database, server
 from tune.config import check, from_values
@@ -43,7 +42,7 @@ def check_together(uri: str) -> None:
     for process in processes:
         process.join(PATIENCE_S)
     assert [process.exitcode for process in processes] == [0] * WRITERS
-    client = runs._client(uri)
+    client = connect(uri)
     experiment = client.get_experiment_by_name("together").experiment_id
     every = client.search_runs([experiment], max_results=1000)
     assert len(every) == WRITERS * (1 + TRIALS)
@@ -80,13 +79,13 @@ def test_a_trial_whose_end_was_interrupted_is_not_closed_yet(tmp_path: Path, mon
     for key, number, state, status in (("one", 0, "complete", "FINISHED"), ("two", 1, "failed", "FAILED")):
         search.open_trial(key, number, {}, {})
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(search.client, "set_terminated", interrupt)
+            patched.setattr(search.store.client, "set_terminated", interrupt)
             search.close_trial(key, state, {}, {}, {})
         search.end("KILLED")
-        assert search.client.get_run(search.trials[key]).info.status == "KILLED" and not search.is_closed(key)
+        assert search.store.run(search.trials[key].run_id).info.status == "KILLED" and not search.is_closed(key)
         search.open_trial(key, number, {}, {})
         search.close_trial(key, state, {}, {}, {})
-        assert search.client.get_run(search.trials[key]).info.status == status and search.is_closed(key)
+        assert search.store.run(search.trials[key].run_id).info.status == status and search.is_closed(key)
 
 
 def test_a_search_kept_in_the_database_goes_on(values: dict[str, Any], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints in the Hugging Face layout: found, checked, named by their weights, and their processor read."""
+"""Checkpoints in the Hugging Face layout: location, checks, fingerprint and processor."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from odedit.inputs.batch import Picture
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _POSITIONS = "position_ids"
-_NOT_TELLING = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+_IRRELEVANT = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a checkpoint's configuration must say.
+    """Requirements on a checkpoint's configuration.
 
     Attributes:
         model_class: Class of `transformers` that reads the checkpoint.
-        model_type: `model_type` of the whole.
-        text_types: `model_type` values of the text models that the backbone computes with.
-        text_name: The text model in words.
-        example: A hub id of this kind; None where none is published.
-        vision_types: `model_type` values of its image tower; empty: any.
+        model_type: Required `model_type` of the model.
+        text_types: Allowed `model_type` values of the text model.
+        text_name: Text model in words, for messages.
+        example: Hub id of such a checkpoint; None if none is published.
+        vision_types: Allowed `model_type` values of the image tower; empty: any.
     """
 
     model_class: str
@@ -47,13 +47,13 @@ class Architecture:
 
 
 def resolve(checkpoint: str, family: str, architecture: Architecture, *, weights: bool = True) -> str:
-    """The folder behind a setting; a hub id's is in the hub's cache.
+    """The folder of a checkpoint; for a hub id, in the hub's cache.
 
     Args:
-        weights: Whether a hub id's weights are needed, besides its configuration, tokenizer and processor.
+        weights: Whether to download a hub id's weights, besides its configuration, tokenizer and processor.
 
     Raises:
-        InputError: A folder that is not there, or a hub id whose files cannot be had.
+        InputError: The folder does not exist, or the hub id's files are unavailable.
     """
     if checkpoint == "embedded":
         from odedit import world
@@ -73,7 +73,7 @@ def resolve(checkpoint: str, family: str, architecture: Architecture, *, weights
 
 
 def read_config(source: str, family: str, architecture: Architecture) -> Any:
-    """The checkpoint's configuration; InputError unless it is of that architecture, and of plain weights."""
+    """The checkpoint's configuration. Raises InputError for another architecture and for quantised weights."""
     from transformers import AutoConfig
 
     try:
@@ -99,21 +99,21 @@ def read_config(source: str, family: str, architecture: Architecture) -> Any:
 
 
 def _check_plain(values: dict[str, Any], source: str) -> None:
-    """Raises InputError for a configuration of quantised weights."""
+    """Raises InputError for a configuration of quantised or renamed weights."""
     if values.get("transformers_weights"):
         raise InputError(
             f"backbone.checkpoint {source!r}: config.json names a weight file of its own (transformers_weights), which "
-            f"is not followed. Name the file {weight_files.WEIGHTS}, and take the setting out."
+            f"is not read. Name the file {weight_files.WEIGHTS}, and take the setting out."
         )
     parts = [values, *(part for part in values.values() if isinstance(part, dict))]
     for key in ("quantization_config", "compression_config"):
-        for found in (part[key] for part in parts if part.get(key)):
-            method = str(found.get("quant_method") or "an unnamed method") if isinstance(found, dict) else str(found)
-            bits = {4: found.get("load_in_4bit"), 8: found.get("load_in_8bit")} if isinstance(found, dict) else {}
-            number = next((bit for bit, is_set in bits.items() if is_set), None) or (
-                found.get("bits") if isinstance(found, dict) else None
-            )
-            raise _quantised(source, f"{method}, {number} bits" if number else method)
+        for settings in (part[key] for part in parts if part.get(key)):
+            if not isinstance(settings, dict):
+                raise _quantised(source, str(settings))
+            method = str(settings.get("quant_method") or "an unnamed method")
+            loaded_bits = (bits for bits in (4, 8) if settings.get(f"load_in_{bits}bit"))
+            bits = next(loaded_bits, None) or settings.get("bits")
+            raise _quantised(source, f"{method}, {bits} bits" if bits else method)
 
 
 def _quantised(source: str, how: str) -> InputError:
@@ -124,13 +124,13 @@ def _quantised(source: str, how: str) -> InputError:
 
 
 def check_dtype(dtype: str) -> None:
-    """Raises InputError for a type that models are not loaded in."""
+    """Raises InputError unless models can be loaded in this type."""
     if dtype not in DTYPES:
         raise InputError(f"backbone.dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}.")
 
 
 def load_model(source: str, checkpoint: str, architecture: Architecture, dtype: str) -> Any:
-    """The model on the CPU. Raises InputError if its weights cannot be read, or are not exactly those of the model."""
+    """The model on the CPU. Raises InputError if weights cannot be read, or do not match the model exactly."""
     try:
         model, report = _loaded(architecture, dtype, source, use_safetensors=True)
     except OSError as error:
@@ -140,17 +140,16 @@ def load_model(source: str, checkpoint: str, architecture: Architecture, dtype: 
 
 
 def empty_model(source: str, checkpoint: str, config: Any, architecture: Architecture, dtype: str) -> Any:
-    """The model on the meta device, once the headers of the weight files fit it. Reads no weights.
+    """The model on the meta device, checked against the headers of the weight files. Reads no weights.
 
     Raises:
-        InputError: Weights are missing, unexpected, mis-shaped, quantised or damaged, or the configuration describes no
-            model.
+        InputError: Weights are missing, unexpected, mis-shaped, quantised or damaged, or the configuration does not
+            describe a model.
     """
     stored = weight_files.read_headers(weight_files.find(Path(source)))
-    quantised = {name: one for name, one in stored.items() if one.dtype not in weight_files.FLOATS}
-    for name, one in quantised.items():
-        if not name.endswith(_POSITIONS):
-            raise _quantised(source, f"{name} has the type {one.dtype}")
+    for name, tensor in stored.items():
+        if tensor.dtype not in weight_files.FLOATS and not name.endswith(_POSITIONS):
+            raise _quantised(source, f"{name} has the type {tensor.dtype}")
 
     def build(names: Mapping[str, str]) -> tuple[Any, LoadingReport]:
         weights = {name: torch.empty(stored[own].shape, device="meta") for name, own in names.items()}
@@ -175,7 +174,7 @@ def _loaded(architecture: Architecture, dtype: str, source: str | None, **argume
     import transformers
 
     with _without_reports():
-        # Without a padding mask the eager attention would not even be causal.
+        # "sdpa", because eager attention without a padding mask is not causal.
         model, report = getattr(transformers, architecture.model_class).from_pretrained(
             source, dtype=DTYPES[dtype], trust_remote_code=False, attn_implementation="sdpa",
             output_loading_info=True, ignore_mismatched_sizes=True, **arguments,
@@ -185,7 +184,7 @@ def _loaded(architecture: Architecture, dtype: str, source: str | None, **argume
 
 @contextmanager
 def _without_reports() -> Iterator[None]:
-    """Inside, the library prints no report of a loading, which ends as one error here, and no bar of its progress."""
+    """Silences the library's loading report, which becomes one error here, and its progress bar."""
     from transformers.utils import logging
 
     verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -200,11 +199,11 @@ def _without_reports() -> Iterator[None]:
 
 
 def fingerprint(source: str, checkpoint: str, config: Any, dtype: str = "float32") -> Fingerprint:
-    """Names the model by its configuration and every byte of its weights, however they are spread over files.
+    """Name of a model from its configuration and every byte of its weights, independent of their split into files.
 
     Args:
-        checkpoint: Folder or hub id as the user gave it; fingerprints of earlier versions depend on it.
-        dtype: Type that the weights are loaded in; the name does not depend on it.
+        checkpoint: Folder or hub id as the user gave it; only fingerprints of earlier versions depend on it.
+        dtype: Type that the weights are loaded in, for the check of their range.
 
     Raises:
         InputError: A file is damaged, or a weight is NaN, infinite, or too large for the type.
@@ -212,7 +211,7 @@ def fingerprint(source: str, checkpoint: str, config: Any, dtype: str = "float32
     files = weight_files.find(Path(source))
     stored, contents = weight_files.read_headers(files), weight_files.read_contents(files)
     _check_values(contents, source, dtype)
-    settings = json.dumps(_telling(config.to_diff_dict()), sort_keys=True, default=str)
+    settings = json.dumps(_relevant(config.to_diff_dict()), sort_keys=True, default=str)
     lines = [f"{name} {stored[name].dtype} {stored[name].shape} {contents[name].digest}" for name in stored]
     text = hashlib.sha256("\n".join([settings, *sorted(lines)]).encode()).hexdigest()[:LENGTH]
     is_local = checkpoint == "embedded" or Path(checkpoint).expanduser().is_dir()
@@ -224,8 +223,8 @@ def _check_values(contents: Mapping[str, weight_files.Content], source: str, dty
     names = list(contents)
     largest = torch.tensor([content.largest for content in contents.values()], dtype=torch.float64)
     loaded = largest.to(torch.float32).to(DTYPES[dtype])
-    broken = [names[at] for at in (~largest.isfinite()).nonzero().flatten()]
-    large = [names[at] for at in (~loaded.isfinite()).nonzero().flatten()]
+    broken = [names[index] for index in (~largest.isfinite()).nonzero().flatten()]
+    large = [names[index] for index in (~loaded.isfinite()).nonzero().flatten()]
     if not broken and not large:
         return
     names = broken or large
@@ -240,20 +239,21 @@ def _check_values(contents: Mapping[str, weight_files.Content], source: str, dty
     )
 
 
-def _telling(values: Any) -> Any:
-    """Settings without those that results do not depend on, and that saving a model again changes."""
+def _relevant(values: Any) -> Any:
+    """Settings without those that do not affect results, and may change when a model is saved again."""
     if not isinstance(values, dict):
         return values
     return {
-        key: _telling(value) for key, value in values.items() if not key.startswith("_") and key not in _NOT_TELLING
+        key: _relevant(value) for key, value in values.items() if not key.startswith("_") and key not in _IRRELEVANT
     }
 
 
 class PretrainedProcessor:
-    """Tokenizer and image processor of a checkpoint; needs no weights. A family names its image processor.
+    """Tokenizer and image processor of a checkpoint, which need no weights; used on CPU workers.
 
     Attributes:
-        images: Dotted name of the PIL image processor. By name: the automatic choice wants torchvision first.
+        images: Dotted name of the family's PIL image processor. The library's automatic choice needs torchvision.
+        tokenizer: Tokenizer of the library.
     """
 
     images: ClassVar[str]
@@ -275,6 +275,7 @@ class PretrainedProcessor:
             ) from error
 
     def process(self, picture: Picture) -> Picture:
+        """The image tower's input, `float32 (3, height, width)`; a processed picture is returned as it is."""
         if picture.is_processed:
             return picture
         from PIL import Image
@@ -283,11 +284,11 @@ class PretrainedProcessor:
         return Picture(picture.key, np.ascontiguousarray(pixels, dtype=np.float32))
 
     def pixels(self, image: Any) -> np.ndarray:
-        """`(3, height, width)` of a PIL image."""
+        """Pixel values `(3, height, width)` of a PIL image."""
         pixels: np.ndarray = self._images(image, return_tensors="np")["pixel_values"][0]
         return pixels
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes tokenizer and image processor as the checkpoint had them."""
+        """Writes tokenizer and image processor to a folder."""
         self.tokenizer.save_pretrained(directory)
         self._images.save_pretrained(directory)

@@ -1,7 +1,7 @@
-"""Checkpoints that are published in pieces, put together in the Hugging Face layout.
+"""Conversion of MiniGPT-4's published pieces to a checkpoint in the Hugging Face layout.
 
-MiniGPT-4 (arXiv 2304.10592) is a BLIP-2 whose text model was exchanged: its authors publish the one projection that
-they trained. Tower and Q-Former are those of BLIP-2 with FlanT5-XXL, the text model is Vicuna.
+MiniGPT-4 (arXiv 2304.10592) is BLIP-2 with another text model. Its authors publish only the projection that they
+trained; image tower and Q-Former come from BLIP-2 with FlanT5-XXL, the text model is Vicuna.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ SHARD_BYTES = 4 << 30
 _FROM_BLIP2 = ("vision_model.", "qformer.", "query_tokens")
 _PROJECTION = {"llama_proj.weight": "language_projection.weight", "llama_proj.bias": "language_projection.bias"}
 _TEXT = "language_model."
-# Tables that older versions of the library stored and newer ones compute.
+# Tables that older versions of the library store and newer ones compute.
 _COMPUTED = ("position_ids", "rotary_emb.inv_freq")
 
 
 def minigpt4(blip2: Path, projection: Path, vicuna: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> Path:
-    """Writes MiniGPT-4 as a `Blip2ForConditionalGeneration`; every tensor keeps its type.
+    """Writes MiniGPT-4 as a `Blip2ForConditionalGeneration`; tensors keep their types.
 
-    Weights are copied shard by shard, so that the whole model is never in memory.
+    Copies weights shard by shard, so that the whole model is never in memory.
 
     Args:
-        blip2: Checkpoint of BLIP-2 with any text model; its image tower, Q-Former and query tokens are taken.
-        projection: The published projection, `llama_proj.weight` and `.bias`: a `.pth` file, in which they may stand
-            under `model`, or safetensors. Of a `.pth` file only tensors are read.
+        blip2: Checkpoint of BLIP-2 with any text model, for image tower, Q-Former and query tokens.
+        projection: Published projection, `llama_proj.weight` and `.bias`, as safetensors or as a `.pth` file, in which
+            they may be under the key `model`. Only tensors are read from a `.pth` file.
         vicuna: Checkpoint of a `LlamaForCausalLM` with its tokenizer.
-        out: Folder to write; must not be there.
-        shard_bytes: Size of a file of weights.
+        out: Folder to write, which must not exist.
+        shard_bytes: Largest size of a weight file.
 
     Returns:
         `out`.
 
     Raises:
-        InputError: A piece is missing, cannot be read, or does not fit the others; names the file.
+        InputError: A piece is missing, unreadable, or does not fit the others; the message names the file.
     """
     check_new(out)
     for option, directory in (("--blip2", blip2), ("--vicuna", vicuna)):
@@ -97,10 +97,10 @@ def _read_image_processor(blip2: Path) -> Any:
 
 
 def _make_config(bridge: Any, text: Any, image_token: int) -> Any:
-    """BLIP-2's configuration with the text model exchanged.
+    """BLIP-2's configuration with another text model.
 
-    Image positions hold the token of unknown text: LLaMA's tokenizer falls back to bytes and never writes it, and the
-    vocabulary, and with it every logit, stays what it is.
+    The image token is the token of unknown text: LLaMA's tokenizer falls back to bytes and never produces it, so the
+    vocabulary and all logits stay unchanged.
     """
     from transformers import Blip2Config
 
@@ -129,7 +129,7 @@ def _read_config(option: str, directory: Path, model_type: str) -> Any:
 
 
 def _expected_shapes(config: Any) -> dict[str, torch.Size]:
-    """Name and shape of every tensor of the checkpoint; nothing is allocated."""
+    """Shapes of all tensors of the checkpoint by name, from a model on the meta device."""
     from transformers import Blip2ForConditionalGeneration
 
     with torch.device("meta"):
@@ -141,7 +141,7 @@ def _expected_shapes(config: Any) -> dict[str, torch.Size]:
 
 
 def _pieces(blip2: Path, projection: Path, vicuna: Path) -> Iterator[tuple[Path, str, Tensor]]:
-    """Every tensor with the file that it comes from and the name that it gets."""
+    """All tensors, each with its source file and its new name."""
     for file in _weight_files("--blip2", blip2):
         for name, tensor in _read(file, "--blip2"):
             if name.startswith(_FROM_BLIP2) and not name.endswith(_COMPUTED):
@@ -160,7 +160,7 @@ def _pieces(blip2: Path, projection: Path, vicuna: Path) -> Iterator[tuple[Path,
 
 
 def _weight_files(option: str, directory: Path) -> list[Path]:
-    """The files of weights of a checkpoint, safetensors before others."""
+    """The weight files of a checkpoint; safetensors are preferred."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = directory / f"{name}.index.json"
         if index.is_file():
@@ -174,7 +174,7 @@ def _weight_files(option: str, directory: Path) -> list[Path]:
 
 
 def _read(file: Path, option: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a file, one after the other."""
+    """The tensors of a file by name."""
     if not file.is_file():
         raise InputError(f"{option}: file {file} does not exist.")
     try:
@@ -183,7 +183,7 @@ def _read(file: Path, option: str) -> Iterator[tuple[str, Tensor]]:
                 for name in stream.keys():  # noqa: SIM118
                     yield name, stream.get_tensor(name)
             return
-        # Newer files are archives, whose tensors need not all be read at once.
+        # Newer files are archives, whose tensors can be read one by one.
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(
@@ -193,7 +193,7 @@ def _read(file: Path, option: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _state_of(loaded: Any, file: Path, option: str) -> Mapping[str, Tensor]:
-    """The tensors of a pickled checkpoint, which may stand under `model`."""
+    """The tensors of a pickled checkpoint, which may be under the key `model`."""
     state = loaded.get("model", loaded) if isinstance(loaded, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{option}: {file} is no table of tensors, neither itself nor under 'model'.")
@@ -201,12 +201,12 @@ def _state_of(loaded: Any, file: Path, option: str) -> Mapping[str, Tensor]:
 
 
 def _check_tensor(
-    file: Path, name: str, tensor: Tensor, expected: Mapping[str, torch.Size], there: Mapping[str, str]
+    file: Path, name: str, tensor: Tensor, expected: Mapping[str, torch.Size], written: Mapping[str, str]
 ) -> None:
     if name not in expected:
         raise InputError(f"{file}: unexpected tensor {_original(name)!r}: the configuration has no such part.")
-    if name in there:
-        raise InputError(f"{file}: {_original(name)!r} is there twice.")
+    if name in written:
+        raise InputError(f"{file}: {_original(name)!r} occurs twice.")
     if tensor.shape != expected[name]:
         raise InputError(
             f"{file}: {_original(name)!r} has shape {tuple(tensor.shape)}, expected {tuple(expected[name])}: "
@@ -214,8 +214,8 @@ def _check_tensor(
         )
 
 
-def _check_complete(expected: Mapping[str, Any], there: Mapping[str, str], sources: Mapping[str, Path]) -> None:
-    missing = [name for name in expected if name not in there]
+def _check_complete(expected: Mapping[str, Any], written: Mapping[str, str], sources: Mapping[str, Path]) -> None:
+    missing = [name for name in expected if name not in written]
     if not missing:
         return
     first = missing[0]
@@ -225,15 +225,15 @@ def _check_complete(expected: Mapping[str, Any], there: Mapping[str, str], sourc
 
 
 def _original(name: str) -> str:
-    """A tensor's name in the file that it comes from."""
+    """A tensor's name in its source file."""
     return next((old for old, new in _PROJECTION.items() if new == name), name.removeprefix(_TEXT))
 
 
 class _Shards:
-    """Files of weights that grow to a size, and the index of what is where.
+    """Writer of weight files of limited size, and of their index.
 
     Attributes:
-        where: Name of every tensor so far to its file.
+        where: File of every tensor so far, by name.
     """
 
     def __init__(self, directory: Path, limit: int) -> None:
@@ -247,7 +247,7 @@ class _Shards:
         size = tensor.numel() * tensor.element_size()
         if self._waiting and self._bytes + size > self._limit:
             self._flush()
-        # A copy: a tensor of a pickled file may be a view into a larger one, which safetensors refuses.
+        # A copy, because safetensors refuses views, which tensors of a pickled file may be.
         self._waiting[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
         self.where[name] = f"model-{self._count + 1:05d}.safetensors"
         self._bytes += size
@@ -259,7 +259,7 @@ class _Shards:
         self._waiting, self._bytes = {}, 0
 
     def finish(self) -> None:
-        """Writes what waits, and the index."""
+        """Writes the last file and the index."""
         self._flush()
         index = {"metadata": {"total_size": self._total}, "weight_map": self.where}
         path = self._directory / "model.safetensors.index.json"

@@ -1,6 +1,6 @@
-"""Language models in halves of layers: what a backbone's prefix and suffix are made of.
+"""Text models as halves of layers, which a backbone's prefix and suffix run; one class per architecture.
 
-One class per architecture of text model. Sites are named here and nowhere else.
+Names of sites inside the layers are defined here.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from odedit.errors import InputError
 from odedit.runtime.gather import gather_positions
-from odedit.runtime.kv_cache import KeyValues
+from odedit.runtime.kv_cache import KVCache
 
 _SITE = re.compile(r"layers\.(-?\d+)\.([a-z.]+)")
 
@@ -23,97 +23,46 @@ Rotary = tuple[Tensor, Tensor]
 """Cosines and sines `(1 or R, S, head width)`."""
 
 
-class Decoder(Protocol):
-    """A text model, run from any half of a layer on.
+class Decoder(ABC):
+    """A stack of layers, each an attention half and a feed-forward half, with its embeddings and its head.
+
+    Attention is causal without a padding mask: sequences are right-padded, so no real position sees padding.
 
     Attributes:
-        max_positions: Of its longest sequence.
-    """
-
-    num_layers: int
-    hidden_size: int
-    max_positions: int
-    vocabulary_size: int
-
-    def site(self, name: str) -> nn.Linear:
-        """The linear module of `layers.<n>.<part>`; InputError names the parts there are."""
-        ...
-
-    def locate(self, name: str) -> tuple[int, str]:
-        """Splits `layers.<number>.<part>` into a checked layer and part; negative layers count from the end."""
-        ...
-
-    def activation(self, name: str) -> Callable[[Tensor], Tensor]:
-        """What the output of a feed-forward site passes through; InputError for a site of attention."""
-        ...
-
-    def embed_tokens(self, tokens: Tensor) -> Tensor: ...
-
-    def rotary(self, embedded_RSD: Tensor, positions: Tensor | None) -> Rotary | None:
-        """Rotary embeddings of given positions, or of 0, 1, 2, ...; None for a model that adds its positions."""
-        ...
-
-    def embed_positions(self, embedded_RSD: Tensor, positions_RS: Tensor | None = None) -> Tensor:
-        """The residual stream that enters layer 0; at positions 0, 1, 2, ... or at those given."""
-        ...
-
-    def attention_half(
-        self,
-        layer: int,
-        hidden_RSD: Tensor,
-        rotary: Rotary | None,
-        read_RT: Tensor | None = None,
-        memory: KeyValues | None = None,
-    ) -> Tensor:
-        """`(R, S, D)` behind attention; `(R, T, D)` at the positions `read_RT` alone, which attend to all before.
-
-        Args:
-            memory: Takes the layer's keys and values.
-        """
-        ...
-
-    def attention_half_behind(
-        self, layer: int, hidden_RTD: Tensor, rotary: Rotary | None, last_R: Tensor, memory: KeyValues, kept: int
-    ) -> Tensor:
-        """`(R, T, D)` behind attention, of T positions in order that follow position `last_R` of what `memory` holds.
-
-        Args:
-            rotary: Of these positions, `(R, T, head width)`.
-            kept: So many others stand between, from an earlier call that began with them.
-        """
-        ...
-
-    def ffn_half(self, layer: int, hidden_RSD: Tensor) -> Tensor: ...
-
-    def finish(self, hidden_RSD: Tensor) -> Tensor:
-        """What the head reads."""
-        ...
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits in float32."""
-        ...
-
-
-class _Sites(ABC):
-    """Names of the linear modules of a stack of layers, and attention in all of its forms.
-
-    Attributes:
-        MODULES: Part of a layer to its module in `transformers`.
-        BEFORE_NONLINEARITY: The part whose output the nonlinearity reads.
+        MODULES: Part of a layer, as sites name it, to its module in `transformers`.
+        BEFORE_NONLINEARITY: Part whose output the nonlinearity reads.
+        num_layers: Number of layers.
+        hidden_size: Width of the residual stream.
+        max_positions: Length of the longest sequence.
+        vocabulary_size: Number of logits.
     """
 
     MODULES: ClassVar[Mapping[str, str]]
     BEFORE_NONLINEARITY: ClassVar[str]
-    num_layers: int
-    _layers: Any
+
+    def __init__(self, stack: Any, head: nn.Linear, max_positions: int) -> None:
+        """Takes the stack of layers with its embeddings, and the head, which has no bias."""
+        self._stack = stack
+        self._layers = stack.layers
+        self._head = head
+        self.num_layers = len(stack.layers)
+        self.hidden_size = int(stack.config.hidden_size)
+        self.max_positions = max_positions
+        self.vocabulary_size = len(head.weight)
 
     def site(self, name: str) -> nn.Linear:
+        """The linear module of `layers.<n>.<part>`. Raises InputError as `locate`."""
         layer, part = self.locate(name)
         module = self._layers[layer].get_submodule(self.MODULES[part])
         assert isinstance(module, nn.Linear)
         return module
 
     def locate(self, name: str) -> tuple[int, str]:
+        """Layer and part of `layers.<n>.<part>`; a negative n counts from the end.
+
+        Raises:
+            InputError: No such layer or part; the message lists them.
+        """
         match = _SITE.fullmatch(name)
         layer = int(match[1]) if match else 0
         layer = layer + self.num_layers if layer < 0 else layer
@@ -125,17 +74,29 @@ class _Sites(ABC):
         return layer, match[2]
 
     def activation(self, name: str) -> Callable[[Tensor], Tensor]:
+        """The nonlinearity that reads the output of a feed-forward site; the identity if none does.
+
+        Raises:
+            InputError: The site belongs to attention.
+        """
         layer, part = self.locate(name)
         if not part.startswith("ffn"):
             parts = ", ".join(part for part in self.MODULES if part.startswith("ffn"))
             raise InputError(f"site {name!r} feeds no activation: choose a feed-forward site ({parts}).")
         return self._nonlinearity(layer) if part == self.BEFORE_NONLINEARITY else nn.Identity()
 
-    @abstractmethod
-    def _nonlinearity(self, layer: int) -> Callable[[Tensor], Tensor]: ...
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Embeddings `(..., D)` of token ids, without positions."""
+        embedded: Tensor = self._stack.embed_tokens(tokens)
+        return embedded
 
     @abstractmethod
-    def _norm_before_attention(self, layer: int) -> nn.Module: ...
+    def rotary(self, embedded_RSD: Tensor, positions: Tensor | None) -> Rotary | None:
+        """Rotary embeddings of given positions, or of 0, 1, 2, ...; None for a model that adds its positions."""
+
+    @abstractmethod
+    def embed_positions(self, embedded_RSD: Tensor, positions_RS: Tensor | None = None) -> Tensor:
+        """The residual stream that enters layer 0, at given positions or at 0, 1, 2, ..."""
 
     def attention_half(
         self,
@@ -143,64 +104,95 @@ class _Sites(ABC):
         hidden_RSD: Tensor,
         rotary: Rotary | None,
         read_RT: Tensor | None = None,
-        memory: KeyValues | None = None,
+        kv_cache: KVCache | None = None,
     ) -> Tensor:
+        """The residual stream after attention, `(R, S, D)`.
+
+        Args:
+            read_RT: Positions to compute, each attending to all before it; the result is then `(R, T, D)`.
+            kv_cache: Stores the layer's keys and values.
+        """
         normed_RSD = self._norm_before_attention(layer)(hidden_RSD)
         if read_RT is None:
-            return hidden_RSD + self._whole(layer, normed_RSD, rotary, memory)
-        return gather_positions(hidden_RSD, read_RT) + self._read(layer, normed_RSD, rotary, read_RT, memory)
+            return hidden_RSD + self._attention(layer, normed_RSD, rotary, kv_cache)
+        return gather_positions(hidden_RSD, read_RT) + self._attention_at(layer, normed_RSD, rotary, read_RT, kv_cache)
 
-    def attention_half_behind(
-        self, layer: int, hidden_RTD: Tensor, rotary: Rotary | None, last_R: Tensor, memory: KeyValues, kept: int
+    def attention_half_cached(
+        self, layer: int, hidden_RTD: Tensor, rotary: Rotary | None, last_R: Tensor, kv_cache: KVCache, kept: int
     ) -> Tensor:
-        normed_RTD = self._norm_before_attention(layer)(hidden_RTD)
-        return hidden_RTD + self._behind(layer, normed_RTD, rotary, last_R, memory, kept)
+        """The residual stream after attention, `(R, T, D)`, of T positions that continue cached sequences.
 
-    def _whole(self, layer: int, normed_RSD: Tensor, rotary: Rotary | None, memory: KeyValues | None) -> Tensor:
-        """What causal attention adds at every position, as the library computes it."""
+        Args:
+            rotary: Rotary embeddings of the T positions, `(R, T, head width)`.
+            last_R: Last position of each cached sequence to attend to.
+            kept: Number of positions between `last_R` and the T new ones, from an earlier call.
+        """
+        normed_RTD = self._norm_before_attention(layer)(hidden_RTD)
+        return hidden_RTD + self._attention_cached(layer, normed_RTD, rotary, last_R, kv_cache, kept)
+
+    @abstractmethod
+    def ffn_half(self, layer: int, hidden_RSD: Tensor) -> Tensor:
+        """The residual stream after the feed-forward half."""
+
+    @abstractmethod
+    def finish(self, hidden_RSD: Tensor) -> Tensor:
+        """The final norm; its output is what the head reads."""
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits in float32, for the losses. The closed forms of `risks` rely on a head without bias."""
+        return nn.functional.linear(hidden, self._head.weight).float()
+
+    @abstractmethod
+    def _nonlinearity(self, layer: int) -> Callable[[Tensor], Tensor]: ...
+
+    @abstractmethod
+    def _norm_before_attention(self, layer: int) -> nn.Module: ...
+
+    def _attention(self, layer: int, normed_RSD: Tensor, rotary: Rotary | None, kv_cache: KVCache | None) -> Tensor:
+        """Causal attention at every position, `(R, S, D)`, by the library's own module."""
         attended, _ = self._layers[layer].self_attn(
-            hidden_states=normed_RSD, position_embeddings=rotary, attention_mask=None, past_key_values=memory
+            hidden_states=normed_RSD, position_embeddings=rotary, attention_mask=None, past_key_values=kv_cache
         )
         return cast(Tensor, attended)
 
-    def _read(
-        self, layer: int, normed_RSD: Tensor, rotary: Rotary | None, read_RT: Tensor, memory: KeyValues | None
+    def _attention_at(
+        self, layer: int, normed_RSD: Tensor, rotary: Rotary | None, read_RT: Tensor, kv_cache: KVCache | None
     ) -> Tensor:
-        """What causal attention adds at the positions `read_RT`, `(R, T, D)`: their queries, everybody's keys."""
+        """Causal attention at the positions `read_RT`, `(R, T, D)`: their queries, the keys of all positions."""
         if rotary is not None:
             cos, sin = (part.expand(len(normed_RSD), -1, -1) for part in rotary)
             rotary = cos, sin
         k, v = self._heads(layer, "k", normed_RSD, rotary), self._heads(layer, "v", normed_RSD)
-        if memory is not None:
-            memory.update(k, v, layer)
-        at_them = (
+        if kv_cache is not None:
+            kv_cache.update(k, v, layer)
+        read_rotary = (
             None if rotary is None else (gather_positions(rotary[0], read_RT), gather_positions(rotary[1], read_RT))
         )
-        q = self._heads(layer, "q", gather_positions(normed_RSD, read_RT), at_them)
+        q = self._heads(layer, "q", gather_positions(normed_RSD, read_RT), read_rotary)
         before_RTS = torch.arange(normed_RSD.shape[1], device=read_RT.device) <= read_RT.unsqueeze(-1)
-        return self._attended(layer, q, k, v, before_RTS)
+        return self._attend(layer, q, k, v, before_RTS)
 
-    def _behind(
-        self, layer: int, normed_RTD: Tensor, rotary: Rotary | None, last_R: Tensor, memory: KeyValues, kept: int
+    def _attention_cached(
+        self, layer: int, normed_RTD: Tensor, rotary: Rotary | None, last_R: Tensor, kv_cache: KVCache, kept: int
     ) -> Tensor:
-        """What causal attention adds at T positions behind position `last_R` of others and `kept` more, `(R, T, D)`."""
+        """Causal attention at T positions that follow cached position `last_R` and `kept` more, `(R, T, D)`."""
         q, k = (self._heads(layer, part, normed_RTD, rotary) for part in "qk")
-        k, v = memory.extended(layer, k, self._heads(layer, "v", normed_RTD), kept)
+        k, v = kv_cache.extended(layer, k, self._heads(layer, "v", normed_RTD), kept)
         num_rows, num_next = normed_RTD.shape[:2]
         num_before = k.shape[2] - num_next - kept
         seen_RS = torch.arange(num_before, device=last_R.device) <= last_R.unsqueeze(-1)
         among_TN = torch.ones(num_next, kept + num_next, dtype=torch.bool, device=last_R.device).tril(kept)
         mask_RTS = torch.cat([seen_RS.unsqueeze(1).expand(-1, num_next, -1), among_TN.expand(num_rows, -1, -1)], dim=-1)
-        return self._attended(layer, q, k, v, mask_RTS)
+        return self._attend(layer, q, k, v, mask_RTS)
 
     def _heads(self, layer: int, part: str, states: Tensor, rotary: Rotary | None = None) -> Tensor:
-        """Queries, keys or values `(R, heads, positions, head width)`, turned if there are rotary embeddings."""
+        """Queries, keys or values `(R, heads, positions, head width)`, rotated if there are rotary embeddings."""
         module = self._layers[layer].get_submodule(self.MODULES[f"attention.{part}"])
         width = self._layers[layer].self_attn.head_dim
         split: Tensor = module(states).unflatten(-1, (-1, width)).transpose(1, 2)
         return split if rotary is None else _rotated(split, *rotary)
 
-    def _attended(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask_RTS: Tensor) -> Tensor:
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask_RTS: Tensor) -> Tensor:
         attended = nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask_RTS.unsqueeze(1), enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -209,16 +201,13 @@ class _Sites(ABC):
 
 
 def _rotated(x_RHSd: Tensor, cos_RSd: Tensor, sin_RSd: Tensor) -> Tensor:
-    """Rotary embedding of heads, as LLaMA pairs the dimensions: the first half with the second."""
+    """Heads with rotary embeddings applied; LLaMA pairs the first half of the dimensions with the second."""
     first, second = x_RHSd.chunk(2, dim=-1)
     return x_RHSd * cos_RSd.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin_RSd.unsqueeze(1)
 
 
-class OPTDecoder(_Sites):
-    """`OPTForCausalLM` (arXiv 2205.01068) with layer norm before each half, as in every size but 350m.
-
-    Attention is causal without a padding mask: sequences are right-padded, so no real position ever sees padding.
-    """
+class OPTDecoder(Decoder):
+    """`OPTForCausalLM` (arXiv 2205.01068) with layer norm before each half, as in every size but 350m."""
 
     BEFORE_NONLINEARITY = "ffn.in"
     MODULES: ClassVar[Mapping[str, str]] = {
@@ -231,6 +220,7 @@ class OPTDecoder(_Sites):
     }
 
     def __init__(self, model: Any) -> None:
+        """Raises InputError for another model, a norm after each half, or projected embeddings."""
         if model.config.model_type != "opt" or not model.config.do_layer_norm_before:
             raise InputError(
                 f"backbone.checkpoint: text model: got {model.config.model_type!r} with do_layer_norm_before="
@@ -239,23 +229,10 @@ class OPTDecoder(_Sites):
         if model.model.decoder.project_in is not None:
             raise InputError(
                 f"backbone.checkpoint: the text model's embeddings have the width {model.config.word_embed_proj_dim}, "
-                f"its layers {model.config.hidden_size} (as opt-350m's). Image features have no place in front of the "
+                f"its layers {model.config.hidden_size} (as opt-350m's). Image features cannot enter before the "
                 "projection between them; choose an OPT whose word_embed_proj_dim is its hidden_size."
             )
-        self._decoder: Any = model.model.decoder
-        self._layers = self._decoder.layers
-        self._head = model.lm_head
-        self.max_positions = int(model.config.max_position_embeddings)
-        self.num_layers = len(self._decoder.layers)
-        self.hidden_size = int(model.config.hidden_size)
-        self.vocabulary_size = len(model.lm_head.weight)
-
-    def _nonlinearity(self, layer: int) -> Callable[[Tensor], Tensor]:
-        return cast(Callable[[Tensor], Tensor], self._layers[layer].activation_fn)
-
-    def embed_tokens(self, tokens: Tensor) -> Tensor:
-        embedded: Tensor = self._decoder.embed_tokens(tokens)
-        return embedded
+        super().__init__(model.model.decoder, model.lm_head, int(model.config.max_position_embeddings))
 
     def rotary(self, embedded_RSD: Tensor, positions: Tensor | None) -> Rotary | None:
         return None
@@ -264,34 +241,32 @@ class OPTDecoder(_Sites):
         if positions_RS is None:
             positions_RS = torch.arange(embedded_RSD.shape[1], device=embedded_RSD.device)
         # OPT's table has two unused rows in front, which its `offset` skips.
-        table = self._decoder.embed_positions
+        table = self._stack.embed_positions
         return embedded_RSD + nn.functional.embedding(positions_RS + table.offset, table.weight)
 
-    def _norm_before_attention(self, layer: int) -> nn.Module:
-        return cast(nn.Module, self._layers[layer].self_attn_layer_norm)
-
     def ffn_half(self, layer: int, hidden_RSD: Tensor) -> Tensor:
-        block = self._decoder.layers[layer]
+        block = self._layers[layer]
         inner = block.activation_fn(block.fc1(block.final_layer_norm(hidden_RSD)))
         out: Tensor = hidden_RSD + block.fc2(inner)
         return out
 
     def finish(self, hidden_RSD: Tensor) -> Tensor:
-        if self._decoder.final_layer_norm is not None:
-            hidden_RSD = self._decoder.final_layer_norm(hidden_RSD)
+        if self._stack.final_layer_norm is not None:
+            hidden_RSD = self._stack.final_layer_norm(hidden_RSD)
         return hidden_RSD
 
-    def head(self, hidden: Tensor) -> Tensor:
-        # OPT's head has no bias, which the closed forms of `risks` rely on; logits in float32 for the losses.
-        return nn.functional.linear(hidden, self._head.weight).float()
+    def _nonlinearity(self, layer: int) -> Callable[[Tensor], Tensor]:
+        return cast(Callable[[Tensor], Tensor], self._layers[layer].activation_fn)
+
+    def _norm_before_attention(self, layer: int) -> nn.Module:
+        return cast(nn.Module, self._layers[layer].self_attn_layer_norm)
 
 
-class LlamaDecoder(_Sites):
-    """LLaMA (arXiv 2302.13971) and what is built like it: rotary positions, RMS norms, a gated feed-forward half.
+class LlamaDecoder(Decoder):
+    """LLaMA (arXiv 2302.13971) and relatives: rotary positions, RMS norms, a gated feed-forward half.
 
     The feed-forward half is `ffn.out(silu(ffn.gate(x)) * ffn.in(x))`. Queries, keys and values may have a bias (Qwen2),
-    and share heads (Mistral). Attention is causal without a padding mask, as in `OPTDecoder`; a sliding window changes
-    nothing for sequences that fit into it.
+    and share heads (Mistral). A sliding window limits the length of sequences, so that all of them fit into it.
     """
 
     TYPES = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")
@@ -307,43 +282,25 @@ class LlamaDecoder(_Sites):
     }
 
     def __init__(self, model: Any, head: nn.Linear) -> None:
-        """Takes the stack of layers with its embeddings (`LlamaModel`) and the head."""
+        """Takes a `LlamaModel` and its head. Raises InputError for another type, or a head with a bias."""
         config = model.config
         if config.model_type not in self.TYPES or head.bias is not None:
             bias = ", its head with a bias" if head.bias is not None else ""
             raise InputError(
                 f"backbone.checkpoint: text model: got {config.model_type!r}{bias}, expected one of "
-                f"{', '.join(self.TYPES)} without."
+                f"{', '.join(self.TYPES)} with a head without bias."
             )
-        self._decoder: Any = model
-        self._layers = model.layers
-        self._head: nn.Linear = head
-        self.max_positions = min(
-            int(config.max_position_embeddings),
-            int(getattr(config, "sliding_window", None) or config.max_position_embeddings),
-        )
-        self.num_layers = len(model.layers)
-        self.hidden_size = int(config.hidden_size)
-        self.vocabulary_size = len(head.weight)
-
-    def _nonlinearity(self, layer: int) -> Callable[[Tensor], Tensor]:
-        return cast(Callable[[Tensor], Tensor], self._layers[layer].mlp.act_fn)
-
-    def embed_tokens(self, tokens: Tensor) -> Tensor:
-        embedded: Tensor = self._decoder.embed_tokens(tokens)
-        return embedded
+        window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+        super().__init__(model, head, min(int(config.max_position_embeddings), int(window)))
 
     def rotary(self, embedded_RSD: Tensor, positions: Tensor | None) -> Rotary | None:
         if positions is None:
             positions = torch.arange(embedded_RSD.shape[1], device=embedded_RSD.device)[None]
-        cos, sin = self._decoder.rotary_emb(embedded_RSD, positions)
+        cos, sin = self._stack.rotary_emb(embedded_RSD, positions)
         return cos, sin
 
     def embed_positions(self, embedded_RSD: Tensor, positions_RS: Tensor | None = None) -> Tensor:
         return embedded_RSD
-
-    def _norm_before_attention(self, layer: int) -> nn.Module:
-        return cast(nn.Module, self._layers[layer].input_layernorm)
 
     def ffn_half(self, layer: int, hidden_RSD: Tensor) -> Tensor:
         block = self._layers[layer]
@@ -351,8 +308,11 @@ class LlamaDecoder(_Sites):
         return out
 
     def finish(self, hidden_RSD: Tensor) -> Tensor:
-        finished: Tensor = self._decoder.norm(hidden_RSD)
+        finished: Tensor = self._stack.norm(hidden_RSD)
         return finished
 
-    def head(self, hidden: Tensor) -> Tensor:
-        return nn.functional.linear(hidden, self._head.weight).float()
+    def _nonlinearity(self, layer: int) -> Callable[[Tensor], Tensor]:
+        return cast(Callable[[Tensor], Tensor], self._layers[layer].mlp.act_fn)
+
+    def _norm_before_attention(self, layer: int) -> nn.Module:
+        return cast(nn.Module, self._layers[layer].input_layernorm)

@@ -1,11 +1,11 @@
-"""Image features on disk or on an object store, shared by workers, runs and machines: a picture is computed once.
+"""Image features on disk or in an object store, shared by workers, runs and machines.
 
     <store>/<family>-<dtype>-<model>/<connected|tower>/<xx>/<picture>.safetensors
 
-One picture is one file: workers that compute the same one write the same bytes under the same name, so nobody has to
-lock, append or list. `odedit.backbones.common.feature_memory` decides what `<model>` stands for.
+One picture is one file. Workers that compute the same picture write the same bytes under the same name, so no locks,
+appends or listings are needed. `<model>` is a hash of `odedit.backbones.common.feature_cache.made_with`.
 
-A store saves time and must never cost an edit: what cannot be read counts as missing, what cannot be written is let be.
+A failing store costs time and no edits: an unreadable file counts as missing, and a failed write is skipped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor
 from odedit.errors import InputError
 from odedit.runtime.addresses import masked
 from odedit.storage.location import Location, locate
-from odedit.storage.retries import is_passing
+from odedit.storage.retries import is_transient
 
 FORMAT = "odedit-features-1"
 _NAME_LENGTH = 32
@@ -44,59 +44,59 @@ class FeatureStore:
     """Features of pictures by the picture's key, in folders that the caller names.
 
     Args:
-        root: Made with the first feature.
-        warn: Told once that the store cannot be read, and once that it cannot be written.
+        root: Folder of the store, created with the first feature.
+        warn: Called with a message at the first failed read and at the first failed write.
     """
 
     def __init__(self, root: Location, warn: Warn | None = None) -> None:
         self._root = root
         self._warn = warn or logging.getLogger(__name__).warning
         self._lock = threading.Lock()
-        self._is_told: set[str] = set()
-        self._resumes: dict[str, float] = {}
+        self._warned: set[str] = set()
+        self._retry_at: dict[str, float] = {}
 
     @classmethod
     def at(
         cls, text: str, setting: str = "feature store", warn: Warn | None = None, *, must_answer: bool = True
     ) -> Self:
-        """The store at a path or address, which need not be there yet.
+        """The store at a path or address, which need not exist yet.
 
         Args:
-            must_answer: Whether storage that refuses for now is an error.
+            must_answer: Whether a transient failure of the storage is an error.
 
         Raises:
-            InputError: It cannot be a folder: a file is in its place, or the address is of no known kind.
+            InputError: A file has this path or lies above it, or the address is of an unknown kind.
         """
-        # What is tried again here would make an edit wait.
+        # No retries: they would make an edit wait.
         root = locate(text, setting).with_patience(0)
         try:
-            # Of what is not there yet, the folders above it may still be files.
+            # A path that does not exist yet may still have a file above it.
             above = Path(root.path).parents if root.is_local else ()
             is_file = root.is_file() or any(folder.is_file() for folder in above)
         except OSError as error:
-            if not must_answer and is_passing(error):
+            if not must_answer and is_transient(error):
                 return cls(root, warn)
             raise InputError(f"{setting}: cannot look at {root.text!r} ({masked(str(error))}).") from None
         if is_file:
             raise InputError(f"{setting}: {root.text!r} is or lies under a file, expected a folder or none yet.")
         return cls(root, warn)
 
-    def tell(self, warn: Warn) -> None:
-        """From now on somebody else, who has been told nothing yet."""
+    def warn_through(self, warn: Warn) -> None:
+        """Replaces the warning callback and re-arms the one-time warnings."""
         self._warn = warn
-        self._is_told.clear()
+        self._warned.clear()
 
     def read(self, folder: str, keys: Iterable[str]) -> dict[str, Tensor]:
-        """The features that are there and whole, on the CPU, in the order of the keys."""
-        found = _in_threads(partial(self._read_one, folder), keys)
-        return {key: feature for key, feature in found.items() if feature is not None}
+        """The features that exist and are undamaged, on the CPU, in the order of the keys."""
+        features = _in_threads(partial(self._read_one, folder), keys)
+        return {key: feature for key, feature in features.items() if feature is not None}
 
     def write(self, folder: str, features: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-        """Writes every feature as a file that a reader sees whole, or not at all, or recognises as damaged.
+        """Writes every feature to a file; a reader sees it whole or not at all, or detects the damage.
 
         Args:
-            features: On the CPU, by the picture's key.
-            about: What they were made with, stored for whoever looks into a file.
+            features: Features on the CPU, by the picture's key.
+            about: Origin of the features, stored as a note for people who open a file.
         """
         note = {"format": FORMAT, **about}
         _in_threads(lambda key: self._write_one(folder, key, features[key], note), features)
@@ -110,32 +110,32 @@ class FeatureStore:
         self._attempt("written", lambda: _write(self._file(folder, key), data))
 
     def _file(self, folder: str, key: str) -> Location:
-        # A key may be anything; its hash is a name everywhere, and spreads evenly over 256 folders.
+        # A key is arbitrary text; its hash is a valid name everywhere, and spreads evenly over 256 folders.
         name = hashlib.sha256(key.encode()).hexdigest()[:_NAME_LENGTH]
         return self._root.child(f"{folder}/{name[:2]}/{name}.safetensors")
 
-    def _attempt(self, what: str, act: Callable[[], bytes | None]) -> bytes | None:
-        """Does it unless it failed a moment ago: an outage shall cost one time-out a minute, not one per picture."""
-        if time.monotonic() < self._resumes.get(what, 0.0):
+    def _attempt(self, verb: str, act: Callable[[], bytes | None]) -> bytes | None:
+        """Runs `act` unless it failed within the last minute, so that an outage costs one time-out a minute."""
+        if time.monotonic() < self._retry_at.get(verb, 0.0):
             return None
         try:
             return act()
-        except Exception as error:  # clients of object stores raise kinds of their own
+        except Exception as error:  # clients of object stores raise their own types
             with self._lock:
-                self._resumes[what] = time.monotonic() + _PAUSE_SECONDS
-                is_first = what not in self._is_told
-                self._is_told.add(what)
+                self._retry_at[verb] = time.monotonic() + _PAUSE_SECONDS
+                is_first = verb not in self._warned
+                self._warned.add(verb)
             if is_first:
                 reason = masked(" ".join(f"{type(error).__name__}: {error}".split())[:300])
                 self._warn(
-                    f"The feature store {self._root.text!r} cannot be {what} ({reason}). "
-                    "Pictures are computed anew, which costs time and nothing else."
+                    f"The feature store {self._root.text!r} cannot be {verb} ({reason}). "
+                    "Pictures are computed again, which costs time and nothing else."
                 )
             return None
 
 
 def _in_threads(act: Callable[[str], Any], keys: Iterable[str]) -> dict[str, Any]:
-    """What `act` returns for each key; a file on an object store is mostly waiting, which goes together."""
+    """Results of `act` by key. Reading from an object store is mostly waiting, which threads overlap."""
     names = list(keys)
     if len(names) < 2:
         return {key: act(key) for key in names}
@@ -144,7 +144,7 @@ def _in_threads(act: Callable[[str], Any], keys: Iterable[str]) -> dict[str, Any
 
 
 def _read(file: Location) -> bytes | None:
-    """The file's content, None if it is not there."""
+    """The file's content; None if it does not exist."""
     try:
         return file.read_bytes()
     except FileNotFoundError:
@@ -159,12 +159,12 @@ def _write(file: Location, data: bytes) -> None:
 def _packed(feature: Tensor, note: Mapping[str, str]) -> bytes:
     feature = feature.detach().contiguous()
     checksum = zlib.crc32(feature.flatten().view(torch.uint8).numpy().tobytes())
-    # As one text: safetensors puts several in an order that differs from process to process.
+    # One text, because safetensors orders several differently in each process.
     return save({"features": feature}, {"odedit": json.dumps({**note, "crc32": checksum}, sort_keys=True)})
 
 
 def _unpacked(data: bytes, key: str) -> Tensor | None:
-    """The feature in a file, or None if the file is cut off, altered, or another picture's."""
+    """The feature in a file; None if the file is cut off, altered, or another picture's."""
     try:
         feature = load(data)["features"]
         start = 8 + int.from_bytes(data[:8], "little")

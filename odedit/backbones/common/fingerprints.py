@@ -1,4 +1,4 @@
-"""Fingerprints of models in two forms: today's covers every byte of the weights, that of earlier versions a sample."""
+"""Fingerprints of models in two forms: the current one covers every byte of the weights, the earlier one a sample."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ _SAMPLE, _SAMPLE_EVERY = 1 << 12, 1 << 18
 
 
 class Fingerprint(str):
-    """A model's fingerprint, which can also be compared with those that earlier versions wrote.
+    """A model's fingerprint that can also be compared with fingerprints of earlier versions.
 
-    Copies and pickles of it are plain text.
+    Copies and pickles are plain text.
     """
 
     _earlier: Callable[[], str]
 
     def __new__(cls, text: str, earlier: Callable[[], str]) -> Fingerprint:
-        """Takes the earlier form as a function: it reads files."""
-        made = super().__new__(cls, text)
-        made._earlier = earlier
-        return made
+        """Takes the earlier form as a function, because it reads files."""
+        value = super().__new__(cls, text)
+        value._earlier = earlier
+        return value
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
         return str, (str(self),)
 
     def in_form_of(self, kept: str) -> str:
-        """This model's fingerprint in the form of another one, with which it is to be compared."""
+        """This model's fingerprint in the form of a stored one."""
         return self._earlier() if len(kept) == EARLIER_LENGTH else str(self)
 
 
 def comparable(loaded: Any, kept: Any) -> Any:
-    """What `kept`, from a file, is to be compared with: `loaded`, a fingerprint in the form of the kept one."""
+    """`loaded` in the form of `kept`, a value from a file, if it is a fingerprint; else unchanged."""
     return loaded.in_form_of(kept) if isinstance(loaded, Fingerprint) and isinstance(kept, str) else loaded
 
 
 def mismatch(kept: str, loaded: str) -> str:
-    """What it means that a kept fingerprint is not `comparable(loaded, kept)`, to follow "made"."""
+    """Message that a stored fingerprint differs from `comparable(loaded, kept)`, to follow the word "made"."""
     loaded = comparable(loaded, kept)
     if len(kept) == len(loaded) == EARLIER_LENGTH:
         return (
@@ -51,16 +51,16 @@ def mismatch(kept: str, loaded: str) -> str:
 
 
 def earlier_fingerprint(folder: Path, settings: Mapping[str, Any], hub_id: str | None = None) -> str:
-    """The fingerprint that earlier versions gave a model. For comparison with what they wrote, and nothing else.
+    """The fingerprint of earlier versions, only for comparison with files that they wrote.
 
     Args:
         settings: The whole configuration.
-        hub_id: The model's, if that was how the user named it: then no weights were read.
+        hub_id: Hub id, if the user named the model by one; earlier versions then read no weights.
     """
     kept = {key: value for key, value in settings.items() if not key.startswith("_")}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
     if hub_id is not None:
-        digest.update(f"{hub_id}@None".encode())  # a commit was meant to follow, and never did
+        digest.update(f"{hub_id}@None".encode())  # earlier versions intended a commit here, but always wrote None
         return digest.hexdigest()[:EARLIER_LENGTH]
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size

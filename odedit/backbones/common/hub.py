@@ -1,4 +1,4 @@
-"""Checkpoints on the Hugging Face hub: found in its cache, or downloaded to it."""
+"""Checkpoints on the Hugging Face hub, in its local cache or downloaded to it."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from odedit.errors import InputError, in_words
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 _ANSWER_S = 5.0
-# Neither pickled weights nor the same weights once more, as some repositories hold them.
+# No weights: some repositories hold them pickled, or twice.
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 
 
 @lru_cache
 def snapshot(hub_id: str) -> Path:
-    """The local cache's folder with a hub id's configuration, tokenizer and processor, downloaded first if needed.
+    """The local cache's folder with a hub id's configuration, tokenizer and processor, downloaded if needed.
 
-    A process keeps the version that it got first, also if the hub gets another version meanwhile.
+    A process keeps its first version even if the hub gets another one meanwhile.
 
     Raises:
-        InputError: The cache does not have the files, and the hub does not answer or refuses them.
+        InputError: The cache lacks the files, and the hub does not answer or refuses them.
     """
     from huggingface_hub.errors import HFValidationError
 
     try:
-        _ask(hub_id)
+        _request_info(hub_id)
     except HFValidationError as error:
         raise InputError(f"backbone.checkpoint {hub_id!r} is neither a folder nor a hub id: {error}") from error
-    except Exception as error:  # the hub's own errors, and those of its HTTP client, which is another in each version
+    except Exception as error:  # errors of the hub and of its HTTP client, which differs between versions
         cached = _cached(hub_id)
         if cached is None:
             raise _unavailable(hub_id, error) from error
@@ -41,15 +41,11 @@ def snapshot(hub_id: str) -> Path:
 
 @lru_cache
 def snapshot_with_weights(hub_id: str) -> Path:
-    """The folder of `snapshot` once it has the weights too.
-
-    Raises:
-        InputError: Raised by `snapshot`.
-    """
+    """The folder of `snapshot`, with the weights. Raises InputError as `snapshot`."""
     folder = snapshot(hub_id)
     if not _has_weights(folder):
         try:
-            _ask(hub_id)
+            _request_info(hub_id)
         except Exception as error:  # as in `snapshot`
             raise _unavailable(hub_id, error) from error
         _downloaded(hub_id, (WEIGHTS,), folder.name)
@@ -58,8 +54,8 @@ def snapshot_with_weights(hub_id: str) -> Path:
     return folder
 
 
-def _ask(hub_id: str) -> None:
-    """Raises what the hub, or the way to it, has against this id: one request without the library's retries."""
+def _request_info(hub_id: str) -> None:
+    """One request without the library's retries. Raises the hub's or the network's error if this id is unavailable."""
     from huggingface_hub import HfApi
 
     HfApi().model_info(hub_id, timeout=_ANSWER_S)
@@ -84,7 +80,7 @@ def _unavailable(hub_id: str, error: Exception) -> InputError:
 
 
 def _cached(hub_id: str) -> Path | None:
-    """The version that was downloaded last; None if there is none."""
+    """Folder of the latest downloaded version; None if there is none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -96,29 +92,29 @@ def _cached(hub_id: str) -> Path | None:
 
 
 def _has_weights(folder: Path) -> bool:
-    """Whether no weight file is missing: a download that was interrupted leaves a folder too."""
+    """Whether all weight files exist; an interrupted download leaves an incomplete folder."""
     names = [WEIGHTS] if (folder / WEIGHTS).exists() else shards_of(folder)
     return bool(names) and all((folder / name).exists() for name in names)
 
 
 def _downloaded(hub_id: str, patterns: Sequence[str], commit: str | None = None) -> Path:
-    """Downloads files of a version; without a commit the newest, which the cache then names as its main version."""
+    """Downloads files of a commit; without one of the newest, which the cache then records as its main version."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(hub_id, revision=commit, allow_patterns=[*patterns]))
     except Exception as error:
         raise InputError(
-            f"backbone.checkpoint {hub_id!r} could not be downloaded: {in_words(error)}. Try again; what has arrived "
-            "is kept."
+            f"backbone.checkpoint {hub_id!r} could not be downloaded: {in_words(error)}. Try again; finished files "
+            "are kept."
         ) from error
 
 
 def shards_of(folder: Path) -> list[str]:
-    """The weight files that a checkpoint's index names, sorted; none if there is no index.
+    """Sorted weight files of a checkpoint's index; empty if there is no index.
 
     Raises:
-        InputError: The index cannot be read, or names anything else than safetensors files in its own folder.
+        InputError: The index cannot be read, or names a file that is not a safetensors file in its own folder.
     """
     path = folder / INDEX
     if not path.exists():

@@ -1,4 +1,4 @@
-"""What the library reports of a checkpoint's weights beside its model's, as one refusal."""
+"""The library's report of differences between a checkpoint's weights and the model, as one error message."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class LoadingReport:
 
     Attributes:
         model_class: Class of the model.
-        num_expected: Tensors of the model.
-        missing: Names in the model alone. What the library ties to another tensor or makes anew is not among them.
-        unexpected: Names in the checkpoint alone.
-        shapes: Tensors whose shapes differ, in words.
-        prefix: Beginning of every name in the checkpoint, without which the weights would fit; empty if there is none.
+        num_expected: Number of tensors of the model.
+        missing: Names that only the model has, without tied and computed tensors.
+        unexpected: Names that only the checkpoint has.
+        shapes: Tensors with different shapes, in words.
+        prefix: Prefix of all names in the checkpoint without which the weights would fit; empty if there is none.
     """
 
     model_class: str
@@ -35,7 +35,7 @@ class LoadingReport:
 
     @classmethod
     def of(cls, report: Mapping[str, Any], model: Any) -> LoadingReport:
-        """Takes what the library returns as `output_loading_info`."""
+        """Reads the library's `output_loading_info`."""
         shapes = (
             f"{name} {_shape(got)} instead of {_shape(wanted)}" for name, got, wanted in report["mismatched_keys"]
         )
@@ -67,7 +67,7 @@ class LoadingReport:
         )
 
     def _cause(self) -> str:
-        """What probably happened, and what to do."""
+        """The probable cause and the remedy, as a sentence."""
         if any(".lora_" in name or ".base_layer." in name for name in self.unexpected):
             return (
                 "An adapter was probably saved with its model: merge it first, such as with merge_and_unload of peft."
@@ -86,15 +86,15 @@ class LoadingReport:
 
 
 def shared_prefixes(names: Collection[str]) -> list[str]:
-    """Beginnings up to a dot that all names share, the shortest first.
+    """Prefixes up to a dot that all names share, the shortest first.
 
     >>> shared_prefixes(["a.b.c", "a.b.d"])
     ['a.', 'a.b.']
     """
-    # In order, what the first and the last share all share.
+    # In sorted order, a prefix of the first and last name is a prefix of all.
     first, last = (end(names).split(".")[:-1] for end in (min, max))
-    shared = [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))]
-    return [f"{part}." for part in accumulate(shared, lambda front, part: f"{front}.{part}")]
+    shared = [part for part, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))]
+    return [f"{prefix}." for prefix in accumulate(shared, lambda prefix, part: f"{prefix}.{part}")]
 
 
 def _tensors(names: Sized) -> str:
@@ -102,7 +102,7 @@ def _tensors(names: Sized) -> str:
 
 
 def _first(names: Iterable[str]) -> str:
-    """A few in the order of their numbers."""
+    """The first few names, in natural order of the numbers in them."""
     ordered = sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in _split(name)])
     return ", ".join(ordered[:_SHOWN]) + (", ..." if len(ordered) > _SHOWN else "")
 

@@ -1,4 +1,4 @@
-"""Weight files of a checkpoint: which there are, what their headers say, and what one pass over every byte shows."""
+"""Weight files of a checkpoint: their list, their headers, and a hash and the largest value of every tensor."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from safetensors import SafetensorError, safe_open
 
 from odedit.backbones.common.hub import INDEX, WEIGHTS, shards_of
 from odedit.errors import InputError
-from odedit.storage import kept_notes
+from odedit.storage import disk_cache
 
 FORMAT = "odedit-contents-1"
 FileState: TypeAlias = tuple[str, int, int, int, int]
-"""Path, size, times of the last write and the last change, and inode."""
+"""Path, size, modification time, status change time, and inode."""
 _DIGITS = 64
 _BLOCK = 2**22
 _THREADS = 8
-# Unsigned type of the same width, and the bits of a value without its sign.
+# Unsigned type of the same width, and a mask of all bits but the sign.
 _FLOATS = {
     "F64": (np.uint64, 0x7FFF_FFFF_FFFF_FFFF),
     "F32": (np.uint32, 0x7FFF_FFFF),
@@ -35,7 +35,7 @@ _FLOATS = {
     "BF16": (np.uint16, 0x7FFF),
 }
 FLOATS = frozenset(_FLOATS)
-"""Types of weights as safetensors names them; others are quantised weights or positions."""
+"""Types of plain weights in the notation of safetensors; others are quantised weights or position tables."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class StoredTensor:
     """A tensor in a weight file.
 
     Attributes:
-        dtype: Type in the words of safetensors, such as `BF16`.
-        start, stop: Place of its bytes in the file.
+        path: File of the tensor.
+        dtype: Type in the notation of safetensors, such as `BF16`.
+        start, stop: Byte range in the file.
     """
 
     path: Path
@@ -56,11 +57,11 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Content:
-    """What the bytes of a tensor show.
+    """Hash and range of a tensor.
 
     Attributes:
-        digest: Their SHA-256, block by block, in hexadecimal digits.
-        largest: The largest magnitude; infinity also for NaN, 0 for a type that is no float.
+        digest: Hexadecimal SHA-256 of the SHA-256 digests of its blocks.
+        largest: Largest magnitude; infinity for NaN, 0 for a type that is not a float.
     """
 
     digest: str
@@ -68,10 +69,10 @@ class Content:
 
 
 def find(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint's folder, those that the library reads.
+    """The weight files in a checkpoint's folder that the library reads.
 
     Raises:
-        InputError: There are none in safetensors, a shard is missing, or the index cannot be read.
+        InputError: The folder holds no safetensors or an adapter, a shard is missing, or the index cannot be read.
     """
     name = f"backbone.checkpoint {str(folder)!r}"
     if (folder / "adapter_config.json").exists():
@@ -99,7 +100,7 @@ def find(folder: Path) -> list[Path]:
 
 
 def read_headers(files: Sequence[Path]) -> dict[str, StoredTensor]:
-    """Every tensor by its name, without its values.
+    """Tensors by name, without their values.
 
     Raises:
         InputError: A file is damaged or cut off.
@@ -110,7 +111,7 @@ def read_headers(files: Sequence[Path]) -> dict[str, StoredTensor]:
 def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     try:
         with safe_open(path, framework="np"):
-            pass  # checks that header and length of the file agree
+            pass  # checks that the file is as long as its header says
         with path.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             entries = json.loads(stream.read(size))
@@ -126,7 +127,7 @@ def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
 
 
 def read_contents(files: Sequence[Path]) -> Mapping[str, Content]:
-    """What every tensor's bytes show; read once per machine and state of the files.
+    """Hash and range of every tensor by name; computed once per machine and state of the files.
 
     Raises:
         InputError: A file is damaged or cannot be read.
@@ -138,15 +139,15 @@ def read_contents(files: Sequence[Path]) -> Mapping[str, Content]:
 
 
 def _state(path: Path) -> FileState:
-    found = path.stat()
-    return str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+    status = path.stat()
+    return str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 @lru_cache(maxsize=8)
 def _contents(states: tuple[FileState, ...]) -> Mapping[str, Content]:
     headers = read_headers([Path(path) for path, *_ in states])
-    found = kept_notes.once([FORMAT, *states], lambda notes: _from_notes(notes, headers), lambda: _to_notes(headers))
-    return _from_notes(found, headers)
+    notes = disk_cache.once([FORMAT, *states], lambda kept: _from_notes(kept, headers), lambda: _to_notes(headers))
+    return _from_notes(notes, headers)
 
 
 def _to_notes(headers: Mapping[str, StoredTensor]) -> dict[str, list[Any]]:
@@ -162,15 +163,15 @@ def _from_notes(notes: Any, headers: Mapping[str, StoredTensor]) -> dict[str, Co
 
 
 def _hashed(headers: Mapping[str, StoredTensor]) -> dict[str, Content]:
-    streams = {path: os.open(path, os.O_RDONLY) for path in {one.path for one in headers.values()}}
+    streams = {path: os.open(path, os.O_RDONLY) for path in {tensor.path for tensor in headers.values()}}
     try:
         with ThreadPoolExecutor(min(_THREADS, torch.get_num_threads())) as pool:
             blocks = {
                 name: [
-                    pool.submit(_block, streams[one.path], start, min(_BLOCK, one.stop - start), one.dtype)
-                    for start in range(one.start, one.stop, _BLOCK)
+                    pool.submit(_block, streams[tensor.path], start, min(_BLOCK, tensor.stop - start), tensor.dtype)
+                    for start in range(tensor.start, tensor.stop, _BLOCK)
                 ]
-                for name, one in headers.items()
+                for name, tensor in headers.items()
             }
             return {name: _joined([block.result() for block in parts]) for name, parts in blocks.items()}
     finally:
@@ -179,15 +180,15 @@ def _hashed(headers: Mapping[str, StoredTensor]) -> dict[str, Content]:
 
 
 def _block(stream: int, start: int, size: int, dtype: str) -> tuple[bytes, float]:
-    """Digest and largest magnitude."""
+    """Digest and largest magnitude of a block of bytes."""
     data = os.pread(stream, size, start)
     if len(data) < size:
-        raise OSError("it became shorter while it was read")
+        raise OSError("the file became shorter while it was read")
     digest = hashlib.sha256(data).digest()
     if dtype not in _FLOATS:
         return digest, 0.0
     unsigned, mask = _FLOATS[dtype]
-    # Magnitudes are in the order of their bits, with infinity and then NaN at the end.
+    # As unsigned integers, magnitudes of floats keep their order; infinity and then NaN are the largest.
     largest = (np.frombuffer(data, unsigned) & unsigned(mask)).max()
     if dtype == "BF16":
         value = float((np.uint32(largest) << np.uint32(16)).view(np.float32))

@@ -1,1 +1,1 @@
-"""Code that several editors share."""
+"""Shared parts of editors: fine-tuning, hooks, trained weights, contrastive losses, key-value knowledge."""

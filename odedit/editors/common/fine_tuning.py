@@ -1,7 +1,7 @@
-"""Fine-tuning, per edit: what the editors share that train additions to linear modules by the likelihood alone.
+"""Base of editors that fine-tune additions to linear modules by the likelihood alone (FT-L, FT-V, LoRA).
 
-An editor of this kind says which tensors it trains and what they add to a module's output; sites, optimiser, stop rule
-and the hooks are here.
+A subclass defines the trained tensors and what they add to a module's output; sites, optimiser, stop rule and hooks
+are defined here.
 """
 
 from __future__ import annotations
@@ -11,66 +11,63 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix, is_connector
-from odedit.editors.base import OptimizerSettings, Plain, Trace, check_range
+from odedit.editors.base import OptimizerSettings, Plain, Trace
 from odedit.editors.common.hooks import Rewrite, rewritten
 from odedit.errors import InputError
 from odedit.inputs.batch import EditBatch, EditParams
+from odedit.settings import Settings
 
 _EVERY_LAYER = "layers.*."
 
 
 @dataclass(frozen=True)
-class FineTuningConfig:
-    """Settings of every editor of this kind.
+class FineTuningConfig(Settings):
+    """Settings of every fine-tuning editor.
 
     Attributes:
-        sites: Modules that train, in any order: names such as `layers.-1.ffn.in` (the last layer), `layers.*.<part>`
-            for one part of every layer, and `connector.<name>`, where `*` stands for anything.
-        learning_rate: Of AdamW.
-        weight_decay: Decoupled, on the trained tensors.
-        max_steps: Steps, unless a run's stop rule says otherwise.
-        clip_norm: Largest gradient norm of one edit; None for no clipping.
-        stop_loss: Stops an edit whose objective has come below; None: all steps.
+        sites: Trained modules, in any order: `layers.-1.ffn.in` (the last layer), `layers.*.<part>` (one part of every
+            layer), `connector.<name>`, where `*` matches anything.
+        learning_rate: Step size of AdamW.
+        weight_decay: Decoupled weight decay of the trained tensors.
+        max_steps: Number of steps, unless `stopping` ends the edit earlier.
+        clip_norm: Largest gradient norm of one edit; null: no clipping.
+        stop_loss: Objective below which an edit stops; null: none.
     """
 
     sites: tuple[str, ...]
-    learning_rate: float
-    weight_decay: float = 0.0
-    max_steps: int = 15
-    clip_norm: float | None = None
-    stop_loss: float | None = None
+    learning_rate: Annotated[float, Gt(0)]
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    max_steps: Annotated[int, Ge(1)] = 15
+    clip_norm: Annotated[float, Gt(0)] | None = None
+    stop_loss: Annotated[float, Gt(0)] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", (self.sites,) if isinstance(self.sites, str) else tuple(self.sites))
-        check_range("learning_rate", self.learning_rate, "> 0", lambda v: v > 0)
-        check_range("weight_decay", self.weight_decay, ">= 0", lambda v: v >= 0)
-        check_range("max_steps", self.max_steps, ">= 1", lambda v: v >= 1)
-        for name in ("clip_norm", "stop_loss"):
-            if getattr(self, name) is not None:
-                check_range(name, getattr(self, name), "> 0, or null", lambda v: v > 0)
+        super().__post_init__()
         if not self.sites:
             raise ValueError("sites: got none, expected at least one such as layers.-1.ffn.in.")
 
 
 def resolve(backbone: Backbone, sites: Sequence[str]) -> list[str]:
-    """Names of single modules; those without `*` as they are.
+    """Names of single modules, with patterns expanded.
 
     Raises:
-        InputError: Unknown, twice the same module, or a pattern that fits none.
+        InputError: A site is unknown, a module is named twice, or a pattern matches none.
     """
     names: list[str] = []
     for site in sites:
-        found = _matches(backbone, site)
-        if not found:
+        matches = _matches(backbone, site)
+        if not matches:
             known = backbone.connector_sites()
             raise InputError(f"editor.sites: {site!r} fits no site; there are e.g. layers.*.ffn.in and {known[-1]}.")
-        names += found
+        names += matches
     if len({backbone.site(name) for name in names}) < len(names):
         raise InputError(f"editor.sites: got {', '.join(sites)}, expected different matrices.")
     return names
@@ -88,14 +85,14 @@ def _matches(backbone: Backbone, site: str) -> list[str]:
 
 
 class FineTuning(Plain, ABC):
-    """An editor without own terms, projection or routing; see `odedit.editors.base.Editor`."""
+    """An editor without own terms, projection or routing; see `odedit.editors.base.Editor` for the other methods."""
 
     Config: ClassVar[type]
     positionwise = True
 
     def __init__(self, config: Any) -> None:
         self.config = config
-        # With a pattern over layers, the lowest edited layer is the first; a connector pattern is below all of them.
+        # A pattern over layers starts at the first layer; a connector pattern lies below all layers.
         self.sites: tuple[str, ...] = tuple(site.replace(_EVERY_LAYER, "layers.0.") for site in config.sites)
         self.max_steps: int = config.max_steps
         self.optimizer = OptimizerSettings("adamw", config.learning_rate, config.weight_decay, config.clip_norm)
@@ -108,15 +105,15 @@ class FineTuning(Plain, ABC):
 
     @abstractmethod
     def sites_of(self, params: EditParams) -> list[str]:
-        """The modules that `params` belong to."""
+        """Names of the modules that `params` change."""
 
     @abstractmethod
     def change(self, params: EditParams, site: str, x_ENI: Tensor) -> Tensor:
-        """What phi_e adds to a module's output for the N rows of its input, `(E, N, out)`."""
+        """Addition to a module's output for N rows of its input, `(E, N, out)`."""
 
     @abstractmethod
     def pooled(self, params: EditParams) -> EditParams:
-        """One set of parameters (axis 0 has length 1) that adds what all edits add together."""
+        """One set of parameters (axis 0 has length 1) whose addition is the sum of all edits' additions."""
 
     @contextmanager
     def applied(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> Iterator[Trace]:
@@ -143,7 +140,7 @@ class FineTuning(Plain, ABC):
 
 
 class WeightDifferences(FineTuning):
-    """One dense difference per site and edit: `y = x (W + dW_e)^T`. Parameters go by the name of their site."""
+    """One dense weight difference per site and edit: `y = x (W + dW_e)^T`. Parameters are named by their site."""
 
     def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:
         return {
@@ -155,7 +152,7 @@ class WeightDifferences(FineTuning):
         return list(params)
 
     def change(self, params: EditParams, site: str, x_ENI: Tensor) -> Tensor:
-        # The matrix as first factor: its gradient then needs no transposition.
+        # With the matrix as first factor, its gradient needs no transposition.
         return torch.bmm(params[site].to(x_ENI.dtype), x_ENI.transpose(1, 2)).transpose(1, 2)
 
     def pooled(self, params: EditParams) -> EditParams:

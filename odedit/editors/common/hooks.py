@@ -1,4 +1,4 @@
-"""Context managers that change a module's output and always let go of it again."""
+"""Temporary replacement of module outputs, by forward hooks."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from contextlib import ExitStack, contextmanager
 from torch import Tensor, nn
 
 Rewrite = Callable[[Tensor, Tensor], Tensor]
-"""From a module's input and output to the output that the rest of the model sees."""
+"""Maps a module's input and output to its new output."""
 
 
 @contextmanager
 def rewritten(rewrites: Mapping[nn.Module, Rewrite]) -> Iterator[None]:
-    """Inside, each module's output is passed through its function; undone on any exit.
+    """Passes each module's output through its function inside the block; hooks are removed on any exit.
 
-    The weights are never touched, so the model after the block is bit for bit the model before it.
+    Weights are not changed: after the block the model is bit for bit what it was before.
     """
 
     def hook_of(rewrite: Rewrite) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:

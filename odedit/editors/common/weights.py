@@ -1,6 +1,6 @@
-"""Weights that an editor learns before it edits, as a file: MEND's hypernetwork, UniKE's encoders.
+"""Files of trained editor weights: MEND's hypernetwork, UniKE's encoders.
 
-The file says which editor, settings and backbone it was trained for, and is refused for any other.
+A file names the editor, settings and backbone that it was trained for, and is refused for others.
 """
 
 from __future__ import annotations
@@ -34,34 +34,41 @@ def save_weights(
     fingerprint: str,
     trained_with: str = "",
 ) -> None:
-    """Writes the weights; a reader sees the whole file or none.
+    """Writes the weights atomically.
 
     Args:
-        editor: Its name.
-        settings: The editor's settings that the weights depend on (sites, widths).
-        fingerprint: Of the backbone they were trained for.
+        path: File to write.
+        weights: Tensors by name.
+        editor: Name of the editor.
+        settings: Settings that the weights depend on (sites, widths).
+        fingerprint: Fingerprint of the backbone that they were trained for.
         trained_with: Objective and supervision of the training, in words.
     """
-    about = {"editor": editor, "settings": dict(settings), "fingerprint": fingerprint, "trained_with": trained_with}
-    info = json.dumps(about, sort_keys=True)
-    metadata = {"format": FORMAT, "info": info}
-    write_tensors(at(path), weights, metadata)
+    info = {"editor": editor, "settings": dict(settings), "fingerprint": fingerprint, "trained_with": trained_with}
+    write_tensors(at(path), weights, {"format": FORMAT, "info": json.dumps(info, sort_keys=True)})
 
 
 def load_weights(
     path: str | None, editor: str, settings: Mapping[str, Any], fingerprint: str, device: str = "cpu"
 ) -> dict[str, Tensor]:
-    """Reads the weights of an editor; read once per process and file.
+    """Reads the weights of an editor, once per process and file.
+
+    Args:
+        path: The setting `checkpoint`.
+        editor: Name of the editor.
+        settings: Settings that the weights depend on.
+        fingerprint: Fingerprint of the backbone to edit.
+        device: Device of the tensors.
 
     Raises:
-        InputError: None given, missing, damaged, or trained for another editor, settings or backbone. The message
-            names the command that makes them.
+        InputError: The path is None, or the file is missing, damaged, or trained for another editor, settings or
+            backbone. The message names the command that makes the file.
     """
     hint = f"`odedit train {editor} --config F --out FILE` makes one"
     if path is None:
-        raise InputError(f"editor.checkpoint: {editor} learns before it edits and needs its weights; {hint}.")
+        raise InputError(f"editor.checkpoint: got null, but {editor} needs a file of trained weights; {hint}.")
     version = _version(path, hint)
-    info, weights = _about(path, version), _tensors(path, version, device)
+    info, weights = _info(path, version), _tensors(path, version, device)
     wanted = {"editor": editor, "settings": json.loads(json.dumps(dict(settings))), "fingerprint": fingerprint}
     for name, value in wanted.items():
         got = info.get(name)
@@ -79,11 +86,12 @@ def load_weights(
 
 
 def check_tensors(path: str | None, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raises InputError unless a file's weights are finite and those that the editor needs for the model.
+    """Raises InputError unless the weights are finite and have the expected names and shapes.
 
     Args:
-        path: The file, for the error.
-        expected: Tensors of the names and shapes that are right; their values are not read.
+        path: File, for the message.
+        weights: Tensors of the file, by name.
+        expected: Tensors with the right names and shapes, possibly without values (device `meta`).
     """
     shapes = [
         f"{name} {tuple(weights[name].shape)} instead of {tuple(expected[name].shape)}"
@@ -97,7 +105,7 @@ def check_tensors(path: str | None, weights: Mapping[str, Tensor], expected: Map
         "of another shape": shapes,
         "with NaN or infinite values": broken,
     }
-    problems = "; ".join(f"{len(names)} {what} (first: {names[0]})" for what, names in parts.items() if names)
+    problems = "; ".join(f"{len(names)} {kind} (first: {names[0]})" for kind, names in parts.items() if names)
     if problems:
         raise InputError(
             f"editor.checkpoint {masked(str(path))!r}: its tensors are not those of the editor: {problems}. "
@@ -106,28 +114,28 @@ def check_tensors(path: str | None, weights: Mapping[str, Tensor], expected: Map
 
 
 def trained_with(path: str) -> str:
-    """Objective and supervision that a file of weights was trained with. Raises InputError as `load_weights` does."""
-    return str(_about(path, _version(path, "`odedit train` makes one")).get("trained_with", ""))
+    """Objective and supervision that a file was trained with, in words. Raises InputError as `load_weights` does."""
+    return str(_info(path, _version(path, "`odedit train` makes one")).get("trained_with", ""))
 
 
 _NAMES = {"editor": "editor", "settings": "setting of the editor"}
 
 
 def _version(path: str, hint: str) -> tuple[int | None, int | None]:
-    """Tells a file from the one that has replaced it, also within a tick of this machine's clock."""
-    place = locate(path, "editor.checkpoint")
+    """Key of the file's content: modification time, and the inode in case that a file is replaced within a tick."""
+    location = locate(path, "editor.checkpoint")
     try:
-        found = place.info()
-        if found.type != FileType.File:
-            raise InputError(f"editor.checkpoint: no such file {place.text!r}; {hint}.")
-        return found.mtime_ns, os.stat(place).st_ino if place.is_local else found.size
+        info = location.info()
+        if info.type != FileType.File:
+            raise InputError(f"editor.checkpoint: no such file {location.text!r}; {hint}.")
+        return info.mtime_ns, os.stat(location).st_ino if location.is_local else info.size
     except OSError as error:
-        raise InputError(f"editor.checkpoint: cannot look at {place.text!r} ({reason(error)}).") from error
+        raise InputError(f"editor.checkpoint: cannot look at {location.text!r} ({reason(error)}).") from error
 
 
 @lru_cache(maxsize=8)
-def _about(path: str, version: tuple[int | None, int | None]) -> dict[str, Any]:
-    """What the file says about itself, without its tensors."""
+def _info(path: str, version: tuple[int | None, int | None]) -> dict[str, Any]:
+    """Editor, settings, fingerprint and training, from the file's metadata."""
     metadata = _read(path, read_metadata)
     if metadata.get("format") != FORMAT:
         raise InputError(
@@ -137,20 +145,20 @@ def _about(path: str, version: tuple[int | None, int | None]) -> dict[str, Any]:
         return dict(json.loads(metadata["info"]))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"editor.checkpoint {masked(path)!r}: what it says about itself is damaged ({error})."
+            f"editor.checkpoint {masked(path)!r}: its metadata is damaged ({error}); fetch the file again."
         ) from error
 
 
 @lru_cache(maxsize=8)
 def _tensors(path: str, version: tuple[int | None, int | None], device: str) -> dict[str, Tensor]:
-    return _read(path, lambda place: read_tensors(place, device)[0])
+    return _read(path, lambda location: read_tensors(location, device)[0])
 
 
 def _read(path: str, read: Callable[[Location], T]) -> T:
-    place = locate(path, "editor.checkpoint")
+    location = locate(path, "editor.checkpoint")
     try:
-        return read(place)
+        return read(location)
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"editor.checkpoint {place.text!r} cannot be read as safetensors: {masked(str(error))}."
+            f"editor.checkpoint {location.text!r} cannot be read as safetensors: {masked(str(error))}."
         ) from error

@@ -1,1 +1,1 @@
-"""Parts that objectives share: terms, the invariance penalty, its multiplier, and the measured bandwidth."""
+"""Parts that objectives share: terms, the invariance penalty, its multiplier and dual step, the measured bandwidth."""

@@ -13,24 +13,24 @@ from odedit.inputs.prompts import Template
 from odedit.risks import mmd
 
 CALIBRATION_STATES = 256
-"""Most states that are measured."""
+"""Largest number of states that are measured."""
 
 
 @torch.no_grad()
 def calibrate(
     backbone: Backbone, requests: Sequence[EditRequest], template: Template, positions: str = "target"
 ) -> float:
-    """sigma_0^2: the mean squared distance between unedited states of edits and rephrases.
+    """Mean squared distance between unedited states of edits and rephrases, sigma_0^2.
 
-    Measured once, on other records than the edited ones, and kept. A bandwidth taken from the compared pair itself
-    would make the loss constant for answers of one token.
+    It is measured once per run, on other records than the edited ones: a bandwidth measured on the compared pair would
+    make the loss constant for answers of one token.
 
     Args:
-        requests: Enough for `CALIBRATION_STATES` states; further states are dropped.
+        requests: Records for up to `CALIBRATION_STATES` states; further states are dropped.
         positions: States at the positions that predict the `target`, or at all of the prompt's `text`.
 
     Raises:
-        ValueError: There are fewer than two states, or all states are the same.
+        ValueError: Fewer than two states, or all states are equal.
     """
     supervision, _ = encode_requests(backbone, requests, template)
     batch = supervision.select((EDIT, *REPHRASE_SLOTS))

@@ -1,15 +1,15 @@
-"""The adaptive multiplier lambda(delta, phi_e) of the invariance penalty: its input, its network, its settings.
+"""The adaptive multiplier lambda(delta, phi_e) of the invariance penalty: its input, network, and settings.
 
 The primal variable phi_e descends on G = risks + lambda * penalty, the dual variable delta ascends. All functions here
-are pure, and axis 0 of every tensor is the edit: each edit has a network of its own, so a result does not depend on the
-other edits of the batch.
+are pure. Axis 0 of every tensor is the edit: each edit has its own network, so its result does not depend on the other
+edits of the batch.
 
 References:
     arXiv 2601.19700, eq. 11-13; "Invariant Risk Minimization Is A Total Variation Model" (Lai and Wang, ICML 2024) and
     its out-of-distribution extension (Wang, Lai and Zhong, ICLR 2025) for the primal-dual multiplier.
 Differs from the paper:
-    Its multiplier reads every trainable weight, flattened (`input="flat"`). The default is a count-sketch of the change
-    of the weights: a dense first layer on 26 million weights takes gigabytes per edit.
+    The paper's multiplier reads every trainable weight (`input="flat"`). The default is a count-sketch of the weights'
+    change: a dense first layer on 26 million weights takes gigabytes per edit.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 from torch.nn import functional
 
 from odedit.inputs.batch import EditParams
 from odedit.objectives.common.sketch import MAX_SKETCH_DIM
 from odedit.risks.risks import upcast
+from odedit.settings import Settings
 
 DUAL_DECAY = 1.0001
-"""Power of `k + 1` by which the rate of dual step k is divided, as in the IRM-TV code."""
+"""Exponent of `k + 1`, by which the rate of dual step k is divided, as in the IRM-TV code."""
 
 _LAST_LAYER_SCALE = 0.01
 
@@ -36,64 +38,56 @@ MultiplierInput = Literal["sketch", "flat"]
 
 
 def flat_input(params: EditParams) -> Tensor:
-    """All weights of each edit, `(E, n)`, tensors in the order of their names: the paper's input of lambda."""
+    """All weights of each edit, `(E, n)`, tensors ordered by name: the paper's input of lambda."""
     return torch.cat([upcast(params[name]).flatten(1) for name in sorted(params)], dim=-1)
 
 
 def features(phi_EP: Tensor, risks_ER: Tensor, scale_gradients_EN: Tensor) -> Tensor:
     """Input of lambda, `(E, P + R + N)`: phi_e as sketch or flat, the risks, and `|g_env|` of every environment.
 
-    Risks and gradients are detached: the penalty must not be lowered by moving phi_e to risks where lambda is small.
+    Risks and gradients are detached, so that phi_e cannot lower the penalty by moving to risks where lambda is small.
     """
     context = (upcast(risks_ER).detach(), upcast(scale_gradients_EN).detach().abs())
     return torch.cat([phi_EP, *(part.to(phi_EP.dtype) for part in context)], dim=-1)
 
 
 @dataclass(frozen=True)
-class MultiplierConfig:
-    """How lambda(delta, phi_e) is computed.
+class MultiplierConfig(Settings):
+    """Settings of lambda(delta, phi_e).
 
     Attributes:
         input: `sketch` of phi_e - phi_0, or `flat`: all of phi_e, as in the paper. `flat` is usable up to about a
             million weights: the first layer has n x width weights per edit.
-        depth: Linear layers; 3 in the paper, whose Fig. 4 compares 1 to 4.
-        width: Hidden units. The paper gives no number; 64 is ours.
-        sketch_dim: Buckets of the sketch; 256 to 1024 are sensible. The default is ours.
+        depth: Number of linear layers; 3 in the paper, whose Fig. 4 compares 1 to 4.
+        width: Number of hidden units. The paper gives no number; 64 is ours.
+        sketch_dim: Number of buckets of the sketch; 256 to 1024 are sensible. The default is ours.
         initial: lambda before the first dual step. The default is ours; the paper finds a fixed 0.01 too strong.
         cap: Upper bound of lambda. The default is ours.
         detach: Whether to leave the term `penalty * d lambda / d phi_e` out of the primal step. The paper keeps it.
 
     Raises:
-        ValueError: For a value that is not allowed.
+        ValueError: Value that is not allowed.
     """
 
     input: MultiplierInput = "sketch"
-    depth: int = 3
-    width: int = 64
-    sketch_dim: int = 512
-    initial: float = 1e-3
-    cap: float = 0.1
+    depth: Annotated[int, Ge(1)] = 3
+    width: Annotated[int, Ge(1)] = 64
+    sketch_dim: Annotated[int, Ge(1), Le(MAX_SKETCH_DIM)] = 512
+    initial: Annotated[float, Gt(0)] = 1e-3
+    cap: Annotated[float, Gt(0)] = 0.1
     detach: bool = False
 
     def __post_init__(self) -> None:
-        allowed = {
-            "input": (self.input in get_args(MultiplierInput), f"one of {', '.join(get_args(MultiplierInput))}"),
-            "depth": (self.depth >= 1, "at least 1 layer"),
-            "width": (self.width >= 1, "at least 1 unit"),
-            "sketch_dim": (1 <= self.sketch_dim <= MAX_SKETCH_DIM, f"1 to {MAX_SKETCH_DIM}"),
-            "cap": (0.0 < self.cap < math.inf, "a positive finite number"),
-            "initial": (0.0 < self.initial < self.cap, f"0 < initial < cap (cap is {self.cap})"),
-        }
-        for name, (is_allowed, expected) in allowed.items():
-            if not is_allowed:
-                raise ValueError(f"multiplier.{name}: got {getattr(self, name)!r}, expected {expected}.")
+        super().__post_init__()
+        if self.initial >= self.cap:
+            raise ValueError(f"initial: got {self.initial}, expected less than cap, which is {self.cap}.")
 
 
 class MultiplierNetwork:
     """lambda(delta, phi_e) as a batch of independent perceptrons, one per edit; their weights delta are an argument.
 
-    The activation is Softplus rather than ReLU: the primal step contains `penalty * d lambda / d phi_e`, which a smooth
-    lambda keeps continuous.
+    The activation is Softplus, not ReLU: the primal step contains `penalty * d lambda / d phi_e`, which is continuous
+    if lambda is smooth.
     """
 
     @staticmethod
@@ -106,9 +100,9 @@ class MultiplierNetwork:
     ) -> EditParams:
         """delta before the first step: `weight_<i>` `(E, in, out)` and `bias_<i>` `(E, out)`, float32 leaves.
 
-        Every edit starts from the same weights, drawn on the CPU: neither the other edits of the batch nor the device
-        change its result. The last layer's weights are small and its bias is the inverse Softplus of `config.initial`,
-        so lambda starts within a few percent of `initial` for any features.
+        Every edit starts from the same weights, drawn on the CPU, so that its result depends neither on the other edits
+        of the batch nor on the device. The last layer's weights are small and its bias is the inverse Softplus of
+        `config.initial`, so lambda starts within a few percent of `initial` for any features.
         """
         generator = torch.Generator().manual_seed(seed)
         widths = [in_dim, *[config.width] * (config.depth - 1), 1]
@@ -129,10 +123,10 @@ class MultiplierNetwork:
         Features are divided by `sqrt(1 + mean square)`: small features pass almost unchanged, large ones cannot
         saturate the network, and the divisor is never 0.
 
-        At the cap the value is `min(softplus, cap)`, but the gradient is that of the Softplus. The dual step only
+        The value is `min(softplus, cap)`, but at the cap the gradient is that of the Softplus. The dual step only
         raises lambda; with the zero gradient of a plain minimum, the primal step could not lower it again.
         """
-        # Autocast would run the products in half precision, which is too coarse for a lambda of 1e-3.
+        # Without autocast, whose half precision is too coarse for a lambda of 1e-3.
         with torch.autocast(features_EI.device.type, enabled=False):
             x_EI = features_EI.detach() if config.detach else features_EI
             x_EI = x_EI * torch.rsqrt(1.0 + x_EI.square().mean(-1, keepdim=True))

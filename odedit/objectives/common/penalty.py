@@ -21,7 +21,7 @@ from odedit.risks.risks import upcast
 
 @dataclass(frozen=True)
 class Invariance:
-    """How the invariance penalty enters an objective.
+    """Settings of the invariance penalty.
 
     Attributes:
         fixed: Value of a fixed lambda; 0: no penalty; None: lambda is learned.
@@ -40,38 +40,33 @@ class Invariance:
     multiplier: MultiplierConfig = field(default_factory=MultiplierConfig)
 
 
-def tv_penalty(scale_gradients: Sequence[Tensor] | Tensor, present_EN: Tensor | None = None) -> Tensor:
+def tv_penalty(scale_gradients: Sequence[Tensor]) -> Tensor:
     """`( sum_env |g_env| )^2` of every edit, `(E,)` (arXiv 2601.19700, eq. 9-11).
 
-    The absolute value is taken per environment. Gradients of opposite sign must not cancel: two environments that pull
-    in opposite directions would look invariant.
+    The absolute value is taken per environment: gradients of opposite sign must not cancel, or two environments that
+    pull in opposite directions would look invariant.
 
     Args:
-        scale_gradients: One `(E,)` tensor per environment, or all of them as `(E, N)`.
-        present_EN: False where an edit lacks an environment; None: every edit has all of them.
+        scale_gradients: One `(E,)` tensor per environment.
 
     >>> tv_penalty([torch.tensor([1.0]), torch.tensor([-2.0])])
     tensor([9.])
     """
-    stacked = scale_gradients if isinstance(scale_gradients, Tensor) else torch.stack(tuple(scale_gradients), dim=-1)
-    gradients_EN = upcast(stacked)
-    if present_EN is not None:
-        gradients_EN = gradients_EN.masked_fill(~present_EN, 0.0)
-    return gradients_EN.abs().sum(-1).square()
+    return upcast(torch.stack(tuple(scale_gradients), dim=-1)).abs().sum(-1).square()
 
 
 def penalty_schedule(step: int, max_steps: int, warmup: float = 0.25, ramp: float = 0.10) -> float:
-    """The factor of the penalty at a step: 0 during the warm-up, then rising to 1 during the ramp.
+    """Factor of the penalty at a step: 0 during the warm-up, then rising linearly to 1 during the ramp.
 
-    The warm-up is needed because the scale gradient of the NLL is NLL - H: while the answer is unlikely, the penalty
-    falls fastest by a higher entropy H, which works against the edit. The code of the IRM-TV papers anneals as well.
+    The scale gradient of the NLL is NLL - H. While the answer is unlikely, the penalty falls fastest by a higher
+    entropy H, which works against the edit; hence the warm-up. The code of the IRM-TV papers anneals as well.
 
     Args:
         step: Number of the step, from 0.
         warmup, ramp: Shares of `max_steps`.
 
     Raises:
-        ValueError: If `max_steps` is below 1, or `warmup` or `ramp` is negative.
+        ValueError: `max_steps` below 1, or negative `warmup` or `ramp`.
 
     >>> [penalty_schedule(step, 20) for step in (0, 5, 6, 7, 19)]
     [0.0, 0.0, 0.5, 1.0, 1.0]
@@ -83,5 +78,5 @@ def penalty_schedule(step: int, max_steps: int, warmup: float = 0.25, ramp: floa
     start, length = warmup * max_steps, ramp * max_steps
     if step < start:
         return 0.0
-    # Rounded, because products such as 0.1 * 20 are off by the last bit.
+    # Rounded: products such as 0.1 * 20 are off by the last bit.
     return 1.0 if step >= start + length else round((step - start) / length, 12)

@@ -1,4 +1,4 @@
-"""A count-sketch: a fixed random linear map that turns the change of an edit's weights into a few hundred numbers."""
+"""Count-sketch: a fixed random linear map from the change of an edit's weights to a few hundred numbers."""
 
 from __future__ import annotations
 
@@ -12,38 +12,37 @@ from torch.nn import functional
 
 from odedit.inputs.batch import EditParams
 from odedit.risks.risks import upcast
+from odedit.runtime.budgets import budgets
 
 MAX_SKETCH_DIM = 2**14
-"""One int16 holds a bucket, or a place in a block, and a sign."""
+"""Bound of the number of buckets: an int16 stores a bucket index, or an index in a block, and a sign."""
 
-_SKETCHED_AT_ONCE = {"cpu": 2**18, "cuda": 2**24}
-"""Weights sorted into buckets at a time: what fits into a core's cache, or keeps a GPU busy."""
 _NORM_FLOOR = 1e-12
 
 
 class CountSketch:
-    """A fixed random linear map of `phi_e - phi_0` to a few hundred numbers, followed by each tensor's log-norm.
+    """A fixed random linear map of `phi_e - phi_0` to `dim` numbers, followed by each tensor's log-norm.
 
     Every weight is added, with a random sign, to one bucket. Inner products and distances are preserved on average,
-    with a variance of order 1/dim. The map is linear, so lambda stays a differentiable function of phi_e, which the
+    with a variance of order 1/dim. The map is linear, so lambda is a differentiable function of phi_e, which the
     convergence result (Prop. 4.2 of the paper) requires.
 
-    Differs from the published sketch: a bucket is not drawn for every weight. Each block of dim consecutive weights is
+    Differs from the published sketch, which draws a bucket for every weight: each block of dim consecutive weights is
     spread over the dim buckets by its own random permutation. Two weights of a block never share a bucket; two weights
     of different blocks share one with probability 1/dim. The mean is the same and the variance of the same order. Every
-    bucket has a fixed number of weights, so gathering computes it: no atomic additions, and sums in a fixed order.
+    bucket has the same number of weights, so it is computed by gathering: no atomic additions, and a fixed order.
 
     The hash takes 4 bytes per weight and is shared by all edits. Apart from gradients, neither pass allocates a tensor
-    of the size of all edits' weights. The hash is drawn on the CPU from the seed and the tensor's name: it is the same
-    on every device and for every order of the tensors.
+    of the size of all edits' weights. The hash is drawn on the CPU from the seed and the tensor's name, so it is the
+    same on every device and for every order of the tensors.
 
     Args:
-        sizes: Name of each tensor to its number of weights in one edit.
+        sizes: Number of weights in one edit, by name of the tensor.
         dim: Number of buckets.
-        seed: Seed of the map. It must stay the same over the steps of an edit, or lambda's input jumps.
+        seed: Seed of the map; constant over the steps of an edit, or lambda's input would jump.
 
     Raises:
-        ValueError: For an empty `sizes`, a size below 1, or a `dim` that int16 cannot index.
+        ValueError: Empty `sizes`, a size below 1, or a `dim` that int16 cannot index.
 
     References:
         "Finding Frequent Items in Data Streams", Charikar, Chen and Farach-Colton, 2002; "Feature Hashing for Large
@@ -60,18 +59,13 @@ class CountSketch:
         drawn = {name: _Hash.draw(size, dim, seed, name) for name, size in self.sizes.items()}
         self._hashes = {torch.device("cpu"): drawn}
 
-    @property
-    def out_dim(self) -> int:
-        """Width of the output: buckets, then one log-norm per tensor."""
-        return self.dim + len(self.sizes)
-
     def __call__(self, delta: EditParams) -> Tensor:
-        """`(E, dim + number of tensors)`: the sketch, then `log |delta_name|` in the order of the names.
+        """Sketch, then `log |delta_name|` in the order of the names, `(E, dim + number of tensors)`.
 
         The log-norm is `log(1e-12 + |delta|^2) / 2`: at phi_0, where delta is 0, it is finite and has gradient 0.
 
         Raises:
-            ValueError: If names or sizes are not those that the sketch was made for.
+            ValueError: Names or sizes other than those that the sketch was made for.
         """
         sizes = {name: tensor[0].numel() for name, tensor in delta.items()}
         if sizes != self.sizes:
@@ -87,16 +81,16 @@ class CountSketch:
     def _on(self, device: torch.device) -> dict[str, _Hash]:
         if device not in self._hashes:
             drawn = self._hashes[torch.device("cpu")]
-            self._hashes[device] = {name: _Hash(*(table.to(device) for table in one)) for name, one in drawn.items()}
+            self._hashes[device] = {name: _Hash(*(table.to(device) for table in hash)) for name, hash in drawn.items()}
         return self._hashes[device]
 
 
 class _Hash(NamedTuple):
-    """The permutation of every block and its inverse; dim is added to an entry whose sign is negative.
+    """Permutation of every block and its inverse; dim is added to an entry whose sign is negative.
 
     Attributes:
         bucket_BP: Bucket of each weight of a block, `(blocks, dim)` int16.
-        weight_BP: Place in the block of each bucket's weight, `(blocks, dim)` int16.
+        weight_BP: Index in the block of each bucket's weight, `(blocks, dim)` int16.
     """
 
     bucket_BP: Tensor
@@ -106,7 +100,7 @@ class _Hash(NamedTuple):
     def draw(cls, size: int, dim: int, seed: int, name: str) -> _Hash:
         # The CPU generator uses only 32 bits of its seed.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        # Drawn block by block, so that a longer tensor begins with the blocks of a shorter one.
+        # Drawn block by block, so that an edit padded to a longer one has the same sketch.
         drawn_B2P = torch.rand(-(-size // dim), 2, dim, generator=generator)
         weight_BP = drawn_B2P[:, 0].argsort(dim=-1)
         negative_BP = (drawn_B2P[:, 1] < 0.5).long() * dim
@@ -116,10 +110,10 @@ class _Hash(NamedTuple):
 
 
 class _BucketSum(torch.autograd.Function):
-    """The sum of `sign[i] x[e, i]` over the weights i of each bucket, `(E, dim)`, and `|x[e]|^2`, `(E,)`.
+    """Sum of `sign[i] x[e, i]` over the weights i of each bucket, `(E, dim)`, and `|x[e]|^2`, `(E,)`.
 
-    Both passes work on some blocks at a time. Plain autograd would keep an int64 index, eight bytes per weight, from
-    forward to backward, and read the weights twice as often.
+    Both passes run in parts of some blocks. Plain autograd would save an int64 index, eight bytes per weight, for the
+    backward pass, and read the weights twice as often.
     """
 
     @staticmethod
@@ -151,15 +145,15 @@ class _BucketSum(torch.autograd.Function):
 
 
 def _parts(x_EN: Tensor, hash: _Hash) -> Iterator[tuple[slice, slice]]:
-    """The parts that are worked on together: the slice of weights and the slice of blocks of each."""
+    """Slice of weights and slice of blocks of each part."""
     num_blocks, dim = hash.weight_BP.shape
-    at_once = _SKETCHED_AT_ONCE.get(x_EN.device.type, _SKETCHED_AT_ONCE["cuda"])
+    at_once = budgets(x_EN.device).sketched_weights
     step = max(1, at_once // (dim * len(x_EN)))
     for start in range(0, num_blocks, step):
         yield slice(start * dim, (start + step) * dim), slice(start, start + step)
 
 
 def _whole_blocks(x_EM: Tensor, dim: int) -> Tensor:
-    """The weights as `(E, blocks, dim)`, the last block padded with zeros."""
+    """Weights as `(E, blocks, dim)`, the last block padded with zeros."""
     missing = -x_EM.shape[1] % dim
     return (functional.pad(x_EM, (0, missing)) if missing else x_EM).unflatten(1, (-1, dim))

@@ -1,4 +1,4 @@
-"""The terms of an objective as values, and the forward that they are computed from."""
+"""The terms of an objective, and the forward that they are computed from."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from odedit.risks.tokens import Tokens
 from odedit.runtime.brief import brief
 
 TERMS = ("rel", "loc", "gen", "own")
-"""Terms that every objective reports and that the multiplier reads, in this order."""
+"""Terms that every objective reports and the multiplier reads, in this order."""
 ENVIRONMENTS = ("rel", "loc", "gen", *REPHRASE_SLOTS)
-"""Order in which the multiplier reads scale gradients; environments with other names follow, sorted."""
+"""Order of scale gradients in the multiplier's input; environments with other names follow, sorted."""
 COMPARED = "locality"
 """Key of the compared sequences' tokens in `Forward.tokens`."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """The objective of E edits at one phi_e; every tensor is `(E,)`.
+    """Terms of E edits at one phi_e; every tensor is `(E,)`.
 
     Attributes:
-        risks: Value of every term without its weight: `TERMS`, then the objective's further terms.
+        risks: Unweighted value of every term: `TERMS`, then the objective's further terms.
         total: Weighted sum of the terms: G without the penalty.
         scale_gradients: Derivative of each environment's risk with respect to the scale of the final states.
         penalty: `( sum |g| )^2` over the environments.
         worst_nll: Largest NLL among the tokens of the edit's answer.
         worst_trained_nll: Largest NLL among the tokens of all answers whose likelihood is trained.
-        all_right: Whether every token of the edit's answer is the model's first choice.
+        all_right: True when every token of the edit's answer is the model's first choice.
     """
 
     risks: dict[str, Tensor]
@@ -48,9 +48,9 @@ class Terms:
     __repr__ = brief
 
     def multiplier_inputs(self) -> tuple[Tensor, Tensor]:
-        """What the multiplier reads: the risks `(E, len(TERMS))` and the scale gradients `(E, environments)`.
+        """Input of the multiplier: risks `(E, len(TERMS))` and scale gradients `(E, environments)`.
 
-        The list is fixed: a further term of an objective changes neither the width of the network nor its input.
+        The list is fixed: a further term of an objective changes neither the input nor the width of the network.
         """
         known = [name for name in ENVIRONMENTS if name in self.scale_gradients]
         order = known + sorted(self.scale_gradients.keys() - set(known))
@@ -62,12 +62,12 @@ class Terms:
 
 @dataclass(frozen=True)
 class Unedited:
-    """The unedited model at the M answer tokens of the compared sequences.
+    """Unedited model at the M answer tokens of the compared sequences.
 
     Attributes:
         states_MD: Final hidden states.
-        log_q_MV: Log-probabilities. None where they are too many or read only once: each step then computes them from
-            the states, some rows at a time.
+        log_q_MV: Log-probabilities; None where they are too many or read only once, so that each step computes them
+            from the states, some rows at a time.
         weight_EK: Weight of each sequence of the batch in R_loc; None: the mean over the sequences.
     """
 
@@ -83,8 +83,10 @@ class Forward:
     """One forward of the edited model, from which the terms are computed.
 
     Attributes:
-        editor, params, trace: The editor, phi_e, and what the editor recorded.
-        batch: The sequences that the step reads.
+        editor: Editor of the edits.
+        params: phi_e.
+        trace: Values recorded by the editor's hooks.
+        batch: Sequences that the step reads.
         hidden: Final hidden states at the positions of `Objective.read`.
         states_EKTD: Final hidden states at the positions that predict the answers.
         tokens: Risks of single tokens: NLL by slot, and KL of all compared sequences as `COMPARED`.
@@ -111,24 +113,24 @@ class Forward:
         return self.batch.answers((slot,)).spread(nll_M, -torch.inf).flatten(1).amax(dim=-1)
 
     def no_risk(self) -> Risk:
-        """The value of a term that the objective does not use."""
+        """Value of a term that the objective does not use."""
         zero_E = torch.zeros(self.batch.num_edits, device=self.hidden.device)
         return Risk(zero_E, zero_E)
 
 
 def mean_over_slots(risk_EK: Risk, present_EK: Tensor) -> Risk:
-    """The mean over the sequences that each edit has, `(E,)`."""
+    """Mean over the sequences that each edit has, `(E,)`."""
     return Risk(risks.masked_mean(risk_EK.value, present_EK), risks.masked_mean(risk_EK.scale_gradient, present_EK))
 
 
 def token_means(tokens: Tokens, answers: Answers) -> Risk:
-    """The mean over each sequence's answer tokens, `(E, K)`."""
+    """Mean over each sequence's answer tokens, `(E, K)`."""
     value, slope = (risks.masked_mean(answers.spread(v), answers.mask_EKT) for v in tokens[:2])
     return Risk(value, slope)
 
 
 def weighted_sum(weights: Mapping[str, float], values: Mapping[str, Tensor]) -> Tensor:
-    """The sum of `TERMS` by their weights, `(E,)`, and of the further terms whose weight is not 0."""
+    """Weighted sum of `TERMS` and of the further terms whose weight is not 0, `(E,)`."""
     total_E = torch.stack([weights[name] * values[name] for name in TERMS]).sum(dim=0)
     for name, value_E in values.items():
         if name not in TERMS and weights[name]:

@@ -1,4 +1,4 @@
-"""Every family on tiny random weights: what the library's own class computes, one sequence at a time."""
+"""Every family on tiny random weights, against the forward of the library's class on single sequences."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import nn
 
 from odedit import InputError, Picture, Probe, load_backbone
 from odedit.backbones import encode_requests, fingerprint, load_processor
-from odedit.backbones.common import model as multimodal
 from odedit.backbones.common.decoders import LlamaDecoder
 from odedit.backbones.common.generation import LONGEST_REST, NO_TOKEN, generate, until_end
-from odedit.runtime.kv_cache import KeyValues
+from odedit.runtime.kv_cache import KVCache
 from tests.support import reading, tiny_models
+from tests.support.limits import set_limits
 from tests.support.requests import TEMPLATE, make_picture, make_request
 
 
@@ -47,7 +47,7 @@ def probes_of(request):
 
 @torch.no_grad()
 def library_logits(model, ids, picture):
-    """The class's own forward."""
+    """Logits of the library's forward, `(length, V)`."""
     if picture is None:
         text = model.model.language_model if model.family == "minigpt4" else model.model
         return text(input_ids=ids).logits[0]
@@ -64,7 +64,7 @@ def library_logits(model, ids, picture):
 
 @pytest.mark.parametrize("site", ["layers.0.ffn.gate", "layers.1.attention.out", "layers.-1.ffn.out", "connector"])
 def test_prefix_and_suffix_equal_the_full_model(model, requests, batch, site):
-    """In a right-padded batch, for probes with and without a picture, from a layer or the connector on."""
+    """In a right-padded batch, with and without pictures, from a layer or from the connector on."""
     if site == "connector":
         site = model.connector_sites()[-1]
         batch = encode_requests(model, requests, TEMPLATE, (site,))[1]
@@ -102,7 +102,7 @@ def test_a_prefix_in_parts_is_that_of_the_whole(model, batch, monkeypatch):
         return part_RSD
 
     monkeypatch.setattr(model, "_layers_below", watched)
-    monkeypatch.setitem(multimodal._POSITIONS_AT_ONCE, "cpu", 2 * batch.tokens_EKS.shape[2])
+    set_limits(monkeypatch, prefix_positions=2 * batch.tokens_EKS.shape[2])
     parts = model.prefix(batch, site).hidden_RSD
     torch.testing.assert_close(parts[real_RS], whole[real_RS], rtol=1e-4, atol=1e-4)
     rows, lengths = zip(*shapes, strict=True)
@@ -123,11 +123,11 @@ def test_padding_and_batch_mates_change_nothing(model, requests, batch):
 
 @torch.no_grad()
 def test_generated_answers_go_on_behind_the_longest_sequence(model, requests, batch):
-    """As token by token with the class's own forward: at the right positions, whatever kind they are."""
-    memory = KeyValues()
-    prefix = model.prefix(batch, "layers.1.ffn.in", memory=memory)
-    first = model.head(model.suffix(prefix, batch.with_room(1, 0, 640).predict_EKT, memory)).argmax(-1)
-    made = generate(model, batch, prefix, memory, first)
+    """Equal to token-by-token decoding with the library's forward, for every kind of position ids."""
+    kv_cache = KVCache()
+    prefix = model.prefix(batch, "layers.1.ffn.in", kv_cache=kv_cache)
+    first = model.head(model.suffix(prefix, batch.with_room(1, 0, 640).predict_EKT, kv_cache)).argmax(-1)
+    made = generate(model, batch, prefix, kv_cache, first)
     lengths_EK = batch.real_EKS.sum(-1)
     longest, at = int(lengths_EK.max()), divmod(int(lengths_EK.argmax()), len(batch.slots))
     beyond = 0
@@ -143,16 +143,15 @@ def test_generated_answers_go_on_behind_the_longest_sequence(model, requests, ba
     assert beyond > 1, "no answer goes on behind the longest sequence"
 
 
-def test_an_answer_may_fill_the_positions_there_are(model, requests, batch, monkeypatch):
-    """Where the text model takes no position more, the answer is cut off."""
+def test_an_answer_is_cut_off_at_the_last_position(model, requests, batch, monkeypatch):
     length = batch.tokens_EKS.shape[-1]
     monkeypatch.setattr(model, "max_positions", length + 2)
-    memory = KeyValues()
-    prefix = model.prefix(batch, "layers.1.ffn.in", memory=memory)
-    first = model.head(model.suffix(prefix, batch.with_room(1, 0, length + 2).predict_EKT, memory)).argmax(-1)
-    made = generate(model, batch, prefix, memory, first)
+    kv_cache = KVCache()
+    prefix = model.prefix(batch, "layers.1.ffn.in", kv_cache=kv_cache)
+    first = model.head(model.suffix(prefix, batch.with_room(1, 0, length + 2).predict_EKT, kv_cache)).argmax(-1)
+    made = generate(model, batch, prefix, kv_cache, first)
     roomy = batch.with_room(LONGEST_REST, 0, length + 2)
-    assert torch.equal(made == NO_TOKEN, ~roomy.target_mask_EKT), "no token stands for a place that there is not"
+    assert torch.equal(made == NO_TOKEN, ~roomy.target_mask_EKT), "tokens beyond the last position are NO_TOKEN"
     for row, count in zip(made.flatten(0, 1).tolist(), roomy.target_mask_EKT.sum(-1).flatten().tolist(), strict=True):
         answer, has_ended = until_end(row, model.ends)
         assert has_ended or len(answer) == count
@@ -160,7 +159,7 @@ def test_an_answer_may_fill_the_positions_there_are(model, requests, batch, monk
     assert int((roomy.target_mask_EKT.sum(-1) - batch.target_mask_EKT.sum(-1)).min()) < LONGEST_REST
 
 
-def test_what_ends_an_answer_is_what_the_checkpoint_and_the_family_say(model, monkeypatch):
+def test_end_tokens_are_those_of_the_checkpoint_and_the_family(model, monkeypatch):
     tokenizer = model.processor.tokenizer
     assert tokenizer.eos_token_id in model.ends
     words = {tokenizer.decode([token]) for token in model.ends}
@@ -185,17 +184,17 @@ POSITIONS = {"minigpt4": 3, "llava": 16, "qwen2_5_vl": 256}
 
 @pytest.mark.parametrize("is_caption", [False, True])
 def test_the_layout_is_the_familys(model, is_caption):
-    before, behind, alone, space = LAYOUT[model.family]
-    dressed = "who is it?" if is_caption else "Question: who is it? Short answer:"
+    before, after, alone, space = LAYOUT[model.family]
+    prompt = "who is it?" if is_caption else "Question: who is it? Short answer:"
     decode = model.processor.tokenizer.decode
     seen = model.sequence(Probe("who is it?", "anna", make_picture(0), is_caption), TEMPLATE)
     assert list(seen.image) == list(range(seen.image[0], seen.image[0] + POSITIONS[model.family]))
     assert decode(seen.tokens[: seen.image[0]]) == before
-    assert decode(seen.tokens[seen.image[-1] + 1 :]) == behind.format(dressed) + space + "anna"
+    assert decode(seen.tokens[seen.image[-1] + 1 :]) == after.format(prompt) + space + "anna"
     assert decode(seen.tokens[seen.first_target :]) == space + "anna"
-    told = model.sequence(Probe("who is it?", "anna", None, is_caption), TEMPLATE)
-    assert decode(told.tokens) == alone.format(dressed) + space + "anna"
-    assert decode(told.tokens[told.first_target :]) == space + "anna" and not len(told.image)
+    text = model.sequence(Probe("who is it?", "anna", None, is_caption), TEMPLATE)
+    assert decode(text.tokens) == alone.format(prompt) + space + "anna"
+    assert decode(text.tokens[text.first_target :]) == space + "anna" and not len(text.image)
 
 
 def test_llava_builds_what_its_own_processor_builds(tmp_path):
@@ -278,7 +277,7 @@ def test_another_image_tower_is_named(tmp_path):
 
 
 def test_llava_with_all_tokens_of_two_layers(tmp_path):
-    """The other choices that a configuration can make: the class token stays, layers stand side by side."""
+    """The class token is kept, and the states of two layers are concatenated."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     directory = tiny_models.write("llava", tmp_path)
@@ -319,7 +318,7 @@ def test_relatives_of_llama(kind):
 
 
 def test_a_family_from_outside_the_package(tmp_path):
-    """One file that nobody registers, given by its dotted name: it encodes, edits and is scored."""
+    """A module given by its dotted name, without registration: it encodes, edits and is scored."""
     from odedit import Objective, ObjectiveConfig, Stopping, edit, evaluate, load_editor, stack_params
 
     directory = str(tiny_models.write("llava", tmp_path))
@@ -339,13 +338,13 @@ def test_a_family_from_outside_the_package(tmp_path):
 
 
 def test_half_precision_follows_float32(model, directory, requests):
-    """Every family takes float32 pixels and computes in its own type, from the connector on as well."""
+    """Every family takes float32 pixels and computes in the model's type, from the connector on too."""
     half = load_backbone(directory.name, str(directory), dtype="bfloat16")
     site = model.connector_sites()[-1]
     logits = []
-    for one in (model, half):
-        batch = encode_requests(one, requests, TEMPLATE, (site,))[1]
+    for backbone in (model, half):
+        batch = encode_requests(backbone, requests, TEMPLATE, (site,))[1]
         with torch.no_grad():
-            logits.append(one.head(one.suffix(one.prefix(batch, site)))[batch.real_EKS])
+            logits.append(backbone.head(backbone.suffix(backbone.prefix(batch, site)))[batch.real_EKS])
     assert batch.features_NLD.dtype == torch.bfloat16 and logits[1].dtype == torch.float32
     assert (logits[0] - logits[1]).abs().mean() < 0.1 * logits[0].abs().mean()

@@ -1,4 +1,4 @@
-"""Oracles of the backbone: what transformers computes for the whole sequence, one at a time."""
+"""The embedded BLIP-2 against the forward of transformers on single whole sequences."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_positions_that_are_read_are_those_of_the_whole(backbone, batches, s
 
 
 def test_tokens_are_those_of_the_library_processor(backbone, batches, requests_8):
-    """`[image tokens | </s> | text]`, in one tokenisation."""
+    """The layout `[image tokens | </s> | text]`, tokenised in one call."""
     from transformers import AutoTokenizer, Blip2Processor
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
@@ -106,7 +106,7 @@ def test_a_picture_used_twice_is_encoded_once(backbone, monkeypatch):
         ("decoder.fc1", "Unknown site"),
     ],
 )
-def test_an_unknown_site_names_those_there_are(backbone, site, message):
+def test_the_error_for_an_unknown_site_lists_the_valid_ones(backbone, site, message):
     with pytest.raises(InputError, match=message):
         backbone.site(site)
 

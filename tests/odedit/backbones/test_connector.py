@@ -22,10 +22,10 @@ def requests():
 
 @pytest.fixture(scope="module")
 def encoded(backbone, requests):
-    """The same supervision batch, behind and before the connector."""
-    behind, _ = encode_requests(backbone, requests, TEMPLATE, ("layers.0.ffn.in",))
+    """A supervision batch with features after and before the connector."""
+    after, _ = encode_requests(backbone, requests, TEMPLATE, ("layers.0.ffn.in",))
     before, _ = encode_requests(backbone, requests, TEMPLATE, (PROJECTION, "layers.3.ffn.in"))
-    return behind, before
+    return after, before
 
 
 def final_states(backbone, batch, *sites):
@@ -33,11 +33,11 @@ def final_states(backbone, batch, *sites):
         return backbone.suffix(backbone.prefix(batch, *sites))
 
 
-def test_the_connector_in_the_suffix_computes_what_it_does_in_the_encoding(backbone, encoded):
-    behind, before = encoded
-    assert before.before_connector and not behind.before_connector
-    expected = final_states(backbone, behind, "layers.2.ffn.in")
-    real = behind.real_EKS
+def test_the_connector_in_the_suffix_equals_that_in_the_encoding(backbone, encoded):
+    after, before = encoded
+    assert before.before_connector and not after.before_connector
+    expected = final_states(backbone, after, "layers.2.ffn.in")
+    real = after.real_EKS
     first = backbone.connector_sites()[0]
     for sites in ((PROJECTION,), ("layers.2.ffn.in",), ("layers.1.attention.q", first)):
         states = final_states(backbone, before, *sites)
@@ -60,7 +60,7 @@ def test_every_site_of_the_connector_sees_one_row_per_sequence(backbone, encoded
 
 @pytest.mark.parametrize("site", ["first", "last"])
 def test_an_edit_of_the_connector_is_the_model_with_other_weights(backbone, encoded, requests, site):
-    """Edit e alone has the changed matrix; its sequences are those of the library's model with that matrix."""
+    """One edit has a changed matrix; its sequences equal those of the library's model with that matrix."""
     _, before = encoded
     name = backbone.connector_sites()[0 if site == "first" else -1]
     linear = backbone.site(name)
@@ -112,12 +112,12 @@ def test_the_gradient_reaches_the_connector_of_the_sequences_with_a_picture(back
 
 
 def test_text_alone_runs_too(backbone):
-    """A batch without any picture: the connector runs on zeros, and nobody reads what comes out."""
+    """A batch without pictures: the connector runs on zeros, and its output is unused."""
     request = EditRequest("text", Probe("what is the capital of arland?", "rome"))
     before, _ = encode_requests(backbone, [request], TEMPLATE, (PROJECTION,))
-    behind, _ = encode_requests(backbone, [request], TEMPLATE)
+    after, _ = encode_requests(backbone, [request], TEMPLATE)
     states = final_states(backbone, before, PROJECTION)
-    assert torch.equal(states[:, 0], final_states(backbone, behind, "layers.0.attention.q")[:, 0])
+    assert torch.equal(states[:, 0], final_states(backbone, after, "layers.0.attention.q")[:, 0])
 
 
 def test_a_spoiled_picture_spoils_its_own_edit_only(backbone, encoded):
@@ -131,9 +131,9 @@ def test_a_spoiled_picture_spoils_its_own_edit_only(backbone, encoded):
 
 
 def test_what_cannot_be_edited_is_named(backbone, encoded):
-    behind, _ = encoded
+    after, _ = encoded
     with pytest.raises(ValueError, match=r"encode it with sites=editor\.sites"):
-        backbone.prefix(behind, PROJECTION)
+        backbone.prefix(after, PROJECTION)
     with pytest.raises(InputError, match=r"Did you mean 'connector\.language_projection'\?"):
         backbone.site("connector.language_projektion")
     with pytest.raises(InputError, match="feeds no activation"):

@@ -1,4 +1,4 @@
-"""MiniGPT-4 from its pieces: generated small, in the formats that they are published in."""
+"""MiniGPT-4 from small generated pieces, in the formats in which they are published."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.requests import TEMPLATE, make_picture, make_request
 
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory):
-    """BLIP-2 with T5, a LLaMA in half precision as pickled shards with the tables of old, and a `.pth` projection."""
+    """BLIP-2 with T5, a LLaMA as pickled half-precision shards with old tables, and a `.pth` projection."""
     from transformers import Blip2Config, Blip2ForConditionalGeneration, LlamaConfig, LlamaForCausalLM, T5Config
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
@@ -106,7 +106,7 @@ def test_shards_keep_every_type_and_need_no_pickle(pieces, tmp_path):
 
 
 def spoiled(pieces, tmp_path, what):
-    """The arguments with one piece spoiled."""
+    """Arguments of the conversion with one damaged piece."""
     root, out = tmp_path / "pieces", tmp_path / "out"
     shutil.copytree(pieces[0], root)
     weight, bias = pieces[3], pieces[4]

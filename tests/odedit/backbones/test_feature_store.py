@@ -1,4 +1,4 @@
-"""Features that are looked up are those that are computed, whatever becomes of the files."""
+"""Cached and stored features equal computed ones, also with damaged files and failing storage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from odedit import InputError, load_backbone
 from odedit.backbones import encode_requests
 from odedit.backbones.common import feature_store
-from odedit.backbones.common.feature_memory import made_with, remembering
+from odedit.backbones.common.feature_cache import made_with, with_feature_cache
 from odedit.backbones.common.feature_store import FeatureStore
 from odedit.storage.location import Location
 from tests.support import tiny_models
@@ -26,7 +26,7 @@ KEYS = [picture.key for picture in PICTURES]
 
 
 class Counted:
-    """The pictures that a backbone's image tower is run on, one number a call."""
+    """Number of pictures in each call of a backbone's image tower."""
 
     def __init__(self, backbone, monkeypatch):
         self.calls = []
@@ -44,13 +44,13 @@ def equal(one, other) -> bool:
 
 
 def close(one, other) -> bool:
-    """Equal up to rounding: a product's depends on how many pictures there are, on some processors."""
+    """Equal up to rounding, which on some processors depends on the number of pictures."""
     return list(one) == list(other) and all(torch.allclose(one[key], other[key], atol=1e-5) for key in one)
 
 
 def alone(model) -> dict[str, Tensor]:
-    """The features, each computed by itself."""
-    return {key: feature for one in PICTURES for key, feature in model.image_features([one]).items()}
+    """Features of single pictures."""
+    return {key: feature for picture in PICTURES for key, feature in model.image_features([picture]).items()}
 
 
 def refuse(text: str) -> None:
@@ -67,9 +67,9 @@ def store(tmp_path):
 def test_what_another_process_computed_is_read_bit_for_bit(store, tmp_path, monkeypatch, dtype, before_connector):
     model = load_backbone("blip2", "embedded", dtype=dtype)
     computed = model.image_features(PICTURES, before_connector)
-    first = remembering(model, store).image_features(PICTURES, before_connector)
+    first = with_feature_cache(model, store).image_features(PICTURES, before_connector)
     counted = Counted(model, monkeypatch)
-    again = remembering(model, store).image_features([*PICTURES[::-1], PICTURES[2]], before_connector)
+    again = with_feature_cache(model, store).image_features([*PICTURES[::-1], PICTURES[2]], before_connector)
     assert counted.calls == [] and len(files_of(tmp_path / "store")) == len(PICTURES)
     assert equal(first, computed) and equal({key: again[key] for key in KEYS}, computed)
     assert list(again) == KEYS[::-1]
@@ -77,15 +77,15 @@ def test_what_another_process_computed_is_read_bit_for_bit(store, tmp_path, monk
 
 def test_only_pictures_that_are_not_there_are_computed(backbone, store, monkeypatch):
     expected = backbone.image_features(PICTURES)
-    remembering(backbone, store).image_features(PICTURES[1:3])
+    with_feature_cache(backbone, store).image_features(PICTURES[1:3])
     counted = Counted(backbone, monkeypatch)
-    assert equal(remembering(backbone, store).image_features(PICTURES), expected)
+    assert equal(with_feature_cache(backbone, store).image_features(PICTURES), expected)
     assert counted.calls == [3]
 
 
 def test_batches_with_a_store_are_those_without(backbone, batches, requests_8, store):
     for _ in range(2):
-        model = remembering(backbone, store)
+        model = with_feature_cache(backbone, store)
         for one, other in zip(encode_requests(model, requests_8, TEMPLATE), batches, strict=True):
             for item in fields(one):
                 mine, theirs = getattr(one, item.name), getattr(other, item.name)
@@ -97,7 +97,7 @@ def test_in_memory_a_picture_is_computed_once_within_the_bytes(backbone, monkeyp
     first_two = backbone.image_features(PICTURES[:2])
     counted = Counted(backbone, monkeypatch)
     size = next(iter(expected.values())).nbytes
-    model = remembering(backbone, memory_bytes=2 * size)
+    model = with_feature_cache(backbone, cache_bytes=2 * size)
     assert equal(model.image_features(PICTURES[:2]), first_two)
     model.image_features(PICTURES[1:3])
     assert counted.calls == [2, 1], "the second was remembered"
@@ -108,7 +108,7 @@ def test_in_memory_a_picture_is_computed_once_within_the_bytes(backbone, monkeyp
 
 
 def test_features_are_found_only_by_the_model_that_made_them(tmp_path, monkeypatch):
-    """Weights, type, processor and side of the connector each make other files."""
+    """Weights, type, processor and side of the connector each change the files."""
     directory = tiny_models.write("llava", tmp_path / "a")
     other_weights = tiny_models.write("llava", tmp_path / "b", seed=1)
     other_processor = tiny_models.write("llava", tmp_path / "c")
@@ -124,10 +124,10 @@ def test_features_are_found_only_by_the_model_that_made_them(tmp_path, monkeypat
     assert models[2].fingerprint == models[0].fingerprint, "weights alone do not tell a processor"
     store = FeatureStore.at(str(tmp_path / "store"), warn=refuse)
     for count, model in enumerate(models, start=1):
-        assert equal(remembering(model, store).image_features(PICTURES), model.image_features(PICTURES))
+        assert equal(with_feature_cache(model, store).image_features(PICTURES), model.image_features(PICTURES))
         assert len(files_of(tmp_path / "store")) == count * len(PICTURES)
-    remembering(models[0], store).image_features(PICTURES, before_connector=True)
-    remembering(load_backbone("llava", str(directory)), store).image_features(PICTURES)
+    with_feature_cache(models[0], store).image_features(PICTURES, before_connector=True)
+    with_feature_cache(load_backbone("llava", str(directory)), store).image_features(PICTURES)
     assert len(files_of(tmp_path / "store")) == 5 * len(PICTURES), "the same model elsewhere finds its own"
 
 
@@ -160,27 +160,27 @@ def test_another_program_makes_other_features(backbone, store, tmp_path, monkeyp
     ids=["empty", "no header", "half a header", "cut", "longer", "bit", "noise", "format", "another picture's"],
 )
 def test_a_damaged_file_is_computed_again_and_replaced(backbone, store, tmp_path, monkeypatch, damage):
-    expected = alone(remembering(backbone, store))
+    expected = alone(with_feature_cache(backbone, store))
     file, other = files_of(tmp_path / "store")[:2]
     whole = file.read_bytes()
     file.write_bytes(damage(whole, other.read_bytes()))
     assert file.read_bytes() != whole
     counted = Counted(backbone, monkeypatch)
-    assert equal(remembering(backbone, store).image_features(PICTURES), expected)
+    assert equal(with_feature_cache(backbone, store).image_features(PICTURES), expected)
     assert counted.calls == [1] and file.read_bytes() == whole
 
 
 def _write_and_read(root: str, number: int) -> int:
-    """Writes the same features again and again and reads them; returns how often one was there."""
+    """Writes and reads the same features repeatedly; returns the number of features read."""
     store = FeatureStore.at(root, warn=refuse)
     features = {f"picture-{key}": torch.full((64, 32), float(key)) for key in range(8)}
     seen = 0
     for turn in range(12):
         keys = [f"picture-{(key + number + turn) % 8}" for key in range(8)]
-        found = store.read("model/connected", keys)
-        assert all(torch.equal(value, features[key]) for key, value in found.items())
+        read = store.read("model/connected", keys)
+        assert all(torch.equal(value, features[key]) for key, value in read.items())
         store.write("model/connected", {key: features[key] for key in keys}, {"family": "none"})
-        seen += len(found)
+        seen += len(read)
     assert len(store.read("model/connected", features)) == 8
     return seen
 
@@ -195,17 +195,17 @@ def test_writers_of_the_same_pictures_do_not_disturb_each_other(tmp_path):
 
 
 def test_a_store_that_fails_costs_a_warning_and_nothing_else(backbone, tmp_path, monkeypatch):
-    told: list[str] = []
-    store = FeatureStore.at(str(tmp_path / "store"), warn=told.append)
-    expected = remembering(backbone, store).image_features(PICTURES)
+    warnings: list[str] = []
+    store = FeatureStore.at(str(tmp_path / "store"), warn=warnings.append)
+    expected = with_feature_cache(backbone, store).image_features(PICTURES)
     (folder,) = (tmp_path / "store").iterdir()
     folder.rename(tmp_path / "aside")
     folder.write_text("a file where a folder should be")
-    model = remembering(backbone, store, memory_bytes=0)
+    model = with_feature_cache(backbone, store, cache_bytes=0)
     for _ in range(2):
         assert equal(model.image_features(PICTURES), expected)
-    assert len(told) == 2 and "cannot be read" in told[0] and "cannot be written" in told[1]
-    assert all(repr(str(tmp_path / "store")) in text and text.endswith("nothing else.") for text in told)
+    assert len(warnings) == 2 and "cannot be read" in warnings[0] and "cannot be written" in warnings[1]
+    assert all(repr(str(tmp_path / "store")) in text and text.endswith("nothing else.") for text in warnings)
 
     folder.unlink()
     counted = Counted(backbone, monkeypatch)
@@ -215,15 +215,15 @@ def test_a_store_that_fails_costs_a_warning_and_nothing_else(backbone, tmp_path,
     monkeypatch.setattr(feature_store.time, "monotonic", lambda: clock() + 61)
     for _ in range(2):
         assert equal(model.image_features(PICTURES), expected)
-    assert counted.calls == [5, 5] and len(told) == 2
+    assert counted.calls == [5, 5] and len(warnings) == 2
 
 
 def test_features_go_through_any_file_system(backbone, tmp_path, monkeypatch):
     there = Location("s3://bucket/features", SubTreeFileSystem(str(tmp_path), LocalFileSystem()), "bucket/features")
     assert not there.is_local
-    expected = remembering(backbone, FeatureStore(there, refuse)).image_features(PICTURES)
+    expected = with_feature_cache(backbone, FeatureStore(there, refuse)).image_features(PICTURES)
     counted = Counted(backbone, monkeypatch)
-    assert equal(remembering(backbone, FeatureStore(there, refuse)).image_features(PICTURES), expected)
+    assert equal(with_feature_cache(backbone, FeatureStore(there, refuse)).image_features(PICTURES), expected)
     assert counted.calls == [] and len(files_of(tmp_path / "bucket" / "features")) == len(PICTURES)
 
 
@@ -232,16 +232,16 @@ def test_a_client_with_errors_of_its_own_costs_no_edit(backbone):
         def __getattr__(self, name):
             raise LookupError("no credentials for KEY in s3://me:secret@bucket")
 
-    told: list[str] = []
-    store = FeatureStore(Location("s3://bucket/x", Broken(), "bucket/x"), told.append)
-    assert equal(remembering(backbone, store).image_features(PICTURES), backbone.image_features(PICTURES))
-    assert len(told) == 2 and "secret" not in "".join(told)
+    warnings: list[str] = []
+    store = FeatureStore(Location("s3://bucket/x", Broken(), "bucket/x"), warnings.append)
+    assert equal(with_feature_cache(backbone, store).image_features(PICTURES), backbone.image_features(PICTURES))
+    assert len(warnings) == 2 and "secret" not in "".join(warnings)
 
 
 def test_an_address_names_a_store_too(backbone, tmp_path, monkeypatch):
-    remembering(backbone, FeatureStore.at(f"file://{tmp_path}/store", warn=refuse)).image_features(PICTURES)
+    with_feature_cache(backbone, FeatureStore.at(f"file://{tmp_path}/store", warn=refuse)).image_features(PICTURES)
     counted = Counted(backbone, monkeypatch)
-    remembering(backbone, FeatureStore.at(str(tmp_path / "store"), warn=refuse)).image_features(PICTURES)
+    with_feature_cache(backbone, FeatureStore.at(str(tmp_path / "store"), warn=refuse)).image_features(PICTURES)
     assert counted.calls == []
 
 
@@ -251,7 +251,7 @@ def test_an_address_names_a_store_too(backbone, tmp_path, monkeypatch):
         ("{file}", "is or lies under a file, expected a folder"),
         ("{file}/below/it", "is or lies under a file, expected a folder"),
         ("file://{file}", "is or lies under a file, expected a folder"),
-        ("gopher://me:secret@place/features", "cannot use the address 'gopher://***@place/features'"),
+        ("gopher://me:secret@bucket/features", "cannot use the address 'gopher://***@bucket/features'"),
         ("", "got an empty path"),
     ],
 )
@@ -265,7 +265,7 @@ def test_what_cannot_be_a_store_is_said_at_once(tmp_path, text, expected):
 
 def test_any_text_is_a_key(backbone, store, monkeypatch):
     odd = [replace(picture, key=f"../{picture.key}/ü\n") for picture in PICTURES]
-    remembering(backbone, store).image_features(odd)
+    with_feature_cache(backbone, store).image_features(odd)
     counted = Counted(backbone, monkeypatch)
-    assert list(remembering(backbone, store).image_features(odd)) == [picture.key for picture in odd]
+    assert list(with_feature_cache(backbone, store).image_features(odd)) == [picture.key for picture in odd]
     assert counted.calls == []

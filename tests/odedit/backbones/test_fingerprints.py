@@ -1,4 +1,4 @@
-"""Fingerprints: those of earlier versions go on naming the same models, and a machine hashes weights once."""
+"""Fingerprints: earlier forms remain valid, and a machine hashes weights once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from odedit.backbones.common import weight_files
 from odedit.backbones.common.fingerprints import Fingerprint, earlier_fingerprint
 from odedit.editing.files import EditInfo, load_edits, save_edit
 from odedit.editors.common.weights import load_weights, save_weights
-from odedit.storage import kept_notes
+from odedit.storage import disk_cache
 from odedit.training.state import TrainingState, read_state, write_state
 from tests.support import tiny_models
 
@@ -48,8 +48,8 @@ def test_files_of_earlier_versions_go_on_being_usable(backbone, tmp_path):
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """A weight file, and an empty folder of notes."""
-    monkeypatch.setattr(kept_notes, "folder", lambda: tmp_path / "notes")
+    """A weight file, with an empty folder of notes."""
+    monkeypatch.setattr(disk_cache, "folder", lambda: tmp_path / "notes")
     weight_files._contents.cache_clear()
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.tensor([1.0, -3.0]), "b": torch.tensor([float("nan")]), "c": torch.ones(2).int()}, path)
@@ -88,19 +88,19 @@ def test_damaged_notes_are_replaced(damage, files, tmp_path):
     assert as_in_a_new_process(files) == first and json.loads(note.read_text()) == json.loads(kept)
 
 
-@pytest.mark.parametrize("place", ["open to others", "a link", "a file"])
-def test_a_folder_that_is_not_the_users_own_is_not_used(place, files, tmp_path):
+@pytest.mark.parametrize("kind", ["open to others", "a link", "a file"])
+def test_a_folder_that_is_not_the_users_own_is_not_used(kind, files, tmp_path):
     notes, elsewhere = tmp_path / "notes", tmp_path / "elsewhere"
     elsewhere.mkdir(mode=0o700)
-    if place == "open to others":
+    if kind == "open to others":
         notes.mkdir()
         notes.chmod(0o777)
-    elif place == "a link":
+    elif kind == "a link":
         notes.symlink_to(elsewhere)
     else:
         notes.touch()
     assert as_in_a_new_process(files)["a"].largest == 3.0
-    assert not list(elsewhere.iterdir()) and (place != "open to others" or not list(notes.iterdir()))
+    assert not list(elsewhere.iterdir()) and (kind != "open to others" or not list(notes.iterdir()))
 
 
 @pytest.mark.parametrize(

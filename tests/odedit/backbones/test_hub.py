@@ -1,4 +1,4 @@
-"""Hub ids: the cache's copy is the same model as a folder of the same files, and a silent hub is named at once."""
+"""Hub ids: a cached copy is the same model as a folder of its files, and an unreachable hub is reported at once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the hub; the folder of the one version that it may come to hold."""
+    """An empty hub cache; the future folder of its only version."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     snapshot.cache_clear()
     snapshot_with_weights.cache_clear()
@@ -94,7 +94,7 @@ def test_a_name_that_is_no_hub_id_is_said(cache):
 
 
 class Hub:
-    """A hub with the files of a folder as its newest version.
+    """A hub whose newest version has the files of a folder.
 
     Attributes:
         fetched: Names of the files that were downloaded.
@@ -122,7 +122,7 @@ class Hub:
 
 
 def forget() -> None:
-    """As in a new process."""
+    """Clears what a process remembers of the hub."""
     snapshot.cache_clear()
     snapshot_with_weights.cache_clear()
 

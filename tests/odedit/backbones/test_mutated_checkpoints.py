@@ -1,6 +1,4 @@
-"""Checkpoints with one thing changed: each is refused in a sentence by the look that `--dry-run` takes, or computes
-exactly what the original does.
-"""
+"""Checkpoints with one mutation: `--dry-run` reports it in one sentence, or the model computes exactly the same."""
 
 from __future__ import annotations
 
@@ -34,19 +32,19 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple
         if family not in made:
             folder = tiny_models.write(family, tmp_path_factory.mktemp("models") / family)
             change(folder, lambda tensors: {name: exact(value) for name, value in tensors.items()})
-            made[family] = folder, *asked(family, folder)
+            made[family] = folder, *outputs_of(family, folder)
         return made[family]
 
     return original
 
 
 def exact(value: torch.Tensor) -> torch.Tensor:
-    """Values that every type of weights holds."""
+    """The value rounded to one that every type of weights represents."""
     return ((value * 32).round() / 32).clamp(-3, 3)
 
 
 @torch.no_grad()
-def asked(family: str, folder: Path) -> tuple[torch.Tensor, str]:
+def outputs_of(family: str, folder: Path) -> tuple[torch.Tensor, str]:
     model = load_backbone(family, str(folder))
     batch = encode_requests(model, [make_request(0)], TEMPLATE)[0]
     return model.head(model.suffix(model.prefix(batch, "layers.0.attention.q"), batch.predict_EKT)), model.fingerprint
@@ -57,14 +55,14 @@ def change(folder: Path, altered: Callable[[Tensors], Tensors], metadata: dict[s
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / WEIGHTS, metadata)
 
 
-def one(alter: Callable[[torch.Tensor], torch.Tensor | None], name: str = "") -> Mutation:
-    """Alters the one tensor whose name ends so, or a matrix that is not square; None drops it."""
+def altered_one(alter: Callable[[torch.Tensor], torch.Tensor | None], name: str = "") -> Mutation:
+    """Alters the tensor whose name ends with `name`, or a matrix that is not square; None drops it."""
 
     def altered(tensors: Tensors) -> Tensors:
         matrices = (key for key, value in tensors.items() if value.ndim == 2 and value.shape[0] != value.shape[1])
-        found = next(key for key in tensors if key.endswith(name)) if name else next(matrices)
-        value = alter(tensors.pop(found))
-        return tensors if value is None else {**tensors, found: value}
+        chosen = next(key for key in tensors if key.endswith(name)) if name else next(matrices)
+        value = alter(tensors.pop(chosen))
+        return tensors if value is None else {**tensors, chosen: value}
 
     return lambda folder: change(folder, altered)
 
@@ -86,7 +84,7 @@ def put(value: float) -> Mutation:
         tensor.view(-1)[-1] = value
         return tensor
 
-    return one(alter)
+    return altered_one(alter)
 
 
 def edited(file: str, edit: Callable[[dict[str, Any]], object]) -> Mutation:
@@ -99,7 +97,7 @@ def edited(file: str, edit: Callable[[dict[str, Any]], object]) -> Mutation:
 
 
 def config(path: str, value: Any) -> Mutation:
-    """Sets a key of config.json, added to what is there if the value is a function."""
+    """Sets a key of config.json; a function gets the old value."""
 
     def edit(values: dict[str, Any]) -> None:
         *sections, key = path.split(".")
@@ -111,17 +109,17 @@ def config(path: str, value: Any) -> Mutation:
 
 
 def in_shards(*forgotten: str) -> Mutation:
-    """Three shards and their index, which leaves out the tensors that end so."""
+    """Three shards, and an index without the files in `forgotten`."""
 
     def mutate(folder: Path) -> None:
         tensors = load_file(folder / WEIGHTS)
         (folder / WEIGHTS).unlink()
-        names, places = sorted(tensors, reverse=True), {}
+        names, files = sorted(tensors, reverse=True), {}
         for number in range(3):
             file = f"part-{number}.safetensors"
             save_file({name: tensors[name] for name in names[number::3]}, folder / file)
-            places |= dict.fromkeys(names[number::3], file)
-        kept = {name: file for name, file in places.items() if file not in forgotten}
+            files |= dict.fromkeys(names[number::3], file)
+        kept = {name: file for name, file in files.items() if file not in forgotten}
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": kept}))
 
     return mutate
@@ -158,15 +156,15 @@ def quantised(**settings: Any) -> Mutation:
 
 FP8 = getattr(torch, "float8_e4m3fn")  # noqa: B009 - not in every type stub
 REFUSED: dict[str, tuple[Mutation, str]] = {
-    "a tensor dropped": (one(lambda value: None), r"1 tensor of \d+ missing .* saved or downloaded in part"),
-    "the head dropped": (one(lambda value: None, "lm_head.weight"), "1 tensor of .*lm_head.weight"),
-    "a bias dropped": (one(lambda value: None, "bias"), "1 tensor of .* missing"),
+    "a tensor dropped": (altered_one(lambda value: None), r"1 tensor of \d+ missing .* saved or downloaded in part"),
+    "the head dropped": (altered_one(lambda value: None, "lm_head.weight"), "1 tensor of .*lm_head.weight"),
+    "a bias dropped": (altered_one(lambda value: None, "bias"), "1 tensor of .* missing"),
     "a tensor renamed": (renamed(lambda name: name.replace("lm_head", "head")), "1 tensor of .* 1 tensor unexpected"),
     "another model's names": (renamed(lambda name: f"x{hash(name)}"), "different models"),
-    "a tensor resized": (one(lambda value: value[:-1]), "1 tensor of another shape .* instead of"),
-    "a tensor turned": (one(lambda value: value.T), "1 tensor of another shape"),
-    "a tensor flat": (one(torch.flatten), "1 tensor of another shape"),
-    "a tensor empty": (one(lambda value: value[:0]), "1 tensor of another shape"),
+    "a tensor resized": (altered_one(lambda value: value[:-1]), "1 tensor of another shape .* instead of"),
+    "a tensor turned": (altered_one(lambda value: value.T), "1 tensor of another shape"),
+    "a tensor flat": (altered_one(torch.flatten), "1 tensor of another shape"),
+    "a tensor empty": (altered_one(lambda value: value[:0]), "1 tensor of another shape"),
     "an extra tensor": (extra("other.weight", torch.ones(2)), r"1 tensor unexpected \(.*other.weight"),
     "NaN": (put(float("nan")), r"1 tensor \(first: .*\) with NaN or infinite"),
     "infinite": (put(float("inf")), "with NaN or infinite"),
@@ -176,9 +174,9 @@ REFUSED: dict[str, tuple[Mutation, str]] = {
     "an adapter's prefix": (renamed("base_model.model.{}".format), "Every name begins with 'base_model.model.'"),
     "DataParallel's prefix": (renamed("module.{}".format), "Every name begins with 'module.'"),
     "an unmerged adapter": (extra("model.layers.0.q_proj.lora_A.weight", torch.ones(2, 2)), "merge_and_unload"),
-    "a tensor of int8": (one(lambda value: value.to(torch.int8)), "quantised .* I8"),
+    "a tensor of int8": (altered_one(lambda value: value.to(torch.int8)), "quantised .* I8"),
     "all of float8": (every(FP8), "quantised .* F8_E4M3"),
-    "packed bytes": (one(lambda value: value.to(torch.uint8).flatten()[::2]), "quantised .* U8"),
+    "packed bytes": (altered_one(lambda value: value.to(torch.uint8).flatten()[::2]), "quantised .* U8"),
     "a layer more": (config("text_config.num_hidden_layers", 3), r"\d+ tensors of \d+ missing|num_hidden_layers"),
     "a layer less": (config("text_config.num_hidden_layers", 1), r"\d+ tensors unexpected|num_hidden_layers"),
     "another vocabulary": (config("text_config.vocab_size", larger), r"2 tensors of another shape"),
@@ -213,7 +211,7 @@ OF_ANY: dict[str, tuple[Mutation, str]] = {
     "a configuration cut off": (cut("config.json", 0.5), "config.json cannot be read"),
     "no configuration": (without("config.json"), "config.json cannot be read"),
 }  # fmt: skip
-"""Files and settings that no family treats in its own way: each is tried with one family."""
+"""Mutations that concern all families alike; each is tested with one family."""
 OF_FAMILY: dict[str, dict[str, tuple[Mutation, str]]] = {
     "blip2": {
         "more queries": (config("num_query_tokens", larger), "query_tokens 1x3x16 instead of 1x6x16"),
@@ -252,8 +250,8 @@ OF_FAMILY: dict[str, dict[str, tuple[Mutation, str]]] = {
         "wider pictures": (
             then(
                 config("vision_config.out_hidden_size", 48),
-                one(lambda value: torch.ones(48, value.shape[1]), "merger.mlp.2.weight"),
-                one(lambda value: torch.ones(48), "merger.mlp.2.bias"),
+                altered_one(lambda value: torch.ones(48, value.shape[1]), "merger.mlp.2.weight"),
+                altered_one(lambda value: torch.ones(48), "merger.mlp.2.bias"),
             ),
             "features of width 48 .* takes width 32",
         ),
@@ -275,7 +273,7 @@ SAME: dict[str, tuple[Mutation, bool]] = {
     "with pickled weights beside it": (lambda folder: (folder / "pytorch_model.bin").write_bytes(b"no pickle"), True),
     "with another file of tensors": (lambda folder: save_file({"a": torch.ones(1)}, folder / "a.safetensors"), True),
 }  # fmt: skip
-"""What means nothing, and whether the fingerprint stays as well."""
+"""Mutations without effect, and whether they keep the fingerprint."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -311,7 +309,7 @@ def test_what_means_nothing_changes_nothing(family, name, originals, tmp_path):
     mutate, stays = SAME[name]
     folder = shutil.copytree(original, tmp_path / "model")
     mutate(folder)
-    changed, own = asked(family, folder)
+    changed, own = outputs_of(family, folder)
     assert torch.equal(changed, logits)
     assert (own == fingerprint) is stays
 
@@ -320,12 +318,12 @@ def test_what_means_nothing_changes_nothing(family, name, originals, tmp_path):
 def test_every_value_is_in_the_fingerprint(family, originals, tmp_path):
     original, _, fingerprint = originals(family)
     names = sorted(load_file(original / WEIGHTS))
-    found = {fingerprint}
+    fingerprints = {fingerprint}
     for name in names[:: len(names) // 4]:
         folder = shutil.copytree(original, tmp_path / name)
         change(folder, lambda tensors, name=name: {**tensors, name: tensors[name] + 0.5})
-        found.add(inspect_backbone(family, str(folder)).fingerprint)
-    assert len(found) == 1 + len(names[:: len(names) // 4])
+        fingerprints.add(inspect_backbone(family, str(folder)).fingerprint)
+    assert len(fingerprints) == 1 + len(names[:: len(names) // 4])
 
 
 def test_values_beyond_half_precision_are_refused_for_it(originals, tmp_path):
@@ -341,15 +339,15 @@ def test_a_buffer_that_older_libraries_saved_is_no_weight(originals, tmp_path):
     folder = shutil.copytree(original, tmp_path / "model")
     extra("vision_tower.embeddings.position_ids", torch.arange(17).unsqueeze(0))(folder)
     extra("language_model.model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(4))(folder)
-    assert torch.equal(asked("llava", folder)[0], logits)
+    assert torch.equal(outputs_of("llava", folder)[0], logits)
 
 
 def test_weights_that_change_between_look_and_load_are_noticed(originals, tmp_path, monkeypatch):
-    """The library's own report of a loading counts, whatever the headers said before."""
+    """The library's report at loading is checked, in addition to the headers before."""
     from odedit.backbones.common import checkpoints
 
     folder = shutil.copytree(originals("llava")[0], tmp_path / "model")
-    one(lambda value: None)(folder)
+    altered_one(lambda value: None)(folder)
     architecture = type(inspect_backbone("llava", str(originals("llava")[0]))).architecture
     with pytest.raises(InputError, match=r"1 tensor of \d+ missing"):
         checkpoints.load_model(str(folder), "model", architecture, "float32")

@@ -1,4 +1,4 @@
-"""Whatever a file holds, reading it gives records, usable or with a problem in words, or one of our own errors."""
+"""Fuzzing: reading any file gives records, usable or with a problem, or raises one of odedit's own errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BYTES = st.binary(max_size=200) | SYNTAX.map(b"".join)
 
 
 def check(path: Path) -> list[RawRecord] | None:
-    """Reads everything of a file that there is to read; None if the file is refused."""
+    """Records of a file, with all their texts and images; None if the file is refused."""
     try:
         records = list(read_records(str(path)))
     except InputError:
@@ -59,7 +59,7 @@ def test_any_json_value_is_a_record_or_a_problem(tmp_path, values):
     assert records is not None and len(records) == len(values)
     (tmp_path / "a.json").write_text(json.dumps(values))
     in_array = check(tmp_path / "a.json")
-    assert in_array is not None and [one.problem for one in in_array] == [one.problem for one in records]
+    assert in_array is not None and [item.problem for item in in_array] == [item.problem for item in records]
 
 
 def test_a_number_of_thousands_of_digits_is_refused_in_words(tmp_path):
@@ -87,8 +87,8 @@ def test_any_bytes_are_records_or_refused(tmp_path, ending, data):
 @given(cuts=st.lists(st.tuples(st.integers(0, 400), st.binary(max_size=6)), max_size=3), end=st.integers(0, 800))
 def test_a_damaged_array_is_records_or_refused(tmp_path, cuts, end):
     data = bytearray(json.dumps([record(0), record(1)]).encode())
-    for place, new in cuts:
-        data[place : place + len(new)] = new
+    for start, new in cuts:
+        data[start : start + len(new)] = new
     (tmp_path / "a.json").write_bytes(data[:end] if end else data)
     check(tmp_path / "a.json")
 
@@ -105,8 +105,8 @@ IMAGES = {kind: encoded(picture(1), kind) for kind in ("PNG", "JPEG", "WEBP", "G
 )
 def test_any_bytes_are_a_picture_or_an_image_error(tmp_path, start, changes, tail):
     data = bytearray(start)
-    for place, new in changes:
-        data[place : place + len(new)] = new
+    for position, new in changes:
+        data[position : position + len(new)] = new
     (tmp_path / "x.png").write_bytes(bytes(data) + tail)
     try:
         result = ImageReader(str(tmp_path), max_pixels=100_000).read("x.png")

@@ -119,7 +119,7 @@ def test_masking_takes_time_in_proportion_to_the_text(root, piece):
 
 @pytest.fixture
 def remote(root, monkeypatch):
-    """The images' folder behind an address with a password, as S3 has them."""
+    """Image root at an address with a password, such as an S3 address may have."""
     real = FileSystem.from_uri
 
     def from_uri(text):
@@ -196,7 +196,7 @@ def test_links(root):
 
 
 def test_what_is_no_regular_file(root):
-    os.mkfifo(root / "pipe.png")  # opening it would wait for ever
+    os.mkfifo(root / "pipe.png")  # opening it would block forever
     for path in ("val2014", "pipe.png", ""):
         with pytest.raises(ImageError, match="is not a file"):
             ImageReader(str(root)).read(path)
@@ -311,7 +311,7 @@ def test_orientation_of_the_camera_is_applied(root):
     image = Image.new("RGB", (8, 4), "white")
     image.putpixel((0, 0), (255, 0, 0))
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    exif[0x0112] = 6  # orientation: rotate by 90 degrees clockwise
     pixels = read(root, encoded(image, exif=exif)).pixels
     assert pixels.shape == (8, 4, 3)
     assert pixels[0, 3].tolist() == [255, 0, 0]

@@ -1,4 +1,4 @@
-"""Hard negatives: which pictures they are, how they take turns, and what the objective makes of them."""
+"""Hard negatives: selection, rotation over the steps, and their terms of the objective."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pooled(features):
 
 
 def marginal_relevance(pool, feature, count, taken=()):
-    """By the definition: of what is left, the one whose nearness less its likeness to the chosen is largest."""
+    """Reference by the definition of maximal marginal relevance."""
     rows = pooled(pool.features)
     unit = functional.normalize(rows - rows.mean(0), dim=1)
     own = functional.normalize(feature.float().mean(0) - rows.mean(0), dim=0)
@@ -122,7 +122,7 @@ def test_what_no_step_gets_to_see_is_not_computed(backbone, supervision, monkeyp
 
 
 def test_where_none_takes_turns_all_are_seen_at_once(supervision):
-    """However many the batch has."""
+    """For any number of negatives in the batch."""
     objective = Objective(replace(CONTRAST, negatives=2))
     slots = objective.slots(load_editor("ftl"), supervision)
     assert slots[2:] == negative_slots(5)
@@ -130,7 +130,7 @@ def test_where_none_takes_turns_all_are_seen_at_once(supervision):
 
 
 def test_a_negative_is_never_seen_twice_in_a_step(backbone, requests_8):
-    """Where the record's own is all there is."""
+    """If the record's own near picture is the only negative."""
     batch, _ = encode_requests(backbone, requests_8, TEMPLATE, negatives=NegativePool({}, 5))
     objective = Objective(CONTRAST)
     batch = batch.select(objective.slots(load_editor("ftl"), batch))
@@ -140,7 +140,7 @@ def test_a_negative_is_never_seen_twice_in_a_step(backbone, requests_8):
 
 
 def test_what_only_the_editors_own_terms_read_weighs_nothing(backbone, supervision):
-    """WISE's margins want the record's three unrelated prompts, of which R_loc counts none."""
+    """WISE's margin losses read the record's three unrelated prompts; R_loc reads none of them."""
     wise = load_editor("wise", {"site": "layers.2.ffn.in"})
     objective = Objective(replace(CONTRAST, own_weight=1.0))
     batch = supervision.select(objective.slots(wise, supervision))
@@ -197,7 +197,7 @@ def test_the_terms_are_their_formulas(backbone, supervision):
 
 
 def test_a_negative_that_is_answered_with_what_is_replaced_does_not_count(backbone, supervision, monkeypatch):
-    """Its weight is what the unedited model leaves to other answers."""
+    """The weight is the probability that the unedited model gives to other answers."""
     objective = Objective(CONTRAST)
     batch = supervision.select(objective.slots(load_editor("ftl"), supervision))
     states = torch.zeros(*batch.target_EKT.shape, backbone.hidden_size)
@@ -237,12 +237,12 @@ def test_an_edit_stops_when_its_rephrase_is_learned_as_well(backbone, pool):
 def test_without_a_pool_it_says_what_is_missing(backbone, requests_8):
     batch, _ = encode_requests(backbone, requests_8, TEMPLATE)
     assert batch.slots == SUPERVISION_SLOTS
-    with pytest.raises(InputError, match="reads hard negatives.*give encode_requests a NegativePool"):
+    with pytest.raises(InputError, match="reads hard negatives.*pass a NegativePool to encode_requests"):
         edit(backbone, load_editor("ftl"), Objective(CONTRAST), batch, Stopping(max_steps=2))
 
 
 def test_both_rephrases_are_one_sequence(backbone, supervision, requests_8):
-    """The words of one and the picture of the other; of an edit that lacks one of them, its own stand there."""
+    """The text of one rephrase and the picture of the other; a missing one is replaced by the edit's own."""
     rephrase = supervision.select([REPHRASE])
     assert rephrase.present_EK.all()
     for row, request in enumerate(requests_8):
@@ -266,7 +266,7 @@ def test_both_rephrases_are_one_sequence(backbone, supervision, requests_8):
 
 def test_what_cannot_take_turns_says_so(backbone, supervision):
     wise = load_editor("wise", {"site": "layers.2.ffn.in", "clamp": None, "mask": "columns"})
-    with pytest.raises(InputError, match="shows an edit other pictures in each step"):
+    with pytest.raises(InputError, match="reads other pictures in each step"):
         edit(backbone, wise, Objective(CONTRAST), supervision, Stopping(max_steps=2))
     whole = Objective(replace(CONTRAST, negatives_at_once=5))
     assert not any(result.error for result in edit(backbone, wise, whole, supervision, Stopping(max_steps=2)))

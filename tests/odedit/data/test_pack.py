@@ -63,7 +63,7 @@ def test_a_pack_reads_like_its_files(source):
 def test_equal_images_are_stored_once(source):
     path, image_root, rephrase_root, out = source
     report = pack(path, image_root, rephrase_root, str(out))
-    # Five usable records with three images each; one m_loc and one content occur twice.
+    # Five usable records with three images each; one m_loc path and one file content occur twice.
     assert report.num_images == 13
     stored = parquet.read_table(out / "images-00000.parquet")
     assert stored.num_rows == 13 and len(set(stored["key"].to_pylist())) == 13
@@ -136,8 +136,8 @@ def test_one_image_is_read_without_its_file(source, monkeypatch):
         ("pack:images-00000.parquet#99/0?x.png", "image 'x.png': .*row group 99"),
         ("pack:images-00000.parquet#0/999?x.png", "row 999"),
         ("pack:images-77777.parquet#0/0?x.png", "cannot be read"),
-        ("pack:../images-00000.parquet#0/0?x.png", "is not a place in a pack"),
-        ("pack:", "is not a place in a pack"),
+        ("pack:../images-00000.parquet#0/0?x.png", "is not a position in a pack"),
+        ("pack:", "is not a position in a pack"),
     ],
 )
 def test_references_to_nowhere(source, reference, said):

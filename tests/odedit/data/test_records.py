@@ -1,4 +1,5 @@
 import json
+import re
 import tracemalloc
 from decimal import Decimal
 
@@ -10,12 +11,22 @@ from odedit.data.fields import ImageReference, held_out_texts, probe_texts, requ
 from odedit.data.records import RawRecord, read_records
 from odedit.errors import InputError
 from tests.support.mmedit_files import caption, record, write_array
+from tests.support.paths import ROOT
 
 FIELDS = list(record())
 
 
 def read_one(tmp_path, fields, **options):
     return next(read_records(str(write_array(tmp_path / "vqa_eval.json", [fields])), **options))
+
+
+def test_the_record_shown_on_the_page_has_every_field_and_is_usable(tmp_path):
+    (text,) = re.findall(r"```json\n(.*?)```", (ROOT / "odedit/data/README.md").read_text(), flags=re.DOTALL)
+    shown = json.loads(text)
+    assert set(shown) == {*FIELDS, "edit_id", "fact", "task", "probes", "held_out"}
+    item = read_one(tmp_path, shown)
+    assert (item.problem, item.edit_id, item.fields) == ("", shown["edit_id"], shown)
+    assert set(probe_texts(item.fields, item.task)) == {"t_gen", "m_gen", "t_loc", "m_loc", *shown["probes"]}
 
 
 def test_reads_a_json_array(tmp_path):

@@ -20,7 +20,7 @@ LOCALITY = ("text_locality", "image_locality", "near_locality")
 
 
 class Files:
-    """An evaluation file and a training file, with their images."""
+    """Evaluation file and training file with their images."""
 
     def __init__(self, folder, evaluated, train=()):
         image_root, rephrase_root = write_images(folder, [*evaluated, *train])
@@ -201,7 +201,8 @@ def test_record_with_a_problem(files):
 
 @pytest.mark.parametrize("name", ["rephrase_source", "locality_source"])
 def test_unknown_source(name):
-    with pytest.raises(InputError, match=f"Unknown supervision.{name} 'records'. Did you mean 'record'"):
+    message = f"{name}: got 'records', expected 'held_out' or 'record'. Did you mean 'record'"
+    with pytest.raises(ValueError, match=message):
         Supervision(**{name: "records"})
 
 
@@ -264,7 +265,7 @@ def test_augmented_pictures(shape):
     for seed in range(20):
         changed = augment(original, seeded(str(seed), "x"))
         assert changed.pixels.shape == original.pixels.shape and changed.pixels.dtype == np.uint8
-        # No invented border: of an even grey, only the brightness changes.
+        # No border is filled: a uniformly grey picture stays uniform.
         assert changed.pixels.min() == changed.pixels.max() != 100
         assert 79 <= changed.pixels.min() <= 121
     assert original.pixels.min() == original.pixels.max() == 100
@@ -307,7 +308,7 @@ def test_noise_on_rephrases_has_the_strength_asked_for_and_spares_what_is_scored
     assert set(after) - set(before) <= pool_words
     old, new = (request.supervision["image_rephrase"].picture for request in (plain, noisy))
     assert new.key != old.key
-    # Of a blend in halves every pixel is within 128 of the original, and the mean is half way to that of the noise.
+    # With a share of .5, a pixel changes by at most 128, and the mean is half way to that of the noise.
     difference = new.pixels.astype(float) - old.pixels
     assert np.abs(difference).max() <= 128
     assert new.pixels.mean() == pytest.approx((old.pixels.mean() + 127.5) / 2, abs=3)

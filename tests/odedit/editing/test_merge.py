@@ -1,4 +1,4 @@
-"""`odedit merge` and `odedit apply` of several edits: a plain checkpoint with them, and whether they hold."""
+"""`odedit merge` and `odedit apply` of several edits: the merged checkpoint, and whether the edits hold."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support import inline_pipeline, plain_answers, tiny_models
 from tests.support.mmedit_files import record, write_array, write_images
 from tests.support.plain_answers import MAX_TOKENS
 
-TARGETS = ("Clara Lund", "Lower Ford", "yellow zero")  # words that the models that ship know, and end answers with
+TARGETS = ("Clara Lund", "Lower Ford", "yellow zero")  # answers in the vocabulary of the embedded models
 FTL = {"name": "ftl", "learning_rate": 3e-3, "max_steps": 60}
 
 
@@ -45,9 +45,9 @@ class Run:
     """Three edits with their pictures.
 
     Attributes:
-        folder: The run's `out`.
-        checkpoint: The model's own folder.
-        images: Where the edits' pictures are.
+        folder: `out` of the run.
+        checkpoint: Folder of the model.
+        images: Folder of the edits' pictures.
     """
 
     family: str
@@ -67,7 +67,7 @@ class Run:
 
 
 def run(family: str, folder: Path, checkpoint: Path | None = None, **settings: Any) -> Run:
-    """Edits three records with a model that ships, or with another one."""
+    """Edits three records with an embedded model, or with another one."""
     records = [record(number, src=f"who owns digit {number}?", alt=TARGETS[number]) for number in range(3)]
     folder.mkdir(parents=True, exist_ok=True)
     image_root, rephrase_root = write_images(folder, records)
@@ -98,20 +98,20 @@ def answers_of(questions: Questions, backbone: Backbone) -> list[str]:
 
 
 def in_shards(folder: Path) -> Path:
-    """A tiny model's checkpoint as they are published: two files, several dtypes, and much besides weights."""
+    """A tiny model's checkpoint, changed to the published form: two shards, several dtypes, many other files."""
     with safe_open(folder / "model.safetensors", framework="pt") as stream:
         tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
-    where = {}
+    weight_map = {}
     for number in (0, 1):
         file = f"model-{number + 1:05d}-of-00002.safetensors"
         part = {
             name: tensors[name].to(torch.bfloat16 if "norm" in name else torch.float16) for name in names[number::2]
         }
         save_file(part, folder / file, metadata={"format": "pt", "part": str(number)})
-        where |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": 0}, "weight_map": where}
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     for name in ("special_tokens_map.json", "chat_template.jinja", "merges.txt", "LICENSE", "README.md", "modeling.py"):
         (folder / name).write_text("{}" if name.endswith("json") else name)
@@ -124,18 +124,18 @@ def in_shards(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """A run of every family: of the model that ships, or of a tiny one."""
+    """A run of every family, with its embedded model or else a tiny one."""
     made = {}
     for family in backbones.names():
         folder = tmp_path_factory.mktemp(family)
-        ships = (world.CHECKPOINTS / family).is_dir()
-        made[family] = run(family, folder, None if ships else tiny_models.write(family, folder / "model"))
+        is_embedded = (world.CHECKPOINTS / family).is_dir()
+        made[family] = run(family, folder, None if is_embedded else tiny_models.write(family, folder / "model"))
     return made
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """Runs of families whose tensors the library renames when it loads them."""
+    """Runs of families whose tensors transformers renames when it loads them."""
     made = {}
     for family in ("llava", "qwen2_5_vl"):
         folder = tmp_path_factory.mktemp(f"sharded-{family}")
@@ -206,7 +206,7 @@ def test_shards_names_and_dtypes_are_the_sources(sharded: dict[str, Run], family
 def test_a_checkpoint_of_the_hub_is_merged_from_the_cache(
     sharded: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The snapshot's files are links to blobs; what is written is files."""
+    """The snapshot's files are links to blobs; merged files are not links."""
     from huggingface_hub import constants
 
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -227,7 +227,7 @@ def test_a_checkpoint_of_the_hub_is_merged_from_the_cache(
         assert (tmp_path / "merged" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_what_is_refused_leaves_no_folder(runs: dict[str, Run], tmp_path: Path, capfd: Any) -> None:
+def test_a_refused_merge_leaves_no_folder(runs: dict[str, Run], tmp_path: Path, capfd: Any) -> None:
     made = runs["blip2"]
     made.merged(tmp_path / "merged", made.edits[0])
     again = odedit("merge", made.edits[0], "--out", tmp_path / "merged")
@@ -285,7 +285,7 @@ def test_the_same_edit_given_twice_counts_once(runs: dict[str, Run], tmp_path: P
 
 
 def test_edits_that_destroy_each_other_are_counted(runs: dict[str, Run], tmp_path: Path) -> None:
-    """One holds, and one whose opposite is given as well does not."""
+    """Two edits with opposite weights cancel, and neither holds."""
     made = runs["blip2"]
     params, info = load_edit(made.edits[0])
     opposite, rival = tmp_path / "opposite.safetensors", replace(info, edit_id="rival", target=TARGETS[1])
@@ -328,7 +328,7 @@ def test_edits_are_asked_in_the_template_that_each_was_made_with(
 
 
 def test_an_edit_whose_answer_goes_on_does_not_hold(runs: dict[str, Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in the metrics, where the first line of an answer is not enough either."""
+    """As in the metrics, the first line of an answer is not enough."""
     made = runs["blip2"]
     answers = Questions.answers
 
@@ -356,9 +356,9 @@ def test_edits_whose_picture_is_gone_cannot_be_asked(runs: dict[str, Run], tmp_p
     assert "hold (whole" not in result.stderr and "Warning" not in result.stderr
     assert "Whether 3 edits hold is not known: the question cannot be asked. First reason: " in result.stderr
 
-    told = replace(info, edit_id="told", picture="", image="", image_root="")
-    save_edit(tmp_path / "told.safetensors", params, told)
-    assert " of 1 edit holds" in made.merged(tmp_path / "text", tmp_path / "told.safetensors").stderr
+    text_only = replace(info, edit_id="text", picture="", image="", image_root="")
+    save_edit(tmp_path / "text.safetensors", params, text_only)
+    assert " of 1 edit holds" in made.merged(tmp_path / "text", tmp_path / "text.safetensors").stderr
 
 
 @pytest.mark.parametrize("editor", [

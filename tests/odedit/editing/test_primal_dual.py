@@ -1,4 +1,4 @@
-"""Steps against torch.optim, the dual step against its formula, edits against edits alone."""
+"""Primal steps against torch.optim, the dual step against its formula, edits in a batch against edits alone."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from odedit.errors import InputError
 from odedit.objectives import ObjectiveConfig
 from odedit.objectives.common.multiplier import MultiplierConfig, MultiplierNetwork
 from odedit.objectives.common.terms import TERMS, Terms
+from tests.support.primal_dual import step
 
 TARGET = torch.linspace(-1, 1, 12).reshape(3, 4)
 
 
 class PlainEditor:
-    """Only what the optimiser asks of an editor."""
+    """The attributes of an editor that the optimiser reads."""
 
     frozen: frozenset[str] = frozenset()
     length_varies = False
@@ -54,7 +55,7 @@ def run(settings, config, steps=6, active=None, num_edits=3, penalty_weight=0.0)
     active = torch.ones(num_edits, dtype=torch.bool) if active is None else active
     logs = []
     for _ in range(steps):
-        params, state, log = optimizer.step(params, origin, state, terms_of(params, penalty_weight), active)
+        params, state, log = step(optimizer, params, origin, state, terms_of(params, penalty_weight), active)
         logs.append(log)
     return params, state, logs
 
@@ -94,19 +95,19 @@ def test_clipping_is_per_edit_and_equals_torch():
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
-def test_to_say_that_all_move_is_to_name_them_all(kind):
+def test_no_mask_is_a_mask_of_all_edits(kind):
     optimizer = PrimalDual(PlainEditor(OptimizerSettings(kind, 0.1, 0.01)), ObjectiveConfig(name="native"), 6)
     params = {"weight": torch.zeros(3, 2, 2, requires_grad=True)}
     state = optimizer.init(params)
     for _ in range(2):
         total_E = terms_of(params, 0.0).total
-        named, of_named = optimizer.descend(params, state, total_E, torch.ones(3, dtype=torch.bool))
+        masked, masked_state = optimizer.descend(params, state, total_E, torch.ones(3, dtype=torch.bool))
         total_E = terms_of(params, 0.0).total
         params, state = optimizer.descend(params, state, total_E, None)
-        assert torch.equal(params["weight"], named["weight"]) and params["weight"].requires_grad
-        assert torch.equal(state.steps_E, of_named.steps_E)
-        pairs = [zip(state.moments[name], of_named.moments[name], strict=True) for name in state.moments]
-        assert all(torch.equal(one, other) for pair in pairs for one, other in pair)
+        assert torch.equal(params["weight"], masked["weight"]) and params["weight"].requires_grad
+        assert torch.equal(state.steps_E, masked_state.steps_E)
+        pairs = [zip(state.moments[name], masked_state.moments[name], strict=True) for name in state.moments]
+        assert all(torch.equal(moment, expected) for pair in pairs for moment, expected in pair)
 
 
 def test_inactive_edits_keep_parameters_moments_and_network():
@@ -131,9 +132,9 @@ def test_dual_step_is_the_formula_at_the_updated_parameters(kind):
     params = {"weight": origin["weight"].clone().requires_grad_()}
     state = optimizer.init(params)
     active = torch.ones(3, dtype=torch.bool)
-    params, first, _ = optimizer.step(params, origin, state, terms_of(params, 1.0), active)
+    params, first, _ = step(optimizer, params, origin, state, terms_of(params, 1.0), active)
     terms = terms_of(params, 1.0)
-    _, second, _ = optimizer.step(params, origin, first, terms, active)
+    _, second, _ = step(optimizer, params, origin, first, terms, active)
 
     context = optimizer._context(params, origin, terms).detach()
     delta = {name: value.detach().clone().requires_grad_() for name, value in first.delta.items()}
@@ -176,7 +177,7 @@ def test_an_edit_moves_as_if_alone(penalty):
 
 
 def test_the_state_of_edits_that_join_is_padded_as_they_are():
-    """The new edit is longer, or shorter: what it adds to the others' moments is nothing."""
+    """A new edit is longer or shorter than the others: moments are padded with zeros."""
     optimizer = PrimalDual(PlainEditor(OptimizerSettings("adam", 0.1)), ObjectiveConfig(name="native"), 5)
     for old, new in ((2, 3), (3, 2)):
         state = optimizer.init({"weight": torch.ones(2, old, 4)})
@@ -188,7 +189,7 @@ def test_the_state_of_edits_that_join_is_padded_as_they_are():
         assert first[:2, old:].abs().sum() == first[2].abs().sum() == 0
 
 
-def test_a_flat_multiplier_wants_edits_of_one_length():
+def test_a_flat_multiplier_needs_edits_of_one_length():
     editor = PlainEditor(OptimizerSettings("sgd", 0.1))
     editor.length_varies = True
     flat = ObjectiveConfig(multiplier=MultiplierConfig(input="flat"))
@@ -202,7 +203,7 @@ def test_a_flat_multiplier_wants_edits_of_one_length():
     [
         ({"penalty": "fixed:-1"}, "penalty: got 'fixed:-1'"),
         ({"penalty": "sometimes"}, "expected 'adaptive', 'none' or 'fixed:<number >= 0>'"),
-        ({"kernel": "cubic"}, "expected one of rbf, linear, contrastive"),
+        ({"kernel": "cubic"}, "expected 'rbf' or 'linear' or 'contrastive'"),
         ({"bandwidths": ()}, "bandwidths"),
         ({"locality_weight": -1.0}, "locality_weight: got -1.0"),
         ({"dual_rate": 0.0}, "dual_rate"),

@@ -1,4 +1,4 @@
-"""How many edits move together: by the memory that the base editor's own loss would take, and with the same outcome."""
+"""Number of edits that move together: bounded by the memory of the native loss, and with the same results."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import weakref
 import pytest
 
 from odedit import Objective, ObjectiveConfig, Stopping, calibrate, edit, encode_requests
-from odedit.editing import loop
-from odedit.editing import width as widths
+from odedit.editing import loop, width
 from odedit.runtime.peak_memory import peak_memory
+from tests.support.limits import set_limits
 from tests.support.requests import TEMPLATE
 from tests.support.small_editors import ready_editor
 
@@ -21,17 +21,15 @@ def objectives(backbone, requests_8):
 
 
 @pytest.fixture
-def no_leeway(monkeypatch):
-    """As on a model that is large enough for all of it to matter."""
-    monkeypatch.setitem(widths._LEEWAY, "cpu", 0)
-    monkeypatch.setitem(widths._LEEWAY_OF_HEAD, "cpu", 0)
-    monkeypatch.setitem(widths._WORK, "cpu", 0)
+def no_slack(monkeypatch):
+    """A small model is treated like one whose memory matters."""
+    set_limits(monkeypatch, slack_values=0, slack_head_values=0, busy_flops=0)
 
 
-# Not T-Patcher and UniKE, which take so little of so small a model that even one edit at a time takes more.
+# Without T-Patcher and UniKE: on so small a model their native loss needs less than one edit under ODEdit.
 @pytest.mark.parametrize("name", ["wise", "mend", "ftl", "ftv", "lora"])
 def test_odedit_takes_hardly_more_memory_than_its_base_editor(
-    backbone, requests_8, objectives, no_leeway, tmp_path, name
+    backbone, requests_8, objectives, no_slack, tmp_path, name
 ):
     editor = ready_editor(name, backbone, tmp_path)
     supervision, _ = encode_requests(backbone, requests_8, TEMPLATE, editor.sites)
@@ -44,23 +42,23 @@ def test_odedit_takes_hardly_more_memory_than_its_base_editor(
     assert weights + peaks["odedit"] <= 1.05 * (weights + peaks["native"])
 
 
-def test_the_width_is_that_of_as_many_sequences(backbone, requests_8, objectives, no_leeway, tmp_path):
+def test_the_width_is_that_of_as_many_sequences(backbone, requests_8, objectives, no_slack, tmp_path):
     editor = ready_editor("lora", backbone, tmp_path)
     supervision, _ = encode_requests(backbone, requests_8, TEMPLATE, editor.sites)
     prefix = backbone.prefix(supervision, *editor.sites)
-    found = {
-        name: widths.width_like_native(backbone, editor, objective, supervision, prefix)
+    widths = {
+        name: width.width_like_native(backbone, editor, objective, supervision, prefix)
         for name, objective in objectives.items()
     }
-    # Eight edits of one sequence, or of six.
-    assert found == {"native": 8, "odedit": 1}
+    # Eight edits of one sequence each; ODEdit reads six per edit.
+    assert widths == {"native": 8, "odedit": 1}
 
 
-def test_what_takes_little_moves_together(backbone, requests_8, objectives, tmp_path):
+def test_edits_with_small_steps_move_together(backbone, requests_8, objectives, tmp_path):
     editor = ready_editor("ftl", backbone, tmp_path)
     supervision, _ = encode_requests(backbone, requests_8, TEMPLATE)
     prefix = backbone.prefix(supervision, *editor.sites)
-    assert widths.width_like_native(backbone, editor, objectives["odedit"], supervision, prefix) == 8
+    assert width.width_like_native(backbone, editor, objectives["odedit"], supervision, prefix) == 8
 
 
 @pytest.mark.parametrize("name", ["wise", "mend"])
@@ -70,34 +68,35 @@ def test_edits_that_move_in_turn_are_those_that_move_together(
     editor = ready_editor(name, backbone, tmp_path)
     supervision, _ = encode_requests(backbone, requests_8, TEMPLATE)
     runs = []
-    for width in (8, 3):
-        monkeypatch.setattr("odedit.editing.loop.width_like_native", lambda *_, width=width: width)
+    for at_once in (8, 3):
+        monkeypatch.setattr("odedit.editing.loop.width_like_native", lambda *_, at_once=at_once: at_once)
         runs.append(edit(backbone, editor, objectives["odedit"], supervision, Stopping(4, 1e-9)))
-    for one, other in zip(*runs, strict=True):
-        assert (one.edit_id, one.steps, one.stop_reason) == (other.edit_id, other.steps, other.stop_reason)
-        assert all((one.params[key] - other.params[key]).norm() <= 1e-3 * one.params[key].norm() for key in one.params)
-        for term, curve in one.curves.items():
-            assert curve == pytest.approx(other.curves[term], rel=2e-3, abs=1e-4), term
+    for first, second in zip(*runs, strict=True):
+        assert (first.edit_id, first.steps, first.stop_reason) == (second.edit_id, second.steps, second.stop_reason)
+        for key, value in first.params.items():
+            assert (value - second.params[key]).norm() <= 1e-3 * value.norm()
+        for term, curve in first.curves.items():
+            assert curve == pytest.approx(second.curves[term], rel=2e-3, abs=1e-4), term
 
 
 @pytest.mark.parametrize("name", ["unike", "lora"])
 def test_nothing_of_the_last_step_is_held_while_other_edits_enter(
     backbone, requests_8, objectives, monkeypatch, tmp_path, name
 ):
-    """What a forward keeps for its gradient hangs on what it has shown."""
+    """Activations saved for backward are freed with the states that a forward returned."""
     editor = ready_editor(name, backbone, tmp_path)
     supervision, _ = encode_requests(backbone, requests_8, TEMPLATE, editor.sites)
     monkeypatch.setattr("odedit.editing.loop.width_like_native", lambda *_: 3)
-    shown, alive = [], []
+    returned, alive = [], []
     suffix, admit = backbone.suffix, loop._Run._admit
 
     def watched(*arguments):
         states = suffix(*arguments)
-        shown.append(weakref.ref(states))
+        returned.append(weakref.ref(states))
         return states
 
     def admitting(run):
-        alive.append(sum(states() is not None for states in shown))
+        alive.append(sum(states() is not None for states in returned))
         admit(run)
 
     monkeypatch.setattr(backbone, "suffix", watched)

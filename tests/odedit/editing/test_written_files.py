@@ -1,4 +1,4 @@
-"""Files and folders that appear whole, with the mode that the umask leaves; and dataclasses that print in a line."""
+"""Files and folders written atomically, with the modes of the umask; and dataclasses that print in one line."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         raise OSError("disk full")
     assert not list(tmp_path.iterdir()), "nor the folders above it"
 
-    target.mkdir(parents=True)  # an empty one may be there
+    target.mkdir(parents=True)  # An empty folder may exist.
     with folder_written_atomically(target) as folder:
         (folder / "file").write_text("whole")
     assert [path.name for path in target.iterdir()] == ["file"]
@@ -68,7 +68,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["folder"]
 
 
-def test_a_new_folder_goes_again_while_it_is_empty(tmp_path: Path) -> None:
+def test_a_new_folder_is_removed_if_it_stays_empty(tmp_path: Path) -> None:
     for content in (None, "file"):
         with pytest.raises(ValueError, match="wrong"), new_folder(tmp_path / "a" / "b"):
             if content:
@@ -80,7 +80,7 @@ def test_a_new_folder_goes_again_while_it_is_empty(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b" / "file").exists()
 
 
-def test_a_folder_goes_with_what_the_block_itself_has_written(tmp_path: Path) -> None:
+def test_a_folder_is_removed_with_the_files_that_the_block_has_written(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "folder"
     for stranger in (None, "notes.md"):
         with pytest.raises(ValueError, match="wrong"), new_folder(folder, {"records", "parts"}):
@@ -132,20 +132,22 @@ def test_a_folder_may_be_named_by_a_link_but_not_be_the_current_one(
 
 def _dataclasses() -> Iterator[Any]:
     for package in (odedit, pipeline, tune):
-        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if not found.name.endswith("__main__"):
-                module = importlib.import_module(found.name)
+        for entry in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not entry.name.endswith("__main__"):
+                module = importlib.import_module(entry.name)
                 yield from (
-                    one for one in vars(module).values() if inspect.isclass(one) and one.__module__ == found.name
-                    and is_dataclass(one)
+                    value for value in vars(module).values() if inspect.isclass(value)
+                    and value.__module__ == entry.name and is_dataclass(value)
                 )  # fmt: skip
 
 
-def test_every_dataclass_with_tensors_prints_in_a_line() -> None:
+def test_every_dataclass_with_tensors_prints_in_one_line() -> None:
     large = ("Tensor", "ndarray", "EditParams")
-    with_tensors = [one for one in _dataclasses() if any(part in str(f.type) for f in fields(one) for part in large)]
+    with_tensors = [
+        cls for cls in _dataclasses() if any(part in str(field.type) for field in fields(cls) for part in large)
+    ]
     assert len(with_tensors) > 10
-    assert [one.__name__ for one in with_tensors if one.__repr__ is not brief] == []
+    assert [cls.__name__ for cls in with_tensors if cls.__repr__ is not brief] == []
 
     result = EditResult("first", {"w": torch.zeros(1, 300, 20)}, 3, "converged", 0.5, {"rel": [0.5] * 90})
     assert repr(result) == (

@@ -1,4 +1,4 @@
-"""What every editor must keep, on the embedded model. A new editor is tested by being there."""
+"""The contract of every editor, on the embedded model. A new editor is included by its file."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def editor(request, backbone, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoded(backbone, requests_8):
-    """Batches as editors want them: features behind or before the connector."""
+    """Batches for an editor's sites: with features after or before the connector."""
     known = {}
 
     def encode(editor):
@@ -78,17 +78,17 @@ def nll_of_the_edit(backbone, editor, batch):
 
 
 def tolerance_of(editor):
-    """Of phi_e, in norm. Where a gradient is all rounding, Adam's step is of full size and either sign, on one machine
-    more often than on another.
+    """Tolerance of phi_e, in norm. Where a gradient consists of rounding errors, which differ between machines, Adam
+    still takes a full step of either sign.
     """
     return 1e-3 if editor.optimizer.kind == "sgd" else 0.1
 
 
-def assert_same_course(editor, one, other):
-    """The same curves. What Adam makes of rounding is small at first, and grows with the steps."""
+def assert_same_course(editor, result, other):
+    """Asserts equal curves; rounding errors that Adam amplifies are small at first and grow with the steps."""
     grown = 2e-3 if editor.optimizer.kind == "sgd" else 5e-2
-    assert one.curves.keys() == other.curves.keys()
-    for term, curve in one.curves.items():
+    assert result.curves.keys() == other.curves.keys()
+    for term, curve in result.curves.items():
         assert curve[:4] == pytest.approx(other.curves[term][:4], rel=4e-3, abs=4e-4), term
         assert curve == pytest.approx(other.curves[term], rel=grown, abs=2e-2 * grown + 2e-4), term
 
@@ -115,10 +115,10 @@ def test_phi_0_from_a_prefix_is_phi_0(backbone, editor, encoded, only_read):
     supervision, _ = encoded(editor)
     read_EKT = supervision.predict_EKT if only_read else None
     prefix = backbone.prefix(supervision, *editor.sites, positionwise=editor.positionwise, read_EKT=read_EKT)
-    expected, found = editor.init(backbone, supervision), editor.init(backbone, supervision, prefix)
-    assert expected.keys() == found.keys()
+    expected, params = editor.init(backbone, supervision), editor.init(backbone, supervision, prefix)
+    assert expected.keys() == params.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(params[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_applied_then_removed_is_bitwise_the_model_also_after_an_exception(backbone, editor, encoded, sigma2_0):
@@ -137,7 +137,7 @@ def test_applied_then_removed_is_bitwise_the_model_also_after_an_exception(backb
 
 
 def test_the_positions_that_are_read_are_those_of_the_whole(backbone, editor, encoded):
-    """Also for an editor that claims to look at each position alone, in whose layers the others may be missing."""
+    """Also for a positionwise editor, whose last layer does not run at the other positions."""
     supervision, _ = encoded(editor)
     params = editor.init(backbone, supervision)
     params = {name: value if name in editor.frozen else value + 0.01 for name, value in params.items()}
@@ -151,7 +151,7 @@ def test_the_positions_that_are_read_are_those_of_the_whole(backbone, editor, en
 
 
 def test_positions_behind_a_prompt_are_those_of_the_whole(backbone, editor, encoded, sigma2_0):
-    """Other tokens in the target's place, for inference: computed alone, or with everything else anew."""
+    """Tokens other than the target, as in inference: a continued forward equals a whole one."""
     supervision, evaluation = encoded(editor)
     results = edit(backbone, editor, Objective(ObjectiveConfig(), sigma2_0), supervision, Stopping(max_steps=3))
     reading.check_behind(backbone, evaluation, editor, stack_params([result.params for result in results]))
@@ -171,7 +171,7 @@ def test_alone_equals_in_a_batch_of_8(backbone, editor, encoded, requests_8, sig
         (alone,) = edit(backbone, editor, objective, alone_supervision, stopping)
         assert alone.steps == together[index].steps
         assert alone.stop_reason == together[index].stop_reason
-        # Stacked, because the shorter of the two may lack the other's padding.
+        # Stacked, since the two may be padded to different lengths.
         both = stack_params([alone.params, together[index].params])
         for key, (one, other) in both.items():
             assert (one - other).norm() <= tolerance_of(editor) * one.norm() + 1e-6, key
@@ -204,7 +204,7 @@ def test_sequences_that_run_apart_by_length_end_as_those_that_did_not(
 
 @pytest.mark.parametrize("config", RAMPED, ids=lambda config: config.name)
 def test_edits_that_wait_end_as_those_that_did_not(backbone, editor, encoded, sigma2_0, config):
-    """Three at a time: those that enter later have steps, moments, penalty and multiplier of their own."""
+    """Three at a time: edits that enter later have their own steps, moments, penalty and multiplier."""
     supervision, _ = encoded(editor)
     objective = Objective(config, sigma2_0)
     stopping = Stopping(max_steps=6, worst_token_nll=0.5)
@@ -220,7 +220,7 @@ def test_edits_that_wait_end_as_those_that_did_not(backbone, editor, encoded, si
 @pytest.mark.parametrize("config", OBJECTIVES[1:], ids=lambda config: config.name)
 @pytest.mark.parametrize("width", [8, 3, 1])
 def test_a_neutral_start_diverges_in_nothing(backbone, editor, encoded, sigma2_0, width, config):
-    """Not even in rounding, which Adam would make much of."""
+    """Not even by rounding errors, which Adam would amplify."""
     supervision, _ = encoded(editor)
     objective = Objective(config, sigma2_0)
     results = edit(backbone, editor, objective, supervision, Stopping(max_steps=1), width=width)
@@ -229,12 +229,12 @@ def test_a_neutral_start_diverges_in_nothing(backbone, editor, encoded, sigma2_0
 
 
 def test_a_finished_edit_does_not_move_again(backbone, editor, encoded, sigma2_0):
-    """While its batch mates run on, it stays what it was when it stopped."""
+    """A stopped edit is constant while the others of its batch go on."""
     supervision, _ = encoded(editor)
     # The penalty's schedule follows max_steps, which differs between the runs.
     objective = Objective(ObjectiveConfig(penalty="none"), sigma2_0)
     free = edit(backbone, editor, objective, supervision, Stopping(max_steps=12, worst_token_nll=1e-9))
-    if editor.max_steps == 0:  # The edit is what `init` says.
+    if editor.max_steps == 0:  # `init` is the whole edit
         assert {result.steps for result in free} == {0}
         return
     threshold = sorted(result.curves["worst_nll"][6] for result in free)[len(free) // 2]
@@ -329,7 +329,7 @@ def test_merged_weights_are_the_edits_together(backbone, editor, encoded, sigma2
 
 
 def test_a_diverging_edit_fails_alone(backbone, batches, sigma2_0):
-    """An edit whose loss is not finite is reported; the others are what they would have been."""
+    """An edit whose loss is not finite is reported; the others are the same as without it."""
     supervision, _ = batches
     editor = load_editor("ftl", SMALL["ftl"])
     objective = Objective(ObjectiveConfig(warmup=0.0), sigma2_0)
@@ -408,7 +408,7 @@ def test_names_and_settings_are_checked():
         load_editor("wize")
     with pytest.raises(InputError, match="Did you mean 'mask_ratio'"):
         load_editor("wise", {"mask_ration": 0.5})
-    with pytest.raises(InputError, match="mask_ratio: got 1.5, expected 0 < mask_ratio <= 1"):
+    with pytest.raises(InputError, match="mask_ratio: got 1.5, expected a finite number > 0 and <= 1"):
         load_editor("wise", {"mask_ratio": 1.5})
 
 
@@ -424,7 +424,7 @@ def test_edit_files_that_do_not_fit_are_named(backbone, tmp_path):
     with pytest.raises(InputError, match="expected 'odedit-edit-1'"):
         load_edit(tmp_path / "other.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "half.safetensors", metadata={"format": "odedit-edit-1", "info": "{}"})
-    with pytest.raises(InputError, match="says about itself is damaged"):
+    with pytest.raises(InputError, match="its metadata is damaged"):
         load_edit(tmp_path / "half.safetensors")
     outside = EditInfo("e", "some.module", {}, "blip2", "embedded", backbone.fingerprint, "mmedit")
     save_edit(tmp_path / "outside.safetensors", {"a": torch.zeros(1)}, outside)

@@ -1,6 +1,6 @@
 """Every editor on every family: the checkpoint that ships, or random weights of the family's own class.
 
-A new editor or family is tested by being there; what an editor must keep in depth is in `test_editor_contract`.
+New editors and families are included by their file; `test_editor_contract` has the contract of an editor in depth.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def model(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoded(model):
-    """Supervision and evaluation, with features behind and before the connector."""
+    """Supervision and evaluation batches, with features after or before the connector."""
     known = {}
 
     def encode(sites):
@@ -72,7 +72,7 @@ def encoded(model):
 
 @dataclass(frozen=True, repr=False)
 class Pair:
-    """An editor on a model, and what three edits became under each objective."""
+    """An editor on a model, with the parameters of three edits under each objective."""
 
     model: Any
     name: str
@@ -104,7 +104,7 @@ def pair(request, model, encoded, tmp_path_factory):
 
 
 def nll_E(logits: torch.Tensor, batch: EditBatch) -> torch.Tensor:
-    """Mean NLL of the edit's target, edit by edit."""
+    """Mean NLL of the target of each edit."""
     k = batch.slots.index(EDIT)
     values = []
     for e in range(batch.num_edits):
@@ -121,7 +121,7 @@ def test_phi_0_is_neutral_as_declared(pair):
 
 
 def test_positions_behind_a_prompt_are_those_of_the_whole(pair):
-    reading.check_behind(pair.model, pair.evaluation, pair.editor, pair.edited["native"])
+    reading.check_target_states(pair.model, pair.evaluation, pair.editor, pair.edited["native"])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -131,7 +131,7 @@ def test_an_edit_lowers_its_nll_and_leaves_nothing_behind(pair, objective):
         edited = pair.logits_of(pair.supervision)
     assert (edited != pair.logits).flatten(1).any(dim=1).all()
     start = pair.logits
-    if pair.editor.max_steps:  # Where `init` is the whole edit, the start is the model itself.
+    if pair.editor.max_steps:  # else `init` is the whole edit, and the start is the model
         with pair.editor.applied(pair.model, pair.editor.init(pair.model, pair.supervision), pair.supervision):
             start = pair.logits_of(pair.supervision)
     assert nll_E(edited, pair.supervision).mean() < nll_E(start, pair.supervision).mean()
@@ -145,7 +145,7 @@ def test_an_edit_alone_is_the_edit_of_the_batch(pair, objective):
     (alone,) = edit(pair.model, pair.editor, OBJECTIVES[objective], supervision, STEPS)
     batched = {name: value[1:2] for name, value in pair.edited[objective].items()}
     for name, both in stack_params([alone.params, batched]).items():
-        # Adam's steps of entries whose gradient is all rounding have either sign.
+        # Adam amplifies gradients that consist of rounding errors.
         tolerance = 2e-3 if pair.editor.optimizer.kind == "sgd" else 0.1
         assert (both[0] - both[1]).norm() <= tolerance * both[0].norm() + 1e-6, name
 
@@ -176,7 +176,7 @@ def test_merged_into_a_checkpoint_the_edits_answer_as_they_do_together(pair, tmp
     with pair.editor.together(pair.model, params, pair.evaluation):
         expected = pair.logits_of(pair.evaluation)
     assert not torch.equal(expected, before)
-    # The checkpoints that ship store half precision, which edits in memory do not have.
+    # The embedded checkpoints store half precision, edits in memory single precision.
     logits = dataclasses.replace(pair, model=merged).logits_of(pair.evaluation)
     torch.testing.assert_close(logits, expected, rtol=2e-2, atol=2e-2)
     with merged_into(pair.model, pair.editor, params):
@@ -185,7 +185,7 @@ def test_merged_into_a_checkpoint_the_edits_answer_as_they_do_together(pair, tmp
 
 
 def test_an_editor_from_outside_edits_a_family_from_outside(tmp_path):
-    """Both by their dotted names, with gradients as torch computes them for the library's module."""
+    """Both are named by dotted modules; the gradient is that of torch on the library's module."""
     model = load_backbone("outside.terse_llava", str(tiny_models.write("llava", tmp_path / "model")))
     editor = editors.load_editor("outside.gains", {"site": "layers.1.ffn.out"})
     editor.check(model)
@@ -207,7 +207,7 @@ def test_an_editor_from_outside_edits_a_family_from_outside(tmp_path):
 @pytest.mark.parametrize("objective", ["native", "odedit", "contrast"])
 @pytest.mark.parametrize("name", editors.names())
 def test_a_model_in_half_precision_is_edited_in_single(name, objective, tmp_path):
-    """What moves and every loss are float32 all the same, and the edit learns."""
+    """Parameters and losses are float32, and the edit learns."""
     model = load_backbone("blip2", "embedded", dtype="bfloat16")
     editor = ready_editor(name, model, tmp_path)
     pool = make_pool(model, 4, editor.sites)

@@ -89,6 +89,6 @@ def test_settings_are_checked():
         load_editor("ftv", {"sites": ("layers.3.ffn.in",)})
     with pytest.raises(InputError, match="sites: got none"):
         load_editor("lora", {"sites": ()})
-    with pytest.raises(InputError, match="rank: got 0, expected >= 1"):
+    with pytest.raises(InputError, match="rank: got 0, expected a whole number >= 1"):
         load_editor("lora", {"rank": 0})
     assert load_editor("ftl", {"sites": "layers.0.ffn.in"}).sites == ("layers.0.ffn.in",)

@@ -16,7 +16,7 @@ REQUEST = make_request(0)
 
 
 def adapted(backbone, params):
-    """The library's model with `peft` adapters that start at these factors, and its factors by our names."""
+    """The library's model with `peft` adapters that start at these factors, and its factors by site."""
     config = peft.LoraConfig(r=4, lora_alpha=12, lora_dropout=0.0, target_modules=list(PARTS.values()))
     model = peft.get_peft_model(copy_of(backbone), config)
     factors = {}
@@ -40,7 +40,7 @@ def encoded(backbone):
 
 @pytest.fixture(scope="module")
 def filled(backbone, encoded):
-    """An editor with factors of which neither is zero."""
+    """An editor, with factors that are both not zero."""
     editor = load_editor("lora", SETTINGS)
     generator = torch.Generator().manual_seed(0)
     params = editor.init(backbone, encoded[0])
@@ -85,7 +85,7 @@ def test_steps_equal_peft_under_torch_adamw(backbone, encoded):
 
 
 def test_factors_start_as_peft_starts_them(backbone, encoded):
-    """`A` uniform within 1 / sqrt(in), `B` zero: nothing is added."""
+    """`A` is uniform within 1 / sqrt(in) and `B` is zero: the addition is zero."""
     editor = load_editor("lora", SETTINGS)
     params = editor.init(backbone, encoded[0])
     config = peft.LoraConfig(r=4, target_modules=list(PARTS.values()))

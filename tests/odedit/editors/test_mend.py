@@ -24,7 +24,7 @@ def mend(backbone):
 
 
 def randomised(backbone, mend, seed=0):
-    """Weights none of which is what it was at the start."""
+    """Weights that all differ from the initial ones."""
     generator = torch.Generator().manual_seed(seed)
     weights = mend.initial_weights(backbone, 0)
     return {
@@ -36,7 +36,7 @@ def randomised(backbone, mend, seed=0):
 
 
 def nll(backbone, batch):
-    """Mean NLL of the edit's target tokens, written out."""
+    """Mean NLL of the edit's target tokens, by loops."""
     logits = backbone.head(gather_positions(backbone.suffix(backbone.prefix(batch, *SITES)), batch.predict_EKT))
     log_p = torch.log_softmax(logits[0, 0], dim=-1)
     length = int(batch.target_mask_EKT[0, 0].sum())
@@ -126,7 +126,7 @@ def test_only_tokens_with_a_gradient_are_kept_and_padding_computes_as_absent(bac
             length = value.shape[1]
             torch.testing.assert_close(params[name][index, :length], value[0], rtol=1e-3, atol=1e-5)
             assert not params[name][index, length:].any()
-    # Behind the last layer's attention only the positions that predict the answer have a gradient.
+    # After the last layer's attention, only positions that predict the answer have a gradient.
     targets = int(supervision.target_mask_EKT[:, 0].sum(-1).max())
     assert params["layers.-1.ffn.out.x"].shape[1] == targets
     assert params["layers.2.ffn.in.x"].shape[1] > targets
@@ -183,7 +183,7 @@ def test_native_loss_is_the_published_one(backbone, requests_8):
 
 
 def test_every_learned_weight_gets_a_gradient_from_the_start(backbone, mend, batches):
-    """The identity at the start must not be a place that training cannot leave."""
+    """The initial identity has gradients for all weights."""
     supervision, _ = batches
     weights = {name: value.requires_grad_() for name, value in mend.initial_weights(backbone, 0).items()}
     loss = mend.with_weights(weights).native_training_loss(backbone, supervision).mean()

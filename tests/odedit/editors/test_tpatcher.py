@@ -1,4 +1,4 @@
-"""T-Patcher against the published formulas, written once more with loops and the library's own modules."""
+"""T-Patcher against the published formulas, in loops over the library's own modules."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PARTS = ("k", "b", "v", "a")
 
 
 def ffn_inputs(backbone, batch):
-    """What enters the last layer's feed-forward network, seen by a hook in the library's module, `(E, K, S, D)`."""
+    """Input of the last layer's feed-forward network, `(E, K, S, D)`, from a hook on the library's module."""
     seen = []
     layer = backbone.model.language_model.model.decoder.layers[-1]
     handle = layer.fc1.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -43,7 +43,7 @@ def ffn_inputs(backbone, batch):
 
 
 def states_of(batch, inputs, e):
-    """The states that predict the edit's target tokens, and those tokens."""
+    """States that predict the edit's target tokens, and the tokens."""
     count = int(batch.target_mask_EKT[e, 0].sum())
     return inputs[e, 0, batch.predict_EKT[e, 0, :count]], batch.target_EKT[e, 0, :count]
 
@@ -85,7 +85,7 @@ def test_native_steps_are_the_published_ones(backbone, three, pool):
     batch = three[0]
     editor = load_editor("tpatcher", {"memory_states": 12, "memory_top": 7, "max_neurons": 3})
     editor = editor.measured(backbone, pool)
-    config, memory = editor.config, editor._memory_MD
+    config, memory = editor.config, editor._memory_states_MD
     results = edit(backbone, editor, NATIVE, batch, Stopping(max_steps=3))
     start = editor.init(backbone, batch)
     layer = backbone.model.language_model.model.decoder.layers[-1]
@@ -122,7 +122,7 @@ def test_native_steps_are_the_published_ones(backbone, three, pool):
 
 
 @pytest.mark.parametrize("layer", [-1, 1])
-def test_the_start_is_found_in_any_layer_from_what_is_there(backbone, three, layer):
+def test_phi_0_from_a_prefix_is_phi_0_in_any_layer(backbone, three, layer):
     editor = load_editor("tpatcher", {"layer": layer})
     prefix = backbone.prefix(three[0], *editor.sites)
     expected = editor.init(backbone, three[0])
@@ -163,7 +163,7 @@ def test_which_tokens_get_a_neuron():
     mask = torch.tensor([[True, True, True, False]]).expand(2, -1)
     target = torch.tensor([[0, 0, 0, 0], [1, 0, 1, 0]])
     expected = [[False, True, False, False], [True, False, True, False]]
-    assert _to_correct(logits, target, mask).tolist() == expected, "the least likely one; the wrong ones"
+    assert _to_correct(logits, target, mask).tolist() == expected, "the least likely token; the wrong tokens"
 
 
 @pytest.mark.parametrize("source", ["measured", "locality", "earlier"])
@@ -179,7 +179,7 @@ def test_own_risk_by_hand(backbone, three, pool, source):
     memories = [inputs[e, 3:][batch.real_EKS[e, 3:]] for e in range(batch.num_edits)]
     if source == "measured":
         editor = editor.measured(backbone, pool)
-        memories = [editor._memory_MD] * batch.num_edits
+        memories = [editor._memory_states_MD] * batch.num_edits
     if source == "earlier":
         earlier = load_editor("tpatcher").init(backbone, pool)
         editor = editor.following(earlier)
@@ -201,7 +201,7 @@ def test_an_edit_without_memory_has_no_memory_loss(backbone, three):
     params = editor.init(backbone, batch)
     with editor.applied(backbone, params, batch) as trace:
         backbone.suffix(backbone.prefix(batch, *editor.sites))
-    # A neuron's input is 1 at the start.
+    # A neuron's initial input is 1.
     torch.testing.assert_close(editor.own_risk(params, trace, batch), torch.full((3,), 3 * math.exp(-1.0)))
 
 
@@ -216,14 +216,14 @@ def test_memory_is_what_a_hook_sees_at_real_positions(backbone, pool):
         for s in range(inputs.shape[2])
         if pool.real_EKS[e, k, s]
     ]
-    torch.testing.assert_close(measured._memory_MD, torch.stack(expected), rtol=1e-4, atol=1e-5)
-    assert measured.own_slots == ("edit",) and len(editor.own_slots) == 4 and editor._memory_MD is None
+    torch.testing.assert_close(measured._memory_states_MD, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    assert measured.own_slots == ("edit",) and len(editor.own_slots) == 4 and editor._memory_states_MD is None
     few = load_editor("tpatcher", {"memory_states": 10})
-    one, again = (few.measured(backbone, pool)._memory_MD for _ in range(2))
+    one, again = (few.measured(backbone, pool)._memory_states_MD for _ in range(2))
     assert torch.equal(one, again) and len(one.unique(dim=0)) == 10
-    other = load_editor("tpatcher", {"memory_states": 10, "seed": 1}).measured(backbone, pool)._memory_MD
+    other = load_editor("tpatcher", {"memory_states": 10, "seed": 1}).measured(backbone, pool)._memory_states_MD
     assert not torch.equal(one, other)
-    assert all(bool((state == measured._memory_MD).all(dim=1).any()) for state in one)
+    assert all(bool((state == measured._memory_states_MD).all(dim=1).any()) for state in one)
 
 
 def test_chunks_of_edits_are_the_whole(backbone, three, pool, monkeypatch):
@@ -248,7 +248,7 @@ def test_large_exponents_stay_finite_and_keep_their_gradient():
 def test_absent_neurons_stay_absent_and_change_nothing(backbone, three, requests_8):
     supervision, evaluation = three
     editor = load_editor("tpatcher")
-    # A learned multiplier reads all of phi_e, and so has a gradient for all of it.
+    # A learned multiplier reads all of phi_e and gives all of it a gradient.
     objective = Objective(ObjectiveConfig(warmup=0.0, ramp=0.0), calibrate(backbone, requests_8, TEMPLATE))
     results = edit(backbone, editor, objective, supervision, Stopping(max_steps=4))
     lengths = [int(result.params["states"].any(dim=-1).sum()) for result in results]
@@ -277,13 +277,13 @@ def logits_with(backbone, editor, params, batch, how="applied"):
 
 
 def answers(backbone, editor, params, batch, how):
-    """Whether every token of the edit is the model's choice."""
+    """True when every token of the edit is the model's first choice."""
     right = logits_with(backbone, editor, params, batch, how)[:, 0].argmax(dim=-1) == batch.target_EKT[:, 0]
     return bool((right | ~batch.target_mask_EKT[:, 0]).all())
 
 
 def test_edits_one_after_another(backbone, requests_8):
-    """Earlier neurons freeze; the model after the last edit is all of them together, and still answers the first."""
+    """Earlier neurons are constants; the model after the last edit has all neurons and still answers the first edit."""
     first, second = (encode_requests(backbone, [requests_8[number]], TEMPLATE)[0] for number in (0, 1))
     editor = load_editor("tpatcher", {"learning_rate": 0.03})
     (one,) = edit(backbone, editor, NATIVE, first, Stopping(max_steps=150))
@@ -309,7 +309,7 @@ def test_edits_one_after_another(backbone, requests_8):
     third = later.following(two.params)
     num_neurons = int(both["states"].any(dim=-1).sum())
     assert third._earlier["k"].shape[1] == num_neurons and later._earlier["k"].shape[1] < num_neurons
-    # The patched model answers, so that one neuron, of the least likely token, is all there is to add.
+    # The patched model is right already, which leaves one neuron, of the least likely token.
     assert int(third.init(backbone, first)["states"].any(dim=-1).sum()) == 1
     assert int(editor.init(backbone, first)["states"].any(dim=-1).sum()) > 1
 
@@ -325,7 +325,7 @@ def test_it_stops_when_right_and_active():
 
 @torch.no_grad()
 def test_beside_a_gated_network(tmp_path):
-    """What the library's own block computes, with the branch added by hand."""
+    """The library's own block, with the neurons' output added by hand."""
     backbone = load_backbone("llava", str(tiny_models.write("llava", tmp_path / "llava")))
     batch, _ = encode_requests(backbone, [make_request(0), make_request(1, full=False)], TEMPLATE)
     editor = load_editor("tpatcher", {"layer": 0, "max_neurons": 2})

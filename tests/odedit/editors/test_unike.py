@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from odedit import InputError, Objective, ObjectiveConfig, Stopping, edit, encode_requests, load_backbone, load_editor
 from odedit.editors.common.contrastive import encode, encoder_weights, info_nce, two_camps
 from odedit.editors.common.hooks import rewritten
-from odedit.editors.common.memories import attend, blend, last_positions, neurons
+from odedit.editors.common.knowledge import attend, blend, last_positions, neurons
 from odedit.editors.common.weights import save_weights
 from odedit.editors.unike import Unike, UnikeConfig
 from odedit.runtime.gather import gather_positions
@@ -51,41 +51,38 @@ def cosine(a, b):
     return float(a @ b / (a.norm() * b.norm()))
 
 
-def random_memory(num_states, width=6, seed=0):
+def random_states(num_states, width=6, seed=0):
     return torch.randn(2, num_states, width, generator=torch.Generator().manual_seed(seed))
 
 
-# The pieces
-
-
-def test_attention_over_memory_is_the_loop_over_its_states():
-    memory, query = random_memory(5), random_memory(4, seed=1)
-    found = attend(query, memory, 40)
+def test_attention_over_stored_states_is_the_loop_over_its_states():
+    stored, query = random_states(5), random_states(4, seed=1)
+    attended = attend(query, stored, 40)
     for g in range(2):
         for n in range(4):
-            shares = torch.tensor([float(query[g, n] @ memory[g, m]) / math.sqrt(6) for m in range(5)]).softmax(0)
-            expected = sum(share * memory[g, m] for m, share in enumerate(shares))
-            torch.testing.assert_close(found[g, n], expected)
+            shares = torch.tensor([float(query[g, n] @ stored[g, m]) / math.sqrt(6) for m in range(5)]).softmax(0)
+            expected = sum(share * stored[g, m] for m, share in enumerate(shares))
+            torch.testing.assert_close(attended[g, n], expected)
 
 
 def test_only_the_nearest_states_are_attended_to():
-    memory, query = random_memory(7), random_memory(3, seed=1)
-    found = attend(query, memory, 2)
+    stored, query = random_states(7), random_states(3, seed=1)
+    attended = attend(query, stored, 2)
     for g in range(2):
         for n in range(3):
-            order = sorted(range(7), key=lambda m: -cosine(query[g, n], memory[g, m]))[:2]
+            order = sorted(range(7), key=lambda m: -cosine(query[g, n], stored[g, m]))[:2]
             torch.testing.assert_close(
-                found[g, n], attend(query[g : g + 1, n : n + 1], memory[g : g + 1, order], 2)[0, 0]
+                attended[g, n], attend(query[g : g + 1, n : n + 1], stored[g : g + 1, order], 2)[0, 0]
             )
 
 
 @pytest.mark.parametrize("count", [3, 40])
 def test_rows_of_zeros_are_absent(count):
-    memory, query = random_memory(5), random_memory(4, seed=1)
-    padded = torch.cat([memory, torch.zeros(2, 9, 6)], dim=1)
-    torch.testing.assert_close(attend(query, padded, count), attend(query, memory, count))
+    stored, query = random_states(5), random_states(4, seed=1)
+    padded = torch.cat([stored, torch.zeros(2, 9, 6)], dim=1)
+    torch.testing.assert_close(attend(query, padded, count), attend(query, stored, count))
     assert not attend(query, torch.zeros(2, 3, 6), count).any()
-    keys, bias, values = random_memory(3, seed=2), torch.randn(2, 3), random_memory(3, seed=3)
+    keys, bias, values = random_states(3, seed=2), torch.randn(2, 3), random_states(3, seed=3)
     padding = torch.zeros(2, 2, 6)
     torch.testing.assert_close(
         neurons(query, torch.cat([keys, padding], 1), F.pad(bias, (0, 2)), torch.cat([values, padding], 1)),
@@ -93,25 +90,22 @@ def test_rows_of_zeros_are_absent(count):
     )
 
 
-def test_blending_keeps_the_norm_and_reaches_from_the_state_to_what_was_found():
-    states, found = random_memory(4, seed=1), random_memory(4, seed=2)
+def test_blending_keeps_the_norm_and_reaches_from_the_state_to_what_was_attended():
+    states, attended = random_states(4, seed=1), random_states(4, seed=2)
     alpha = torch.tensor([[0.0, 0.3, 0.7, 1.0]] * 2)
-    blended = blend(states, found, alpha)
+    blended = blend(states, attended, alpha)
     torch.testing.assert_close(blended.norm(dim=-1), states.norm(dim=-1))
     torch.testing.assert_close(blended[:, 0], states[:, 0])
-    torch.testing.assert_close(F.normalize(blended[:, 3], dim=-1), F.normalize(found[:, 3], dim=-1))
-    direction = 0.7 * states[0, 1] / states[0, 1].norm() + 0.3 * found[0, 1] / found[0, 1].norm()
+    torch.testing.assert_close(F.normalize(blended[:, 3], dim=-1), F.normalize(attended[:, 3], dim=-1))
+    direction = 0.7 * states[0, 1] / states[0, 1].norm() + 0.3 * attended[0, 1] / attended[0, 1].norm()
     assert cosine(direction, blended[0, 1]) == pytest.approx(1.0)
 
 
 def test_the_last_positions_are_taken_in_order():
     real = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]]).bool()
-    position, is_there = last_positions(real, 3)
-    assert position[0].tolist() == [2, 3, 4] and is_there[0].all()
-    assert position[1, :2].tolist() == [0, 1] and is_there[1].tolist() == [True, True, False]
-
-
-# The losses
+    position, is_present = last_positions(real, 3)
+    assert position[0].tolist() == [2, 3, 4] and is_present[0].all()
+    assert position[1, :2].tolist() == [0, 1] and is_present[1].tolist() == [True, True, False]
 
 
 def test_info_nce_by_hand():
@@ -154,11 +148,8 @@ def test_codes_are_unit_and_depend_on_the_direction_alone():
     torch.testing.assert_close(encode(made, 7 * states), codes)
 
 
-# The forward
-
-
 def by_loops(backbone, params, weights, x, y, entering, layer):
-    """One position of one edit, behind attention, and what its neurons add, from the formulas."""
+    """The formulas at one position of one edit: output of attention, output of the neurons, and alpha."""
     semantic = {
         name.removeprefix(f"{layer}.semantic."): w for name, w in weights.items() if f"{layer}.semantic." in name
     }
@@ -170,9 +161,9 @@ def by_loops(backbone, params, weights, x, y, entering, layer):
 
     states = [m for m in params[f"{layer}.memory"] if m.any()]
     shares = torch.stack([y @ m / math.sqrt(len(y)) for m in states]).softmax(0)
-    found = sum(share * m for share, m in zip(shares, states, strict=True))
-    alpha = max(0.0, cosine(code(found), code(y)))
-    direction = (1 - alpha) * y / y.norm() + alpha * found / found.norm()
+    attended = sum(share * m for share, m in zip(shares, states, strict=True))
+    alpha = max(0.0, cosine(code(attended), code(y)))
+    direction = (1 - alpha) * y / y.norm() + alpha * attended / attended.norm()
     blended = y.norm() * direction / direction.norm()
     added = torch.zeros_like(y)
     for key, bias, value in zip(*(params[f"{layer}.{part}"] for part in ("keys", "bias", "values")), strict=True):
@@ -200,7 +191,7 @@ def test_the_edited_forward_is_the_formulas(backbone, unike, weights, supervisio
     names = [f"{layer}.{part}" for layer in LAYERS for part in ("attention.out", "ffn.in", "ffn.out")]
     with torch.no_grad():
         prefix = backbone.prefix(supervision, *unike.sites)
-        # Hooks run in the order of their registration: one before the editor's, one behind.
+        # Hooks run in the order of registration: one before the editor's, one after.
         with (
             rewritten({backbone.site(name): keep(plain, name) for name in names}),
             unike.applied(backbone, params, supervision) as trace,
@@ -256,7 +247,7 @@ def test_neurons_start_awake_at_the_answer_they_stand_for(backbone, weights, sup
 
 
 def test_positions_do_not_see_what_follows(backbone, unike, supervision):
-    """The answer in the input of teacher forcing changes nothing before it, as in generation."""
+    """Under teacher forcing, the answer in the input changes no earlier position, as in generation."""
     params = unike.init(backbone, supervision)
     cut = replace(supervision, tokens_EKS=supervision.tokens_EKS.clone())
     cut.tokens_EKS[:, :, 20:] = 5
@@ -266,11 +257,8 @@ def test_positions_do_not_see_what_follows(backbone, unike, supervision):
     assert not torch.allclose(whole[:, :, 20:], other[:, :, 20:])
 
 
-# The edit
-
-
 def test_one_native_step_is_that_of_torch(backbone, unike, weights, requests_8):
-    """SGD with clipping, on keys, biases and values V of `V + beta zeta'`; the memory stays."""
+    """SGD with clipping, on keys, biases and values V of `V + beta zeta'`; stored states are constant."""
     supervision, _ = encode_requests(backbone, requests_8[:1], TEMPLATE)
     config = ObjectiveConfig(name="native")
     (result,) = edit(backbone, unike, Objective(config), supervision, Stopping(max_steps=2))
@@ -301,8 +289,8 @@ def test_one_native_step_is_that_of_torch(backbone, unike, weights, requests_8):
         assert torch.equal(result.params[f"{layer}.memory"], origin[f"{layer}.memory"])
 
 
-def test_edits_together_share_neurons_and_memory(backbone, unike, supervision):
-    """Without memory in its way, the neurons of all edits add up; with it, all states can be found."""
+def test_edits_together_share_neurons_and_stored_states(backbone, unike, supervision):
+    """The neurons of all edits add up, and a position attends over the stored states of all."""
     params = unike.init(backbone, supervision)
     two = {name: value[:2] for name, value in params.items()}
     batch = replace(supervision)
@@ -327,7 +315,7 @@ def test_published_stop_rule(unike):
 
 @pytest.mark.parametrize("family", ["minigpt4", "llava"])
 def test_text_models_built_like_llama(family, tmp_path, requests_8):
-    """Gated feed-forward halves, normed otherwise: an edit learns, and is alone what it is in a batch."""
+    """With gated feed-forward networks and other norms, an edit learns, and is the same alone and in a batch."""
     model = load_backbone(family, str(tiny_models.write(family, tmp_path / family)))
     editor = Unike(CONFIG, Unike(CONFIG).initial_weights(model, 0))
     batch, _ = encode_requests(model, requests_8[4:7], TEMPLATE)
@@ -339,11 +327,8 @@ def test_text_models_built_like_llama(family, tmp_path, requests_8):
         assert alone.curves["rel"][-1] < alone.curves["rel"][0]
 
 
-# The encoders
-
-
 def test_training_teaches_alpha_and_the_direction(backbone, supervision):
-    """A few steps on eight records: alpha tells an edit's prompts from others, zeta and W_zeta reach their means."""
+    """After a few steps, alpha is larger at an edit's prompts, and zeta and W_zeta are at their means."""
     config = replace(CONFIG, num_layers=1, train_learning_rate=1e-2, train_batch=8)
     weights = Unike(config).initial_weights(backbone, 0)
     leaves = {name: value.clone().requires_grad_() for name, value in weights.items()}
@@ -410,5 +395,5 @@ def test_a_checkpoint_is_asked_for_and_must_fit(backbone, weights, tmp_path):
         load_editor("unike", {**settings, "code_width": 16, "checkpoint": str(path)}).check(backbone)
     with pytest.raises(InputError, match="num_layers: got 5, the text model has 4"):
         load_editor("unike", {**settings, "num_layers": 5, "checkpoint": str(path)}).check(backbone)
-    with pytest.raises(InputError, match="train_batch: got 1, expected >= 2"):
+    with pytest.raises(InputError, match="train_batch: got 1, expected a whole number >= 2"):
         load_editor("unike", {"train_batch": 1})

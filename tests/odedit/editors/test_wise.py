@@ -1,4 +1,4 @@
-"""WISE against its formulas, written out per sequence on the library's own forward."""
+"""WISE against its formulas, computed per sequence with the library's own forward."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from odedit import Objective, ObjectiveConfig, Stopping, edit, encode_requests, evaluate, load_editor, stack_params
-from odedit.editors.wise import _live_places
+from odedit.editors.wise import _live_ranks
 from odedit.inputs.batch import LOCALITY_SLOTS
 from odedit.runtime.gather import spread
 from tests.support.requests import TEMPLATE, make_request
@@ -21,7 +21,7 @@ NATIVE = Objective(ObjectiveConfig(name="native"))
 
 
 class Library:
-    """The library's model with a side copy of the edited matrix in it, and the distances between the two."""
+    """The library's model with a side copy of the edited matrix, and the activation distance between the two."""
 
     def __init__(self, backbone, side: Tensor):
         self.backbone = backbone
@@ -48,7 +48,7 @@ class Library:
         return library_nll(self.model, self.backbone, batch, request, e)
 
     def distance(self, batch, request, e, slot):
-        """Eq. 2, position by position."""
+        """Activation distance (eq. 2), position by position."""
         self.logits(batch, request, e, slot, use_side=True)
         length = int(batch.prompt_EKS[e, batch.slots.index(slot)].sum())
         norms = []
@@ -58,7 +58,7 @@ class Library:
         return torch.stack(norms).mean()
 
     def loss(self, batch, request, e, config):
-        """Likelihood and eq. 3."""
+        """Likelihood and margin loss (eq. 3)."""
         inside = self.distance(batch, request, e, "edit")
         outside = [self.distance(batch, request, e, slot) for slot in LOCALITY_SLOTS if slot in request.supervision]
         margins = [
@@ -81,7 +81,7 @@ def edited(backbone, encoded):
 
 
 def side_copies(backbone, editor, params):
-    """W' of every edit, from the entries that are stored."""
+    """W' of every edit, from the stored entries."""
     matrix = backbone.site(editor.config.site).weight
     mask = torch.rand(matrix.shape, generator=torch.Generator().manual_seed(0)) < 0.2
     for live in params["side_live"]:
@@ -108,17 +108,17 @@ def test_loss_and_masked_steps_equal_the_formulas(backbone, encoded):
             side = torch.where(mask, matrix + moved.clamp(-0.02, 0.02), matrix)
         difference = (side - matrix)[mask]
         assert (difference.abs() > 0.0199).any() and (difference.abs() < 0.0199).any(), "some are clamped"
-        # In norm: the distances start at 0, where the direction of their gradient is all rounding.
+        # Only norms agree: distances start at 0, where rounding determines the direction of their gradient.
         assert (result.params["side_live"][0] - difference).norm() < 1e-2 * difference.norm()
 
 
-def test_a_prompt_goes_to_the_side_memory_above_the_threshold_alone(backbone, encoded, edited):
+def test_a_prompt_uses_the_side_matrix_above_the_threshold_alone(backbone, encoded, edited):
     (supervision, evaluation), (editor, params) = encoded, edited
-    memories = [Library(backbone, side) for side in side_copies(backbone, editor, params)]
+    sides = [Library(backbone, side) for side in side_copies(backbone, editor, params)]
     routes = []
     with torch.no_grad(), editor.applied(backbone, params, evaluation):
         logits = backbone.head(backbone.suffix(backbone.prefix(evaluation, editor.config.site)))
-        for e, (request, library) in enumerate(zip(REQUESTS, memories, strict=True)):
+        for e, (request, library) in enumerate(zip(REQUESTS, sides, strict=True)):
             threshold = 0.4 * library.distance(supervision, request, e, "edit")
             assert params["threshold"][e].item() == pytest.approx(threshold.item(), rel=1e-3)
             for k, slot in enumerate(evaluation.slots):
@@ -131,10 +131,10 @@ def test_a_prompt_goes_to_the_side_memory_above_the_threshold_alone(backbone, en
     assert any(routes) and not all(routes)
 
 
-def test_retrieval_takes_the_memory_of_the_largest_distance_above_its_own_threshold(backbone, encoded, edited):
+def test_retrieval_takes_the_side_matrix_of_the_largest_distance_above_its_own_threshold(backbone, encoded, edited):
     (_, evaluation), (editor, params) = encoded, edited
-    memories = [Library(backbone, side) for side in side_copies(backbone, editor, params)]
-    # Without a threshold in the way of some prompts, every prompt would find a memory.
+    sides = [Library(backbone, side) for side in side_copies(backbone, editor, params)]
+    # Thresholds that some prompts do not reach; otherwise every prompt would use a side matrix.
     params = params | {"threshold": params["threshold"] * torch.tensor([2.4, 1.0, 1.6])}
     chosen = set()
     with torch.no_grad(), editor.together(backbone, params, evaluation):
@@ -143,22 +143,22 @@ def test_retrieval_takes_the_memory_of_the_largest_distance_above_its_own_thresh
             for k, slot in enumerate(evaluation.slots):
                 if not evaluation.present_EK[e, k]:
                     continue
-                distances = [memory.distance(evaluation, request, e, slot).item() for memory in memories]
+                distances = [side.distance(evaluation, request, e, slot).item() for side in sides]
                 claims = [m for m, d in enumerate(distances) if d >= params["threshold"][m]]
                 best = max(claims, key=lambda m: distances[m], default=None)
-                memory = memories[best or 0]
-                expected = memory.logits(evaluation, request, e, slot, use_side=best is not None)
+                side = sides[best or 0]
+                expected = side.logits(evaluation, request, e, slot, use_side=best is not None)
                 torch.testing.assert_close(logits[e, k][: len(expected)], expected, rtol=1e-3, atol=1e-3)
                 chosen.add(best)
     assert None in chosen and len(chosen) > 2
 
 
-def test_merged_memories_equal_ties_by_hand():
+def test_merged_side_matrices_equal_ties_by_hand():
     """Trim to the largest entries, elect a sign by sum, average the entries that agree with it."""
     editor = load_editor("wise", {"merge_density": 0.5})
     deltas = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
     thresholds = torch.tensor([0.5, 0.2, 0.9])
-    merged = editor.merged_memories({"side_live": deltas, "threshold": thresholds})
+    merged = editor.merged_side_matrix({"side_live": deltas, "threshold": thresholds})
     trimmed = []
     for row in deltas.tolist():
         smallest_kept = sorted((abs(v) for v in row), reverse=True)[19]
@@ -173,15 +173,15 @@ def test_merged_memories_equal_ties_by_hand():
     assert torch.equal(merged["threshold"], torch.tensor([0.2]))
 
 
-def test_one_memory_merged_whole_is_itself_and_a_merged_one_can_be_applied(backbone, encoded, edited):
+def test_one_side_matrix_merged_whole_is_itself_and_merged_ones_can_be_applied(backbone, encoded, edited):
     (_, evaluation), (editor, params) = encoded, edited
     whole = load_editor("wise", {**SETTINGS, "merge_density": 1.0})
     one = {name: value[:1] for name, value in params.items()}
-    for name, value in whole.merged_memories(one).items():
+    for name, value in whole.merged_side_matrix(one).items():
         torch.testing.assert_close(value, one[name])
     with torch.no_grad():
         before = backbone.suffix(backbone.prefix(evaluation, editor.config.site))
-        with editor.together(backbone, editor.merged_memories(params), evaluation):
+        with editor.together(backbone, editor.merged_side_matrix(params), evaluation):
             after = backbone.suffix(backbone.prefix(evaluation, editor.config.site))
     rel = evaluation.slots.index("rel")
     assert (after != before)[:, rel].flatten(1).any(dim=1).any()
@@ -200,7 +200,7 @@ def test_the_factored_edit_is_the_edit_of_the_matrix(backbone, encoded, objectiv
         results = edit(backbone, editor, objective, supervision, Stopping(max_steps=5, worst_token_nll=1e-9))
         params = stack_params([result.params for result in results])
         assert editor.is_factored == (name == "factored")
-        rows[name] = params, results, evaluate(backbone, editor, params, evaluation), editor.merged_memories(params)
+        rows[name] = params, results, evaluate(backbone, editor, params, evaluation), editor.merged_side_matrix(params)
     (whole, results, scores, merged), (factored, others, other_scores, other_merged) = rows["whole"], rows["factored"]
     sides = factored["side_rows"].transpose(1, 2) @ factored["side_inputs"]
     assert "side_inputs" in factored and "side_live" in whole
@@ -231,7 +231,7 @@ def test_a_factored_edit_is_smaller_and_answers_alone_as_together(backbone, enco
 
 
 def test_a_factored_edit_does_not_depend_on_how_long_its_mates_are(backbone):
-    """The multiplier's sketch least of all: what padding adds stands behind every weight."""
+    """Nor does the multiplier's sketch: padding is appended after all weights."""
     editor = load_editor("wise", {**SETTINGS, "mask": "columns", "mask_ratio": 0.5, "clamp": None})
     objective = Objective(ObjectiveConfig(name="odedit", sigma2_0=50.0))
     long = "which of the many people that we know of is said to own this old digit here?"
@@ -253,5 +253,5 @@ def test_a_gpu_looks_up_the_entries_that_a_processor_writes(backbone):
     shape, device = backbone.site(site).weight.shape, torch.device("cpu")
     live_N = editor._live(shape, device)
     live_EN = torch.randn(3, len(live_N), generator=torch.Generator().manual_seed(0))
-    looked_up = spread(live_EN, live_N, _live_places(*editor._mask(shape, device))).unflatten(1, shape)
+    looked_up = spread(live_EN, live_N, _live_ranks(*editor._mask(shape, device))).unflatten(1, shape)
     assert torch.equal(looked_up, editor._side(backbone, live_EN))

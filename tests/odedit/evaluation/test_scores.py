@@ -1,4 +1,4 @@
-"""Metrics against plain one-at-a-time computations, and statistics against scipy."""
+"""Scores against plain computations of one probe at a time, and statistics against scipy."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from odedit import (
 )
 from odedit.backbones.base import ends_of
 from odedit.backbones.common.generation import LONGEST_REST, NO_TOKEN, generate, until_end
-from odedit.evaluation import scores
+from odedit.evaluation import columns
 from odedit.evaluation.scores import is_said, said
 from odedit.evaluation.statistics import MAIN, Estimate, estimate
-from odedit.inputs.batch import Variant, column
-from odedit.runtime.kv_cache import KeyValues
+from odedit.runtime.kv_cache import KVCache
 from tests.support import tiny_models
+from tests.support.limits import set_limits
 from tests.support.requests import TEMPLATE, make_picture, make_request
 
 
 @pytest.fixture(scope="module")
 def scored(backbone):
-    """Eight edits with random weight differences: they change some answers and not others."""
+    """Eight edits with random changes of weights, which change some answers and not others."""
     requests = [make_request(number, full=number != 5) for number in range(8)]
     _, evaluation = encode_requests(backbone, requests, TEMPLATE)
     editor = load_editor("ftl")
@@ -47,19 +47,17 @@ def scored(backbone):
 
 
 def run_one(backbone, editor, params, index, probe, tokens=None):
-    """Logits of one probe for one edit, nothing batched."""
-    from odedit import EditRequest
-
+    """Logits of one probe for one edit, without a batch."""
     request = EditRequest("one", probe)
     _, batch = encode_requests(backbone, [request], TEMPLATE)
     if tokens is not None:
         batch.tokens_EKS[0, 0] = tokens
-    one = {name: value[index : index + 1] for name, value in params.items()} if params else None
+    own = {name: value[index : index + 1] for name, value in params.items()} if params else None
     with torch.no_grad():
         prefix = backbone.prefix(batch, editor.sites[0])
-        if one is None:
+        if own is None:
             return batch, backbone.head(backbone.suffix(prefix))[0, 0]
-        with editor.applied(backbone, one, batch):
+        with editor.applied(backbone, own, batch):
             return batch, backbone.head(backbone.suffix(prefix))[0, 0]
 
 
@@ -87,21 +85,21 @@ def test_every_figure_equals_the_plain_computation(backbone, scored):
 
 
 def test_generated_answers_equal_token_by_token_decoding_under_edits(backbone, scored):
-    """To their end, or to the bound, also where they are longer than their target."""
+    """Up to their end or the bound, also where they are longer than their target."""
     requests, _, editor, params, _ = scored
     params = {name: torch.tensor([1.0, 3.0, 8.0]).view(-1, 1, 1) * value[:3] for name, value in params.items()}
     short = [
-        replace(one, probes={name: replace(probe, target="Anna") for name, probe in one.probes.items()})
-        for one in requests[:3]
+        replace(request, probes={name: replace(probe, target="Anna") for name, probe in request.probes.items()})
+        for request in requests[:3]
     ]
     _, evaluation = encode_requests(backbone, short, TEMPLATE)
-    memory, drafted = KeyValues(), {}
+    kv_cache, drafted = KVCache(), {}
     read_EKT = evaluation.with_room(1, 0, backbone.max_positions).predict_EKT
     with torch.no_grad(), editor.applied(backbone, params, evaluation):
-        prefix = backbone.prefix(evaluation, *editor.sites, memory=memory)
-        first = backbone.head(backbone.suffix(prefix, read_EKT, memory)).argmax(-1)
+        prefix = backbone.prefix(evaluation, *editor.sites, kv_cache=kv_cache)
+        first = backbone.head(backbone.suffix(prefix, read_EKT, kv_cache)).argmax(-1)
         for rest in (1, LONGEST_REST):
-            drafted[rest] = generate(backbone, evaluation, prefix, memory.branch(), first, rest)
+            drafted[rest] = generate(backbone, evaluation, prefix, kv_cache.branch(), first, rest)
     lengths = []
     for e, request in enumerate(short):
         for k, name in enumerate(evaluation.slots):
@@ -146,16 +144,18 @@ def test_an_answer_is_the_target_if_it_ends_there(backbone):
 
 @pytest.mark.parametrize("family", ["blip2", "minigpt4", "llava"])
 def test_a_generated_answer_is_compared_to_its_end(family, backbone):
-    """With what the library generates from the prompt alone, and with the beginning of it."""
+    """The target is the answer that transformers generates from the prompt, its beginning, or more than it."""
     model = backbone if family == "blip2" else load_backbone(family, "embedded")
     tokenizer, editor = model.processor.tokenizer, load_editor("ftl")
     seen = Probe("who owns this digit?", "?", make_picture(1))
-    told = Probe("what is the capital of Arland?", "?")
-    said = {name: library_answer(model, probe) for name, probe in (("rel", seen), ("t_gen", told))}
+    text_only = Probe("what is the capital of Arland?", "?")
+    said = {name: library_answer(model, probe) for name, probe in (("rel", seen), ("t_gen", text_only))}
     words = said["rel"].split()
     assert len(words) > 1, "the beginning of the answer is all of it"
     for target, share, exact in ((said["rel"], 1.0, 1.0), (words[0], 1.0, 0.0), (f"{said['rel']} too", None, 0.0)):
-        request = EditRequest("a", replace(seen, target=target), probes={"t_gen": replace(told, target=said["t_gen"])})
+        request = EditRequest(
+            "a", replace(seen, target=target), probes={"t_gen": replace(text_only, target=said["t_gen"])}
+        )
         _, batch = encode_requests(model, [request], TEMPLATE)
         (row,) = evaluate(model, editor, editor.init(model, batch), batch)
         assert row["answer_before"] == row["answer_after"] == said["rel"]
@@ -171,7 +171,7 @@ def test_a_generated_answer_is_compared_to_its_end(family, backbone):
 
 @torch.no_grad()
 def library_answer(model, probe):
-    """What transformers' own `generate` says to the prompt, which holds nothing of a target."""
+    """Answer of transformers' own `generate` to the prompt without a target."""
     cell = model.sequence(probe, TEMPLATE)
     prompt = {"input_ids": torch.tensor([cell.tokens[: cell.first_target]])}
     prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
@@ -181,7 +181,7 @@ def library_answer(model, probe):
     elif model.family != "llava":
         whole = model.model.language_model
     tokens = whole.generate(**prompt, do_sample=False, max_new_tokens=12)[0].tolist()
-    # Given embeddings, the class returns the answer alone.
+    # Given embeddings, `generate` returns the answer without the prompt.
     answer = tokens[skipped:] if tokens[:skipped] == cell.tokens[:skipped] else tokens
     return model.processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
@@ -197,21 +197,21 @@ def test_locality_of_generated_answers_is_that_of_whole_answers(backbone, scored
         assert all(row[name] == 1.0 for name in row if "_loc" in name and name.endswith("generated_exact"))
 
 
-def test_every_column_is_made_of_a_probe_and_declared_variants(backbone, scored):
+def test_every_column_is_made_of_a_probe_and_declared_endings(backbone, scored):
     requests, _, _, _, rows = scored
-    endings = [(), *((one,) for one in Variant), *permutations(Variant, 2), *permutations(Variant, 3)]
+    words = sorted(columns.words())
+    endings = [(), *((word,) for word in words), *permutations(words, 2), *permutations(words, 3)]
     for request, row in zip(requests, rows, strict=True):
-        owners = {name: [] for name in row}
+        owners = {name: [] for name in row if not name.startswith("answer_")}
         for probe in ("rel", *request.probes):
             for some in endings:
-                owners.get(column(probe, *some), []).append(probe)
-        owners = {name: found for name, found in owners.items() if not name.startswith("answer_")}
-        assert all(len(found) == 1 for found in owners.values()), owners
+                owners.get(columns.column(probe, *some), []).append(probe)
+        assert all(len(probes) == 1 for probes in owners.values()), owners
 
 
 @pytest.fixture(scope="module")
 def llama_like(tmp_path_factory):
-    """A LLaVA whose tokenizer splits as LLaMA's does: white space in front of a digit is a token of its own."""
+    """A LLaVA with LLaMA's tokenization: white space in front of a digit is a token of its own."""
     return load_backbone("llava", str(tiny_models.write("llava", tmp_path_factory.mktemp("llama"), with_pieces=True)))
 
 
@@ -226,7 +226,7 @@ def test_white_space_in_front_of_an_answer_is_generated_and_not_counted(llama_li
     supervision, batch = encode_requests(model, requests, TEMPLATE)
     for some in (supervision.select(("edit",)), batch.select(("rel",))):
         assert some.white_EK.flatten().tolist() == [1, 1, 0]
-        # Trained and generated is the white space too.
+        # White space is trained and generated too.
         assert some.target_EKT[0, 0][some.target_mask_EKT[0, 0]].tolist() == [white, seven]
         assert some.target_EKT[1, 0][some.target_mask_EKT[1, 0]].tolist() == [white, one, zero]
         assert some.target_EKT[1, 0][some.counted_EKT[1, 0]].tolist() == [one, zero]
@@ -245,11 +245,11 @@ def test_white_space_in_front_of_an_answer_is_generated_and_not_counted(llama_li
         assert all(row["rel_generated_exact"] == 0.0 for row in rows), "an answer that never ends"
         assert rows[0]["t_loc"] == rows[0]["t_loc_generated"] == 1.0
     monkeypatch.setattr(model, "head", head)
-    memory = KeyValues()
-    prefix = model.prefix(batch, "layers.1.ffn.out", memory=memory)
+    kv_cache = KVCache()
+    prefix = model.prefix(batch, "layers.1.ffn.out", kv_cache=kv_cache)
     read_EKT = batch.with_room(1, 0, model.max_positions).predict_EKT
-    first = head(model.suffix(prefix, read_EKT, memory)).argmax(-1)
-    made = generate(model, batch, prefix, memory, first)
+    first = head(model.suffix(prefix, read_EKT, kv_cache)).argmax(-1)
+    made = generate(model, batch, prefix, kv_cache, first)
     cell = model.sequence(requests[0].edit, TEMPLATE)
     tokens = model.processor.tokenizer("USER: <image>\nQuestion: who? Short answer: ASSISTANT:")["input_ids"]
     at = tokens.index(tiny_models.IMAGE)
@@ -267,8 +267,7 @@ def test_an_evaluation_in_parts_is_that_of_the_whole(backbone, scored, monkeypat
     whole = evaluate(backbone, editor, params, evaluation)
     of_two = 2 * evaluation.tokens_EKS[0].numel() * backbone.hidden_size
     assert evaluation.num_edits > 2
-    monkeypatch.setitem(scores._VALUES_AT_ONCE, "cpu", of_two)
-    monkeypatch.setitem(scores._LOGITS_AT_ONCE, "cpu", 3 * backbone.vocabulary_size)
+    set_limits(monkeypatch, evaluated_values=of_two, evaluated_logits=3 * backbone.vocabulary_size)
     assert evaluate(backbone, editor, params, evaluation) == whole
 
 
@@ -281,7 +280,7 @@ def test_an_edit_that_changes_nothing_leaves_locality_at_one(backbone, scored):
         assert row["answer_before"] == row["answer_after"]
 
 
-def test_what_is_not_asked_for_is_not_there(backbone, scored):
+def test_scores_that_are_switched_off_are_not_written(backbone, scored):
     _, evaluation, editor, params, rows = scored
     (row, *_) = evaluate(backbone, editor, params, evaluation, EvaluationConfig(generate=False, mmedit=False))
     assert not [name for name in row if "generated" in name or "mmedit" in name or "answer" in name]
@@ -310,7 +309,7 @@ def test_degenerate_samples_have_no_false_certainty():
     assert paired({"a": {"rel": 1.0}}, {"a": {"rel": 1.0}})["rel"].p == 1.0
     assert math.isnan(paired({"a": {"rel": 0.0}}, {"a": {"rel": 1.0}})["rel"].p)
     assert paired({"a": {"rel": 0.0}}, {"b": {"rel": 1.0}}) == {}
-    # Every fact by as much, but for rounding: that is no spread.
+    # Facts with equal differences, except for rounding: no spread.
     a = {f"e{i}": {"rel": 0.0, "fact": f"f{i // 3}"} for i in range(12)}
     b = {key: {"rel": value} for key, value in zip(a, [1.0, 0.0, 0.1] * 4, strict=True)}
     assert math.isnan(paired(a, b)["rel"].p)
@@ -333,20 +332,20 @@ def test_the_paired_test_compares_facts():
     rng = np.random.default_rng(1)
     a = {f"e{i}": {"rel": float(x), "fact": f"f{i // 2}"} for i, x in enumerate(rng.normal(size=20))}
     b = {key: {"rel": row["rel"] + float(rng.normal() + 0.4)} for key, row in a.items()}
-    found = paired(a, b, ("rel",))["rel"]
+    difference = paired(a, b, ("rel",))["rel"]
     means = [
         [np.mean([rows[f"e{i}"]["rel"] for i in (2 * fact, 2 * fact + 1)]) for fact in range(10)] for rows in (a, b)
     ]
-    assert found.p == pytest.approx(stats.ttest_rel(means[1], means[0]).pvalue)
+    assert difference.p == pytest.approx(stats.ttest_rel(means[1], means[0]).pvalue)
 
 
 def test_the_interval_of_a_share_is_a_share():
-    found = summarize([{"rel": value, "seconds": 10 * value} for value in (1.0, 1.0, 1.0, 0.0)])
-    assert found["rel"].low >= 0.0 and found["rel"].high == 1.0
-    assert found["seconds"].high > 10.0
+    summary = summarize([{"rel": value, "seconds": 10 * value} for value in (1.0, 1.0, 1.0, 0.0)])
+    assert summary["rel"].low >= 0.0 and summary["rel"].high == 1.0
+    assert summary["seconds"].high > 10.0
 
 
-def test_answers_of_a_family_that_names_no_ends_end_as_texts_do(backbone):
+def test_answers_of_a_family_without_ends_end_at_the_tokenizers_end(backbone):
     tokenizer = backbone.processor.tokenizer
     older = SimpleNamespace(processor=backbone.processor)
     assert ends_of(older) == {tokenizer.eos_token_id} and ends_of(backbone) == backbone.ends

@@ -1,4 +1,4 @@
-"""Image markers and special tokens in what people write: taken off in front of a question, refused elsewhere."""
+"""Image markers and special tokens in records: removed at the beginning of a question, errors elsewhere."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_multiplier_gradcheck(depth: int) -> None:
     names = list(delta)
 
     def call(features_EI: Tensor, *weights: Tensor) -> Tensor:
-        # lambda is about 1e-3: brought to a scale that finite differences can see.
+        # lambda is about 1e-3: scaled up for finite differences.
         return 1e3 * MultiplierNetwork.apply(config, dict(zip(names, weights, strict=True)), features_EI)
 
     weights = [delta[name].detach().double().requires_grad_() for name in names]
@@ -79,7 +79,7 @@ def test_lambda_reaches_the_parameters_through_the_sketch() -> None:
     config, sketch = MultiplierConfig(width=8, sketch_dim=16), CountSketch(SIZES, dim=16)
     phi = {name: torch.randn(E, size, requires_grad=True) for name, size in SIZES.items()}
     context = torch.ones(E, 3)
-    delta = MultiplierNetwork.init(config, sketch.out_dim + 6, E, seed=0)
+    delta = MultiplierNetwork.init(config, 16 + len(SIZES) + 6, E, seed=0)
     lambda_E = MultiplierNetwork.apply(config, delta, features(sketch(phi), context, context))
     assert all(gradient.abs().max() > 0 for gradient in torch.autograd.grad(lambda_E.sum(), list(phi.values())))
 
@@ -117,13 +117,13 @@ def test_dual_ascent_raises_lambda() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"input": "dense"}, "multiplier.input: got 'dense', expected one of sketch, flat"),
-        ({"depth": 0}, "multiplier.depth: got 0, expected at least 1 layer"),
-        ({"width": 0}, "multiplier.width: got 0"),
-        ({"sketch_dim": 0}, "multiplier.sketch_dim: got 0, expected 1 to 16384"),
-        ({"initial": 0.2}, r"multiplier.initial: got 0.2, expected 0 < initial < cap \(cap is 0.1\)"),
-        ({"initial": math.nan}, "multiplier.initial: got nan"),
-        ({"cap": math.inf}, "multiplier.cap: got inf"),
+        ({"input": "dense"}, "^input: got 'dense', expected 'sketch' or 'flat'"),
+        ({"depth": 0}, "^depth: got 0, expected a whole number >= 1"),
+        ({"width": 0}, "^width: got 0"),
+        ({"sketch_dim": 0}, "^sketch_dim: got 0, expected a whole number >= 1 and <= 16384"),
+        ({"initial": 0.2}, "^initial: got 0.2, expected less than cap, which is 0.1"),
+        ({"initial": math.nan}, "^initial: got nan"),
+        ({"cap": math.inf}, "^cap: got inf"),
     ],
 )
 def test_config_refuses_bad_values(change: dict[str, object], message: str) -> None:

@@ -1,4 +1,4 @@
-"""The objective on the real model: scale gradients against double backward, and what each setting reads."""
+"""The objective on the embedded model: scale gradients against autograd, and the sequences each setting reads."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import torch
 
 from odedit import Objective, ObjectiveConfig, calibrate, load_editor
 from odedit.inputs.batch import EDIT, LOCALITY_SLOTS, SUPERVISION_SLOTS
-from odedit.objectives.base import _VALUES_AT_ONCE
 from odedit.runtime.gather import gather_positions
+from tests.support.limits import set_limits
 from tests.support.requests import TEMPLATE
 
 
 @pytest.fixture(scope="module")
 def forward(backbone, batches):
-    """Final states of an edited model, and the unedited model's at the answer positions."""
+    """Final states of an edited model, and those of the unedited model at the answer positions."""
     supervision, _ = batches
     editor = load_editor("ftl")
     generator = torch.Generator().manual_seed(1)
@@ -41,12 +41,12 @@ def terms_at(backbone, forward, config, w=None):
         params,
         trace,
         batch,
-        what_is_read(objective, batch, hidden),
+        read_states(objective, batch, hidden),
         objective.unedited(backbone, batch, base),
     )
 
 
-def what_is_read(objective, batch, hidden):
+def read_states(objective, batch, hidden):
     read = objective.read(batch)
     return hidden if read is None else gather_positions(hidden, read)
 
@@ -71,7 +71,7 @@ def test_scale_gradients_equal_autograd_through_the_final_state(backbone, forwar
 def test_prompt_environments_have_one_likelihood_per_rephrase(backbone, forward):
     terms = terms_at(backbone, forward, ObjectiveConfig(environments="prompts"))
     assert set(terms.scale_gradients) == {"rel", "loc", "text_rephrase", "image_rephrase"}
-    # Request 5 has no image rephrase: an environment that is not there counts for nothing.
+    # Request 5 has no image rephrase: an absent environment counts 0.
     assert terms.scale_gradients["image_rephrase"][5] == 0
     assert terms.scale_gradients["image_rephrase"][0] != 0
 
@@ -84,7 +84,7 @@ def test_weights_scale_their_term_only(backbone, forward):
     torch.testing.assert_close(weighted.total, 2 * plain.risks["rel"] + 3 * plain.risks["loc"])
     torch.testing.assert_close(plain.total, plain.risks["rel"] + plain.risks["loc"] + plain.risks["gen"])
     assert set(plain.scale_gradients) == {"rel", "loc", "gen"}
-    # A risk without weight is no environment of the penalty either.
+    # A risk of weight 0 is no environment of the penalty.
     assert set(weighted.scale_gradients) == {"rel", "loc"}
 
 
@@ -92,7 +92,7 @@ def test_more_tokens_than_fit_at_once_have_the_same_risk_and_gradient(backbone, 
     w = torch.ones(8, requires_grad=True)
     at_once = terms_at(backbone, forward, ObjectiveConfig(), w)
     monkeypatch.setattr("odedit.objectives.base._TOKENS_KEPT", 3)
-    monkeypatch.setitem(_VALUES_AT_ONCE, "cpu", 3 * backbone.vocabulary_size)
+    set_limits(monkeypatch, objective_logits=3 * backbone.vocabulary_size)
     in_parts = terms_at(backbone, forward, ObjectiveConfig(), w)
     torch.testing.assert_close(in_parts.risks["loc"], at_once.risks["loc"])
     for read in (lambda terms: terms.risks["loc"], lambda terms: terms.penalty):
@@ -102,7 +102,7 @@ def test_more_tokens_than_fit_at_once_have_the_same_risk_and_gradient(backbone, 
 
 
 def test_absent_sequences_count_for_nothing(backbone, forward):
-    """Locality is the mean over the prompts that an edit has, not over the slots."""
+    """Locality is the mean over the prompts that an edit has, not over all slots."""
     editor, params, trace, batch, hidden, base = forward
     only_text = batch.select((EDIT, "text_rephrase", "text_locality"))
     keep = [batch.slots.index(slot) for slot in only_text.slots]

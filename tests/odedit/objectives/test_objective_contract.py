@@ -1,4 +1,4 @@
-"""What every objective must do: those of the package, and one from outside it."""
+"""The contract of objectives: run for those of the package and for one from outside it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from odedit.objectives.common.terms import TERMS, Terms
 from odedit.runtime.gather import gather_positions
 from odedit.training.loop import train
 from odedit.training.records import EncodedRequests
+from tests.support.limits import set_limits
 from tests.support.requests import TEMPLATE, make_pool, make_request
 
 OUTSIDE = "outside.norm"
@@ -47,7 +48,7 @@ def objective(request, sigma2_0):
 
 @pytest.fixture(scope="module")
 def editor():
-    """WISE has terms of its own, which read the record's unrelated prompts."""
+    """WISE, whose own terms read the record's unrelated prompts."""
     return load_editor("wise", {"site": "layers.2.ffn.in"})
 
 
@@ -58,7 +59,7 @@ def supervision(backbone, editor, requests_8):
 
 
 def params_of(backbone, editor, batch):
-    """phi_e away from the unedited model, the same for every edit."""
+    """phi_e at some distance from phi_0, moved alike for every edit."""
     start = editor.init(backbone, batch)
     generator = torch.Generator().manual_seed(0)
     moved = {name: 0.02 * torch.randn(value.shape[1:], generator=generator) for name, value in start.items()}
@@ -93,7 +94,7 @@ def test_the_config_is_frozen_documented_and_named_by_its_file(name):
     assert config.name == name and dataclasses.is_dataclass(config)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.reliability_weight = 2.0
-    documented = "".join(one.__doc__ or "" for one in config_class.__mro__)
+    documented = "".join(base_class.__doc__ or "" for base_class in config_class.__mro__)
     assert all(f"{item.name}:" in documented or f"{item.name}," in documented for item in dataclasses.fields(config))
     assert set(TERMS) <= config.weights.keys() and list(config.weights)[:4] == list(TERMS)
 
@@ -103,7 +104,7 @@ def test_settings_that_objectives_share_have_one_default():
     for config_class in objectives.configs():
         for item in dataclasses.fields(config_class):
             shared.setdefault(item.name, set()).add((item.type, repr(getattr(config_class(), item.name))))
-    assert {name: found for name, found in shared.items() if len(found) > 1} == {}
+    assert {name: defaults for name, defaults in shared.items() if len(defaults) > 1} == {}
 
 
 def test_plug_ins_are_files_and_not_the_packages_beside_them():
@@ -124,7 +125,7 @@ def test_settings_of_other_objectives_are_checked_and_not_read():
 
 
 def test_what_is_read_is_known_before_any_batch(editor):
-    """By it a run knows whether it needs unrelated records."""
+    """A run decides by it whether it needs unrelated records."""
     plain = load_editor("ftl")
     assert ObjectiveConfig("native").reads(plain) == {EDIT}
     assert ObjectiveConfig("native").reads(editor) == {EDIT, *LOCALITY_SLOTS}
@@ -157,9 +158,9 @@ def test_the_total_is_the_weighted_sum_and_so_is_its_gradient(backbone, editor, 
     torch.testing.assert_close(terms.total, summed)
     used = {name for name, value in terms.risks.items() if value.requires_grad}
     assert used >= {"rel", "own"} and ("loc" in used) == objective.compares
-    for found, expected in zip(gradient_of(terms.total, params), gradient_of(summed, params), strict=True):
-        assert found.any()
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    for actual, expected in zip(gradient_of(terms.total, params), gradient_of(summed, params), strict=True):
+        assert actual.any()
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_row_is_the_edit_alone_whatever_it_is_padded_to(backbone, editor, objective, supervision, requests_8):
@@ -168,17 +169,17 @@ def test_a_row_is_the_edit_alone_whatever_it_is_padded_to(backbone, editor, obje
     pool = make_pool(backbone, NEGATIVES, editor.sites)
     for row in (0, 5):
         batch, _ = encode_requests(backbone, [requests_8[row]], TEMPLATE, editor.sites, pool)
-        one = {
+        own = {
             name: value[row : row + 1].detach().requires_grad_(value.requires_grad) for name, value in params.items()
         }
-        alone = terms_of(backbone, editor, objective, batch, one)
+        alone = terms_of(backbone, editor, objective, batch, own)
         for name, value in alone.risks.items():
             torch.testing.assert_close(value, together.risks[name][row : row + 1], rtol=1e-3, atol=1e-5, msg=name)
         for name, value in alone.scale_gradients.items():
             torch.testing.assert_close(value, together.scale_gradients[name][row : row + 1], rtol=1e-2, atol=1e-4)
         for name in ("total", "worst_nll", "worst_trained_nll"):
-            found, expected = getattr(alone, name), getattr(together, name)[row : row + 1]
-            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+            actual, expected = getattr(alone, name), getattr(together, name)[row : row + 1]
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_sequences_that_are_not_read_have_no_influence(backbone, editor, objective, supervision):
@@ -188,27 +189,27 @@ def test_sequences_that_are_not_read_have_no_influence(backbone, editor, objecti
     tokens[:, unread] = torch.where(supervision.image_EKS[:, unread], tokens[:, unread], 7)
     params = params_of(backbone, editor, supervision)
     expected = terms_of(backbone, editor, objective, supervision, params)
-    found = terms_of(backbone, editor, objective, replace(supervision, tokens_EKS=tokens), params)
-    assert all(torch.equal(value, expected.risks[name]) for name, value in found.risks.items())
+    actual = terms_of(backbone, editor, objective, replace(supervision, tokens_EKS=tokens), params)
+    assert all(torch.equal(value, expected.risks[name]) for name, value in actual.risks.items())
     stopping = Stopping(max_steps=1, worst_token_nll=1e-9)
-    for one, other in zip(
+    for first, second in zip(
         edit(backbone, editor, objective, supervision, stopping),
         edit(backbone, editor, objective, replace(supervision, tokens_EKS=tokens), stopping),
         strict=True,
     ):
-        assert one.curves == other.curves
+        assert first.curves == second.curves
 
 
 def test_the_unedited_model_is_the_same_kept_or_computed_anew(backbone, editor, objective, supervision, monkeypatch):
     params = params_of(backbone, editor, supervision)
     kept = terms_of(backbone, editor, objective, supervision, params)
     monkeypatch.setattr(base, "_TOKENS_KEPT", 0)
-    monkeypatch.setitem(base._VALUES_AT_ONCE, "cpu", 3 * backbone.vocabulary_size)
+    set_limits(monkeypatch, objective_logits=3 * backbone.vocabulary_size)
     anew = terms_of(backbone, editor, objective, supervision, params)
     for name, value in kept.risks.items():
         torch.testing.assert_close(anew.risks[name], value, rtol=1e-4, atol=1e-6)
-    for found, expected in zip(gradient_of(anew.total, params), gradient_of(kept.total, params), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    for actual, expected in zip(gradient_of(anew.total, params), gradient_of(kept.total, params), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_for_one_gradient_is_the_same_once(backbone, editor, objective, supervision):
@@ -218,8 +219,8 @@ def test_for_one_gradient_is_the_same_once(backbone, editor, objective, supervis
     assert all(torch.equal(value, plain.risks[name]) for name, value in frugal.risks.items())
     assert torch.equal(frugal.penalty, plain.penalty)
     expected = gradient_of(plain.total + plain.penalty, params)
-    for found, value in zip(gradient_of(frugal.total + frugal.penalty, params), expected, strict=True):
-        assert torch.equal(found, value)
+    for actual, value in zip(gradient_of(frugal.total + frugal.penalty, params), expected, strict=True):
+        assert torch.equal(actual, value)
     with pytest.raises(RuntimeError):
         gradient_of(frugal.total, params)
 
@@ -266,11 +267,11 @@ def test_a_term_of_weight_0_changes_not_one_digit(backbone, supervision, sigma2_
         edit(backbone, ftl, Objective(ObjectiveConfig(name, **settings, **further), sigma2_0), supervision, stopping)
         for name, further in (("odedit", {}), (OUTSIDE, {}), (OUTSIDE, {"norm_weight": 0.5}))
     )
-    for one, other, third in zip(plain, outside, weighted, strict=True):
-        curves = dict(other.curves)
-        assert len(set(curves.pop("norm"))) > 1 and curves == one.curves
-        assert all(torch.equal(value, other.params[name]) for name, value in one.params.items())
-        assert third.curves["objective"] != one.curves["objective"]
+    for first, second, third in zip(plain, outside, weighted, strict=True):
+        curves = dict(second.curves)
+        assert len(set(curves.pop("norm"))) > 1 and curves == first.curves
+        assert all(torch.equal(value, second.params[name]) for name, value in first.params.items())
+        assert third.curves["objective"] != first.curves["objective"]
 
 
 def test_a_term_of_weight_0_changes_no_digit_of_a_training(backbone, sigma2_0):
@@ -287,8 +288,8 @@ def test_a_term_of_weight_0_changes_no_digit_of_a_training(backbone, sigma2_0):
         for name in ("odedit", OUTSIDE)
     )
     assert plain.dual.steps == outside.dual.steps > 0
-    for one, other in ((plain.weights, outside.weights), (plain.dual.delta, outside.dual.delta)):
-        assert all(torch.equal(value, other[name]) for name, value in one.items())
+    for first, second in ((plain.weights, outside.weights), (plain.dual.delta, outside.dual.delta)):
+        assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def test_positions_of_the_answers_are_those_of_the_whole(backbone, editor, supervision, sigma2_0):
@@ -304,5 +305,5 @@ def test_positions_of_the_answers_are_those_of_the_whole(backbone, editor, super
         whole = backbone.suffix(prefix)
         read = backbone.suffix(prefix, batch.predict_EKT)
     torch.testing.assert_close(gather_positions(whole, batch.predict_EKT), read, rtol=1e-4, atol=1e-4)
-    one, other = (terms_of(backbone, editor, objective, supervision, params) for objective in (target, text))
-    torch.testing.assert_close(one.total, other.total, rtol=1e-4, atol=1e-5)
+    first, second = (terms_of(backbone, editor, objective, supervision, params) for objective in (target, text))
+    torch.testing.assert_close(first.total, second.total, rtol=1e-4, atol=1e-5)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from odedit.inputs.batch import EditParams
-from odedit.objectives.common import sketch as sketches
 from odedit.objectives.common.multiplier import flat_input
 from odedit.objectives.common.sketch import MAX_SKETCH_DIM, CountSketch
+from tests.support.limits import set_limits
 
 E = 3
 SIZES = {"weight": 40, "bias": 7}
@@ -31,7 +31,7 @@ def random_delta(num_edits: int = E, dtype: torch.dtype = torch.float64) -> Edit
 
 
 def dense_map(sketch: CountSketch) -> Tensor:
-    """The sketch's linear part as a matrix, weights in order of the tensors' names."""
+    """Linear part of the sketch as a matrix, weights in order of the tensors' names."""
     rows = []
     for name in sketch.sizes:
         for index in range(sketch.sizes[name]):
@@ -47,7 +47,7 @@ def test_sketch_and_its_gradient_equal_a_dense_matrix() -> None:
     assert (matrix_NP.abs().sum(1) == 1).all()
     delta = {name: tensor.requires_grad_() for name, tensor in random_delta().items()}
     out_EP = sketch(delta)
-    assert out_EP.shape == (E, sketch.out_dim) == (E, 18)
+    assert out_EP.shape == (E, 16 + len(SIZES))
     dense_EP = flat_input(delta) @ matrix_NP
     torch.testing.assert_close(out_EP[:, :16], dense_EP)
     weights_EP = torch.randn(E, 16, dtype=torch.float64)
@@ -82,7 +82,7 @@ def test_sketch_in_chunks_equals_sketch_at_once(monkeypatch: pytest.MonkeyPatch)
     delta["weight"].requires_grad_()
     at_once = sketch(delta)
     (gradient,) = torch.autograd.grad(at_once.square().sum(), delta["weight"])
-    monkeypatch.setitem(sketches._SKETCHED_AT_ONCE, "cpu", 6)
+    set_limits(monkeypatch, sketched_weights=6)
     in_chunks = sketch(delta)
     torch.testing.assert_close(in_chunks, at_once)
     torch.testing.assert_close(torch.autograd.grad(in_chunks.square().sum(), delta["weight"])[0], gradient)
@@ -146,7 +146,7 @@ def test_sketch_uses_all_of_the_largest_dim() -> None:
     assert out[0, -100:].ne(0).any()
 
 
-def test_sketch_refuses_what_it_was_not_made_for() -> None:
+def test_sketch_refuses_other_tensors_and_sizes() -> None:
     with pytest.raises(ValueError, match=r"but the sketch was made for \{'bias': 7, 'weight': 40\}"):
         CountSketch(SIZES)({"weight": torch.zeros(1, 40)})
     with pytest.raises(ValueError, match="sketch_dim: got 40000, expected 1 to 16384"):
@@ -155,8 +155,8 @@ def test_sketch_refuses_what_it_was_not_made_for() -> None:
         CountSketch({})
 
 
-def test_the_cells_of_a_tensor_do_not_depend_on_what_follows() -> None:
-    """An edit that is padded to a longer one is sketched as it is alone."""
+def test_a_padded_edit_has_the_sketch_of_the_edit_alone() -> None:
+    """The buckets of a tensor's first weights do not depend on its length."""
     delta = torch.randn(2, 5, 300)
     padded = torch.cat([delta, torch.zeros(2, 7, 300)], dim=1)
     short, long = (CountSketch({"weight": x[0].numel()}, dim=64)({"weight": x}) for x in (delta, padded))

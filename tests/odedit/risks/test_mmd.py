@@ -108,7 +108,7 @@ def test_gradient_of_the_scale_gradient_equals_double_backward(risk_of: RiskOf) 
 
 
 def test_bandwidth_measured_on_the_pair_makes_the_risk_constant() -> None:
-    """Why sigma is a constant: with one token a side, d^2 / sigma^2 does not depend on d."""
+    """Sigma must be a constant: measured on one token a side, d^2 / sigma^2 does not depend on d."""
     mask = torch.ones(1, 1, dtype=torch.bool)
     x_ETD = torch.randn(1, 1, D, dtype=torch.float64)
     direction = torch.nn.functional.normalize(torch.randn(1, 1, D, dtype=torch.float64), dim=-1)
@@ -141,7 +141,7 @@ def test_equal_clouds_have_no_risk_and_finite_gradients() -> None:
 
 
 def test_float32_keeps_small_distances_between_large_states() -> None:
-    """Distances come from a Gram matrix: without centring, states far from 0 would lose them to cancellation."""
+    """Without centring, distances from the Gram matrix of states far from 0 would be lost to cancellation."""
     data = clouds(4, 3)
     near = data | {name: data[name] + 1000.0 for name in ("x_ETD", "y_ESD")}
     expected = rbf(near)

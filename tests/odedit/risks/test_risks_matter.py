@@ -1,4 +1,4 @@
-"""Each risk does something: the embedded world's validation split, with one risk left out at a time."""
+"""Every risk has an effect: the embedded world's validation split, with one risk left out at a time."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def splits(worlds):
 
 @pytest.fixture(scope="module")
 def scores(backbone, splits):
-    """Mean metrics with all three risks, and without each of them, at the same number of steps."""
+    """Mean metrics with all three risks and with one left out, at the same number of steps."""
     train, validation = splits
     supervision, evaluation = encode_requests(backbone, validation, TEMPLATE)
     sigma2_0 = calibrate(backbone, train, TEMPLATE)
@@ -48,9 +48,9 @@ def scores(backbone, splits):
         weights = {f"{dropped}_weight": 0.0} if dropped != "none" else {}
         objective = Objective(ObjectiveConfig(**weights), sigma2_0)
         edits = edit(backbone, editor, objective, supervision, Stopping(max_steps=20, worst_token_nll=1e-9))
-        rows = evaluate(backbone, editor, stack_params([one.params for one in edits]), evaluation)
+        rows = evaluate(backbone, editor, stack_params([result.params for result in edits]), evaluation)
         result[dropped] = {
-            "gen_risk": sum(one.curves["gen"][-1] for one in edits) / NUM_EDITS,
+            "gen_risk": sum(result.curves["gen"][-1] for result in edits) / NUM_EDITS,
             **{name: sum(row[name] for row in rows) / NUM_EDITS for name in ("rel", "t_loc", "m_loc")},
         }
     return result

@@ -1,4 +1,4 @@
-"""Recorded steps are the steps themselves: on a stand-in that records, as CUDA does, operators and not Python."""
+"""Recorded steps equal normal ones, with a substitute for CUDA graphs that records operators."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tests.support.requests import TEMPLATE, make_pool
 from tests.support.small_editors import ready_editor
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "lift_fresh", "unique", "is_nonzero")
-"""Operators that make the host wait for a GPU, or copy from it."""
+"""Operators that wait for the GPU or copy from it."""
 
 
 class Recorder(TorchDispatchMode):
-    """Operators in their order, the tensors they read and where they leave what they compute."""
+    """Records operators with their inputs and outputs, and replays them on the same memory."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def restore(self):
-        """As if nothing had run."""
+        """Restores all tensors that the recorded operators have written."""
         for value, before in self._before.values():
             value.copy_(before)
 
@@ -67,7 +67,7 @@ class Recorder(TorchDispatchMode):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Counts what is recorded, and how often it is started."""
+    """Counts of recordings and launches, once the returned function is called."""
     counts = {"recorded": 0, "started": 0}
 
     def record(work, device):
@@ -99,7 +99,7 @@ def sigma2_0(backbone, requests_8):
 @pytest.mark.parametrize("objective_name", ["native", "odedit", "contrast"])
 @pytest.mark.parametrize("name", ["wise", "tpatcher", "ftl", "ftv", "lora", "unike"])
 def test_recorded_steps_are_the_steps(backbone, requests_8, sigma2_0, recorded, tmp_path, name, objective_name):
-    """Edits stop one after the other, so that the batch is made up anew, and recorded anew."""
+    """Edits stop at different steps, so that the batch is rebuilt and recorded again."""
     editor = ready_editor(name, backbone, tmp_path)
     objective = Objective(ObjectiveConfig(name=objective_name), sigma2_0)
     pool = make_pool(backbone, 12, editor.sites)
@@ -119,7 +119,7 @@ def test_recorded_steps_are_the_steps(backbone, requests_8, sigma2_0, recorded, 
     assert len({one.steps for one in one_by_one}) > 1, "all edits stopped at once"
 
 
-def test_a_step_that_cannot_be_recorded_is_taken_all_the_same(backbone, requests_8, sigma2_0, monkeypatch, tmp_path):
+def test_a_step_that_cannot_be_recorded_runs_normally(backbone, requests_8, sigma2_0, monkeypatch, tmp_path):
     editor = ready_editor("ftl", backbone, tmp_path)
     objective = Objective(ObjectiveConfig(), sigma2_0)
     supervision, _ = encode_requests(backbone, requests_8, TEMPLATE)
@@ -142,9 +142,9 @@ def test_nothing_is_recorded_without_a_gpu_or_when_switched_off(monkeypatch):
 
 
 def test_a_forgotten_recording_is_the_last(monkeypatch):
-    monkeypatch.setattr(cuda_graphs, "_kept", cuda_graphs._OfThread())
+    monkeypatch.setattr(cuda_graphs, "_state", cuda_graphs._ThreadState())
     assert not cuda_graphs.forget() and cuda_graphs.are_used(torch.device("cuda")), "there was nothing to forget"
-    cuda_graphs._kept.last[torch.device("cuda")] = object()
-    assert cuda_graphs.forget() and not cuda_graphs._kept.last
+    cuda_graphs._state.last[torch.device("cuda")] = object()
+    assert cuda_graphs.forget() and not cuda_graphs._state.last
     assert not cuda_graphs.are_used(torch.device("cuda"))
     assert not cuda_graphs.forget()

@@ -1,4 +1,4 @@
-"""Picking by numbers, against the library's own functions and their gradients."""
+"""Gather and scatter by index, against the library's functions and their gradients."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from odedit.runtime.gather import gather_positions, places_of, select, spread
+from odedit.runtime.gather import gather_positions, inverse_index, select, spread
 
 
-def _gradient(made: Tensor, of: Tensor, seed: int = 1) -> Tensor:
-    weight = torch.randn(made.shape, generator=torch.Generator().manual_seed(seed), dtype=made.dtype)
-    return torch.autograd.grad((made * weight).sum(), of)[0]
+def _gradient(output: Tensor, x: Tensor, seed: int = 1) -> Tensor:
+    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=output.dtype)
+    return torch.autograd.grad((output * weight).sum(), x)[0]
 
 
 def _leaf(*shape: int) -> Tensor:
@@ -22,7 +22,7 @@ def _leaf(*shape: int) -> Tensor:
 def test_select_is_index_select(dim: int) -> None:
     x = _leaf(4, 5, 6)
     index = torch.tensor([3, 0, 2])
-    ours, theirs = select(x, dim, index, places_of(index, x.shape[dim])), x.index_select(dim, index)
+    ours, theirs = select(x, dim, index, inverse_index(index, x.shape[dim])), x.index_select(dim, index)
     assert torch.equal(ours, theirs)
     assert torch.equal(_gradient(ours, x), _gradient(theirs, x))
 
@@ -30,22 +30,22 @@ def test_select_is_index_select(dim: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_spread_is_index_copy(dtype: torch.dtype) -> None:
     values, index = _leaf(2, 3), torch.tensor([4, 1, 6])
-    ours = spread(values, index, places_of(index, 8).to(dtype), -2.0)
+    ours = spread(values, index, inverse_index(index, 8).to(dtype), -2.0)
     theirs = torch.full((2, 8), -2.0, dtype=torch.float64).index_copy(1, index, values)
     assert torch.equal(ours, theirs)
     assert torch.equal(_gradient(ours, values), _gradient(theirs, values))
 
 
-def test_nothing_to_pick() -> None:
+def test_an_empty_index() -> None:
     x, index = _leaf(3, 2), torch.zeros(0, dtype=torch.int64)
-    places = places_of(index, 3)
-    picked = select(x, 0, index, places)
-    assert picked.shape == (0, 2)
-    assert not _gradient(picked, x).any()
-    assert torch.equal(spread(picked[:, 0], index, places, 7.0), torch.full((3,), 7.0, dtype=torch.float64))
+    inverse = inverse_index(index, 3)
+    selected = select(x, 0, index, inverse)
+    assert selected.shape == (0, 2)
+    assert not _gradient(selected, x).any()
+    assert torch.equal(spread(selected[:, 0], index, inverse, 7.0), torch.full((3,), 7.0, dtype=torch.float64))
 
 
-def test_positions_that_are_the_same_add_up() -> None:
+def test_gradients_of_repeated_positions_add_up() -> None:
     x, positions = _leaf(2, 3, 7, 4), torch.tensor([5, 0, 0, 2]).expand(2, 3, 4)
     ours = gather_positions(x, positions)
     theirs = x.gather(2, positions.unsqueeze(-1).expand(-1, -1, -1, 4))
@@ -55,7 +55,7 @@ def test_positions_that_are_the_same_add_up() -> None:
 
 def test_second_derivatives() -> None:
     x, index = _leaf(5, 2), torch.tensor([1, 4])
-    places, positions = places_of(index, 5), torch.tensor([[1, 1, 3]])
-    assert torch.autograd.gradgradcheck(lambda x: select(x, 0, index, places) ** 3, x)
-    assert torch.autograd.gradgradcheck(lambda x: spread(x[:2, 0], index, places, 1.0) ** 3, x)
+    inverse, positions = inverse_index(index, 5), torch.tensor([[1, 1, 3]])
+    assert torch.autograd.gradgradcheck(lambda x: select(x, 0, index, inverse) ** 3, x)
+    assert torch.autograd.gradgradcheck(lambda x: spread(x[:2, 0], index, inverse, 1.0) ** 3, x)
     assert torch.autograd.gradgradcheck(lambda x: gather_positions(x.unsqueeze(0), positions) ** 3, x)

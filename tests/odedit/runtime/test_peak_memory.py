@@ -1,4 +1,4 @@
-"""Peak memory against sizes added up by hand."""
+"""Peak memory against manually added sizes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_backward_pass_with_what_autograd_has_saved(keeps_results):
         loss = second.sum()
         kept = [first, second] if keeps_results else []
         del first, second
-    # Nothing but autograd holds the two results that `exp` needs for its derivative.
+    # Only autograd holds the two results that `exp` needs for its derivative.
     assert forward.bytes == 2 * N + 4
 
     with peak_memory("cpu") as both:
@@ -67,13 +67,13 @@ def test_a_backward_pass_with_what_autograd_has_saved(keeps_results):
         kept = [first, second] if keeps_results else []
         del first, second
         loss.backward()
-    # Scalars: the loss and its derivative, 4 bytes each. The derivative of `second` joins the two saved results; then
-    # `second` is let go, unless somebody keeps it, and the derivative of `first` takes its place.
+    # Scalars: the loss and its derivative, 4 bytes each. The derivative of `second` adds to the two saved results; then
+    # `second` is freed, unless `kept` holds it, and the derivative of `first` reuses its memory.
     assert both.bytes == (4 if keeps_results else 3) * N + 8
     assert len(kept) == 2 * keeps_results
 
 
-def test_on_a_gpu_the_allocator_is_asked(monkeypatch):
+def test_a_gpu_uses_the_allocators_statistics(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: asked.append(device))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
@@ -93,7 +93,7 @@ def test_nothing_is_counted_after_the_block():
 
 
 def test_an_edit_computes_the_same_and_needs_at_least_its_own_state(backbone, batches):
-    """AdamW holds two moments of every parameter, beside the parameters and their start."""
+    """AdamW holds two moments of every parameter, besides the parameters and their initial values."""
     supervision, _ = batches
     editor, objective = load_editor("ftl"), Objective(ObjectiveConfig(name="native"))
     plain = edit(backbone, editor, objective, supervision, Stopping(2))

@@ -1,4 +1,4 @@
-"""How a process is set up that edits: what it frees stays at hand."""
+"""Settings of a process: reuse of freed memory, threads and determinism."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def run(code, **environment):
     return done.stdout.split()
 
 
-def test_what_is_freed_is_not_asked_for_again():
+def test_freed_memory_is_reused():
     kept, plain, faults = run(FAULTS)
-    assert kept == str(platform.libc_ver()[0] == "glibc"), "this allocator alone is told"
+    assert kept == str(platform.libc_ver()[0] == "glibc"), "only glibc is configured"
     if kept == "True":
-        assert int(plain) > 20 and int(faults) < int(plain) / 10, "pages that were new each time"
+        assert int(plain) > 20 and int(faults) < int(plain) / 10, "reused pages cause no faults"
 
 
 @pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"])

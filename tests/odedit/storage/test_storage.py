@@ -1,4 +1,4 @@
-"""Files at addresses: written whole or not at all, tried again while their storage is out, given up when it says no."""
+"""Files at addresses: atomic writes, retries of transient errors, no retries of permanent ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.object_store import ObjectStore
 from tests.support.paths import ROOT
 
 LARGE = os.urandom(12 * 2**20)
-"""Goes in two parts."""
+"""Content large enough for an upload in two parts."""
 
 
 @pytest.fixture
@@ -38,10 +38,10 @@ def run(bucket: ObjectStore) -> Location:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waits between two tries are short; how often something is tried stays what it is."""
+    """Shorter waits between attempts, with the same number of attempts."""
     monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.001)
     monkeypatch.setattr(retries, "LONGEST_WAIT_S", 0.001)
-    monkeypatch.setattr(retries, "_told", retries._Told())
+    monkeypatch.setattr(retries, "_outages", retries._OutageLog())
 
 
 def test_a_file_at_an_address_is_like_a_local_one(run: Location, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_an_upload_whose_process_is_killed_leaves_nothing(run: Location, bucket:
 
 def test_an_interruption_waits_for_the_upload_that_has_begun(run: Location) -> None:
     class Interrupting:
-        """Ctrl-C between the opening of an object and the writing of its content."""
+        """Sends Ctrl-C between opening an object and writing its content."""
 
         def open_output_stream(self, path: str) -> Any:
             stream = run.filesystem.open_output_stream(path)
@@ -200,19 +200,19 @@ def test_patience_ends(impatient: None) -> None:
 def test_a_server_that_is_gone_and_comes_back_costs_time_only(
     run: Location, bucket: ObjectStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retries, "_told", retries._Told())
+    monkeypatch.setattr(retries, "_outages", retries._OutageLog())
     (run / "old").write_bytes(b"old")
     with (run / "old").open() as stream:
         bucket.stop()
-        # Longer than the client of the object store tries by itself.
+        # Longer than the object store client's own retries.
         back = threading.Timer(9, bucket.start)
         back.start()
         (run / "new").write_bytes(LARGE)
         assert stream.read() == b"old"
     back.join()
     assert (run / "new").read_bytes() == LARGE
-    told = [record.getMessage() for record in caplog.records if record.name == "odedit.storage.retries"]
-    assert len(told) == 1 and "NETWORK_CONNECTION" in told[0]
+    messages = [record.getMessage() for record in caplog.records if record.name == "odedit.storage.retries"]
+    assert len(messages) == 1 and "NETWORK_CONNECTION" in messages[0]
 
 
 def test_features_lie_in_a_bucket_and_cost_nothing_when_it_refuses(bucket: ObjectStore) -> None:

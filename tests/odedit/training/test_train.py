@@ -1,4 +1,4 @@
-"""The training loop: resumable bit for bit, stops early, and moves the multiplier under the ODEdit objective."""
+"""The training loop: resumed bit for bit, stopped early, and with a learned multiplier under ODEdit."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def mend(**settings):
 def test_records_are_encoded_as_for_an_edit(backbone, records, sites):
     requests = [make_request(number) for number in (3, 1)]
     expected, _ = encode_requests(backbone, requests, TEMPLATE, sites, make_pool(backbone, 5, sites))
-    found = records.batch([3, 1])
-    assert found.edit_ids == expected.edit_ids
-    assert torch.equal(found.tokens_EKS, expected.tokens_EKS)
+    batch = records.batch([3, 1])
+    assert batch.edit_ids == expected.edit_ids
+    assert torch.equal(batch.tokens_EKS, expected.tokens_EKS)
     for e in range(2):
-        for k in range(len(found.slots)):
+        for k in range(len(batch.slots)):
             if int(expected.picture_EK[e, k]) >= 0:
-                row = found.features_NLD[int(found.picture_EK[e, k])]
+                row = batch.features_NLD[int(batch.picture_EK[e, k])]
                 torch.testing.assert_close(row, expected.features_NLD[int(expected.picture_EK[e, k])])
 
 
@@ -121,7 +121,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(backbone, records, validation, tmp
 
 
 def test_the_best_weights_are_kept_and_training_stops_without_improvement(backbone, records, validation):
-    # Steps so large that every look after the first is worse.
+    # Steps so large that every later validation is worse than the first.
     editor = mend(learning_rate=0.02, rate_learning_rate=0.05, validate_every=1, patience=2, training_steps=50)
     trained = train(backbone, editor, Objective(NATIVE), records, validation)
     assert trained.state.stop_reason == "patience"
@@ -130,8 +130,8 @@ def test_the_best_weights_are_kept_and_training_stops_without_improvement(backbo
     assert trained.state.looks[-3][0] == trained.state.best_step, "two looks without improvement, and no more"
     best = mend().with_weights(trained.weights)
     with torch.no_grad():
-        found = best.native_training_loss(backbone, validation.batch([0, 1, 2])).mean()
-    assert float(found) == pytest.approx(trained.state.best_loss, rel=1e-4)
+        loss_E = best.native_training_loss(backbone, validation.batch([0, 1, 2]))
+    assert float(loss_E.mean()) == pytest.approx(trained.state.best_loss, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_the_best_weights_are_kept_and_training_stops_without_improvement(backbo
     [NATIVE, dataclasses.replace(ODEDIT, penalty="none"), CONTRAST],
     ids=["native", "odedit", "contrast"],
 )
-def test_training_lowers_what_it_minimises(backbone, records, validation, objective):
+def test_training_lowers_its_loss(backbone, records, validation, objective):
     editor = mend(training_steps=12, validate_every=12, learning_rate=1e-4, rate_learning_rate=1e-3, batch_size=5)
     trained = train(backbone, editor, Objective(objective), records, records)
     assert trained.state.best_step == 12
@@ -184,7 +184,7 @@ def test_under_odedit_the_multiplier_moves_and_raises_the_objective(backbone, re
 
 
 def test_a_dual_step_is_ascent(backbone, records):
-    """lambda at the same point is larger after it: the penalty is never negative."""
+    """The dual step raises lambda at the same point, because the penalty is never negative."""
     editor = mend()
     editor = editor.with_weights(editor.initial_weights(backbone, 0))
     batch = records.batch([0, 1])
@@ -205,7 +205,7 @@ def test_a_dual_step_is_ascent(backbone, records):
     assert torch.equal(loss_E, terms.total) and not nothing_E.any() and dual.steps == 0
 
 
-def test_a_loss_that_is_not_finite_is_a_sentence(backbone, records, validation):
+def test_a_loss_that_is_not_finite_is_reported(backbone, records, validation):
     editor = mend(edit_rate=1e30)
     with pytest.raises(TrainingError, match="not finite at step 0 .*edit-.*--fresh"):
         train(backbone, editor, Objective(NATIVE), records, validation)

@@ -1,4 +1,4 @@
-"""The embedded models: what ships knows the world, reads what the library's processors make, and can be trained."""
+"""Embedded models: accuracy of the shipped ones, agreement with transformers' processors, and training."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TEXT_OPENINGS = {
 
 @pytest.fixture(scope="module")
 def shipped() -> Any:
-    """Family, model and tokenizer of what ships, each loaded once."""
+    """Family, model and tokenizer of each shipped checkpoint."""
     loaded: dict[str, tuple[Family, Any, Any]] = {}
 
     def get(name: str) -> tuple[Family, Any, Any]:
@@ -134,7 +134,7 @@ def test_image_processor_gives_the_training_pixels(name: str) -> None:
 
 
 def test_blip2_processor_gives_the_training_input(shipped: Any) -> None:
-    """What BLIP-2's own processor makes of a picture and a question is what the model was trained on."""
+    """BLIP-2's processor gives the inputs that the model was trained on."""
     from transformers import AutoProcessor
 
     family, _, tokenizer = shipped("blip2")
@@ -147,7 +147,7 @@ def test_blip2_processor_gives_the_training_input(shipped: Any) -> None:
 
 @pytest.mark.parametrize("has_picture", [True, False])
 def test_llava_processor_and_chat_give_the_training_input(shipped: Any, has_picture: bool) -> None:
-    """A conversation through LLaVA's own processor and the checkpoint's chat template is the layout."""
+    """LLaVA's processor with the checkpoint's chat template gives the layout."""
     from transformers import LlavaProcessor
 
     family, _, tokenizer = shipped("llava")
@@ -155,7 +155,7 @@ def test_llava_processor_and_chat_give_the_training_input(shipped: Any, has_pict
     settings = json.loads((directory / "processor_config.json").read_text(encoding="utf-8"))
     del settings["processor_class"]
     template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
-    # Built from its parts: the automatic classes want torchvision for the pictures.
+    # Built from its parts: the Auto classes need torchvision.
     processor = LlavaProcessor(image_processor("llava"), tokenizer, chat_template=template, **settings)
     content = [{"type": "text", "text": QUESTION}, *([{"type": "image"}] if has_picture else [])]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -167,7 +167,7 @@ def test_llava_processor_and_chat_give_the_training_input(shipped: Any, has_pict
 @every_family
 @torch.no_grad()
 def test_training_computes_what_the_model_computes(name: str, shipped: Any) -> None:
-    """Features placed among a padded batch of lines give the logits of the model's own forward pass."""
+    """Image features inserted into a padded batch give the logits of the model's own forward pass."""
     family, model, tokenizer = shipped(name)
     pixels = to_pixels(np.stack([picture_of(4, 4), picture_of(7, 1)]))
     lines = [Line("a photo of", "pink four", 1.0, 1), Line(QUESTION, "Anna Berg", 1.0, 0), Line(QUESTION, "x", 1.0)]
@@ -178,14 +178,14 @@ def test_training_computes_what_the_model_computes(name: str, shipped: Any) -> N
         pictures = {} if line.picture is None else {"pixel_values": pixels[[line.picture]]}
         if pictures or name == "llava":
             expected = model(input_ids=real[None], **pictures).logits[0]
-        else:  # Blip2ForConditionalGeneration takes no line without a picture.
+        else:  # Blip2ForConditionalGeneration needs a picture
             expected = model.language_model(input_ids=real[None]).logits[0]
         torch.testing.assert_close(model.get_output_embeddings()(states[row, : len(real)]), expected)
 
 
 @every_family
 def test_vision_stage_trains_what_is_seen(name: str) -> None:
-    """The vision stage's modules are all that its patches depend on, and nothing of them is left out."""
+    """The modules of the vision stage have exactly the parameters that the patch states depend on."""
     family = families.find(name)
     model = family.build_model(0)
     family.patches(model, to_pixels(picture_of(4, 4)[None])).square().sum().backward()
@@ -219,7 +219,7 @@ def test_training_is_deterministic_and_saves_what_loads(name: str, tmp_path: Pat
 
 
 def test_commands_take_a_family(tmp_path: Path) -> None:
-    """`check` asks a given checkpoint as its own family is asked, whatever the default."""
+    """`check` uses the family of the given checkpoint, not the default."""
     from typer.testing import CliRunner
 
     from odedit.__main__ import app

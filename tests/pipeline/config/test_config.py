@@ -1,4 +1,4 @@
-"""Configuration: what is accepted, and that every mistake is explained on a line of its own."""
+"""Configuration: valid values are accepted, and every mistake is explained on its own line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from odedit.errors import InputError
 from pipeline.config.run import RunConfig, apply_override, from_dict, load
-from pipeline.tracking.runs import masked_values
+from pipeline.config.values import masked_values
 
 
 def message(values: dict) -> str:
@@ -38,10 +38,10 @@ def test_a_resolved_configuration_builds_itself_again(tmp_path: Path) -> None:
         ({"editor": {"name": "wize"}}, "editor.name: Unknown editor 'wize'. Did you mean 'wise'?"),
         ({"backbone": {"family": "blip"}}, "Unknown backbone 'blip'. Did you mean 'blip2'?"),
         ({"editor": {"clmp": 1}}, "editor.clmp: unknown key. Did you mean 'clamp'?"),
-        ({"editor": {"mask_ratio": 1.5}}, "editor.mask_ratio: got 1.5, expected 0 < mask_ratio <= 1."),
-        ({"editor": {"max_steps": "ten"}}, "editor.max_steps: got 'ten', expected a whole number."),
-        ({"editor": {"max_steps": 2.5}}, "editor.max_steps: got 2.5, expected a whole number."),
-        ({"editor": {"max_steps": True}}, "editor.max_steps: got True, expected a whole number."),
+        ({"editor": {"mask_ratio": 1.5}}, "editor.mask_ratio: got 1.5, expected a finite number > 0 and <= 1."),
+        ({"editor": {"max_steps": "ten"}}, "editor.max_steps: got 'ten', expected a whole number >= 1."),
+        ({"editor": {"max_steps": 2.5}}, "editor.max_steps: got 2.5, expected a whole number >= 1."),
+        ({"editor": {"max_steps": True}}, "editor.max_steps: got True, expected a whole number >= 1."),
         ({"editor": "wise"}, "editor: got 'wise', expected a section"),
         ({"objective": {"name": "odedt"}}, "objective.name: Unknown objective 'odedt'. Did you mean 'odedit'?"),
         ({"objective": {"name": "native", "warmup": -1}}, "objective.warmup: got -1"),
@@ -49,8 +49,8 @@ def test_a_resolved_configuration_builds_itself_again(tmp_path: Path) -> None:
         ({"objective": {"name": "native", "warmpu": 0.1}}, "objective.warmpu: unknown key. Did you mean 'warmup'?"),
         ({"objective": {"multiplier": {"depht": 2}}}, "objective.multiplier.depht: unknown key. Did you mean 'depth'?"),
         ({"objective": {"penalty": "fixed:x"}}, "objective.penalty: got 'fixed:x'"),
-        ({"pipeline": {"actors": 0}}, "pipeline.actors: got 0, expected at least 1."),
-        ({"pipeline": {"actors": "many"}}, "pipeline.actors: got 'many', expected 'auto' or a whole number."),
+        ({"pipeline": {"actors": 0}}, "pipeline.actors: got 0, expected 'auto' or a whole number >= 1."),
+        ({"pipeline": {"actors": "many"}}, "pipeline.actors: got 'many', expected 'auto' or a whole number >= 1."),
         ({"data": {"path": "embedded:evalution"}}, "Did you mean 'evaluation'?"),
         ({"data": {"template": "mmedt"}}, "data.template: Unknown prompt template 'mmedt'. Did you mean 'mmedit'?"),
         ({"data": 3}, "data: got 3, expected a section"),
@@ -63,9 +63,9 @@ def test_a_mistake_is_named_with_what_is_right(values: dict, expected: str) -> N
     assert expected in message(values)
 
 
-def test_all_mistakes_are_told_at_once() -> None:
-    found = message({"editor": {"name": "wise", "clamp": -1}, "pipeline": {"actor": 1}, "seed": "x"}).splitlines()
-    assert len(found) == 3
+def test_all_mistakes_are_reported_at_once() -> None:
+    lines = message({"editor": {"name": "wise", "clamp": -1}, "pipeline": {"actor": 1}, "seed": "x"}).splitlines()
+    assert len(lines) == 3
 
 
 def test_overrides_are_yaml_and_reach_any_depth(tmp_path: Path) -> None:

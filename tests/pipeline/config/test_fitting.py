@@ -1,4 +1,4 @@
-"""A run's model and editor are checked together before anything starts, and defaults give way to the model."""
+"""Model and editor are checked together before a run starts, and default settings are fitted to the model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers."""
+    """A checkpoint with two layers."""
     return tiny_models.write("llava", tmp_path_factory.mktemp("models") / "llava")
 
 

@@ -1,4 +1,4 @@
-"""Whatever a configuration holds, reading it gives a run, a search or a study, or one of our own errors in words."""
+"""Reading any configuration gives a run, a search or a study, or raises InputError with a printable message."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ NINES = [b"%c: &%c [%s]\n" % (c, c, b", ".join([b"*%c" % (c - 1)] * 9)) for c in
 
 def paths(values: Mapping[str, Any], before: str = "") -> list[str]:
     """Dotted names of every setting and section."""
-    found = []
+    names = []
     for key, value in values.items():
-        found.append(before + key)
+        names.append(before + key)
         if isinstance(value, Mapping):
-            found += paths(value, f"{before}{key}.")
-    return found
+            names += paths(value, f"{before}{key}.")
+    return names
 
 
 EVERY_EDITOR = [runs.from_dict({"editor": {"name": name}}).to_dict() for name in editors.names()]
@@ -44,7 +44,7 @@ CHANGES = st.dictionaries(st.sampled_from(SETTINGS) | TEXT, VALUE, min_size=1, m
 
 
 def nested(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted names as sections in each other; one that is in the way of another gives way."""
+    """Dotted names as nested sections; a value in the way of a section is replaced."""
     values: dict[str, Any] = {}
     for path, value in changes.items():
         *parents, last = path.split(".")
@@ -58,7 +58,7 @@ def nested(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refused(read, *arguments) -> str | None:
-    """What is said where something is refused, a printable sentence or more; None if it is accepted."""
+    """The printable message of the InputError, or None if the input is accepted."""
     try:
         read(*arguments)
     except InputError as error:

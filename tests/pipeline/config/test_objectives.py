@@ -1,4 +1,4 @@
-"""The section `objective` of a run: every objective has the same settings in it, and one from outside is a name."""
+"""The section `objective`: it holds the settings of all objectives, and takes outside objectives by dotted name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_run_lists_the_settings_of_every_objective(name: str) -> None:
 
 
 def test_settings_of_another_objective_are_kept_and_not_read(tmp_path: Path) -> None:
-    """A study sets them once for all its arms."""
+    """A study may set them once for arms with different objectives."""
     run = from_dict({"objective": {"name": "native", "warmup": 0.1, "multiplier": {"depth": 2}}})
     assert run.objective.settings == objectives.ObjectiveConfig("native")
     assert run.objective.own_values() == {"name": "native", "reliability_weight": 1.0, "own_weight": None}
@@ -47,11 +47,11 @@ def test_settings_of_another_objective_are_kept_and_not_read(tmp_path: Path) -> 
 def test_a_value_that_several_objectives_refuse_is_refused_once() -> None:
     with pytest.raises(InputError) as caught:
         from_dict({"objective": {"name": "native", "locality_weight": -1.0}})
-    assert str(caught.value).splitlines() == ["objective.locality_weight: got -1.0, expected a number >= 0."]
+    assert str(caught.value).splitlines() == ["objective.locality_weight: got -1.0, expected a finite number >= 0."]
 
 
 def test_a_run_is_the_same_whose_file_lists_all_settings(settings: dict[str, Any]) -> None:
-    """As run.json did before objectives had settings of their own."""
+    """Older versions of run.json list the settings of all objectives."""
     values = settings | {"objective": {"name": "native", "warmup": 0.1}}
     workspace = prepare(from_dict(values), fresh=False).workspace
     listed = {name for name in json.loads(workspace.run.read_text())["settings"] if name.startswith("objective.")}

@@ -1,4 +1,4 @@
-"""Servers that a run names: what is tried before it begins, and for how long."""
+"""Checks, before a run, that its servers can be reached."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from odedit.errors import InputError
 from odedit.storage.location import at
 from pipeline.config.reachable import check_server
 from pipeline.config.run import TrackingConfig
-from pipeline.tracking import runs
+from pipeline.tracking import client
 from tests.support.services import free_port
 
 
@@ -29,7 +29,7 @@ def test_a_port_is_tried_unless_the_query_names_another_place() -> None:
 
 @pytest.fixture
 def silent() -> Iterator[int]:
-    """Port of a server that takes connections and sends nothing."""
+    """Port of a server that accepts connections and sends nothing."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 
@@ -37,7 +37,7 @@ def silent() -> Iterator[int]:
 def test_a_database_that_takes_the_connection_and_is_silent_is_given_up(
     silent: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(runs, "_IMPATIENT_S", 0.2)
+    monkeypatch.setattr(client, "_CHECK_TIMEOUT_S", 0.2)
     config = TrackingConfig(uri=f"postgresql+psycopg://me@127.0.0.1:{silent}/db")
     with pytest.raises(InputError, match="cannot be used \\(the database has not answered within 0.2 s\\)"):
-        runs.check(config, at(tmp_path))
+        client.check(config, at(tmp_path))

@@ -1,4 +1,4 @@
-"""Runs of earlier versions, whose fingerprints have another form."""
+"""Runs of earlier versions, which have shorter fingerprints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.run_folder.workspace import read_json
 
 @pytest.mark.parametrize("is_finished", [True, False])
 @pytest.mark.parametrize("is_same", [True, False])
-def test_a_run_of_an_earlier_version_goes_on_or_is_finished(settings, is_finished, is_same):
+def test_a_run_of_an_earlier_version_is_resumed_or_is_finished(settings, is_finished, is_same):
     config = from_dict(settings)
     ready = prepare(config)
     now = read_json(ready.workspace.run)["settings"]

@@ -1,4 +1,4 @@
-"""What is no edit's fault: a full disk, a lost GPU, a user who interrupts. None of them may become a failed row."""
+"""Failures without an edit's fault, such as a full disk, a lost GPU or an interrupt, make no failed row."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from pipeline.driver import run as runner
 from pipeline.driver.preflight import prepare
 from pipeline.driver.run import Outcome
 from pipeline.run_folder import rows
+from pipeline.workers import device_errors, graph, output, ray_session
 from pipeline.workers import editor as actor
-from pipeline.workers import graph, ray_session
 from pipeline.workers.model import load_remembering, with_checked_store
 from pipeline.workers.plan import Job
 from pipeline.workers.preparer import Prepared, Preparer, write_traceback
@@ -43,7 +43,7 @@ def statuses(outcome: Outcome) -> list[str]:
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: no space")])
-def test_an_edit_that_cannot_be_saved_ends_the_run_and_is_done_again(
+def test_an_edit_that_cannot_be_saved_ends_the_run_and_is_repeated(
     settings: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     config = from_dict(poisoned(settings, ["good-1", "good-2"]))
@@ -52,8 +52,8 @@ def test_an_edit_that_cannot_be_saved_ends_the_run_and_is_done_again(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(actor, "save_edit", full)
-        for _ in range(4):  # more often than an edit may end its worker
+        patch.setattr(output, "save_edit", full)
+        for _ in range(4):  # more often than an edit may kill its worker
             with pytest.raises(OSError, match="(?i)no space"):
                 inline(config)
     out = Path(config.out)
@@ -62,7 +62,7 @@ def test_an_edit_that_cannot_be_saved_ends_the_run_and_is_done_again(
 
 
 @pytest.mark.parametrize("expected", [graph.GraphError, InputError])
-def test_a_worker_tells_in_one_sentence_what_ends_the_run_and_edits_no_further(expected: type[Exception]) -> None:
+def test_a_fatal_error_is_one_sentence_and_no_further_group_is_edited(expected: type[Exception]) -> None:
     tried = []
 
     class Failing:
@@ -78,7 +78,7 @@ def test_a_worker_tells_in_one_sentence_what_ends_the_run_and_edits_no_further(e
 
     job: Any = SimpleNamespace(config=SimpleNamespace(backbone=None), profile=False)
     stage = Stage([job])
-    for group in range(3):  # of one block
+    for group in range(3):  # in one block
         batch = {"job": [0], "prepared": [cloudpickle.dumps(Prepared(group, (), (), ()))]}
         report = {name: values[0] for name, values in stage(batch).items()}
         with pytest.raises(expected, match="No space left"):
@@ -86,10 +86,10 @@ def test_a_worker_tells_in_one_sentence_what_ends_the_run_and_edits_no_further(e
     assert tried == [0]
 
 
-def test_an_exception_that_no_edit_is_to_blame_for_is_a_sentence_and_its_traceback_a_file(
+def test_an_unexpected_exception_is_a_sentence_and_its_traceback_a_file(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Left to Ray it would arrive as a page: `RayTaskError(UserCodeException): ray::MapWorker...`."""
+    """Raised through Ray it would arrive as a page: `RayTaskError(UserCodeException): ray::MapWorker...`."""
     ready = prepare(from_dict(settings))
     job = Job(ready.config, ready.sources, ready.workspace)
 
@@ -109,14 +109,15 @@ def test_an_exception_that_no_edit_is_to_blame_for_is_a_sentence_and_its_traceba
 
 
 def test_a_full_disk_does_not_hide_why_a_run_ended(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run's last note about itself cannot be written: the error is still the first one, and the run is closed."""
+    """`run.json` cannot be written: the first error is still raised, and the MLflow run closed."""
     closed: list[str] = []
 
     def full(*arguments: Any, **values: Any) -> None:
         raise OSError(28, "No space left")
 
-    with pytest.raises(graph.GraphError, match="the first"), runner._OpenRun(prepare(from_dict(settings)), None) as one:
-        one._tracker = SimpleNamespace(finish=closed.append)  # type: ignore[assignment]
+    ready = prepare(from_dict(settings))
+    with pytest.raises(graph.GraphError, match="the first"), runner._OpenRun(ready, None) as opened_run:
+        opened_run._tracker = SimpleNamespace(finish=closed.append)  # type: ignore[assignment]
         monkeypatch.setattr(runner, "update", full)
         raise graph.GraphError("the first")
     assert closed == ["FAILED"]
@@ -126,24 +127,24 @@ def test_settings_that_do_not_fit_the_model_are_the_users_error(settings: dict[s
     wrong = from_dict(settings | {"editor": settings["editor"] | {"site": "layers.99.ffn.in"}})
     with pytest.raises(InputError, match=r"layers\.99\.ffn\.in"):
         prepare(wrong)
-    # A worker may load another model than the one that was looked at.
+    # A worker may load another model than the one that `prepare` checked.
     ready = prepare(from_dict(settings))
     job = Job(wrong, ready.sources, ready.workspace)
     prepared = graph.PrepareStage([job])({"job": [0], "group": [0]})
     report = {name: values[0] for name, values in graph.EditStage([job])(prepared).items()}
     with pytest.raises(InputError, match=r"layers\.99\.ffn\.in"):
         graph.raise_fatal(report, [job])
-    with pytest.raises(InputError, match=r"^out: .*layers\.99"):  # of several, which one
+    with pytest.raises(InputError, match=r"^out: .*layers\.99"):  # the message names the run if there are several
         graph.raise_fatal(report, [job, job])
 
 
-def test_a_lost_gpu_ends_the_worker_and_costs_only_the_edit_that_loses_it(
+def test_a_lost_gpu_ends_the_worker_and_fails_only_the_edit_that_caused_it(
     settings: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def end(code: int) -> None:
         raise WorkerDeath
 
-    monkeypatch.setattr(actor.os, "_exit", end)
+    monkeypatch.setattr(device_errors.os, "_exit", end)
     config = from_dict(poisoned(settings, ["good-1", "cuda-1", "good-2"]))
     for _ in range(3):
         with pytest.raises(WorkerDeath):
@@ -168,13 +169,13 @@ def test_an_interrupt_is_no_attempt(settings: dict[str, Any], inline: Inline, mo
     assert statuses(inline(config)) == ["edited", "edited"]
 
 
-def test_a_traceback_that_cannot_be_written_hides_nothing(settings: dict[str, Any]) -> None:
+def test_a_traceback_that_cannot_be_written_raises_nothing(settings: dict[str, Any]) -> None:
     ready = prepare(from_dict(settings))
     ready.workspace.errors.write_text("a file where the folder should be")
     write_traceback(Job(ready.config, ready.sources, ready.workspace), "name")
 
 
-def test_a_storage_that_stays_away_ends_the_run_and_skips_no_record(
+def test_storage_that_cannot_be_read_ends_the_run_and_skips_no_record(
     settings: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = from_dict(settings)
@@ -193,28 +194,28 @@ def test_a_storage_that_stays_away_ends_the_run_and_skips_no_record(
         report = {name: values[0] for name, values in graph.EditStage([job])(prepared).items()}
         with pytest.raises(graph.GraphError, match=r"cannot be read \(.*The same command goes on from there"):
             graph.raise_fatal(report, [job])
-        assert len(tried) == 1, "nothing is read after it"
+        assert len(tried) == 1, "no further picture is read"
         with pytest.raises(StorageError):
             inline(config)
     assert not ready.workspace.results.names()
     assert statuses(inline(config)) == ["edited"] * 5
 
 
-def test_a_feature_store_that_refuses_when_a_worker_starts_costs_no_run(
+def test_a_feature_store_that_refuses_when_a_worker_starts_ends_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(location: Location) -> bool:
         raise OSError("AWS Error UNKNOWN (HTTP status 503) during HeadObject operation: No response body.")
 
     monkeypatch.setattr(Location, "is_file", refused)
-    told: list[str] = []
-    load_remembering(BackboneConfig(), "cpu", str(tmp_path / "store"), told.append)
+    warnings: list[str] = []
+    load_remembering(BackboneConfig(), "cpu", str(tmp_path / "store"), warnings.append)
     with pytest.raises(InputError, match="cannot look at"):
         with_checked_store(from_dict({"pipeline": {"feature_store": str(tmp_path / "store")}}))
 
 
 def test_ray_is_ended_after_the_threads_that_read_ahead() -> None:
-    """One that came to Ray after its end would end the process before it has said why the run failed."""
+    """A thread that calls Ray after its end would exit the process before it reports why the run failed."""
     reading = threading.Event()
     ahead = threading.Thread(target=reading.wait, args=(20,), name="iter_threaded")
     ahead.start()

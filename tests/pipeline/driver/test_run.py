@@ -1,4 +1,4 @@
-"""A whole run in this process: rows for everything, failures contained, resumed runs equal to uninterrupted ones."""
+"""Whole runs in this process: a row per record, failures stay local, a resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_every_record_has_a_row_and_every_edit_a_file(settings: dict[str, Any], 
         assert row["status"] == results.EDITED
         assert all(0 <= row[metric] <= 1 for metric in MAIN)
         assert (row["editor"], row["objective"], row["backbone"]) == ("wise", "odedit", "blip2:embedded")
-        assert row["steps"] + 1 == len(row["losses"]["rel"]), "the last evaluated state is not moved any further"
+        assert row["steps"] + 1 == len(row["losses"]["rel"]), "no step is taken after the last evaluation"
         assert 0 < row["rephrase_distance"] < 1 and "peak_bytes" not in row
         assert row["penalty_steps"] == sum(value > 0 for value in row["losses"]["lambda"])
         _, info = load_edit(outcome.workspace.edit(row["edit_id"]))
@@ -108,7 +108,7 @@ def test_a_batch_that_does_not_fit_is_halved(settings: dict[str, Any], inline: I
     assert [row["status"] for row in rows] == ["edited"] * 3
 
 
-def test_an_edit_that_ends_its_worker_is_given_up(settings: dict[str, Any], inline: Inline) -> None:
+def test_an_edit_that_kills_its_worker_is_given_up(settings: dict[str, Any], inline: Inline) -> None:
     config = from_dict(poisoned(settings, ["good-1", "die-1", "good-2"]))
     for _ in range(3):
         with pytest.raises(WorkerDeath):
@@ -122,7 +122,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(settings: dict[str, Any], inl
     whole = inline(from_dict(settings))
     expected = rows_of(whole)
     out = Path(settings["out"])
-    # As a kill in the second group leaves it: its edits partly written, begun but without rows.
+    # As after a kill in the second group: begun, some edits written, no rows.
     whole.workspace.part(1).delete()
     (out / "attempts" / "group-000001.json").write_text('{"whole": 1, "single": {}}')
     (out / "results" / ".part-000001.parquet.host.1.tmp").write_bytes(b"half")
@@ -145,7 +145,7 @@ def test_a_finished_run_is_not_repeated_and_another_one_is_refused(settings: dic
         inline(from_dict(settings))
 
 
-def test_where_the_work_runs_may_change_between_resumed_runs(settings: dict[str, Any], inline: Inline) -> None:
+def test_the_number_of_workers_may_change_between_resumed_runs(settings: dict[str, Any], inline: Inline) -> None:
     first = inline(from_dict(settings))
     moved = settings | {"pipeline": {"batch_size": 2, "actors": 3, "max_attempts": 5}}
     assert inline(from_dict(moved)).summary["n"] == first.summary["n"]
@@ -171,7 +171,7 @@ def test_measured_memory_is_a_column_and_changes_nothing_else(
     assert peaks[0] == peaks[1] > 0, "the edits of a batch share its peak"
 
 
-def test_the_timed_edit_is_not_measured_and_the_measured_one_is_short_with_the_multiplier_at_work(
+def test_memory_is_measured_on_a_short_edit_of_its_own_without_warmup(
     settings: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[int | None, bool, float]] = []
@@ -221,7 +221,7 @@ def test_no_later_step_needs_more_memory_than_the_measured_ones(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_that_comes_where_no_exception_gets_out_is_not_forgotten(number: signal.Signals) -> None:
+def test_an_interrupt_whose_exception_is_swallowed_is_not_lost(number: signal.Signals) -> None:
     class Closing:
         def __del__(self) -> None:
             with pytest.raises(KeyboardInterrupt):
@@ -248,11 +248,11 @@ def test_a_question_longer_than_the_model_takes_fails_alone(settings: dict[str, 
     assert "tokens are more than the" in rows[1]["error"] and "positions that the text model takes" in rows[1]["error"]
 
 
-def test_what_fails_because_of_an_interruption_is_one() -> None:
+def test_an_error_caused_by_an_interrupt_is_an_interrupt() -> None:
     with pytest.raises(KeyboardInterrupt), terminate_as_interrupt():
         try:
             signal.raise_signal(signal.SIGINT)
         finally:
             raise FileNotFoundError("a lock that was not held yet")
     with pytest.raises(FileNotFoundError), terminate_as_interrupt():
-        raise FileNotFoundError("nobody has interrupted")
+        raise FileNotFoundError("no interrupt")

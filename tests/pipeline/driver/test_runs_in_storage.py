@@ -1,4 +1,4 @@
-"""Runs whose `out` is in an object store: killed and resumed, read by the other commands, refused by the store."""
+"""Runs whose `out` is in an object store: resumed after a kill, read by other commands, refused by the store."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ def rows_of(out: str) -> list[dict[str, Any]]:
 
 
 def edited(requests: list[str]) -> list[str]:
-    """The edits that were written, by their ids."""
+    """Ids of the edits that were written."""
     written = [request for request in requests if request.startswith("PUT ") and request.endswith(".safetensors")]
     return [Path(request).stem for request in written]
 
 
 @pytest.mark.ray
-def test_a_run_that_is_killed_goes_on_with_exactly_the_missing_records(
+def test_a_killed_run_resumes_with_exactly_the_missing_records(
     settings: dict[str, Any], bucket: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    inline_pipeline.install(monkeypatch)  # what is killed has real workers
+    inline_pipeline.install(monkeypatch)  # not in the subprocess below, which has real workers
     expected = rows_of(str(run(from_dict(settings), QUIET).workspace.out))
     file = tmp_path / "run.yaml"
     settings["pipeline"]["actors"] = 1
@@ -73,7 +73,7 @@ def test_a_run_that_is_killed_goes_on_with_exactly_the_missing_records(
     is_edited = threading.Event()
 
     def answer(method: str, path: str) -> int | None:
-        # Whichever batch is ready first: they are prepared side by side.
+        # Batches are prepared in parallel, so any of them may be first.
         if method == "PUT" and "/results/part-" in path and bucket.names("runs/one/results/"):
             is_edited.set()
             return 503
@@ -106,7 +106,7 @@ def test_a_run_that_is_killed_goes_on_with_exactly_the_missing_records(
                      "summary.json", "report.html"}  # fmt: skip
 
 
-def test_the_other_commands_read_a_run_where_it_lies(
+def test_other_commands_read_a_run_in_the_store(
     settings: dict[str, Any], bucket: ObjectStore, inline: Inline, tmp_path: Path
 ) -> None:
     store = {"enabled": True, "uri": f"sqlite:///{tmp_path / 'mlflow.db'}"}
@@ -139,7 +139,7 @@ def test_the_other_commands_read_a_run_where_it_lies(
     }  # fmt: skip
 
 
-def test_features_and_embedded_records_lie_in_the_store_too(
+def test_features_and_embedded_records_are_written_to_the_store(
     settings: dict[str, Any],
     bucket: ObjectStore,
     inline: Inline,
@@ -168,7 +168,7 @@ def test_features_and_embedded_records_lie_in_the_store_too(
     assert_same(rows_of("s3://odedit/runs/two"), rows_of(OUT))
 
 
-def test_what_a_store_refuses_for_good_is_a_sentence_and_counts_against_no_edit(
+def test_a_permanent_refusal_of_the_store_is_a_sentence_and_no_attempt(
     settings: dict[str, Any], bucket: ObjectStore, inline: Inline
 ) -> None:
     config = from_dict(settings | {"out": OUT})
@@ -199,9 +199,7 @@ def test_what_a_store_refuses_for_good_is_a_sentence_and_counts_against_no_edit(
     assert bucket.names() == before
 
 
-def test_databases_are_asked_for_where_they_cannot_lie_beside_the_results(
-    settings: dict[str, Any], bucket: ObjectStore
-) -> None:
+def test_a_tracking_uri_is_required_if_out_is_an_address(settings: dict[str, Any], bucket: ObjectStore) -> None:
     with pytest.raises(InputError, match=r"^tracking.uri: has to be given where results go to an address"):
         prepare(from_dict(settings | {"out": OUT, "tracking": {}}))
     assert bucket.requests[1:] == []
@@ -250,11 +248,11 @@ def test_a_study_goes_to_the_store(
         },
     )  # fmt: skip
     out = "s3://odedit/studies/small"
-    found = study_runner.run("small", study, out, QUIET)
-    assert [cell.n for cell in found.cells] == [2, 2]
+    finished = study_runner.run("small", study, out, QUIET)
+    assert [cell.n for cell in finished.cells] == [2, 2]
     assert {"plot.png", "study.json", "table.csv", "table.md"} <= set(Workspace.of(out).out.names())
     before = len(bucket.requests)
     again = study_runner.run("small", study, out, QUIET)
-    assert again.markdown == found.markdown and not edited(bucket.requests[before:])
+    assert again.markdown == finished.markdown and not edited(bucket.requests[before:])
     compared = odedit("compare", out)
     assert compared.exit_code == 0, (compared.output, compared.exception)

@@ -1,4 +1,4 @@
-"""Plain fine-tuning, except that edits with a telling target fail in a way of their own. Named by module in tests."""
+"""Fine-tuning that fails in a way chosen by the edit id. Tests name it by its module."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from odedit.inputs.batch import EditBatch, EditParams
 
 
 class WorkerDeath(BaseException):
-    """Stands for a worker that is gone: no handler for exceptions sees it."""
+    """Simulates a worker's death: no handler of `Exception` catches it."""
 
 
 class Poisoned(Base):  # type: ignore[misc,valid-type]
-    """What happens is chosen by the edit id."""
+    """FT-L with failures, by the start of the edit id."""
 
     own_slots = ("edit",)
 

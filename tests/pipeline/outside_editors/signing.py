@@ -1,4 +1,4 @@
-"""Plain fine-tuning that waits until a second process edits too, so that a test knows that there were two."""
+"""Fine-tuning that waits until several processes edit at the same time."""
 
 from __future__ import annotations
 
@@ -18,24 +18,29 @@ _PATIENCE_S = 120.0
 
 @dataclass(frozen=True)
 class SigningConfig(FTLConfig):
-    """Adds: folder that every process leaves a file in, and how many processes have to."""
+    """Settings of FT-L and two more.
+
+    Attributes:
+        folder: Folder in which every process writes a file.
+        processes: Number of files to wait for.
+    """
 
     folder: str = ""
     processes: int = 1
 
 
 class Signing(FTL):
-    """Fails if the other processes do not come."""
+    """FT-L; raises TimeoutError if the other processes do not start."""
 
     Config: ClassVar[type] = SigningConfig
 
     def own_risk(self, params: EditParams, trace: Any, batch: EditBatch) -> Tensor:
         folder = Path(self.config.folder)  # type: ignore[attr-defined]
         (folder / f"process-{os.getpid()}").touch()
-        begun = time.monotonic()
+        start = time.monotonic()
         while len(list(folder.iterdir())) < self.config.processes:  # type: ignore[attr-defined]
-            if time.monotonic() - begun > _PATIENCE_S:
-                raise TimeoutError(f"only {len(list(folder.iterdir()))} process edits")
+            if time.monotonic() - start > _PATIENCE_S:
+                raise TimeoutError(f"{len(list(folder.iterdir()))} of {self.config.processes} processes edit")  # type: ignore[attr-defined]
             time.sleep(0.05)
         return super().own_risk(params, trace, batch)
 

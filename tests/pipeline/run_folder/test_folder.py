@@ -1,4 +1,4 @@
-"""The folder of a run: what may be there, what `--fresh` deletes, and when it is the same run again."""
+"""The folder of a run: which files it may hold, which `--fresh` deletes, and when a command resumes it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from odedit import world
 from odedit.errors import InputError
 from pipeline.config.run import from_dict
 from pipeline.driver import preflight, run
+from pipeline.driver.earlier import compared_settings
 from pipeline.driver.preflight import Ready, prepare, update
 from pipeline.driver.run import announce
 from pipeline.run_folder import sources, staging
@@ -28,7 +29,7 @@ def prepared(settings: dict[str, Any], *, fresh: bool = False) -> Ready:
 
 @pytest.fixture
 def finished(settings: dict[str, Any]) -> Path:
-    """A folder as a finished run leaves it, files of the user's in it."""
+    """The folder of a finished run, with files of the user in it."""
     workspace = prepared(settings).workspace
     workspace.part(0).write_bytes(b"rows")
     workspace.edit("one").write_bytes(b"edit")
@@ -116,33 +117,33 @@ def test_what_a_run_left_that_never_began_is_staged_anew(settings: dict[str, Any
         with pytest.raises(InputError, match="holds no record"):
             prepared(with_pool)
     out = Path(settings["out"])
-    assert not out.exists(), "of a folder that was not there nothing stays"
+    assert not out.exists(), "a new folder is removed"
     out.mkdir()
     with pytest.raises(InputError, match="holds no record"):
         prepared(with_pool)
-    assert not list(out.iterdir()), "nor anything in one that was there"
+    assert not list(out.iterdir()), "an existing folder is left as it was"
 
     Path(data["path"]).write_text(records)
     workspace = prepared(with_pool).workspace
-    workspace.run.delete()  # as a process leaves it that is killed before its run begins
+    workspace.run.delete()  # simulates a process that was killed before its run began
     workspace.config.delete()
     (out / ".staging-killed").mkdir()
     (out / ".staging-killed" / "records.parquet").write_text("cut off")
     write_array(pool, [record(number) for number in range(20, 23)])
     (out / "calibration.json").write_text('{"sigma2_0": 9}')
-    preflight = prepared(with_pool, fresh=True)
-    found = staging.read_pool(preflight.workspace, preflight.sources)
-    assert found is not None and {other.fields["src"] for other in found.records} == {
+    ready = prepared(with_pool, fresh=True)
+    staged_pool = staging.read_pool(ready.workspace, ready.sources)
+    assert staged_pool is not None and {other.fields["src"] for other in staged_pool.records} == {
         f"What is object {number}?" for number in range(20, 23)
     }
-    assert not preflight.workspace.calibration.exists()
+    assert not ready.workspace.calibration.exists()
 
 
 @pytest.mark.parametrize("is_begun", [False, True])
 def test_what_another_process_has_written_meanwhile_stays(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, is_begun: bool
 ) -> None:
-    """The same command was started twice, and the one that has made the folder fails."""
+    """Of two equal commands at once, the one that made the folder fails."""
     out, stage = Path(settings["out"]), staging.stage
 
     def fail(*arguments: Any) -> None:
@@ -179,15 +180,15 @@ def test_a_run_that_lies_among_the_data_can_be_resumed_but_not_begun(settings: d
 
 def test_secrets_are_not_stored_but_a_changed_one_is_noticed(settings: dict[str, Any], tmp_path: Path) -> None:
     config = from_dict(settings | {"data": settings["data"] | {"image_root": str(tmp_path / "coco")}})
-    found = sources.resolve(config.data, tmp_path)
-    one, other = (
-        preflight._settings(from_dict(settings | {"data": settings["data"] | {"rephrase_root": address}}), found)
+    resolved = sources.resolve(config.data, tmp_path)
+    first, second = (
+        compared_settings(from_dict(settings | {"data": settings["data"] | {"rephrase_root": address}}), resolved)
         for address in ("s3://me:hunter1@bucket/x", "s3://me:hunter2@bucket/x")
     )
-    assert one["data.rephrase_root"].startswith("s3://***@bucket/x [")
-    assert "hunter" not in str(one) + str(other)
-    assert one["data.rephrase_root"] != other["data.rephrase_root"]
-    assert one["data.path"].startswith(str(tmp_path)), "what holds no secret stays as it is"
+    assert first["data.rephrase_root"].startswith("s3://***@bucket/x [")
+    assert "hunter" not in str(first) + str(second)
+    assert first["data.rephrase_root"] != second["data.rephrase_root"]
+    assert first["data.path"].startswith(str(tmp_path)), "a value without a secret stays as it is"
 
 
 def test_a_relative_checkpoint_is_made_absolute_and_other_weights_are_another_run(
@@ -208,11 +209,11 @@ def test_a_relative_checkpoint_is_made_absolute_and_other_weights_are_another_ru
 
 
 def test_a_run_that_ended_without_a_result_gives_way_to_other_settings(settings: dict[str, Any]) -> None:
-    """A setting that only the workers found to be wrong is corrected, and the same folder used."""
+    """The user corrects a setting that the workers refused, and uses the same folder again."""
     first = prepared(settings | {"seed": 1})
     (first.workspace.attempts / "group-000000.json").write_text("{}")
     with pytest.raises(InputError, match="seed: was 1, now 2"):
-        prepared(settings | {"seed": 2})  # it may still be at work
+        prepared(settings | {"seed": 2})  # the first run may still be running
     update(first.workspace, ended=True)
     assert (prepared(settings | {"seed": 1}).workspace.attempts / "group-000000.json").exists()
     corrected = prepared(settings | {"seed": 2})
@@ -231,7 +232,7 @@ def test_a_setting_that_is_newer_than_the_run_had_its_default(settings: dict[str
     with pytest.raises(InputError, match="editor.mask: was 'entries', now 'columns'"):
         prepared(settings | {"editor": settings["editor"] | {"mask": "columns"}})
     with pytest.raises(InputError, match=r"pipeline.batch_size: was 8, now"):
-        prepared(settings)  # whose batch size is not the default
+        prepared(settings)  # with a batch size other than the default
     update(workspace, settings=state["settings"] | {"pipeline.batch_size": settings["pipeline"]["batch_size"]})
     prepared(settings)
 

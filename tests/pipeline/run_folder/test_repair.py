@@ -1,4 +1,4 @@
-"""What is damaged is made again when a run is resumed, and nothing else is touched."""
+"""A resumed run repeats the groups of damaged files, and no other."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def rows_of(outcome: Outcome) -> list[dict[str, Any]]:
 def gathered(
     settings: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[RunConfig, Outcome, list[dict[str, Any]]]:
-    """A finished run of five groups, whose rows lie in two files, and those rows."""
+    """The configuration, outcome and rows of a finished run of five groups in two result files."""
     monkeypatch.setattr(rows, "GROUPS_PER_FILE", 3)
     config = from_dict(settings | ONE_EACH)
     whole = inline(config)
     return config, whole, rows_of(whole)
 
 
-def test_of_a_gathered_file_only_the_group_with_a_damaged_edit_is_done_again(
+def test_only_the_group_with_a_missing_edit_is_repeated(
     settings: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, whole, expected = gathered(settings, inline, monkeypatch)

@@ -1,4 +1,4 @@
-"""Result rows, counted attempts, and files that are whole or not there."""
+"""Result rows and their files, the summary, counted attempts, and atomic writes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from odedit.storage.atomic import write_atomically
 from odedit.storage.location import locate
 from pipeline.config.run import RunConfig, from_dict
 from pipeline.run_folder import rows as results
+from pipeline.run_folder.summary import summarize_results
 from pipeline.run_folder.workspace import Workspace, read_schema
 from pipeline.workers.attempts import Ledger
 
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
-    found = Workspace.of(str(tmp_path / "out"))
-    found.create()
-    return found
+    new = Workspace.of(str(tmp_path / "out"))
+    new.create()
+    return new
 
 
 def row(index: int, status: str = results.EDITED, **columns: object) -> results.Row:
@@ -55,7 +56,7 @@ def test_files_with_different_probes_become_one_table(workspace: Workspace) -> N
 def test_the_summary_counts_every_row_and_averages_those_that_worked(workspace: Workspace) -> None:
     rows = [row(0, rel=1.0, seconds=2.0), row(1, rel=0.0, seconds=4.0), row(2, results.FAILED), row(3, results.SKIPPED)]
     results.write_part(workspace.part(0), rows)
-    summary = results.summarize_results(workspace, from_dict({}))
+    summary = summarize_results(workspace, from_dict({}))
     assert (summary["n"], summary["failed"], summary["skipped"]) == (2, 1, 1)
     assert summary["metrics"]["rel"]["mean"] == 0.5
     assert summary["metrics"]["seconds"]["n"] == 2
@@ -67,7 +68,7 @@ def finite(value: object) -> bool:
 
 
 def a_run(workspace: Workspace, groups: int) -> list[results.Row]:
-    """Groups of rows that differ in their columns, with failures, nulls, repeated facts and values without end."""
+    """Writes groups whose rows differ in their columns, with failures, nulls, repeated facts and infinite values."""
     rng = random.Random(groups)
     written = []
     for group in range(groups):
@@ -90,15 +91,16 @@ def a_run(workspace: Workspace, groups: int) -> list[results.Row]:
 def test_the_summary_by_columns_is_that_of_the_rows(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, values_at_once: int
 ) -> None:
-    monkeypatch.setattr(results, "_VALUES_AT_ONCE", values_at_once)
+    monkeypatch.setattr("pipeline.run_folder.summary._VALUES_AT_ONCE", values_at_once)
     edited = [row for row in a_run(workspace, 9) if row["status"] == results.EDITED]
     numbers = [{k: v for k, v in row.items() if k != "index" and finite(v)} for row in edited]
-    expected = {name: vars(one) for name, one in summarize(numbers, [str(row["fact"]) for row in edited]).items()}
+    estimates = summarize(numbers, [str(row["fact"]) for row in edited])
+    expected = {name: vars(estimate) for name, estimate in estimates.items()}
     results.unify(workspace)
-    found = results.summarize_results(workspace, from_dict({}))
-    assert found["metrics"] == expected
-    assert (found["n"], found["failed"]) == (len(edited), 27 - len(edited))
-    assert sum(found["stop_reasons"].values()) == len(edited) and found["stop_reasons"]["unknown"]
+    summary = summarize_results(workspace, from_dict({}))
+    assert summary["metrics"] == expected
+    assert (summary["n"], summary["failed"]) == (len(edited), 27 - len(edited))
+    assert sum(summary["stop_reasons"].values()) == len(edited) and summary["stop_reasons"]["unknown"]
 
 
 def test_a_large_run_is_gathered_in_few_files_with_the_same_rows(
@@ -106,11 +108,11 @@ def test_a_large_run_is_gathered_in_few_files_with_the_same_rows(
 ) -> None:
     monkeypatch.setattr(results, "GROUPS_PER_FILE", 4)
     a_run(workspace, 10)
-    before = [results.to_json_row(one) for one in columns_of(workspace)]
+    before = [results.to_json_row(row) for row in columns_of(workspace)]
     results.unify(workspace)
     names = workspace.results.names()
     assert names == [f"part-{first:06d}-{last:06d}.parquet" for first, last in ((0, 3), (4, 7), (8, 9))]
-    assert [results.to_json_row(one) for one in columns_of(workspace)] == before
+    assert [results.to_json_row(row) for row in columns_of(workspace)] == before
     assert results.finished_groups(workspace) == set(range(10))
     assert parquet.read_table(workspace.results).num_rows == 30
     results.unify(workspace)
@@ -120,32 +122,32 @@ def test_a_large_run_is_gathered_in_few_files_with_the_same_rows(
 def test_a_kill_while_files_are_gathered_repeats_no_row(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "GROUPS_PER_FILE", 4)
     a_run(workspace, 10)
-    before = [results.to_json_row(one) for one in columns_of(workspace)]
+    before = [results.to_json_row(row) for row in columns_of(workspace)]
     with monkeypatch.context() as patch:
         patch.setattr(results, "_drop_repeated", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             results.unify(workspace)
     assert len(workspace.results.names()) == 13
-    assert [results.to_json_row(one) for one in columns_of(workspace)] == before
-    # A group of its own among them, as another kill may leave it.
+    assert [results.to_json_row(row) for row in columns_of(workspace)] == before
+    # Another kill may leave single groups beside a gathered file.
     (workspace.results / "part-000004-000007.parquet").delete()
     assert results.finished_groups(workspace) == set(range(10))
     results.unify(workspace)
     assert len(workspace.results.names()) == 3
-    assert [results.to_json_row(one) for one in columns_of(workspace)] == before
+    assert [results.to_json_row(row) for row in columns_of(workspace)] == before
 
 
 def columns_of(workspace: Workspace) -> list[results.Row]:
-    """Every row with every column that any has, as readers of the unified files see them."""
+    """Every row with the columns of all rows, as readers of the unified files get them."""
     rows = list(results.read_rows(results.parts(workspace)))
-    names = sorted({name for one in rows for name in one})
-    return [{name: one.get(name) for name in names} for one in rows]
+    names = sorted({name for row in rows for name in row})
+    return [{name: row.get(name) for name in names} for row in rows]
 
 
 def test_rows_of_one_status_are_read_alone(workspace: Workspace) -> None:
     written = a_run(workspace, 4)
-    found = results.read_rows(results.parts(workspace), ("index", "status"), (results.FAILED,))
-    assert [one["index"] for one in found] == [one["index"] for one in written if one["status"] == results.FAILED]
+    failed = results.read_rows(results.parts(workspace), ("index", "status"), (results.FAILED,))
+    assert [row["index"] for row in failed] == [row["index"] for row in written if row["status"] == results.FAILED]
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
@@ -163,18 +165,18 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_the_first_of_several_writers_wins(tmp_path: Path) -> None:
-    place = locate(str(tmp_path / "file"), "out")
-    place.write_once("first")
-    place.write_once("second")
+    location = locate(str(tmp_path / "file"), "out")
+    location.write_once("first")
+    location.write_once("second")
     assert (tmp_path / "file").read_text() == "first"
 
 
-@settings(deadline=None)  # it writes files, and a busy disk is slow
+@settings(deadline=None)  # a busy disk is slow
 @given(max_attempts=st.integers(2, 6), killers=st.sets(st.integers(0, 3)))
 def test_every_edit_is_tried_at_most_so_often_and_only_killers_are_given_up(
     tmp_path_factory: pytest.TempPathFactory, max_attempts: int, killers: set[int]
 ) -> None:
-    """A worker that dies with every edit in `killers`, restarted until the group is through."""
+    """A worker dies with every edit in `killers`, and is restarted until the group is done."""
     path = locate(str(tmp_path_factory.mktemp("attempts")), "out") / "group.json"
     deaths = dict.fromkeys(range(4), 0)
 

@@ -32,8 +32,8 @@ def with_records(settings: dict[str, Any], records: list[Any], **data: Any) -> R
 
 def test_groups_hold_batch_size_usable_records_and_the_bad_ones_between(settings: dict[str, Any]) -> None:
     records = [record(0), {"src": 1}, record(1, alt=""), record(2), record(3), "no record", record(4)]
-    found, workspace = staged(with_records(settings, records))
-    assert found == staging.Staged(usable=(2, 2), records=(4, 3)) and found.problems == 3
+    counts, workspace = staged(with_records(settings, records))
+    assert counts == staging.Staged(usable=(2, 2), records=(4, 3)) and counts.problems == 3
     read = staging.GroupReader(workspace.records)
     groups = [read(group) for group in range(2)]
     assert [[r.index for r in group] for group in groups] == [[0, 1, 2, 3], [4, 5, 6]]
@@ -41,8 +41,8 @@ def test_groups_hold_batch_size_usable_records_and_the_bad_ones_between(settings
 
 def test_the_limit_counts_usable_records(settings: dict[str, Any]) -> None:
     records = [record(0, alt=""), record(1), record(2, src=None), record(3), record(4)]
-    found, _ = staged(with_records(settings, records, limit=2))
-    assert (found.num_usable, found.problems) == (2, 2)
+    counts, _ = staged(with_records(settings, records, limit=2))
+    assert (counts.num_usable, counts.problems) == (2, 2)
 
 
 def test_staging_twice_reads_what_is_there(config: RunConfig) -> None:
@@ -97,13 +97,13 @@ def test_an_edit_that_reads_no_unrelated_question_is_the_same_without_a_pool(
     others = [record(number) for number in range(10, 14)]
     write_images(tmp_path, others)
     pool = str(write_array(tmp_path / "pool.json", others))
-    found = []
+    outcomes = []
     for number, data in enumerate((settings["data"], settings["data"] | {"pool": pool})):
         outcome = inline(from_dict(values | {"data": data, "out": str(tmp_path / str(number))}))
         rows = list(results.read_rows(results.parts(outcome.workspace)))
         assert {row["status"] for row in rows} == {"edited"}
-        found.append([results.to_json_row(row) for row in rows])
-    assert found[0] == found[1]
+        outcomes.append([results.to_json_row(row) for row in rows])
+    assert outcomes[0] == outcomes[1]
 
 
 def test_a_pool_that_can_supervise_nothing_is_refused_once(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -112,12 +112,12 @@ def test_a_pool_that_can_supervise_nothing_is_refused_once(settings: dict[str, A
     path = str(write_array(Path(config.data.path), records))
     with pytest.raises(InputError) as caught:
         staged(replace(config, data=replace(config.data, pool=path)))
-    said = str(caught.value)
-    assert "none of its 5 records can supervise the records of data.path" in said
-    assert "4 with the same text question (field 'loc'); 1 with the record itself" in said
-    assert "supervision.locality_source to 'record'" in said and "`held_out`" in said
+    message = str(caught.value)
+    assert "none of its 5 records can supervise the records of data.path" in message
+    assert "4 with the same text question (field 'loc'); 1 with the record itself" in message
+    assert "supervision.locality_source to 'record'" in message and "`held_out`" in message
     assert not Workspace.of(config.out).records.exists()
-    # Its own unrelated questions need no pool.
+    # Records with unrelated questions of their own need no pool.
     held_out = {
         "text_locality": {"prompt": "why?", "target": "so"},
         **{
@@ -125,7 +125,7 @@ def test_a_pool_that_can_supervise_nothing_is_refused_once(settings: dict[str, A
             for slot in ("image_locality", "near_locality")
         },
     }
-    write_array(Path(config.data.path), [one | {"held_out": held_out} for one in records])
+    write_array(Path(config.data.path), [values | {"held_out": held_out} for values in records])
     assert staged(replace(config, data=replace(config.data, pool=path)))[0].num_usable == 5
 
 
@@ -136,7 +136,7 @@ def test_a_pool_whose_pictures_lie_elsewhere_is_refused_once(settings: dict[str,
     with pytest.raises(InputError, match=r"none of those has images.*looked for under data\.image_root.*data pack"):
         staged(with_pool)
     write_images(tmp_path, pool[2:3])
-    assert staged(with_pool)[0].num_usable == 5, "one that can be used is enough"
+    assert staged(with_pool)[0].num_usable == 5, "one usable record is enough"
 
 
 def test_one_record_that_a_pool_can_supervise_is_enough(settings: dict[str, Any]) -> None:
@@ -150,10 +150,10 @@ def test_records_and_pools_with_special_tokens_of_the_model_are_skipped(settings
     texts = [{"alt": "red </s> pier"}, {"src": "what does <s> mean?"}, {"rephrase": "which <image>?"}, {}, {}]
     records = [record(number) | changes for number, changes in enumerate(texts)]
     config = with_records(settings | {"supervision": {}}, records, pool=settings["data"]["path"], limit=2)
-    found, workspace = staged(config)
-    assert (found.num_usable, found.problems) == (2, 3)
+    counts, workspace = staged(config)
+    assert (counts.num_usable, counts.problems) == (2, 3)
     problems = [
-        one.problem for group in range(len(found.records)) for one in staging.GroupReader(workspace.records)(group)
+        other.problem for group in range(len(counts.records)) for other in staging.GroupReader(workspace.records)(group)
     ]
     assert [problem.split(",")[0] for problem in problems if problem] == [
         "control token: field 'alt' holds '</s>'",
@@ -161,13 +161,13 @@ def test_records_and_pools_with_special_tokens_of_the_model_are_skipped(settings
         "image marker: field 'rephrase' holds '<image>'",
     ]
     pool = staging.read_pool(workspace, sources.resolve(config.data, workspace.out))
-    assert pool is not None and {one.index for one in pool.records} == {3, 4}
+    assert pool is not None and {other.index for other in pool.records} == {3, 4}
 
 
 def test_repeated_edit_ids_become_problems(settings: dict[str, Any]) -> None:
     records = [record(number, edit_id="same") for number in range(3)]
-    found, workspace = staged(with_records(settings, records))
-    assert (found.num_usable, found.problems) == (1, 2)
+    counts, workspace = staged(with_records(settings, records))
+    assert (counts.num_usable, counts.problems) == (1, 2)
     assert "same" in staging.GroupReader(workspace.records)(0)[1].problem
 
 
@@ -176,8 +176,8 @@ def test_a_group_is_found_among_several_row_groups_in_any_order(
 ) -> None:
     monkeypatch.setattr(staging, "_ROWS_TOGETHER", 3)
     records = [record(0), {"src": 1}, *(record(number) for number in range(1, 8)), "no record"]
-    found, workspace = staged(with_records(settings, records))
-    assert found == staging.Staged(usable=(2, 2, 2, 2, 0), records=(3, 2, 2, 2, 1)) and found.problems == 2
+    counts, workspace = staged(with_records(settings, records))
+    assert counts == staging.Staged(usable=(2, 2, 2, 2, 0), records=(3, 2, 2, 2, 1)) and counts.problems == 2
     assert parquet.read_metadata(workspace.records).num_row_groups == 3
     read = staging.GroupReader(workspace.records)
     expected = [[0, 1, 2], [3, 4], [5, 6], [7, 8], [9]]
@@ -194,8 +194,8 @@ def test_the_groups_do_not_depend_on_how_many_rows_are_written_together(
     read = []
     for rows in (1, 100):
         monkeypatch.setattr(staging, "_ROWS_TOGETHER", rows)
-        found, workspace = staged(with_records(settings | {"out": f"{settings['out']}-{rows}"}, records))
-        read.append([staging.GroupReader(workspace.records)(group) for group in range(len(found.usable))])
+        counts, workspace = staged(with_records(settings | {"out": f"{settings['out']}-{rows}"}, records))
+        read.append([staging.GroupReader(workspace.records)(group) for group in range(len(counts.usable))])
     assert read[0] == read[1]
 
 
@@ -210,14 +210,14 @@ def test_what_an_older_version_staged_is_staged_again(config: RunConfig) -> None
 def test_wrong_folders_of_pictures_are_refused_before_a_long_file_is_read(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither the records behind the first ones nor the pool are read."""
+    """Only the first records are read, and not the pool."""
     read: list[int] = []
     original = staging.read_records
 
     def read_records(*arguments: Any, **options: Any) -> Any:
-        for one in original(*arguments, **options):
-            read.append(one.index)
-            yield one
+        for item in original(*arguments, **options):
+            read.append(item.index)
+            yield item
 
     records = [record(number) for number in range(30)]
     config = from_dict(settings | {"supervision": {}})

@@ -23,8 +23,7 @@ from pipeline.run_folder.workspace import Workspace
 from pipeline.study import data, plots, spec, states
 from pipeline.study import run as runner
 from pipeline.study.spec import StudyConfig
-from pipeline.tracking import runs as tracking
-from pipeline.tracking.runs import PARENT_TAG
+from pipeline.tracking.client import PARENT_TAG, connect
 from pipeline.workers import editor as actor
 from tests.support import inline_pipeline
 
@@ -92,7 +91,7 @@ def test_a_study_from_the_command_line_is_interrupted_resumed_and_finished_in_ml
     cut = odedit(*command)
     assert cut.exit_code == 130 and "the same command goes on" in cut.stderr, (cut.output, cut.exception)
     uri = f"sqlite:///{out}/mlflow.db"
-    client = tracking._client(uri)
+    client = connect(uri)
     (experiment,) = [found for found in client.search_experiments() if found.name == "table4"]
 
     def runs() -> tuple[Any, dict[str, Any]]:

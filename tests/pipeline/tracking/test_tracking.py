@@ -1,4 +1,4 @@
-"""MLflow: what a run leaves there, and that an edit taken from there does what its scores say."""
+"""MLflow: the content of a logged run, and the scores of an edit that is downloaded from it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ from pipeline.driver.sync import sync
 from pipeline.run_folder import rows as results
 from pipeline.run_folder.sources import resolve
 from pipeline.run_folder.workspace import Workspace
-from pipeline.tracking import runs
+from pipeline.tracking.client import Store, TrackingError, connect, open_command
+from pipeline.tracking.fetch import fetch_edit
+from pipeline.tracking.runs import EditRun
 from pipeline.workers.plan import Job
 from pipeline.workers.preparer import Preparer
 from tests.support.mmedit_files import record, write_array
@@ -47,7 +49,7 @@ def test_a_run_is_logged_once_and_its_edits_reproduce_their_scores(
     config = from_dict(tracked)
     outcome = inline(config)
     assert outcome.tracking_uri == f"sqlite:///{tmp_path}/mlflow.db"
-    client = runs._client(outcome.tracking_uri)
+    client = connect(outcome.tracking_uri)
     run = client.get_run(outcome.run_id)
 
     assert run.info.status == "FINISHED"
@@ -65,7 +67,7 @@ def test_a_run_is_logged_once_and_its_edits_reproduce_their_scores(
     assert {"config.yaml", "summary.json", "report.html", "results", "edits", "edits_table.json"} <= names
     assert run.info.artifact_uri.startswith((tmp_path / "mlartifacts").as_uri())
 
-    # The same run again adds nothing.
+    # Repeating the run adds nothing.
     assert inline(config).run_id == outcome.run_id
     assert len(client.search_runs([run.info.experiment_id])) == 1
 
@@ -84,7 +86,7 @@ def test_a_run_is_logged_once_and_its_edits_reproduce_their_scores(
     assert {name: scores[name] for name in MAIN} == {name: row[name] for name in MAIN}
 
 
-def test_a_store_that_was_gone_at_the_end_is_given_the_run_later(
+def test_a_run_whose_store_was_away_at_the_end_is_logged_later(
     tracked: dict[str, Any], inline: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     config = from_dict(tracked)
@@ -94,13 +96,13 @@ def test_a_store_that_was_gone_at_the_end_is_given_the_run_later(
         raise ConnectionError("refused")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Tracker, "_log_metrics", gone)
-        with pytest.raises(runs.TrackingError, match=f"odedit mlflow sync {out}"):
+        patch.setattr(EditRun, "_log_metrics", gone)
+        with pytest.raises(TrackingError, match=f"odedit mlflow sync {out}"):
             inline(config)
-        with pytest.raises(runs.TrackingError):
+        with pytest.raises(TrackingError):
             sync(str(out))
     rows = {path: path.stat().st_mtime_ns for path in out.glob("results/*")}
-    client = runs._client(f"sqlite:///{tmp_path}/mlflow.db")
+    client = connect(f"sqlite:///{tmp_path}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
     assert run.info.status == "FAILED" and "rel" not in run.data.metrics
     assert CliRunner().invoke(app, ["mlflow", "sync", str(out)]).stdout.strip() == (
@@ -111,26 +113,26 @@ def test_a_store_that_was_gone_at_the_end_is_given_the_run_later(
     assert {item.path for item in client.list_artifacts(run.info.run_id)} >= {"results", "edits", "edits_table.json"}
     assert {path: path.stat().st_mtime_ns for path in rows} == rows
     assert "is logged already" in sync(str(out))
-    # Another store has a run of its own.
+    # Another store gets a run of its own.
     assert "is logged" in sync(str(out), f"sqlite:///{tmp_path}/other.db")
-    other = runs._client(f"sqlite:///{tmp_path}/other.db")
+    other = connect(f"sqlite:///{tmp_path}/other.db")
     (copy,) = other.search_runs([other.get_experiment_by_name("test").experiment_id])
     assert copy.data.metrics == run.data.metrics and copy.data.params["editor.max_steps"] == "2"
     for folder, expected in ((tmp_path, "holds no run"), (out, "is not finished")):
         (out / "summary.json").unlink(missing_ok=True)
-        found = CliRunner().invoke(app, ["mlflow", "sync", str(folder)])
-        assert found.exit_code == 2 and expected in found.stderr
+        synced = CliRunner().invoke(app, ["mlflow", "sync", str(folder)])
+        assert synced.exit_code == 2 and expected in synced.stderr
 
 
 def test_a_run_without_an_edit_has_failed_and_says_why(
     tracked: dict[str, Any], inline: Callable[..., Outcome], tmp_path: Path
 ) -> None:
-    records = [record(number, src=number) for number in range(3)]  # a question that is no text
+    records = [record(number, src=number) for number in range(3)]  # a question that is not text
     write_array(Path(tracked["data"]["path"]), [*records, "no record"])
     outcome = inline(from_dict(tracked | {"out": str(tmp_path / "runs" / "nothing")}))
-    reasons = [(one["status"], one["count"]) for one in outcome.summary["reasons"]]
+    reasons = [(reason["status"], reason["count"]) for reason in outcome.summary["reasons"]]
     assert outcome.summary["n"] == 0 and reasons == [("skipped", 3), ("skipped", 1)]
-    run = runs._client(outcome.tracking_uri or "").get_run(outcome.run_id)
+    run = connect(outcome.tracking_uri or "").get_run(outcome.run_id)
     assert run.info.status == "FAILED" and run.info.run_name == "nothing"
     assert "3 skipped, the first: vqa_eval.json, record 0: wrong type" in run.data.tags["odedit.reasons"]
     assert "3 skipped, the first: vqa_eval.json, record 0" in outcome.workspace.report.read_text()
@@ -152,11 +154,11 @@ def test_runs_are_named_by_their_folder(out: str, name: str) -> None:
 
 def test_the_command_that_opens_a_store_can_be_pasted(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'my runs' / 'mlflow.db'}"
-    command = shlex.split(runs.open_command(uri))
+    command = shlex.split(open_command(uri))
     assert command[1:] == ["ui", "--backend-store-uri", uri]
 
 
-def test_a_store_that_cannot_be_used_is_told_before_any_work(
+def test_a_store_that_cannot_be_used_is_an_error_before_any_work(
     tracked: dict[str, Any], inline: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     (tmp_path / "not.db").write_text("this is no database" * 100)
@@ -165,13 +167,13 @@ def test_a_store_that_cannot_be_used_is_told_before_any_work(
         inline(config)
 
 
-def test_an_edit_that_is_not_there_is_explained(tmp_path: Path) -> None:
+def test_a_missing_edit_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be fetched"):
-        runs.fetch_edit(f"sqlite:///{tmp_path}/mlflow.db", "0" * 32, "edit", tmp_path)
-    assert not list(tmp_path.iterdir()), "a mistyped address makes no database"
+        fetch_edit(f"sqlite:///{tmp_path}/mlflow.db", "0" * 32, "edit", tmp_path)
+    assert not list(tmp_path.iterdir()), "a mistyped address creates no database"
 
 
-def test_only_edits_that_worked_take_the_places_of_curves(tmp_path: Path) -> None:
+def test_only_edits_that_worked_count_as_logged_curves(tmp_path: Path) -> None:
     workspace = Workspace.of(str(tmp_path))
     workspace.create()
     rows = [
@@ -186,11 +188,5 @@ def test_only_edits_that_worked_take_the_places_of_curves(tmp_path: Path) -> Non
         def log_batch(self, run_id: str, metrics: list[Any]) -> None:
             logged.extend(metric.key for metric in metrics)
 
-    runs.Tracker(Client(), "uri", "run")._log_curves(workspace, 1)
+    EditRun(Store("uri", Client()), "run")._log_losses(workspace, 1)
     assert logged == ["curves/edit-1/rel"]
-
-
-def test_text_is_masked_but_otherwise_kept() -> None:
-    values = {"uri": "s3://key:word@bucket/x", "list": ["a@b", 1], "plain": "sqlite:////a/b.db"}
-    masked = {"uri": "s3://***@bucket/x", "list": ["a@b", 1], "plain": "sqlite:////a/b.db"}
-    assert runs.masked_values(values) == masked

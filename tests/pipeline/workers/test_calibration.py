@@ -1,4 +1,4 @@
-"""What is measured before any edit: on records that can be used, and only if there is something to edit."""
+"""Measurements before the first edit: on usable records, and only if there is a record to edit."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_number_of_states_is_the_measured_one(
     assert (measured["source"], measured["records"], [measured["states"]]) == ("records", 5, seen)
 
 
-def test_without_a_usable_calibration_record_the_first_problem_is_told(
+def test_without_a_usable_calibration_record_the_first_problem_is_in_the_message(
     settings: dict[str, Any], inline: Inline, tmp_path: Path
 ) -> None:
     pool = write_array(tmp_path / "pool.json", [record(number) for number in range(50, 53)])
@@ -74,9 +74,9 @@ def test_a_run_without_anything_to_edit_ends_with_its_skipped_rows(
 def test_records_beyond_the_first_unusable_ones_are_measured(
     settings: dict[str, Any], inline: Inline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.workers import editor
+    from pipeline.workers import calibration
 
-    monkeypatch.setattr(editor, "CALIBRATION_RECORDS", 2)
+    monkeypatch.setattr(calibration, "CALIBRATION_RECORDS", 2)
     records = json.loads(Path(settings["data"]["path"]).read_text())
     for broken in records[:3]:
         (tmp_path / "coco" / broken["image"]).unlink()
@@ -85,7 +85,7 @@ def test_records_beyond_the_first_unusable_ones_are_measured(
     assert (outcome.summary["n"], outcome.summary["skipped"]) == (2, 3)
 
 
-def test_what_an_editor_measures_shows_nothing_that_is_scored(
+def test_an_editor_is_measured_on_nothing_that_is_scored(
     settings: dict[str, Any], inline: Inline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[str, ...]] = []
@@ -98,7 +98,7 @@ def test_what_an_editor_measures_shows_nothing_that_is_scored(
     monkeypatch.setattr(TPatcher, "measured", measured)
     values = settings | {"editor": {"name": "tpatcher", "max_steps": 1}, "objective": {"name": "native"}}
     assert inline(from_dict(values)).summary["n"] == 5
-    assert not seen, "without a pool there is nothing but what is scored"
+    assert not seen, "without a pool, every record is scored"
 
     scored = json.loads(Path(settings["data"]["path"]).read_text())
     asks = record(30, edit_id="asks", loc=f" {scored[4]['loc'].upper()} ")

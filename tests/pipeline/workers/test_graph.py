@@ -1,6 +1,6 @@
-"""The graph on a real local Ray, started once: the number of workers changes no result, and a dying one no run.
+"""The graph on a real local Ray, started once: neither the number of workers nor a dying one changes the results.
 
-Every worker takes seconds to start, so the other side of each comparison runs in this process.
+Starting a worker takes seconds, so the other side of each comparison runs in this process.
 """
 
 from __future__ import annotations
@@ -61,16 +61,16 @@ def test_two_actors_edit_at_once_and_give_the_rows_that_one_gives(
 
     with monkeypatch.context() as patch:
         inline_pipeline.install(patch)
-        one = rows_of(signing(1), "one")
-    assert [row["status"] for row in one] == ["edited"] * 5
-    (own,) = list(folder.iterdir())
-    own.unlink()
+        inline = rows_of(signing(1), "one")
+    assert [row["status"] for row in inline] == ["edited"] * 5
+    (signature,) = list(folder.iterdir())
+    signature.unlink()
     # Three groups in two blocks, as in a large run.
     monkeypatch.setattr(graph, "MAX_BLOCKS", 2)
     monkeypatch.setattr(graph, "MAX_BLOCKS_PER_ACTOR", 1)
     profile = Profile()
-    two = rows_of(signing(2), "two", profile, actors=2, preparers=1)
-    assert_same(two, one)
+    spread = rows_of(signing(2), "two", profile, actors=2, preparers=1)
+    assert_same(spread, inline)
     assert len(list(folder.iterdir())) == 2
     stored = json.loads(Path(f"{settings['out']}-two", "profile.json").read_text())
     assert stored == {"records": 5, "seconds": profile.seconds}
@@ -97,7 +97,7 @@ def test_an_edit_that_kills_its_worker_is_a_failed_row(
     write_array(Path(settings["data"]["path"]), records)
     editor = {"name": "outside_editors.poisoned", "sites": ["layers.2.ffn.in"], "max_steps": 1}
     deadly = settings | {"editor": editor, "objective": {"name": "native"}}
-    # As if it had ended one worker already, together with its group: every further death takes a new worker's start.
+    # As if the group had killed one worker already, since every further death costs the start of a worker.
     attempts = Path(f"{settings['out']}-deadly") / "attempts" / f"group-{group:06d}.json"
     attempts.parent.mkdir(parents=True)
     attempts.write_text('{"whole": 1, "single": {}}')
@@ -146,7 +146,7 @@ def test_progress_counts_records_and_averages_those_that_worked() -> None:
     progress = Progress(QUIET, total=6)
     row = {"status": "edited", "rel": 1.0, "t_gen": 0.5, "m_gen": 0.0, "t_loc": 1.0, "m_loc": 1.0}
     progress.include([{"status": "skipped"}, row])
-    assert progress.line().startswith("2/6 records (1 skipped)  rel 1.000"), "and no speed yet"
+    assert progress.line().startswith("2/6 records (1 skipped)  rel 1.000"), "no speed yet"
     assert not progress.line().endswith("records/s")
     progress.observe([row, row | {"rel": 0.0}, {"status": "failed"}, {"status": "skipped"}])
     line = progress.line()

@@ -1,4 +1,4 @@
-"""Hard negatives in a run and in a training: from the pool, and from nothing else."""
+"""Hard negatives of a run are drawn from the pool only."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONTRAST = {"objective": {"name": "contrast", "negatives": 3}}
 
 @pytest.fixture
 def pool(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """Settings with a packed pool of four records, whose pictures are others than the run's."""
+    """Settings with a packed pool of four records, which share no picture with the run's."""
     folder = tmp_path / "train"
     folder.mkdir()
     records = [record(number) for number in range(20, 29)]
@@ -35,16 +35,18 @@ def pool(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     return settings | {"data": settings["data"] | {"pool": str(folder / "packed")}, "supervision": {}}
 
 
-def test_a_run_takes_them_from_the_pool(pool: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_draws_hard_negatives_from_the_pool(
+    pool: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: dict[str, list[str]] = {}
     of_request = NegativePool.probes
 
     def probes(self: NegativePool, request: Any, feature: Any) -> Any:
-        found = of_request(self, request, feature)
-        seen[request.edit_id] = [probe.picture.key for probe in found if probe.picture is not None]
-        assert {probe.target for probe in found} == {request.replaced}
+        negatives = of_request(self, request, feature)
+        seen[request.edit_id] = [probe.picture.key for probe in negatives if probe.picture is not None]
+        assert {probe.target for probe in negatives} == {request.replaced}
         assert set(seen[request.edit_id]) <= self.features.keys() and len(self.features) == 4
-        return found
+        return negatives
 
     monkeypatch.setattr(NegativePool, "probes", probes)
     outcome = inline(from_dict(pool | CONTRAST))
@@ -59,11 +61,11 @@ def test_without_a_pool_the_setting_is_named(settings: dict[str, Any], inline: I
         inline(from_dict(settings | CONTRAST))
 
 
-def test_an_unreadable_picture_is_none(backbone: Any, tmp_path: Path) -> None:
+def test_an_unreadable_picture_is_no_hard_negative(backbone: Any, tmp_path: Path) -> None:
     records = [record(number) for number in range(3)]
     roots = write_images(tmp_path, records)
     path = write_array(tmp_path / "train.json", [*records, records[0], record(9)])
     pool = Pool.sample(str(path), ImageReader(str(roots[0]), str(roots[1])))
-    found = negatives.negative_pool(ObjectiveConfig(name="contrast"), backbone, lambda: pool, ["layers.2.ffn.in"])
-    assert found is not None and len(found.features) == 3 and found.count == 12
+    drawn = negatives.negative_pool(ObjectiveConfig(name="contrast"), backbone, lambda: pool, ["layers.2.ffn.in"])
+    assert drawn is not None and len(drawn.features) == 3 and drawn.count == 12
     assert negatives.negative_pool(ObjectiveConfig(), backbone, lambda: pytest.fail("not needed"), []) is None

@@ -1,4 +1,4 @@
-"""Joining a cluster: which token is used, and what is said where it is refused."""
+"""Joining a cluster: the choice of the token, and the message of a refusal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.workers import joining, probe, ray_session
 
 
 class RayClientServer(services.RayletDriverServicer):
-    """Answers those that send its token, as a head does at its port for Ray Client."""
+    """Answers requests with its token, like a cluster's head at its port for Ray Client."""
 
     def ClusterInfo(self, request: Any, context: grpc.ServicerContext) -> Any:
         if dict(context.invocation_metadata()).get("authorization") != "Bearer right":
@@ -38,7 +38,7 @@ def client_server() -> Iterator[str]:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
-    """Modes that the cluster was asked in, with its answers to them; nothing of the user's own is in the way."""
+    """The cluster's answers by mode, which tests fill in; the user's own login is hidden."""
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -53,7 +53,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
     return answers
 
 
-def test_a_token_is_used_where_the_environment_or_a_file_has_one(
+def test_the_token_of_the_environment_or_a_file_is_used(
     cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     cluster["disabled"] = "ok"
@@ -61,7 +61,7 @@ def test_a_token_is_used_where_the_environment_or_a_file_has_one(
     (tmp_path / ".ray").mkdir()
     file = tmp_path / ".ray" / "auth_token"
     file.write_text("of another cluster")
-    assert joining.login_to("host:2") == {"RAY_AUTH_MODE": "disabled"}, "the file is used only where it is asked for"
+    assert joining.login_to("host:2") == {"RAY_AUTH_MODE": "disabled"}, "the file is used only if the cluster asks"
     cluster |= {"disabled": "refused", "token": "ok"}
     assert joining.login_to("host:3") == {"RAY_AUTH_MODE": "token"}
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
@@ -71,9 +71,7 @@ def test_a_token_is_used_where_the_environment_or_a_file_has_one(
         joining.login_to("host:5")
 
 
-def test_a_refusal_says_what_was_wrong(
-    cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_refusal_names_the_reason(cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="^pipeline.ray_address: the cluster at host:1 asks for a token, and none is"):
         joining.login_to("host:1")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a-secret")
@@ -121,7 +119,7 @@ def test_a_cluster_is_asked_once(
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's client, which connects to nothing."""
+    """Ray's client without a connection."""
     import ray
 
     def init(**settings: object) -> None:

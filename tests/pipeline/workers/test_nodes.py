@@ -1,4 +1,4 @@
-"""The nodes of a cluster: waited for, watched, and a lost one is one line and nothing of what Ray's driver prints."""
+"""The nodes of a cluster: a run waits for them, and reports a lost one in one line without Ray's own output."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ def console() -> Console:
 def test_a_lost_node_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], console: Console
 ) -> None:
-    # The head does not answer once; a node that joins is no news.
+    # The head fails to answer once; a node that joins is not reported.
     looks = iter([cluster("head", "one", "two"), None, cluster("head", "one", "three"), cluster("head")])
     seen_all = threading.Event()
 
     def look() -> list[dict[str, Any]]:
         try:
-            found = next(looks)
+            listed = next(looks)
         except StopIteration:
             seen_all.set()
             return cluster("head")
-        if found is None:
+        if listed is None:
             raise ConnectionError("the head is away")
-        return found
+        return listed
 
     monkeypatch.setattr(ray, "nodes", look)
     monkeypatch.setattr(nodes, "_POLL_S", 0.001)
@@ -67,11 +67,11 @@ def test_a_lost_node_is_one_line(
     ]
     assert capsys.readouterr().out == ""
     assert "odedit-nodes" not in {thread.name for thread in threading.enumerate()}
-    report("Something else")  # Ray itself leaves out what is repeated
-    assert "Something else" in capsys.readouterr().out, "and a program that uses Ray afterwards gets its reports"
+    report("Something else")  # another text, since Ray does not print one twice
+    assert "Something else" in capsys.readouterr().out, "after the block Ray prints its logs again"
 
 
-def test_what_a_cluster_lacks_is_counted() -> None:
+def test_missing_resources_are_counted() -> None:
     gpus = make_plan(PipelineConfig(device="cuda", actors=2), BackboneConfig(), 8, 1.0, 10)
     assert shortage(gpus, 8, 1) == "2 actors of 1 GPU each were asked for, the cluster has 1"
     assert shortage(gpus, 8, 2) == ""
@@ -81,9 +81,9 @@ def test_what_a_cluster_lacks_is_counted() -> None:
         from_dict({"pipeline": {"wait_s": -1}})
 
 
-def test_nodes_are_waited_for(monkeypatch: pytest.MonkeyPatch, console: Console) -> None:
+def test_a_run_waits_for_nodes(monkeypatch: pytest.MonkeyPatch, console: Console) -> None:
     monkeypatch.setattr(nodes, "_POLL_S", 0.01)
-    monkeypatch.setattr(nodes, "_asked_for", lambda plan: nullcontext())
+    monkeypatch.setattr(nodes, "_requested", lambda plan: nullcontext())
     missing = ["two GPUs", "a GPU", ""]
     assert nodes.awaited(lambda: (PLAN, missing.pop(0)), 60, console) is PLAN
     said = console.file.getvalue()  # type: ignore[attr-defined]
@@ -107,7 +107,7 @@ def test_a_cluster_that_loses_its_nodes_ends_the_run_after_a_while(monkeypatch: 
 
 def test_a_second_signal_at_the_end_of_the_block_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     class Late(threading.Event):
-        """An event whose first setting is met by the watcher's next signal."""
+        """An event that receives the watcher's next signal when it is first set."""
 
         is_late = False
 

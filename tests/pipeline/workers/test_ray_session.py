@@ -1,4 +1,4 @@
-"""A run's own Ray: with its token, or without one where the user said so."""
+"""A run's own Ray, with its token, or without one if the user disabled authentication."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.workers import ray_session
 
 pytestmark = pytest.mark.ray
 
-# Its own client would ask again and again.
+# Without Ray's own client, which would retry.
 STRANGER = """
 import sys
 from ray._raylet import GcsClient
@@ -56,18 +56,18 @@ def owner(mode: dict[str, str], *tokens: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_a_runs_own_ray_lets_nobody_else_in() -> None:
+def test_a_runs_own_ray_refuses_other_clients() -> None:
     with TemporaryDirectory(prefix="x", dir="/tmp") as home:
-        base = Path(home, "y" * (ray_session._LONGEST_BASE - len(home) - 1))  # the longest that will do
+        base = Path(home, "y" * (ray_session._LONGEST_BASE - len(home) - 1))  # the longest path that Ray can use
         mode, session, *strangers, left = owner({"RAY_TMPDIR": str(base)}, "", "a-token-that-is-not-its-own-00000")
-        assert left.startswith(f"left False {base}/") and not list(base.iterdir()), "it goes with the run"
-    assert session == "session True True", "its folder is closed to others"
+        assert left.startswith(f"left False {base}/") and not list(base.iterdir()), "the folder is deleted with the run"
+    assert session == "session True True", "the folder is closed to other users"
     assert mode.startswith("mode token 1 127.0.0.1:")
     assert len(strangers) == 2
     assert all(line.startswith("stranger 1 ") and "AuthenticationError" in line for line in strangers)
 
 
-def test_authentication_is_off_where_the_user_turned_it_off() -> None:
+def test_authentication_is_off_if_the_user_disabled_it() -> None:
     mode, _, stranger, _ = owner({"RAY_AUTH_MODE": "disabled"}, "")
     assert mode.startswith("mode disabled 1 127.0.0.1:")
     assert stranger.startswith("stranger 0 ") and "session_name" in stranger

@@ -1,4 +1,4 @@
-"""Requests are prepared once for all runs that edit the same records."""
+"""Requests are prepared once for all runs of the same records."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def request(number: int) -> EditRequest:
     return EditRequest(f"edit-{number}", probe, probes={"t_gen": probe})
 
 
-def test_the_cache_keeps_what_was_used_last_within_its_bytes() -> None:
+def test_the_cache_keeps_the_most_recently_used_requests_within_its_bytes() -> None:
     cache = RequestCache(max_bytes=2 * 192)
     first, second, third = (request(number) for number in range(3))
     cache.put("a", first)
@@ -31,10 +31,10 @@ def test_the_cache_keeps_what_was_used_last_within_its_bytes() -> None:
     cache.put("c", third)
     assert cache.get("b") is None and cache.get("a") is first and cache.get("c") is third
     cache.put("a", replace(first, edit_id="again"))
-    assert cache.get("c") is third, "the same key takes no further room"
+    assert cache.get("c") is third, "replacing a request takes no further bytes"
 
 
-def test_another_run_of_the_same_records_reads_no_picture_again(
+def test_another_run_of_the_same_records_reads_no_picture_twice(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = [
@@ -55,9 +55,9 @@ def test_another_run_of_the_same_records_reads_no_picture_again(
     )
     second = stage.Preparer(jobs[1], cache)(0)
     assert calls == [] and first.requests
-    for one, other in zip(second.requests, alone.requests, strict=True):
-        assert one.edit_id == other.edit_id
-        for mine, theirs in zip(one.pictures(), other.pictures(), strict=True):
-            assert mine.key == theirs.key and np.array_equal(mine.pixels, theirs.pixels)
+    for cached, fresh in zip(second.requests, alone.requests, strict=True):
+        assert cached.edit_id == fresh.edit_id
+        for picture, expected in zip(cached.pictures(), fresh.pictures(), strict=True):
+            assert picture.key == expected.key and np.array_equal(picture.pixels, expected.pixels)
     third = stage.Preparer(jobs[2], cache)(0)
-    assert len(calls) == len(third.requests), "other supervision is other requests"
+    assert len(calls) == len(third.requests), "other supervision makes other requests"

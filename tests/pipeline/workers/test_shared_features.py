@@ -1,4 +1,4 @@
-"""Runs and trainings that share a feature store compute a picture once, and come to what they come to without."""
+"""Runs and trainings that share a feature store compute a picture once, with the results of those without a store."""
 
 from __future__ import annotations
 
@@ -12,46 +12,45 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from odedit.backbones.common.qformer import QFormerModel
+from odedit.backbones.common.qformer import QFormerBackbone
 from odedit.errors import InputError
 from pipeline.config.run import from_dict
 from pipeline.driver.preflight import prepare
 from pipeline.driver.run import Outcome
 from pipeline.run_folder import rows as results
 from pipeline.training import train
-from pipeline.workers import editor as actor
+from pipeline.workers import calibration, model
 from tests.support.mmedit_files import record, write_array, write_images
 
 Inline = Callable[..., Outcome]
-NUM_PICTURES = (
-    20  # of five records: the edit's own and another, the rephrase that supervises and the one that is scored
-)
+NUM_PICTURES = 20
+"""Pictures of five records: edit, locality, and one rephrase each for supervision and scoring."""
 
 
 @pytest.fixture
 def towered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of pictures of every call of the image tower, the check of a model without weights left out."""
+    """Number of pictures in each call of the image tower, without calls on a model without weights."""
     calls: list[int] = []
-    original = QFormerModel.tower
+    original = QFormerBackbone.tower
 
-    def tower(self: QFormerModel, pixels: torch.Tensor) -> torch.Tensor:
+    def tower(self: QFormerBackbone, pixels: torch.Tensor) -> torch.Tensor:
         if not pixels.is_meta:
             calls.append(len(pixels))
         return original(self, pixels)
 
-    monkeypatch.setattr(QFormerModel, "tower", tower)
+    monkeypatch.setattr(QFormerBackbone, "tower", tower)
     return calls
 
 
 @pytest.fixture(autouse=True)
 def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Workers of this file remember nothing of earlier tests; called, nothing of the earlier runs of this test."""
-    monkeypatch.setattr(actor, "_LOADED", {})
-    monkeypatch.setattr(actor, "_MEASURED", {})
+    """Clears the caches of the worker before the test; the returned function clears them again."""
+    monkeypatch.setattr(model, "_loaded", {})
+    monkeypatch.setattr(calibration, "_measured", {})
 
     def forget() -> None:
-        actor._LOADED.clear()
-        actor._MEASURED.clear()
+        model._loaded.clear()
+        calibration._measured.clear()
 
     return forget
 
@@ -69,8 +68,8 @@ def outcome_of(outcome: Outcome) -> tuple[list[dict[str, Any]], dict[str, dict[s
     return rows, {path.name: load_file(path) for path in outcome.workspace.edits.glob()}
 
 
-def same(one: Outcome, other: Outcome) -> bool:
-    (rows, edits), (other_rows, other_edits) = outcome_of(one), outcome_of(other)
+def same(first: Outcome, second: Outcome) -> bool:
+    (rows, edits), (other_rows, other_edits) = outcome_of(first), outcome_of(second)
     return (
         len(rows) == 5
         and rows == other_rows
@@ -82,18 +81,18 @@ def same(one: Outcome, other: Outcome) -> bool:
     )
 
 
-def test_a_second_run_computes_no_picture_and_comes_to_the_same(
+def test_a_second_run_computes_no_picture_and_has_the_same_results(
     settings: dict[str, Any], inline: Inline, towered: list[int], worker: Callable[[], None], tmp_path: Path
 ) -> None:
     first = inline(variant(settings, "first", tmp_path / "store"))
-    assert sum(towered) == NUM_PICTURES, "the measurement of the bandwidth looks into the store as the edits do"
+    assert sum(towered) == NUM_PICTURES, "measuring the bandwidth uses the store, as the edits do"
     worker()
     towered.clear()
     second = inline(variant(settings, "second", tmp_path / "store"))
     assert not towered
     worker()
     without = inline(variant(settings, "without", None))
-    assert sum(towered) == NUM_PICTURES, "a worker remembers its pictures without a store too"
+    assert sum(towered) == NUM_PICTURES, "without a store, a worker caches its pictures in memory"
     assert same(first, second) and same(second, without)
 
 
@@ -106,7 +105,7 @@ def test_the_next_run_of_a_worker_computes_no_picture_again(
     assert not towered
 
 
-def test_a_store_that_cannot_be_used_any_more_loses_no_edit(
+def test_a_store_that_breaks_between_runs_loses_no_edit(
     settings: dict[str, Any], inline: Inline, towered: list[int], worker: Callable[[], None], tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
@@ -140,7 +139,7 @@ def test_training_takes_features_from_the_store(settings: dict[str, Any], towere
 
 
 @pytest.mark.parametrize(("text", "expected"), [("{file}", "lies under a file"), ("gopher://x/y", "cannot use")])
-def test_what_cannot_be_a_store_is_said_before_anything_starts(
+def test_a_path_that_cannot_be_a_store_is_refused_before_anything_starts(
     settings: dict[str, Any], tmp_path: Path, text: str, expected: str
 ) -> None:
     config = variant(settings, "run", text.format(file=settings["data"]["path"]))
@@ -158,6 +157,6 @@ def test_workers_elsewhere_find_a_store_by_its_full_path(
     monkeypatch.chdir(tmp_path)
     ready = prepare(variant(settings, "run", "features"))
     assert ready.config.pipeline.feature_store == str(tmp_path / "features")
-    assert not (tmp_path / "features").exists(), "looking makes nothing"
-    # Where features are kept is no part of what the results depend on.
+    assert not (tmp_path / "features").exists(), "checking creates no folder"
+    # Results do not depend on the store, so a run without it continues the same run.
     prepare(variant(settings, "run", None))

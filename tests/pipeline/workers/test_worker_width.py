@@ -1,4 +1,4 @@
-"""How many edits move together: what memory holds, less when it runs out, and the same edits however many it is."""
+"""Width of the loop: set by free memory, halved when memory runs out, and without effect on the edits."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ import torch
 from pipeline.config.run import RunConfig, from_dict
 from pipeline.driver.run import Outcome
 from pipeline.run_folder import rows
+from pipeline.workers import device_errors, width
 from pipeline.workers import editor as actor
-from pipeline.workers import width
-from pipeline.workers.width import Room
+from pipeline.workers.width import WidthLimit
 
 Inline = Callable[[RunConfig], Outcome]
 
 
 def test_as_many_as_half_of_the_free_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(width, "free_bytes", lambda device: 1000)
-    assert Room("auto", "cpu").width(64, lambda: 100) == 5
-    assert Room("auto", "cpu", share=0.5).width(64, lambda: 100) == 2
-    assert Room("auto", "cpu").width(3, lambda: 100) == 3
-    assert Room("auto", "cpu").width(64, lambda: 10**6) == 1, "one edit moves, whatever it takes"
-    asked: list[int] = []
-    known = Room("auto", "cpu")
-    assert known.width(1, lambda: asked.append(1) or 100) == 1 and not asked
-    assert [known.width(64, lambda: asked.append(1) or 100) for _ in range(2)] == [5, 5] and asked == [1]
-    assert Room(4, "cpu").width(64, lambda: 10**6) == 4
+    assert WidthLimit("auto", "cpu").width(64, lambda: 100) == 5
+    assert WidthLimit("auto", "cpu", share=0.5).width(64, lambda: 100) == 2
+    assert WidthLimit("auto", "cpu").width(3, lambda: 100) == 3
+    assert WidthLimit("auto", "cpu").width(64, lambda: 10**6) == 1, "the width is at least 1"
+    calls: list[int] = []
+    limit = WidthLimit("auto", "cpu")
+    assert limit.width(1, lambda: calls.append(1) or 100) == 1 and not calls
+    assert [limit.width(64, lambda: calls.append(1) or 100) for _ in range(2)] == [5, 5] and calls == [1]
+    assert WidthLimit(4, "cpu").width(64, lambda: 10**6) == 4
 
 
-def test_the_memory_of_a_container_counts_where_it_is_less(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_the_memory_limit_of_a_container_counts_if_it_is_lower(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(width, "_CGROUP", tmp_path)
     of_machine = width.free_bytes(torch.device("cpu"))
     (tmp_path / "memory.max").write_text("max\n")
@@ -40,21 +40,21 @@ def test_the_memory_of_a_container_counts_where_it_is_less(monkeypatch: pytest.M
     (tmp_path / "memory.max").write_text("5000\n")
     assert width.free_bytes(torch.device("cpu")) == 4000
     (tmp_path / "memory.stat").write_text("anon 300\nactive_file 100\ninactive_file 500\n")
-    assert width.free_bytes(torch.device("cpu")) == 4600, "files that were read make room"
+    assert width.free_bytes(torch.device("cpu")) == 4600, "the page cache counts as free"
 
 
 def test_a_width_is_halved_until_it_is_one() -> None:
-    one = Room("auto", "cpu")
+    measured = WidthLimit("auto", "cpu")
     widths = []
-    while one.narrower(8):
-        widths.append(one.width(8, lambda: 1))
+    while measured.halve(8):
+        widths.append(measured.width(8, lambda: 1))
     assert widths == [4, 2, 1]
-    one.restore()
-    assert one.width(8, lambda: 1) == 8
-    two = Room(4, "cpu")
-    assert two.narrower(8) and two.width(8, lambda: 1) == 2
-    two.restore()
-    assert two.width(8, lambda: 1) == 4
+    measured.restore()
+    assert measured.width(8, lambda: 1) == 8
+    configured = WidthLimit(4, "cpu")
+    assert configured.halve(8) and configured.width(8, lambda: 1) == 2
+    configured.restore()
+    assert configured.width(8, lambda: 1) == 4
 
 
 def test_an_evaluation_that_does_not_fit_is_halved_and_no_edit_made_again(
@@ -69,7 +69,7 @@ def test_an_evaluation_that_does_not_fit_is_halved_and_no_edit_made_again(
     def narrow(backbone: Any, editor: Any, params: Any, batch: Any, config: Any) -> Any:
         evaluated.append(batch.num_edits)
         if evaluated[-1] > 1:
-            raise torch.OutOfMemoryError("no room")
+            raise torch.OutOfMemoryError("not enough memory")
         return evaluate(backbone, editor, params, batch, config)
 
     def counted(*arguments: Any) -> Any:
@@ -80,15 +80,17 @@ def test_an_evaluation_that_does_not_fit_is_halved_and_no_edit_made_again(
     monkeypatch.setattr(actor, "edit", counted)
     other = inline(from_dict(settings | changed | {"out": f"{settings['out']}-narrow"}))
     assert edited == [4] and evaluated == [4, 2, 1, 1, 2, 1, 1]
-    both = [list(rows.read_rows(rows.parts(one.workspace))) for one in (plain, other)]
-    for one, two in zip(*both, strict=True):
-        assert (one["edit_id"], one["steps"], one["m_gen"]) == (two["edit_id"], two["steps"], two["m_gen"])
+    both = [list(rows.read_rows(rows.parts(outcome.workspace))) for outcome in (plain, other)]
+    for row, expected in zip(*both, strict=True):
+        assert [row[name] for name in ("edit_id", "steps", "m_gen")] == [
+            expected[name] for name in ("edit_id", "steps", "m_gen")
+        ]
 
 
-def test_memory_that_runs_out_costs_width_and_no_edit(
+def test_out_of_memory_reduces_the_width_and_loses_no_edit(
     settings: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same rows as without the accident, and the worker remembers what fits."""
+    """The rows are those of a run with enough memory."""
     changed = {"data": settings["data"] | {"limit": 4}, "pipeline": {"batch_size": 4, "at_once": 4}}
     plain = inline(from_dict(settings | changed))
     widths: list[int] = []
@@ -97,25 +99,25 @@ def test_memory_that_runs_out_costs_width_and_no_edit(
     def edit(*arguments: Any) -> Any:
         widths.append(arguments[6])
         if widths[-1] > 1:
-            raise torch.OutOfMemoryError("no room")
+            raise torch.OutOfMemoryError("not enough memory")
         return original(*arguments)
 
     monkeypatch.setattr(actor, "edit", edit)
     narrow = inline(from_dict(settings | changed | {"out": f"{settings['out']}-narrow"}))
     assert widths == [4, 2, 1]
-    both = [list(rows.read_rows(rows.parts(one.workspace))) for one in (plain, narrow)]
+    both = [list(rows.read_rows(rows.parts(outcome.workspace))) for outcome in (plain, narrow)]
     assert [row["status"] for row in both[1]] == ["edited"] * 4
-    for one, other in zip(*both, strict=True):
-        assert (one["edit_id"], one["steps"]) == (other["edit_id"], other["steps"])
+    for row, expected in zip(*both, strict=True):
+        assert (row["edit_id"], row["steps"]) == (expected["edit_id"], expected["steps"])
         for metric in ("rel", "t_gen", "m_gen", "t_loc", "m_loc"):
-            assert one[metric] == other[metric]
-        assert one["worst_nll"] == pytest.approx(other["worst_nll"], rel=1e-3)
+            assert row[metric] == expected[metric]
+        assert row["worst_nll"] == pytest.approx(expected["worst_nll"], rel=1e-3)
 
 
-def test_recorded_steps_are_let_go_before_a_group_is_narrowed(
+def test_cuda_graphs_are_released_before_the_width_is_halved(
     settings: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They hold the memory of a step."""
+    """Each graph holds the memory of a step."""
     changed = {"data": settings["data"] | {"limit": 4}, "pipeline": {"batch_size": 4, "at_once": 4}}
     widths: list[int] = []
     recordings = ["one"]
@@ -127,10 +129,10 @@ def test_recorded_steps_are_let_go_before_a_group_is_narrowed(
     def edit(*arguments: Any) -> Any:
         widths.append(arguments[6])
         if recordings or widths[-1] > 2:
-            raise torch.OutOfMemoryError("no room")
+            raise torch.OutOfMemoryError("not enough memory")
         return original(*arguments)
 
-    monkeypatch.setattr(actor.cuda_graphs, "forget", forget)
+    monkeypatch.setattr(device_errors.cuda_graphs, "forget", forget)
     monkeypatch.setattr(actor, "edit", edit)
     narrow = inline(from_dict(settings | changed))
     assert widths == [4, 4, 2]

@@ -1,4 +1,4 @@
-"""A backbone that remembers the image features it has computed, in memory and, if it is given one, in a store."""
+"""A cache of image features on the backbone's device, optionally backed by a `FeatureStore`."""
 
 from __future__ import annotations
 
@@ -17,31 +17,32 @@ from odedit.backbones.base import Backbone
 from odedit.backbones.common.feature_store import FeatureStore
 from odedit.data import decoding, rewording
 from odedit.inputs.batch import Picture
-from odedit.runtime.lru import Recent
+from odedit.runtime.lru import LRU
 
-MEMORY_BYTES = 256 * 2**20
-"""Of the model's own memory: some 1,600 pictures of BLIP-2-2.7B in half precision, 57 of LLaVA-1.5-7B."""
+CACHE_BYTES = 256 * 2**20
+"""Size of the cache: about 1,600 pictures of BLIP-2-2.7B in half precision, 57 of LLaVA-1.5-7B."""
 
 
-def remembering(backbone: Backbone, store: FeatureStore | None = None, memory_bytes: int = MEMORY_BYTES) -> Backbone:
-    """The backbone, whose `image_features` computes no picture that it, or with a store anyone, has computed before.
+def with_feature_cache(
+    backbone: Backbone, store: FeatureStore | None = None, cache_bytes: int = CACHE_BYTES
+) -> Backbone:
+    """A backbone whose `image_features` looks up pictures before it computes them.
 
-    On a GPU a picture may differ in its last bits from itself in another batch; it is then remembered as it was
-    computed first.
+    On a GPU the last bits of a picture's features depend on its batch; those computed first are kept.
 
     Args:
-        store: Shared with other processes.
-        memory_bytes: How much is remembered on the backbone's device.
+        store: Store that is shared with other processes.
+        cache_bytes: Size of the cache on the backbone's device.
     """
-    return cast(Backbone, _Remembering(backbone, store, memory_bytes))
+    return cast(Backbone, _Cached(backbone, store, cache_bytes))
 
 
-class _Remembering:
-    """In everything but `image_features` the backbone itself."""
+class _Cached:
+    """A proxy of the backbone with its own `image_features`."""
 
-    def __init__(self, backbone: Backbone, store: FeatureStore | None, memory_bytes: int) -> None:
+    def __init__(self, backbone: Backbone, store: FeatureStore | None, cache_bytes: int) -> None:
         self._backbone, self._store = backbone, store
-        self._recent: Recent[Tensor] = Recent(memory_bytes)
+        self._cache: LRU[Tensor] = LRU(cache_bytes)
         self._about = made_with(backbone) if store is not None else {}
 
     @property
@@ -49,19 +50,19 @@ class _Remembering:
         return self._store
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_backbone":  # not there yet: while a copy is made
+        if name == "_backbone":  # unset while the proxy is copied
             raise AttributeError(name)
         return getattr(self._backbone, name)
 
     @torch.no_grad()
     def image_features(self, pictures: Sequence[Picture], before_connector: bool = False) -> Mapping[str, Tensor]:
         distinct = {picture.key: picture for picture in pictures}
-        found: dict[str, Tensor] = {}
+        features: dict[str, Tensor] = {}
         for key in distinct:
-            feature = self._recent.get((key, before_connector))
+            feature = self._cache.get((key, before_connector))
             if feature is not None:
-                found[key] = feature
-        missing = [key for key in distinct if key not in found]
+                features[key] = feature
+        missing = [key for key in distinct if key not in features]
         added = {}
         if missing and self._store is not None:
             added = self._on_device(self._store.read(self._folder(before_connector), missing))
@@ -69,21 +70,21 @@ class _Remembering:
         if new:
             computed = self._backbone.image_features(new, before_connector)
             if self._store is not None:
-                host = torch.stack(list(computed.values())).cpu()  # at once: every transfer waits for the device
+                host = torch.stack(list(computed.values())).cpu()  # one transfer, as each waits for the device
                 folder = self._folder(before_connector)
                 self._store.write(folder, dict(zip(computed, host, strict=True)), self._about)
-            # Copies: a view would keep its whole batch alive.
+            # Copies, because a view keeps its whole batch alive.
             added |= {key: feature.clone() for key, feature in computed.items()}
         for key, feature in added.items():
-            self._recent.put((key, before_connector), feature, feature.nbytes)
-        found |= added
-        return {key: found[key] for key in distinct}
+            self._cache.put((key, before_connector), feature, feature.nbytes)
+        features |= added
+        return {key: features[key] for key in distinct}
 
     def _on_device(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not features:
             return {}
-        at_once = torch.stack(list(features.values())).to(_a_weight(self._backbone).device)
-        return {key: feature.clone() for key, feature in zip(features, at_once, strict=True)}
+        stacked = torch.stack(list(features.values())).to(_any_weight(self._backbone).device)
+        return {key: feature.clone() for key, feature in zip(features, stacked, strict=True)}
 
     def _folder(self, before_connector: bool) -> str:
         digest = hashlib.sha256("\n".join(f"{name}={self._about[name]}" for name in sorted(self._about)).encode())
@@ -92,14 +93,14 @@ class _Remembering:
 
 
 def made_with(backbone: Backbone) -> dict[str, str]:
-    """Everything that features depend on besides the picture and the side of the connector.
+    """Everything that features depend on besides the picture's file and the side of the connector.
 
-    A file's key stands for what is in the file, so the code that decodes, alters and processes pictures belongs here,
-    and so do the libraries: what another version computes is other features, in the last bits at least.
+    Includes the code that decodes, alters and processes pictures, and the versions of libraries: another version may
+    compute other features, at least in the last bits.
     """
     import transformers
 
-    weight = _a_weight(backbone)
+    weight = _any_weight(backbone)
     return {
         "family": backbone.family,
         "weights": backbone.fingerprint,
@@ -111,14 +112,15 @@ def made_with(backbone: Backbone) -> dict[str, str]:
     }
 
 
-def _a_weight(backbone: Backbone) -> Tensor:
+def _any_weight(backbone: Backbone) -> Tensor:
     return backbone.site("layers.0.ffn.in").weight
 
 
 def _processing(backbone: Backbone) -> str:
-    """What the processor makes of one picture tells its settings apart, wherever they come from.
+    """Hash of one processed picture, which stands for the processor's settings.
 
-    The picture is wider than high and larger than most models take, so size, cut, filter, mean and deviation all show.
+    The picture is wider than high and larger than most models' input, so that size, crop, filter, mean and standard
+    deviation all change the result.
     """
     values = np.arange(360 * 500 * 3, dtype=np.int64)
     pixels = (values * values // 7 % 251).astype(np.uint8).reshape(360, 500, 3)
@@ -127,7 +129,7 @@ def _processing(backbone: Backbone) -> str:
 
 
 def _code(backbone: Backbone) -> str:
-    """A hash of the files that stand between a picture's bytes and its features."""
+    """Hash of the source files that turn a picture's bytes into features."""
     classes = (*type(backbone).__mro__, *type(backbone.processor).__mro__)
     names = {kind.__module__ for kind in classes} - {"builtins", "abc", "typing"}
     modules = [decoding, rewording, *(sys.modules[name] for name in sorted(names))]

@@ -1,0 +1,179 @@
+"""An earlier run in `out`: whether the new run continues it, replaces it, or is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from odedit.backbones import fingerprint
+from odedit.backbones.common.fingerprints import EARLIER_LENGTH, comparable
+from odedit.errors import InputError
+from odedit.runtime.addresses import masked, reason
+from odedit.storage.location import delete_all
+from pipeline.config.checkpoints import editor_weights
+from pipeline.config.run import RunConfig, from_dict, load
+from pipeline.config.values import flatten
+from pipeline.run_folder import rows, staging
+from pipeline.run_folder.sources import Sources
+from pipeline.run_folder.workspace import CONFIG_HEADER, Workspace, read_json
+
+_NOT_COMPARED = ("tracking.", "training.", "out", "pipeline.")
+_COMPARED_ANYWAY = ("pipeline.batch_size",)
+_WEIGHTS = "backbone.weights"
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """An earlier run in `out`, and what becomes of it.
+
+    Attributes:
+        settings: Settings of the run that begins or is resumed.
+        is_new: True when `out` holds no earlier run.
+        is_replaced: True when the earlier run's files are to be deleted.
+        notes: Notes on the earlier run for the user.
+    """
+
+    settings: Mapping[str, Any]
+    is_new: bool
+    is_replaced: bool
+    notes: tuple[str, ...]
+
+
+def find(config: RunConfig, inputs: Sources, workspace: Workspace, *, fresh: bool) -> Earlier:
+    """Compares the run with the one in `out`. Raises InputError if it is another run, or `out` holds other files."""
+    inputs.reader.check_roots()
+    settings = compared_settings(config, inputs)
+    _check_config_is_ours(workspace)
+    before, notes = _own_run(workspace, inputs)
+    is_replaced = False
+    if before is None:
+        _check_free(workspace, fresh=fresh)
+    elif not fresh and workspace.summary.exists() and len(str(before["settings"].get(_WEIGHTS))) == EARLIER_LENGTH:
+        # A finished run needs no model, and its older form of fingerprint depends on versions of libraries.
+        settings |= {_WEIGHTS: before["settings"][_WEIGHTS]}
+        _check_same_run(settings, before["settings"], workspace)
+    elif not fresh and (rows.parts(workspace) or settings == before["settings"] or not before.get("ended")):
+        _check_same_run(settings, before["settings"], workspace)
+    else:
+        # --fresh was given, or other settings after a run that ended without any result.
+        is_replaced = True
+    return Earlier(settings, before is None, is_replaced, tuple(notes))
+
+
+def _check_config_is_ours(workspace: Workspace) -> None:
+    """Raises InputError if the run's copy of its configuration would replace a file that the user wrote."""
+    try:
+        with workspace.config.open() as stream:
+            # An empty or zero-filled file is left by a power failure and may be replaced.
+            is_ours = stream.read(len(CONFIG_HEADER)).strip(b"\0") in (CONFIG_HEADER.encode(), b"")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(f"out: {workspace.config} cannot be read: {reason(error)}.") from error
+    if not is_ours:
+        raise InputError(
+            f"out: {workspace.config} was not written by odedit and would be replaced. Choose another folder (out=...)."
+        )
+
+
+def _own_run(workspace: Workspace, inputs: Sources) -> tuple[dict[str, Any] | None, list[str]]:
+    """Content of the folder's run.json, or None if there is none, and notes for the user.
+
+    The settings of a damaged run.json are read from config.yaml.
+
+    Raises:
+        InputError: run.json was not written by odedit.
+    """
+    state = read_json(workspace.run)
+    if isinstance(state, dict) and isinstance(state.get("settings"), dict):
+        return state, []
+    if state is None and workspace.run.exists() and workspace.config.info().size:
+        note = (
+            f"{workspace.run} is damaged. {workspace.config.name} says what the settings were; whether the input files "
+            "are still the same cannot be checked."
+        )
+        return {"settings": compared_settings(load(workspace.config), inputs)}, [note]
+    if workspace.run.exists():
+        raise InputError(f"out: {workspace.run} was not written by odedit. Choose another folder (out=...).")
+    return None, []
+
+
+def _check_free(workspace: Workspace, *, fresh: bool) -> None:
+    """Raises InputError if a folder without a run holds results, or with `fresh` any file."""
+    if rows.parts(workspace):
+        raise InputError(f"out: {workspace.out} holds results without run.json. Choose another folder (out=...).")
+    # Left by a run that failed before its first result; deleted later.
+    leftovers = [*staging.leftovers(workspace), *staging.cut_off(workspace)]
+    file = workspace.out.first_file_below(leftovers) if fresh else None
+    if file is not None:
+        name = file.rpartition("/")[2]
+        raise InputError(
+            f"--fresh: {workspace.out} holds {name!r}, but no run.json: it is not a run's folder. "
+            "Choose another folder (out=...), or leave out --fresh."
+        )
+
+
+def clear(workspace: Workspace) -> None:
+    """Deletes the files that a run wrote, and no others; run.json last, so that it works again after a kill."""
+    written = (
+        (workspace.results, ("part-*.parquet", ".part-*.tmp")),
+        (workspace.edits, ("*.safetensors", ".*.safetensors.*.tmp")),
+        (workspace.attempts, ("group-*.json", ".group-*.tmp")),
+        (workspace.errors, ("*.txt",)),
+    )
+    for folder, patterns in written:
+        delete_all([file for pattern in patterns for file in folder.glob(pattern)])
+        if folder.is_local:
+            with suppress(OSError):  # missing, or not empty
+                os.rmdir(folder)
+    for name in ("records", "pool", "calibration", "config", "summary", "profile", "report", "run"):
+        getattr(workspace, name).delete()
+
+
+def compared_settings(config: RunConfig, inputs: Sources) -> dict[str, Any]:
+    """Everything that results depend on: settings, input files and the model's weights; without secrets."""
+    flat = flatten(config.to_dict())
+    compared = {
+        key: value for key, value in flat.items() if key in _COMPARED_ANYWAY or not key.startswith(_NOT_COMPARED)
+    }
+    model = config.backbone
+    weights = {_WEIGHTS: fingerprint(model.family, model.checkpoint, dtype=model.dtype)}
+    weights |= editor_weights(config)
+    return {key: _without_secrets(value) for key, value in (compared | inputs.identity() | weights).items()}
+
+
+def _without_secrets(value: Any) -> Any:
+    """The value with secrets masked, and a hash that shows whether they have changed."""
+    if isinstance(value, list):
+        return [_without_secrets(item) for item in value]
+    if not isinstance(value, str) or masked(value) == value:
+        return value
+    return f"{masked(value)} [{hashlib.sha256(value.encode()).hexdigest()[:8]}]"
+
+
+def _check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], workspace: Workspace) -> None:
+    """Raises InputError if the settings or input files `now` differ from those of the run in `out`."""
+    # A setting that is newer than the run counts as its default.
+    then = {key: value for key, value in _defaults(now).items() if key in now} | dict(then)
+    now = {key: comparable(value, then.get(key)) for key, value in now.items()}
+    changed = [
+        f"  {key}: was {then.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted({*then, *now})
+        if then.get(key) != now.get(key)
+    ]
+    if changed:
+        lines = "\n".join(changed)
+        raise InputError(
+            f"out: {workspace.out} holds a run with other settings or input files:\n{lines}\n"
+            "Choose another folder (out=...), or add --fresh to delete that run."
+        )
+
+
+def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The default of every setting of a run with that editor and objective."""
+    names = {kind: {"name": settings[f"{kind}.name"]} for kind in ("editor", "objective")}
+    return flatten(from_dict(names).to_dict())

@@ -1,0 +1,95 @@
+"""Summary of a run's result rows, written to `summary.json`."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow
+from pyarrow import compute
+
+from odedit.evaluation.statistics import MAIN, Estimate, estimate_column
+from odedit.storage.location import Location
+from pipeline.config.run import RunConfig
+from pipeline.run_folder.reasons import Reasons
+from pipeline.run_folder.rows import EDITED, FAILED, SKIPPED, parts, read_rows, read_table, supervision_name
+from pipeline.run_folder.workspace import Workspace, read_schema
+
+_VALUES_AT_ONCE = 2**19
+
+
+def summarize_results(workspace: Workspace, config: RunConfig) -> dict[str, Any]:
+    """Counts by status, commonest reasons, and the mean and 95% interval of every number over the edited records."""
+    paths = parts(workspace)
+    counts = dict.fromkeys((EDITED, FAILED, SKIPPED), 0)
+    stop_reasons: Counter[str] = Counter()
+    reasons = Reasons()
+    facts = array("Q")
+    for row in read_rows(paths, ("status", "error", "file", "index", "stop_reason", "fact", "edit_id")):
+        counts[row["status"]] += 1
+        if row["status"] == EDITED:
+            stop_reasons[row["stop_reason"] or "unknown"] += 1
+            facts.append(_hash(row.get("fact") or row["edit_id"]))
+        else:
+            reasons.add(row)
+    estimates = _estimates(paths, np.unique(facts, return_inverse=True)[1])
+    names = [*MAIN, *sorted(estimates.keys() - set(MAIN))]
+    return {
+        "n": counts[EDITED],
+        "failed": counts[FAILED],
+        "skipped": counts[SKIPPED],
+        "editor": config.editor.name,
+        "objective": config.objective.name,
+        "backbone": f"{config.backbone.family}:{config.backbone.checkpoint}",
+        "supervision": supervision_name(config),
+        "stop_reasons": dict(stop_reasons.most_common()),
+        "reasons": reasons.commonest(),
+        "metrics": {
+            name: {"mean": e.mean, "low": e.low, "high": e.high, "n": e.n}
+            for name in names
+            if (e := estimates.get(name)) is not None
+        },
+    }
+
+
+def _hash(text: str) -> int:
+    """Hash of a fact in 8 bytes, to keep a million facts small."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def _estimates(paths: Sequence[Location], facts: np.ndarray) -> dict[str, Estimate]:
+    """Mean and interval of every numeric column over the edited rows.
+
+    Reads the files once per block of columns, so that a block fits in a few MB however long the run.
+
+    Args:
+        facts: Number of the fact of every edited row: the cluster of its interval, [edits].
+    """
+    names = [field.name for field in read_schema(paths[0]) if _is_numeric(field)] if len(facts) else []
+    columns_at_once = max(1, _VALUES_AT_ONCE // max(1, len(facts)))
+    estimates: dict[str, Estimate] = {}
+    for start in range(0, len(names), columns_at_once):
+        for name, column in _edited_columns(paths, names[start : start + columns_at_once]).items():
+            finite = np.isfinite(column)
+            if finite.any():
+                estimates[name] = estimate_column(column[finite].tolist(), facts[finite].tolist())
+    return estimates
+
+
+def _edited_columns(paths: Sequence[Location], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Columns of the edited rows by name, each [edits]; missing values are NaN."""
+    columns = {name: array("d") for name in names}
+    for path in paths:
+        table = read_table(path, ["status", *names])
+        table = table.filter(compute.equal(table.column("status"), EDITED))
+        for name, values in columns.items():
+            values.frombytes(table.column(name).cast(pyarrow.float64()).to_numpy().tobytes())
+    return {name: np.frombuffer(values) for name, values in columns.items()}
+
+
+def _is_numeric(field: pyarrow.Field) -> bool:
+    return field.name != "index" and (pyarrow.types.is_floating(field.type) or pyarrow.types.is_integer(field.type))

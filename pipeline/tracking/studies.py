@@ -1,0 +1,50 @@
+"""The MLflow run of a study, which the runs of its arms are nested in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+from odedit.errors import in_words
+from odedit.storage.location import Location
+from pipeline.config.values import masked_values
+from pipeline.tracking.client import Store, Tracker, TrackingError
+
+
+class StudyRun(Tracker):
+    """A study's run: its specification, and in the end its tables, picture and figures."""
+
+    @classmethod
+    def start(
+        cls, uri: str, experiment: str, name: str, study: Mapping[str, Any], run_id: str | None, code: str
+    ) -> Self:
+        """Continues the run of that id, or creates one that holds the study's specification.
+
+        Args:
+            experiment: Name of the experiment.
+            study: Specification, logged as `study.json`.
+            code: Version of the code that runs the study.
+
+        Raises:
+            InputError: The store cannot be reached.
+        """
+        store = Store.open(uri)
+        if (resumed := cls.resume(store, run_id)) is not None:
+            return resumed
+        tags = {"odedit.version": code, "odedit.study": name}
+        run = cls.create(store, store.experiment(experiment), name, tags)
+        run.log_json(masked_values(study), "study.json")
+        return run
+
+    def log_study(self, files: Sequence[Location], metrics: Mapping[str, float]) -> None:
+        """Logs the study's files and metrics.
+
+        Raises:
+            TrackingError: The store refused; calling again is safe.
+        """
+        try:
+            self.log_points((name, value, 0) for name, value in metrics.items())
+            for file in files:
+                self.log_file(file)
+        except Exception as error:
+            raise TrackingError(f"MLflow could not be written to ({in_words(error)}).") from error
