@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -118,10 +119,13 @@ def study(name: str, config: Path | None, overrides: Sequence[str], out: str | N
         for known in spec.names():
             say(console, f"{known:10} {spec.load(known, None).title}")
         return
+    settings = spec.load(name, config, overrides)
     folder = out if out is not None else f"studies/{name}"
-    outcome = runner.run(name, spec.load(name, config, overrides), folder, Console(stderr=True), fresh=fresh)
-    print(outcome.markdown)
-    for line in runner.describe(outcome, locate(folder, "--out")):
+    options = [*(["--config", str(config)] if config else []), *overrides, *(["--out", out] if out else [])]
+    command = masked(shlex.join(["odedit", "study", name, *options]))
+    finished = runner.run(name, settings, folder, Console(stderr=True), fresh=fresh, command=command)
+    print(finished.markdown)
+    for line in runner.describe(finished, locate(folder, "--out")):
         say(Console(stderr=True), line)
 
 

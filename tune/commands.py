@@ -1,4 +1,4 @@
-"""What `odedit tune` does, behind the front door."""
+"""The command `odedit tune`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tune.folder import resumed
 
 
 def tune(path: Path | None, overrides: Sequence[str], out: str | None, resume: str | None) -> None:
-    """Runs or resumes a search and prints what it found."""
+    """Runs or resumes a search and prints its summary."""
     if resume is not None and out is not None:
         raise InputError("--resume, --out: give one of them; a search that is resumed stays in its folder.")
     errors = Console(stderr=True)
@@ -26,11 +26,11 @@ def tune(path: Path | None, overrides: Sequence[str], out: str | None, resume: s
     else:
         config = search_config.load(path, overrides)
     folder = resume or out or f"searches/{path.stem if path is not None else 'demo'}"
-    found = runner.run(config, folder, errors, resume=resume is not None)
-    print(found.markdown)
+    finished = runner.run(config, folder, errors, resume=resume is not None)
+    print(finished.markdown)
     lines = [f"Best settings: odedit edit --config {below(masked(folder), 'best.yaml')}"]
     lines.append(f"Search:        {masked(folder)} (summary.md, summary.json, trials.csv, pictures)")
-    if found.tracking_uri is not None:
-        lines.append(f"MLflow:        {open_command(found.tracking_uri)}")
+    if finished.tracking_uri is not None:
+        lines.append(f"MLflow:        {open_command(finished.tracking_uri)}")
     for line in lines:
         say(errors, line)

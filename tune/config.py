@@ -1,4 +1,4 @@
-"""What a search is: one YAML, checked strictly, as one frozen `SearchConfig`."""
+"""Settings of a search, read from one YAML file and checked strictly."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from odedit.evaluation.statistics import MAIN
 from odedit.settings import Settings
 from pipeline.config import strict
 from pipeline.config.run import AUTO, RunConfig, apply_override, from_dict, read_yaml
+from pipeline.report.differences import SCORE
 from pipeline.study.spec import merged
 from tune.space import Space
 
 DEMO = Path(__file__).parent / "demo.yaml"
-SCORE = "score"
 COMBINED = columns.groups()
 OBJECTIVES = (SCORE, *COMBINED, *MAIN)
-"""Each is a share between 0 and 1, and more is better."""
+"""Shares between 0 and 1; more is better."""
 
 _NOT_COMPARED = ("trials", "concurrent", "retries", "storage")
 _SETTINGS_NOT_COMPARED = ("tracking", "pipeline", "training", "out", "keep_edits")
@@ -41,15 +41,15 @@ def _default_space() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Rungs(Settings):
-    """How many edits a trial is scored on: few at first, and more for those that are not stopped.
+    """Numbers of edits that a trial is scored on: few at first, more for the better trials.
 
-    A trial goes on from a rung if it is among the best `1 / factor` of those that have come so far
-    (arXiv 1810.05934, asynchronous successive halving).
+    A trial goes on from a rung if it is among the best `1 / factor` of the trials that have reached the rung so far
+    (asynchronous successive halving, arXiv 1810.05934).
 
     Attributes:
-        edits: At the first rung.
-        factor: Of the edits of each rung to those of the one before.
-        number: How many rungs; 1: every trial gets all its edits.
+        edits: Number of edits at the first rung.
+        factor: Ratio of the edits of two consecutive rungs.
+        number: Number of rungs; 1: no trial is stopped early.
     """
 
     edits: Annotated[int, Ge(1)] = 12
@@ -58,8 +58,8 @@ class Rungs(Settings):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Edits of each rung, those of the ones before included."""
-        return tuple(self.edits * self.factor**place for place in range(self.number))
+        """Number of edits at each rung, including those of the rungs before."""
+        return tuple(self.edits * self.factor**rung for rung in range(self.number))
 
 
 @dataclass(frozen=True)
@@ -67,24 +67,24 @@ class SearchConfig(Settings):
     """A search.
 
     Attributes:
-        title: What is searched for, in a line.
-        settings: What all trials share, as in a run's YAML; also the defaults that the best trial is compared with.
-            `settings.pipeline` says what a trial takes: `gpus_per_actor` (a share of a GPU), `threads_per_actor`;
-            and `ray_address`, `device`, `batch_size`, `feature_store` as for a run.
-        validation: Its changes to `settings.data`: the records that trials are scored on.
-        evaluation: Its changes to `settings.data`: the records of the final comparison, which no trial has seen.
+        title: Title of the summary, in a line.
+        settings: Settings of all trials, as in a run's YAML, and the defaults that the best trial is compared with.
+            `settings.pipeline` sets the resources of a trial (`gpus_per_actor`, a share of a GPU, and
+            `threads_per_actor`); `ray_address`, `device`, `batch_size` and `feature_store` are as for a run.
+        validation: Changes to `settings.data`: the records that trials are scored on.
+        evaluation: Changes to `settings.data`: the records of the final comparison, which no trial edits.
         space: Path of a setting -> its values; see `tune.space`.
-        objectives: What is raised: `score` (the harmonic mean of the five metrics), `reliability`, `generality`,
-            `locality`, or a metric. Several: the Pareto front is searched for.
-        trials: Different points to try, those that were stopped early or failed included.
-        concurrent: Trials at a time.
-        rungs: Edits of a trial.
+        objectives: Figures to maximise: `score` (the harmonic mean of the five metrics), `reliability`, `generality`,
+            `locality`, or a metric. Several of them give a Pareto front.
+        trials: Number of different points, including those stopped early or failed.
+        concurrent: Number of trials at a time.
+        rungs: Numbers of edits that a trial is scored on.
         sampler: `tpe`, `random`, `cmaes` (one objective), `nsga2` (several).
-        storage: Where Optuna keeps the search: a database's address, or a journal file; null: OUT/optuna.journal,
-            where OUT is a folder.
-        retries: How often a trial whose worker died is taken up again before it counts as failed.
-        defaults_first: The first trial changes nothing, if the space holds that point.
-        seed: Of the sampler, and of the order of the validation records.
+        storage: Optuna's storage: the address of a database, or a journal file; null: OUT/optuna.journal, if OUT is
+            a folder.
+        retries: Number of times that a trial whose worker died is resumed before it counts as failed.
+        defaults_first: Try the defaults first, if the space holds that point.
+        seed: Seed of the sampler and of the order of the validation records.
     """
 
     title: str = "search"
@@ -118,15 +118,15 @@ class SearchConfig(Settings):
 
     @property
     def judged_by(self) -> str:
-        """What decides which trials go on and which is the best: the objective, or of several the score."""
+        """The figure that ranks trials: the objective, or the score if there are several."""
         return self.objectives[0] if len(self.objectives) == 1 else SCORE
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as YAML has them."""
+        """Plain values for YAML."""
         return asdict(self) | {"objectives": list(self.objectives)}
 
     def identity(self) -> dict[str, Any]:
-        """What makes two searches the same: all but the number of trials, where they run and where they are kept."""
+        """Values that identify a search: all but the number of trials, their resources and their storage."""
         values = {name: value for name, value in self.to_dict().items() if name not in _NOT_COMPARED}
         settings = {name: value for name, value in self.settings.items() if name not in _SETTINGS_NOT_COMPARED}
         return values | {"settings": settings}
@@ -137,10 +137,10 @@ class Search:
     """A search that has been checked.
 
     Attributes:
-        config: As it was given.
-        space: The parameters.
-        defaults: The run on the evaluation records without any change.
-        trial: The run that every trial is a variant of, on the validation records.
+        config: Settings of the search.
+        space: Parameters.
+        defaults: Run of the default settings on the evaluation records.
+        trial: Run of the default settings on the validation records, which every trial varies.
     """
 
     config: SearchConfig
@@ -150,10 +150,10 @@ class Search:
 
 
 def load(path: Path | None, overrides: Sequence[str] = ()) -> SearchConfig:
-    """Reads a search's YAML, or the demo's, and lays `key.sub=value` overrides over it.
+    """Reads a search's YAML, or the demo's, and applies `key.sub=value` overrides.
 
     Raises:
-        InputError: The file is missing or no YAML, or a setting is wrong: one line for each.
+        InputError: The file is missing or not YAML, or settings are wrong: one line for each.
     """
     values = read_yaml(path if path is not None else DEMO)
     for text in overrides:
@@ -162,9 +162,9 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> SearchConfig:
 
 
 def override(values: dict[str, Any], text: str) -> None:
-    """As `pipeline.config.apply_override`, but a parameter's name is one key of `space`, with all its dots.
+    """Applies `key.sub=value` in place. In `space`, a parameter's whole path is one key.
 
-    `space.seed=null` takes a parameter out.
+    `space.seed=null` removes a parameter.
 
     >>> values = {"space": {"objective.dual_rate": {"low": 1, "high": 2}}}
     >>> override(values, "space.objective.dual_rate.high=3"); values
@@ -191,17 +191,21 @@ def override(values: dict[str, Any], text: str) -> None:
 
 
 def from_values(values: Mapping[str, Any]) -> SearchConfig:
-    """The search that a mapping as read from YAML describes. Raises InputError as `load` does."""
+    """The search of a mapping as read from YAML.
+
+    Raises:
+        InputError: Settings are wrong: one line for each.
+    """
     return strict.build(SearchConfig, values)
 
 
 def check(config: SearchConfig) -> Search:
-    """Builds the runs at the ends of the space, so that nothing is refused once trials run.
+    """Checks all settings, and those of runs at the ends of the space, before any trial runs.
 
     Raises:
         InputError: A line for each setting that is wrong.
     """
-    # Named, so that a point that names an editor is seen to keep or to change it.
+    # `merged` keeps an editor's settings only under the same name, so the default editor is named too.
     editor = config.settings.get("editor") or {}
     base = {**config.settings, "editor": {"name": "wise", **editor} if isinstance(editor, Mapping) else editor}
     defaults = _run(merged(base, {"data": config.evaluation}))
@@ -209,7 +213,7 @@ def check(config: SearchConfig) -> Search:
     if _same_records(defaults, trial):
         raise InputError(
             f"validation.path: got {trial.data.path!r}, which the final comparison uses as well. Score trials on other "
-            "records: a search finds what suits the records that it is scored on."
+            "records: a search adapts to the records that it is scored on."
         )
     if trial.pipeline.actors != AUTO:
         raise InputError("settings.pipeline.actors: a trial is one worker; 'concurrent' says how many run at a time.")

@@ -1,4 +1,4 @@
-"""The values that a parameter may take: a range, a list, or a list of numbers made of two parameters."""
+"""Values of a searched parameter: a range, a list of choices, or a geometric sequence made of two parameters."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from typing import Any
 from pipeline.config import strict
 
 MAX_LISTED = 10_000
-"""More values or points than these are not listed."""
+"""Largest number of values or points that are listed."""
 _ROUNDING = 1e-9
 Number = int | float
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """The values of one parameter: a range with both ends, or a list.
+    """Values of one parameter: a range including both ends, or a list of choices.
 
     Attributes:
-        low, high: Ends of the range; whole numbers for a setting that takes nothing else.
-        log: Draw the logarithm evenly.
-        step: Distance between values; null: any value, and 1 for whole numbers.
+        low: Lower end of the range; an integer for an integer setting.
+        high: Upper end of the range; an integer for an integer setting.
+        log: Sample uniformly in the logarithm.
+        step: Distance between values; null: 1 for integers, none for other numbers.
         choices: Values without an order.
-        when: Parameter -> its value or values with which this one counts; it is left alone otherwise.
+        when: Parameter -> value or values; this parameter is active only if the others have these values.
     """
 
     low: Number | None = None
@@ -60,20 +61,20 @@ class Dimension:
 
     @property
     def has_whole_ends(self) -> bool:
-        """Whether a range is of whole numbers, as far as it says itself."""
+        """True for a range whose ends and step are integers."""
         ends = (self.low, self.high, self.step)
         return self.choices is None and all(value is None or isinstance(value, int) for value in ends)
 
 
 @dataclass(frozen=True)
 class Geometric:
-    """A list of numbers as two parameters, `<path>.scale` and `<path>.number`.
+    """A geometric sequence as two parameters, `<path>.scale` and `<path>.number`.
 
     Attributes:
-        scale: Their geometric mean.
-        number: How many.
-        ratio: Of each to the one before.
-        when: As of `Dimension`.
+        scale: Geometric mean of the sequence.
+        number: Length of the sequence.
+        ratio: Ratio of consecutive numbers.
+        when: Condition; see `Dimension`.
     """
 
     scale: Dimension = field(default_factory=lambda: Dimension(low=0.1, high=10.0, log=True))
@@ -89,14 +90,15 @@ class Geometric:
             raise ValueError(f"number: got {strict.show(numbers)}, expected whole numbers from 1.")
 
     def values(self, scale: float, number: int) -> list[float]:
-        """
+        """The sequence.
+
         >>> Geometric().values(1.0, 5)
         [0.25, 0.5, 1.0, 2.0, 4.0]
         """
-        return [scale * self.ratio ** (place - (number - 1) / 2) for place in range(number)]
+        return [scale * self.ratio ** (index - (number - 1) / 2) for index in range(number)]
 
     def parts(self, values: Sequence[float]) -> dict[str, Number] | None:
-        """Scale and number of a list, or None if it is no such list."""
+        """Scale and number of a list, or None if it is no such sequence."""
         scale = math.exp(math.fsum(math.log(value) for value in values) / len(values))
         made = self.values(scale, len(values))
         is_same = all(math.isclose(a, b, rel_tol=_ROUNDING) for a, b in zip(made, sorted(values), strict=True))
@@ -105,7 +107,14 @@ class Geometric:
 
 @dataclass(frozen=True)
 class Parameter:
-    """What a sampler draws: a name, its values, whether they are whole numbers, and when it counts."""
+    """One value that a sampler draws.
+
+    Attributes:
+        name: Path of a setting, or `<path>.scale` or `<path>.number`.
+        dimension: Values of the parameter.
+        is_whole: True for integers.
+        when: Parameter -> labels of values; this parameter is active only if the others have these values.
+    """
 
     name: str
     dimension: Dimension
@@ -113,53 +122,57 @@ class Parameter:
     when: Mapping[str, tuple[str, ...]]
 
     def ends(self) -> list[Any]:
-        """The values that stand for all: both ends, or every choice."""
-        one = self.dimension
-        return list(one.choices) if one.choices is not None else [self.number(one.low), self.number(one.high)]
+        """Both ends of the range, or every choice."""
+        values = self.dimension
+        if values.choices is not None:
+            return list(values.choices)
+        return [self.number(values.low), self.number(values.high)]
 
     def number(self, value: Any) -> Number:
         return int(value) if self.is_whole else float(value)
 
     def listed(self) -> list[Any] | None:
         """Every value, or None if there are too many to list."""
-        one = self.dimension
-        if one.choices is not None:
-            return list(one.choices)
-        assert one.low is not None and one.high is not None
-        step = one.step if one.step is not None else (1 if self.is_whole else None)
-        count = None if step is None else math.floor((one.high - one.low) / step + _ROUNDING) + 1
+        values = self.dimension
+        if values.choices is not None:
+            return list(values.choices)
+        assert values.low is not None and values.high is not None
+        step = values.step if values.step is not None else (1 if self.is_whole else None)
+        count = None if step is None else math.floor((values.high - values.low) / step + _ROUNDING) + 1
         if step is None or count is None or count > MAX_LISTED:
             return None
-        return [self.number(one.low + place * step) for place in range(count)]
+        return [self.number(values.low + index * step) for index in range(count)]
 
     def holds(self, value: Any) -> bool:
-        """Whether a sampler could draw the value."""
+        """True if a sampler can draw the value."""
         listed = self.listed()
         if listed is not None:
             return label(value) in map(label, listed)
-        one = self.dimension
+        values = self.dimension
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return is_number and one.low is not None and one.high is not None and one.low <= value <= one.high
+        return is_number and values.low is not None and values.high is not None and values.low <= value <= values.high
 
     def draw(self, trial: Any) -> Any:
         """Asks an Optuna trial for a value."""
-        one = self.dimension
-        if one.choices is not None:
-            by_label = {label(value): value for value in one.choices}
-            plain = [value if is_plain(value) else label(value) for value in one.choices]
-            found = trial.suggest_categorical(self.name, plain)
-            return found if is_plain(found) and label(found) in by_label else by_label[found]
+        values = self.dimension
+        if values.choices is not None:
+            by_label = {label(value): value for value in values.choices}
+            plain = [value if is_plain(value) else label(value) for value in values.choices]
+            drawn = trial.suggest_categorical(self.name, plain)
+            return drawn if is_plain(drawn) and label(drawn) in by_label else by_label[drawn]
         if self.is_whole:
-            return trial.suggest_int(self.name, one.low, one.high, step=int(one.step or 1), log=one.log)
-        return trial.suggest_float(self.name, float(one.low or 0), float(one.high or 0), step=one.step, log=one.log)
+            return trial.suggest_int(self.name, values.low, values.high, step=int(values.step or 1), log=values.log)
+        return trial.suggest_float(
+            self.name, float(values.low or 0), float(values.high or 0), step=values.step, log=values.log
+        )
 
     def stored(self, value: Any) -> Any:
-        """The value as Optuna holds it: lists and the like as their text."""
+        """The value as Optuna stores it: lists and mappings as JSON."""
         return value if self.dimension.choices is None or is_plain(value) else label(value)
 
 
 def label(value: Any) -> str:
-    """A value as text that equal values share."""
+    """A value as JSON; equal values have the same text."""
     return json.dumps(value, sort_keys=True)
 
 

@@ -1,4 +1,4 @@
-"""The folder of a search: what lies where, whose it is, and that one process at a time works in it."""
+"""The folder of a search: its files, the search that it belongs to, and the lock of the process that runs it."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from tune.config import Search, SearchConfig, from_values, override
 STATE, CONFIG, JOURNAL = "search.json", "search.yaml", "optuna.journal"
 _LOCK = ".lock"
 _BEFORE_IT_BEGINS = {_LOCK, "trials", "validation", "evaluation"}
-"""What is there of a search whose records turned out not to be."""
+"""Entries of a folder whose search ended before its records were staged."""
 BEFORE_THE_FIRST_TRIAL = {*_BEFORE_IT_BEGINS, STATE, CONFIG, JOURNAL}
-"""What a search writes before its first trial: of no use if that cannot begin."""
+"""Entries that are deleted if the search ends before its first trial."""
 TUNE_FOLDER = ".tune-"
-"""How the folders begin in which Tune keeps its own state while a search runs."""
+"""Prefix of the folders that hold Tune's state while a search runs."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """What lies where in the folder of a search."""
+    """Files of a search."""
 
     address: str
-    """The whole path or address."""
+    """Absolute path or address."""
 
     @classmethod
     def of(cls, out: Path | str) -> Folder:
-        """The folder that a user names."""
+        """The folder with an absolute path or address."""
         return cls(sources.absolute(str(out)))
 
     @cached_property
@@ -58,9 +58,9 @@ class Folder:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What the search is, for resuming it; empty if there is none."""
-        found = read_json(self.out / STATE)
-        return found if isinstance(found, dict) and "search_id" in found else {}
+        """State of the search, for resuming it; empty if there is none."""
+        state = read_json(self.out / STATE)
+        return state if isinstance(state, dict) and "search_id" in state else {}
 
     @property
     def validation(self) -> Location:
@@ -109,13 +109,13 @@ def check_folder(search: Search, folder: Folder, *, resume: bool) -> None:
     if not state and set(out.names()) - _BEFORE_IT_BEGINS:
         raise InputError(f"--out: {out} is not empty and holds no search. Choose another folder.")
     if state and not (out / "trials").names() and state["identity"] != _identity(search) and not resume:
-        # It ended before its first trial, and with other settings there is nothing to lose.
+        # A search without a trial may be replaced by one with other settings.
         (out / STATE).delete()
         state = {}
     if not state:
         delete_all((out / "validation").glob())
     if state:
-        then, now = (flatten(one) for one in (state["identity"], _identity(search)))
+        then, now = (flatten(values) for values in (state["identity"], _identity(search)))
         changed = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
         if changed:
             lines = "\n".join(f"  {name}: was {then.get(name)!r}, now {now.get(name)!r}" for name in changed)
@@ -124,18 +124,16 @@ def check_folder(search: Search, folder: Folder, *, resume: bool) -> None:
 
 
 def _identity(search: Search) -> dict[str, Any]:
-    found = masked_values(search.config.to_dict() | search.config.identity())
-    return {name: found[name] for name in search.config.identity()}
+    values = masked_values(search.config.to_dict() | search.config.identity())
+    return {name: values[name] for name in search.config.identity()}
 
 
 @contextmanager
 def alone(folder: Folder) -> Iterator[None]:
-    """Inside, no other process of this machine, or of those that share the folder, runs this search.
-
-    The lock goes with the process, however that ends.
+    """Holds the lock of the search inside the block; the lock ends with the process.
 
     Raises:
-        InputError: Another one does.
+        InputError: Another process holds the lock, on this machine or on one that shares the folder.
     """
     with open(_lock_file(folder), "a+") as stream:
         try:
@@ -151,7 +149,7 @@ def alone(folder: Folder) -> Iterator[None]:
         stream.truncate(0)
         stream.write(str(os.getpid()))
         stream.flush()
-        for left in folder.out.glob(f"{TUNE_FOLDER}*"):  # of a driver that was killed
+        for left in folder.out.glob(f"{TUNE_FOLDER}*"):  # left by a killed driver
             remove_folder(left)
         try:
             yield
@@ -168,14 +166,14 @@ def _lock_file(folder: Folder) -> Path:
 
 
 def remove_folder(folder: Location) -> None:
-    """Deletes what Tune keeps of a search, as far as that is possible."""
+    """Deletes a folder of Tune's state; errors are ignored."""
     with suppress(OSError):
         folder.filesystem.delete_dir(folder.path)
 
 
-def remember(search: Search, folder: Folder, found: sources.Sources) -> None:
-    """Writes down what the search is. Raises InputError if its records are other files than they were."""
-    state, inputs = folder.state, {name: masked(text) for name, text in found.identity().items()}
+def remember(search: Search, folder: Folder, records: sources.Sources) -> None:
+    """Writes the state and settings of the search. Raises InputError if its record files have changed."""
+    state, inputs = folder.state, {name: masked(text) for name, text in records.identity().items()}
     for name, then in state.get("inputs", {}).items():
         if inputs.get(name) != then:
             raise InputError(f"validation: {name} was {then}, and is {inputs.get(name)} now. Choose another folder.")

@@ -21,30 +21,30 @@ _RING: dict[str, Any] = {"facecolors": "none", "edgecolors": COLOURS[1], "linewi
 _BEHIND: dict[str, Any] = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.7}
 _SEED = 0
 _LEAST = 4
-"""Complete trials below which importance means nothing."""
+"""Smallest number of complete trials for which importance is computed."""
 
 
 def importance(study: Any, objectives: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Objective -> parameter -> share of the variance that it explains (fANOVA over the complete trials).
+    """Objective -> parameter -> explained share of the variance (fANOVA over the complete trials).
 
-    Only of parameters that every complete trial has; empty where there is no variance, or too few trials.
+    Covers parameters that are active in every complete trial; empty without variance or with too few trials.
 
     References:
         Hutter, Hoos, Leyton-Brown (2014), An Efficient Approach for Assessing Hyperparameter Importance.
     """
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    found: dict[str, dict[str, float]] = {}
-    for place, name in enumerate(objectives):
-        if len(done) < _LEAST or len({trial.values[place] for trial in done}) < 2:
+    importance: dict[str, dict[str, float]] = {}
+    for index, name in enumerate(objectives):
+        if len(done) < _LEAST or len({trial.values[index] for trial in done}) < 2:
             continue
-        target = None if len(objectives) == 1 else (lambda trial, place=place: trial.values[place])
+        target = None if len(objectives) == 1 else (lambda trial, index=index: trial.values[index])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             evaluator = optuna.importance.FanovaImportanceEvaluator(seed=_SEED)
             shares = optuna.importance.get_param_importances(study, evaluator=evaluator, target=target)
         if shares:
-            found[name] = {path: float(share) for path, share in shares.items()}
-    return found
+            importance[name] = {path: float(share) for path, share in shares.items()}
+    return importance
 
 
 def draw(
@@ -77,9 +77,11 @@ def _history(search: Search, every: Sequence[Trial], best: Trial) -> Any:
         PRUNED: ("stopped early", {"facecolors": "none", "edgecolors": _GREY, "marker": "o"}),
     }
     for state, (text, look) in kinds.items():
-        mine = [trial for trial in every if trial.state == state and trial.last]
-        if mine:
-            axes.scatter([t.number for t in mine], [_value(t, name) for t in mine], s=26, label=text, zorder=3, **look)
+        shown = [trial for trial in every if trial.state == state and trial.last]
+        if shown:
+            axes.scatter(
+                [t.number for t in shown], [_value(t, name) for t in shown], s=26, label=text, zorder=3, **look
+            )
     failed = [trial.number for trial in every if trial.state == FAILED]
     if failed:
         low, _ = axes.get_ylim()
@@ -87,8 +89,8 @@ def _history(search: Search, every: Sequence[Trial], best: Trial) -> Any:
     done = [trial for trial in every if trial.state == COMPLETE and trial.last]
     steps = [max(_value(other, name) for other in done if other.number <= trial.number) for trial in done]
     if done:
-        numbers = [*(trial.number for trial in done), max(trial.number for trial in every)]
-        axes.step(numbers, [*steps, steps[-1]], where="post", color=COLOURS[0], linewidth=1.2, label="best so far")
+        ends = [*(trial.number for trial in done), max(trial.number for trial in every)]
+        axes.step(ends, [*steps, steps[-1]], where="post", color=COLOURS[0], linewidth=1.2, label="best so far")
         axes.scatter([best.number], [_value(best, name)], s=110, label="best", zorder=4, **_RING)
     axes.set_xlabel("trial", fontsize=9)
     axes.set_ylabel(f"{name}, validation records", fontsize=9)
@@ -109,8 +111,8 @@ def _importance(shares: Mapping[str, Mapping[str, float]]) -> Any:
     for axes, (name, of_one) in zip(grid, shares.items(), strict=True):
         values = [of_one.get(path, 0.0) for path in order]
         axes.barh(range(len(order)), values, color=COLOURS[0], height=0.62, zorder=2)
-        for place, value in enumerate(values):
-            axes.text(value + 0.015, place, f"{value:.2f}", va="center", fontsize=8)
+        for y, value in enumerate(values):
+            axes.text(value + 0.015, y, f"{value:.2f}", va="center", fontsize=8)
         axes.set_yticks(range(len(order)), order)
         axes.set_ylim(len(order) - 0.4, -0.6)
         axes.set_xlim(0, min(1.12, max(values) * 1.2 + 0.05))
@@ -120,32 +122,35 @@ def _importance(shares: Mapping[str, Mapping[str, float]]) -> Any:
     return picture
 
 
-def _place(one: Parameter, value: Any) -> float:
-    """Where a value lies on its axis, from 0 to 1."""
-    if one.dimension.choices is not None:
-        labels = [label(choice) for choice in one.dimension.choices]
+def _height(parameter: Parameter, value: Any) -> float:
+    """Position of a value on the parameter's axis, from 0 to 1."""
+    dimension = parameter.dimension
+    if dimension.choices is not None:
+        labels = [label(choice) for choice in dimension.choices]
         return labels.index(label(value)) / max(1, len(labels) - 1)
-    low, high = float(one.dimension.low or 0), float(one.dimension.high or 0)
-    if one.dimension.log:
+    low, high = float(dimension.low or 0), float(dimension.high or 0)
+    if dimension.log:
         low, high, value = math.log(low), math.log(high), math.log(value)
     return (value - low) / (high - low)
 
 
-def _ticks(one: Parameter) -> list[tuple[float, str]]:
-    if one.dimension.choices is not None:
-        choices = one.dimension.choices
-        return [(_place(one, choice), str(choice)) for choice in choices]
-    low, high = float(one.dimension.low or 0), float(one.dimension.high or 0)
+def _ticks(parameter: Parameter) -> list[tuple[float, str]]:
+    """Heights and texts of an axis' ticks."""
+    dimension = parameter.dimension
+    if dimension.choices is not None:
+        return [(_height(parameter, choice), str(choice)) for choice in dimension.choices]
+    low, high = float(dimension.low or 0), float(dimension.high or 0)
     values = [low, high]
-    if one.dimension.log:
+    if dimension.log:
         first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
         values = [low, *(10.0**power for power in range(first, last + 1)), high]
-    elif one.is_whole and high - low <= 10:
-        values = [low + place for place in range(int(high - low) + 1)]
+    elif parameter.is_whole and high - low <= 10:
+        values = [low + offset for offset in range(int(high - low) + 1)]
     kept: list[tuple[float, str]] = []
     for value in dict.fromkeys(values):
-        if all(abs(_place(one, value) - place) > 0.04 for place, _ in kept):
-            kept.append((_place(one, value), f"{value:g}"))
+        height = _height(parameter, value)
+        if all(abs(height - other) > 0.04 for other, _ in kept):
+            kept.append((height, f"{value:g}"))
     return kept
 
 
@@ -163,8 +168,8 @@ def _parallel(search: Search, every: Sequence[Trial], best: Trial) -> Any:
     picture = figure(1.5 * len(parameters) + 2.6, 4.4)
     axes = picture.subplots()
     for trial in sorted(shown, key=lambda trial: (trial is best, trial.state == COMPLETE, _value(trial, name))):
-        known = [(place, _place(one, trial.point[one.name])) for place, one in enumerate(parameters)
-                 if one.name in trial.point]  # fmt: skip
+        known = [(x, _height(parameter, trial.point[parameter.name])) for x, parameter in enumerate(parameters)
+                 if parameter.name in trial.point]  # fmt: skip
         is_done = trial.state == COMPLETE
         axes.plot(
             [x for x, _ in known],
@@ -175,15 +180,13 @@ def _parallel(search: Search, every: Sequence[Trial], best: Trial) -> Any:
             markersize=3 if is_done else 2,
             zorder=4 if trial is best else 3 if is_done else 2,
         )
-    for place, one in enumerate(parameters):
-        axes.axvline(place, color="#52606d", linewidth=0.8, zorder=1)
-        for y, text in _ticks(one):
-            axes.text(
-                place - 0.03, y, text, ha="right", va="center", fontsize=7, color="#52606d", zorder=5, bbox=_BEHIND
-            )
+    for x, parameter in enumerate(parameters):
+        axes.axvline(x, color="#52606d", linewidth=0.8, zorder=1)
+        for y, text in _ticks(parameter):
+            axes.text(x - 0.03, y, text, ha="right", va="center", fontsize=7, color="#52606d", zorder=5, bbox=_BEHIND)
     axes.set_xlim(-0.45, len(parameters) - 0.8)
     axes.set_ylim(-0.04, 1.04)
-    axes.set_xticks(range(len(parameters)), [_broken(one.name) for one in parameters], fontsize=8)
+    axes.set_xticks(range(len(parameters)), [_broken(parameter.name) for parameter in parameters], fontsize=8)
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     axes.tick_params(axis="x", length=0)
@@ -195,12 +198,12 @@ def _parallel(search: Search, every: Sequence[Trial], best: Trial) -> Any:
 
 
 def _broken(name: str) -> str:
-    """A path in lines: axes stand close to each other."""
+    """A long path, broken at its dots: the axes are narrow."""
     return name.replace(".", ".\n") if len(name) > 14 else name
 
 
 def _pareto(search: Search, every: Sequence[Trial], best: Trial) -> Any:
-    """Every pair of objectives; the front is the same in all of them."""
+    """A panel for every pair of objectives, with the Pareto front over all of them."""
     names = search.config.objectives
     pairs = list(combinations(names, 2))
     done = [trial for trial in every if trial.state == COMPLETE and trial.last]

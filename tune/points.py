@@ -1,7 +1,7 @@
-"""The points of a search, kept by Optuna: what was asked, what came of it, and what is left to ask.
+"""The points of a search and their results, kept in Optuna's storage.
 
-Optuna's storage is the truth. A trial that was running when the search was killed is handed out again, under its own
-number; a point that a sampler proposes a second time is not tried again.
+A trial that was running when the search was killed is handed out again under its number. A point that a sampler
+proposes a second time is not tried again.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ KEY, VALUES, ERROR, SEARCH, REPEATED = "key", "settings", "error", "odedit.searc
 RUNG = "rung:"
 COMPLETE, PRUNED, FAILED, RUNNING = "complete", "pruned", "failed", "running"
 _PROPOSALS = 20
-"""Repeated proposals after which one of the points that are left is taken instead."""
+"""Number of repeated proposals after which an untried point is drawn instead."""
 _ENGINES = {"sqlite": {"timeout": 60}, "postgresql": {"connect_timeout": 10}}
-"""Seconds that a second writer of a sqlite file waits, and that a server has to answer."""
+"""Connection arguments: seconds that a second writer of a sqlite file, or a client of a server, waits."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One point and what is known of it.
+    """A point and its results.
 
     Attributes:
-        number: Optuna's.
-        key: Name of the point.
+        number: Number of Optuna's trial.
+        key: Hash of the point.
         point: Parameter -> value.
         state: `complete`, `pruned` (stopped early), `failed` or `running`.
-        reports: What it said at each rung, by its edits.
-        error: Why it failed.
+        reports: Number of edits at a rung -> report.
+        error: Message of a failed trial.
     """
 
     number: int
@@ -61,21 +61,21 @@ class Trial:
 
     @property
     def last(self) -> Report | None:
-        """What it said at its last rung."""
+        """Report of the last rung."""
         return self.reports[max(self.reports)] if self.reports else None
 
 
 def open_storage(config: SearchConfig, out: Location) -> BaseStorage:
-    """The storage that the search names.
+    """Optuna's storage of the search.
 
     Raises:
-        InputError: It cannot be written to.
+        InputError: The storage cannot be written to.
     """
     text = config.storage
     try:
         if text is not None and "://" in text:
             arguments = _ENGINES.get(make_url(text).get_backend_name(), {})
-            # A connection that a database has closed in the meantime is opened anew.
+            # The pool reopens connections that the database has closed meanwhile.
             return RDBStorage(text, engine_kwargs={"connect_args": arguments, "pool_pre_ping": True})
         path = journal(config, out)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def open_storage(config: SearchConfig, out: Location) -> BaseStorage:
 
 
 def check_driver(config: SearchConfig) -> None:
-    """Raises InputError if the library that speaks to the search's database is not installed, or there is none."""
+    """Raises InputError if the driver of the search's database is unknown or not installed."""
     if config.storage is None or "://" not in config.storage:
         return
     try:
@@ -104,15 +104,19 @@ def check_driver(config: SearchConfig) -> None:
 
 
 def journal(config: SearchConfig, out: Location) -> Path:
-    """The journal file of a search that is kept in one."""
+    """Path of the journal file."""
     return Path(config.storage).expanduser().absolute() if config.storage is not None else Path(out / JOURNAL)
 
 
 class Points:
-    """Asks for points and tells what came of them.
+    """Source of points, and record of their results.
 
     Args:
-        search_id: Of the search; a study of another one is refused.
+        config: Settings of the search.
+        space: Parameters.
+        out: Folder of the search.
+        search_id: Id of the search, kept in Optuna's study.
+        study_name: Name of Optuna's study.
 
     Raises:
         InputError: The storage cannot be written to, or its study of that name belongs to another search.
@@ -139,14 +143,14 @@ class Points:
         if owner not in (None, search_id):
             raise InputError(f"storage: its study {study_name!r} belongs to another search. Choose another storage.")
         num_before = len(self.study.get_trials(deepcopy=False))
-        # Another seed each time: the same would propose what it has proposed before.
+        # A resumed search gets another seed: with the same one the sampler would repeat its proposals.
         seed = config.seed + num_before
         self.study.sampler = sampler(config, seed)
         self._random = random.Random(seed)
         self._left = self._taken_up()
 
     def _taken_up(self) -> list[Trial]:
-        """Trials that an earlier part of the search left running; those without a whole point are closed."""
+        """Trials that a killed search left running; closes those without a whole point."""
         left = []
         for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if KEY in frozen.user_attrs:
@@ -157,12 +161,12 @@ class Points:
         return left
 
     def trials(self) -> list[Trial]:
-        """Every point that was tried or is being tried, in the order of their numbers."""
+        """All trials, running ones included, by number."""
         every = self.study.get_trials(deepcopy=False)
         return [_trial(frozen) for frozen in every if KEY in frozen.user_attrs and REPEATED not in frozen.user_attrs]
 
     def ask(self) -> Trial | None:
-        """The next point; None if there are as many as were asked for, or no others."""
+        """The next trial; None if there are `trials` of them or no point is left."""
         if self._left:
             return self._left.pop(0)
         known = {trial.key: trial for trial in self.trials()}
@@ -183,7 +187,7 @@ class Points:
             if key not in known:
                 self._storage.set_trial_user_attr(asked._trial_id, VALUES, label(self._space.settings(point)))
                 self._storage.set_trial_user_attr(asked._trial_id, "point", label(point))
-                # Last: a trial with a key is whole.
+                # The key is written last: it marks a whole point.
                 self._storage.set_trial_user_attr(asked._trial_id, KEY, key)
                 return Trial(asked.number, key, point, RUNNING, {})
             proposals += 1
@@ -191,7 +195,7 @@ class Points:
             self.study.tell(asked.number, state=TrialState.FAIL)
 
     def _other(self, known: Mapping[str, Trial]) -> Point | None:
-        """One of the points that nobody has tried, of a space that can be listed."""
+        """A random untried point; None if all were tried. Raises InputError if the space cannot be listed."""
         every = self._space.every_point
         if every is None:
             raise InputError(
@@ -200,22 +204,22 @@ class Points:
         left = [point for point in every if key_of(point) not in known]
         return self._random.choice(left) if left else None
 
-    def report(self, trial: Trial, found: Report) -> None:
-        """Keeps what a trial says at a rung; a second time changes nothing."""
+    def report(self, trial: Trial, report: Report) -> None:
+        """Stores a trial's report at a rung; a second report of the rung changes nothing."""
         frozen = self._frozen(trial)
-        name = f"{RUNG}{found['edits']}"
+        name = f"{RUNG}{report['edits']}"
         if name in frozen.user_attrs:
             return
-        if len(self._config.objectives) == 1:  # Optuna knows no intermediate values of several objectives
-            self._storage.set_trial_intermediate_value(frozen._trial_id, found["edits"], self.values(found)[0])
-        self._storage.set_trial_user_attr(frozen._trial_id, name, label(found))
+        if len(self._config.objectives) == 1:  # Optuna has no intermediate values for several objectives
+            self._storage.set_trial_intermediate_value(frozen._trial_id, report["edits"], self.values(report)[0])
+        self._storage.set_trial_user_attr(frozen._trial_id, name, label(report))
 
-    def values(self, found: Report) -> list[float]:
-        """The objectives, in their order; 0 for one that no record has."""
-        return [float(found.get(name, 0.0)) for name in self._config.objectives]
+    def values(self, report: Report) -> list[float]:
+        """Values of the objectives; 0 for a metric that no record has."""
+        return [float(report.get(name, 0.0)) for name in self._config.objectives]
 
     def finish(self, trial: Trial, state: str, error: str = "") -> None:
-        """Closes a trial; one that is closed stays as it is."""
+        """Closes a trial, unless it is closed already."""
         frozen = self._frozen(trial)
         if frozen.state.is_finished():
             return
@@ -248,23 +252,23 @@ def _trial(frozen: FrozenTrial) -> Trial:
 
 
 def sampler(config: SearchConfig, seed: int) -> BaseSampler:
-    """The sampler by its name."""
+    """Optuna's sampler of the search."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some of these options are called experimental
+        warnings.simplefilter("ignore")  # Optuna calls some of these options experimental
         if config.sampler == "random":
             return optuna.samplers.RandomSampler(seed=seed)
         if config.sampler == "cmaes":
             return optuna.samplers.CmaEsSampler(seed=seed, consider_pruned_trials=True, warn_independent_sampling=False)
         if config.sampler == "nsga2":
             return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(4, min(50, config.trials // 4)))
-        # Trials that are still running count as bad ones, so that two at a time do not look at the same place.
+        # constant_liar counts running trials as bad ones, so that concurrent trials do not explore the same region.
         return optuna.samplers.TPESampler(
             seed=seed, n_startup_trials=max(4, min(10, config.trials // 3)), constant_liar=config.concurrent > 1
         )
 
 
 def pareto(trials: list[Trial], objectives: tuple[str, ...]) -> list[Trial]:
-    """The complete trials that no other beats in every objective."""
+    """Complete trials that no other trial dominates."""
     done = [trial for trial in trials if trial.state == COMPLETE and trial.last]
 
     def values(trial: Trial) -> list[float]:
@@ -279,9 +283,6 @@ def pareto(trials: list[Trial], objectives: tuple[str, ...]) -> list[Trial]:
 
 
 def best(trials: list[Trial], config: SearchConfig) -> Trial | None:
-    """The complete trial that is judged best, on the Pareto front where there are several objectives.
-
-    Of equal ones the first: the defaults, if they are among them.
-    """
+    """The best complete trial by `judged_by`, on the Pareto front; the first of equal ones, such as the defaults."""
     front = pareto(trials, config.objectives)
     return max(front, key=lambda trial: ((trial.last or {}).get(config.judged_by, 0.0), -trial.number), default=None)

@@ -1,4 +1,4 @@
-"""What a search says in the end: the best settings beside the defaults on records that no trial has seen, and why."""
+"""Report of a finished search: the best settings against the defaults on records that no trial has edited."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any
 
 from odedit.errors import counted
 from odedit.evaluation.score import paired_score, score
-from odedit.evaluation.statistics import MAIN, SIGNIFICANT, PairedDifference, holm, paired, summarize
+from odedit.evaluation.statistics import MAIN, Estimate, paired
 from odedit.storage.location import Location
 from pipeline.driver.run import Outcome
-from pipeline.report.formatting import number
-from pipeline.report.page import Arm, p_value
+from pipeline.report.differences import Difference, corrected, means
+from pipeline.report.formatting import change, number, p_value
+from pipeline.report.page import Arm
 from pipeline.run_folder.workspace import write_json
+from pipeline.tracking.runs import flatten
 from tune import plots, points
 from tune.config import SCORE, Search
 from tune.points import COMPLETE, FAILED, PRUNED, Trial
@@ -24,14 +26,14 @@ from tune.points import COMPLETE, FAILED, PRUNED, Trial
 
 @dataclass(frozen=True)
 class Finished:
-    """What a search left behind.
+    """Results of a search.
 
     Attributes:
-        best: The trial that was judged best on the validation records.
-        front: The trials that no other beats in every objective.
-        markdown: The summary.
-        files: What was written.
-        metrics: Figures for the parent's page in MLflow.
+        best: Trial with the best validation figure.
+        front: Trials that no other trial beats in every objective.
+        markdown: Text of the summary.
+        files: Files that were written.
+        metrics: Figures of the search's parent run in MLflow.
         tracking_uri: MLflow store, or None.
     """
 
@@ -55,38 +57,39 @@ def write(
     """Writes tables and pictures.
 
     Args:
-        study: Optuna's.
-        outcomes: The runs on the evaluation records, `defaults` and, if it is another, `best`.
-        seconds: That the trials took.
+        search: The search.
+        out: Folder of the search.
+        study: Optuna's study.
+        every: All trials.
+        best: Trial with the best validation figure.
+        outcomes: Runs on the evaluation records: `defaults`, and `best` unless the defaults are the best.
+        seconds: Time that the trials took.
     """
+    several = len(search.config.objectives) > 1
     front = points.pareto(list(every), search.config.objectives)
-    comparison = compare(outcomes) if "best" in outcomes else None
+    runs = {name: _run_means(outcome) for name, outcome in outcomes.items()}
+    tests = compare(outcomes) if "best" in outcomes else None
     importance = plots.importance(study, search.config.objectives)
     counts = {state: sum(trial.state == state for trial in every) for state in (COMPLETE, PRUNED, FAILED)}
-    verdict_text = verdict(comparison)
-    markdown = "\n\n".join(
-        part
-        for part in (
-            f"# {search.config.title}",
-            _trials_text(search, counts, seconds),
-            _best_text(search, best),
-            _front_table(search, front, best) if len(search.config.objectives) > 1 else "",
-            _evaluation_table(outcomes, comparison),
-            f"**{verdict_text}**",
-            _importance_text(search, importance),
-        )
-        if part
+    parts = (
+        f"# {search.config.title}",
+        _trials_text(search, counts, seconds),
+        _best_text(search, best),
+        _front_table(search, front, best) if several else "",
+        _evaluation_table(outcomes, runs, tests),
+        f"**{verdict(tests)}**",
+        _importance_text(importance),
     )
-    arms = {name: _means(outcome) for name, outcome in outcomes.items()}
+    markdown = "\n\n".join(part for part in parts if part)
     summary = {
         "title": search.config.title,
         "trials": counts,
         "seconds": seconds,
         "best": _trial_view(search, best),
-        "front": [_trial_view(search, trial) for trial in front] if len(search.config.objectives) > 1 else [],
-        "evaluation": arms,
-        "difference": None if comparison is None else [asdict(row) for row in comparison],
-        "verdict": verdict_text,
+        "front": [_trial_view(search, trial) for trial in front] if several else [],
+        "evaluation": {name: _plain(of_run) for name, of_run in runs.items()},
+        "difference": None if tests is None else [_test_view(name, test) for name, test in tests.items()],
+        "verdict": verdict(tests),
         "importance": importance,
     }
     (out / "summary.md").write_text(markdown + "\n")
@@ -95,20 +98,31 @@ def write(
     pictures = plots.draw(search, list(every), best, importance)
     for name, image in pictures.items():
         (out / name).write_bytes(image)
-    names = ("best.yaml", "summary.md", "summary.json", "trials.csv", "search.yaml", *pictures)
+    files = [out / name for name in ("best.yaml", "summary.md", "summary.json", "trials.csv", "search.yaml", *pictures)]
+    uri = next((outcome.tracking_uri for outcome in outcomes.values() if outcome.tracking_uri), None)
+    return Finished(best, front, markdown, files, _metrics(counts, best, runs, tests), uri)
+
+
+def _metrics(
+    counts: Mapping[str, int],
+    best: Trial,
+    runs: Mapping[str, Mapping[str, Estimate]],
+    tests: Mapping[str, Difference] | None,
+) -> dict[str, float]:
+    """Figures of the search's parent run in MLflow."""
     metrics = {f"trials_{state}": float(count) for state, count in counts.items()}
     metrics |= {f"validation_{name}": float((best.last or {}).get(name, 0.0)) for name in (SCORE, *MAIN)}
-    for arm, means in arms.items():
-        metrics |= {f"evaluation_{arm}_{name}": value["mean"] for name, value in means.items()}
-    for row in comparison or ():
-        metrics |= {f"evaluation_difference_{row.metric}": row.difference.mean}
-        metrics |= {f"evaluation_p_{row.metric}": row.p_holm} if row.p_holm == row.p_holm else {}
-    uri = next((outcome.tracking_uri for outcome in outcomes.values() if outcome.tracking_uri), None)
-    return Finished(best, front, markdown, [out / name for name in names], metrics, uri)
+    for run, of_run in runs.items():
+        metrics |= {f"evaluation_{run}_{name}": value.mean for name, value in of_run.items()}
+    for name, test in (tests or {}).items():
+        metrics[f"evaluation_difference_{name}"] = test.mean
+        if test.p_holm == test.p_holm:
+            metrics[f"evaluation_p_{name}"] = test.p_holm
+    return metrics
 
 
 def _finite(value: Any) -> Any:
-    """NaN, where there is no test, as null: JSON has no other word for it."""
+    """The value with NaN as null, which JSON cannot write."""
     if isinstance(value, Mapping):
         return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -116,48 +130,53 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and value != value else value
 
 
-@dataclass(frozen=True)
-class Compared:
-    """A metric of the best settings against the defaults', on the edits that both have."""
+def compare(outcomes: Mapping[str, Outcome]) -> dict[str, Difference]:
+    """Best minus default settings in the score and the five metrics, on the records that both runs edited.
 
-    metric: str
-    difference: PairedDifference
-    p_holm: float
-
-
-def compare(outcomes: Mapping[str, Outcome]) -> list[Compared]:
-    """The score and the five metrics; p of the metrics after Holm's correction, the score is what was searched for."""
+    p of the metrics is corrected over the metrics; that of the score is not, for it is what the search maximises.
+    """
     before, after = (_rows(outcomes[name]) for name in ("defaults", "best"))
-    differences = paired(before, after)
-    corrected = holm({name: one.p for name, one in differences.items()})
     total = paired_score(before, after)
-    first = [] if total is None else [Compared(SCORE, total, total.p)]
-    return first + [Compared(name, differences[name], corrected[name]) for name in MAIN if name in differences]
+    return ({} if total is None else corrected({SCORE: total})) | corrected(paired(before, after))
 
 
 def _rows(outcome: Outcome) -> dict[str, dict[str, Any]]:
     return Arm("", outcome.workspace, outcome.summary).rows()
 
 
-def _means(outcome: Outcome) -> dict[str, dict[str, float]]:
-    """Every metric's mean and interval; the score has none by itself."""
+def _run_means(outcome: Outcome) -> dict[str, Estimate]:
+    """Mean and interval of the score, the metrics and the time; the score of a single run has no interval."""
     rows = list(_rows(outcome).values())
-    facts = [str(row.get("fact") or row["edit_id"]) for row in rows]
-    found = summarize([{metric: row.get(metric) for metric in (*MAIN, "seconds")} for row in rows], facts)
-    return {SCORE: {"mean": score(rows), "n": len(rows)}} | {name: asdict(value) for name, value in found.items()}
+    value = score(rows)
+    return {SCORE: Estimate(value, value, value, len(rows))} | means(rows, (*MAIN, "seconds"))
 
 
-def verdict(comparison: Sequence[Compared] | None) -> str:
-    """Whether the search helped, in a sentence."""
-    if comparison is None:
+def _plain(of_run: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
+    """A run's means as JSON."""
+    total = of_run[SCORE]
+    return {name: asdict(value) for name, value in of_run.items()} | {SCORE: {"mean": total.mean, "n": total.n}}
+
+
+def _test_view(metric: str, test: Difference) -> dict[str, Any]:
+    values = asdict(test)
+    p_holm = values.pop("p_holm")
+    return {"metric": metric, "difference": values, "p_holm": p_holm}
+
+
+def verdict(tests: Mapping[str, Difference] | None) -> str:
+    """A sentence that says whether the search improved the score.
+
+    Args:
+        tests: Tests by metric; None if the defaults are the best settings.
+    """
+    if tests is None:
         return "The search does not help: no trial did better than the defaults on the validation records."
-    total = next((row for row in comparison if row.metric == SCORE), None)
+    total = tests.get(SCORE)
     if total is None:
         return "Nothing can be said: the runs on the evaluation records have no edit in common."
-    change = total.difference
-    figures = f"score {change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}], p {p_value(change.p)}, n = {change.n}"
-    if change.p < SIGNIFICANT:
-        word = "helps" if change.mean > 0 else "does not help, it hurts"
+    figures = f"score {change(total)}, p {p_value(total.p)}, n = {total.n}"
+    if total.is_clear:
+        word = "helps" if total.mean > 0 else "does not help, it hurts"
         return f"The search {word} on records that no trial has seen: {figures}."
     return f"The search does not help beyond chance on records that no trial has seen: {figures}."
 
@@ -182,8 +201,6 @@ def _best_text(search: Search, best: Trial) -> str:
         "| setting | best | default |",
         "|---|--:|--:|",
     ]
-    from pipeline.config.values import flatten
-
     defaults = flatten(search.defaults.to_dict())
     for path, value in search.space.settings(best.point).items():
         lines.append(f"| `{path}` | {_short(value)} | {_short(defaults.get(path))} |")
@@ -214,32 +231,27 @@ def _front_table(search: Search, front: Sequence[Trial], best: Trial) -> str:
     return "\n".join(lines)
 
 
-def _evaluation_table(outcomes: Mapping[str, Outcome], comparison: Sequence[Compared] | None) -> str:
-    arms = {name: _means(outcome) for name, outcome in outcomes.items()}
-    names = list(arms)
-    tests = ["difference", "p", "n"] if comparison is not None else []
+def _evaluation_table(
+    outcomes: Mapping[str, Outcome],
+    runs: Mapping[str, Mapping[str, Estimate]],
+    tests: Mapping[str, Difference] | None,
+) -> str:
+    counts = ", ".join(
+        f"{name}: {counted(outcome.summary['n'], 'edit')}, {outcome.summary['failed']} failed"
+        for name, outcome in outcomes.items()
+    )
+    heads = [*runs, *(["difference", "p", "n"] if tests is not None else [])]
     lines = [
-        "On the evaluation records, "
-        + ", ".join(f"{name}: {counted(outcomes[name].summary['n'], 'edit')}, {outcomes[name].summary['failed']} failed"
-                    for name in names) + ":",
+        f"On the evaluation records, {counts}:",
         "",
-        "| | " + " | ".join([*names, *tests]) + " |",
-        "|---|" + "--:|" * len([*names, *tests]),
-    ]  # fmt: skip
-    by_metric = {row.metric: row for row in comparison or ()}
+        "| | " + " | ".join(heads) + " |",
+        "|---|" + "--:|" * len(heads),
+    ]
     for metric in (SCORE, *MAIN):
-        cells = [_mean_text(arms[name].get(metric)) for name in names]
-        if comparison is not None:
-            row = by_metric.get(metric)
-            if row is None:
-                cells += ["", "", ""]
-            else:
-                change = row.difference
-                cells += [
-                    f"{change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}]",
-                    p_value(row.p_holm),
-                    str(change.n),
-                ]
+        cells = [_mean_text(metric, of_run.get(metric)) for of_run in runs.values()]
+        if tests is not None:
+            test = tests.get(metric)
+            cells += ["", "", ""] if test is None else [change(test), p_value(test.p_holm), str(test.n)]
         lines.append(f"| {metric} | " + " | ".join(cells) + " |")
     lines += [
         "",
@@ -250,14 +262,14 @@ def _evaluation_table(outcomes: Mapping[str, Outcome], comparison: Sequence[Comp
     return "\n".join(lines)
 
 
-def _mean_text(found: Mapping[str, float] | None) -> str:
-    if found is None:
+def _mean_text(metric: str, mean: Estimate | None) -> str:
+    if mean is None:
         return ""
-    half = f" ±{number((found['high'] - found['low']) / 2)}" if "low" in found else ""
-    return f"{number(found['mean'])}{half}"
+    half = f" ±{number((mean.high - mean.low) / 2)}" if metric != SCORE else ""
+    return f"{number(mean.mean)}{half}"
 
 
-def _importance_text(search: Search, importance: Mapping[str, Mapping[str, float]]) -> str:
+def _importance_text(importance: Mapping[str, Mapping[str, float]]) -> str:
     if not importance:
         return "Too few complete trials with different results to tell which parameters matter."
     lines = []
@@ -276,11 +288,11 @@ def _trial_view(search: Search, trial: Trial) -> dict[str, Any]:
 
 
 def to_csv(search: Search, every: Sequence[Trial]) -> str:
-    """One line per trial: number, state, parameters, what it said at its last rung, and why it failed."""
+    """One CSV line per trial: number, state, parameters, figures of its last rung, and its error."""
     stream = io.StringIO()
-    names = [one.name for one in search.space.parameters]
-    figures = ["edits", "failed", SCORE, *search.config.objectives, *MAIN, "steps", "seconds"]
-    figures = list(dict.fromkeys(figures))
+    names = [parameter.name for parameter in search.space.parameters]
+    columns = ("edits", "failed", SCORE, *search.config.objectives, *MAIN, "steps", "seconds")
+    figures = list(dict.fromkeys(columns))
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["trial", "state", *names, *figures, "error"])
     for trial in every:

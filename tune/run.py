@@ -1,4 +1,4 @@
-"""A search from its configuration to its summary: check, try points, run the best beside the defaults, report."""
+"""Run of a search: check, try points, compare the best with the defaults, report."""
 
 from __future__ import annotations
 
@@ -44,14 +44,17 @@ _KEYS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AW
 
 
 def run(config: SearchConfig, out: Path | str, console: Console, *, resume: bool = False) -> report.Finished:
-    """Runs or resumes a search in `out`, a folder or an address.
+    """Runs or resumes a search.
 
     Args:
-        resume: There has to be one.
+        config: Settings of the search.
+        out: Folder or address.
+        console: Console for progress.
+        resume: Require a search in `out`.
 
     Raises:
         InputError: A setting is wrong, a store cannot be used, or `out` holds something else.
-        NothingUsable: No trial came to its end.
+        NothingUsable: No trial was completed.
         TrackingError: The search is complete, but MLflow could not be written to.
     """
     search = check(config)
@@ -62,7 +65,7 @@ def run(config: SearchConfig, out: Path | str, console: Console, *, resume: bool
     check_folder(search, folder, resume=resume)
     with ExitStack() as stack:
         is_begun = bool(folder.state)
-        if is_begun:  # one that is running is refused at once
+        if is_begun:  # a search that another process runs is refused at once
             stack.enter_context(alone(folder))
         _check_runs(search, folder)
         stack.enter_context(new_place(folder.out))
@@ -72,16 +75,16 @@ def run(config: SearchConfig, out: Path | str, console: Console, *, resume: bool
             stack.enter_context(context)
         with new_place(folder.out, BEFORE_THE_FIRST_TRIAL):
             (folder.out / "trials").make_folder()
-            base, found = _prepared(search, folder, console)
-            groups = rungs.stage(base, found, folder.validation, config.rungs.sizes, config.seed)
-            remember(search, folder, found)
+            base, records = _prepared(search, folder, console)
+            groups = rungs.stage(base, records, folder.validation, config.rungs.sizes, config.seed)
+            remember(search, folder, records)
             state = folder.state
             asked = Points(config, search.space, folder.out, state["search_id"], state["study"])
             if sum(trial.state != points.RUNNING for trial in asked.trials()) < config.trials:
                 ray_session.check_reachable(search.trial.pipeline)
             tracker = _tracker(search, folder)
         try:
-            job = Job(base, found, Workspace(folder.validation))
+            job = Job(base, records, Workspace(folder.validation))
             return _run(search, folder, job, groups, asked, tracker, console)
         except BaseException as error:
             if tracker is not None:
@@ -120,14 +123,14 @@ def _run(
     best = points.best(every, config)
     if best is None:
         reasons = next((f" The first: {trial.error}" for trial in every if trial.error), "")
-        raise NothingUsable(f"No trial came to its end ({len(every)} tried).{reasons}")
+        raise NothingUsable(f"No trial was completed ({len(every)} tried).{reasons}")
     changed = _evaluation_config(search, folder, best)
     (folder.out / "best.yaml").write_text(_best_yaml(changed, best))
     outcomes = _evaluate(search, folder, changed, best, console)
     finished = report.write(search, folder.out, asked.study, every, best, outcomes, folder.state.get("seconds", 0.0))
     if tracker is not None:
         _log(search, tracker, every, best, outcomes, finished)
-        # What was missed while the store was gone; it answers now.
+        # Log what was missed while the store did not answer.
         tracker.failed = None
         running.catch_up()
         tracker.check()
@@ -136,9 +139,9 @@ def _run(
 
 
 def _check_runs(search: Search, folder: Folder) -> None:
-    """Raises InputError if the final comparison or the trials could not begin; writes nothing.
+    """Raises InputError if the final comparison or the trials cannot run; writes nothing.
 
-    Validation records are checked when they are staged, which is the next thing.
+    Validation records are checked when they are staged.
     """
     if "://" in (search.config.storage or ""):
         check_server(str(search.config.storage), "storage")
@@ -155,23 +158,23 @@ def _check_runs(search: Search, folder: Folder) -> None:
 
 
 def _prepared(search: Search, folder: Folder, console: Console) -> tuple[RunConfig, sources.Sources]:
-    """The run that trials are variants of, and where its records are."""
+    """The run that every trial varies, and its records."""
     config = search.trial
     config, notes = fitted(with_checked_store(with_absolute_checkpoints(config)))
     for note in notes:
         say(console, f"Note: {note}")
     editor_weights(config)
-    found = {}
-    # Both now: after hours of trials it would be late to miss the other records.
-    for name, one in (("evaluation", search.defaults), ("validation", config)):
+    located = {}
+    # Evaluation records are looked for before hours of trials, too.
+    for name, run_config in (("evaluation", search.defaults), ("validation", config)):
         try:
             # An embedded benchmark is written once for both.
-            found[name] = sources.resolve(one.data, folder.run_out(name))
-            found[name].identity()
-            found[name].reader.check_roots()
+            located[name] = sources.resolve(run_config.data, folder.run_out(name))
+            located[name].identity()
+            located[name].reader.check_roots()
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
-    return config, found["validation"]
+    return config, located["validation"]
 
 
 def _tracker(search: Search, folder: Folder) -> SearchRun | None:
@@ -212,10 +215,10 @@ def _try_points(
     spread = replace(job.config.pipeline, actors=config.concurrent, preparers=1)
     for trial in before:
         if trial.state == points.RUNNING:
-            # That its worker was ended with the search is no attempt of an edit.
+            # A worker that ended with the search does not count as an attempt of its edits.
             delete_all((folder.out / "trials" / trial.key / "attempts").glob())
     try:
-        # Ray first: it puts a handler of its own in place, which would end the process at once.
+        # Ray comes first: its own signal handler, which ends the process at once, must be replaced.
         with (
             ray_session.connected(spread, job.config.backbone, config.concurrent, console) as plan,
             terminate_as_interrupt(),
@@ -226,7 +229,7 @@ def _try_points(
 
 
 def _on(job: Job, plan: Plan) -> Job:
-    """The job on the device and with the threads of the plan."""
+    """The job with the device, threads and memory share of the plan."""
     return replace(job, device=plan.device, num_threads=plan.threads_per_actor, memory_share=plan.memory_share)
 
 
@@ -240,9 +243,9 @@ def _fit(
     plan: Plan,
     console: Console,
 ) -> None:
-    """Lets Tune run trials until there are enough."""
+    """Runs trials with Ray Tune until there are enough."""
     os.environ |= {
-        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would end the search without a word, as if it were complete
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the handler would end the search as if it were complete
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "RAY_AIR_NEW_OUTPUT": "0",
     }
@@ -253,8 +256,8 @@ def _fit(
 
         from tune.search import Asking, Listening, scheduler
         from tune.trainable import EditTrial
-    # Tune would copy the driver's keys into each trial's runtime environment, which the nodes log and the dashboard
-    # shows. Trials take them from where the workers of `odedit edit` do: from their node, or from the job.
+    # Tune copies the driver's keys into each trial's runtime environment, which nodes log and the dashboard shows.
+    # Trials take keys from their node or job instead, as the workers of `odedit edit` do.
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update(_KEYS)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     config = search.config
@@ -275,7 +278,7 @@ def _fit(
             tune_config=tune.TuneConfig(
                 search_alg=Asking(running),
                 scheduler=scheduler(search, before),
-                num_samples=-1,  # until `Asking` says that there are enough
+                num_samples=-1,  # until `Asking` has no more points
                 max_concurrent_trials=config.concurrent,
                 reuse_actors=True,
             ),
@@ -283,9 +286,9 @@ def _fit(
                 name="trials",
                 storage_path=temporary.path,
                 storage_filesystem=None if temporary.is_local else temporary.filesystem,
-                # `Running` hands out a trial again itself: Tune gives up one whose worker dies while it is handed over.
+                # `Running` retries trials itself: Tune does not retry one whose worker dies while it is started.
                 failure_config=tune.FailureConfig(max_failures=0),
-                # A trial's checkpoint is the files that it has written.
+                # The result files of a trial are its checkpoint.
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
                 callbacks=[Listening(running)],
                 verbose=0,
@@ -295,17 +298,17 @@ def _fit(
 
 @contextmanager
 def _tune_folder(folder: Folder) -> Iterator[Location]:
-    """Where Tune keeps its own state, which nobody needs after it has ended."""
-    place = folder.out / f"{TUNE_FOLDER}{uuid.uuid4().hex[:8]}"
-    place.make_folder()
+    """A folder for Tune's own state, deleted at the end."""
+    temporary = folder.out / f"{TUNE_FOLDER}{uuid.uuid4().hex[:8]}"
+    temporary.make_folder()
     try:
-        yield place
+        yield temporary
     finally:
-        remove_folder(place)
+        remove_folder(temporary)
 
 
 def _evaluation_config(search: Search, folder: Folder, trial: Trial) -> RunConfig:
-    """The run of a point on the evaluation records, with full paths."""
+    """The trial's run on the evaluation records, with absolute paths."""
     if search.space.defaults() == trial.point:
         return _named(folder, search.defaults, "defaults")
     return _named(folder, search.space.config(trial.point), f"trial-{trial.number}")
@@ -322,7 +325,7 @@ def _named(folder: Folder, config: RunConfig, name: str) -> RunConfig:
 
 
 def _best_yaml(config: RunConfig, trial: Trial) -> str:
-    """The best trial's run, for `odedit edit`; passwords are not written down."""
+    """The best trial's run as YAML, without passwords."""
     values: Mapping[str, Any] = config.to_dict()
     public = masked_values(values)
     if public["tracking"]["uri"] != values["tracking"]["uri"]:
@@ -333,13 +336,13 @@ def _best_yaml(config: RunConfig, trial: Trial) -> str:
 
 
 def _evaluate(search: Search, folder: Folder, changed: RunConfig, best: Trial, console: Console) -> dict[str, Outcome]:
-    """The defaults and the best settings on the evaluation records; the defaults alone if nothing was better."""
+    """Runs the defaults, and the best settings unless these are the defaults, on the evaluation records."""
     configs = {"defaults": _named(folder, search.defaults, "defaults")}
     if changed != configs["defaults"]:
         configs["best"] = changed
     say(console, f"Best on the validation records: trial {best.number}. Now on the evaluation records:")
     outcomes = dict(zip(configs, run_many(list(configs.values()), console), strict=True))
-    folder.update(evaluated=[locate(one.out, "out").name for one in configs.values()])
+    folder.update(evaluated=[locate(config.out, "out").name for config in configs.values()])
     return outcomes
 
 
@@ -351,7 +354,7 @@ def _log(
     outcomes: Mapping[str, Outcome],
     finished: report.Finished,
 ) -> None:
-    """What the search found, on the parent's page."""
+    """Logs the results to the search's parent run in MLflow, and tags the trials on the front."""
     for name, outcome in outcomes.items():
         tracker.tag_run(outcome.run_id, {KIND: "evaluation", "odedit.arm": name})
     settings = {f"best.{path}": str(value) for path, value in search.space.settings(best.point).items()}

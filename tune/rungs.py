@@ -1,4 +1,4 @@
-"""The validation records of a search, in one order for all trials: every rung is as varied as it can be."""
+"""Validation records of a search, in one order for all trials, with tasks and facts spread evenly over the rungs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Group = list[RawRecord]
 
 @dataclass(frozen=True)
 class TrialWorkspace(Workspace):
-    """The folder of a trial; its records are those of the search."""
+    """The folder of a trial, with the records of the search."""
 
     shared: Location
 
@@ -33,13 +33,13 @@ class TrialWorkspace(Workspace):
     def pool(self) -> Location:
         return self.shared / "pool.parquet"
 
-    def rung(self, place: int) -> Location:
-        """What the trial says at a rung; there once all its edits are."""
-        return self.out / f"rung-{place}.json"
+    def rung(self, index: int) -> Location:
+        """Report of a finished rung."""
+        return self.out / f"rung-{index}.json"
 
 
 def stage(config: RunConfig, sources: Sources, folder: Location, sizes: Sequence[int], seed: int) -> list[list[int]]:
-    """Writes the records of all rungs in groups; returns the numbers of each rung's groups.
+    """Writes the records of all rungs in groups; returns the group numbers of each rung.
 
     Raises:
         InputError: The records cannot be read, or there are too few.
@@ -73,9 +73,9 @@ def stage(config: RunConfig, sources: Sources, folder: Location, sizes: Sequence
 
 
 def ordered(records: Sequence[RawRecord], seed: int) -> list[RawRecord]:
-    """All records, so that every beginning of the list has all tasks in their shares and as many facts as possible.
+    """The records in an order whose every prefix has the tasks in proportion and as many facts as possible.
 
-    Depends on ids and `seed` alone, not on the order of the file.
+    The order depends on ids and `seed`, not on the order of the file.
     """
 
     def drawn(text: str) -> bytes:
@@ -88,8 +88,8 @@ def ordered(records: Sequence[RawRecord], seed: int) -> list[RawRecord]:
         turn = turns.get((record.task, fact), 0)
         turns[record.task, fact] = turn + 1
         by_task.setdefault(record.task, []).append((turn, drawn(fact), record))
-    placed = []
+    positions = []
     for task, of_task in sorted(by_task.items()):
         of_task.sort(key=lambda item: item[:2])
-        placed += [((place + 0.5) / len(of_task), task, record) for place, (_, _, record) in enumerate(of_task)]
-    return [record for _, _, record in sorted(placed, key=lambda item: item[:2])]
+        positions += [((index + 0.5) / len(of_task), task, record) for index, (_, _, record) in enumerate(of_task)]
+    return [record for _, _, record in sorted(positions, key=lambda item: item[:2])]

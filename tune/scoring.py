@@ -1,4 +1,4 @@
-"""From the rows of a trial's edits to what it is judged by."""
+"""Figures of a trial from the rows of its edits."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from tune.config import COMBINED, SCORE
 
 CURVE_POINTS = 50
 Report = dict[str, Any]
-"""What a trial says at a rung: edits, metrics and losses."""
+"""Figures of a trial at a rung: edits, metrics and losses."""
 
 
 def report(rows: Sequence[Row], edits: int) -> Report:
-    """Means over all edits so far.
+    """Means over a trial's edits so far.
 
-    A failed edit counts as 0 in every metric: settings must not win by failing at what is hard.
+    A failed edit counts as 0 in every metric: settings must not win by failing hard edits.
 
     Args:
-        edits: The rung: number of records, failed ones included.
+        rows: Result rows of the trial.
+        edits: Number of records at the rung, failed ones included.
     """
     judged = [row if row["status"] == EDITED else dict.fromkeys(MAIN, 0.0) for row in rows if _counts(row)]
     metrics = {metric: mean for metric in MAIN if (mean := _mean(judged, metric)) is not None}
@@ -34,7 +35,7 @@ def report(rows: Sequence[Row], edits: int) -> Report:
     }
     done = [row for row in rows if row["status"] == EDITED]
     last = {name: _mean([row["losses"] for row in done], name, last=True) for name in _loss_names(done)}
-    found = {
+    figures = {
         "edits": edits,
         "failed": sum(row["status"] == FAILED for row in rows),
         SCORE: score(judged),
@@ -43,7 +44,7 @@ def report(rows: Sequence[Row], edits: int) -> Report:
         **{f"loss/{name}": value for name, value in last.items()},
         **{name: _mean(done, name) for name in ("steps", "seconds", "worst_nll")},
     }
-    return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
+    return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
 
 
 def _counts(row: Row) -> bool:
@@ -62,13 +63,13 @@ def _mean(rows: Sequence[Mapping[str, Any]], name: str, *, last: bool = False) -
 
 
 def curves(rows: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:
-    """Mean loss over all edits by step, thinned to some fifty steps; an edit that has stopped keeps its last value."""
+    """Mean of each loss over all edits at about 50 steps; an edit that has stopped keeps its last value."""
     done = [row for row in rows if row["status"] == EDITED and row.get("losses")]
-    found: dict[str, list[tuple[int, float]]] = {}
+    by_loss: dict[str, list[tuple[int, float]]] = {}
     for name in _loss_names(done):
         columns = [values for row in done if (values := row["losses"].get(name))]
         length = max(map(len, columns))
         steps = range(0, length, max(1, length // CURVE_POINTS))
         points = [(step, fmean(values[min(step, len(values) - 1)] for values in columns)) for step in steps]
-        found[name] = [(step, value) for step, value in points if math.isfinite(value)]
-    return found
+        by_loss[name] = [(step, value) for step, value in points if math.isfinite(value)]
+    return by_loss

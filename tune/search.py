@@ -1,7 +1,7 @@
-"""A search while it runs: hands points to Ray Tune, takes their reports, and tells Optuna, MLflow and the user.
+"""A running search: passes points to Ray Tune, and the trials' reports to Optuna, MLflow and the terminal.
 
-`Asking` and `Listening` are all that Tune sees of it. Tune's own state is thrown away: what a search is resumed from is
-Optuna's storage and the files of the trials.
+`Asking` and `Listening` are its interface to Tune. Tune's own state is discarded; a search is resumed from Optuna's
+storage and the files of the trials.
 """
 
 from __future__ import annotations
@@ -39,11 +39,14 @@ from tune.trainable import EDITS, JUDGED
 
 
 class Running:
-    """What the driver knows of the trials that run.
+    """State of the running trials in the driver.
 
     Args:
-        tracker: None: nothing is logged to MLflow.
-        console: Standard error.
+        search: The search.
+        asked: Source of points.
+        folder: Folder of the search.
+        tracker: Parent run in MLflow; None: no logging.
+        console: Console for progress.
     """
 
     def __init__(
@@ -59,11 +62,11 @@ class Running:
 
     @property
     def is_done(self) -> bool:
-        """Whether no trial runs: one that does may break off and be asked for once more."""
+        """True once no trial is running or waiting to be retried."""
         return not self._trials and not self._broken
 
     def ask(self, trial_id: str) -> dict[str, Any] | None:
-        """The configuration of a new Tune trial, or None if there are enough."""
+        """The configuration of a new Tune trial, or None if no point is left."""
         raise_if_interrupted()
         try:
             trial = self._broken.pop(0) if self._broken else self._points.ask()
@@ -76,45 +79,46 @@ class Running:
         asked = with_absolute_checkpoints(self._search.space.config(trial.point))
         try:
             config = fitted(asked)[0]
-        except InputError:  # the trial will say so
+        except InputError:  # the trial will report it
             config = asked
         if self._tracker is not None:
             self._tracker.open_trial(trial.key, trial.number, self._parameters(trial), _tags(config))
-        # As the run has them: a worker would look for a relative path elsewhere.
+        # Paths are absolute as in the run: a worker has another working directory.
         flat = flatten(config.to_dict())
         settings = self._search.space.settings(trial.point)
         settings |= {path: flat[path] for path, value in flatten(asked.to_dict()).items() if flat[path] != value}
         return {"key": trial.key, "settings": {path: flat.get(path, value) for path, value in settings.items()}}
 
     def _parameters(self, trial: Trial) -> dict[str, Any]:
-        """The point, and what it means where that is another thing."""
+        """The point, with the settings that it stands for."""
         return trial.point | self._search.space.settings(trial.point)
 
     def report(self, trial_id: str, result: Mapping[str, Any]) -> None:
-        """Takes what a trial says at a rung; what it says again, after it was taken up again, is passed over."""
+        """Records a trial's report at a rung, unless it was recorded before the trial was resumed."""
         raise_if_interrupted()
         trial = self._trials[trial_id]
         if "report" not in result:
             return
-        found: Report = json.loads(result["report"])
-        if found["edits"] in trial.reports:
+        report: Report = json.loads(result["report"])
+        edits = report["edits"]
+        if edits in trial.reports:
             return
-        self._points.report(trial, found)
-        trial.reports[found["edits"]] = found
+        self._points.report(trial, report)
+        trial.reports[edits] = report
         if self._tracker is not None:
-            self._tracker.log_rungs(trial.key, {found["edits"]: found})
-        if found["edits"] < self._search.config.rungs.sizes[-1]:
-            say(self._console, f"{_name(trial)} {self._figures(found)}")
+            self._tracker.log_rungs(trial.key, {edits: report})
+        if edits < self._search.config.rungs.sizes[-1]:
+            say(self._console, f"{_name(trial)} {self._figures(report)}")
 
     def complete(self, trial_id: str, error: str = "") -> None:
-        """A trial has ended: with all its edits, stopped before, or failed."""
+        """Closes a trial of Tune: complete, stopped early or failed."""
         trial = self._trials.pop(trial_id)
         last = max(trial.reports, default=0)
         is_whole = last >= self._search.config.rungs.sizes[-1]
         self.close(trial, FAILED if error else COMPLETE if is_whole else PRUNED, error)
 
     def close(self, trial: Trial, state: str, error: str = "") -> None:
-        """Writes down how a trial ended."""
+        """Records the end of a trial in Optuna and MLflow."""
         self._points.finish(trial, state, error)
         if self._tracker is not None:
             self._log_end(trial, state, error)
@@ -136,7 +140,7 @@ class Running:
         self._tracker.close_trial(trial.key, state, trial.reports, tags, scoring.curves(rows))
 
     def catch_up(self) -> None:
-        """Writes to MLflow what an earlier part of the search, or a store that was gone, has left out."""
+        """Logs finished trials that are missing in MLflow, after a resumption or an outage of the store."""
         if self._tracker is None:
             return
         for trial in self._points.trials():
@@ -147,14 +151,14 @@ class Running:
             self._log_end(trial, trial.state, trial.error)
 
     def broke_off(self, trial_id: str, why: str) -> None:
-        """A worker has died or given up: another one takes up the trial, or it has failed."""
+        """Queues a trial whose worker died for another try, or closes it as failed after `retries`."""
         trial = self._trials[trial_id]
         self._failures[trial.key] += 1
         if self._failures[trial.key] > self._search.config.retries:
             self.complete(trial_id, why)
             return
         self._broken.append(self._trials.pop(trial_id))
-        say(self._console, f"{_name(trial)} broke off ({why}); it goes on behind its last finished group")
+        say(self._console, f"{_name(trial)} broke off ({why}); it goes on after its last finished group")
 
     def progress(self) -> str:
         """`| best so far: trial 3, .871 | 5 of 20 trials, 1:32`."""
@@ -170,12 +174,12 @@ class Running:
             text = f"| best so far: trial {leader.number}, {figures} "
         return f"{text}| {done} of {counted(config.trials, 'trial')}, {seconds // 60}:{seconds % 60:02d}"
 
-    def _figures(self, found: Report) -> str:
+    def _figures(self, report: Report) -> str:
         """`24 edits  score .842  rel 1.000 ...`."""
         names = dict.fromkeys((SCORE, *self._search.config.objectives, *MAIN))
-        shown = "  ".join(f"{name} {number(found[name])}" for name in names if name in found)
-        failed = f" ({found['failed']} failed)" if found.get("failed") else ""
-        return f"{counted(found['edits'], 'edit')}{failed}  {shown}"
+        shown = "  ".join(f"{name} {number(report[name])}" for name in names if name in report)
+        failed = f" ({report['failed']} failed)" if report.get("failed") else ""
+        return f"{counted(report['edits'], 'edit')}{failed}  {shown}"
 
 
 def _name(trial: Trial) -> str:
@@ -192,35 +196,35 @@ def _tags(config: RunConfig) -> dict[str, str]:
 
 
 class _Unsaved:
-    """Tune writes down what it is handed; of these nothing is worth it."""
+    """Objects that Tune pickles without their content."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
 class Asking(_Unsaved, Searcher):
-    """Where Tune gets its points from."""
+    """Source of points for Tune."""
 
     def __init__(self, running: Running) -> None:
         super().__init__(metric=JUDGED, mode="max")
         self._running = running
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        found = self._running.ask(trial_id)
-        return found if found is not None else Searcher.FINISHED if self._running.is_done else None
+        config = self._running.ask(trial_id)
+        return config if config is not None else Searcher.FINISHED if self._running.is_done else None
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Told by `Listening`, which knows why."""
+        """Left to `Listening`, which has the error."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Optuna's storage has everything."""
+        """Does nothing: Optuna's storage holds the search."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Never called: every part of a search is another experiment to Tune."""
+        """Never called: a resumed search is a new experiment of Tune."""
 
 
 class Listening(_Unsaved, Callback):
-    """What Tune tells of its trials."""
+    """Receiver of Tune's events."""
 
     def __init__(self, running: Running) -> None:
         self._running = running
@@ -238,7 +242,7 @@ class Listening(_Unsaved, Callback):
 
 
 def _why(trial: Any) -> str:
-    """What Tune knows of an error, on one line."""
+    """A trial's error on one line."""
     error = trial.get_error()
     if isinstance(error, RayActorError) or error is None:
         return "its worker died"
@@ -246,7 +250,7 @@ def _why(trial: Any) -> str:
 
 
 class _Halving(AsyncHyperBandScheduler):
-    """Knows trials by their points: one that is taken up again is the same, though it is another one to Tune."""
+    """Identifies trials by their points: a retried trial is a new one to Tune."""
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, _by_point(trial))
@@ -266,7 +270,7 @@ def _by_point(trial: Any) -> Any:
 
 
 def scheduler(search: Search, earlier: Sequence[Trial]) -> TrialScheduler:
-    """Asynchronous successive halving over the rungs; it has heard of the trials of earlier parts of the search."""
+    """Asynchronous successive halving over the rungs, with the reports of `earlier` trials."""
     rungs = search.config.rungs
     if rungs.number == 1:
         return FIFOScheduler()
@@ -281,8 +285,8 @@ def scheduler(search: Search, earlier: Sequence[Trial]) -> TrialScheduler:
     for trial in earlier:
         known = SimpleNamespace(config={"key": trial.key})
         halving.on_trial_add(None, known)
-        for found in trial.reports.values():
-            judged = found.get(search.config.judged_by, 0.0)
-            halving.on_trial_result(None, known, {EDITS: found["edits"], JUDGED: judged})
+        for report in trial.reports.values():
+            judged = report.get(search.config.judged_by, 0.0)
+            halving.on_trial_result(None, known, {EDITS: report["edits"], JUDGED: judged})
         halving.on_trial_remove(None, known)
     return halving

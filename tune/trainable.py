@@ -1,8 +1,8 @@
-"""A trial as Ray Tune runs it: one step is one rung, and what is written to disk is its checkpoint.
+"""A trial as Ray Tune runs it: one step is one rung, and the result files are the checkpoint.
 
-A worker that Tune hands the next trial keeps the model, the features of its pictures and the prepared requests. Every
-group of edits is written as soon as it is done, so a trial that is taken up again, by another worker or after the
-search was killed, goes on behind its last group.
+A worker keeps its model, image features and prepared requests for its next trial. Every group of edits is written as
+soon as it is done, so a trial that is resumed, by another worker or after the search was killed, goes on after its last
+group.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tune.rungs import TrialWorkspace
 from tune.space import nested
 
 EDITS, JUDGED = "edits", "judged"
-"""In every result: how many edits, and what decides whether the trial goes on."""
+"""Keys of every result: number of edits, and the figure that decides whether the trial goes on."""
 _REQUESTS = RequestCache()
 
 
@@ -45,21 +45,22 @@ class EditTrial(Trainable):
         folder: Location,
         judged_by: str,
     ) -> None:
-        """
+        """Starts the trial.
+
         Args:
             config: `key` and `settings` (path -> value) of the point.
-            job: Of the defaults, on the validation records.
-            rungs: Groups of each rung.
-            sizes: Edits of each rung.
-            folder: Of the search.
-            judged_by: The figure that decides whether a trial goes on.
+            job: Run of the default settings on the validation records.
+            rungs: Group numbers of each rung.
+            sizes: Number of edits at each rung.
+            folder: Folder of the search.
+            judged_by: Figure that decides whether a trial goes on.
         """
         self._base, self._rungs, self._sizes, self._folder = job, rungs, sizes, folder
         self._judged_by = judged_by
         self._begin(config)
 
     def reset_config(self, new_config: Mapping[str, Any]) -> bool:
-        """Takes the next point: what the process has loaded stays."""
+        """Starts the trial of the next point in this process, with the loaded model."""
         self._begin(new_config)
         return True
 
@@ -69,12 +70,12 @@ class EditTrial(Trainable):
         workspace.create()
         self._workspace = workspace
         self._workers: tuple[Preparer, EditActor] | None = None
-        self._done = sum(read_json(workspace.rung(place)) is not None for place in range(len(self._rungs)))
-        # Scheduler and sampler may not have heard of the last finished rung.
+        self._done = sum(read_json(workspace.rung(index)) is not None for index in range(len(self._rungs)))
+        # The last finished rung may not have reached scheduler and sampler: report it again.
         self._repeat = self._done > 0
 
     def step(self) -> dict[str, Any]:
-        """Finishes the next rung. What is wrong with the settings ends the trial, and no other worker would help."""
+        """Finishes the next rung. Wrong settings end the trial: another worker would refuse them as well."""
         try:
             report = self._report()
         except InputError as error:
@@ -96,10 +97,10 @@ class EditTrial(Trainable):
         for group in self._rungs[self._done]:
             if not self._workspace.part(group).exists():
                 self._edit(group)
-        found = scoring.report(self._rows(), self._sizes[self._done])
-        write_json(self._workspace.rung(self._done), found)
+        report = scoring.report(self._rows(), self._sizes[self._done])
+        write_json(self._workspace.rung(self._done), report)
         self._done += 1
-        return found
+        return report
 
     def _edit(self, group: int) -> None:
         if self._workers is None:

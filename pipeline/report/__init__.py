@@ -1,1 +1,1 @@
-"""Pages and tables made from results."""
+"""Pages and tables of results."""

@@ -1,34 +1,35 @@
-"""Any runs side by side: where their settings differ, and their metrics with paired tests on the records they share."""
+"""Runs side by side: the settings that differ, and the metrics with paired tests on the records in common."""
 
 from __future__ import annotations
 
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from odedit.errors import InputError
-from odedit.evaluation.score import paired_score, score
-from odedit.evaluation.statistics import MAIN, SIGNIFICANT, Estimate, PairedDifference, holm, paired, summarize
+from odedit.evaluation.score import score
+from odedit.evaluation.statistics import MAIN, Estimate
 from odedit.runtime.addresses import masked, reason
 from odedit.storage.location import Location, locate
 from pipeline.config.run import read_yaml
 from pipeline.config.values import flatten
-from pipeline.report.formatting import number
-from pipeline.report.page import LABELS, p_value
+from pipeline.report.differences import SCORE, Difference, differences, means
+from pipeline.report.formatting import LABELS, change, number, p_value, plus_minus, sign
 from pipeline.run_folder import rows as results
 from pipeline.run_folder.rows import EDITED, FAILED, SKIPPED, Row
 from pipeline.run_folder.workspace import CONFIG_HEADER, Workspace, read_json
 from pipeline.tracking import fetch
 
-SCORE = "score"
 METRICS = (*MAIN, "steps", "seconds")
 _COLUMNS = ("edit_id", "fact", "status", "prompt", "target", *METRICS)
 _NOT_SHOWN = ("tracking.", "out")
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
+_MAX_TITLE_NAMES = 4
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class Side:
     """One run.
 
     Attributes:
-        name: What it is called in the tables.
-        settings: Path -> value, and `code`, the version that made it.
-        rows: Those that were edited, by what they are: id, prompt and target.
-        counts: Records by how they ended.
+        name: Name in the tables.
+        settings: Path -> value, and `code`, the version of the code that made the run.
+        rows: Edited records by id, prompt and target.
+        counts: Number of records by status.
     """
 
     name: str
@@ -49,26 +50,15 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A run's metric minus the first run's, on the records that both edited; p after Holm's correction."""
-
-    found: PairedDifference
-    p_holm: float
-
-    @property
-    def is_clear(self) -> bool:
-        return self.p_holm < SIGNIFICANT
-
-
-@dataclass(frozen=True)
 class Comparison:
-    """Runs against the first of them.
+    """Several runs, each compared with the first.
 
     Attributes:
-        settings: Path -> value in each run, of those that are not the same everywhere.
-        means: Of each run: metric -> mean and interval.
-        differences: Of each run but the first: metric -> difference; empty without a common record.
-        common: Of each run but the first: records that it has in common with the first.
+        sides: The runs.
+        settings: Path -> value in each run, for the settings that differ between runs.
+        means: Metric -> mean and interval, for each run.
+        differences: Metric -> difference to the first run, for each further run; p corrected over the runs.
+        common: Number of records in common with the first run, for each further run.
     """
 
     sides: Sequence[Side]
@@ -80,66 +70,67 @@ class Comparison:
 
 @contextmanager
 def sides(names: Sequence[str], uri: str | None) -> Iterator[list[Side]]:
-    """Finds the runs that are named: a run's folder, a study's or a search's, or an MLflow run's id.
+    """Loads the runs of the given names; their rows are readable inside the block.
 
     Args:
+        names: Folders of runs, studies or searches, or ids of MLflow runs.
         uri: MLflow store of the ids.
 
     Raises:
         InputError: A name is none of these, or there are fewer than two runs.
     """
     with tempfile.TemporaryDirectory() as folder:
-        found = [side for place, name in enumerate(names) for side in _named(name, uri, Path(folder) / str(place))]
-        if len(found) < 2:
-            raise InputError(f"RUN: got {len(found)} run, expected at least two, or a study or search that holds more.")
-        yield _told_apart(found)
+        loaded = [side for index, name in enumerate(names) for side in _load(name, uri, Path(folder) / str(index))]
+        if len(loaded) < 2:
+            raise InputError(
+                f"RUN: got {len(loaded)} run, expected at least two, or a study or search that holds more."
+            )
+        yield _numbered(loaded)
 
 
-def _told_apart(found: Sequence[Side]) -> list[Side]:
-    """Runs of the same name get a number."""
-    names = [side.name for side in found]
-    seen: dict[str, int] = {}
+def _numbered(sides: Sequence[Side]) -> list[Side]:
+    """Appends a number to names that occur more than once."""
+    total, seen = Counter(side.name for side in sides), Counter[str]()
     result = []
-    for side in found:
-        seen[side.name] = seen.get(side.name, 0) + 1
-        name = f"{side.name} ({seen[side.name]})" if names.count(side.name) > 1 else side.name
-        result.append(Side(name, side.settings, side.rows, side.counts))
+    for side in sides:
+        seen[side.name] += 1
+        result.append(replace(side, name=f"{side.name} ({seen[side.name]})") if total[side.name] > 1 else side)
     return result
 
 
-def _named(name: str, uri: str | None, folder: Path) -> list[Side]:
-    place = locate(name, "RUN")
-    if place.is_folder():
-        return [_side(label, out) for label, out in _of_folder(place)]
+def _load(name: str, uri: str | None, folder: Path) -> list[Side]:
+    location = locate(name, "RUN")
+    if location.is_folder():
+        return [_side(label, out) for label, out in _runs_in(location)]
     if _RUN_ID.fullmatch(name):
         if uri is None:
-            raise InputError(f"--uri: is missing; {name!r} is an MLflow run, and nothing says in which store.")
+            raise InputError(f"--uri: is missing; {name!r} is an MLflow run: give the address of its store.")
         return [_side(label, out) for label, out in fetch.fetch_results(uri, name, folder)]
     raise InputError(
         f"RUN: there is no folder {masked(name)!r}; expected a run's, study's or search's, or an MLflow run's id."
     )
 
 
-def _of_folder(place: Location) -> list[tuple[str, Location]]:
-    """The runs in a folder, by name."""
-    if Workspace(place).run.exists():
-        return [(_name(place), place)]
-    if (place / "study.json").exists():
-        parts = [out for out in (place / "arms").glob() if Workspace(out).run.exists()]
-        names = [(read_yaml(Workspace(out).config).get("tracking") or {}).get("run_name") or out.name for out in parts]
-        if parts:
-            return list(zip(names, parts, strict=True))
-    state = read_json(place / "search.json")
+def _runs_in(folder: Location) -> list[tuple[str, Location]]:
+    """Name and folder of each run in the folder of a run, study or search."""
+    if Workspace(folder).run.exists():
+        return [(_name(folder), folder)]
+    if (folder / "study.json").exists():
+        arms = [out for out in (folder / "arms").glob() if Workspace(out).run.exists()]
+        names = [(read_yaml(Workspace(out).config).get("tracking") or {}).get("run_name") or out.name for out in arms]
+        if arms:
+            return list(zip(names, arms, strict=True))
+    state = read_json(folder / "search.json")
     if isinstance(state, dict):
-        parts = [place / "evaluation" / name for name in state.get("evaluated", ())]
-        if parts:
-            return [(f"{_name(place)}, {out.name}", out) for out in parts]
-        raise InputError(f"RUN: the search in {place} is not finished; `odedit tune --resume {place}` goes on.")
-    raise InputError(f"RUN: {place} holds no run, study or search.")
+        outs = [folder / "evaluation" / name for name in state.get("evaluated", ())]
+        if outs:
+            return [(f"{_name(folder)}, {out.name}", out) for out in outs]
+        raise InputError(f"RUN: the search in {folder} is not finished; `odedit tune --resume {folder}` goes on.")
+    raise InputError(f"RUN: {folder} holds no run, study or search.")
 
 
-def _name(place: Location) -> str:
-    return Path(place).resolve().name if place.is_local else place.name
+def _name(folder: Location) -> str:
+    return Path(folder).resolve().name if folder.is_local else folder.name
 
 
 def _side(name: str, out: Location) -> Side:
@@ -153,74 +144,63 @@ def _side(name: str, out: Location) -> Side:
         counts[row["status"]] += 1
         if row["status"] == EDITED:
             rows["\n".join(map(str, (row["edit_id"], row["prompt"], row["target"])))] = row
-    first = workspace.config.read_text().partition("\n")[0]
+    first_line = workspace.config.read_text().partition("\n")[0]
     settings = flatten(read_yaml(workspace.config))
-    return Side(name, settings | {"code": first.removeprefix(CONFIG_HEADER).strip()}, rows, counts)
+    return Side(name, settings | {"code": first_line.removeprefix(CONFIG_HEADER).strip()}, rows, counts)
 
 
-def compare(found: Sequence[Side]) -> Comparison:
+def compare(sides: Sequence[Side]) -> Comparison:
     """Every run against the first."""
-    names = dict.fromkeys(name for side in found for name in side.settings if not name.startswith(_NOT_SHOWN))
-    settings = {name: [side.settings.get(name) for side in found] for name in names}
+    first, *others = sides
+    names = dict.fromkeys(name for side in sides for name in side.settings if not name.startswith(_NOT_SHOWN))
+    settings = {name: [side.settings.get(name) for side in sides] for name in names}
     differing = {name: values for name, values in settings.items() if any(value != values[0] for value in values)}
-    means = [_means(side) for side in found]
-    raw = []
-    for side in found[1:]:
-        changes = paired(found[0].rows, side.rows, METRICS)
-        total = paired_score(found[0].rows, side.rows)
-        raw.append(({} if total is None else {SCORE: total}) | changes)
-    corrected = {
-        metric: holm({str(place): one[metric].p for place, one in enumerate(raw) if metric in one})
-        for metric in (SCORE, *METRICS)
-    }
-    differences = [
-        {metric: Difference(change, corrected[metric][str(place)]) for metric, change in one.items()}
-        for place, one in enumerate(raw)
-    ]
-    common = [len(found[0].rows.keys() & side.rows.keys()) for side in found[1:]]
-    return Comparison(found, differing, means, differences, common)
+    changes = differences({i: (first.rows, side.rows) for i, side in enumerate(others)}, METRICS, with_score=True)
+    common = [len(first.rows.keys() & side.rows.keys()) for side in others]
+    return Comparison(sides, differing, [_means(side) for side in sides], list(changes.values()), common)
 
 
 def _means(side: Side) -> dict[str, Estimate]:
     rows = list(side.rows.values())
-    facts = [str(row.get("fact") or row["edit_id"]) for row in rows]
-    means = summarize([{metric: row.get(metric) for metric in METRICS} for row in rows], facts)
     value = score(rows)
-    # By itself the score has no interval; its difference has.
-    return ({SCORE: Estimate(value, value, value, len(rows))} if value == value else {}) | means
+    # The score of a single run has no interval.
+    total = {SCORE: Estimate(value, value, value, len(rows))} if value == value else {}
+    return total | means(rows, METRICS)
 
 
-def tables(found: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, heads and cells of each table; the first column is text, the others are figures."""
-    names = [side.name for side in found.sides]
-    shown = [metric for metric in (SCORE, *METRICS) if any(metric in means for means in found.means)]
-    differing = [[f"{name}", *map(_value, values)] for name, values in found.settings.items()]
-    means = [
+def tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, heads and lines of cells of each table; the first column is text, the others are figures."""
+    sides, others = comparison.sides, comparison.sides[1:]
+    names = [side.name for side in sides]
+    shown = [metric for metric in (SCORE, *METRICS) if any(metric in of_side for of_side in comparison.means)]
+    differing = [[name, *map(_value, values)] for name, values in comparison.settings.items()]
+    averages = [
         [side.name, _counts(side), *(_mean(of_side.get(metric), metric) for metric in shown)]
-        for side, of_side in zip(found.sides, found.means, strict=True)
+        for side, of_side in zip(sides, comparison.means, strict=True)
     ]
     changes = [
         [side.name, str(common), *(_change(of_side.get(metric)) for metric in shown)]
-        for side, common, of_side in zip(found.sides[1:], found.common, found.differences, strict=True)
+        for side, common, of_side in zip(others, comparison.common, comparison.differences, strict=True)
     ]
     return [
         ("Settings that differ", ["setting", *names], differing),
-        ("Means", ["run", "edits", *shown], means),
+        ("Means", ["run", "edits", *shown], averages),
         (f"Differences to {names[0]}", ["run", "common records", *shown], changes),
     ]
 
 
-def note(found: Comparison) -> str:
-    """What the tables' signs mean."""
+def note(comparison: Comparison) -> str:
+    """The meaning of the tables' signs, and the runs without a common record."""
     parts = [
         "Means ± half of their 95% intervals, clustered by fact. `score`: harmonic mean of the five metrics. "
         "Differences are on the records that both runs edited (same id, prompt and target), with 95% intervals; p: "
         "paired t-test clustered by fact, of the score the jackknife over facts, after Holm's correction over runs. "
         "▲/▼: p < .05."
     ]
-    apart = [side.name for side, common in zip(found.sides[1:], found.common, strict=True) if not common]
+    first, *others = comparison.sides
+    apart = [side.name for side, common in zip(others, comparison.common, strict=True) if not common]
     if apart:
-        parts.append(f"No record in common with {found.sides[0].name}: {', '.join(apart)}.")
+        parts.append(f"No record in common with {first.name}: {', '.join(apart)}.")
     return " ".join(parts)
 
 
@@ -235,44 +215,44 @@ def _counts(side: Side) -> str:
     return str(side.counts[EDITED]) + (f" ({lost})" if lost else "")
 
 
-def _mean(found: Estimate | None, metric: str) -> str:
-    if found is None:
+def _mean(mean: Estimate | None, metric: str) -> str:
+    if mean is None:
         return ""
-    half = "" if metric == SCORE else f" ±{number(max(found.high - found.mean, found.mean - found.low))}"
-    return number(found.mean) + half
+    return number(mean.mean) if metric == SCORE else plus_minus(mean)
 
 
-def _change(found: Difference | None) -> str:
-    if found is None:
+def _change(difference: Difference | None) -> str:
+    if difference is None:
         return ""
-    change = found.found
-    sign = (" ▲" if change.mean > 0 else " ▼") if found.is_clear else ""
-    digits = 3 if abs(change.mean) < 10 else 1
-    interval = f"[{change.low:+.{digits}f}, {change.high:+.{digits}f}]"
-    return f"{change.mean:+.{digits}f} {interval}, p {p_value(found.p_holm)}{sign}"
+    digits = 3 if abs(difference.mean) < 10 else 1
+    return f"{change(difference, digits)}, p {p_value(difference.p_holm)}{sign(difference)}"
 
 
-def to_markdown(found: Comparison) -> str:
-    """The tables one below the other."""
-    blocks = ["# " + " against ".join(side.name for side in found.sides[:4]) + (" ..." if len(found.sides) > 4 else "")]
-    for title, heads, cells in tables(found):
+def _title(comparison: Comparison) -> str:
+    return " against ".join(side.name for side in comparison.sides[:_MAX_TITLE_NAMES])
+
+
+def to_markdown(comparison: Comparison) -> str:
+    """All tables as Markdown."""
+    blocks = [f"# {_title(comparison)}" + (" ..." if len(comparison.sides) > _MAX_TITLE_NAMES else "")]
+    for title, heads, lines in tables(comparison):
         blocks.append(f"## {title}")
-        if not cells:
+        if not lines:
             blocks.append("None.")
             continue
-        lines = ["| " + " | ".join(map(_escaped, heads)) + " |", "|---|" + "--:|" * (len(heads) - 1)]
-        lines += ["| " + " | ".join(map(_escaped, line)) + " |" for line in cells]
-        blocks.append("\n".join(lines))
-    return "\n\n".join([*blocks, note(found)]) + "\n"
+        table = ["| " + " | ".join(map(_escaped, heads)) + " |", "|---|" + "--:|" * (len(heads) - 1)]
+        table += ["| " + " | ".join(map(_escaped, line)) + " |" for line in lines]
+        blocks.append("\n".join(table))
+    return "\n\n".join([*blocks, note(comparison)]) + "\n"
 
 
 def _escaped(text: str) -> str:
-    """A cell may hold a bar."""
+    """Text that does not end its cell."""
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def write_html(found: Comparison, place: Location) -> None:
-    """The same as one page.
+def write_html(comparison: Comparison, path: Location) -> None:
+    """Writes all tables as one HTML page.
 
     Raises:
         InputError: The file cannot be written.
@@ -283,13 +263,10 @@ def write_html(found: Comparison, place: Location) -> None:
         loader=PackageLoader("pipeline"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     text = environment.get_template("compare.html.j2").render(
-        title=" against ".join(side.name for side in found.sides[:4]),
-        tables=tables(found),
-        note=note(found),
-        labels=LABELS,
+        title=_title(comparison), tables=tables(comparison), note=note(comparison), labels=LABELS
     )
     try:
-        place.parent.make_folder()
-        place.write_text(text)
+        path.parent.make_folder()
+        path.write_text(text)
     except OSError as error:
-        raise InputError(f"--html: {str(place)!r} cannot be written to: {reason(error)}.") from error
+        raise InputError(f"--html: {str(path)!r} cannot be written to: {reason(error)}.") from error

@@ -1,20 +1,13 @@
-"""Numbers as tables show them."""
+"""Figures as tables show them."""
 
 from __future__ import annotations
 
-from odedit.evaluation.statistics import SIGNIFICANT, Estimate, PairedDifference
+from odedit.evaluation.columns import METRICS
+from odedit.evaluation.statistics import Estimate, PairedDifference
+from pipeline.report.differences import Difference
 
-
-def plus_minus(found: Estimate | PairedDifference) -> str:
-    """`.830 ±.027`: a mean and half its interval, the longer one."""
-    return f"{number(found.mean)} ±{number(max(found.high - found.mean, found.mean - found.low))}"
-
-
-def sign(change: PairedDifference | None, p: float) -> str:
-    """` ▲` or ` ▼` if the difference is one after correction."""
-    if change is None or not p < SIGNIFICANT:
-        return ""
-    return " ▲" if change.mean > 0 else " ▼"
+LABELS = {name: metric.label for name, metric in METRICS.items()}
+"""Columns spelled out."""
 
 
 def number(value: float) -> str:
@@ -25,3 +18,32 @@ def number(value: float) -> str:
         return f"{value:.0f}"
     text = f"{value:.3f}"
     return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
+
+
+def plus_minus(value: Estimate | PairedDifference) -> str:
+    """`.830 ±.027`: a mean and half its interval, the longer half."""
+    return f"{number(value.mean)} ±{number(max(value.high - value.mean, value.mean - value.low))}"
+
+
+def interval(value: Estimate) -> str:
+    """`0.913 [0.880, 0.946]`: a mean and its interval."""
+    return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def change(difference: PairedDifference, digits: int = 3) -> str:
+    """`+0.012 [+0.003, +0.020]`: a difference and its interval."""
+    return f"{difference.mean:+.{digits}f} [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
+
+
+def sign(difference: Difference | None) -> str:
+    """` ▲` or ` ▼` if the difference is significant after correction."""
+    if difference is None or not difference.is_clear:
+        return ""
+    return " ▲" if difference.mean > 0 else " ▼"
+
+
+def p_value(p: float | None) -> str:
+    """`0.012`; `-` without a test."""
+    if p is None or p != p:
+        return "-"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -1,1 +1,1 @@
-"""Studies: many runs that differ in a few settings, compared on the same records, as a table and a picture."""
+"""Studies: runs that differ in a few settings and edit the same records, compared in tables and a picture."""

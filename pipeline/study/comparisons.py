@@ -1,59 +1,50 @@
-"""One label of a study against every other of its axis: what a claim "A beats B" needs.
-
-Both tasks count together, an edit weighs the same in either. What is compared is said before, in the study's file.
-"""
+"""One label of a study against every other label of its axis, both tasks together: the test of a claim "A beats B"."""
 
 from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from odedit.evaluation.statistics import PairedDifference, holm, paired
+from pipeline.report.differences import Difference, differences, edited
 from pipeline.report.formatting import plus_minus, sign
-from pipeline.run_folder.rows import EDITED, Row
+from pipeline.run_folder.rows import Row
 from pipeline.study.spec import Arm, StudyConfig
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """An arm that has the label, and one that has another and is otherwise the same.
+    """An arm with the compared label, and an arm that differs from it on that axis alone.
 
     Attributes:
-        arm, other: The two.
-        n: Edits that both have.
-        differences: Column to the arm's value minus the other's, clustered by fact.
-        p_holm: Column to p after Holm's correction for all comparisons of that column.
+        arm: The arm with the label.
+        other: The arm with another label.
+        n: Number of records that both arms edited.
+        differences: Column -> arm minus other, clustered by fact; p corrected over all comparisons of the column.
     """
 
     arm: Arm
     other: Arm
     n: int
-    differences: dict[str, PairedDifference]
-    p_holm: dict[str, float]
+    differences: dict[str, Difference]
 
 
 def comparisons(study: StudyConfig, arms: Sequence[Arm], rows: Mapping[str, Sequence[Row]]) -> list[Comparison]:
-    """Every arm with the label `study.compared` names, against each arm that differs from it there alone."""
-    columns = tuple(dict.fromkeys((*study.columns, *study.further)))
-    edited = {name: {row["edit_id"]: row for row in found if row["status"] == EDITED} for name, found in rows.items()}
+    """Every arm with the labels of `study.compared` against each arm that differs from it there alone.
+
+    Args:
+        rows: Result rows by the arm's folder.
+    """
+    by_arm = {folder: edited(of_arm) for folder, of_arm in rows.items()}
     pairs = [(arm, other) for arm in arms for other in arms if _is_against(study, arm, other)]
-    found = [paired(edited[other.folder], edited[arm.folder], columns) for arm, other in pairs]
-    corrected = {
-        column: holm({str(place): one[column].p for place, one in enumerate(found) if column in one})
-        for column in columns
-    }
+    tests = differences(
+        {i: (by_arm[other.folder], by_arm[arm.folder]) for i, (arm, other) in enumerate(pairs)},
+        tuple(dict.fromkeys((*study.columns, *study.further))),
+    )
     return [
-        Comparison(
-            arm,
-            other,
-            len(edited[arm.folder].keys() & edited[other.folder].keys()),
-            one,
-            {column: corrected[column][str(place)] for column in columns if str(place) in corrected[column]},
-        )
-        for place, ((arm, other), one) in enumerate(zip(pairs, found, strict=True))
+        Comparison(arm, other, len(by_arm[arm.folder].keys() & by_arm[other.folder].keys()), tests[i])
+        for i, (arm, other) in enumerate(pairs)
     ]
 
 
@@ -63,42 +54,44 @@ def _is_against(study: StudyConfig, arm: Arm, other: Arm) -> bool:
     return has_label and bool(differ) and differ <= study.compared.keys()
 
 
-def to_markdown(study: StudyConfig, found: Sequence[Comparison]) -> str:
-    """One line per comparison: `+.049 ±.020 ▲`."""
-    columns = [c for c in (*study.columns, *study.further) if any(c in one.differences for one in found)]
+def to_markdown(study: StudyConfig, compared: Sequence[Comparison]) -> str:
+    """A Markdown table with one line per comparison and cells like `+.049 ±.020 ▲`."""
+    shown = {column for comparison in compared for column in comparison.differences}
+    columns = [column for column in (*study.columns, *study.further) if column in shown]
     fixed = [axis for axis in study.axes if axis not in study.compared]
-    name = ", ".join(study.compared.values())
     heads = [*fixed, "against", "n", *columns]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * (len(fixed) + 1) + "--:|" * (len(columns) + 1)]
-    for one in found:
-        labels = [one.arm.labels[axis] for axis in fixed]
-        against = ", ".join(one.other.labels[axis] for axis in study.compared)
-        lines.append("| " + " | ".join([*labels, against, str(one.n), *(_figure(one, c) for c in columns)]) + " |")
+    for comparison in compared:
+        labels = [comparison.arm.labels[axis] for axis in fixed]
+        figures = [_figure(comparison.differences.get(column)) for column in columns]
+        lines.append("| " + " | ".join([*labels, _against(study, comparison), str(comparison.n), *figures]) + " |")
     text = (
-        f"What *{name}* gains over the others, both tasks together: mean difference on the same edits ± half of its "
-        "95% interval, clustered by fact. ▲/▼: paired t-test, p < .05 after Holm's correction over all lines of the "
-        "column."
+        f"What *{', '.join(study.compared.values())}* gains over the others, both tasks together: mean difference on "
+        "the same edits ± half of its 95% interval, clustered by fact. ▲/▼: paired t-test, p < .05 after Holm's "
+        "correction over all lines of the column."
     )
     return text + "\n\n" + "\n".join(lines) + "\n"
 
 
-def _figure(one: Comparison, column: str) -> str:
-    if column not in one.differences:
+def _against(study: StudyConfig, comparison: Comparison) -> str:
+    return ", ".join(comparison.other.labels[axis] for axis in study.compared)
+
+
+def _figure(difference: Difference | None) -> str:
+    if difference is None:
         return ""
-    change = one.differences[column]
-    plus = "+" if change.mean >= 0 else ""
-    return plus + plus_minus(change) + sign(change, one.p_holm.get(column, math.nan))
+    plus = "+" if difference.mean >= 0 else ""
+    return plus + plus_minus(difference) + sign(difference)
 
 
-def to_csv(study: StudyConfig, found: Sequence[Comparison]) -> str:
-    """One line per comparison and column."""
+def to_csv(study: StudyConfig, compared: Sequence[Comparison]) -> str:
+    """One CSV line per comparison and column."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow([*study.axes, "against", "column", "n", "difference", "low", "high", "p", "p_holm"])
-    for one in found:
-        against = ", ".join(one.other.labels[axis] for axis in study.compared)
-        for column, change in one.differences.items():
-            values = (change.mean, change.low, change.high, change.p, one.p_holm.get(column, math.nan))
-            labels = one.arm.labels.values()
-            writer.writerow([*labels, against, column, one.n, *(f"{value:.6g}" for value in values)])
+    for comparison in compared:
+        labels = [*comparison.arm.labels.values(), _against(study, comparison)]
+        for column, change in comparison.differences.items():
+            values = (change.mean, change.low, change.high, change.p, change.p_holm)
+            writer.writerow([*labels, column, comparison.n, *(f"{value:.6g}" for value in values)])
     return stream.getvalue()

@@ -1,8 +1,9 @@
-"""The records of a study, drawn from the embedded benchmark: several seeds in one file, facts spread evenly."""
+"""Records of a study, drawn from the embedded benchmark: several seeds in one file, facts spread evenly."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,58 +24,56 @@ Record = dict[str, Any]
 def write(draw: Draw, folder: Path | str) -> dict[str, str]:
     """Writes the records under `folder` and returns the `data` section of a run that edits them.
 
-    A new folder of this machine appears whole or not at all.
-
-    Edits of different seeds have different ids and name their facts alike, so that tests over seeds are clustered by
-    fact: all facts, where so many are drawn, else those that come first in each seed's order.
+    A new local folder is written atomically. Edits of different seeds have different ids and the same facts, so that
+    tests over seeds are clustered by fact.
 
     Args:
+        draw: Split, seeds and number of records.
         folder: Path or address.
 
     Raises:
-        InputError: The split has fewer edits of a task.
+        InputError: The split has fewer edits of a task than `draw.per_task`.
     """
-    place = at(folder)
-    if place.is_local and not place.exists():
+    location = at(folder)
+    if location.is_local and not location.exists():
         try:
-            with folder_written_atomically(Path(place)) as temporary:
+            with folder_written_atomically(Path(location)) as temporary:
                 names = _write(draw, at(temporary))
         except OSError:
-            if not place.is_folder():  # else another process was faster
+            if not location.is_folder():  # another process may have written it meanwhile
                 raise
-            names = _write(draw, place)
+            names = _write(draw, location)
     else:
-        names = _write(draw, place)
+        names = _write(draw, location)
     root = str(folder)
     path, pool = (below(root, name) for name in names)
     return {"path": path, "image_root": root, "rephrase_root": root, "pool": pool}
 
 
-def _write(draw: Draw, place: Location) -> tuple[str, str]:
+def _write(draw: Draw, folder: Location) -> tuple[str, str]:
     """Writes the records and the pool; returns the names of their files."""
-    records = [record for seed in draw.seeds for record in _of_seed(draw, seed, place)]
+    records = [record for seed in draw.seeds for record in _drawn(draw, seed, folder)]
     seeds = "-".join(str(seed) for seed in draw.seeds)
     world = f"world{WORLD}-" if WORLD else ""
     name, pool = f"{world}{draw.split}-seeds-{seeds}-{draw.per_task or 'all'}.json", f"{world}pool.json"
-    _write_json(place / name, records)
-    of_pool = [_moved(record, embedded_name(_POOL_SEED)) for record in _read(place, _POOL_SEED, "train")]
-    _write_json(place / pool, of_pool)
+    _write_json(folder / name, records)
+    pool_records = [_moved(record, embedded_name(_POOL_SEED)) for record in _read(folder, _POOL_SEED, "train")]
+    _write_json(folder / pool, pool_records)
     return name, pool
 
 
-def _of_seed(draw: Draw, seed: int, folder: Location) -> list[Record]:
-    """So many edits of each task: first one of every fact, then a second one, in the benchmark's own order."""
+def _drawn(draw: Draw, seed: int, folder: Location) -> list[Record]:
+    """`draw.per_task` records of each task: the first of every fact in the benchmark's order, then the second, ..."""
     records = _read(folder, seed, draw.split)
-    rounds: dict[str, int] = {}
-    ordered: list[tuple[int, int, Record]] = []
-    for place, record in enumerate(records):
-        turn = rounds.get(record["fact"], 0)
-        rounds[record["fact"]] = turn + 1
-        ordered.append((turn, place, record))
-    ordered.sort(key=lambda item: item[:2])
+    seen: Counter[str] = Counter()
+    rounds: dict[int, list[Record]] = {}
+    for record in records:
+        rounds.setdefault(seen[record["fact"]], []).append(record)
+        seen[record["fact"]] += 1
+    ordered = [record for turn in sorted(rounds) for record in rounds[turn]]
     chosen: list[Record] = []
     for task in ("vqa", "caption"):
-        of_task = [record for _, _, record in ordered if record["task"] == task]
+        of_task = [record for record in ordered if record["task"] == task]
         if draw.per_task is not None and len(of_task) < draw.per_task:
             raise InputError(
                 f"draw.per_task: got {draw.per_task}; the {draw.split} split has {counted(len(of_task), 'edit')} "
@@ -93,7 +92,7 @@ def _read(folder: Location, seed: int, split: str) -> list[Record]:
 
 
 def _moved(record: Record, benchmark: str) -> Record:
-    """The record with its pictures' paths relative to the folder that holds all benchmarks."""
+    """The record with picture paths relative to the folder that holds all benchmarks."""
 
     def moved(path: str) -> str:
         if path.startswith(_REPHRASE):
@@ -115,8 +114,8 @@ def _moved(record: Record, benchmark: str) -> Record:
     }
 
 
-def _write_json(place: Location, records: list[Record]) -> None:
-    """Leaves a file of the same content alone: a run is told apart by its input file's time as well."""
+def _write_json(path: Location, records: list[Record]) -> None:
+    """Writes the file unless its content is the same: the time of an input file is part of a run's identity."""
     text = json.dumps(records, indent=1) + "\n"
-    if not place.exists() or place.read_text() != text:
-        place.write_text(text)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)

@@ -1,4 +1,4 @@
-"""Pictures of studies: points with intervals, lines, heat maps."""
+"""Pictures of studies: points with intervals, lines and heat maps."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.report.formatting import number
-from pipeline.report.page import LABELS
+from odedit.evaluation.statistics import Estimate
+from pipeline.report.formatting import LABELS, number
 from pipeline.study.spec import StudyConfig
 from pipeline.study.tables import TASKS, Cell
 
-# Okabe and Ito's palette (2008), which stays apart for colour-blind readers; without its yellow, too pale for points.
+# Palette of Okabe and Ito (2008), distinct for colour-blind readers, without its yellow, which is too pale for points.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _NAMES = LABELS | {
     "m_loc_near": "image locality, near",
@@ -21,7 +21,7 @@ _NAMES = LABELS | {
 
 
 def draw(study: StudyConfig, cells: Sequence[Cell]) -> bytes:
-    """A PNG of the kind that the study asks for."""
+    """A PNG of kind `study.plot.kind`, other than `states`."""
     painters = {"dots": _dots, "lines": _lines, "heatmap": _heatmap}
     return to_png(painters[study.plot.kind](study, cells))
 
@@ -42,12 +42,12 @@ def figure(width: float, height: float) -> Any:
 
 
 def _panels(study: StudyConfig, cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """A row of panels for each task, and for each value of the axes that the picture does not use itself."""
-    used = {study.plot.x, study.plot.y, study.plot.colour}
+    """Cells of each row of panels, by the row's name: one row per task and label of the axes that are not drawn."""
+    drawn = {study.plot.x, study.plot.y, study.plot.colour}
     rows: dict[str, list[Cell]] = {}
     for cell in cells:
-        rest = [label for axis, label in cell.arm.labels.items() if axis not in used]
-        rows.setdefault("\n".join([*rest, TASKS[cell.task]]), []).append(cell)
+        labels = [label for axis, label in cell.arm.labels.items() if axis not in drawn]
+        rows.setdefault("\n".join([*labels, TASKS[cell.task]]), []).append(cell)
     return rows
 
 
@@ -62,21 +62,21 @@ def _dots(study: StudyConfig, cells: Sequence[Cell]) -> Any:
     groups = list(study.axes[y_axis])
     colours = _colours(study)
     size = max(1, len(colours))
-    height = sum(0.9 + 0.17 * size * len({c.arm.labels[y_axis] for c in mine}) for mine in panels.values())
+    height = sum(0.9 + 0.17 * size * len({c.arm.labels[y_axis] for c in of_row}) for of_row in panels.values())
     picture = figure(2.5 * len(columns) + 1.5, height + 0.6)
     grid = picture.subplots(len(panels), len(columns), squeeze=False, sharey="row", sharex="col")
-    for row, (name, mine) in enumerate(panels.items()):
-        present = [group for group in groups if any(cell.arm.labels[y_axis] == group for cell in mine)]
-        for place, column in enumerate(columns):
-            axes = grid[row][place]
-            for cell in mine:
-                found = cell.means.get(column)
-                if found is None:
+    for row, (name, of_row) in enumerate(panels.items()):
+        present = [group for group in groups if any(cell.arm.labels[y_axis] == group for cell in of_row)]
+        for col, column in enumerate(columns):
+            axes = grid[row][col]
+            for cell in of_row:
+                mean = cell.means.get(column)
+                if mean is None:
                     continue
                 label = cell.arm.labels[colour] if colour else ""
                 offset = (list(colours).index(label) - (size - 1) / 2) * 0.8 / size if colour else 0.0
                 y = present.index(cell.arm.labels[y_axis]) + offset
-                _point(axes, found, y, colours.get(label, COLOURS[0]))
+                _point(axes, mean, y, colours.get(label, COLOURS[0]))
             axes.set_yticks(range(len(present)), present)
             axes.set_ylim(len(present) - 0.4, -0.6)
             axes.grid(axis="x", color="#e4e7eb", zorder=0)
@@ -85,7 +85,7 @@ def _dots(study: StudyConfig, cells: Sequence[Cell]) -> Any:
                 axes.set_title(_NAMES.get(column, column), fontsize=9)
             axes.tick_params(labelsize=8)
         grid[row][0].set_ylabel(name, fontsize=8)
-    for axes, column in zip(grid[0], columns, strict=True):  # the rows share it
+    for axes, column in zip(grid[0], columns, strict=True):  # the rows share their x axes
         low, high = axes.get_xlim()
         axes.set_xlim(low, _end(low, high, column, cells))
     _legend(picture, colours)
@@ -93,15 +93,15 @@ def _dots(study: StudyConfig, cells: Sequence[Cell]) -> Any:
 
 
 def _end(low: float, high: float, column: str, cells: Sequence[Cell]) -> float:
-    """Where an axis ends: no share is above 1."""
+    """Upper end of a column's axis: just above 1 for shares, which have no larger values."""
     shown = [cell.means[column] for cell in cells if column in cell.means]
-    are_shares = all(found.low >= 0.0 and found.high <= 1.0 for found in shown)
+    are_shares = all(mean.low >= 0.0 and mean.high <= 1.0 for mean in shown)
     return min(high, 1.0 + 0.04 * (1.0 - low)) if are_shares and low < 1.0 else high
 
 
-def _point(axes: Any, found: Any, y: float, colour: str) -> None:
-    error = [[found.mean - found.low], [found.high - found.mean]]
-    axes.errorbar(found.mean, y, xerr=error, fmt="o", color=colour, markersize=4, elinewidth=1.4, capsize=2, zorder=3)
+def _point(axes: Any, mean: Estimate, y: float, colour: str) -> None:
+    error = [[mean.mean - mean.low], [mean.high - mean.mean]]
+    axes.errorbar(mean.mean, y, xerr=error, fmt="o", color=colour, markersize=4, elinewidth=1.4, capsize=2, zorder=3)
 
 
 def _colours(study: StudyConfig) -> dict[str, str]:
@@ -120,20 +120,20 @@ def _legend(picture: Any, colours: dict[str, str]) -> None:
 
 
 def _lines(study: StudyConfig, cells: Sequence[Cell]) -> Any:
-    """Means over an axis of numbers; its `reference` label is a level across."""
+    """Means over the labels of axis `x`; the label `reference` is a horizontal line."""
     panels, columns = _panels(study, cells), _columns(study, cells)
     x_axis, reference = study.plot.x or next(iter(study.axes)), study.plot.reference
     labels = [label for label in study.axes[x_axis] if label != reference]
     colours = _colours(study) or {"": COLOURS[0]}
     picture = figure(2.6 * len(columns) + 0.6, 2.4 * len(panels) + 0.5)
     grid = picture.subplots(len(panels), len(columns), squeeze=False)
-    for row, (name, mine) in enumerate(panels.items()):
-        for place, column in enumerate(columns):
-            axes = grid[row][place]
+    for row, (name, of_row) in enumerate(panels.items()):
+        for col, column in enumerate(columns):
+            axes = grid[row][col]
             for shade, colour in colours.items():
                 points = {
                     cell.arm.labels[x_axis]: cell.means[column]
-                    for cell in mine
+                    for cell in of_row
                     if column in cell.means and (not shade or cell.arm.labels.get(study.plot.colour or "") == shade)
                 }
                 shown = [(i, points[label]) for i, label in enumerate(labels) if label in points]
@@ -147,7 +147,7 @@ def _lines(study: StudyConfig, cells: Sequence[Cell]) -> Any:
                     axes.axhline(level.mean, color="#009E73", linestyle="--", label=reference)
                     axes.axhspan(level.low, level.high, color="#009E73", alpha=0.12)
             low, high = axes.get_ylim()
-            axes.set_ylim(low, _end(low, high, column, mine))
+            axes.set_ylim(low, _end(low, high, column, of_row))
             axes.set_xticks(range(len(labels)), labels, fontsize=7, rotation=30 if len(labels) > 4 else 0)
             axes.grid(axis="y", color="#e4e7eb")
             axes.spines[["top", "right"]].set_visible(False)
@@ -156,7 +156,7 @@ def _lines(study: StudyConfig, cells: Sequence[Cell]) -> Any:
                 axes.set_title(_NAMES.get(column, column), fontsize=9)
             if row == len(panels) - 1:
                 axes.set_xlabel(x_axis, fontsize=8)
-            if reference and place == 0 and row == 0:
+            if reference and col == 0 and row == 0:
                 axes.legend(fontsize=7, frameon=False)
         grid[row][0].set_ylabel(name, fontsize=8)
     _legend(picture, _colours(study))
@@ -169,13 +169,13 @@ def _heatmap(study: StudyConfig, cells: Sequence[Cell]) -> Any:
     x_labels, y_labels = list(study.axes[study.plot.x]), list(study.axes[study.plot.y])
     picture = figure(2.5 * len(columns) + 0.8, 2.4 * len(panels) + 0.4)
     grid = picture.subplots(len(panels), len(columns), squeeze=False)
-    for row, (name, mine) in enumerate(panels.items()):
-        at = {(cell.arm.labels[study.plot.y], cell.arm.labels[study.plot.x]): cell for cell in mine}
-        for place, column in enumerate(columns):
-            axes = grid[row][place]
-            values = [[_mean(at.get((y, x)), column) for x in x_labels] for y in y_labels]
+    for row, (name, of_row) in enumerate(panels.items()):
+        by_labels = {(cell.arm.labels[study.plot.y], cell.arm.labels[study.plot.x]): cell for cell in of_row}
+        for col, column in enumerate(columns):
+            axes = grid[row][col]
+            values = [[_mean(by_labels.get((y, x)), column) for x in x_labels] for y in y_labels]
             known = [value for line in values for value in line if value == value]
-            # A range of at least two points, or noise would look like an effect.
+            # The colours span at least two points of share; less would make noise look like an effect.
             middle, half = (max(known) + min(known)) / 2, max((max(known) - min(known)) / 2, 0.01)
             axes.imshow(values, cmap="cividis", vmin=middle - half, vmax=middle + half, aspect="auto")
             for i, line in enumerate(values):
@@ -183,7 +183,7 @@ def _heatmap(study: StudyConfig, cells: Sequence[Cell]) -> Any:
                     shade = "black" if value > middle else "white"
                     axes.text(j, i, number(value), ha="center", va="center", fontsize=8, color=shade)
             axes.set_xticks(range(len(x_labels)), x_labels, fontsize=8)
-            axes.set_yticks(range(len(y_labels)), y_labels if place == 0 else [""] * len(y_labels), fontsize=8)
+            axes.set_yticks(range(len(y_labels)), y_labels if col == 0 else [""] * len(y_labels), fontsize=8)
             if row == 0:
                 axes.set_title(_NAMES.get(column, column), fontsize=9)
             if row == len(panels) - 1:

@@ -1,4 +1,4 @@
-"""Runs a study: draws its records, trains what has to be trained, edits all arms, and writes what came of it."""
+"""Run of a study: draws the records, trains the editors' weights, edits all arms, writes tables and picture."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _STATE = "study.json"
 
 @dataclass(frozen=True)
 class Finished:
-    """What a study left behind.
+    """Results of a study.
 
     Attributes:
         cells: Every arm on every task.
-        markdown: The tables.
-        files: What was written.
+        markdown: Text of `table.md`.
+        files: Files that were written.
         tracking_uri: MLflow store, or None.
     """
 
@@ -51,45 +51,55 @@ class Finished:
     tracking_uri: str | None
 
 
-def run(name: str, study: StudyConfig, out: Path | str, console: Console, *, fresh: bool = False) -> Finished:
-    """Runs or resumes a study in `out`, a folder or an address.
+def run(
+    name: str, study: StudyConfig, out: Path | str, console: Console, *, fresh: bool = False, command: str | None = None
+) -> Finished:
+    """Runs or resumes a study.
+
+    Args:
+        name: Name of a shipped study.
+        study: Settings of the study.
+        out: Folder or address.
+        console: Console for progress.
+        fresh: Start over.
+        command: The command, written at the head of `table.md`; None: `odedit study NAME`.
 
     Raises:
         InputError: An arm's settings are wrong, or `out` cannot be used.
-        NothingUsable: Not one edit worked.
+        NothingUsable: No record was edited.
     """
     every = arms(study)
-    place = at(out, "--out")
-    _check_folder(place, name)
+    folder = at(out, "--out")
+    _check_folder(folder, name)
     _check_arms(
         [_named(run_config(arm, out, None), arm, out) for arm in every], is_drawn=study.draw is not None, fresh=fresh
     )
     with terminate_as_interrupt(), ray_session.shared():
-        with new_place(place):
-            # The records first: a study whose records cannot be drawn has not begun.
+        with new_place(folder):
+            # A study whose records cannot be drawn must leave no state behind.
             section = data.write(study.draw, below(str(out), "data")) if study.draw is not None else None
-            write_json(place / _STATE, _state(place) | {"study": name})
+            write_json(folder / _STATE, _state(folder) | {"study": name})
             configs = [_named(run_config(arm, out, section), arm, out) for arm in every]
-            parent = _open_parent(name, study, place, configs[0], fresh=fresh)
+            parent = _open_parent(name, study, folder, configs[0], fresh=fresh)
         try:
-            # Beside the studies, which may share them.
-            folder = below(above(absolute(str(out))), "weights")
-            configs = many.with_weights(configs, [arm.name for arm in every], folder, console)
+            # Studies beside this one share its weights.
+            weights = below(above(absolute(str(out))), "weights")
+            configs = many.with_weights(configs, [arm.name for arm in every], weights, console)
             outcomes = run_many(configs, console, fresh=fresh, parent_run=parent.run_id if parent else None)
-            found = _write(study, every, outcomes, place, console)
+            finished = _write(study, every, outcomes, folder, console, command or f"odedit study {name}")
             if parent is not None:
-                parent.log_study(found.files, metrics_of(found.cells))
+                parent.log_study(finished.files, metrics_of(finished.cells))
         except BaseException as error:
             if parent is not None:
                 parent.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
         if parent is not None:
             parent.finish("FINISHED")
-    return found
+    return finished
 
 
 def _check_folder(out: Location, name: str) -> None:
-    """Raises InputError if `out` belongs to something else, or cannot be written to."""
+    """Raises InputError if `out` holds anything but this study, or cannot be written to."""
     check_access(out, "--out")
     if out.is_file():
         raise InputError(f"--out: {out} is a file. Choose a folder.")
@@ -101,7 +111,7 @@ def _check_folder(out: Location, name: str) -> None:
 
 
 def _check_arms(configs: Sequence[RunConfig], *, is_drawn: bool, fresh: bool) -> None:
-    """Raises InputError if a run could not begin: before anything is written, and hours of training before it."""
+    """Raises InputError if an arm cannot run, before anything is written and before hours of training."""
     is_finished = not fresh and all(Workspace.of(config.out).summary.exists() for config in configs)
     servers: set[str] = set()
     inputs: set[str] = set()
@@ -120,13 +130,13 @@ def _check_arms(configs: Sequence[RunConfig], *, is_drawn: bool, fresh: bool) ->
 
 
 def _state(out: Location) -> dict[str, Any]:
-    """What study.json says; nothing if it is not there or something else's."""
-    found = read_json(out / _STATE)
-    return found if isinstance(found, dict) else {}
+    """Content of study.json; empty if there is none or it is no study's."""
+    state = read_json(out / _STATE)
+    return state if isinstance(state, dict) else {}
 
 
 def _named(config: RunConfig, arm: Arm, out: Path | str) -> RunConfig:
-    """In the study's own store unless another is given, under the arm's name.
+    """The run with the arm's name in MLflow, and the study's own store unless another is set.
 
     Raises:
         InputError: `out` is an address, and no store is given.
@@ -144,7 +154,7 @@ def _open_parent(name: str, study: StudyConfig, out: Location, config: RunConfig
         config.tracking.experiment,
         name,
         json.loads(json.dumps(asdict(study))),
-        None if fresh else state.get("run_id"),  # what starts over has other children
+        None if fresh else state.get("run_id"),  # a fresh start has new child runs
         code_version(),
     )
     write_json(out / _STATE, state | {"run_id": parent.run_id})
@@ -152,56 +162,66 @@ def _open_parent(name: str, study: StudyConfig, out: Location, config: RunConfig
 
 
 def _write(
-    study: StudyConfig, every: Sequence[Arm], outcomes: Sequence[Outcome], out: Location, console: Console
+    study: StudyConfig, every: Sequence[Arm], outcomes: Sequence[Outcome], out: Location, console: Console, command: str
 ) -> Finished:
     rows = {
         arm.folder: list(results.read_rows(results.parts(outcome.workspace)))
         for arm, outcome in zip(every, outcomes, strict=True)
     }
-    found = tables.cells(study, every, rows)
-    tables_of = [tables.to_markdown(study, found, columns) for columns in (study.columns, study.further) if columns]
+    cells = tables.cells(study, every, rows)
+    blocks = [tables.to_markdown(study, cells, columns) for columns in (study.columns, study.further) if columns]
     if study.correlate is not None:
-        tables_of.append(tables.correlations(study, every, rows))
+        blocks.append(tables.correlations(study, every, rows))
     files = ["table.md", "table.csv", "plot.png"]
     if study.compared:
-        against = comparisons.comparisons(study, every, rows)
-        tables_of.insert(0, comparisons.to_markdown(study, against))
-        (out / "comparisons.csv").write_text(comparisons.to_csv(study, against))
+        compared = comparisons.comparisons(study, every, rows)
+        blocks.insert(0, comparisons.to_markdown(study, compared))
+        (out / "comparisons.csv").write_text(comparisons.to_csv(study, compared))
         files.insert(1, "comparisons.csv")
-    texts = [f"# {study.title}", *tables_of, tables.legend(study), *([study.note.strip()] if study.note else [])]
-    markdown = "\n\n".join(text.strip() for text in texts) + "\n"
+    markdown = _markdown(study, blocks, outcomes, command)
     (out / "table.md").write_text(markdown)
-    (out / "table.csv").write_text(tables.to_csv(study, found))
-    if not any(cell.n for cell in found):
-        reasons = Reasons()
-        for row in chain.from_iterable(rows.values()):
-            reasons.add(row)
+    (out / "table.csv").write_text(tables.to_csv(study, cells))
+    if not any(cell.n for cell in cells):
         raise NothingUsable(
-            f"No record was edited:\n{lines(reasons.commonest())}\nThe rows under {out / 'arms'} say why, arm by arm."
+            f"No record was edited:\n{_reasons(rows)}\nThe rows under {out / 'arms'} say why, arm by arm."
         )
     wanted = dict.fromkeys((*study.columns, *study.further, *study.plot.columns))
-    unknown = [column for column in wanted if not any(column in cell.means for cell in found)]
+    unknown = [column for column in wanted if not any(column in cell.means for cell in cells)]
     if unknown:
-        text = f"Note: no edit has the columns {', '.join(unknown)}."
-        say(console, text)
+        say(console, f"Note: no edit has the columns {', '.join(unknown)}.")
     is_of_states = study.plot.kind == "states"
-    image = states.draw(study, every, outcomes, console) if is_of_states else plots.draw(study, found)
+    image = states.draw(study, every, outcomes, console) if is_of_states else plots.draw(study, cells)
     (out / "plot.png").write_bytes(image)
     uri = next((outcome.tracking_uri for outcome in outcomes if outcome.tracking_uri), None)
-    return Finished(found, markdown, [out / file for file in files], uri)
+    return Finished(cells, markdown, [out / file for file in files], uri)
+
+
+def _markdown(study: StudyConfig, blocks: Sequence[str], outcomes: Sequence[Outcome], command: str) -> str:
+    """Text of `table.md`: title, command, version of the code that ran the arms, tables and legend."""
+    versions = dict.fromkeys(str(outcome.summary.get("code", "unknown")) for outcome in outcomes)
+    texts = [f"# {study.title}", f"    {command}\n\nCode: odedit {', '.join(versions)}", *blocks, tables.legend(study)]
+    return "\n\n".join(text.rstrip() for text in (*texts, study.note.strip()) if text) + "\n"
+
+
+def _reasons(rows: Mapping[str, Sequence[results.Row]]) -> str:
+    """The commonest reasons why records were not edited."""
+    reasons = Reasons()
+    for row in chain.from_iterable(rows.values()):
+        reasons.add(row)
+    return lines(reasons.commonest())
 
 
 def metrics_of(cells: Sequence[tables.Cell]) -> Mapping[str, float]:
-    """`<arm>/<task>/<column>`, for the parent's page in MLflow."""
+    """`<arm>/<task>/<column>` -> mean: metrics of the parent run in MLflow."""
     return {
         f"{cell.arm.folder}/{cell.task}/{column}": mean.mean for cell in cells for column, mean in cell.means.items()
     }
 
 
-def describe(found: Finished, out: Location) -> list[str]:
-    """Where everything is, line by line."""
-    tables_of = ", ".join(str(file) for file in found.files if file.name != "plot.png")
-    lines: list[Any] = [f"Tables:  {tables_of}", f"Picture: {out / 'plot.png'}"]
-    if found.tracking_uri is not None:
-        lines.append(f"MLflow:  {open_command(found.tracking_uri)}")
-    return lines
+def describe(finished: Finished, out: Location) -> list[str]:
+    """Lines that say where the results are."""
+    tables_of = ", ".join(str(file) for file in finished.files if file.name != "plot.png")
+    text = [f"Tables:  {tables_of}", f"Picture: {out / 'plot.png'}"]
+    if finished.tracking_uri is not None:
+        text.append(f"MLflow:  {open_command(finished.tracking_uri)}")
+    return text

@@ -1,6 +1,6 @@
-"""What a study is: settings that all its runs share, axes along which they differ, and what is compared.
+"""Settings of a study, read from one YAML file: shared settings, axes, and the comparisons.
 
-A study is data, one YAML. Its arms are the combinations of one value of every axis; an arm is an ordinary run.
+An arm is one combination of a label of every axis, and an ordinary run.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Draw:
 
     Attributes:
         split: `train`, `validation` or `evaluation`.
-        seeds: Of the benchmark: other values, wordings and pictures of the same facts.
-        per_task: Edits of each task and seed, at first one of each fact; null: all there are.
+        seeds: Seeds of the benchmark; each draws other values, wordings and pictures of the same facts.
+        per_task: Number of records of each task and seed, spread over the facts; null: all.
     """
 
     split: Literal["train", "validation", "evaluation"] = "evaluation"
@@ -51,11 +51,13 @@ class Plot:
     """The picture of a study.
 
     Attributes:
-        kind: `dots` (a row of points for each value of axis `y`), `lines` (over axis `x`), `heatmap` (`x` by `y`) or
+        kind: `dots` (a row of points for each label of axis `y`), `lines` (over axis `x`), `heatmap` (`x` by `y`) or
             `states` (t-SNE of hidden states).
-        x, y, colour: Axes of the study.
-        columns: What is shown.
-        reference: Label on axis `x` that is drawn as a level and not as a point.
+        x: Axis of the study along x.
+        y: Axis of the study along y.
+        colour: Axis of the study by colour.
+        columns: Result columns, one panel each.
+        reference: Label of axis `x` drawn as a horizontal line instead of a point.
     """
 
     kind: Literal["dots", "lines", "heatmap", "states"] = "dots"
@@ -71,7 +73,12 @@ class Plot:
 
 @dataclass(frozen=True)
 class Special:
-    """Settings of the arms that have one of the labels on every axis of `when`."""
+    """Settings of some arms only.
+
+    Attributes:
+        when: Axis -> labels; an arm needs one of the labels on every axis.
+        set: Settings of these arms.
+    """
 
     when: dict[str, list[str]]
     set: dict[str, Any]
@@ -79,22 +86,22 @@ class Special:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """See the shipped files for examples.
+    """A study; the shipped files are examples.
 
     Attributes:
-        title: What is compared, in a line.
-        note: What a reader should know beside the table.
-        draw: Records of the embedded benchmark; null: those of `settings.data`.
-        settings: What all arms share, as in a run's configuration.
+        title: Title of the tables, in a line.
+        note: Text below the tables.
+        draw: Records drawn from the embedded benchmark; null: the records of `settings.data`.
+        settings: Settings of all arms, as in a run's YAML.
         axes: Axis -> label -> settings.
         special: Further settings of some arms; later ones win.
-        skip: Combinations that make no sense; labels by axis.
-        baseline: Labels that an arm is compared with: the arm that has these and otherwise its own.
-        compared: Labels whose arm is compared with each that has others there and is otherwise the same; a table of
-            its own.
-        columns: Of the table.
-        further: Columns of a second table.
-        correlate: A column of the edits; tabled is its rank correlation with what the arm gains over the baseline.
+        skip: Combinations to leave out, as axis -> labels.
+        baseline: Axis -> label of the baseline: every arm is tested against the arm with these labels and otherwise its
+            own.
+        compared: Axis -> label that is tested against every other label of the axis, in a table of its own.
+        columns: Result columns of the first table.
+        further: Result columns of a second table.
+        correlate: Result column whose rank correlation with each arm's gain over its baseline is tabled.
         plot: The picture.
     """
 
@@ -122,8 +129,8 @@ class Arm:
     """One run of a study.
 
     Attributes:
-        labels: Its value on every axis.
-        values: Its configuration, as `pipeline.config.from_dict` takes it.
+        labels: Axis -> label.
+        values: Settings, as `pipeline.config.run.from_dict` takes them.
     """
 
     labels: dict[str, str]
@@ -135,22 +142,22 @@ class Arm:
 
     @property
     def folder(self) -> str:
-        """The name in letters, digits, `.`, `_` and `-`; not empty, and never a way to another folder."""
+        """The labels as a folder's name, made of letters, digits, `.`, `_` and `-`."""
         return "_".join(re.sub(r"[^A-Za-z0-9.-]+", "-", label).strip("-.") or "-" for label in self.labels.values())
 
 
 def names() -> tuple[str, ...]:
-    """Studies that ship."""
+    """Names of the shipped studies."""
     return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
 
 
 def load(name: str, config: Path | None, overrides: Sequence[str] = ()) -> StudyConfig:
-    """Reads a study that ships, with what a user's YAML and `key=value` overrides change in it.
+    """Reads a shipped study, with the changes of a user's YAML and of `key=value` overrides.
 
-    A section of the user's YAML is merged key by key, but an axis is replaced as a whole.
+    Sections of the user's YAML are merged key by key; an axis is replaced as a whole.
 
     Raises:
-        InputError: No such study, or settings are wrong.
+        InputError: There is no such study, or settings are wrong.
     """
     if name not in names():
         raise unknown_name("study", name, names())
@@ -171,7 +178,7 @@ def load(name: str, config: Path | None, overrides: Sequence[str] = ()) -> Study
 
 
 def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings laid over each other; the second wins. Another editor brings all its settings with it.
+    """Merges nested mappings; values of the second win. Settings of an editor are replaced if its name differs.
 
     >>> merged({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}})
     {'a': {'b': 3, 'c': 2}}
@@ -193,15 +200,14 @@ def _is_other_editor(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -
 
 
 def _check(study: StudyConfig, shipped: Mapping[str, set[str]]) -> None:
-    """Raises InputError for an axis or a label that is not there.
+    """Raises InputError for an unknown axis or label.
 
     Args:
-        shipped: Axes and labels of the study before the user's changes: where a user leaves some out, what the study
-            says about their combinations is no mistake.
+        shipped: Axes and labels of the shipped study; its `skip` and `special` may name those that the user left out.
     """
     axes, plot = study.axes, study.plot
-    shown = {axis for axis in (plot.x, plot.y, plot.colour) if axis}
-    for axis in sorted({*shown, *study.baseline, *study.compared} - axes.keys()):
+    drawn = {axis for axis in (plot.x, plot.y, plot.colour) if axis}
+    for axis in sorted({*drawn, *study.baseline, *study.compared} - axes.keys()):
         raise unknown_name("axis", axis, axes)
     for part in (*study.skip, *(special.when for special in study.special)):
         for axis, labels in part.items():
@@ -227,10 +233,10 @@ def _check_label(where: str, label: str, known: Iterable[str]) -> None:
 
 
 def arms(study: StudyConfig) -> list[Arm]:
-    """Every combination but the skipped ones, in the order of the axes.
+    """Arms of a study, in the order of the axes and without the skipped combinations.
 
     Raises:
-        InputError: There is none, or two would write to one folder.
+        InputError: No combination is left, or two arms would share a folder.
     """
     if not study.axes:
         raise InputError("axes: expected at least one axis with at least one label.")
@@ -267,7 +273,16 @@ def _settings(study: StudyConfig, labels: Labels) -> dict[str, Any]:
 
 
 def run_config(arm: Arm, out: Path | str, data: Mapping[str, Any] | None) -> RunConfig:
-    """The arm's run. Raises InputError, which names the arm."""
+    """The arm's run.
+
+    Args:
+        arm: The arm.
+        out: Folder or address of the study.
+        data: Section `data` of the drawn records; None: the study's own.
+
+    Raises:
+        InputError: Settings are wrong; the message names the arm.
+    """
     values = merged(arm.values, {"data": data} if data else {})
     try:
         return from_dict(values | {"out": below(str(out), f"arms/{arm.folder}")})

@@ -1,4 +1,4 @@
-"""Where edits and rephrases lie among the hidden states, before and after, as t-SNE (the paper's Fig. 3)."""
+"""t-SNE of the hidden states of edits and their rephrases, before and after the edits (the paper's Fig. 3)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SEED = 0
 
 
 def draw(study: StudyConfig, every: Sequence[Arm], outcomes: Sequence[Outcome], console: Console) -> bytes:
-    """One panel before any edit and one after the edits of each arm; all panels in one embedding."""
+    """A PNG with a panel before the edits and one after those of each arm, all in one embedding."""
     clouds: dict[str, np.ndarray] = {}
     for arm, outcome in zip(every, outcomes, strict=True):
         console.print(f"Hidden states of {arm.name}", highlight=False)
@@ -44,14 +44,15 @@ def draw(study: StudyConfig, every: Sequence[Arm], outcomes: Sequence[Outcome], 
 
 
 def _states(outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
-    """States that predict the first answer token, `(probes, edits, hidden)`, without and with the edits.
+    """Hidden states that predict the first answer token, [probes, edits, hidden], without and with the edits.
 
     Raises:
-        InputError: The runs did not keep their edits.
+        InputError: The run did not keep its edits.
     """
     config = from_dict(read_yaml(outcome.workspace.config))
     backbone = load_backbone(config.backbone.family, config.backbone.checkpoint, dtype=config.backbone.dtype)
-    found: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    before: list[np.ndarray] = []
+    after: list[np.ndarray] = []
     job = Job(config, resolve(config.data, config.out), outcome.workspace)
     prepare = Preparer(job)
     staged = staging.read_staged(outcome.workspace.records)
@@ -71,11 +72,10 @@ def _states(outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
         _, batch = encode_requests(backbone, requests, find_template(config.data.template), editor.sites)
         batch = batch.select(_SHOWN)
         with torch.no_grad():
-            found[0].append(_first_token(backbone, editor, batch))
+            before.append(_first_token(backbone, editor, batch))
             with editor.applied(backbone, params, batch):
-                found[1].append(_first_token(backbone, editor, batch))
-    before, after = (np.concatenate(parts, axis=1) for parts in found)
-    return before, after
+                after.append(_first_token(backbone, editor, batch))
+    return np.concatenate(before, axis=1), np.concatenate(after, axis=1)
 
 
 def _first_token(backbone: Any, editor: Any, batch: EditBatch) -> np.ndarray:
@@ -92,16 +92,15 @@ def _picture(clouds: dict[str, np.ndarray]) -> Any:
     picture = plots.figure(3.4 * len(clouds), 3.9)
     grid = picture.subplots(1, len(clouds), squeeze=False, sharex=True, sharey=True)
     start = 0
-    for place, (name, cloud) in enumerate(clouds.items()):
+    for axes, (name, cloud) in zip(grid[0], clouds.items(), strict=True):
         num_probes, num_edits = cloud.shape[:2]
         points = flat[start : start + num_probes * num_edits].reshape(num_probes, num_edits, 2)
         start += num_probes * num_edits
-        axes = grid[0][place]
         for edit in range(num_edits):
             for probe in range(1, num_probes):
                 axes.plot(*points[[0, probe], edit].T, color="#c3cad3", linewidth=0.6, zorder=1)
         for probe, slot in enumerate(_SHOWN):
-            # A ring around its rephrases, which would hide it.
+            # A ring stays visible around the rephrases on top of it.
             is_edit = probe == 0
             axes.scatter(
                 *points[probe].T, s=70 if is_edit else 16, marker=_MARKERS[slot], label=_NAMES[slot], zorder=2,
@@ -115,12 +114,9 @@ def _picture(clouds: dict[str, np.ndarray]) -> Any:
 
 
 def _distance(cloud: np.ndarray) -> float:
-    """Mean distance of an edit's state to its rephrases', over the mean distance between different edits' states.
-
-    NaN for a single edit.
-    """
+    """Mean distance between an edit and its rephrases, divided by that between edits; NaN for a single edit."""
     edit, rephrases = cloud[0], cloud[1:]
-    own = np.linalg.norm(rephrases - edit, axis=-1).mean()
+    to_rephrases = np.linalg.norm(rephrases - edit, axis=-1).mean()
     pairs = np.linalg.norm(edit[:, None] - edit[None], axis=-1)
     count = len(edit)
-    return float(own / (pairs.sum() / (count * (count - 1)))) if count > 1 else math.nan
+    return float(to_rephrases / (pairs.sum() / (count * (count - 1)))) if count > 1 else math.nan

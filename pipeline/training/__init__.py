@@ -1,1 +1,1 @@
-"""`odedit train`, and the trainings of a study."""
+"""Trainings of editors' weights: `odedit train`, and the trainings of a study."""

@@ -1,4 +1,8 @@
-"""Weights that editors learn before a study's arms can edit: each distinct training once, several at the same time."""
+"""Trainings of a study: each distinct training once, several at a time in processes of their own.
+
+Processes instead of Ray tasks: trainings write to local paths even if the study's runs use a cluster, and need the
+memory of Ray's own processes (0.4 GiB) for nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ import hashlib
 import inspect
 import json
 import multiprocessing
-import os
 import queue
 import signal
 from collections.abc import Iterator, Sequence
@@ -25,7 +28,8 @@ from odedit.data.negatives import NegativePool
 from odedit.errors import InputError, counted, one_sentence
 from odedit.runtime.addresses import below
 from odedit.storage.location import Location, at
-from odedit.training.loop import TrainingError, train
+from odedit.training import loop
+from odedit.training.loop import TrainingError
 from odedit.world.facts import WORLD
 from pipeline.config.run import EMBEDDED, DataConfig, RunConfig
 from pipeline.console import say
@@ -33,7 +37,7 @@ from pipeline.driver.progress import duration
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.run_folder.sources import absolute
 from pipeline.tracking.client import TrackingError
-from pipeline.training import train as training
+from pipeline.training import train
 from pipeline.workers.plan import machine_cpus, machine_gpus, make_plan
 
 _SECONDS_BETWEEN_LOOKS = 0.2
@@ -41,12 +45,12 @@ _SECONDS_BETWEEN_LOOKS = 0.2
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained.
+    """A training of one editor.
 
     Attributes:
-        config: The run whose editor learns.
-        path: File of the weights, or its address.
-        arm: The first arm that needs them.
+        config: Run whose editor is trained.
+        path: Path or address of the weights.
+        arm: Name of the first arm that uses the weights.
     """
 
     config: RunConfig
@@ -59,7 +63,7 @@ class Training:
 
     @property
     def max_steps(self) -> int:
-        """Bound on the steps; validation records may end it earlier."""
+        """Largest number of steps; validation may end the training earlier."""
         editor: Any = editors.find(self.config.editor.name)(self.config.editor.settings)
         return int(editor.training.max_steps)
 
@@ -67,25 +71,31 @@ class Training:
 def with_weights(
     configs: Sequence[RunConfig], names: Sequence[str], folder: Path | str, console: Console
 ) -> list[RunConfig]:
-    """The runs with trained weights, for every editor that learns before it edits and was given none.
+    """The runs with `editor.checkpoint` set, for every editor that needs trained weights and has none.
 
-    Weights that are there, or have been begun, are gone on with; runs whose weights depend on the same share them.
+    Weights are keyed by all that they depend on: finished ones are reused, interrupted trainings resumed, and runs of
+    the same key share them.
 
     Args:
-        names: Of the runs, for people.
-        folder: Of the weights; a path or an address.
+        configs: Runs.
+        names: Names of the runs, for messages.
+        folder: Path or address of the folder of weights.
+        console: Console for progress.
 
     Raises:
         InputError: A training's settings or records are wrong.
         TrainingError: A loss is not finite, or a training's process was ended from outside.
-        TrackingError: Weights are there, but MLflow could not be written to.
+        TrackingError: Weights were written, but MLflow could not be written to.
     """
-    wanted = [_training(config, name, absolute(str(folder))) for config, name in zip(configs, names, strict=True)]
-    missing = {one.path: one for one in reversed(wanted) if one is not None and not at(one.path).exists()}
-    run_all([missing[path] for path in reversed(missing)], console)
+    trainings = [_training(config, name, absolute(str(folder))) for config, name in zip(configs, names, strict=True)]
+    missing: dict[str, Training] = {}
+    for training in trainings:
+        if training is not None and not at(training.path).exists():
+            missing.setdefault(training.path, training)
+    run_all(list(missing.values()), console)
     return [
-        config if one is None else _with_checkpoint(config, one.path)
-        for config, one in zip(configs, wanted, strict=True)
+        config if training is None else _with_checkpoint(config, training.path)
+        for config, training in zip(configs, trainings, strict=True)
     ]
 
 
@@ -117,8 +127,8 @@ def _training(config: RunConfig, name: str, folder: str) -> Training | None:
 
 
 def _code(kind: Any, objective: str) -> str:
-    """A hash of what learns and of the loop that trains it: weights of an earlier version are not taken for today's."""
-    files = [inspect.getfile(kind), inspect.getfile(train)]
+    """Hash of the source files that weights depend on, so that those of another version are not reused."""
+    files = [inspect.getfile(kind), inspect.getfile(loop)]
     if kind.trains_with_objective:
         shipped = sorted(str(path) for path in Path(objectives.__path__[0]).rglob("*.py"))
         files += [*shipped, inspect.getfile(objectives.find(objective)), inspect.getfile(NegativePool)]
@@ -126,7 +136,7 @@ def _code(kind: Any, objective: str) -> str:
 
 
 def _training_data(config: RunConfig) -> DataConfig:
-    """Without the records that are edited, which training does not read: studies of other records share its weights."""
+    """The run's records without those that are edited, so that studies of other records share the weights."""
     data = replace(config.data, path=DataConfig().path, limit=None)
     if config.training.path.partition(":")[0] == EMBEDDED:
         data = replace(data, image_root=None, rephrase_root=None, pool=None)
@@ -138,146 +148,127 @@ def _with_checkpoint(config: RunConfig, path: str) -> RunConfig:
     return replace(config, editor=replace(config.editor, settings=settings))
 
 
-def run_all(wanted: Sequence[Training], console: Console) -> None:
-    """Trains everything; in processes of their own if there are several and the machine has room for two."""
-    room = min((_room(one.config, len(wanted)) for one in wanted), default=1)
-    if wanted:
-        folder = at(wanted[0].path).parent
-        folder.make_folder()
-        _announce(wanted, min(room, len(wanted)), folder, console)
-    if min(room, len(wanted)) > 1:
-        _run_together(wanted, min(room, len(wanted)), console)
+def run_all(trainings: Sequence[Training], console: Console) -> None:
+    """Runs the trainings: one after the other, or several at a time in processes of their own."""
+    if not trainings:
         return
-    for one in wanted:
-        with _named(one):
-            training.run(one.config, one.path, console, fresh=False)
+    num_processes = min(len(trainings), *(_room(training.config, len(trainings)) for training in trainings))
+    folder = at(trainings[0].path).parent
+    folder.make_folder()
+    _announce(trainings, num_processes, folder, console)
+    if num_processes > 1:
+        _run_together(trainings, num_processes, console)
+        return
+    for training in trainings:
+        with _named(training):
+            train.run(training.config, training.path, console, fresh=False)
 
 
-def _announce(wanted: Sequence[Training], num_together: int, folder: Location, console: Console) -> None:
-    """Says what is to be trained, and how long that takes by a step that is measured."""
-    verb = "is" if len(wanted) == 1 else "are"
+def _announce(trainings: Sequence[Training], num_processes: int, folder: Location, console: Console) -> None:
+    """Prints the trainings and their time, from a measured step of each."""
+    verb = "is" if len(trainings) == 1 else "are"
     say(
         console,
-        f"First {counted(len(wanted), 'editor')} {verb} trained, {num_together} at a time. Training takes the same "
+        f"First {counted(len(trainings), 'editor')} {verb} trained, {num_processes} at a time. Training takes the same "
         f"time for a small draw. Weights are kept in {folder} and serve other studies.",
     )
     seconds = []
-    for one in wanted:
-        with _named(one):
-            step = training.seconds_per_step(one.config, one.path)
-        seconds.append(step * one.max_steps)
-        steps = f"at most {counted(one.max_steps, 'step')} of about {step:.2g} s"
-        say(console, f"Training {one.name}: {steps}, {duration(seconds[-1])} without validation.")
-    if len(wanted) > 1:
-        total = max(*seconds, sum(seconds) / num_together)
+    for training in trainings:
+        with _named(training):
+            step = train.seconds_per_step(training.config, training.path)
+        seconds.append(step * training.max_steps)
+        steps = f"at most {counted(training.max_steps, 'step')} of about {step:.2g} s"
+        say(console, f"Training {training.name}: {steps}, {duration(seconds[-1])} without validation.")
+    if len(trainings) > 1:
+        total = max(*seconds, sum(seconds) / num_processes)
         say(console, f"All trainings together: at most about {duration(total)}.")
 
 
 def _room(config: RunConfig, count: int) -> int:
-    """How many trainings fit at once: a GPU takes one, and a large model all cores."""
+    """Number of trainings that run at once: one on a GPU, on CPUs one per `threads_per_actor` cores."""
     plan = make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), count)
     return 1 if plan.device != "cpu" else max(1, machine_cpus() // plan.threads_per_actor)
 
 
-def _run_together(wanted: Sequence[Training], num_processes: int, console: Console) -> None:
-    context = multiprocessing.get_context("spawn")  # a copy of this process would inherit its threads' locks
-    link = _Link(context.Queue(), context.Queue(), context.Event())
-    pool = ProcessPoolExecutor(num_processes, context, _begin, (link,))
+def _run_together(trainings: Sequence[Training], num_processes: int, console: Console) -> None:
+    context = multiprocessing.get_context("spawn")  # a forked process would inherit locked locks of threads
+    lines, stopping = context.Queue(), context.Event()
+    others = multiprocessing.active_children()
+    pool = ProcessPoolExecutor(num_processes, context, _begin, (lines, stopping))
     try:
-        left = {pool.submit(_train, one): one for one in wanted}
-        while left:
-            done, _ = wait(left, timeout=_SECONDS_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
-            link.show(console)
+        running = {pool.submit(_train, training): training for training in trainings}
+        while running:
+            done, _ = wait(running, timeout=_SECONDS_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
+            _show(lines, console)
             for future in done:
-                with _named(left.pop(future)):
+                with _named(running.pop(future)):
                     future.result()
     except BaseException:
-        # Each keeps what it needs to go on, as if it had been interrupted by itself.
-        link.stop()
+        # Trainings save their state on SIGTERM. Processes between two trainings ignore it, and see the event instead.
+        stopping.set()
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.terminate()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        link.show(console)
+        _show(lines, console)
 
 
-@dataclass(frozen=True)
-class _Link:
-    """What the processes and their parent share."""
-
-    lines: Any
-    processes: Any
-    stopping: Any
-
-    def show(self, console: Console) -> None:
-        """Prints what the processes have said."""
-        for line in _taken(self.lines):
-            say(console, line)
-
-    def stop(self) -> None:
-        """Interrupts the processes; one that has yet to begin a training finds that it need not."""
-        self.stopping.set()
-        for process in _taken(self.processes):
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGTERM)
-
-
-def _taken(messages: Any) -> Iterator[Any]:
+def _show(lines: Any, console: Console) -> None:
+    """Prints the lines that the processes have sent."""
     with suppress(queue.Empty):
         while True:
-            yield messages.get_nowait()
+            say(console, lines.get_nowait())
 
 
-_link: _Link | None = None
+_lines: Any = None
+_stopping: Any = None
 
 
-def _begin(link: _Link) -> None:
-    """In a new process: only its parent decides when it ends, and tells so with SIGTERM while it trains."""
-    global _link
-    _link = link
+def _begin(lines: Any, stopping: Any) -> None:
+    """Initializes a process, which its parent alone ends: by SIGTERM during a training."""
+    global _lines, _stopping
+    _lines, _stopping = lines, stopping
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    link.processes.put(os.getpid())
 
 
-def _train(one: Training) -> None:
-    assert _link is not None
+def _train(training: Training) -> None:
     with terminate_as_interrupt():
-        if not _link.stopping.is_set():
-            config = replace(one.config, pipeline=replace(one.config.pipeline, device="cpu"))
-            console = Console(file=_Lines(one.name, _link.lines), force_terminal=False)  # type: ignore[arg-type]
-            training.run(config, one.path, console, fresh=False)
+        if not _stopping.is_set():
+            config = replace(training.config, pipeline=replace(training.config.pipeline, device="cpu"))
+            console = Console(file=_Lines(training.name, _lines), force_terminal=False)  # type: ignore[arg-type]
+            train.run(config, training.path, console, fresh=False)
 
 
 class _Lines:
-    """A text stream whose whole lines become messages, under the name of what they are about."""
+    """A text stream that sends each line, with a name before it, to a queue."""
 
-    def __init__(self, name: str, messages: Any) -> None:
-        self._name, self._messages, self._begun = name, messages, ""
+    def __init__(self, name: str, lines: Any) -> None:
+        self._name, self._lines, self._begun = name, lines, ""
 
     def write(self, text: str) -> int:
         *lines, self._begun = (self._begun + text).split("\n")
         for line in lines:
-            self._messages.put(f"{self._name}: {line}")
+            self._lines.put(f"{self._name}: {line}")
         return len(text)
 
     def flush(self) -> None:
-        """Nothing is held back but a line that has no end yet."""
+        """Does nothing: only unfinished lines are buffered."""
 
 
 @contextmanager
-def _named(one: Training) -> Iterator[None]:
-    """Inside, errors name what was being trained."""
+def _named(training: Training) -> Iterator[None]:
+    """Puts the training's name before the messages of errors."""
     try:
         yield
-    except InputError as error:
-        raise InputError(f"{one.name}: {error}") from error
-    except TrainingError as error:
-        raise TrainingError(f"{one.name}: {error}") from error
-    except TrackingError as error:
-        raise TrackingError(f"{one.name}: {error}") from error
+    except (InputError, TrainingError, TrackingError) as error:
+        raise type(error)(f"{training.name}: {error}") from error
     except BrokenProcessPool as error:
         raise TrainingError(
-            f"{one.name}: its process was ended from outside, for want of memory perhaps. The same command goes on."
+            f"{training.name}: its process was ended from outside, for want of memory perhaps. "
+            "The same command goes on."
         ) from error
     except Exception as error:
-        raise TrainingError(f"{one.name}: {one_sentence(error)}") from error
+        raise TrainingError(f"{training.name}: {one_sentence(error)}") from error

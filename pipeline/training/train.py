@@ -1,4 +1,4 @@
-"""`odedit train`: an editor's own weights, from the records of a file to a file that `editor.checkpoint` names."""
+"""`odedit train`: trains an editor's weights on a file of records, for `editor.checkpoint`."""
 
 from __future__ import annotations
 
@@ -62,10 +62,13 @@ _SHOWN = ("rel", "gen", "loc", "lambda")
 
 @dataclass(frozen=True)
 class Files:
-    """Where a training's weights go, and where it keeps what it needs to go on."""
+    """Files of a training.
+
+    Attributes:
+        path: Path or address of the weights.
+    """
 
     path: str
-    """Or address."""
 
     @cached_property
     def weights(self) -> Location:
@@ -73,25 +76,27 @@ class Files:
 
     @property
     def state(self) -> Location:
+        """State from which an interrupted training resumes."""
         return self.weights.parent / f"{self.weights.stem}.training{_SUFFIX}"
 
 
 def run(config: RunConfig, out: Path | str | None, console: Console, *, fresh: bool) -> Location:
-    """Trains, or goes on with a training that was interrupted; returns the file of the weights.
+    """Trains an editor, or resumes its training; returns the file of the weights.
 
     Args:
-        config: Its editor is the one that is trained.
-        out: File of the weights, or its address; None: beside the folder that `config.out` names.
-        console: For progress; standard error.
-        fresh: Start over where `out` already is or has been begun.
+        config: Run whose editor is trained.
+        out: Path or address of the weights; None: a file in the parent folder of `config.out`.
+        console: Console for progress.
+        fresh: Start over if weights or state exist.
 
     Raises:
-        InputError: The editor learns nothing, the settings or the records are wrong, or `out` is something else's.
+        InputError: The editor has no weights to train, the settings or the records are wrong, or `out` holds something
+            else.
         TrainingError: The loss is not finite.
-        TrackingError: The weights are there, but MLflow could not be written to.
+        TrackingError: The weights were written, but MLflow could not be written to.
     """
     if not isinstance(editors.find(config.editor.name)(config.editor.settings), Trainable):
-        raise InputError(f"editor {config.editor.name!r} learns nothing before it edits: there is nothing to train.")
+        raise InputError(f"editor {config.editor.name!r} has no weights of its own: there is nothing to train.")
     config, notes = fitted(with_checked_store(with_absolute_checkpoints(config)), trains=True)
     editor: Any = editors.find(config.editor.name)(config.editor.settings)
     name = f"{config.editor.name}-{config.objective.name}-{config.backbone.family}.safetensors"
@@ -106,8 +111,8 @@ def run(config: RunConfig, out: Path | str | None, console: Console, *, fresh: b
     settle(plan.threads_per_actor, plan.device)
     client.check(config.tracking, files.weights)
     with new_place(files.weights.parent):
-        found = _inputs(config, files)
-        identity = _identity(config, found)
+        inputs = _inputs(config, files)
+        identity = _identity(config, inputs)
     with terminate_as_interrupt():
         backbone = load_remembering(config.backbone, plan.device, config.pipeline.feature_store, partial(say, console))
         identity["backbone.weights"] = backbone.fingerprint
@@ -117,7 +122,7 @@ def run(config: RunConfig, out: Path | str | None, console: Console, *, fresh: b
             before = read_state(files.state, identity)
             say(console, f"{files.state}: finished at step {before.step}." if before.stop_reason
                 else f"Resuming {files.state} at step {before.step} of {editor.training.max_steps}.")  # fmt: skip
-        trained = _train(config, editor, backbone, found, files, identity, console)
+        trained = _train(config, editor, backbone, inputs, files, identity, console)
         save_weights(
             files.weights, trained.weights, config.editor.name, editor.weight_settings, backbone.fingerprint,
             f"{config.objective.name if editor.trains_with_objective else 'its own loss'}, {supervision_name(config)}",
@@ -132,11 +137,11 @@ def run(config: RunConfig, out: Path | str | None, console: Console, *, fresh: b
 
 
 def seconds_per_step(config: RunConfig, out: Path | str) -> float:
-    """Measures one step of a training on its first records, without beginning it.
+    """Time of one step of a training, measured on its first records; writes nothing.
 
     Args:
-        config: The run whose editor would be trained.
-        out: File of the weights, or its address. Nothing is written there.
+        config: Run whose editor is to be trained.
+        out: Path or address of the weights.
 
     Raises:
         InputError: The settings or the records are wrong.
@@ -147,28 +152,29 @@ def seconds_per_step(config: RunConfig, out: Path | str) -> float:
     editor: Any = editors.find(config.editor.name)(config.editor.settings)
     plan = make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), 1)
     settle(plan.threads_per_actor, plan.device)
-    found = _inputs(config, Files(absolute(str(out))))["training"]
+    records = _inputs(config, Files(absolute(str(out))))["training"]
     backbone = load_remembering(config.backbone, plan.device, config.pipeline.feature_store, partial(say, quiet))
-    encoded, objective = _encoded(config, editor, backbone, {"training": found}, quiet, most=editor.training.batch_size)
+    encoded, objective = _encoded(
+        config, editor, backbone, {"training": records}, quiet, most=editor.training.batch_size
+    )
     times: list[float] = []
 
     def show(state: TrainingState, figures: Figures) -> None:
         times.append(time.monotonic())
-        if state.step == _STEPS_MEASURED:  # the first one is slower than those behind it
+        if state.step == _STEPS_MEASURED:  # the first step includes warm-up
             raise _Measured
 
-    records = encoded["training"]
     with suppress(_Measured):
-        train(backbone, editor, objective, records, records, seed=config.seed, progress=show)
+        train(backbone, editor, objective, encoded["training"], encoded["training"], seed=config.seed, progress=show)
     return times[-1] - times[-2]
 
 
 class _Measured(Exception):
-    """Ends a training whose steps have been measured."""
+    """Ends a training after the measured steps."""
 
 
 def _check_out(files: Files, *, fresh: bool) -> None:
-    """Raises InputError if the weights would replace a file that this training did not begin, or cannot be written."""
+    """Raises InputError if the weights would replace a file of another training, or cannot be written."""
     check_access(files.weights.parent, "--out")
     if files.weights.exists() and not files.state.exists() and not fresh:
         raise InputError(f"--out: {files.weights} is there already. Name another file, or add --fresh to replace it.")
@@ -177,20 +183,20 @@ def _check_out(files: Files, *, fresh: bool) -> None:
 
 
 def _inputs(config: RunConfig, files: Files) -> dict[str, Sources]:
-    """The files of both parts. Raises InputError if records or pictures are not there."""
+    """Record files of both parts, training and validation. Raises InputError if records or pictures are missing."""
     data = {part: _data(config, part) for part in ("training", "validation")}
-    found: dict[str, Sources] = {}
-    # What is to be written, which takes a while, after what has to be there.
+    inputs: dict[str, Sources] = {}
+    # Files of the user are checked before embedded records are written, which takes a while.
     for part in sorted(data, key=lambda part: data[part].split is not None):
-        one = found[part] = sources.resolve(data[part], files.path)
-        one.identity()
-        one.reader.check_roots()
-        check_pictures(read_records(one.path, task=config.data.task), one.reader)
-    return {part: found[part] for part in data}
+        source = inputs[part] = sources.resolve(data[part], files.path)
+        source.identity()
+        source.reader.check_roots()
+        check_pictures(read_records(source.path, task=config.data.task), source.reader)
+    return {part: inputs[part] for part in data}
 
 
 def _data(config: RunConfig, part: str) -> DataConfig:
-    """The training or validation records as a run's; locality is drawn from the training records."""
+    """Section `data` of the training or validation records; locality is drawn from the training records."""
     training = config.training
     path = training.path if part == "training" else training.validation
     is_embedded = path.partition(":")[0] == EMBEDDED
@@ -206,14 +212,14 @@ def _data(config: RunConfig, part: str) -> DataConfig:
         raise InputError(f"training.{'path' if part == 'training' else 'validation'}: {error}") from error
 
 
-def _identity(config: RunConfig, found: dict[str, Sources]) -> dict[str, Any]:
-    """What the weights depend on."""
+def _identity(config: RunConfig, inputs: dict[str, Sources]) -> dict[str, Any]:
+    """Settings and files that the weights depend on."""
     values = config.to_dict()
     values["editor"].pop("checkpoint", None)
     flat = flatten({name: values[name] for name in _COMPARED})
     flat |= {f"data.{name}": values["data"][name] for name in _COMPARED_DATA}
-    for part, files in found.items():
-        # Without the folder: the embedded benchmark is written beside the weights.
+    for part, files in inputs.items():
+        # The identity has no folder: the embedded benchmark is written beside the weights.
         flat |= {f"{part}: {name}": value for name, value in files.identity().items()}
     return flat
 
@@ -222,7 +228,7 @@ def _train(
     config: RunConfig,
     editor: Any,
     backbone: Backbone,
-    found: dict[str, Sources],
+    inputs: dict[str, Sources],
     files: Files,
     identity: dict[str, Any],
     console: Console,
@@ -231,7 +237,7 @@ def _train(
         state = read_state(files.state, identity)
         if state.stop_reason:
             return Trained(state.best, state)
-    encoded, objective = _encoded(config, editor, backbone, found, console)
+    encoded, objective = _encoded(config, editor, backbone, inputs, console)
     say(console, ", ".join(counted(len(records), f"{part} record") for part, records in encoded.items()) + ".")
     with _Bar(console, "step") as bar:
 
@@ -250,22 +256,22 @@ def _encoded(
     config: RunConfig,
     editor: Any,
     backbone: Backbone,
-    found: dict[str, Sources],
+    inputs: dict[str, Sources],
     console: Console,
     most: int | None = None,
 ) -> tuple[dict[str, EncodedRequests], base.Objective | None]:
-    """The encoded records of each part, `most` at most, and the objective if the editor trains with it."""
+    """The encoded records of each part, at most `most`, and the objective if the editor trains with it."""
     template = find_template(config.data.template)
     limits = {"training": config.training.limit, "validation": config.training.validation_limit}
     check = check_for(backbone.processor.tokenizer)
     negatives, settings = None, config.objective.settings
     if editor.trains_with_objective:
-        negatives = negative_pool(settings, backbone, lambda: _pool(config, found["training"], check), editor.sites)
-    encoded = {part: EncodedRequests(backbone, template, editor.sites, negatives=negatives) for part in found}
+        negatives = negative_pool(settings, backbone, lambda: _pool(config, inputs["training"], check), editor.sites)
+    encoded = {part: EncodedRequests(backbone, template, editor.sites, negatives=negatives) for part in inputs}
     bandwidth = None
     with _Bar(console, "record") as bar:
         for part, records in encoded.items():
-            requests = _requests(config, found[part], limits[part], part, check, console)
+            requests = _requests(config, inputs[part], limits[part], part, check, console)
             for chunk in _chunks(islice(requests, most)):
                 needs_bandwidth = settings.needs_bandwidth and editor.trains_with_objective
                 if part == "training" and bandwidth is None and needs_bandwidth:
@@ -284,24 +290,24 @@ def _bandwidth(config: RunConfig, backbone: Backbone, requests: Sequence[EditReq
 
 
 def _requests(
-    config: RunConfig, found: Sources, limit: int | None, part: str, check: Check, console: Console
+    config: RunConfig, source: Sources, limit: int | None, part: str, check: Check, console: Console
 ) -> Iterator[EditRequest]:
-    """The usable records, as edits with their supervision.
+    """The usable records as edits with their supervision.
 
     Raises:
-        InputError: None can be used.
+        InputError: No record can be used.
     """
-    found.reader.check_roots()
-    pool = _pool(config, found, check)
-    records = partial(read_records, found.path, task=config.data.task, limit=limit, check=check)
-    check_pool((one for one in records() if not one.problem), found.reader, config.supervision, pool)
+    source.reader.check_roots()
+    pool = _pool(config, source, check)
+    records = partial(read_records, source.path, task=config.data.task, limit=limit, check=check)
+    check_pool((record for record in records() if not record.problem), source.reader, config.supervision, pool)
     num_used, problems = 0, []
     for record in records():
         if record.problem:
             problems.append(located(record, record.problem))
             continue
         try:
-            request = build_request(record, found.reader, config.supervision, pool)
+            request = build_request(record, source.reader, config.supervision, pool)
         except (ImageError, InputError) as error:
             problems.append(located(record, str(error)))
             continue
@@ -313,10 +319,12 @@ def _requests(
         raise InputError(f"training.{'path' if part == 'training' else part}: no record can be used; see above.")
 
 
-def _pool(config: RunConfig, found: Sources, check: Check) -> Pool:
-    assert found.pool is not None
+def _pool(config: RunConfig, source: Sources, check: Check) -> Pool:
+    assert source.pool is not None
     seed = config.supervision.seed
-    return Pool.sample(found.pool, found.pool_reader, size=POOL_RECORDS, seed=seed, task=config.data.task, check=check)
+    return Pool.sample(
+        source.pool, source.pool_reader, size=POOL_RECORDS, seed=seed, task=config.data.task, check=check
+    )
 
 
 def _chunks(requests: Iterator[EditRequest]) -> Iterator[Sequence[EditRequest]]:
@@ -325,7 +333,7 @@ def _chunks(requests: Iterator[EditRequest]) -> Iterator[Sequence[EditRequest]]:
 
 
 class _Bar:
-    """A bar on a terminal; elsewhere a line now and then."""
+    """A progress bar on a terminal; elsewhere a line every few seconds."""
 
     def __init__(self, console: Console, unit: str) -> None:
         self._console, self._unit, self._last = console, unit, 0.0
@@ -344,7 +352,7 @@ class _Bar:
         self._progress.stop()
 
     def _left(self, name: str, done: int, total: int | None) -> str:
-        """How long it takes at most, by the speed since the first call."""
+        """Upper bound on the time left, from the speed since the first call."""
         begun, before = self._begun[name]
         if not total or done in (before, total):
             return ""

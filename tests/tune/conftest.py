@@ -1,4 +1,4 @@
-"""A search over a dozen made-up records, which takes seconds."""
+"""Settings of a search over a dozen made-up records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.mmedit_files import record, write_array, write_images
 
 @pytest.fixture
 def values(tmp_path: Path) -> dict[str, Any]:
-    """A search's YAML as a mapping: eight validation records in rungs of two, four and eight, and four others."""
+    """Settings of a search: eight validation records in rungs of two, four and eight, and four evaluation records."""
     records = [record(number, fact=f"fact {number // 2}") for number in range(12)]
     image_root, rephrase_root = write_images(tmp_path, records)
     evaluation = write_array(tmp_path / "evaluation.json", records[:4])

@@ -1,4 +1,4 @@
-"""Points in Optuna's storage: asked once, told once, found again."""
+"""Points in Optuna's storage: each asked for and reported once, and restored after a kill."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def test_a_search_goes_on_with_the_trials_that_were_running(values: dict[str, An
     assert last and again.ask() is None, "as many as were asked for"
     again.report(last, said(8, 0.9))
     again.finish(last, COMPLETE)
-    again.finish(last, FAILED)  # it is closed, and stays so
+    again.finish(last, FAILED)  # a closed trial stays as it is
     assert opened(values, tmp_path / "out").ask() is None
     more = opened(values | {"trials": 6}, tmp_path / "out")
     proposed = [trial.key for trial in (more.ask(), more.ask()) if trial]
     assert len({first.key, second.key, third.key, last.key, *proposed}) == 6, "another seed every time"
 
-    # The ordinary tools read it.
+    # Optuna's own tools read the study.
     storage = JournalStorage(JournalFileBackend(str(tmp_path / "out" / "optuna.journal")))
     study = optuna.load_study(study_name="study", storage=storage)
     assert [trial.state for trial in study.trials[:4]] == [

@@ -1,4 +1,4 @@
-"""What the driver does with the reports of trials, without Ray: tells Optuna, MLflow and the user, whatever breaks."""
+"""Reports of trials in the driver, without Ray: passed to Optuna, MLflow and the terminal, also after failures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tune.search import Asking, Running
 
 
 class Search:
-    """A search whose trials are played by the test."""
+    """A search whose trials are simulated by the test."""
 
     def __init__(self, values: dict[str, Any], out: Path) -> None:
         self.uri = f"sqlite:///{out}/mlflow.db"
@@ -99,7 +99,7 @@ def test_a_trial_that_breaks_off_is_handed_out_again_so_often(values: dict[str, 
 
 
 def test_a_trial_is_handed_the_site_that_its_model_has(values: dict[str, Any], tmp_path: Path) -> None:
-    """Also of an editor that the base does not name."""
+    """The backbone's site is filled in, also for an editor that the base does not name."""
     values["space"] = {"editor.name": {"choices": ["wise"]}}
     asked = Search(values, tmp_path).running.ask("a")
     assert asked is not None

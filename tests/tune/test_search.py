@@ -1,4 +1,4 @@
-"""Whole searches with a Ray of their own: killed and resumed, with trials that crash, and what they leave behind."""
+"""Whole searches with their own Ray: killed, resumed, with crashing trials; their files and MLflow runs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from tune.run import run
 ROOT = Path(__file__).parent.parent.parent
 PATIENCE_S = 240.0
 _TRIAL = re.compile("EditTrial|ResourceTrainable")
-"""How Ray calls the processes of trials, idle or at work."""
+"""Names that Ray gives to processes of idle and of running trials."""
 FRAGILE = {"name": "outside_tuned.fragile", "sites": ["layers.2.ffn.out"], "max_steps": 2}
 
 
@@ -75,24 +75,24 @@ def states(out: Path) -> Counter[str]:
 
 
 def done(out: Path) -> int:
-    """Trials that have ended."""
+    """Number of finished trials."""
     found = states(out) if (out / "search.json").exists() else Counter()
     return found["COMPLETE"] + found["PRUNED"]
 
 
 def kill_a_worker() -> None:
-    """Ends one of the processes of this one that hold a trial, as soon as it is at work."""
+    """Kills a child process that runs a trial, as soon as there is one."""
     wait_until(at_work, "a trial is at work")
     at_work()[0].kill()
 
 
 def at_work() -> list[psutil.Process]:
-    """The processes of trials that are in the middle of a rung; one that is only being set up is replaced by Ray."""
+    """Processes of trials within a rung. One that is still being set up would be replaced by Ray."""
     return [process for process in workers() if any(".train" in part for part in command_of(process))]
 
 
 def workers(driver: int | None = None) -> list[psutil.Process]:
-    """The processes that hold a trial of a driver, or of this process."""
+    """Processes of the trials of a driver, or of this process."""
     family = psutil.Process(driver).children(recursive=True)
     return [process for process in family if any(_TRIAL.search(part) for part in command_of(process))]
 
@@ -105,7 +105,7 @@ def command_of(process: psutil.Process) -> list[str]:
 
 
 def children(out: Path) -> tuple[Any, list[Any]]:
-    """The parent's run and its children's, with what they belong to checked."""
+    """The parent run in MLflow and its child runs."""
     client = connect(f"sqlite:///{out}/mlflow.db")
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     every = client.search_runs(experiments)
@@ -160,14 +160,14 @@ def test_a_search_that_is_interrupted_and_killed_goes_on_to_as_many_trials_as_we
     assert busy.exit_code == 2 and f"is running (process {search.pid})" in busy.stderr
     search.kill()
     search.communicate()
-    # One that was cut off before its point was whole does not count.
+    # A trial that was killed before its point was whole does not count.
     ended = [trial for trial in study_in(out).trials if trial.state.is_finished()]
     finished = [trial for trial in ended if points.REPEATED not in trial.user_attrs]
     before = {path: path.stat().st_mtime_ns for path in out.glob("trials/*/results/*.parquet")}
-    # Ray's agents, which edit nothing, stay for another minute.
+    # Ray's agents end a minute later; they edit nothing.
     wait_until(lambda: gone(left), "the killed search's workers are gone")
 
-    # Another search is refused, and this one goes on.
+    # Other settings are refused; the same search goes on.
     other = odedit("tune", "--resume", out, "--config", tmp_path / "search.yaml", "seed=7")
     assert other.exit_code == 2 and "holds another search:\n  seed: was 0, now 7" in other.stderr
     # SIGKILL of a worker.
@@ -204,7 +204,7 @@ def test_a_search_that_is_interrupted_and_killed_goes_on_to_as_many_trials_as_we
     assert "best so far: trial" in stderr and "On the evaluation records" in stdout
     assert not list(out.glob(".tune-*"))
 
-    # Nothing is left to do; what is asked for on top is done.
+    # No trial is left to do; additional trials are run.
     runs_before = {run.info.run_id for run in runs}
     nothing = odedit("tune", "--resume", out)
     assert nothing.exit_code == 0 and len(study_in(out).trials) == len(study.trials)
@@ -293,7 +293,7 @@ def test_what_cannot_work_is_said_before_any_worker_starts(values: dict[str, Any
 
 
 def stop(*arguments: Any) -> Any:
-    """Stands for the trials."""
+    """Replaces the trials."""
     raise InputError("the search has begun")
 
 
@@ -312,7 +312,7 @@ def test_a_search_that_could_not_begin_is_tried_again_in_its_folder(
         assert wrong.exit_code == 2 and expected in wrong.stderr, (override, wrong.output, wrong.exception)
         assert not out.parent.exists(), override
     monkeypatch.setattr(runner, "_run", stop)
-    for seed in (1, 2):  # other settings, as long as there is no trial
+    for seed in (1, 2):  # without a trial, other settings are accepted
         begun = odedit("tune", "--config", config, f"seed={seed}", "--out", out)
         assert begun.exit_code == 2 and "the search has begun" in begun.stderr, (begun.output, begun.exception)
     assert yaml.safe_load((out / "search.yaml").read_text())["seed"] == 2
@@ -327,7 +327,7 @@ def test_a_search_that_could_not_begin_is_tried_again_in_its_folder(
 def test_a_search_of_another_process_stays_where_this_one_is_refused(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both were started at once: this one has made the folder, and the other one has its lock."""
+    """Both processes start at once: this one has made the folder, the other one holds its lock."""
     out = tmp_path / "out"
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""A search whose folder is in an object store, with a Ray of its own."""
+"""A search whose folder is in an object store, with its own Ray."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _search_and_go_on(values: dict[str, Any], bucket: ObjectStore) -> None:
     tried = [name for name in bucket.names("searches/one/trials/") if "/results/" in name]
     assert len({name.split("/")[3] for name in tried}) == 2
 
-    # What is asked for on top is done, and nothing twice.
+    # Additional trials are run, and none twice.
     before, stream = len(bucket.requests), io.StringIO()
     values["trials"] = 3
     more = run(from_values(values), OUT, Console(file=stream, width=300), resume=True)

@@ -1,4 +1,4 @@
-"""The search space as data: what is drawn, what is refused, and in which words."""
+"""The search space: drawn points, and messages for mistakes."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_a_parameter_is_overridden_and_taken_out_by_its_name(tmp_path: Path) -> 
 
 
 def test_the_search_shown_in_the_readme_is_a_valid_one() -> None:
-    readme = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
+    readme = (Path(search_config.__file__).parent / "README.md").read_text(encoding="utf-8")
     start = readme.index("    settings: {editor:")
     search = check(from_values(yaml.safe_load(textwrap.dedent(readme[start : readme.index("\n\n", start)]))))
     assert [one.name for one in search.space.parameters][-1] == "editor.learning_rate"

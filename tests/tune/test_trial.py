@@ -1,4 +1,4 @@
-"""Trials in this process, without Ray: what is reused, what is kept, what is scored."""
+"""Trials in this process, without Ray: reuse of the model, resumption and scoring."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tune.trainable import EDITS, JUDGED, EditTrial
 
 
 def trial_of(values: dict[str, Any], folder: Path, point: dict[str, Any]) -> EditTrial:
-    """A trial as Tune sets it up, without an actor around it."""
+    """A trial as Tune sets it up, but in this process."""
     search = check(from_values(values))
     place = Folder.of(folder)
     base, found = _prepared(search, place, Console(quiet=True))
@@ -86,7 +86,7 @@ def test_a_trial_that_is_taken_up_again_goes_on_behind_its_last_group(values: di
     trial._edit(third)  # killed in the middle of the last rung
     before = parts(out, point)
     again = trial_of(values, out, point)
-    assert again.step() == second, "the sampler may not have heard of it"
+    assert again.step() == second, "the last report may not have reached the sampler"
     last = again.step()
     assert last["done"] and last[EDITS] == 8 and first[EDITS] == 2
     after = parts(out, point)

@@ -1,4 +1,4 @@
-"""Eight processes that log searches to one store at once lose nothing: a file, and a server before a database."""
+"""Eight processes that log searches to one MLflow store at once: a sqlite file, and a server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WRITERS, TRIALS, RUNGS = 8, 3, (2, 4, 8)
 
 
 def write(uri: str, writer: int) -> None:
-    """One search: every figure tells who wrote it."""
+    """Logs a search whose figures depend on the writer's number."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     search = SearchRun.start(uri, "together", f"search {writer}", f"id-{writer}", {"writer": writer}, {}, None)
     for trial in range(TRIALS):
@@ -70,7 +70,7 @@ def test_eight_writers_through_a_server(tmp_path: Path) -> None:
 
 
 def test_a_trial_whose_end_was_interrupted_is_not_closed_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its state is written, its status is not."""
+    """The trial's state is logged, its run is not ended."""
     search = SearchRun.start(f"sqlite:///{tmp_path}/mlflow.db", "cut off", "search", "id", {}, {}, None)
 
     def interrupt(*_: Any, **__: Any) -> None:

@@ -1,4 +1,4 @@
-"""Runs side by side: single runs, studies, and what MLflow has kept of them."""
+"""Comparison of runs: folders of runs, studies and searches, and runs in MLflow."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def odedit(*arguments: object) -> Result:
 
 @pytest.fixture
 def two(settings: dict[str, Any], inline: Inline, tmp_path: Path) -> list[Outcome]:
-    """Two runs of the same records; the second stops early, and its name has to be escaped."""
+    """Two runs of the same records; the second stops earlier and has a name that needs escaping."""
     settings |= {"objective": {"sigma2_0": 10.0}, "tracking": {"experiment": "compared"}}
     first = inline(from_dict(settings | {"out": str(tmp_path / "first")}))
     other = settings["editor"] | {"max_steps": 1}
@@ -126,7 +126,7 @@ def test_p_is_corrected_over_the_runs_and_records_of_one_id_have_to_be_the_same(
     )
     assert found.common == [12, 12, 0] and not found.differences[2]
     first = found.differences[0]["rel"]
-    assert first.is_clear and first.p_holm == pytest.approx(2 * first.found.p)
+    assert first.is_clear and first.p_holm == pytest.approx(2 * first.p)
     assert not found.differences[1]["rel"].is_clear
     text = compare.to_markdown(found)
     assert "No record in common with a: d." in text and "▲" in text and "12 (1 failed)" in text

@@ -1,4 +1,4 @@
-"""Whole studies in this process: run, interrupted, resumed; what they leave behind here and in MLflow."""
+"""Whole studies in this process: run, interrupted and resumed; their files and MLflow runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WISE = {"name": "wise", "site": "layers.2.ffn.in", "max_steps": 2}
 
 @pytest.fixture
 def shared_world(worlds: dict[int, dict[str, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Studies find the benchmark written, in the folder where they would write it."""
+    """Links a benchmark that is written already into the folder where a study writes it."""
 
     def linked(folder: Path, seed: int = 0) -> None:
         if not folder.exists():
@@ -44,7 +44,7 @@ def shared_world(worlds: dict[int, dict[str, Path]], monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def small(settings: dict[str, Any]) -> dict[str, Any]:
-    """A study of two arms over the first two made-up records, in pairs."""
+    """A study of two arms over the first two made-up records, in groups of two."""
     section = settings["data"] | {"limit": 2}
     shared = {name: settings[name] for name in ("supervision", "editor", "pipeline", "tracking")}
     return {
@@ -124,6 +124,9 @@ def test_a_study_from_the_command_line_is_interrupted_resumed_and_finished_in_ml
 
     assert (out / "table.md").read_text() == done.stdout.removesuffix("\n")
     assert "# Table 4" in done.stdout and "**E-VQA**" in done.stdout
+    assert f"\n\n    odedit study table4 --config {config} --out {out}\n\n" in done.stdout
+    codes = {json.loads(path.read_text())["code"] for path in out.glob("arms/*/summary.json")}
+    assert f"Code: odedit {', '.join(codes)}\n" in done.stdout and len(codes) == 1
     assert "MLflow:" in done.stderr and "table.csv" in done.stderr
     assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
     before = {path: path.stat().st_mtime_ns for path in out.glob("arms/*/results/*")}

@@ -1,8 +1,10 @@
-"""What a study is: arms from axes, every mistake in a sentence, and the records that are drawn for it."""
+"""Settings of studies: arms from axes, messages for mistakes, and drawn records."""
 
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from odedit.editors.base import Trainable
 from pipeline.config import strict
 from pipeline.run_folder.sources import embedded_name
 from pipeline.study import data, spec
+from pipeline.study import run as runner
 from pipeline.study.spec import Draw, StudyConfig, arms, load, run_config
 
 TABLE = {
@@ -110,7 +113,7 @@ def test_a_user_changes_settings_key_by_key_and_axes_as_a_whole(tmp_path: Path) 
     changed = load("table1", write(tmp_path, changes), ["title=short", "draw.seeds=[4]"])
     assert (changed.title, changed.draw) == ("short", Draw(per_task=3, seeds=(4,)))
     assert list(changed.axes) == ["editor", "objective"] and list(changed.axes["editor"]) == ["WISE"]
-    # What the study says about the editors and backbones that are left out is no mistake.
+    # `skip` and `special` may name labels that the user has left out.
     assert len(arms(changed)) == len(load("table1", None).axes["objective"])
     assert (
         changed.settings["stopping"]["worst_token_nll"] == load("table1", None).settings["stopping"]["worst_token_nll"]
@@ -135,7 +138,7 @@ def test_every_arm_of_every_study_that_ships_fits_its_model(
         if family not in models:
             models[family] = load_backbone(family, config.backbone.checkpoint)
         editor = editors.find(config.editor.name)(config.editor.settings)
-        # Without the weights that the study has yet to train.
+        # The weights are trained by the study itself, so they are left out here.
         (editor.with_weights({}) if isinstance(editor, Trainable) else editor).check(models[family])
 
 
@@ -146,7 +149,7 @@ def test_the_studies_use_every_editor(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(worlds: dict[int, dict[str, Path]]) -> Path:
-    """Where the embedded benchmark is written already."""
+    """A folder that holds the embedded benchmark."""
     return worlds[0]["images"].parent.parent
 
 
@@ -171,7 +174,7 @@ def test_a_fact_has_a_second_edit_only_after_every_fact_had_one(folder: Path) ->
         facts = [record["fact"] for record in json.loads(Path(few["path"]).read_text()) if record["task"] == task]
         assert len(set(facts)) == len(facts) == 20
     many = json.loads(Path(data.write(Draw(per_task=60), folder)["path"]).read_text())
-    # The captions are of fewer facts than that.
+    # Captions cover fewer facts than are drawn.
     assert set(Counter(record["fact"] for record in many if record["task"] == "caption").values()) == {2, 3}
     with pytest.raises(
         InputError, match=r"draw\.per_task: got 73; the evaluation split has 72 edits of task 'caption'"
@@ -211,3 +214,25 @@ def test_the_same_records_again_leave_their_files_alone(drawn: Any) -> None:
     before = [file.stat().st_mtime_ns for file in files]
     assert data.write(Draw(split="evaluation", seeds=(0, 1), per_task=72), folder) == section
     assert [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_the_study_shown_in_the_readme_is_a_valid_one() -> None:
+    readme = (Path(runner.__file__).parent / "README.md").read_text(encoding="utf-8")
+    start = readme.index("    title: the learning rate of FT-L")
+    values = yaml.safe_load(textwrap.dedent(readme[start : readme.index("\n\n", start)]))
+    study = strict.build(StudyConfig, values)
+    spec._check(study, {})
+    assert [arm.name for arm in arms(study)] == ["slow", "fast"] and study.baseline == {"rate": "slow"}
+    assert all(run_config(arm, "out", None).editor.name == "ftl" for arm in arms(study))
+
+
+def test_the_pages_of_results_are_linked_and_name_studies_that_ship() -> None:
+    folder = Path(runner.__file__).parent
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in readme for name in spec.names())
+    pages = sorted((folder / "results").glob("*.md"))
+    assert [page.name for page in pages] == ["ablations.md", "objective.md", "table1.md"]
+    for page in pages:
+        assert f"(results/{page.name})" in readme
+        commands = re.findall(r"^    odedit study (\w+)", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert commands and set(commands) <= set(spec.names())

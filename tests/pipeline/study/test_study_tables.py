@@ -1,10 +1,11 @@
-"""What a study says: means, paired differences and their correction, against SciPy and sums done by hand."""
+"""Tables and pictures of studies: means, differences and corrected tests, against SciPy and calculations by hand."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from odedit.evaluation import statistics
-from odedit.evaluation.statistics import PairedDifference
 from pipeline.config import strict
 from pipeline.report import formatting
+from pipeline.report.differences import Difference
 from pipeline.run_folder.rows import EDITED, FAILED, SKIPPED, Row
 from pipeline.study import comparisons, plots, tables
 from pipeline.study.spec import Arm, StudyConfig, arms
@@ -60,7 +61,7 @@ def of_facts(values: np.ndarray) -> np.ndarray:
 
 
 def holm(p: list[float]) -> list[float]:
-    """Each p times the number of hypotheses not rejected before it, and never below an earlier one."""
+    """Holm's correction: p times the number of remaining hypotheses, made monotonous."""
     order = np.argsort(p)
     adjusted = [min(1.0, p[i] * (len(p) - place)) for place, i in enumerate(order)]
     result = [0.0] * len(p)
@@ -83,12 +84,12 @@ def test_means_differences_and_tests_equal_those_of_scipy() -> None:
             for cell in mine:
                 values = column(rows[cell.arm.folder], task, name)
                 assert cell.means[name].mean == pytest.approx(values.mean())
-                # Facts have as many edits each, so the clustered interval is the ordinary one of the facts' means.
+                # All facts have two edits, so the clustered interval equals the ordinary one of the facts' means.
                 facts = of_facts(values)
                 interval = stats.t.interval(0.95, len(facts) - 1, loc=facts.mean(), scale=stats.sem(facts))
                 assert (cell.means[name].low, cell.means[name].high) == pytest.approx(interval)
                 if cell.arm.labels["objective"] == "native":
-                    assert not cell.differences and not cell.p_holm
+                    assert not cell.differences
                     continue
                 base = column(rows[f"{cell.arm.labels['editor']}_native"], task, name)
                 test = stats.ttest_rel(facts, of_facts(base))
@@ -99,7 +100,9 @@ def test_means_differences_and_tests_equal_those_of_scipy() -> None:
                 assert got == pytest.approx((interval.low, interval.high))
                 p_values.append(test.pvalue)
                 compared.append(cell)
-            assert [cell.p_holm[name] for cell in compared] == pytest.approx(holm(p_values)) and len(compared) == 4
+            assert [cell.differences[name].p_holm for cell in compared] == pytest.approx(holm(p_values)) and len(
+                compared
+            ) == 4
 
 
 def test_holm_on_the_example_of_a_textbook_and_without_a_test() -> None:
@@ -123,7 +126,7 @@ def test_the_table_for_machines_has_a_line_per_arm_task_and_column() -> None:
         assert float(line["low"]) <= float(line["mean"]) <= float(line["high"]) and line["n"] == "4"
         if name in cell.differences:
             assert float(line["p"]) == pytest.approx(cell.differences[name].p, rel=1e-4)
-            assert float(line["p_holm"]) == pytest.approx(cell.p_holm[name], rel=1e-4)
+            assert float(line["p_holm"]) == pytest.approx(cell.differences[name].p_holm, rel=1e-4)
         else:
             assert line["p"] == line["p_holm"] == line["baseline_difference"] == ""
 
@@ -141,17 +144,17 @@ def test_only_what_is_significant_after_correction_is_marked() -> None:
     for line, cell in zip(lines, found, strict=True):
         for text_of, name in zip(line[4:], ("rel", "m_loc"), strict=True):
             is_marked = any(sign in text_of for sign in "▲▼")
-            assert is_marked == (cell.p_holm.get(name, 1.0) < 0.05)
+            assert is_marked == (name in cell.differences and cell.differences[name].p_holm < 0.05)
             assert "▲" not in text_of or cell.differences[name].mean > 0
     assert sum("▲" in line[4] for line in lines) == 4, "rel under ODEdit, of two editors on two tasks"
 
 
 def test_a_difference_that_the_correction_takes_back_is_not_marked() -> None:
     cell = tables.cells(study(), arms(study()), rows_of(study()))[1]
-    change = {"rel": PairedDifference(-0.2, -0.3, -0.1, 0.02, 16)}
-    taken_back = tables.Cell(**vars(cell) | {"differences": change, "p_holm": {"rel": 0.06}})
-    kept = tables.Cell(**vars(cell) | {"differences": change, "p_holm": {"rel": 0.04}})
-    assert "▼" not in tables._figure(taken_back, "rel") and tables._figure(kept, "rel").endswith("▼")
+    for p_holm, is_marked in ((0.06, False), (0.04, True)):
+        change = Difference(-0.2, -0.3, -0.1, p=0.02, n=16, p_holm=p_holm)
+        text = tables._figure(replace(cell, differences={"rel": change}), "rel")
+        assert text.endswith("▼") == is_marked
 
 
 def test_failed_and_skipped_records_count() -> None:
@@ -252,7 +255,7 @@ def test_a_label_is_compared_with_every_other_of_its_axis_over_both_tasks() -> N
             assert one.differences[name].mean == pytest.approx((values[0] - values[1]).mean())
         for one in found:
             p_values.append(one.differences[name].p)
-        assert [one.p_holm[name] for one in found] == pytest.approx(holm(p_values))
+        assert [one.differences[name].p_holm for one in found] == pytest.approx(holm(p_values))
     text = comparisons.to_markdown(config, found)
     assert text.splitlines()[2] == "| editor | against | n | rel | m_loc |"
     assert text.count("▲") - text.split("\n\n")[0].count("▲") == 4, "rel against each, and nothing else"
@@ -287,7 +290,7 @@ def test_a_column_that_is_only_drawn_has_its_mean_in_the_picture_and_for_machine
 
 def test_dots_of_arms_without_colour_stand_at_their_label(monkeypatch: pytest.MonkeyPatch) -> None:
     picture = drawn(study(plot={"kind": "dots", "y": "objective", "columns": COLUMNS}), monkeypatch)
-    # The axis that the picture does not use has a row of panels for each value.
+    # An axis that is not drawn has a row of panels for each label.
     assert len(picture.axes) == 2 * 2 * len(COLUMNS)
     axes = picture.axes[0]
     heights = sorted(float(container[0].get_ydata()[0]) for container in axes.containers)

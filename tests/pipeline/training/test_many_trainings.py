@@ -1,4 +1,4 @@
-"""Weights that a study trains before its arms: once for all arms that share them, several at once, interruptible."""
+"""Trainings of a study: once for all arms that share the weights, several at a time, interruptible."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def config_of(values: dict[str, Any], **objective: Any) -> RunConfig:
 
 
 def content(path: Path) -> tuple[dict[str, str], dict[str, bytes]]:
-    """What a file of weights says and holds, bit for bit; safetensors writes its header's keys in any order."""
+    """Metadata and bytes of a file of weights, regardless of the order of keys in its header."""
     with safe_open(path, framework="pt") as stream:
         return stream.metadata(), {name: stream.get_tensor(name).numpy().tobytes() for name in stream.keys()}  # noqa: SIM118
 
@@ -83,7 +83,7 @@ def test_weights_are_trained_once_for_all_arms_that_share_them_and_reused(
     }
     study["settings"]["data"] |= {"limit": 2}
     found = runner.run("one", strict.build(StudyConfig, study), tmp_path / "studies" / "one", QUIET)
-    # The objective trains MEND, and leaves UniKE's encoders alone.
+    # MEND is trained under the objective, UniKE's encoders are not.
     assert trained == ["mend native", "mend odedit", "unike native"]
     assert [cell.n for cell in found.cells] == [2] * 4
     files = {path.name for path in (tmp_path / "studies" / "weights").glob("*.safetensors")}
@@ -92,7 +92,7 @@ def test_weights_are_trained_once_for_all_arms_that_share_them_and_reused(
     for path in (tmp_path / "studies" / "one" / "arms").glob("*/run.json"):
         used[path.parent.name] = json.loads(path.read_text())["settings"]["editor.checkpoint"]
     assert used["UniKE_native"] == used["UniKE_ODEdit"] and used["MEND_native"] != used["MEND_ODEdit"]
-    # Another study beside it, of other records, takes what is there.
+    # Another study beside it, of other records, reuses the weights.
     study["settings"]["data"] |= {"limit": 1}
     runner.run("two", strict.build(StudyConfig, study), tmp_path / "studies" / "two", QUIET)
     assert len(trained) == 3

@@ -1,4 +1,4 @@
-"""`odedit train` from a file of records to weights that a run edits with."""
+"""`odedit train`: from a file of records to weights that a run edits with."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_trained_weights_edit(
     again = odedit("train", "mend", "--config", config, "--out", weights, "objective.name=native")
     assert again.exit_code == 0 and "finished at step 4" in again.stderr and "training records" not in again.stderr
 
-    # A relative path is found by workers in other folders, and is written whole into the edits.
+    # Workers run in other folders, so a relative path is made absolute, in the edits as well.
     monkeypatch.chdir(tmp_path)
     values["editor"] = MEND | {"checkpoint": "weights/mend.safetensors"}
     outcome = inline(from_dict(values))
@@ -156,7 +156,7 @@ def test_a_run_finds_missing_or_wrong_weights_before_any_worker(
 @pytest.mark.parametrize(
     ("editor", "override", "expected"),
     [
-        ("wise", "editor.name=wise", "'wise' learns nothing"),
+        ("wise", "editor.name=wise", "'wise' has no weights of its own"),
         ("unike", "editor.num_layers=9", "its editor is 'mend'; 'unike' takes its defaults"),
         ("mend", "training.path=none.json", "none.json"),
         ("mend", "training.path=embedded:tran", "Did you mean 'train'?"),
@@ -176,7 +176,7 @@ def test_wrong_input_is_a_sentence(
 
 def test_an_editor_that_learns_nothing_and_a_wrong_file_are_named(values: dict[str, Any], tmp_path: Path) -> None:
     quiet = Console(quiet=True)
-    with pytest.raises(InputError, match="'ftl' learns nothing"):
+    with pytest.raises(InputError, match="'ftl' has no weights of its own"):
         train.run(from_dict(values | {"editor": {"name": "ftl"}}), None, quiet, fresh=False)
     with pytest.raises(InputError, match="expected a file that ends in .safetensors"):
         train.run(from_dict(values), tmp_path / "weights.pt", quiet, fresh=False)

@@ -1,4 +1,4 @@
-"""Plain fine-tuning whose worker dies as its settings say. Named by module in tests."""
+"""Fine-tuning whose worker dies as set in `mode`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from odedit.inputs.batch import EditBatch, EditParams
 
 @dataclass(frozen=True)
 class FragileConfig(FTLConfig):
-    """Settings of fine-tuning, and what goes wrong.
+    """Settings of the crash.
 
     Attributes:
-        mode: `always` dies at once, `once` when it first sees `edit`, `raise` fails with every edit.
-        marker: File that says that `once` has died.
-        pause_s: Seconds that each step takes longer.
+        mode: `well`; `always` dies at once, `once` at the first step of `edit`; `raise` fails every edit.
+        edit: Id of the edit for `once`.
+        marker: File that is written before the death under `once`.
+        pause_s: Seconds of pause in every step.
         quick: Edit whose group does not pause.
     """
 
