@@ -3,8 +3,11 @@ VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 
+# The tests of a group run in one process, the groups that take longest first; see tests/support/schedule.py.
+DIVIDED := -n 3 --dist loadgroup --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench faults lint format clean
+.PHONY: help demo check test bench faults lint format clean
 
 help:      ## This list.
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -12,8 +15,11 @@ help:      ## This list.
 demo: $(VENV)/.ready      ## Edits the embedded model, prints the result, leaves results and an MLflow store in demo/.
 	@$(BIN)/odedit demo --out demo
 
-test: $(VENV)/.ready-dev lint      ## Style, types, and every test.
-	$(BIN)/python -m pytest -q
+check: $(VENV)/.ready-dev lint      ## Style, types, and the tests that take no time (a minute).
+	$(BIN)/python -m pytest -q -m 'not slow' $(DIVIDED)
+
+test: $(VENV)/.ready-dev lint      ## Style, types, and every test (ten minutes).
+	$(BIN)/python -m pytest -q $(DIVIDED)
 
 bench: $(VENV)/.ready-dev      ## What an edit and the pipeline cost; tables, JSON and plots in bench/ (about an hour).
 	$(BIN)/python -m tests.benchmarks.speed --size mid --out bench

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 
+# Processes that tests start keep the byte code of this project: compiling it takes half a second each.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,12 +17,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from filelock import FileLock
 
 from odedit import EditRequest, load_backbone, world
 from odedit.backbones import Backbone, encode_requests
 from odedit.inputs.batch import EditBatch
 from odedit.storage import disk_cache
 from pipeline.run_folder.sources import embedded_name
+from tests.support import schedule
 from tests.support.requests import TEMPLATE, make_request
 
 if TYPE_CHECKING:
@@ -27,6 +32,19 @@ if TYPE_CHECKING:
 
 # Two cores are shared by everything that runs; tiny matrices gain nothing from more threads.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    schedule.mark_slow(items)
+    if config.pluginmanager.has_plugin("dsession") or hasattr(config, "workerinput"):
+        schedule.distribute(items)
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this test run, the same in all processes of pytest-xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,13 +62,18 @@ def backbone() -> Backbone:
 
 
 @pytest.fixture(scope="session")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Path]]:
-    """The embedded benchmark of seeds 0 and 1, as `world.build` names its files, beside each other. Not to be changed.
+def worlds(shared_folder: Path) -> dict[int, dict[str, Path]]:
+    """Files of the embedded benchmark for seeds 0 and 1, as `world.build` names them. Read only.
 
-    Writing one takes ten seconds.
+    Writing takes ten seconds a seed, so one process of pytest-xdist does it for all.
     """
-    parent = tmp_path_factory.mktemp("worlds")
-    return {seed: world.build(parent / embedded_name(seed), seed) for seed in (0, 1)}
+    made = shared_folder / "worlds.pickle"
+    with FileLock(shared_folder / "worlds.lock"):
+        if not made.exists():
+            parent = shared_folder / "worlds"
+            built = {seed: world.build(parent / embedded_name(seed), seed) for seed in (0, 1)}
+            made.write_bytes(pickle.dumps(built))
+        return pickle.loads(made.read_bytes())
 
 
 @pytest.fixture(scope="session")

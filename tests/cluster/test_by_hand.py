@@ -27,7 +27,7 @@ import yaml
 
 from tests.support.cluster_files import ROOT, page
 from tests.support.mmedit_files import record, write_array, write_images
-from tests.support.nodes import Cluster, running, wait_for
+from tests.support.nodes import NO_SPARE_WORKERS, Cluster, running, wait_for
 from tests.support.services import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -111,6 +111,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             "PYTHONPATH": str(ROOT),
             "WORKER_HOME": str(folder / "worker"),
             "RAY_USAGE_STATS_ENABLED": "0",
+            **NO_SPARE_WORKERS,
         }
         shared = {port: free_port() for port in (6379, 8265)}
         start = random.randrange(20_000, 28_000)

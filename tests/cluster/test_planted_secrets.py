@@ -29,8 +29,6 @@ from tests.support.object_store import BUCKET, ObjectStore
 from tests.support.services import database, free_port, server
 
 COMMAND_S = 800.0
-NO_SPARE_WORKERS = {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0"}
-"""Variables that keep Ray from starting idle workers for each CPU and driver."""
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 APIS = (
     "api/jobs/", "logical/actors", "nodes?view=summary", "api/cluster_status",
@@ -205,7 +203,7 @@ def test_secrets_are_found_nowhere(store: Store, tmp_path: Path) -> None:
     with (
         database(other) as storage,
         server(f"sqlite:///{home / 'mlflow.db'}", home, password) as mlflow,
-        two_nodes(cpus=4, **NO_SPARE_WORKERS, **common, **on_nodes) as cluster,
+        two_nodes(cpus=4, **common, **on_nodes) as cluster,
         Watch() as watch,
     ):
         write_settings(folder, mlflow, password, storage)

@@ -20,7 +20,9 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
+from typer.testing import CliRunner
 
+from odedit.__main__ import app
 from pipeline.config.run import from_dict
 from pipeline.driver.run import run
 from pipeline.run_folder import rows as results
@@ -102,6 +104,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             },
             "supervision": {"locality_source": "record"},
             "editor": EDITOR | {"pause_s": 0.5},
+            # The editor's own terms, which pause.
+            "objective": {"own_weight": 1.0},
             "evaluation": {"generate": False},
             "pipeline": {"batch_size": 2, "actors": 2, "threads_per_actor": 1},
             "tracking": {"uri": mlflow, "experiment": "jobs"},
@@ -181,7 +185,8 @@ def test_a_search_is_a_job_as_well(site: Site, tmp_path: Path, monkeypatch: pyte
 
 def test_a_job_is_left_followed_and_ended(site: Site, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    slow = ("--", "edit", "--config", "run.yaml", f"out={out}", "editor.pause_s=25", "tracking.enabled=false")
+    edit = ("--", "edit", "--config", "run.yaml", f"out={out}", "tracking.enabled=false", "pipeline.actors=1")
+    slow = (*edit, "editor.quick=records-000000", "editor.pause_s=25")
     text = ended(site.submit("--no-wait", *slow), 0)
     job = text.split("Job ")[1].split(".")[0]
     following = site.submit("--follow", job)
@@ -197,9 +202,16 @@ def test_a_job_is_left_followed_and_ended(site: Site, tmp_path: Path) -> None:
     assert "editor.pause_s: was 25.0, now 0.0" in text or "editor.pause_s: was 25, now 0" in text
 
 
-def test_without_its_password_the_server_is_not_used(site: Site, tmp_path: Path) -> None:
-    text = ended(site.odedit("edit", "--config", "run.yaml", f"out={tmp_path / 'out'}"), 2)
-    assert "cannot be used" in text and "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in text
+def test_without_its_password_the_server_is_not_used(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(site.folder)
+    monkeypatch.syspath_prepend(str(site.folder))
+    for name in LOGIN:
+        monkeypatch.delenv(name, raising=False)
+    refused = CliRunner().invoke(app, ["edit", "--config", "run.yaml", f"out={tmp_path / 'out'}"])
+    assert refused.exit_code == 2 and "cannot be used" in refused.output, (refused.output, refused.exception)
+    assert "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in refused.output
 
 
 def test_the_password_is_written_nowhere(site: Site, tmp_path: Path) -> None:
@@ -215,7 +227,7 @@ def test_the_password_is_written_nowhere(site: Site, tmp_path: Path) -> None:
 def test_rays_own_command_works_as_well_and_no_command_without_the_token(site: Site, tmp_path: Path) -> None:
     ray = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", f"--address={site.cluster.address}"]
     command = [*ray, "--working-dir=.", "--", "python", "-m", "odedit", "edit", "--config", "run.yaml"]
-    command += [f"out={tmp_path / 'out'}", "tracking.enabled=false", "editor.pause_s=0"]
+    command += [f"out={tmp_path / 'out'}", "tracking.enabled=false", "editor.pause_s=0", "pipeline.actors=1"]
     done = subprocess.run(
         command, cwd=site.folder, env=dict(site.cluster.environment), capture_output=True, text=True, timeout=JOB_S
     )

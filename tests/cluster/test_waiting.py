@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from tests.support.mmedit_files import record, write_array, write_images
-from tests.support.nodes import PATIENCE_S, Cluster, two_nodes
+from tests.support.nodes import LOSSES_SEEN_SOON, PATIENCE_S, Cluster, two_nodes
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """Cluster whose head runs no workers, as in the files of `cluster/`."""
-    with two_nodes(head_cpus=0) as nodes:
+    with two_nodes(head_cpus=0, **LOSSES_SEEN_SOON) as nodes:
         yield nodes
 
 
@@ -98,9 +98,11 @@ def test_without_the_right_token_nothing_is_begun(cluster: Cluster, folder: Path
             "RAY_AUTH_TOKEN_PATH: the token's file none cannot be read (No such file",
         ),
     ]
-    for number, (command, variables, expected) in enumerate(cases):
+    processes = []
+    for number, (command, variables, _) in enumerate(cases):
         out = (f"out=runs/{number}",) if command is edit else ("--out", f"runs/{number}")
-        process = odedit(folder, cluster, *command, *out, **variables)
+        processes.append(odedit(folder, cluster, *command, *out, **variables))
+    for process, (_, _, expected) in zip(processes, cases, strict=True):
         output, _ = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 2 and expected in output, output
     assert not list(folder.rglob("mlflow.db"))

@@ -21,7 +21,7 @@ from tests.faults.bench import ALL_DONE, EDITS, PYTHON_PATH, Bench, Ended, wait_
 from tests.faults.lossless import Faced, rows_of
 from tests.faults.obedient import DIE, GROUP, HOLD, NARROW, REFUSED
 from tests.faults.small_disk import small_disk
-from tests.support.nodes import two_nodes
+from tests.support.nodes import LOSSES_SEEN_SOON, two_nodes
 from tests.support.object_store import BUCKET, object_store
 from tests.support.services import Server
 
@@ -58,9 +58,7 @@ def worker_killed(bench: Bench, out: Path) -> Faced:
 
 
 def node_killed(bench: Bench, out: Path) -> Faced:
-    # By default a head checks its nodes every 3 seconds, and gives a node up after five missed answers.
-    asking = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "2"} if bench.quick else {}
-    with two_nodes(head_cpus=0, **PYTHON_PATH, **asking) as cluster:
+    with two_nodes(head_cpus=0, **PYTHON_PATH, **(LOSSES_SEEN_SOON if bench.quick else {})) as cluster:
         on_it = (f"pipeline.ray_address={cluster.gcs}",)
         calm = bench.undisturbed(*on_it, environment=cluster.environment)
 

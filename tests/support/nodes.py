@@ -23,6 +23,10 @@ import psutil
 from tests.support.services import free_port
 
 PATIENCE_S = 180.0
+NO_SPARE_WORKERS = {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0"}
+"""Variables that keep Ray from starting idle workers for each CPU and driver."""
+LOSSES_SEEN_SOON = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "2"}
+"""Variables of a head that gives a lost node up within seconds. By default: after five misses, 3 seconds apart."""
 
 
 @dataclass
@@ -106,6 +110,7 @@ def two_nodes(cpus: int = 2, head_cpus: int | None = None, **variables: str) -> 
             "RAY_TMPDIR_OF_TEST": str(home),
             "RAY_USAGE_STATS_ENABLED": "0",
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            **NO_SPARE_WORKERS,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             **variables,
         }

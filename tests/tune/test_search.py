@@ -129,6 +129,7 @@ def wait_until(condition: Any, what: str, running: subprocess.Popen[str] | None 
         time.sleep(0.1)
 
 
+@pytest.mark.ray
 def test_a_search_that_is_interrupted_and_killed_goes_on_to_as_many_trials_as_were_asked_for(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +215,7 @@ def test_a_search_that_is_interrupted_and_killed_goes_on_to_as_many_trials_as_we
     assert edited.exit_code == 0 and "is finished" in edited.stderr
 
 
+@pytest.mark.ray
 def test_trials_that_crash_are_taken_up_again_and_then_fail_while_the_others_complete(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

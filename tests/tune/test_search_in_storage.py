@@ -20,6 +20,7 @@ from tune.run import run
 OUT = "s3://odedit/searches/one"
 
 
+@pytest.mark.ray
 def test_a_search_goes_to_the_store_and_goes_on_there(
     values: dict[str, Any], bucket: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,7 +40,7 @@ RAMPED = [
 ]
 
 
-@pytest.fixture(params=package.names())
+@pytest.fixture(scope="module", params=package.names())
 def editor(request, backbone, tmp_path_factory):
     return ready_editor(request.param, backbone, tmp_path_factory.mktemp("weights"))
 
@@ -63,6 +63,19 @@ def encoded(backbone, requests_8):
 @pytest.fixture(scope="module")
 def sigma2_0(backbone, requests_8):
     return calibrate(backbone, requests_8, TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def edited(backbone, editor, encoded, sigma2_0):
+    """Results of `edit` on the eight requests, made once for all tests that only read them."""
+    known = {}
+
+    def results(config, stopping):
+        if (key := repr((config, stopping))) not in known:
+            known[key] = edit(backbone, editor, Objective(config, sigma2_0), encoded(editor)[0], stopping)
+        return known[key]
+
+    return results
 
 
 def logits_of(backbone, editor, batch):
@@ -121,12 +134,11 @@ def test_phi_0_from_a_prefix_is_phi_0(backbone, editor, encoded, only_read):
         torch.testing.assert_close(params[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_applied_then_removed_is_bitwise_the_model_also_after_an_exception(backbone, editor, encoded, sigma2_0):
+def test_applied_then_removed_is_bitwise_the_model_also_after_an_exception(backbone, editor, encoded, edited):
     supervision, _ = encoded(editor)
     before = logits_of(backbone, editor, supervision)
     weights = {name: value.clone() for name, value in backbone.model.state_dict().items()}
-    results = edit(backbone, editor, Objective(ObjectiveConfig(), sigma2_0), supervision, Stopping(max_steps=3))
-    params = stack_params([result.params for result in results])
+    params = stack_params([result.params for result in edited(ObjectiveConfig(), Stopping(max_steps=3))])
     with pytest.raises(RuntimeError, match="inside"), editor.applied(backbone, params, supervision):
         changed = logits_of(backbone, editor, supervision)
         raise RuntimeError("inside")
@@ -150,19 +162,19 @@ def test_the_positions_that_are_read_are_those_of_the_whole(backbone, editor, en
     torch.testing.assert_close(states[1], whole, rtol=1e-4, atol=1e-4)
 
 
-def test_a_continued_forward_equals_a_whole_one(backbone, editor, encoded, sigma2_0):
+def test_a_continued_forward_equals_a_whole_one(backbone, editor, encoded, edited):
     """Tokens other than the target, as in inference: a continued forward equals a whole one."""
-    supervision, evaluation = encoded(editor)
-    results = edit(backbone, editor, Objective(ObjectiveConfig(), sigma2_0), supervision, Stopping(max_steps=3))
+    _, evaluation = encoded(editor)
+    results = edited(ObjectiveConfig(), Stopping(max_steps=3))
     reading.check_target_states(backbone, evaluation, editor, stack_params([result.params for result in results]))
 
 
 @pytest.mark.parametrize("config", OBJECTIVES, ids=lambda config: config.name)
-def test_alone_equals_in_a_batch_of_8(backbone, editor, encoded, requests_8, sigma2_0, config):
-    supervision, evaluation = encoded(editor)
+def test_alone_equals_in_a_batch_of_8(backbone, editor, encoded, edited, requests_8, sigma2_0, config):
+    _, evaluation = encoded(editor)
     objective = Objective(config, sigma2_0)
     stopping = Stopping(max_steps=6, worst_token_nll=0.5)
-    together = edit(backbone, editor, objective, supervision, stopping)
+    together = edited(config, stopping)
     rows = evaluate(backbone, editor, stack_params([result.params for result in together]), evaluation)
     for index in (0, 5, 7):
         alone_supervision, alone_evaluation = encode_requests(
@@ -203,12 +215,12 @@ def test_sequences_that_run_apart_by_length_end_as_those_that_did_not(
 
 
 @pytest.mark.parametrize("config", RAMPED, ids=lambda config: config.name)
-def test_edits_that_wait_end_as_those_that_did_not(backbone, editor, encoded, sigma2_0, config):
+def test_edits_that_wait_end_as_those_that_did_not(backbone, editor, encoded, edited, sigma2_0, config):
     """Three at a time: edits that enter later have their own steps, moments, penalty and multiplier."""
     supervision, _ = encoded(editor)
     objective = Objective(config, sigma2_0)
     stopping = Stopping(max_steps=6, worst_token_nll=0.5)
-    at_once = edit(backbone, editor, objective, supervision, stopping)
+    at_once = edited(config, stopping)
     in_turn = edit(backbone, editor, objective, supervision, stopping, width=3)
     for one, other in zip(at_once, in_turn, strict=True):
         assert (one.edit_id, one.steps, one.stop_reason) == (other.edit_id, other.steps, other.stop_reason)
@@ -281,9 +293,9 @@ def test_odedit_logs_every_term_and_lambda_per_step(backbone, editor, encoded, s
         assert len(set(result.curves["lambda"])) > 1
 
 
-def test_saved_and_read_back_it_scores_the_same(backbone, editor, encoded, sigma2_0, tmp_path):
-    supervision, evaluation = encoded(editor)
-    results = edit(backbone, editor, Objective(ObjectiveConfig(), sigma2_0), supervision, Stopping(max_steps=3))
+def test_saved_and_read_back_it_scores_the_same(backbone, editor, encoded, edited, tmp_path):
+    _, evaluation = encoded(editor)
+    results = edited(ObjectiveConfig(), Stopping(max_steps=3))
     name = type(editor).__module__.rsplit(".", 1)[1]
     paths = []
     for result in results:
@@ -308,13 +320,12 @@ def test_together_with_one_edit_is_applied(backbone, editor, requests_8, sigma2_
         torch.testing.assert_close(logits_of(backbone, editor, evaluation), alone, rtol=1e-5, atol=1e-5)
 
 
-def test_merged_weights_are_the_edits_together(backbone, editor, encoded, sigma2_0, tmp_path):
+def test_merged_weights_are_the_edits_together(backbone, editor, encoded, edited, tmp_path):
     from odedit import load_backbone
     from odedit.editing.merging import export
 
-    supervision, evaluation = encoded(editor)
-    results = edit(backbone, editor, Objective(ObjectiveConfig(), sigma2_0), supervision, Stopping(max_steps=3))
-    params = stack_params([result.params for result in results])
+    _, evaluation = encoded(editor)
+    params = stack_params([result.params for result in edited(ObjectiveConfig(), Stopping(max_steps=3))])
     if not isinstance(editor, Mergeable):
         with pytest.raises(InputError, match="cannot be merged"):
             export(backbone, editor, params, tmp_path)
