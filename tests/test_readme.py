@@ -10,17 +10,16 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from typer.main import get_command
 from typer.testing import CliRunner
 
 from odedit.__main__ import app
 from odedit.data.fields import problem_of_fields, task_of
 from pipeline.config import run as config
 from tests.support import inline_pipeline
+from tests.support.command_line import wrong_in
 from tests.support.mmedit_files import picture, record, write_array, write_images
 from tests.support.paths import ROOT
 
@@ -139,21 +138,6 @@ def test_the_configuration_shown_is_a_valid_one() -> None:
     (text,) = blocks(README, "yaml")
     run = config.from_dict(yaml.safe_load(text))
     assert (run.editor.name, run.objective.name, run.out) == ("wise", "odedit", "runs/wise-odedit")
-
-
-def wrong_in(words: list[str]) -> str:
-    """The first word that is no command or no option of the command, or ""."""
-    command: Any = get_command(app)
-    while words and hasattr(command, "commands"):
-        name, *words = words
-        if name not in command.commands:
-            return name
-        command = command.commands[name]
-    if hasattr(command, "commands"):
-        return "an incomplete command"
-    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-    options = [word.split("=")[0] for word in words[: words.index("--") if "--" in words else None]]
-    return next((option for option in options if option.startswith("--") and option not in known), "")
 
 
 @pytest.mark.parametrize("command", commands())

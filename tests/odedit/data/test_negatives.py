@@ -274,7 +274,7 @@ def test_what_cannot_take_turns_says_so(backbone, supervision):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"negatives_at_once": 0}, "at least 1"), ({"negatives": 1}, r"at least negatives_at_once \(2\)")],
+    [({"negatives_at_once": 0}, "a whole number >= 1"), ({"negatives": 1}, r"at least negatives_at_once \(2\)")],
 )
 def test_numbers_of_negatives_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):

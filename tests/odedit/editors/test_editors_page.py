@@ -12,6 +12,7 @@ from odedit import editors, load_editor
 
 # Collected here again, with the `editor` below.
 from tests.odedit.editors.test_editor_contract import (  # noqa: F401
+    edited,
     encoded,
     sigma2_0,
     test_an_edit_learns,
@@ -24,23 +25,26 @@ from tests.odedit.editors.test_editor_contract import (  # noqa: F401
     test_together_with_one_edit_is_applied,
 )
 
+SHIPPED = set(editors.names())
 README = (Path(editors.__file__).parent / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture
-def editor(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def editor(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("editors")
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(code.splitlines()) <= 46
-    (tmp_path / "bitfit.py").write_text(code, encoding="utf-8")
-    monkeypatch.setattr(editors, "__path__", [*editors.__path__, str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "odedit.editors.bitfit", raising=False)
-    assert "bitfit" in editors.names()
-    yield load_editor("bitfit")
-    sys.modules.pop("odedit.editors.bitfit", None)
+    (folder / "bitfit.py").write_text(code, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(editors, "__path__", [*editors.__path__, str(folder)])
+        patch.delitem(sys.modules, "odedit.editors.bitfit", raising=False)
+        assert "bitfit" in editors.names()
+        yield load_editor("bitfit")
+        sys.modules.pop("odedit.editors.bitfit", None)
 
 
 def test_every_editor_is_in_the_table():
-    assert set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)) == set(editors.names())
+    assert set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)) == SHIPPED
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\((?!https)([^)]+)\)", README))

@@ -57,7 +57,9 @@ def test_a_run_draws_hard_negatives_from_the_pool(
 
 
 def test_without_a_pool_the_setting_is_named(settings: dict[str, Any], inline: Inline) -> None:
-    with pytest.raises(InputError, match=r"'contrast' compares an edit with pictures of other records.*Set data\.pool"):
+    with pytest.raises(
+        InputError, match=r"'contrast' compares an edit with pictures of other records, and data\.pool is not set"
+    ):
         inline(from_dict(settings | CONTRAST))
 
 
