@@ -20,6 +20,7 @@ FLOORS = (
     ("odedit.editors",),
     ("odedit.objectives", "odedit.evaluation"),
     ("odedit.editing", "odedit.training"),
+    ("odedit.ways",),
     ("odedit",),
     ("pipeline.console", "pipeline.interrupts", "pipeline.variables"),
     ("pipeline.config",),
@@ -42,7 +43,7 @@ FORBIDDEN = {
     "cluster": {"torch", "transformers", "odedit", "pipeline", "tune", "mlflow", "optuna"},
 }
 """Packages that a package may not import; `odedit/__main__.py` may, inside functions."""
-PLUGINS = ("editors", "backbones", "objectives")
+PLUGINS = ("editors", "backbones", "objectives", "ways")
 
 
 def sources(package: str) -> list[Path]:

@@ -1,0 +1,164 @@
+"""The contract of a way: how the records of a run become one model.
+
+A way is one file that defines `WAY`, a class built from its frozen `Config`. Its result is a set of parameters that an
+editor applies with `Editor.together`: one shared difference (joint training), or all edits side by side with what
+chooses among them (routing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+from odedit.backbones.base import Backbone
+from odedit.editors.base import Editor
+from odedit.inputs.batch import EditParams, EditRequest
+from odedit.inputs.prompts import Template
+from odedit.objectives.base import Objective
+from odedit.runtime.brief import brief
+from odedit.settings import Settings
+from odedit.storage.location import Location
+
+
+@dataclass(frozen=True)
+class WayConfig(Settings):
+    """Settings of every way.
+
+    Attributes:
+        on_conflict: Treatment of records that give one question different answers: `refuse` ends the command before
+            any work, `first` and `last` keep the first or the last of them.
+    """
+
+    on_conflict: Literal["refuse", "first", "last"] = "refuse"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Inputs of a way on one worker.
+
+    Attributes:
+        backbone: The unedited model.
+        template: Prompt template of the run.
+        editor: Editor of the run.
+        objective: Objective of the run, calibrated.
+        requests: Records to commit. With several workers each has its own share, see `odedit.runtime.parallel`.
+        pool: Requests of the pool, with their probes; the same on every worker, possibly empty.
+        seed: Seed of the run.
+        edits: Finished edits in the order of `requests`, stacked; None unless the way `uses_edits`.
+        start: Parameters of an earlier model that training starts from; None: from the unedited model.
+        state: File of the state of unfinished work; None: none is kept.
+    """
+
+    backbone: Backbone
+    template: Template
+    editor: Editor
+    objective: Objective
+    requests: Sequence[EditRequest]
+    pool: Sequence[EditRequest] = ()
+    seed: int = 0
+    edits: EditParams | None = None
+    start: EditParams | None = None
+    state: Location | None = None
+
+    __repr__ = brief
+
+
+@dataclass(frozen=True)
+class Step:
+    """Progress of a way.
+
+    Attributes:
+        number, total: Steps taken, and the largest number of steps.
+        figures: Figures of the step by name: losses, the worst token's NLL.
+    """
+
+    number: int
+    total: int
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a record was learned.
+
+    Attributes:
+        steps: Steps in which the record was trained.
+        stop_reason: Reason for which training ended.
+        worst_nll: Largest NLL among the answer's tokens at the end; None: not measured.
+    """
+
+    steps: int
+    stop_reason: str
+    worst_nll: float | None = None
+
+
+@dataclass(frozen=True)
+class Committed:
+    """Result of a way.
+
+    Attributes:
+        params: Parameters of the model, for `Way.serving(editor).together`.
+        fits: How each of the worker's records was learned, by edit id.
+        curves: Figures of the training by name, one value per step that reports.
+    """
+
+    params: EditParams
+    fits: Mapping[str, Fit] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    __repr__ = brief
+
+
+class Way(Protocol):
+    """A way of committing records to one model.
+
+    Attributes:
+        Config: Frozen dataclass of settings, a `WayConfig`.
+        defaults: Sections of the run's configuration (`editor`, `objective`, `stopping`) that replace their defaults.
+            A section that the user gives is taken as it is.
+        uses_edits: True when the way takes finished single edits. The run makes them first, unless they are given.
+        needs_pool: True when the way cannot work without records of a pool.
+        is_parallel: True when several workers may share one task.
+    """
+
+    Config: ClassVar[type]
+    config: Any
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]]
+    uses_edits: ClassVar[bool]
+    needs_pool: ClassVar[bool]
+    is_parallel: ClassVar[bool]
+
+    def check(self, editor: Editor, name: str) -> None:
+        """Raises InputError if the way cannot use the editor of this name."""
+        ...
+
+    def serving(self, editor: Editor) -> Editor:
+        """The editor that applies `Committed.params` with `together`."""
+        ...
+
+    def commit(self, task: Task) -> Iterator[Step]:
+        """Makes the model: a generator that yields its progress and returns `Committed`.
+
+        Raises:
+            InputError: The records, the pool or the settings do not allow it.
+        """
+        ...
+
+
+class PlainWay:
+    """Base class with the defaults of most ways."""
+
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    uses_edits: ClassVar[bool] = False
+    needs_pool: ClassVar[bool] = False
+    is_parallel: ClassVar[bool] = False
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def check(self, editor: Editor, name: str) -> None:
+        return None
+
+    def serving(self, editor: Editor) -> Editor:
+        return editor

@@ -1,0 +1,103 @@
+"""The file of a committed model: parameters, and the metadata to apply them to the unedited model again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from safetensors import SafetensorError
+
+from odedit import editors, ways
+from odedit.backbones.base import Backbone
+from odedit.backbones.common.fingerprints import comparable, mismatch
+from odedit.editors.base import Editor
+from odedit.errors import InputError
+from odedit.inputs.batch import EditParams
+from odedit.plugins import names as plugin_names
+from odedit.runtime.addresses import masked
+from odedit.settings import Settings
+from odedit.storage.location import LocationLike, at
+from odedit.storage.tensors import read_metadata, read_tensors, write_tensors
+
+FORMAT = "odedit-committed-1"
+
+
+@dataclass(frozen=True)
+class CommittedInfo:
+    """Metadata of a committed model.
+
+    Attributes:
+        way, way_config: Name and settings of the way.
+        editor, editor_config: Name and settings of the editor whose parameters they are.
+        family, checkpoint, fingerprint, dtype: Backbone that they belong to.
+        template: Prompt template of training and scoring.
+        edit_ids: Records in the model, in the order of the parameters' first axis where that is the edit.
+        details: Further values of JSON that describe the model.
+    """
+
+    way: str
+    way_config: dict[str, Any]
+    editor: str
+    editor_config: dict[str, Any]
+    family: str
+    checkpoint: str
+    fingerprint: str
+    dtype: str
+    template: str
+    edit_ids: tuple[str, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def save_committed(path: LocationLike, params: EditParams, info: CommittedInfo) -> None:
+    """Writes a committed model atomically."""
+    stored = {name: value.detach().cpu().contiguous() for name, value in params.items()}
+    write_tensors(at(path), stored, {"format": FORMAT, "info": json.dumps(asdict(info), sort_keys=True)})
+
+
+def read_committed_info(path: LocationLike) -> CommittedInfo:
+    """Metadata of a committed model, without its tensors.
+
+    Raises:
+        InputError: The file is missing, damaged, or no committed model.
+    """
+    location = at(path, "model")
+    name = repr(masked(location.text))
+    try:
+        if not location.is_file():
+            raise InputError(f"{name}: no such file; `odedit commit` writes it.")
+        metadata = read_metadata(location)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{name} cannot be read as safetensors: {masked(str(error))}.") from error
+    if metadata.get("format") != FORMAT:
+        raise InputError(f"{name}: format is {metadata.get('format')!r}, expected {FORMAT!r}.")
+    try:
+        values = json.loads(metadata["info"])
+        return CommittedInfo(**values | {"edit_ids": tuple(values["edit_ids"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{name}: its metadata is damaged ({error}).") from error
+
+
+def load_committed(path: LocationLike, device: str = "cpu") -> tuple[EditParams, CommittedInfo]:
+    """Parameters and metadata of a committed model. Raises InputError as `read_committed_info`."""
+    info = read_committed_info(path)
+    return read_tensors(at(path), device)[0], info
+
+
+def serving_editor(info: CommittedInfo, backbone: Backbone) -> Editor:
+    """The editor that applies the parameters to the model with `together`.
+
+    Raises:
+        InputError: Another model, or a way or editor from outside the package, which a file must not choose.
+    """
+    for kind, name, package in (("way", info.way, ways), ("editor", info.editor, editors)):
+        if name not in plugin_names(package):
+            raise InputError(f"this model was made by the {kind} {name!r}, which is not in the package.")
+    if info.fingerprint != comparable(backbone.fingerprint, info.fingerprint):
+        raise InputError(
+            f"this model was committed to {info.checkpoint!r} and not to {backbone.checkpoint!r}: it was made "
+            f"{mismatch(info.fingerprint, backbone.fingerprint)}."
+        )
+    way_class = ways.find(info.way)
+    config: Settings = way_class.Config(**info.way_config)
+    return way_class(config).serving(editors.load_editor(info.editor, info.editor_config))  # type: ignore[call-arg]
