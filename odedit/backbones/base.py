@@ -256,8 +256,22 @@ class Backbone(ABC):
             InputError: A probe has more tokens than `max_positions`, or an image marker or special token in its text.
             ValueError: A target has no token.
         """
-        tokenizer = self.processor.tokenizer
         cells = [[None if probe is None else self.sequence(probe, template) for probe in row] for row in grid]
+        return self.assemble(edit_ids, slots, cells, features, before_connector)
+
+    def assemble(
+        self,
+        edit_ids: Sequence[str],
+        slots: Sequence[str],
+        cells: Sequence[Sequence[TokenSequence | None]],
+        features: Mapping[str, Tensor],
+        before_connector: bool = False,
+    ) -> EditBatch:
+        """`encode` for an E x K grid of tokenised probes.
+
+        Raises:
+            InputError: A sequence has more tokens than `max_positions`.
+        """
         for edit_id, row in zip(edit_ids, cells, strict=True):
             for slot, cell in zip(slots, row, strict=True):
                 if cell is not None and len(cell.tokens) > self.max_positions:
@@ -265,10 +279,15 @@ class Backbone(ABC):
                         f"{edit_id}, {slot}: its {len(cell.tokens):,} tokens are more than the {self.max_positions:,} "
                         "positions that the text model takes."
                     )
-        pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
         width = self.vision_width if before_connector else self.hidden_size
-        batch = assemble(edit_ids, slots, cells, features, pad, width, self.device, self._is_white)
+        batch = assemble(edit_ids, slots, cells, features, self.padding, width, self.device, self._is_white)
         return replace(batch, before_connector=before_connector)
+
+    @property
+    def padding(self) -> int:
+        """Token that fills sequences up."""
+        tokenizer = self.processor.tokenizer
+        return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
     def _is_white(self, token: int) -> bool:
         """Whether a token is only white space."""

@@ -178,7 +178,7 @@ class PrimalDual:
             for name, gradient in zip(names, gradients, strict=True)
         }
         trained = {name: params[name] for name in names}
-        moved, moments = _primal_step(self._editor.optimizer, trained, gradient_of, state)
+        moved, moments = primal_step(self._editor.optimizer, trained, gradient_of, state)
         moved = self._editor.constrain(params | moved)
         params = params | {name: _where(active_E, moved[name], params[name]).requires_grad_() for name in names}
         moments = {
@@ -212,10 +212,14 @@ class PrimalDual:
         return replace(state, delta=delta, dual_steps_E=state.dual_steps_E + active_E.long())
 
 
-def _primal_step(
+def primal_step(
     settings: OptimizerSettings, params: EditParams, gradients: EditParams, state: State
 ) -> tuple[EditParams, dict[str, tuple[Tensor, Tensor]]]:
-    """One step of SGD, Adam or AdamW per edit, on tensors whose axis 0 is the edit."""
+    """One step of SGD, Adam or AdamW per edit, on tensors whose axis 0 is the edit.
+
+    Returns:
+        New tensors and new moments.
+    """
     with torch.no_grad():
         if settings.clip_norm is not None:
             norm_E = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0).sqrt()

@@ -7,7 +7,7 @@ chooses among them (routing).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -71,11 +71,13 @@ class Step:
     Attributes:
         number, total: Steps taken, and the largest number of steps.
         figures: Figures of the step by name: losses, the worst token's NLL.
+        doing: The work that the steps are of, in words.
     """
 
     number: int
     total: int
     figures: Mapping[str, float] = field(default_factory=dict)
+    doing: str = "training"
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,13 @@ class Committed:
         params: Parameters of the model, for `Way.serving(editor).together`.
         fits: How each of the worker's records was learned, by edit id.
         curves: Figures of the training by name, one value per step that reports.
+        problems: Reason per record that is not in the model, by edit id.
     """
 
     params: EditParams
     fits: Mapping[str, Fit] = field(default_factory=dict)
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    problems: Mapping[str, str] = field(default_factory=dict)
 
     __repr__ = brief
 
@@ -137,7 +141,7 @@ class Way(Protocol):
         """The editor that applies `Committed.params` with `together`."""
         ...
 
-    def commit(self, task: Task) -> Iterator[Step]:
+    def commit(self, task: Task) -> Generator[Step, None, Committed]:
         """Makes the model: a generator that yields its progress and returns `Committed`.
 
         Raises:

@@ -1,0 +1,262 @@
+"""What joint training reads: the records' questions about changing pictures, and the answers that must stay.
+
+What shows the same thing as a record's picture is decided by the unedited model alone: a picture of the pool about
+which it answers the record's question as it answers it about the record's own picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from odedit.backbones import is_connector
+from odedit.backbones.base import Backbone, ends_of
+from odedit.data.variation import variations
+from odedit.errors import InputError
+from odedit.inputs.batch import REPHRASE_SLOTS, EditRequest, Picture, Probe
+from odedit.inputs.encoding import TokenSequence
+from odedit.inputs.prompts import Template
+from odedit.runtime import parallel
+from odedit.runtime.brief import brief
+from odedit.ways.common.sequences import Features, about, own_answers, usual_end, with_answer
+
+Tokens = tuple[int, ...]
+
+NEARNESS = 0.1
+"""Temperature of the cosine with which near pictures are drawn as negatives."""
+_TOO_COMMON = 0.5
+"""Share of the candidates from which an answer, such as yes, does not tell that a picture shows the same thing."""
+_OTHER_PICTURE = REPHRASE_SLOTS[1]
+
+
+@dataclass(frozen=True)
+class Example:
+    """What one record trains.
+
+    Attributes:
+        edit_id: Name of the record.
+        wordings: Its question and its rephrase, each with the new answer and the answer's end.
+        own: Keys of its picture and of varied copies; empty for a question without picture.
+        other: Keys of the rephrase's picture and of varied copies.
+        same: Keys of pool pictures of the same thing.
+        supervision: Sequences of its other slots of supervision.
+        negatives: Its question about pictures of other things, and without a picture, with the unedited answers.
+        nearness: Weight with which each negative is drawn, [negatives].
+    """
+
+    edit_id: str
+    wordings: tuple[TokenSequence, ...]
+    own: tuple[str, ...]
+    other: tuple[str, ...]
+    same: tuple[str, ...] = ()
+    supervision: Mapping[str, TokenSequence] = field(default_factory=dict)
+    negatives: tuple[TokenSequence, ...] = ()
+    nearness: tuple[float, ...] = ()
+
+    __repr__ = brief
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Everything that joint training reads.
+
+    Attributes:
+        records: One example per record that the model takes.
+        kept: Questions of the pool with the unedited model's answers.
+        features: Features of all pictures.
+        problems: Reason per record that the model does not take, by edit id.
+    """
+
+    records: Sequence[Example]
+    kept: Sequence[TokenSequence]
+    features: Features
+    problems: Mapping[str, str]
+
+    __repr__ = brief
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How examples are made.
+
+    Attributes:
+        copies: Varied copies of each of a record's pictures.
+        candidates: Nearest pool pictures about which a record's question is asked.
+        seed: Seed of the copies.
+    """
+
+    copies: int
+    candidates: int
+    seed: int
+
+
+def read(
+    backbone: Backbone,
+    template: Template,
+    sites: Sequence[str],
+    requests: Sequence[EditRequest],
+    pool: Sequence[EditRequest],
+    reading: Reading,
+) -> Iterator[tuple[str, int, int] | Examples]:
+    """Makes the examples: yields what is done, how many of how many, and at last the `Examples`."""
+    features = Features(backbone, any(is_connector(site) for site in sites))
+    maker = _Maker(backbone, template, features, reading)
+    pool_pictures = _pool_pictures(pool)
+    yield "pictures of the pool", 0, len(pool_pictures)
+    features.add(pool_pictures.values())
+    yield "answers of the pool", 0, len(pool)
+    kept = maker.answered([sequence for request in pool for sequence in maker.all_sequences(request)])
+    end = usual_end([_answer(sequence) for sequence in kept], ends_of(backbone))
+    drafts: list[Example] = []
+    problems: dict[str, str] = {}
+    for number, request in enumerate(requests):
+        yield "pictures of the records", number, len(requests)
+        try:
+            drafts.append(maker.draft(request, end))
+        except (InputError, ValueError) as error:
+            problems[request.edit_id] = str(error)
+    replaced = maker.replaced(drafts)
+    everywhere = {answer for answers in parallel.gathered(list(replaced.values())) for answer in answers}
+    records = []
+    near = _Near(features, list(pool_pictures))
+    for number, draft in enumerate(drafts):
+        yield "negatives of the records", number, len(drafts)
+        records.append(maker.with_negatives(draft, replaced[draft.edit_id], everywhere, near))
+    # A pictured question whose unedited answer is replaced somewhere may ask about an edited fact.
+    asked = [sequence for sequence in kept if sequence.picture is None or _answer(sequence) not in everywhere]
+    yield Examples(records, asked, features, problems)
+
+
+def _answer(sequence: TokenSequence) -> Tokens:
+    return tuple(sequence.tokens[sequence.first_target :])
+
+
+def _pool_pictures(pool: Sequence[EditRequest]) -> dict[str, Picture]:
+    """Distinct pictures of the pool's edits and rephrases, by key."""
+    probes = [probe for request in pool for probe in (request.edit, request.supervision.get(_OTHER_PICTURE))]
+    return {probe.picture.key: probe.picture for probe in probes if probe is not None and probe.picture is not None}
+
+
+class _Maker:
+    """Turns requests into examples."""
+
+    def __init__(self, backbone: Backbone, template: Template, features: Features, reading: Reading) -> None:
+        self._backbone, self._template, self._features, self._reading = backbone, template, features, reading
+        self._answers: dict[tuple[Tokens, str | None], Tokens] = {}
+
+    def sequence(self, probe: Probe) -> TokenSequence:
+        """Tokens of a probe. Raises InputError if the text model takes fewer."""
+        sequence = self._backbone.sequence(probe, self._template)
+        if len(sequence.tokens) >= self._backbone.max_positions:
+            raise InputError(
+                f"the question {probe.prompt[:60]!r} and its answer have {len(sequence.tokens):,} tokens; the text "
+                f"model takes fewer than {self._backbone.max_positions:,}."
+            )
+        return sequence
+
+    def all_sequences(self, request: EditRequest) -> list[TokenSequence]:
+        """Every question of a pool's request that the model takes."""
+        probes = [request.edit, *request.supervision.values(), *request.probes.values()]
+        self._features.add(probe.picture for probe in probes if probe.picture is not None)
+        sequences = []
+        for probe in probes:
+            try:
+                sequences.append(self.sequence(probe))
+            except (InputError, ValueError):
+                continue  # a question of the pool is no record: another takes its place
+        return sequences
+
+    def answered(self, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+        """The distinct sequences with the unedited model's answers; each question is asked once."""
+        asked: dict[tuple[Tokens, str | None], TokenSequence] = {}
+        for sequence in sequences:
+            asked.setdefault((tuple(sequence.tokens[: sequence.first_target]), sequence.picture), sequence)
+        new = {key: sequence for key, sequence in asked.items() if key not in self._answers}
+        answers = own_answers(self._features, list(new.values()))
+        self._answers |= {key: tuple(answer) for key, answer in zip(new, answers, strict=True)}
+        return [with_answer(sequence, self._answers[key]) for key, sequence in asked.items() if self._answers[key]]
+
+    def draft(self, request: EditRequest, end: int | None) -> Example:
+        """The record's questions and pictures, without negatives."""
+        rephrase, other = (request.supervision.get(slot) for slot in REPHRASE_SLOTS)
+        ending = () if end is None else (end,)
+        wordings = [self.sequence(probe) for probe in (request.edit, rephrase) if probe is not None]
+        pictures = {"own": request.edit.picture, "other": None if other is None else other.picture}
+        keys: dict[str, tuple[str, ...]] = {}
+        for name, picture in pictures.items():
+            made = [] if picture is None else [picture, *variations(picture, self._reading.copies, name, self._seed)]
+            self._features.add(made)
+            keys[name] = tuple(copy.key for copy in made)
+        rest = {slot: probe for slot, probe in request.supervision.items() if slot not in REPHRASE_SLOTS}
+        self._features.add(probe.picture for probe in rest.values() if probe.picture is not None)
+        blind = self.sequence(replace(request.edit, picture=None)) if request.edit.picture is not None else None
+        return Example(
+            request.edit_id,
+            tuple(with_answer(sequence, (*_answer(sequence), *ending)) for sequence in wordings),
+            keys["own"],
+            keys["other"] or keys["own"],
+            supervision={slot: self.sequence(probe) for slot, probe in rest.items()},
+            negatives=() if blind is None else (blind,),
+        )
+
+    @property
+    def _seed(self) -> int:
+        return self._reading.seed
+
+    def replaced(self, drafts: Sequence[Example]) -> dict[str, Tokens]:
+        """The unedited model's answer to each record's question, by edit id."""
+        self.answered([draft.wordings[0] for draft in drafts])
+        return {draft.edit_id: self._answers[_question(draft.wordings[0])] for draft in drafts}
+
+    def with_negatives(self, draft: Example, replaced: Tokens, everywhere: Collection[Tokens], near: _Near) -> Example:
+        """The example with the pool's pictures of the same thing and its negatives.
+
+        A picture about which the unedited answer is replaced by another record is neither.
+        """
+        if not draft.own:
+            return draft
+        keys, cosines = near.nearest({*draft.own, *draft.other}, (draft.own[0], draft.other[0]), self._reading)
+        question = draft.wordings[0]
+        asked = self.answered([*(about(question, key) for key in keys), *draft.negatives])
+        answer_of = {sequence.picture: _answer(sequence) for sequence in asked}
+        same = tuple(key for key in keys if answer_of.get(key) == replaced)
+        # The question without a picture is drawn as often as that about the nearest picture.
+        nearness: dict[str | None, float] = {None: max(cosines, default=0.0)}
+        nearness |= zip(keys, cosines, strict=True)
+        negatives = [sequence for sequence in asked if _answer(sequence) not in everywhere]
+        drawn = torch.tensor([nearness[sequence.picture] for sequence in negatives], dtype=torch.float64)
+        return replace(
+            draft,
+            same=() if len(same) > _TOO_COMMON * len(keys) else same,
+            negatives=tuple(negatives),
+            nearness=tuple((drawn / NEARNESS).exp().tolist()),
+        )
+
+
+def _question(sequence: TokenSequence) -> tuple[Tokens, str | None]:
+    return tuple(sequence.tokens[: sequence.first_target]), sequence.picture
+
+
+class _Near:
+    """Nearness of the pool's pictures: cosine of mean features, centred over the pool."""
+
+    def __init__(self, features: Features, keys: Sequence[str]) -> None:
+        self._features, self._keys = features, keys
+        pooled_ND = features.pooled(keys) if keys else torch.zeros(0, 1)
+        self._mean_D = pooled_ND.mean(0) if keys else torch.zeros(1)
+        self._unit_ND = functional.normalize(pooled_ND - self._mean_D, dim=1)
+
+    def nearest(self, excluded: Collection[str], own: Sequence[str], reading: Reading) -> tuple[list[str], list[float]]:
+        """Keys of the nearest pictures to the mean of `own`, and their cosines."""
+        if not self._keys:
+            return [], []
+        mean_D: Tensor = self._features.pooled(own).mean(0) - self._mean_D
+        cosine_N = self._unit_ND @ functional.normalize(mean_D, dim=0)
+        cosine_N = cosine_N.masked_fill(torch.tensor([key in excluded for key in self._keys]), -torch.inf)
+        best = cosine_N.topk(min(reading.candidates, len(self._keys)))
+        chosen = [(value, index) for value, index in zip(*map(Tensor.tolist, best), strict=True) if value > -1.5]
+        return [self._keys[index] for _, index in chosen], [value for value, _ in chosen]

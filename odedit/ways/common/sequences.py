@@ -1,0 +1,136 @@
+"""Token sequences and image features, from which batches of changing pictures are assembled step by step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from odedit.backbones.base import Backbone, ends_of
+from odedit.backbones.common.generation import EXTRA_TOKENS, NO_TOKEN, generate
+from odedit.editors.base import Editor
+from odedit.inputs.batch import EditBatch, EditParams, Picture, Probe
+from odedit.inputs.encoding import TokenSequence
+from odedit.inputs.prompts import Template
+from odedit.runtime.brief import brief
+from odedit.runtime.kv_cache import KVCache
+
+ASKED_AT_ONCE = 64
+"""Questions that are answered together."""
+
+_PER_SEQUENCE = (
+    "tokens_EKS", "present_EK", "real_EKS", "prompt_EKS", "predict_EKT", "target_EKT", "target_mask_EKT", "picture_EK",
+    "image_EKS", "white_EK",
+)  # fmt: skip
+
+
+@dataclass
+class Features:
+    """Image features of many pictures, in main memory.
+
+    Attributes:
+        backbone: Model that computes them.
+        before_connector: Whether they are inputs of the connector.
+        by_key: Features by picture key, `(L, width)`.
+    """
+
+    backbone: Backbone
+    before_connector: bool = False
+    by_key: dict[str, Tensor] = field(default_factory=dict)
+
+    __repr__ = brief
+
+    def add(self, pictures: Iterable[Picture]) -> None:
+        """Computes the features of new pictures."""
+        new = {picture.key: picture for picture in pictures if picture.key not in self.by_key}
+        computed = self.backbone.image_features(list(new.values()), self.before_connector)
+        self.by_key |= {key: feature.cpu() for key, feature in computed.items()}
+
+    def pooled(self, keys: Sequence[str]) -> Tensor:
+        """Mean feature of each picture, float32, [pictures, width]."""
+        return torch.stack([self.by_key[key].float().mean(0) for key in keys])
+
+    def batch(
+        self, edit_ids: Sequence[str], slots: Sequence[str], cells: Sequence[Sequence[TokenSequence | None]]
+    ) -> EditBatch:
+        """Batch of an E x K grid of sequences."""
+        keys = dict.fromkeys(cell.picture for row in cells for cell in row if cell is not None and cell.picture)
+        device = self.backbone.device
+        features = {key: self.by_key[key].to(device) for key in keys}
+        return self.backbone.assemble(edit_ids, slots, cells, features, self.before_connector)
+
+    def row(self, sequences: Sequence[TokenSequence]) -> EditBatch:
+        """Batch of one edit with a slot for each sequence."""
+        return self.batch(("all",), [str(number) for number in range(len(sequences))], [sequences])
+
+
+def flat(batch: EditBatch) -> EditBatch:
+    """The E x K sequences of a batch as those of a single edit: one set of parameters computes them all at once."""
+    columns = {name: getattr(batch, name).flatten(0, 1).unsqueeze(0) for name in _PER_SEQUENCE}
+    slots = tuple(f"{edit_id}/{slot}" for edit_id in batch.edit_ids for slot in batch.slots)
+    lengths = tuple(length for _ in batch.edit_ids for length in batch.lengths)
+    return replace(batch, edit_ids=("all",), slots=slots, lengths=lengths, **columns)
+
+
+def with_answer(sequence: TokenSequence, answer: Sequence[int]) -> TokenSequence:
+    """The sequence with other answer tokens."""
+    return replace(sequence, tokens=[*sequence.tokens[: sequence.first_target], *answer])
+
+
+def about(sequence: TokenSequence, picture: str | None) -> TokenSequence:
+    """The sequence about another picture of as many positions."""
+    return replace(sequence, picture=picture)
+
+
+def sequence_of(backbone: Backbone, template: Template, probe: Probe) -> TokenSequence:
+    """Tokens of a probe. Raises InputError or ValueError as `Backbone.sequence`."""
+    return backbone.sequence(probe, template)
+
+
+@torch.no_grad()
+def own_answers(features: Features, sequences: Sequence[TokenSequence], extra: int = EXTRA_TOKENS) -> list[list[int]]:
+    """Greedy answers of the unedited model, the token that ends each included.
+
+    An answer is cut off `extra` tokens beyond the sequence's own.
+    """
+    backbone, ends = features.backbone, ends_of(features.backbone)
+    answers: list[list[int]] = []
+    # Sequences of like length together: less padding.
+    order = sorted(range(len(sequences)), key=lambda number: len(sequences[number].tokens))
+    for start in range(0, len(order), ASKED_AT_ONCE):
+        batch = features.row([sequences[number] for number in order[start : start + ASKED_AT_ONCE]])
+        kv_cache = KVCache()
+        prefix = backbone.prefix(batch, "layers.0.attention.q", kv_cache=kv_cache)
+        branch = kv_cache.branch()
+        read_EKT = batch.with_room(1, 0, backbone.max_positions).predict_EKT
+        first_EKT = backbone.head(backbone.suffix(prefix, read_EKT, branch)).argmax(dim=-1)
+        tokens_KT = generate(backbone, batch, prefix, branch, first_EKT, extra)[0].tolist()
+        answers += [_until_end(tokens, ends) for tokens in tokens_KT]
+    return [answer for _, answer in sorted(zip(order, answers, strict=True))]
+
+
+def _until_end(tokens: Sequence[int], ends: frozenset[int]) -> list[int]:
+    answer: list[int] = []
+    for token in tokens:
+        if token == NO_TOKEN:
+            break
+        answer.append(token)
+        if token in ends:
+            break
+    return answer
+
+
+def usual_end(answers: Iterable[Sequence[int]], ends: frozenset[int]) -> int | None:
+    """The token that ends most of the answers; None if none of them ends."""
+    counts = Counter(answer[-1] for answer in answers if answer and answer[-1] in ends)
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def edited_states(backbone: Backbone, editor: Editor, params: EditParams, batch: EditBatch) -> Tensor:
+    """Final states of the edited model at the answers of a batch of one edit, `(1, K, T, D)`."""
+    prefix = backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise)
+    with editor.applied(backbone, params, batch):
+        return backbone.suffix(prefix, batch.predict_EKT)
