@@ -116,6 +116,14 @@ class Location:
             return False
         return True
 
+    def delete_folder(self) -> None:
+        """Deletes a folder with everything in it, if it exists."""
+        if self.is_local:
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
+        with suppress(FileNotFoundError):
+            self._patiently(lambda: self.filesystem.delete_dir(self.path))
+
     def is_file(self) -> bool:
         return bool(self.info().type == FileType.File)
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 from odedit.backbones.base import Backbone
+from odedit.editing.merging import export
 from odedit.editors.base import Editor
 from odedit.inputs.batch import EditParams, EditRequest
 from odedit.inputs.prompts import Template
@@ -141,6 +143,14 @@ class Way(Protocol):
         """The editor that applies `Committed.params` with `together`."""
         ...
 
+    def write(self, folder: Path, backbone: Backbone, editor: Editor, params: EditParams) -> None:
+        """Writes the model that people serve to a new folder, atomically.
+
+        Args:
+            editor: Result of `serving`.
+        """
+        ...
+
     def commit(self, task: Task) -> Generator[Step, None, Committed]:
         """Makes the model: a generator that yields its progress and returns `Committed`.
 
@@ -166,3 +176,7 @@ class PlainWay:
 
     def serving(self, editor: Editor) -> Editor:
         return editor
+
+    def write(self, folder: Path, backbone: Backbone, editor: Editor, params: EditParams) -> None:
+        """A checkpoint with the parameters in its weights, which needs no odedit."""
+        export(backbone, editor, params, folder)

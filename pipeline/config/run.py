@@ -11,14 +11,14 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from annotated_types import Ge, Gt, Le
 
-from odedit import backbones, editors, objectives, plugins
+from odedit import backbones, editors, objectives, plugins, ways
 from odedit.data.supervision import Supervision
 from odedit.editing.loop import Stopping
 from odedit.errors import InputError, unknown_name
@@ -197,38 +197,45 @@ class _Plugins:
         package: Package with `find`.
         default: Name of the default plug-in.
         sharing: Function that returns further `Config` classes whose settings the section may also hold.
+        key: Setting that names the plug-in.
+        is_optional: True when a configuration without the section has none.
     """
 
     package: Any
     default: str
     sharing: Callable[[], tuple[type, ...]] = tuple
+    key: str = "name"
+    is_optional: bool = False
 
 
 _PLUGINS = {
     "editor": _Plugins(editors, "wise"),
     "objective": _Plugins(objectives, objectives.DEFAULT, objectives.configs),
+    "commit": _Plugins(ways, ways.DEFAULT, key="way", is_optional=True),
 }
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A selected plug-in and its settings. In YAML: `name` and the settings, side by side.
+    """A selected plug-in and its settings. In YAML: `name` (or `way`) and the settings, side by side.
 
     Attributes:
         name: Name of a file in the plug-ins' folder, or a dotted module.
         settings: Instance of the plug-in's `Config`.
         others: Settings of the section that only other plug-ins of its kind have, by name.
         given: Names of the settings set by the user; the others may be fitted to the model.
+        key: Setting that names the plug-in.
     """
 
     name: str
     settings: Any
     others: Mapping[str, Any] = field(default_factory=dict)
     given: frozenset[str] = field(default=frozenset(), compare=False)
+    key: str = "name"
 
     def own_values(self) -> dict[str, Any]:
         """The name and the plug-in's own settings, as plain values."""
-        return {"name": self.name, **dataclasses.asdict(self.settings)}
+        return {self.key: self.name, **dataclasses.asdict(self.settings)}
 
     def to_dict(self) -> dict[str, Any]:
         """The whole section, as plain values."""
@@ -243,6 +250,7 @@ class RunConfig:
         seed: Seed of the run. An edit's random numbers depend on it and on the edit's id.
         keep_edits: True writes every edit to `out/edits`. A comparison of settings may need the scores only.
         out: Folder or address of the results.
+        commit: Way of making one model of all records; None: every record is an edit of its own.
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -255,6 +263,7 @@ class RunConfig:
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    commit: Choice | None = None
     seed: int = 0
     keep_edits: bool = True
     out: str = "out"
@@ -265,11 +274,18 @@ class RunConfig:
         path = self.out.partition("?")[0] if "://" in self.out else os.path.abspath(os.path.expanduser(self.out))
         return self.tracking.run_name or Path(path).name
 
+    @property
+    def commit_way(self) -> str:
+        """Name of the way; "" for a run of single edits."""
+        return "" if self.commit is None else self.commit.name
+
     def to_dict(self) -> dict[str, Any]:
         """Every setting, as plain values of JSON."""
         values = {name: getattr(self, name) for name in _names()}
         plain = {
-            name: value.to_dict() if isinstance(value, Choice) else _plain(value) for name, value in values.items()
+            name: value.to_dict() if isinstance(value, Choice) else _plain(value)
+            for name, value in values.items()
+            if not (name in _PLUGINS and value is None)
         }
         return json.loads(json.dumps(plain))
 
@@ -297,11 +313,44 @@ def load(path: LocationLike | None, overrides: Sequence[str] = ()) -> RunConfig:
     return from_dict(values)
 
 
+def load_commit(path: LocationLike | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """As `load`, for a run that commits its records to one model: its way's defaults stand where the user gives none.
+
+    Raises:
+        InputError: See `load`.
+    """
+    values = {} if path is None else read_yaml(path)
+    for text in overrides:
+        apply_override(values, text)
+    section = values.get("commit")
+    way = section.get("way") if isinstance(section, Mapping) else None
+    defaults = ways.find(ways.DEFAULT if way is None else str(way)).defaults
+    completed = {name: _with_defaults(values.get(name), own) for name, own in defaults.items()}
+    config = from_dict({**values, "commit": {} if section is None else section, **completed})
+    # Defaults are no choice of the user, and may be fitted to the model.
+    editor = values.get("editor")
+    given = frozenset(editor) - {"name"} if isinstance(editor, Mapping) else frozenset()
+    return replace(config, editor=replace(config.editor, given=given))
+
+
+def _with_defaults(section: Any, defaults: Mapping[str, Any]) -> Any:
+    """The section with the defaults beside its own settings, unless it names another plug-in."""
+    if section is None:
+        return dict(defaults)
+    if not isinstance(section, Mapping) or section.get("name", defaults.get("name")) != defaults.get("name"):
+        return section
+    return {**defaults, **section}
+
+
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
     """The run described by a mapping from YAML. Raises InputError with a line for each mistake."""
     problems: list[str] = []
     sections = {key: value for key, value in values.items() if key not in _PLUGINS}
-    accepted: dict[str, Any] = {kind: _choice(kind, values.get(kind), problems) for kind in _PLUGINS}
+    accepted: dict[str, Any] = {
+        kind: _choice(kind, values.get(kind), problems)
+        for kind, options in _PLUGINS.items()
+        if not options.is_optional or values.get(kind) is not None
+    }
     try:
         run = strict.build(RunConfig, sections)
         accepted |= {name: getattr(run, name) for name in _names() if name not in _PLUGINS}
@@ -329,19 +378,19 @@ def _choice(kind: str, section: Any, problems: list[str]) -> Choice:
     options = _PLUGINS[kind]
     if not isinstance(section, Mapping | None):
         problems.append(
-            f"{kind}: got {strict.show(section)}, expected a section with 'name' and the {kind}'s settings."
+            f"{kind}: got {strict.show(section)}, expected a section with {options.key!r} and the {kind}'s settings."
         )
     given = dict(section) if isinstance(section, Mapping) else {}
-    name = str(given.pop("name", options.default))
+    name = str(given.pop(options.key, options.default))
     try:
         own = options.package.find(name).Config
     except InputError as error:
-        problems.append(f"{kind}.name: {error}")
+        problems.append(f"{kind}.{options.key}: {error}")
         return Choice(name, None)
     others = options.sharing()
     parts, unknown = plugins.by_config(given, own, others)
     known = [item.name for part in parts for item in dataclasses.fields(part)]
-    problems += [strict.unknown_key(f"{kind}.{key}", str(key), {*known, "name"}) for key in unknown]
+    problems += [strict.unknown_key(f"{kind}.{key}", str(key), {*known, options.key}) for key in unknown]
     built = {}
     for config_class, values in parts.items():
         try:
@@ -362,6 +411,7 @@ def _choice(kind: str, section: Any, problems: list[str]) -> Choice:
             if item.name not in own_names
         },
         frozenset(given),
+        options.key,
     )
 
 

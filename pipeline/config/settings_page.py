@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from odedit import editors, objectives
+from odedit import editors, objectives, ways
 from odedit.settings import describe
 from pipeline.config import strict
 from pipeline.config.run import Choice, RunConfig
@@ -103,9 +103,9 @@ def page() -> str:
         if section is None or section in _PLUGINS:
             continue
         parts.append(_table(f"`{field.name}`", settings(section, field.name)))
-    for kind, package in (("editor", editors), ("objective", objectives)):
+    for kind, key, package in (("editor", "name", editors), ("objective", "name", objectives), ("commit", "way", ways)):
         for name in package.names():
-            parts.append(_table(f"`{kind}: {{name: {name}}}`", settings(package.find(name).Config, kind)))
+            parts.append(_table(f"`{kind}: {{{key}: {name}}}`", settings(package.find(name).Config, kind)))
     top = [setting for setting in settings(RunConfig) if "." not in setting.path]
     parts.append(_table("Top level", iter(top)))
     return "\n".join(parts)

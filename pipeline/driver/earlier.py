@@ -130,7 +130,10 @@ def clear(workspace: Workspace) -> None:
         if folder.is_local:
             with suppress(OSError):  # missing, or not empty
                 os.rmdir(folder)
-    for name in ("records", "pool", "calibration", "config", "summary", "profile", "report", "run"):
+    for folder in workspace.written_models:
+        folder.delete_folder()
+    files = ("records", "pool", "calibration", "committed", "training", "progress", "config", "summary", "profile")
+    for name in (*files, "report", "run"):
         getattr(workspace, name).delete()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,12 +65,23 @@ class Ready:
         return sum(count for group, count in enumerate(self.staged.usable) if group not in groups)
 
 
-def prepare(config: RunConfig, *, fresh: bool = False, is_storage_tried: bool = False) -> Ready:
+CheckStaged = Callable[[Workspace, Sources], None]
+"""Function that raises InputError if staged records are wrong for the command."""
+
+
+def prepare(
+    config: RunConfig,
+    *,
+    fresh: bool = False,
+    is_storage_tried: bool = False,
+    check_staged: CheckStaged | None = None,
+) -> Ready:
     """Checks the run, stages its input, and decides whether it resumes an earlier run in `out`.
 
     Args:
         fresh: Whether an existing run is replaced.
         is_storage_tried: Whether storage above `out` has been written to already, as in `check`.
+        check_staged: Further check of the staged records.
 
     Raises:
         InputError: A setting or the input is wrong, or `out` holds another run. No new folder stays.
@@ -88,6 +99,8 @@ def prepare(config: RunConfig, *, fresh: bool = False, is_storage_tried: bool = 
         else:
             staged = staging.stage(config, inputs, workspace)
         workspace.create()
+        if check_staged is not None:
+            check_staged(workspace, inputs)
         damage = repair.repair(workspace, staged, keep_edits=config.keep_edits)
         code = code_version()
         notes = (*fitting_notes, *earlier.notes, *([damage] if damage else []))
@@ -96,10 +109,12 @@ def prepare(config: RunConfig, *, fresh: bool = False, is_storage_tried: bool = 
     return Ready(config, workspace, inputs, staged, code, notes)
 
 
-def preview(config: RunConfig, *, fresh: bool = False) -> Ready:
+def preview(config: RunConfig, *, fresh: bool = False, check_staged: CheckStaged | None = None) -> Ready:
     """As `prepare`, but stages into a temporary folder and changes nothing in `out`; for `--dry-run`."""
     config, workspace, fitting_notes = check(config, fresh=fresh)
-    with _staged_for_check(config) as (inputs, staged):
+    with _staged_for_check(config) as (inputs, staged, aside):
+        if check_staged is not None:
+            check_staged(aside, inputs)
         earlier = find(config, inputs, workspace, fresh=fresh)
         return Ready(config, workspace, inputs, staged, code_version(), (*fitting_notes, *earlier.notes))
 
@@ -113,15 +128,15 @@ def check_records(config: RunConfig) -> None:
 
 
 @contextmanager
-def _staged_for_check(config: RunConfig) -> Iterator[tuple[Sources, Staged]]:
-    """The run's input files and its records, staged in a temporary folder that exists inside the block."""
+def _staged_for_check(config: RunConfig) -> Iterator[tuple[Sources, Staged, Workspace]]:
+    """The run's input files, and its records, staged in a temporary folder that exists inside the block."""
     with tempfile.TemporaryDirectory() as folder:
         inputs = sources.resolve(config.data, sources.out_of_dry_run(config.data, config.out, folder))
         inputs.identity()  # raises for a missing file before the folders of pictures are checked
         inputs.reader.check_roots()
         aside = Workspace.of(Path(folder) / "out")
         aside.create()
-        yield inputs, staging.stage(config, inputs, aside)
+        yield inputs, staging.stage(config, inputs, aside), aside
 
 
 def check(

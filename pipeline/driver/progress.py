@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -102,6 +102,51 @@ class Progress:
         rate = done / max(now - since, 1e-6)
         left = max(self._total - self._done, 0) / rate
         return f"{rate:.2f} records/s" + (f"  {duration(left)} left" if left else "")
+
+
+class Steps:
+    """Progress of a work of several stages, each with a number of steps.
+
+    Args:
+        console: Console for the lines.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._stage = ""
+        self._began, self._first = time.monotonic(), 0
+        self._line = ""
+        self._last_logged = self._began
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> Steps:
+        if self._live is not None:
+            self._live.start()
+            self._live.update(Text("starting workers"))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+        if self._line:
+            say(self._console, self._line)
+
+    def observe(self, stage: str, number: int, total: int, figures: Mapping[str, float]) -> None:
+        """Shows step `number` of `total` of a stage, with its figures."""
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._began, self._first = stage, now, number
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        rate = (number - self._first) / max(now - self._began, 1e-6)
+        left = f"{duration((total - number) / rate)} left" if rate > 0 and number < total else ""
+        self._line = "  ".join(part for part in (f"{stage} {number}/{total}", shown, left) if part)
+        if self._live is not None:
+            self._live.update(Text(self._line))
+        elif now - self._last_logged >= _LOG_EVERY_S:
+            self._last_logged = now
+            say(self._console, self._line)
 
 
 def duration(seconds: float) -> str:

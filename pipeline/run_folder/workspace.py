@@ -78,6 +78,26 @@ class Workspace:
         return self.out / "calibration.json"
 
     @property
+    def committed(self) -> Location:
+        """Parameters of the model that the run commits its records to; see `odedit.ways.common.files`."""
+        return self.out / "committed.safetensors"
+
+    @property
+    def training(self) -> Location:
+        """State of unfinished joint training."""
+        return self.out / "training.safetensors"
+
+    @property
+    def progress(self) -> Location:
+        """Progress of the worker that makes the model."""
+        return self.out / "progress.json"
+
+    @property
+    def model(self) -> Location:
+        """Folder of the committed model, as people serve it."""
+        return self.out / "model"
+
+    @property
     def run(self) -> Location:
         """Settings, inputs and MLflow run; compared with those of a resumed run."""
         return self.out / "run.json"
@@ -97,6 +117,11 @@ class Workspace:
     @property
     def report(self) -> Location:
         return self.out / "report.html"
+
+    @property
+    def written_models(self) -> tuple[Location, ...]:
+        """Folders of the committed model: for serving, and as an adapter."""
+        return self.model, self.out / "adapter"
 
     def part(self, group: int) -> Location:
         """File of the result rows of one group."""

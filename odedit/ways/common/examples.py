@@ -17,7 +17,7 @@ from odedit.backbones import is_connector
 from odedit.backbones.base import Backbone, ends_of
 from odedit.data.variation import variations
 from odedit.errors import InputError
-from odedit.inputs.batch import REPHRASE_SLOTS, EditRequest, Picture, Probe
+from odedit.inputs.batch import REPHRASE_SLOTS, EditRequest, Probe
 from odedit.inputs.encoding import TokenSequence
 from odedit.inputs.prompts import Template
 from odedit.runtime import parallel
@@ -105,11 +105,14 @@ def read(
     """Makes the examples: yields what is done, how many of how many, and at last the `Examples`."""
     features = Features(backbone, any(is_connector(site) for site in sites))
     maker = _Maker(backbone, template, features, reading)
-    pool_pictures = _pool_pictures(pool)
-    yield "pictures of the pool", 0, len(pool_pictures)
-    features.add(pool_pictures.values())
-    yield "answers of the pool", 0, len(pool)
-    kept = maker.answered([sequence for request in pool for sequence in maker.all_sequences(request)])
+    pool_keys: dict[str, None] = {}
+    asked: list[TokenSequence] = []
+    for number, request in enumerate(pool):
+        yield "pictures of the pool", number, len(pool)
+        asked += maker.all_sequences(request)
+        pool_keys |= dict.fromkeys(_own_pictures(request))
+    yield "answers of the pool", 0, len(asked)
+    kept = maker.answered(asked)
     end = usual_end([_answer(sequence) for sequence in kept], ends_of(backbone))
     drafts: list[Example] = []
     problems: dict[str, str] = {}
@@ -122,23 +125,23 @@ def read(
     replaced = maker.replaced(drafts)
     everywhere = {answer for answers in parallel.gathered(list(replaced.values())) for answer in answers}
     records = []
-    near = _Near(features, list(pool_pictures))
+    near = _Near(features, list(pool_keys))
     for number, draft in enumerate(drafts):
         yield "negatives of the records", number, len(drafts)
         records.append(maker.with_negatives(draft, replaced[draft.edit_id], everywhere, near))
     # A pictured question whose unedited answer is replaced somewhere may ask about an edited fact.
-    asked = [sequence for sequence in kept if sequence.picture is None or _answer(sequence) not in everywhere]
-    yield Examples(records, asked, features, problems)
+    kept = [sequence for sequence in kept if sequence.picture is None or _answer(sequence) not in everywhere]
+    yield Examples(records, kept, features, problems)
 
 
 def _answer(sequence: TokenSequence) -> Tokens:
     return tuple(sequence.tokens[sequence.first_target :])
 
 
-def _pool_pictures(pool: Sequence[EditRequest]) -> dict[str, Picture]:
-    """Distinct pictures of the pool's edits and rephrases, by key."""
-    probes = [probe for request in pool for probe in (request.edit, request.supervision.get(_OTHER_PICTURE))]
-    return {probe.picture.key: probe.picture for probe in probes if probe is not None and probe.picture is not None}
+def _own_pictures(request: EditRequest) -> list[str]:
+    """Keys of the pictures of a request's edit and of its rephrase."""
+    probes = (request.edit, request.supervision.get(_OTHER_PICTURE))
+    return [probe.picture.key for probe in probes if probe is not None and probe.picture is not None]
 
 
 class _Maker:

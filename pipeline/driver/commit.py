@@ -1,0 +1,155 @@
+"""A run that commits its records to one model: makes the model, writes it, and scores every record on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+
+from odedit import editors
+from odedit.editing.files import read_info
+from odedit.errors import InputError, counted
+from odedit.runtime.addresses import below
+from odedit.storage.location import Location
+from pipeline.config.run import RunConfig, load
+from pipeline.console import say
+from pipeline.driver.preflight import Ready, prepare, update
+from pipeline.driver.progress import Steps
+from pipeline.driver.run import Outcome, announce, run
+from pipeline.interrupts import terminate_as_interrupt
+from pipeline.run_folder import rows, staging
+from pipeline.run_folder.workspace import Workspace, read_json
+from pipeline.workers import ray_session
+from pipeline.workers.committing import CommitJob, way_of
+from pipeline.workers.plan import Job
+
+SINGLE = "single"
+"""Folder in `out` of the single edits that a way uses."""
+_IS_WRITTEN = "model_written"
+
+
+def with_edits_of(config: RunConfig, edits_from: str | None) -> RunConfig:
+    """The run with the editor of the finished edits.
+
+    Raises:
+        InputError: `edits_from` holds no run of single edits.
+    """
+    if edits_from is None:
+        return config
+    workspace = Workspace.of(edits_from)
+    if not workspace.config.exists() or not rows.parts(workspace):
+        raise InputError(
+            f"--from: {workspace.out} holds no run; expected the folder that `odedit edit` wrote to (out)."
+        )
+    return replace(config, editor=load(workspace.config).editor)
+
+
+def check(config: RunConfig, edits_from: str | None) -> None:
+    """Checks what only a run that commits needs; starts nothing.
+
+    Raises:
+        InputError: The way cannot use the editor, needs a pool that is not there, or uses no finished edits.
+    """
+    way = way_of(config)
+    way.check(editors.find(config.editor.name)(config.editor.settings), config.editor.name)
+    if way.needs_pool and config.data.pool is None and config.data.split is None:
+        raise InputError(
+            f"commit.way: {config.commit_way!r} learns from records of a pool, and data.pool is not set. Set it to a "
+            "file of other records (the training file), or choose another way."
+        )
+    if edits_from is not None and not way.uses_edits:
+        raise InputError(
+            f"--from: commit.way {config.commit_way!r} trains all records together and uses no finished edits. Leave "
+            "--from out, or choose another way."
+        )
+
+
+def commit(config: RunConfig, console: Console, *, edits_from: str | None = None, fresh: bool = False) -> Outcome:
+    """Makes or resumes one model of all records of a run, and scores them on it.
+
+    Args:
+        config: Result of `load_commit`.
+        console: Console for progress.
+        edits_from: Folder or address of a run whose edits are used, for a way that uses finished edits.
+        fresh: Whether to delete an earlier run in `out` first.
+
+    Raises:
+        InputError: The input or the settings are wrong, records contradict each other, or `out` holds another run.
+        GraphError: The workers could not continue.
+        TrackingError: The results are complete, but MLflow could not be written to.
+    """
+    config = with_edits_of(config, edits_from)
+    check(config, edits_from)
+    ready = prepare(config, fresh=fresh)
+    announce(ready, console)
+    with terminate_as_interrupt(), ray_session.shared():
+        if not (read_json(ready.workspace.run) or {}).get(_IS_WRITTEN):
+            edits = _finished_edits(ready, edits_from, console, fresh=fresh)
+            _make(ready, edits, console)
+    raise NotImplementedError
+
+
+def _finished_edits(
+    ready: Ready, edits_from: str | None, console: Console, *, fresh: bool
+) -> Mapping[str, Location] | None:
+    """Files of the single edits by edit id, made first unless they are given; None for a way that uses none."""
+    if not way_of(ready.config).uses_edits:
+        return None
+    if edits_from is None:
+        out = below(ready.config.out, SINGLE)
+        say(console, f"Single edits first, in {Workspace.of(out).out}:")
+        tracking = replace(ready.config.tracking, enabled=False)
+        single = replace(ready.config, commit=None, out=out, keep_edits=True, tracking=tracking)
+        workspace = run(single, console, fresh=fresh).workspace
+    else:
+        workspace = Workspace.of(edits_from)
+    edited = rows.read_rows(rows.parts(workspace), ("edit_id", "status"), statuses=(rows.EDITED,))
+    files = {row["edit_id"]: workspace.edit(row["edit_id"]) for row in edited}
+    _check_same_records(ready, files)
+    return files
+
+
+def _check_same_records(ready: Ready, files: Mapping[str, Location]) -> None:
+    """Raises InputError if a finished edit answers another question, or otherwise, than the record of its name."""
+    for record in staging.usable_records(ready.workspace.records):
+        if record.edit_id not in files:
+            continue
+        info = read_info(files[record.edit_id])
+        if (info.prompt, info.target) != (record.fields["src"], record.fields["alt"]):
+            raise InputError(
+                f"--from: the edit {record.edit_id} there answers {info.prompt!r} with {info.target!r}, the record "
+                f"answers {record.fields['src']!r} with {record.fields['alt']!r}. Give the run of these records."
+            )
+
+
+def _make(ready: Ready, edits: Mapping[str, Location] | None, console: Console) -> None:
+    """Makes the model and writes it, or goes on with both."""
+    from pipeline.workers import training_group
+
+    workspace, config = ready.workspace, ready.config
+    num_groups = len(ready.staged.usable)
+    if not workspace.committed.exists() or workspace.model.exists():
+        for folder in workspace.written_models:
+            folder.delete_folder()
+    with ExitStack() as stack:
+        plan = stack.enter_context(ray_session.connected(config.pipeline, config.backbone, num_groups, console))
+        # Again, since Ray has installed a signal handler that exits the process at once.
+        stack.enter_context(terminate_as_interrupt())
+        num_workers = plan.num_actors if way_of(config).is_parallel else 1
+        device = f"{counted(num_workers, 'worker')} on {plan.device}"
+        say(
+            console,
+            f"Making one model of {counted(ready.staged.num_usable, 'record')} ({config.commit_way}, {device}).",
+        )
+        job = Job(config, ready.sources, workspace, plan.device, plan.threads_per_actor, plan.memory_share)
+        steps = stack.enter_context(Steps(console))
+
+        def show(progress: Mapping[str, Any]) -> None:
+            steps.observe(progress["doing"], progress["number"], progress["total"], progress["figures"])
+
+        training_group.train(CommitJob(job, edits=edits), plan, num_workers, show)
+    workspace.training.delete()
+    update(workspace, **{_IS_WRITTEN: True})

@@ -1,0 +1,271 @@
+"""The workers of `odedit commit`: they make one model of all records, with Ray Train, and write it.
+
+Each worker has a share of the records. The first one writes the progress, the parameters and the model. Work that was
+interrupted goes on from the stored state; parameters that exist are not made again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from odedit import editors, objectives, ways
+from odedit.backbones import Backbone
+from odedit.data.images import ImageError
+from odedit.data.pool import Pool
+from odedit.data.records import RawRecord
+from odedit.data.supervision import build_request
+from odedit.editing.files import load_edit
+from odedit.errors import InputError, listed, one_sentence
+from odedit.inputs.batch import EditParams, EditRequest, stack_params
+from odedit.inputs.prompts import find_template
+from odedit.runtime import parallel
+from odedit.runtime.process import configure_process
+from odedit.storage.location import Location, copy_folder
+from odedit.ways.base import Committed, Step, Task, Way
+from odedit.ways.common.files import CommittedInfo, load_committed, save_committed
+from pipeline.run_folder import staging
+from pipeline.run_folder.workspace import read_json, write_json
+from pipeline.workers.calibration import Calibration
+from pipeline.workers.model import worker_backbone
+from pipeline.workers.plan import Job
+from pipeline.workers.preparer import write_note, write_traceback
+from pipeline.workers.request_cache import RequestCache
+
+KEPT_BYTES = 2**30
+"""Memory of a worker for the records' pictures; others are read again."""
+_PROGRESS_EVERY_S = 1.0
+_WRITTEN_LAST = "config.json"
+
+
+@dataclass(frozen=True)
+class CommitJob:
+    """Inputs of the workers that make one model.
+
+    Attributes:
+        job: The run.
+        left_out: Positions of the records that do not go into the model.
+        edits: Files of finished single edits by edit id, for a way that uses them.
+        start: File of a committed model from which training starts; None: from the unedited model.
+    """
+
+    job: Job
+    left_out: frozenset[int] = frozenset()
+    edits: Mapping[str, Location] | None = None
+    start: Location | None = None
+
+
+def way_of(config: Any) -> Way:
+    """The way of a run that commits."""
+    choice = config.commit
+    way: Way = ways.find(choice.name)(choice.settings)  # type: ignore[call-arg]
+    return way
+
+
+def work(config: Mapping[str, CommitJob]) -> None:
+    """The function that Ray Train runs on every worker. Errors of the user's input end in the progress file."""
+    commit_job = config["commit"]
+    job = commit_job.job
+    try:
+        _Worker(commit_job).work()
+    except InputError as error:
+        # Every worker has met it, and returns: Ray Train would start a worker that raises again.
+        write_json(job.workspace.progress, {"problem": str(error)})
+    except Exception:
+        write_traceback(job, f"commit-{parallel.rank()}")
+        raise
+
+
+class Requests(Sequence[EditRequest]):
+    """Edit requests of records, built when they are read; recent ones stay in memory."""
+
+    def __init__(self, records: Sequence[RawRecord], build: Any) -> None:
+        self._records, self._build = records, build
+        self._cache = RequestCache(KEPT_BYTES)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        record = self._records[index]
+        request = self._cache.get(record.edit_id)
+        if request is None:
+            request = self._build(record)
+            self._cache.put(record.edit_id, request)
+        return request
+
+
+class _Worker:
+    """One worker of the job."""
+
+    def __init__(self, commit_job: CommitJob) -> None:
+        self._commit_job, self._job = commit_job, commit_job.job
+        config = self._job.config
+        configure_process(self._job.num_threads, self._job.device)
+        self._config, self._workspace = config, self._job.workspace
+        self._way = way_of(config)
+        self._editor = editors.find(config.editor.name)(config.editor.settings)
+        self._backbone: Backbone = worker_backbone(
+            config.backbone, self._job.device, config.pipeline.feature_store, partial(write_note, self._job, "store")
+        )
+        self._template = find_template(config.data.template)
+        self._pool = staging.read_pool(self._workspace, self._job.sources)
+        self._last_written = 0.0
+
+    def work(self) -> None:
+        if not self._workspace.committed.exists():
+            self._make()
+        if parallel.rank() == 0:
+            self._write_model()
+
+    def _make(self) -> None:
+        task, problems = self._task()
+        steps = self._way.commit(task)
+        while True:
+            try:
+                self._show(next(steps))
+            except StopIteration as end:
+                committed: Committed = end.value
+                break
+        parts = parallel.gathered((committed.fits, {**problems, **committed.problems}))
+        if parallel.rank() == 0:
+            fits = {edit_id: asdict(fit) for part, _ in parts for edit_id, fit in part.items()}
+            reasons = {edit_id: reason for _, part in parts for edit_id, reason in part.items()}
+            details = {"fits": fits, "problems": reasons, "curves": committed.curves}
+            save_committed(self._workspace.committed, committed.params, self._info(tuple(fits), details))
+
+    def _info(self, edit_ids: tuple[str, ...], details: dict[str, Any]) -> CommittedInfo:
+        config = self._config
+        return CommittedInfo(
+            way=config.commit.name,  # type: ignore[union-attr]
+            way_config=asdict(config.commit.settings),  # type: ignore[union-attr]
+            editor=config.editor.name,
+            editor_config=asdict(config.editor.settings),
+            family=config.backbone.family,
+            checkpoint=config.backbone.checkpoint,
+            fingerprint=self._backbone.fingerprint,
+            dtype=config.backbone.dtype,
+            template=config.data.template,
+            edit_ids=edit_ids,
+            details=details,
+        )
+
+    def _task(self) -> tuple[Task, dict[str, str]]:
+        """The worker's task, and the reason per record that cannot be read."""
+        config = self._config
+        with_pool = [] if self._pool is None else self._pool_requests(self._pool)
+        requests, problems = self._requests()
+        edits = None
+        if self._commit_job.edits is not None:
+            edits, requests, missing = self._finished_edits(requests)
+            problems |= missing
+        objective = objectives.Objective(
+            config.objective.settings, Calibration(self._job, self._backbone, self._template).bandwidth()
+        )
+        start = self._commit_job.start
+        return (
+            Task(
+                backbone=self._backbone,
+                template=self._template,
+                editor=self._editor,
+                objective=objective,
+                requests=requests,
+                pool=with_pool,
+                seed=config.seed,
+                edits=edits,
+                start=None if start is None else load_committed(start, self._job.device)[0],
+                state=self._workspace.training,
+            ),
+            problems,
+        )
+
+    def _requests(self) -> tuple[Requests, dict[str, str]]:
+        """The worker's share of the records, and the reason per record whose pictures cannot be read."""
+        config, reader = self._config, self._job.sources.reader
+        locality = staging.reads_locality(config)
+        every = (r for r in staging.usable_records(self._workspace.records) if r.index not in self._commit_job.left_out)
+        mine = [record for number, record in enumerate(every) if number % parallel.count() == parallel.rank()]
+
+        def build(record: RawRecord) -> EditRequest:
+            return build_request(record, reader, config.supervision, self._pool, locality=locality)
+
+        requests = Requests(mine, build)
+        problems: dict[str, str] = {}
+        for number, record in enumerate(mine):
+            self._show(Step(number, len(mine), doing="reading pictures"))
+            try:
+                requests[number]
+            except (ImageError, InputError) as error:
+                problems[record.edit_id] = str(error)
+        return Requests([record for record in mine if record.edit_id not in problems], build), problems
+
+    def _pool_requests(self, pool: Pool) -> Requests:
+        """The pool's records whose pictures can be read, with their rephrases and probes."""
+        supervision = replace(self._config.supervision, near_locality=False)
+
+        def build(record: RawRecord) -> EditRequest:
+            return build_request(record, pool.reader, supervision, locality=False)
+
+        requests = Requests(pool.records, build)
+        readable = []
+        for number, record in enumerate(pool.records):
+            self._show(Step(number, len(pool.records), doing="reading the pool"))
+            with suppress(ImageError, InputError):
+                requests[number]
+                readable.append(record)
+        return Requests(readable, build)
+
+    def _finished_edits(self, requests: Requests) -> tuple[EditParams, Requests, dict[str, str]]:
+        """The edits' parameters, the records that have one, and the reason per record without."""
+        files = self._commit_job.edits or {}
+        kept = [record for record in requests._records if record.edit_id in files]
+        missing = {
+            record.edit_id: "it has no finished edit; its row in the run of single edits says why."
+            for record in requests._records
+            if record.edit_id not in files
+        }
+        if not kept:
+            raise InputError(f"none of the records has a finished edit; first without: {listed(list(missing)[:3])}.")
+        params = stack_params([load_edit(files[record.edit_id])[0] for record in kept])
+        return params, Requests(kept, requests._build), missing
+
+    def _show(self, step: Step) -> None:
+        """Writes the progress, at most once a second."""
+        now = time.monotonic()
+        if parallel.rank() == 0 and (now - self._last_written >= _PROGRESS_EVERY_S or step.number == step.total):
+            self._last_written = now
+            with suppress(OSError):  # progress is no result
+                write_json(self._workspace.progress, asdict(step))
+
+    def _write_model(self) -> None:
+        """Writes the folder that people serve; one that exists is of an interrupted run, and is written again."""
+        params, _ = load_committed(self._workspace.committed, self._job.device)
+        editor, model = self._way.serving(self._editor), self._workspace.model
+        self._show(Step(1, 1, doing="writing the model"))
+        if model.is_local and not Path(model).exists():
+            self._way.write(Path(model), self._backbone, editor, params)
+        elif not model.is_local:
+            with TemporaryDirectory() as folder:
+                self._way.write(Path(folder) / "model", self._backbone, editor, params)
+                copy_folder(Path(folder) / "model", model, _WRITTEN_LAST)
+
+
+def failure(workspace: Any) -> str:
+    """The problem that a worker has left; "" if none."""
+    state = read_json(workspace.progress)
+    return str(state.get("problem", "")) if isinstance(state, dict) else ""
+
+
+def explained(error: BaseException) -> str:
+    """An error of Ray Train as one sentence."""
+    causes = getattr(error, "worker_failures", None) or {}
+    first = next(iter(causes.values()), None)
+    return one_sentence(first if isinstance(first, BaseException) else error)
