@@ -30,6 +30,7 @@ __all__ = [
     "Prefix",
     "PretrainedProcessor",
     "can_inspect",
+    "encode_evaluation",
     "encode_requests",
     "encode_supervision",
     "fingerprint",
@@ -116,15 +117,26 @@ def encode_requests(
     before = any(is_connector(site) for site in sites)
     with stage("image features"):
         features = backbone.image_features([picture for request in requests for picture in request.pictures()], before)
-    edit_ids = [request.edit_id for request in requests]
-    metrics = [RELIABILITY, *sorted({name for request in requests for name in request.probes})]
-    evaluation: list[list[Probe | None]] = [
-        [request.edit if name == RELIABILITY else request.probes.get(name) for name in metrics] for request in requests
-    ]
     return (
         encode_supervision(backbone, requests, features, template, before, negatives),
-        backbone.encode(edit_ids, metrics, evaluation, features, template, before),
+        encode_evaluation(backbone, requests, features, template, before),
     )
+
+
+def encode_evaluation(
+    backbone: Backbone,
+    requests: Sequence[EditRequest],
+    features: Mapping[str, Tensor],
+    template: Template,
+    before_connector: bool = False,
+) -> EditBatch:
+    """The evaluation batch that `encode_requests` returns. The arguments are those of `encode_supervision`."""
+    edit_ids = [request.edit_id for request in requests]
+    metrics = [RELIABILITY, *sorted({name for request in requests for name in request.probes})]
+    grid: list[list[Probe | None]] = [
+        [request.edit if name == RELIABILITY else request.probes.get(name) for name in metrics] for request in requests
+    ]
+    return backbone.encode(edit_ids, metrics, grid, features, template, before_connector)
 
 
 def encode_supervision(

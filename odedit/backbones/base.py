@@ -238,6 +238,19 @@ class Backbone(ABC):
                 features += (vision if before_connector else self.connect(vision)).unbind(0)
         return dict(zip(keys, features, strict=True))
 
+    def has_features_of(self, other: Backbone) -> bool:
+        """Whether all weights outside the text model's layers are equal, so that pictures have the same features."""
+        own, others = self._outside_layers(), other._outside_layers()
+        return own.keys() == others.keys() and all(
+            value.shape == others[name].shape and torch.equal(value, others[name].to(value))
+            for name, value in own.items()
+        )
+
+    def _outside_layers(self) -> dict[str, Tensor]:
+        inside = {id(value) for value in self._decoder.layer_values()}
+        values = (*self.model.named_parameters(), *self.model.named_buffers())
+        return {name: value for name, value in values if id(value) not in inside}
+
     def encode(
         self,
         edit_ids: Sequence[str],

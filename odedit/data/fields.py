@@ -22,6 +22,8 @@ CAPTION_PROMPT = "a photo of"
 FIELDS = (
     "src", "pred", "alt", "rephrase", "image", "image_rephrase", "loc", "loc_ans", "m_loc", "m_loc_q", "m_loc_a",
 )  # fmt: skip
+FACTS = ("fact", "loc_fact", "m_loc_fact")
+"""Optional fields that name the fact of the edit, of `loc` and of `m_loc_q`."""
 _IMAGES = ("image", "image_rephrase", "m_loc")
 _QUESTIONS = ("src", "rephrase", "m_loc_q")
 """Fields that hold a question about a picture."""
@@ -50,6 +52,7 @@ class ProbeText:
     target: str
     image: ImageReference | None = None
     is_caption: bool = False
+    fact: str | None = None
 
 
 def task_of(fields: Mapping[str, Any], default: str) -> str:
@@ -91,8 +94,10 @@ def probe_texts(fields: Mapping[str, Any], task: str) -> dict[str, ProbeText]:
     standard = {
         "t_gen": replace(edit, prompt=fields["rephrase"]),
         "m_gen": replace(edit, image=rephrase_image),
-        "t_loc": ProbeText(fields["loc"], fields["loc_ans"]),
-        "m_loc": ProbeText(fields["m_loc_q"], fields["m_loc_a"], image_reference(fields["m_loc"])),
+        "t_loc": ProbeText(fields["loc"], fields["loc_ans"], fact=fields.get("loc_fact")),
+        "m_loc": ProbeText(
+            fields["m_loc_q"], fields["m_loc_a"], image_reference(fields["m_loc"]), fact=fields.get("m_loc_fact")
+        ),
     }
     return standard | _extension_texts(fields, "probes", task)
 
@@ -121,7 +126,7 @@ def _extension_texts(fields: Mapping[str, Any], name: str, task: str) -> dict[st
     for key, entry in (fields.get(name) or {}).items():
         image = None if entry.get("image") is None else image_reference(entry["image"])
         is_caption = _is_caption(entry["prompt"], fields["src"], task, asks_the_fact=not is_locality(key))
-        texts[key] = ProbeText(entry["prompt"], entry["target"], image, is_caption)
+        texts[key] = ProbeText(entry["prompt"], entry["target"], image, is_caption, entry.get("fact"))
     return texts
 
 
@@ -181,8 +186,9 @@ def _problems(fields: Mapping[str, Any], task: str) -> Iterator[str]:
         yield "not an edit: field 'alt' is empty"
     for name in FIELDS:
         yield from _text_problem(fields, name, f"field {name!r}", may_be_empty=name == "pred" and task == "caption")
-    if fields.get("fact") is not None:
-        yield from _text_problem(fields, "fact", "field 'fact'")
+    for name in FACTS:
+        if fields.get(name) is not None:
+            yield from _text_problem(fields, name, f"field {name!r}")
     own_task = fields.get("task")
     if own_task is not None and own_task not in TASKS:
         yield f"invalid task: field 'task' is {shorten(repr(own_task))}, expected one of {', '.join(TASKS)}"
@@ -203,12 +209,14 @@ def _extension_problems(entries: Any, name: str) -> Iterator[str]:
         if not isinstance(entry, dict):
             yield f"wrong type: {where} is {type_name(entry)}, expected an object"
             continue
-        for part in ("prompt", "target", "image"):
-            if part != "image" or entry.get(part) is not None:
+        optional = ("image", "fact") if name == "probes" else ("image",)
+        for part in ("prompt", "target", *optional):
+            if part not in optional or entry.get(part) is not None:
                 yield from _text_problem(entry, part, f"{where}.{part}")
-        unknown = sorted(set(entry) - {"prompt", "target", "image"})
+        unknown = sorted(set(entry) - {"prompt", "target", *optional})
         if unknown:
-            yield f"unknown key: {where} has {shorten(repr(unknown[0]))}, expected prompt, target and image"
+            allowed = ", ".join(("prompt", "target", *optional[:-1]))
+            yield f"unknown key: {where} has {shorten(repr(unknown[0]))}, expected {allowed} and {optional[-1]}"
 
 
 def _name_problem(key: str, name: str) -> Iterator[str]:

@@ -152,7 +152,7 @@ class _Pictures:
 
     def probe(self, text: ProbeText) -> Probe:
         picture = None if text.image is None else self.picture(text.image)
-        return Probe(text.prompt, text.target, picture, text.is_caption)
+        return Probe(text.prompt, text.target, picture, text.is_caption, text.fact)
 
     def picture(self, reference: ImageReference) -> Picture:
         if reference not in self._read:

@@ -1,4 +1,4 @@
-"""Scores of an edit, before against after: rel, t_gen, m_gen, t_loc, m_loc, and their variants.
+"""Scores of an edit or of a whole model, before against after: rel, t_gen, m_gen, t_loc, m_loc, and their variants.
 
 Token scores are teacher-forced shares of target tokens; `_exact` asks for the whole target. A separate token of
 white space before the answer, such as LLaMA's before a digit, is not counted: it is almost always right.
@@ -15,15 +15,16 @@ positions that an edit hardly reaches dilute the score.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from odedit.backbones.base import Backbone, ends_of
+from odedit.backbones.base import Backbone, Prefix, ends_of
 from odedit.backbones.common.generation import generate, until_end
-from odedit.editors.base import Editor
+from odedit.editors.base import Editor, Trace
 from odedit.evaluation.columns import ANSWER_COLUMNS, BEFORE, FAR, LOCALITY_COLUMNS, Answer, column, groups
 from odedit.inputs.batch import RELIABILITY, EditBatch, EditParams, is_locality
 from odedit.runtime.brief import brief
@@ -70,6 +71,60 @@ class _Readout:
         return _Readout(self.top_EKTR.cpu(), everywhere, generated)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """Probes of a batch at one model, computed up to the lowest edited site.
+
+    Attributes:
+        prefix: Everything below the sites, see `Backbone.prefix`.
+        kv_cache: Keys and values of the prefix; None: nothing is generated.
+        mmedit: Whether the locality over all positions is measured.
+    """
+
+    backbone: Backbone
+    batch: EditBatch
+    prefix: Prefix
+    kv_cache: KVCache | None
+    mmedit: bool
+
+    __repr__ = brief
+
+    @classmethod
+    def at(
+        cls, backbone: Backbone, batch: EditBatch, config: EvaluationConfig, sites: Sequence[str], positionwise: bool
+    ) -> _Asked:
+        kv_cache = KVCache() if config.generate else None
+        prefix = backbone.prefix(batch, *sites, positionwise=positionwise, kv_cache=kv_cache)
+        return cls(backbone, batch, prefix, kv_cache, config.mmedit)
+
+    def answers(self) -> _Readout:
+        """Answers of the model with the currently applied edits."""
+        backbone, batch = self.backbone, self.batch
+        branch = None if self.kv_cache is None else self.kv_cache.branch()
+        # The head reads all positions of locality probes, and those that predict a target token or the one after it.
+        extended = batch.with_room(int(branch is not None), 0, backbone.max_positions)
+        num_targets, read_EKT = batch.target_EKT.shape[-1], extended.predict_EKT
+        hidden = backbone.suffix(self.prefix, None if self.mmedit else read_EKT, branch)
+        everywhere = _top(backbone, hidden, _read_everywhere(batch, extended)) if self.mmedit else None
+        if everywhere is None:
+            top_EKTR = _top(backbone, hidden, extended.target_mask_EKT)
+        else:
+            top_EKTR = gather_positions(everywhere, read_EKT)
+        greedy_EKT = None if branch is None else generate(backbone, batch, self.prefix, branch, top_EKTR[..., 0])
+        return _Readout(top_EKTR[..., :num_targets, :], everywhere, greedy_EKT)
+
+
+def _read_everywhere(batch: EditBatch, extended: EditBatch) -> Tensor:
+    """True at all positions of locality probes, and at those that predict a target token, `(E, K, S)`."""
+    compared_K = torch.tensor([is_locality(name) for name in batch.slots], device=batch.real_EKS.device)
+    mask_EKS = (batch.real_EKS & compared_K[:, None]).int()
+    return mask_EKS.scatter_reduce(-1, extended.predict_EKT, extended.target_mask_EKT.int(), "amax").bool()
+
+
+_Readouts = tuple[_Readout, _Readout]
+"""Answers of the unedited and of the edited model."""
+
+
 @torch.no_grad()
 def evaluate(
     backbone: Backbone,
@@ -90,24 +145,109 @@ def evaluate(
         probe where it has both; `_far` and `_near` are then the single scores. All endings:
         `odedit.evaluation.columns`.
     """
-    at_once = _edits_at_once(backbone, batch)
-    if batch.num_edits <= at_once:
-        params = {name: value.to(batch.tokens_EKS.device) for name, value in params.items()}
-        return _rows(backbone, editor, params, batch, config)
     rows: list[Row] = []
-    for part_E in torch.arange(batch.num_edits, device=batch.tokens_EKS.device).split(at_once):
-        part_params = {name: value[part_E.to(value.device)] for name, value in params.items()}
-        rows += evaluate(backbone, editor, part_params, batch.take(part_E), config)
+    for rows_E, part in _fitting(backbone, batch):
+        own = params if part is batch else {name: value[rows_E.to(value.device)] for name, value in params.items()}
+        rows += _rows(backbone, part, _around(backbone, editor, editor.applied, own, config))
     return rows
 
 
-def _rows(
-    backbone: Backbone, editor: Editor, params: EditParams, batch: EditBatch, config: EvaluationConfig
+@torch.no_grad()
+def evaluate_together(
+    backbone: Backbone,
+    editor: Editor,
+    params: EditParams,
+    batch: EditBatch,
+    config: EvaluationConfig = EvaluationConfig(),
 ) -> list[Row]:
+    """Scores one committed model, all of whose edits are applied at once, on the probes of any requests.
+
+    Args:
+        editor: Editor that serves the model, see `odedit.ways.base.Way.serving`.
+        params: Parameters of the model, not one row per request.
+
+    Returns:
+        Rows as of `evaluate`, one per request.
+    """
+    rows: list[Row] = []
+    for _, part in _fitting(backbone, batch):
+        rows += _rows(backbone, part, _around(backbone, editor, editor.together, params, config))
+    return rows
+
+
+@torch.no_grad()
+def evaluate_model(
+    unedited: Backbone,
+    edited: Backbone,
+    batch: EditBatch,
+    features_NLD: Tensor | None = None,
+    config: EvaluationConfig = EvaluationConfig(),
+) -> list[Row]:
+    """Scores another checkpoint of the same architecture against the unedited model.
+
+    Args:
+        batch: Evaluation batch of any requests, encoded by `unedited`.
+        features_NLD: Image features of the batch's pictures by `edited`, in the batch's order; None: the same as those
+            of `unedited`, see `Backbone.has_features_of`.
+
+    Returns:
+        Rows as of `evaluate`, one per request.
+    """
+
+    def both(part: EditBatch) -> _Readouts:
+        other = part if features_NLD is None else replace(part, features_NLD=features_NLD)
+        before, after = (
+            _Asked.at(model, sequences, config, _TOP_SITE, positionwise=True).answers()
+            for model, sequences in ((unedited, part), (edited, other))
+        )
+        return before, after
+
+    return [row for _, part in _fitting(unedited, batch) for row in _rows(unedited, part, both)]
+
+
+_TOP_SITE = ("layers.-1.ffn.out",)
+"""Site above everything that positions exchange, from which a forward without edits goes on."""
+
+
+def _fitting(backbone: Backbone, batch: EditBatch) -> Iterator[tuple[Tensor, EditBatch]]:
+    """The batch in parts that the device takes at once, with their row numbers; unchanged if it fits."""
+    rows_E = torch.arange(batch.num_edits, device=batch.tokens_EKS.device)
+    at_once = _edits_at_once(backbone, batch)
+    if batch.num_edits <= at_once:
+        yield rows_E, batch
+        return
+    for part_E in rows_E.split(at_once):
+        yield part_E, batch.take(part_E)
+
+
+def _around(
+    backbone: Backbone,
+    editor: Editor,
+    apply: Callable[[Backbone, EditParams, EditBatch], AbstractContextManager[Trace]],
+    params: EditParams,
+    config: EvaluationConfig,
+) -> Callable[[EditBatch], _Readouts]:
+    """Function that answers a batch without and with edits.
+
+    Args:
+        apply: `Editor.applied` or `Editor.together`.
+    """
+
+    def both(part: EditBatch) -> _Readouts:
+        own = {name: value.to(part.tokens_EKS.device) for name, value in params.items()}
+        asked = _Asked.at(backbone, part, config, editor.sites, editor.positionwise)
+        before = asked.answers()
+        with apply(backbone, own, part):
+            return before, asked.answers()
+
+    return both
+
+
+def _rows(backbone: Backbone, batch: EditBatch, before_and_after: Callable[[EditBatch], _Readouts]) -> list[Row]:
     by_probe: list[dict[str, Row]] = [{} for _ in batch.edit_ids]
     answers: list[Row] = [{} for _ in batch.edit_ids]
     for part in batch.parts():
-        before, after = _before_and_after(backbone, editor, params, part, config)
+        before, after = before_and_after(part)
         # Scores read single numbers, each of which would synchronise with a GPU.
         before, after, part = before.on_host(), after.on_host(), _on_host(part)
         for e in range(part.num_edits):
@@ -124,35 +264,6 @@ def _rows(
         _average_near_and_far(row)
         rows.append(row | answers[e])
     return rows
-
-
-def _before_and_after(
-    backbone: Backbone, editor: Editor, params: EditParams, batch: EditBatch, config: EvaluationConfig
-) -> tuple[_Readout, _Readout]:
-    """Answers of the unedited and of the edited model."""
-    kv_cache = KVCache() if config.generate else None
-    prefix = backbone.prefix(batch, *editor.sites, positionwise=editor.positionwise, kv_cache=kv_cache)
-    # The head reads all positions of locality probes, and those that predict a target token or the token after it.
-    extended = batch.with_room(int(config.generate), 0, backbone.max_positions)
-    num_targets, read_EKT = batch.target_EKT.shape[-1], extended.predict_EKT
-    compared_K = torch.tensor([is_locality(name) for name in batch.slots], device=batch.real_EKS.device)
-    mask_EKS = (batch.real_EKS & compared_K[:, None]).int()
-    mask_EKS = mask_EKS.scatter_reduce(-1, read_EKT, extended.target_mask_EKT.int(), "amax").bool()
-
-    def read() -> _Readout:
-        branch = None if kv_cache is None else kv_cache.branch()
-        hidden = backbone.suffix(prefix, None if config.mmedit else read_EKT, branch)
-        everywhere = _top(backbone, hidden, mask_EKS) if config.mmedit else None
-        if everywhere is None:
-            top_EKTR = _top(backbone, hidden, extended.target_mask_EKT)
-        else:
-            top_EKTR = gather_positions(everywhere, read_EKT)
-        greedy_EKT = None if branch is None else generate(backbone, batch, prefix, branch, top_EKTR[..., 0])
-        return _Readout(top_EKTR[..., :num_targets, :], everywhere, greedy_EKT)
-
-    before = read()
-    with editor.applied(backbone, params, batch):
-        return before, read()
 
 
 def _edits_at_once(backbone: Backbone, batch: EditBatch) -> int:
@@ -237,11 +348,13 @@ def _answers(backbone: Backbone, batch: EditBatch, before: _Readout, after: _Rea
 
 
 def _average_near_and_far(row: Row) -> None:
-    """Replaces a locality metric by the mean over the record's own (far) and near probe, where it has both."""
+    """Replaces a locality metric by the mean over the record's own (far) and near probe, or by the only one it has."""
     for metric in groups()["locality"]:
         endings = [name.removeprefix(f"{metric}_near") for name in row if name.startswith(f"{metric}_near")]
         for ending in endings:
             far, near = row.get(metric + ending), row[f"{metric}_near{ending}"]
-            if isinstance(far, float) and isinstance(near, float):
+            if far is None:
+                row[metric + ending] = near
+            elif isinstance(far, float) and isinstance(near, float):
                 row[column(metric, FAR) + ending] = far
                 row[metric + ending] = (far + near) / 2

@@ -93,12 +93,14 @@ class Probe:
         target: Bare answer; the model reads `" " + target`.
         picture: Picture of the prompt; None for a text-only prompt.
         is_caption: Whether `prompt` is a text to continue rather than a question.
+        fact: Fact that the prompt asks about, if the record names it.
     """
 
     prompt: str
     target: str
     picture: Picture | None = None
     is_caption: bool = False
+    fact: str | None = None
 
 
 @dataclass(frozen=True)

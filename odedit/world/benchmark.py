@@ -127,12 +127,14 @@ class _RecordWriter:
         verb_form = self._pick(questions.verb_forms(attribute)).format(s=self._subject())
         record: Record = {
             "edit_id": edit_id,
-            "fact": f"{attribute} of {entity.name}",
+            "fact": _fact(attribute, entity.name),
             "task": "caption" if attribute == CAPTION else "vqa",
             "src": words.source, "pred": facts.answer(entity, attribute), "alt": alt, "rephrase": words.rephrase,
             "image": image, "image_rephrase": rephrase_image,
             "loc": locality["prompt"], "loc_ans": locality["target"],
+            "loc_fact": locality["fact"],
             "m_loc": far_question["image"], "m_loc_q": far_question["prompt"], "m_loc_a": far_question["target"],
+            "m_loc_fact": far_question["fact"],
         }  # fmt: skip
         record["probes"] = {
             "tm_gen": {"prompt": words.second_rephrase, "target": alt, "image": second_image},
@@ -151,12 +153,17 @@ class _RecordWriter:
                 "target": alt,
                 "image": self._write_training(f"{edit_id}-train-rephrase", entity, self._other(background)),
             },
-            "text_locality": self._country_question(str(other_country)),
-            "image_locality": self._question_about(
-                f"{edit_id}-train-far", self._pick([e for e in facts.ENTITIES if e != entity]), attribute, training=True
+            "text_locality": _without_fact(self._country_question(str(other_country))),
+            "image_locality": _without_fact(
+                self._question_about(
+                    f"{edit_id}-train-far",
+                    self._pick([e for e in facts.ENTITIES if e != entity]),
+                    attribute,
+                    training=True,
+                )
             ),
-            "near_locality": self._near_question(
-                f"{edit_id}-train-near", other_near, attribute, words.source, training=True
+            "near_locality": _without_fact(
+                self._near_question(f"{edit_id}-train-near", other_near, attribute, words.source, training=True)
             ),
         }
         return record
@@ -212,14 +219,19 @@ class _RecordWriter:
         else:
             sample = self._pick(images.handwriting().held_out[self._part][entity.digit])
             image = self._write(name, entity, int(sample), background, images.PLAIN_POSE)
-        return {"prompt": prompt, "target": facts.answer(entity, attribute, background), "image": image}
+        answer = facts.answer(entity, attribute, background)
+        return {"prompt": prompt, "target": answer, "image": image, "fact": _fact(attribute, entity.name)}
 
     def _text_question(self, entity: Entity, edited: str, cell: Cell) -> dict[str, str]:
         """A question about an entity by name, without a picture; the edit's own question where text can ask it."""
         if edited == CAPTION:
             edited = self._pick(HIDDEN)
             cell = self._pick(questions.cells(edited, held_out=False))
-        return {"prompt": questions.ask(edited, cell, entity.name), "target": facts.answer(entity, edited)}
+        return {
+            "prompt": questions.ask(edited, cell, entity.name),
+            "target": facts.answer(entity, edited),
+            "fact": _fact(edited, entity.name),
+        }
 
     def _country_question(self, country: str) -> dict[str, str]:
         attribute = self._pick(facts.COUNTRY_ATTRIBUTES)
@@ -227,6 +239,7 @@ class _RecordWriter:
         return {
             "prompt": questions.ask_country(country, attribute, frame),
             "target": facts.COUNTRIES[country][attribute],
+            "fact": _fact(attribute, country),
         }
 
     def _write_training(self, name: str, entity: Entity, background: int) -> str:
@@ -249,3 +262,12 @@ class _RecordWriter:
 
     def _pick(self, choices: Any) -> Any:
         return choices[int(self._rng.integers(len(choices)))]
+
+
+def _fact(attribute: str, name: str) -> str:
+    return f"{attribute} of {name}"
+
+
+def _without_fact(entry: dict[str, str]) -> dict[str, str]:
+    """The question as an entry of `held_out`, which names no fact."""
+    return {key: value for key, value in entry.items() if key != "fact"}

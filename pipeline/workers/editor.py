@@ -1,12 +1,11 @@
-"""The stateful worker: holds the model, edits one group at a time, and writes the results.
+"""The worker that edits: holds model, editor and objective.
 
-A group's result file is written atomically after the files of its edits. A group with a result file is finished; any
-other group is edited again, with the same outcome.
+A group's result file is written after the files of its edits, so a finished group has all its edits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,37 +20,32 @@ from odedit.data.supervision import rephrase_distance
 from odedit.editing.curves import EditResult
 from odedit.editing.loop import edit
 from odedit.editors.base import Measuring
-from odedit.errors import one_sentence
 from odedit.evaluation.scores import evaluate
 from odedit.inputs.batch import EditBatch, EditRequest, stack_params
 from odedit.inputs.prompts import find_template
 from odedit.objectives.base import Objective
 from odedit.runtime.peak_memory import peak_memory
-from odedit.runtime.process import configure_process
 from odedit.runtime.stages import stage
 from pipeline.run_folder import staging
-from pipeline.run_folder.rows import FAILED, PROGRESS_COLUMNS, Row, base_row, read_rows, write_part
+from pipeline.run_folder.rows import Row
 from pipeline.workers import output
-from pipeline.workers.attempts import Ledger
 from pipeline.workers.calibration import Calibration
-from pipeline.workers.device_errors import end_if_device_is_lost, unless_out_of_memory
+from pipeline.workers.device_errors import unless_out_of_memory
+from pipeline.workers.group import GroupWorker
 from pipeline.workers.model import worker_backbone
 from pipeline.workers.negatives import negative_pool
 from pipeline.workers.plan import Job
-from pipeline.workers.preparer import Prepared, located, write_note, write_traceback
-from pipeline.workers.profile import LOADING
-from pipeline.workers.width import WidthLimit
+from pipeline.workers.preparer import write_note
 
 MEASURED_STEPS = 3
 
 
-class EditActor:
+class EditActor(GroupWorker):
     """Edits groups with one backbone, editor and objective."""
 
     def __init__(self, job: Job) -> None:
         """Raises InputError if the checkpoint, the editor's site or another setting does not fit the model."""
-        configure_process(job.num_threads, job.device)
-        self._job = job
+        super().__init__(job)
         config = job.config
         self._template = find_template(config.data.template)
         self._editor = editors.find(config.editor.name)(config.editor.settings)
@@ -60,92 +54,14 @@ class EditActor:
         )
         self._editor.check(self._backbone)
         self._calibration = Calibration(job, self._backbone, self._template)
-        self._width_limit = WidthLimit(config.pipeline.at_once, job.device, job.memory_share)
         self._lazy_objective: Objective | None = None
         self._negatives: NegativePool | None = None
         self._is_measured = not isinstance(self._editor, Measuring)
 
-    def __call__(self, prepared: Prepared) -> list[Row]:
-        """Edits a group and writes its results, unless they exist; returns the columns that progress shows.
+    def _load(self) -> None:
+        self._objective()
 
-        Raises:
-            OSError: Results cannot be written. No edit is the cause, and the run can be resumed.
-            InputError: The kernel's bandwidth cannot be measured.
-        """
-        part = self._job.workspace.part(prepared.group)
-        rows: Iterable[Row]
-        if part.exists():
-            rows = read_rows([part], PROGRESS_COLUMNS)
-        else:
-            try:
-                rows = sorted([*prepared.rows, *self._rows(prepared)], key=lambda row: int(row["index"]))
-                with stage("write results"):
-                    write_part(part, rows)
-            except OSError:
-                # The worker survives, so the attempt must not count against the group's edits.
-                self._ledger(prepared.group).close()
-                raise
-            self._ledger(prepared.group).close()
-        return [{name: row.get(name) for name in PROGRESS_COLUMNS} for row in rows]
-
-    def _ledger(self, group: int) -> Ledger:
-        path = self._job.workspace.attempts / f"group-{group:06d}.json"
-        return Ledger(path, self._job.config.pipeline.max_attempts)
-
-    def _rows(self, prepared: Prepared) -> list[Row]:
-        if not prepared.requests:
-            return []
-        with stage(LOADING):
-            self._objective()  # before the first attempt: an error in the settings is not caused by an edit
-        ledger = self._ledger(prepared.group)
-        if ledger.begin_whole():
-            try:
-                return self._edit_within_memory(prepared.records, prepared.requests)
-            except OSError:
-                raise
-            except Exception as error:
-                end_if_device_is_lost(error)
-                # The edits are tried one by one below, which shows the one that caused the error.
-                write_traceback(self._job, f"group-{prepared.group:06d}")
-        return [
-            self._edit_alone(record, request, ledger)
-            for record, request in zip(prepared.records, prepared.requests, strict=True)
-        ]
-
-    def _edit_alone(self, record: RawRecord, request: EditRequest, ledger: Ledger) -> Row:
-        if not ledger.begin_single(record.edit_id):
-            tries = ledger.attempts(record.edit_id)
-            message = (
-                f"given up: its worker died in each of {tries} attempts (out of memory, or a crash in native code)."
-            )
-            return base_row(record, self._job.config, FAILED, located(record, message))
-        try:
-            row = self._edit_within_memory([record], [request])[0]
-        except OSError:
-            raise
-        except Exception as error:
-            end_if_device_is_lost(error)
-            write_traceback(self._job, record.edit_id)
-            message = located(record, one_sentence(error))
-            row = base_row(record, self._job.config, FAILED, message)
-        # Not in a `finally`: if the process ends, the attempt must stay counted.
-        ledger.end_single(record.edit_id)
-        return row
-
-    def _edit_within_memory(self, records: Sequence[RawRecord], requests: Sequence[EditRequest]) -> list[Row]:
-        """Edits a group. When memory runs out, halves the width, and at width 1 the group."""
-        rows = unless_out_of_memory(lambda: self._edit(records, requests), len(requests))
-        if rows is not None:
-            return rows
-        if self._width_limit.halve(len(requests)):
-            return self._edit_within_memory(records, requests)
-        # Memory ran out at width 1, so the size of this group is the cause; the next group starts at the initial width.
-        self._width_limit.restore()
-        middle = len(requests) // 2
-        first = self._edit_within_memory(records[:middle], requests[:middle])
-        return first + self._edit_within_memory(records[middle:], requests[middle:])
-
-    def _edit(self, records: Sequence[RawRecord], requests: Sequence[EditRequest]) -> list[Row]:
+    def _process(self, records: Sequence[RawRecord], requests: Sequence[EditRequest]) -> list[Row]:
         config = self._job.config
         objective = self._objective()
         with stage("encode"):

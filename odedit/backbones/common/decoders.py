@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -49,6 +49,11 @@ class Decoder(ABC):
         self.hidden_size = int(stack.config.hidden_size)
         self.max_positions = max_positions
         self.vocabulary_size = len(head.weight)
+
+    def layer_values(self) -> Iterator[Tensor]:
+        """Weights and buffers of all layers."""
+        yield from self._layers.parameters()
+        yield from self._layers.buffers()
 
     def site(self, name: str) -> nn.Linear:
         """The linear module of `layers.<n>.<part>`. Raises InputError as `locate`."""

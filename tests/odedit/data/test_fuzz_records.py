@@ -21,9 +21,16 @@ FUZZ = settings(fuzzing.FUZZ, max_examples=150)
 TEXT = st.text(st.characters(codec=None), max_size=12)
 SCALAR = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
 JSON = st.recursive(SCALAR, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4))
-PROBE = st.fixed_dictionaries({}, optional={"prompt": JSON, "target": JSON, "image": JSON, "other": JSON})
+PROBE = st.fixed_dictionaries({}, optional={"prompt": JSON, "target": JSON, "image": JSON, "fact": JSON, "other": JSON})
 PROBES = st.dictionaries(TEXT | st.sampled_from(["m_loc_near", "t_loc_far", "a_gen", "text_locality"]), PROBE | JSON)
-OPTIONAL = {"edit_id": JSON, "task": JSON, "probes": JSON | PROBES, "held_out": JSON | PROBES}
+OPTIONAL = {
+    "edit_id": JSON,
+    "task": JSON,
+    "loc_fact": JSON,
+    "m_loc_fact": JSON,
+    "probes": JSON | PROBES,
+    "held_out": JSON | PROBES,
+}
 CHANGES = st.dictionaries(st.sampled_from(list(record())), JSON, max_size=2)
 RECORD = st.builds(
     lambda changes, extra: record() | changes | extra, CHANGES, st.fixed_dictionaries({}, optional=OPTIONAL)

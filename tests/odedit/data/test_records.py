@@ -7,7 +7,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from odedit.data.fields import ImageReference, held_out_texts, probe_texts, request_images
+from odedit.data.fields import FACTS, ImageReference, held_out_texts, probe_texts, request_images
 from odedit.data.records import RawRecord, read_records
 from odedit.errors import InputError
 from tests.support.mmedit_files import caption, record, write_array
@@ -23,7 +23,7 @@ def read_one(tmp_path, fields, **options):
 def test_the_record_shown_on_the_page_has_every_field_and_is_usable(tmp_path):
     (text,) = re.findall(r"```json\n(.*?)```", (ROOT / "odedit/data/README.md").read_text(), flags=re.DOTALL)
     shown = json.loads(text)
-    assert set(shown) == {*FIELDS, "edit_id", "fact", "task", "probes", "held_out"}
+    assert set(shown) == {*FIELDS, *FACTS, "edit_id", "task", "probes", "held_out"}
     item = read_one(tmp_path, shown)
     assert (item.problem, item.edit_id, item.fields) == ("", shown["edit_id"], shown)
     assert set(probe_texts(item.fields, item.task)) == {"t_gen", "m_gen", "t_loc", "m_loc", *shown["probes"]}
@@ -206,6 +206,9 @@ PROBE = {"prompt": "p", "target": "t", "image": "x.png"}
         ("probes", {"far_gen": PROBE | {"image": ""}}, "empty field: probes['far_gen'].image"),
         ("probes", {"far_gen": PROBE | {"prompt": "x" * 60_000}}, "text too long: probes['far_gen'].prompt has 60,000"),
         ("probes", {"far_gen": PROBE | {"img": "x"}}, "unknown key: probes['far_gen'] has 'img'"),
+        ("probes", {"far_loc": PROBE | {"fact": 3}}, "wrong type: probes['far_loc'].fact is a number"),
+        ("probes", {"far_loc": PROBE | {"fact": " "}}, "empty field: probes['far_loc'].fact"),
+        ("held_out", {"text_rephrase": PROBE | {"fact": "f"}}, "unknown key: held_out['text_rephrase'] has 'fact'"),
         ("held_out", {"locality": PROBE}, "unknown slot: held_out has 'locality'"),
         ("held_out", {"edit": PROBE}, "unknown slot: held_out has 'edit'"),
         ("held_out", {"text_rephrase": PROBE | {"prompt": ""}}, "empty field: held_out['text_rephrase'].prompt"),
@@ -234,6 +237,22 @@ def test_probes_and_the_images_they_need(tmp_path):
     assert held_out_texts(fields, "vqa")["text_locality"].image is None
     expected = [image, rephrased, ImageReference(fields["m_loc"]), texts["m_loc_near"].image, ImageReference("x.png")]
     assert request_images(fields) == expected
+
+
+@pytest.mark.parametrize("name", ["fact", "loc_fact", "m_loc_fact"])
+def test_a_bad_fact(tmp_path, name):
+    assert read_one(tmp_path, record(**{name: 3})).problem == f"wrong type: field {name!r} is a number, expected text"
+    assert read_one(tmp_path, record(**{name: ""})).problem == f"empty field: field {name!r} is empty"
+
+
+def test_facts_that_probes_ask_about(tmp_path):
+    near = PROBE | {"fact": "colour of car 2"}
+    fields = record(1, loc_fact="author of book 1", m_loc_fact="colour of car 1", probes={"m_loc_near": near})
+    assert read_one(tmp_path, fields).problem == ""
+    asked = {name: text.fact for name, text in probe_texts(fields, "vqa").items()}
+    assert asked == {"t_gen": None, "m_gen": None, "t_loc": "author of book 1"} | {
+        "m_loc": "colour of car 1", "m_loc_near": "colour of car 2",
+    }  # fmt: skip
 
 
 def test_limit_counts_usable_records(tmp_path):
