@@ -21,10 +21,12 @@ from odedit.errors import Explained, InputError, StorageError, one_sentence
 from odedit.runtime.stages import stage
 from pipeline.run_folder.rows import Row
 from pipeline.workers.editor import EditActor
+from pipeline.workers.group import GroupWorker
 from pipeline.workers.plan import CPUS_PER_PREPARER, Job, Plan
 from pipeline.workers.preparer import Preparer, write_traceback
 from pipeline.workers.profile import EDIT, LOADING, OTHER, PREPARE, Clock, Profile
 from pipeline.workers.request_cache import RequestCache
+from pipeline.workers.scoring import ScoreActor
 
 MAX_BLOCKS = 512
 """Blocks of a large run with few actors; the run reports its progress once per block."""
@@ -104,7 +106,6 @@ class _Stage(ABC):
     would see a page of traceback after several retries.
     """
 
-    Worker: type
     KIND: str
 
     def __init__(self, jobs: Sequence[Job]) -> None:
@@ -123,6 +124,10 @@ class _Stage(ABC):
         return result | {"seconds": [json.dumps(before | {self.KIND: account.seconds})]}
 
     @abstractmethod
+    def _worker_class(self, job: Job) -> type:
+        """Class of the job's worker."""
+
+    @abstractmethod
     def _work(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Processes one group; returns the columns for the next stage."""
 
@@ -138,27 +143,37 @@ class _Stage(ABC):
         return self._workers[index]
 
     def _make(self, index: int) -> Any:
+        job = self._jobs[index]
+        worker = self._worker_class(job)
         try:
-            return self.Worker(self._jobs[index], *self._shared)
+            return worker(job, *self._shared)
         except Exception as error:
-            return _unexpected(error, self._jobs[index], self.Worker.__name__)
+            return _unexpected(error, job, worker.__name__)
+
+
+def worker_class(job: Job) -> type[GroupWorker]:
+    """Class of the worker that makes a job's rows."""
+    return EditActor if job.scored is None else ScoreActor
 
 
 def _model(job: Job) -> tuple[object, ...]:
     """The settings that decide which model a worker loads."""
-    return job.config.backbone, job.config.pipeline.feature_store
+    scored = () if job.scored is None else (job.scored.checkpoint, job.scored.committed)
+    return job.config.backbone, job.config.pipeline.feature_store, scored
 
 
 class PrepareStage(_Stage):
     """`{"job", "group"}` -> `{"job", "prepared"}`; pickled, since a request is not a table."""
 
-    Worker = Preparer
     KIND = PREPARE
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         super().__init__(jobs)
         # A single run prepares every record once and needs no cache.
         self._shared = (RequestCache(),) if len(jobs) > 1 else ()
+
+    def _worker_class(self, job: Job) -> type:
+        return Preparer
 
     def _work(self, batch: dict[str, Any]) -> dict[str, Any]:
         index, group = int(batch["job"][0]), int(batch["group"][0])
@@ -179,8 +194,10 @@ class PrepareStage(_Stage):
 class EditStage(_Stage):
     """`{"job", "prepared"}` -> one report per group."""
 
-    Worker = EditActor
     KIND = EDIT
+
+    def _worker_class(self, job: Job) -> type:
+        return worker_class(job)
 
     def _work(self, batch: dict[str, Any]) -> dict[str, Any]:
         index, prepared = int(batch["job"][0]), cloudpickle.loads(batch["prepared"][0])

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from odedit import world
 from odedit.errors import InputError, counted
+from odedit.evaluation.edited import Edited
+from odedit.runtime.brief import brief
+from odedit.ways.base import Fit
 from pipeline.config.run import AUTO, EMBEDDED, BackboneConfig, PipelineConfig, RunConfig
 from pipeline.run_folder.sources import Sources
 from pipeline.run_folder.workspace import Workspace
@@ -21,6 +24,31 @@ CPUS_PER_PREPARER = 0.25
 SMALL_MODEL_BYTES = 2**30
 GROUPS_PER_ACTOR = 8
 """Groups of a small model per actor: starting an actor takes longer than editing a few groups."""
+
+
+@dataclass(frozen=True)
+class ScoredModel:
+    """A whole model that records are scored on.
+
+    Attributes:
+        checkpoint: Folder or hub id of a checkpoint; None: `committed` is scored.
+        committed: File of a committed model that acts on the unedited one, see `odedit.ways.common.files`.
+        edited: What the records in the model edit.
+        left_out: Reason per record that is not in the model and gets a skipped row, by the record's index.
+        fits: How each record was learned, by edit id; empty if unknown.
+        columns: Columns of every row that describe the model.
+        text: Text file whose perplexity is measured; None: none.
+    """
+
+    checkpoint: str | None
+    committed: str | None = None
+    edited: Edited = field(default_factory=Edited)
+    left_out: Mapping[int, str] = field(default_factory=dict)
+    fits: Mapping[str, Fit] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)
+    text: str | None = None
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True)
@@ -36,6 +64,7 @@ class Job:
         num_threads: CPU threads of the worker.
         memory_share: Share of the device's memory that the worker may use.
         profile: Whether the worker reports its times by stage.
+        scored: Model that the records are scored on; None: every record is edited by itself.
     """
 
     config: RunConfig
@@ -45,6 +74,7 @@ class Job:
     num_threads: int = 1
     memory_share: float = 1.0
     profile: bool = False
+    scored: ScoredModel | None = None
 
     def __post_init__(self) -> None:
         tracking = replace(self.config.tracking, uri=None)

@@ -52,10 +52,13 @@ class Preparer:
         self._job = job
         self._cache = cache if cache is not None else RequestCache(max_bytes=0)
         config = job.config
-        self._locality = staging.reads_locality(config)
+        self._supervision, self._locality = config.supervision, staging.reads_locality(config)
+        if job.scored is not None:  # nothing is trained: the scored rephrases are read anyway
+            self._supervision = replace(config.supervision, rephrase_source="record", rephrase_noise=0.0)
+            self._locality = False
         self._cache_key = (  # with the record, everything that a request depends on
             job.sources,
-            config.supervision,
+            self._supervision,
             self._locality,
             config.backbone.family,
             config.backbone.checkpoint,
@@ -90,7 +93,7 @@ class Preparer:
             request = self._cache.get(key)
             if request is None:
                 request = build_request(
-                    record, self._job.sources.reader, config.supervision, self._pool, locality=self._locality
+                    record, self._job.sources.reader, self._supervision, self._pool, locality=self._locality
                 )
                 request = process(request, self._processor, shared)
                 self._cache.put(key, request)

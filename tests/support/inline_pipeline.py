@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from pipeline.workers import graph, ray_session
-from pipeline.workers.editor import EditActor
 from pipeline.workers.plan import Job, Plan, make_plan
 from pipeline.workers.preparer import Preparer
 
@@ -21,7 +20,7 @@ def run_graph(
     workers: dict[int, Any] = {}
     for job, group in pending:
         if job not in workers:
-            workers[job] = Preparer(jobs[job]), EditActor(jobs[job])
+            workers[job] = Preparer(jobs[job]), graph.worker_class(jobs[job])(jobs[job])
         preparer, actor = workers[job]
         yield job, group, actor(preparer(group))
 
