@@ -130,6 +130,34 @@ def edit(
 
 
 @app.command()
+def commit(
+    config: Annotated[Path, typer.Option(help="YAML file as for `odedit edit`; the section `commit` names the way.")],
+    overrides: Overrides = None,
+    edits_from: Annotated[
+        str | None,
+        typer.Option(
+            "--from", metavar="RUN", help="Run whose finished edits are used (routed, sum), instead of new ones."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print settings and plan, stop.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the earlier run in `out` first.")] = False,
+) -> None:
+    """Commits all records to one model, and scores every record on it.
+
+    The same command resumes an interrupted run. Results: OUT/model (what you serve), OUT/results/*.parquet,
+    OUT/summary.json, OUT/report.html, and the same in MLflow.
+
+    Example: odedit commit --config run.yaml out=runs/one-model
+    """
+    with _explained():
+        from pipeline import commands
+
+        commands.commit(config, overrides or [], edits_from, dry_run=dry_run, fresh=fresh)
+
+
+@app.command()
 def train(
     editor: Annotated[str, typer.Argument(metavar="EDITOR", help="mend or unike.")],
     config: Annotated[Path, typer.Option(help="YAML file as for `odedit edit`; training.path is the file of records.")],

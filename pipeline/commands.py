@@ -18,9 +18,9 @@ from odedit.editing.files import EditInfo
 from odedit.errors import InputError, NothingUsable, counted
 from odedit.runtime.addresses import masked
 from odedit.storage.location import Location, locate
-from pipeline.config.run import Dtype, RunConfig, apply_override, from_dict, load, read_yaml
+from pipeline.config.run import Dtype, RunConfig, apply_override, from_dict, load, load_commit, read_yaml
 from pipeline.console import say
-from pipeline.driver.preflight import preview
+from pipeline.driver.preflight import CheckStaged, preview
 from pipeline.driver.run import Outcome, run
 from pipeline.report import page
 from pipeline.run_folder import rows
@@ -32,7 +32,7 @@ from pipeline.workers.profile import Profile
 
 def edit(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: bool, profile: bool = False) -> None:
     """`odedit edit`."""
-    config = load(path, overrides)
+    config = replace(load(path, overrides), commit=None)
     errors = Console(stderr=True)
     if dry_run:
         _show_plan(config, fresh=fresh)
@@ -42,12 +42,33 @@ def edit(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: bool, pr
     show_outcome(outcome)
     if measured is not None and measured.records:
         Console().print(measured.table())
+    _check_any_edited(outcome)
+
+
+def _check_any_edited(outcome: Outcome) -> None:
+    """Raises NothingUsable if no record of the run was edited."""
     if not outcome.summary["n"]:
         counts = ", ".join(f"{outcome.summary[status]} {status}" for status in ("failed", "skipped"))
         raise NothingUsable(
             f"No record was edited ({counts}):\n{lines(outcome.summary['reasons'])}\n"
             f"The reason of every record is in {outcome.workspace.results}."
         )
+
+
+def commit(path: Path, overrides: Sequence[str], edits_from: str | None, *, dry_run: bool, fresh: bool) -> None:
+    """`odedit commit`."""
+    from pipeline.driver import commit as driver
+
+    config = load_commit(path, overrides)
+    if dry_run:
+        config = driver.with_edits_of(config, edits_from)
+        driver.check(config, edits_from)
+        _show_plan(config, fresh=fresh, check_staged=driver.Conflicts(config))
+        return
+    outcome = driver.commit(config, Console(stderr=True), edits_from=edits_from, fresh=fresh)
+    show_outcome(outcome)
+    say(Console(), f"Model:   {outcome.workspace.model}")
+    _check_any_edited(outcome)
 
 
 def train(editor: str, path: Path, overrides: Sequence[str], out: str | None, *, fresh: bool) -> Location:
@@ -68,12 +89,12 @@ def train(editor: str, path: Path, overrides: Sequence[str], out: str | None, *,
     return run_training(config, out, errors, fresh=fresh)
 
 
-def _show_plan(config: RunConfig, *, fresh: bool) -> None:
+def _show_plan(config: RunConfig, *, fresh: bool, check_staged: CheckStaged | None = None) -> None:
     """Checks a run and prints its resolved configuration and plan; writes nothing."""
     from pipeline.workers import ray_session
     from pipeline.workers.plan import machine_cpus, machine_gpus, make_plan
 
-    ready = preview(config, fresh=fresh)
+    ready = preview(config, fresh=fresh, check_staged=check_staged)
     num_groups, num_usable, out = len(ready.staged.usable), ready.staged.num_usable, ready.workspace.out
     groups = f"{counted(num_groups, 'group')} of {ready.config.pipeline.batch_size}"
     records = f"{counted(num_usable, 'usable record')} in {groups}, {ready.staged.problems} skipped"

@@ -126,6 +126,7 @@ class Way(Protocol):
         uses_edits: True when the way takes finished single edits. The run makes them first, unless they are given.
         needs_pool: True when the way cannot work without records of a pool.
         is_parallel: True when several workers may share one task.
+        is_plain: True when `write` makes a checkpoint that needs no odedit.
     """
 
     Config: ClassVar[type]
@@ -134,6 +135,7 @@ class Way(Protocol):
     uses_edits: ClassVar[bool]
     needs_pool: ClassVar[bool]
     is_parallel: ClassVar[bool]
+    is_plain: ClassVar[bool]
 
     def check(self, editor: Editor, name: str) -> None:
         """Raises InputError if the way cannot use the editor of this name."""
@@ -167,6 +169,7 @@ class PlainWay:
     uses_edits: ClassVar[bool] = False
     needs_pool: ClassVar[bool] = False
     is_parallel: ClassVar[bool] = False
+    is_plain: ClassVar[bool] = True
 
     def __init__(self, config: Any) -> None:
         self.config = config

@@ -326,19 +326,25 @@ class _Trainer:
         return replace(training, settled=settled, worst=tuple(worst), curves=curves, stop_reason=reason)
 
     def _worst(self, params: EditParams) -> list[float]:
-        """NLL of the worst answer token of each record: its own question about its picture, and its rephrase."""
+        """NLL of the worst token of the answers that the objective trains, for each record, on its own pictures."""
         worst: list[float] = []
         for start in range(0, len(self._records), _CHECKED_AT_ONCE):
             part = self._records[start : start + _CHECKED_AT_ONCE]
-            asked = [[about(record.wordings[0], next(iter(record.own), None)),
-                      about(record.wordings[-1], next(iter(record.other), None))] for record in part]  # fmt: skip
-            rows = flat(self._examples.features.batch([r.edit_id for r in part], (EDIT, REPHRASE), asked))
+            asked = [
+                [
+                    about(record.wordings[0], next(iter(record.own), None)),
+                    about(record.wordings[-1], next(iter(record.other), None)),
+                ]
+                for record in part
+            ]
+            batch = self._examples.features.batch([record.edit_id for record in part], (EDIT, REPHRASE), asked)
+            rows = flat(batch.select(self._objective.trained_slots(batch)))
             states = edited_states(self._backbone, self._editor, params, rows)
             mask = rows.target_mask_EKT
             log_p_MV = self._backbone.head(states[mask]).log_softmax(-1)
             nll_M = -log_p_MV.gather(-1, rows.target_EKT[mask].unsqueeze(-1)).squeeze(-1)
             nll = torch.zeros(mask.shape, device=nll_M.device).masked_scatter(mask, nll_M)
-            worst += nll.amax(-1).reshape(len(part), 2).amax(-1).tolist()
+            worst += nll.amax(-1).reshape(len(part), -1).amax(-1).tolist()
         return worst
 
     def save(self, training: _Training) -> None:

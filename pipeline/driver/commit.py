@@ -14,17 +14,20 @@ from odedit.editing.files import read_info
 from odedit.errors import InputError, counted
 from odedit.runtime.addresses import below
 from odedit.storage.location import Location
+from odedit.ways.base import Fit
+from odedit.ways.common.files import read_committed_info
 from pipeline.config.run import RunConfig, load
 from pipeline.console import say
 from pipeline.driver.preflight import Ready, prepare, update
 from pipeline.driver.progress import Steps
-from pipeline.driver.run import Outcome, announce, run
+from pipeline.driver.run import Outcome, announce, run, score_into
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.run_folder import rows, staging
+from pipeline.run_folder.contradictions import LeftOut, OnConflict, find
 from pipeline.run_folder.workspace import Workspace, read_json
 from pipeline.workers import ray_session
 from pipeline.workers.committing import CommitJob, way_of
-from pipeline.workers.plan import Job
+from pipeline.workers.plan import Job, Plan, ScoredModel
 
 SINGLE = "single"
 """Folder in `out` of the single edits that a way uses."""
@@ -83,13 +86,58 @@ def commit(config: RunConfig, console: Console, *, edits_from: str | None = None
     """
     config = with_edits_of(config, edits_from)
     check(config, edits_from)
-    ready = prepare(config, fresh=fresh)
+    conflicts = Conflicts(config)
+    ready = prepare(config, fresh=fresh, check_staged=conflicts)
     announce(ready, console)
     with terminate_as_interrupt(), ray_session.shared():
         if not (read_json(ready.workspace.run) or {}).get(_IS_WRITTEN):
             edits = _finished_edits(ready, edits_from, console, fresh=fresh)
-            _make(ready, edits, console)
-    raise NotImplementedError
+            _make(ready, CommitJob(_job(ready), frozenset(conflicts.left_out.reasons), edits), console)
+        return score_into(ready, console, _scored(ready, conflicts.left_out))
+
+
+class Conflicts:
+    """Check of staged records for contradictions and duplicates.
+
+    Attributes:
+        left_out: Records that do not go into the model, known after the check.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        assert config.commit is not None
+        self._on_conflict: OnConflict = config.commit.settings.on_conflict
+        self.left_out = LeftOut()
+
+    def __call__(self, workspace: Workspace, sources: Sources) -> None:
+        """Raises InputError for a contradiction that is to be refused."""
+        self.left_out = find(staging.usable_records(workspace.records), sources.reader, self._on_conflict)
+
+
+def _scored(ready: Ready, left_out: LeftOut) -> ScoredModel:
+    """The model as the scoring workers load it."""
+    workspace, config = ready.workspace, ready.config
+    info = read_committed_info(workspace.committed)
+    problems = info.details["problems"]
+    reasons = dict(left_out.reasons)
+    if problems:
+        every = staging.usable_records(workspace.records)
+        reasons |= {record.index: problems[record.edit_id] for record in every if record.edit_id in problems}
+    is_plain = way_of(config).is_plain
+    return ScoredModel(
+        checkpoint=str(workspace.model) if is_plain else None,
+        committed=None if is_plain else str(workspace.committed),
+        edited=left_out.edited,
+        left_out=reasons,
+        fits={edit_id: Fit(**fit) for edit_id, fit in info.details["fits"].items()},
+        columns={"model": config.commit_way},
+    )
+
+
+def _job(ready: Ready, plan: Plan | None = None) -> Job:
+    job = Job(ready.config, ready.sources, ready.workspace)
+    if plan is None:
+        return job
+    return replace(job, device=plan.device, num_threads=plan.threads_per_actor, memory_share=plan.memory_share)
 
 
 def _finished_edits(
@@ -125,7 +173,7 @@ def _check_same_records(ready: Ready, files: Mapping[str, Location]) -> None:
             )
 
 
-def _make(ready: Ready, edits: Mapping[str, Location] | None, console: Console) -> None:
+def _make(ready: Ready, commit_job: CommitJob, console: Console) -> None:
     """Makes the model and writes it, or goes on with both."""
     from pipeline.workers import training_group
 
@@ -144,12 +192,11 @@ def _make(ready: Ready, edits: Mapping[str, Location] | None, console: Console) 
             console,
             f"Making one model of {counted(ready.staged.num_usable, 'record')} ({config.commit_way}, {device}).",
         )
-        job = Job(config, ready.sources, workspace, plan.device, plan.threads_per_actor, plan.memory_share)
         steps = stack.enter_context(Steps(console))
 
         def show(progress: Mapping[str, Any]) -> None:
             steps.observe(progress["doing"], progress["number"], progress["total"], progress["figures"])
 
-        training_group.train(CommitJob(job, edits=edits), plan, num_workers, show)
+        training_group.train(replace(commit_job, job=_job(ready, plan)), plan, num_workers, show)
     workspace.training.delete()
     update(workspace, **{_IS_WRITTEN: True})
