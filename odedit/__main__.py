@@ -158,6 +158,32 @@ def commit(
 
 
 @app.command()
+def score(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or hub id of a checkpoint, or folder of a committed model.")
+    ],
+    config: Annotated[Path, typer.Option(help="YAML file as for `odedit edit`; backbone is the unedited model.")],
+    overrides: Overrides = None,
+    text: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Also measure the perplexity of this text, before and after.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in `out` first.")] = False,
+) -> None:
+    """Scores the records of a file on one whole model, against the unedited model.
+
+    The same command resumes an interrupted run. Results: OUT/results/*.parquet, OUT/kept.parquet, OUT/summary.json,
+    OUT/report.html, and the same in MLflow.
+
+    Example: odedit score merged --config run.yaml out=runs/merged
+    """
+    with _explained():
+        from pipeline import score
+
+        score.score(model, config, overrides or [], text, dry_run=dry_run, fresh=fresh)
+
+
+@app.command()
 def train(
     editor: Annotated[str, typer.Argument(metavar="EDITOR", help="mend or unike.")],
     config: Annotated[Path, typer.Option(help="YAML file as for `odedit edit`; training.path is the file of records.")],

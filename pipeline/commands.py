@@ -20,7 +20,7 @@ from odedit.runtime.addresses import masked
 from odedit.storage.location import Location, locate
 from pipeline.config.run import Dtype, RunConfig, apply_override, from_dict, load, load_commit, read_yaml
 from pipeline.console import say
-from pipeline.driver.preflight import CheckStaged, preview
+from pipeline.driver.preflight import Ready, preview
 from pipeline.driver.run import Outcome, run
 from pipeline.report import page
 from pipeline.run_folder import rows
@@ -35,18 +35,18 @@ def edit(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: bool, pr
     config = replace(load(path, overrides), commit=None)
     errors = Console(stderr=True)
     if dry_run:
-        _show_plan(config, fresh=fresh)
+        show_plan(preview(config, fresh=fresh), config)
         return
     measured = Profile() if profile else None
     outcome = run(config, errors, fresh=fresh, profile=measured)
     show_outcome(outcome)
     if measured is not None and measured.records:
         Console().print(measured.table())
-    _check_any_edited(outcome)
+    check_any(outcome)
 
 
-def _check_any_edited(outcome: Outcome) -> None:
-    """Raises NothingUsable if no record of the run was edited."""
+def check_any(outcome: Outcome) -> None:
+    """Raises NothingUsable if no record was edited or scored."""
     if not outcome.summary["n"]:
         counts = ", ".join(f"{outcome.summary[status]} {status}" for status in ("failed", "skipped"))
         raise NothingUsable(
@@ -63,12 +63,12 @@ def commit(path: Path, overrides: Sequence[str], edits_from: str | None, *, dry_
     if dry_run:
         config = driver.with_edits_of(config, edits_from)
         driver.check(config, edits_from)
-        _show_plan(config, fresh=fresh, check_staged=driver.Conflicts(config))
+        show_plan(preview(config, fresh=fresh, check_staged=driver.Conflicts(config)), config)
         return
     outcome = driver.commit(config, Console(stderr=True), edits_from=edits_from, fresh=fresh)
     show_outcome(outcome)
     say(Console(), f"Model:   {outcome.workspace.model}")
-    _check_any_edited(outcome)
+    check_any(outcome)
 
 
 def train(editor: str, path: Path, overrides: Sequence[str], out: str | None, *, fresh: bool) -> Location:
@@ -89,12 +89,15 @@ def train(editor: str, path: Path, overrides: Sequence[str], out: str | None, *,
     return run_training(config, out, errors, fresh=fresh)
 
 
-def _show_plan(config: RunConfig, *, fresh: bool, check_staged: CheckStaged | None = None) -> None:
-    """Checks a run and prints its resolved configuration and plan; writes nothing."""
+def show_plan(ready: Ready, config: RunConfig) -> None:
+    """Prints the resolved configuration and the plan of a checked run.
+
+    Args:
+        config: Configuration as the user gave it.
+    """
     from pipeline.workers import ray_session
     from pipeline.workers.plan import machine_cpus, machine_gpus, make_plan
 
-    ready = preview(config, fresh=fresh, check_staged=check_staged)
     num_groups, num_usable, out = len(ready.staged.usable), ready.staged.num_usable, ready.workspace.out
     groups = f"{counted(num_groups, 'group')} of {ready.config.pipeline.batch_size}"
     records = f"{counted(num_usable, 'usable record')} in {groups}, {ready.staged.problems} skipped"
@@ -118,14 +121,19 @@ def _show_plan(config: RunConfig, *, fresh: bool, check_staged: CheckStaged | No
         print(f"# MLflow: {masked(store_uri(config.tracking, out))}")
 
 
-def show_outcome(outcome: Outcome) -> None:
-    """Prints a run's summary and the locations of its files."""
+def show_outcome(outcome: Outcome, title: str | None = None, files: str = "results/, edits/") -> None:
+    """Prints a run's summary and the locations of its files.
+
+    Args:
+        title: Title of the table; None: the method.
+        files: Files and folders of the results beside report and summary.
+    """
     out = Console()
-    title = f"{outcome.summary['editor']}, {outcome.summary['objective']} objective"
+    title = title or f"{outcome.summary['editor']}, {outcome.summary['objective']} objective"
     out.print(page.summary_table(outcome.summary, title))
     if outcome.summary["n"] and outcome.summary["reasons"]:
         say(out, f"Not edited:\n{lines(outcome.summary['reasons'])}")
-    say(out, f"Results: {outcome.workspace.out} (report.html, summary.json, results/, edits/)")
+    say(out, f"Results: {outcome.workspace.out} (report.html, summary.json, {files})")
     if outcome.tracking_uri:
         say(out, f"MLflow:  {open_command(outcome.tracking_uri)}")
 

@@ -31,6 +31,7 @@ FLOORS = (
     ("pipeline.training",),
     ("pipeline.study",),
     ("pipeline.commands", "pipeline.demo", "tune"),
+    ("pipeline.score",),
     ("odedit.__main__",),
 )
 """Floors from top to bottom. A room may import rooms on the floors above its own, and no other room on its own floor;

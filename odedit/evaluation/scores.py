@@ -197,7 +197,7 @@ def evaluate_model(
     def both(part: EditBatch) -> _Readouts:
         other = part if features_NLD is None else replace(part, features_NLD=features_NLD)
         before, after = (
-            _Asked.at(model, sequences, config, _TOP_SITE, positionwise=True).answers()
+            _Asked.at(model, sequences, config, TOP_SITE, positionwise=True).answers()
             for model, sequences in ((unedited, part), (edited, other))
         )
         return before, after
@@ -205,7 +205,7 @@ def evaluate_model(
     return [row for _, part in _fitting(unedited, batch) for row in _rows(unedited, part, both)]
 
 
-_TOP_SITE = ("layers.-1.ffn.out",)
+TOP_SITE = ("layers.-1.ffn.out",)
 """Site above everything that positions exchange, from which a forward without edits goes on."""
 
 

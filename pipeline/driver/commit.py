@@ -24,6 +24,7 @@ from pipeline.driver.run import Outcome, announce, run, score_into
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.run_folder import rows, staging
 from pipeline.run_folder.contradictions import LeftOut, OnConflict, find
+from pipeline.run_folder.sources import Sources
 from pipeline.run_folder.workspace import Workspace, read_json
 from pipeline.workers import ray_session
 from pipeline.workers.committing import CommitJob, way_of

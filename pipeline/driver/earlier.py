@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from odedit.backbones import fingerprint
@@ -43,12 +44,26 @@ class Earlier:
     notes: tuple[str, ...]
 
 
-def find(config: RunConfig, inputs: Sources, workspace: Workspace, *, fresh: bool) -> Earlier:
-    """Compares the run with the earlier run in `out`. Raises InputError if they differ, or `out` holds other files."""
+def find(
+    config: RunConfig,
+    inputs: Sources,
+    workspace: Workspace,
+    *,
+    fresh: bool,
+    identity: Mapping[str, Any] = MappingProxyType({}),
+) -> Earlier:
+    """Compares the run with the earlier run in `out`.
+
+    Args:
+        identity: What the results depend on besides settings and input files, by name.
+
+    Raises:
+        InputError: The runs differ, or `out` holds other files.
+    """
     inputs.reader.check_roots()
-    settings = compared_settings(config, inputs)
+    settings = compared_settings(config, inputs) | dict(identity)
     _check_config_is_ours(workspace)
-    before, notes = _own_run(workspace, inputs)
+    before, notes = _own_run(workspace, inputs, identity)
     is_replaced = False
     if before is None:
         _check_free(workspace, fresh=fresh)
@@ -80,7 +95,9 @@ def _check_config_is_ours(workspace: Workspace) -> None:
         )
 
 
-def _own_run(workspace: Workspace, inputs: Sources) -> tuple[dict[str, Any] | None, list[str]]:
+def _own_run(
+    workspace: Workspace, inputs: Sources, identity: Mapping[str, Any]
+) -> tuple[dict[str, Any] | None, list[str]]:
     """Content of the folder's run.json, or None if there is none, and notes for the user.
 
     The settings of a damaged run.json are read from config.yaml.
@@ -96,7 +113,7 @@ def _own_run(workspace: Workspace, inputs: Sources) -> tuple[dict[str, Any] | No
             f"{workspace.run} is damaged. the settings are read from {workspace.config.name}; whether the input files "
             "have changed cannot be checked."
         )
-        return {"settings": compared_settings(load(workspace.config), inputs)}, [note]
+        return {"settings": compared_settings(load(workspace.config), inputs) | dict(identity)}, [note]
     if workspace.run.exists():
         raise InputError(f"out: {workspace.run} was not written by odedit. Choose another folder (out=...).")
     return None, []
@@ -132,8 +149,10 @@ def clear(workspace: Workspace) -> None:
                 os.rmdir(folder)
     for folder in workspace.written_models:
         folder.delete_folder()
-    files = ("records", "pool", "calibration", "committed", "training", "progress", "config", "summary", "profile")
-    for name in (*files, "report", "run"):
+    for name in (
+        *("records", "pool", "calibration", "committed", "training", "progress", "config", "summary", "kept", "text"),
+        *("profile", "report", "run"),
+    ):
         getattr(workspace, name).delete()
 
 

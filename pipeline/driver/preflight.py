@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from odedit.storage.location import at, delete_all
@@ -30,7 +31,7 @@ from pipeline.run_folder.workspace import (
 from pipeline.tracking import client
 from pipeline.workers import ray_session
 from pipeline.workers.model import SETTING, with_checked_store
-from pipeline.workers.plan import machine_cpus, machine_gpus, make_plan
+from pipeline.workers.plan import ScoredModel, machine_cpus, machine_gpus, make_plan
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Ready:
         staged: Staged records.
         code: Version of the code.
         notes: Notes for the user, on changed settings and on the earlier run in `out`.
+        scored: Model that the records are scored on; None: every record is edited by itself.
     """
 
     config: RunConfig
@@ -52,6 +54,7 @@ class Ready:
     staged: Staged
     code: str
     notes: tuple[str, ...] = ()
+    scored: ScoredModel | None = None
 
     @property
     def pending(self) -> list[int]:
@@ -75,6 +78,7 @@ def prepare(
     fresh: bool = False,
     is_storage_tried: bool = False,
     check_staged: CheckStaged | None = None,
+    identity: Mapping[str, Any] = MappingProxyType({}),
 ) -> Ready:
     """Checks the run, stages its input, and decides whether it resumes an earlier run in `out`.
 
@@ -82,13 +86,14 @@ def prepare(
         fresh: Whether an existing run is replaced.
         is_storage_tried: Whether storage above `out` has been written to already, as in `check`.
         check_staged: Further check of the staged records.
+        identity: What the results depend on besides settings and input files, by name.
 
     Raises:
         InputError: A setting or the input is wrong, or `out` holds another run. No new folder stays.
     """
     config, workspace, fitting_notes = check(config, fresh=fresh, is_storage_tried=is_storage_tried)
     inputs = sources.resolve(config.data, config.out)
-    earlier = find(config, inputs, workspace, fresh=fresh)
+    earlier = find(config, inputs, workspace, fresh=fresh, identity=identity)
     with new_local_folder(workspace.out):
         if earlier.is_new or earlier.is_replaced:
             with staging.staged_aside(config, inputs, workspace) as staged:
@@ -109,13 +114,19 @@ def prepare(
     return Ready(config, workspace, inputs, staged, code, notes)
 
 
-def preview(config: RunConfig, *, fresh: bool = False, check_staged: CheckStaged | None = None) -> Ready:
+def preview(
+    config: RunConfig,
+    *,
+    fresh: bool = False,
+    check_staged: CheckStaged | None = None,
+    identity: Mapping[str, Any] = MappingProxyType({}),
+) -> Ready:
     """As `prepare`, but stages into a temporary folder and changes nothing in `out`; for `--dry-run`."""
     config, workspace, fitting_notes = check(config, fresh=fresh)
     with _staged_for_check(config) as (inputs, staged, aside):
         if check_staged is not None:
             check_staged(aside, inputs)
-        earlier = find(config, inputs, workspace, fresh=fresh)
+        earlier = find(config, inputs, workspace, fresh=fresh, identity=identity)
         return Ready(config, workspace, inputs, staged, code_version(), (*fitting_notes, *earlier.notes))
 
 

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -21,12 +21,12 @@ from pipeline.driver.progress import Progress
 from pipeline.interrupts import raise_if_interrupted, terminate_as_interrupt
 from pipeline.run_folder import repair
 from pipeline.run_folder.rows import PROGRESS_COLUMNS, digest, parts, read_rows, unify
-from pipeline.run_folder.summary import summarize_results
+from pipeline.run_folder.summary import summarize_kept, summarize_results
 from pipeline.run_folder.workspace import Workspace, read_json, write_json
 from pipeline.tracking.client import store_uri
 from pipeline.tracking.runs import EditRun
-from pipeline.workers import ray_session
-from pipeline.workers.plan import Job, Plan
+from pipeline.workers import kept, ray_session
+from pipeline.workers.plan import Job, Plan, ScoredModel
 from pipeline.workers.profile import Profile
 
 
@@ -70,6 +70,20 @@ def run(config: RunConfig, console: Console, *, fresh: bool = False, profile: Pr
                 write_json(ready.workspace.profile, profile.to_json())
 
 
+def score_into(ready: Ready, console: Console, scored: ScoredModel, *, profile: Profile | None = None) -> Outcome:
+    """Scores or goes on scoring the records of a prepared run on one model, as rows of `odedit edit`.
+
+    Args:
+        ready: Result of `prepare`.
+        console: Console for progress.
+        scored: The model, what its records edit, and how they were learned.
+
+    Raises:
+        Errors of `run`.
+    """
+    return _run_ready([replace(ready, scored=scored)], console, parent_run=None, profile=profile)[0]
+
+
 def run_many(
     configs: Sequence[RunConfig], console: Console, *, fresh: bool = False, parent_run: str | None = None
 ) -> list[Outcome]:
@@ -105,20 +119,25 @@ def _run_ready(
     ready: Sequence[Ready], console: Console, parent_run: str | None, profile: Profile | None = None
 ) -> list[Outcome]:
     pending = [(index, group) for index, run in enumerate(ready) for group in run.pending]
-    if pending:
-        ray_session.check_reachable(ready[pending[0][0]].config.pipeline)
+    unmeasured = [run for run in ready if run.scored is not None and not kept.is_measured(run.workspace, run.scored)]
+    waiting = [*(ready[index] for index, _ in pending), *unmeasured]
+    if waiting:
+        ray_session.check_reachable(waiting[0].config.pipeline)
     with terminate_as_interrupt(), ExitStack() as stack:
         for run in ready:
             stack.enter_context(_forgetting_attempts(run.workspace))
         runs = [stack.enter_context(_OpenRun(run, parent_run)) for run in ready]
         if len(runs) == 1:
             runs[0].start()  # before the first result, so that MLflow shows the run while it works
-        if pending:
-            first = ready[pending[0][0]].config
-            plan = stack.enter_context(ray_session.connected(first.pipeline, first.backbone, len(pending), console))
+        if waiting:
+            first = waiting[0].config
+            plan = stack.enter_context(ray_session.connected(first.pipeline, first.backbone, len(waiting), console))
             # Again, since Ray has installed a signal handler that exits the process at once.
             stack.enter_context(terminate_as_interrupt())
-            _edit(runs, pending, plan, console, profile)
+            if pending:
+                _edit(runs, pending, plan, console, profile)
+            for run in unmeasured:
+                _measure_kept(run, plan, console)
         return [run.finish(console) for run in runs]
 
 
@@ -208,6 +227,8 @@ class _OpenRun:
         self._tracker = EditRun.start(
             ready.config, ready.workspace, state.get("run_id"), ready.code, dataset, self._parent_run
         )
+        if ready.scored is not None:
+            self._tracker.set_tags({f"odedit.{name}": value for name, value in ready.scored.columns.items()})
         update(ready.workspace, run_id=self._tracker.run_id)
 
     def _store_time(self) -> None:
@@ -228,6 +249,27 @@ class _OpenRun:
         return self._outcome
 
 
+def _job(ready: Ready, plan: Plan, *, is_profiled: bool = False) -> Job:
+    return Job(
+        ready.config,
+        ready.sources,
+        ready.workspace,
+        plan.device,
+        plan.threads_per_actor,
+        plan.memory_share,
+        is_profiled,
+        ready.scored,
+    )
+
+
+def _measure_kept(ready: Ready, plan: Plan, console: Console) -> None:
+    """Asks the pool's own questions, and measures the text."""
+    from pipeline.workers import graph
+
+    say(console, "Asking the pool's own questions ...")
+    graph.run_task(kept.measure, _job(ready, plan), plan)
+
+
 def _edit(
     runs: Sequence[_OpenRun],
     pending: Sequence[tuple[int, int]],
@@ -240,18 +282,7 @@ def _edit(
 
     say(console, f"Plan: {plan}.")
     ready = [run.ready for run in runs]
-    jobs = [
-        Job(
-            run.config,
-            run.sources,
-            run.workspace,
-            plan.device,
-            plan.threads_per_actor,
-            plan.memory_share,
-            profile is not None,
-        )
-        for run in ready
-    ]
+    jobs = [_job(run, plan, is_profiled=profile is not None) for run in ready]
     num_left = Counter(index for index, _ in pending)
     total = sum(run.staged.num_usable + run.staged.problems for run in ready)
     finished = [part for run in ready for part in parts(run.workspace)]
@@ -270,6 +301,11 @@ def _edit(
                 runs[index].finish(None)
 
 
+def _of_model(ready: Ready) -> dict[str, Any]:
+    """Entries of the summary of a scored model."""
+    return {} if ready.scored is None else dict(ready.scored.columns) | summarize_kept(ready.workspace)
+
+
 def _finish(ready: Ready, tracker: EditRun | None, console: Console | None) -> Outcome:
     """Writes summary and report, and logs the run."""
     from pipeline.report import page
@@ -281,11 +317,15 @@ def _finish(ready: Ready, tracker: EditRun | None, console: Console | None) -> O
     repair.remove_temporaries(workspace)
     unify(workspace)
     state = read_json(workspace.run)
-    summary = summarize_results(workspace, config) | {
-        "wall_seconds": state["seconds"],
-        "code": state["code"],
-        "software": state["software"],
-    }
+    summary = (
+        summarize_results(workspace, config)
+        | _of_model(ready)
+        | {
+            "wall_seconds": state["seconds"],
+            "code": state["code"],
+            "software": state["software"],
+        }
+    )
     write_json(workspace.summary, summary)
     page.write_run_report(workspace, summary)
     if tracker is not None:

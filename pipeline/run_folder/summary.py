@@ -6,6 +6,7 @@ import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from odedit.storage.location import Location
 from pipeline.config.run import RunConfig
 from pipeline.run_folder.reasons import Reasons
 from pipeline.run_folder.rows import EDITED, FAILED, SKIPPED, parts, read_rows, read_table, supervision_name
-from pipeline.run_folder.workspace import Workspace, read_schema
+from pipeline.run_folder.workspace import Workspace, read_json, read_schema
 
 _VALUES_AT_ONCE = 2**19
 
@@ -54,6 +55,21 @@ def summarize_results(workspace: Workspace, config: RunConfig) -> dict[str, Any]
             if (e := estimates.get(name)) is not None
         },
     }
+
+
+def summarize_kept(workspace: Workspace) -> dict[str, Any]:
+    """Means of `kept` and `kept_text` with intervals clustered by fact, and the figures of the text, if measured."""
+    summary: dict[str, Any] = {}
+    if workspace.kept.exists():
+        columns = read_table(workspace.kept).to_pydict()
+        for name in ("kept", "kept_text"):
+            known = [index for index, value in enumerate(columns[name]) if value is not None]
+            if known:
+                values, facts = ([columns[key][index] for index in known] for key in (name, "fact"))
+                summary[name] = asdict(estimate_column([float(value) for value in values], facts))
+    if (text := read_json(workspace.text)) is not None:
+        summary["text"] = text
+    return summary
 
 
 def _hash(text: str) -> int:

@@ -111,6 +111,16 @@ class Workspace:
         return self.out / "summary.json"
 
     @property
+    def kept(self) -> Location:
+        """Whether a scored model gives the pool's own answers; see `pipeline.workers.kept`."""
+        return self.out / "kept.parquet"
+
+    @property
+    def text(self) -> Location:
+        """NLL of a text before and after."""
+        return self.out / "text.json"
+
+    @property
     def profile(self) -> Location:
         return self.out / "profile.json"
 

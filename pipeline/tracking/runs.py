@@ -94,7 +94,8 @@ class EditRun(Tracker):
 
     def _log_metrics(self, summary: Mapping[str, Any]) -> None:
         values: dict[str, float] = {name: float(summary[name]) for name in ("n", "failed", "skipped")}
-        for name, figure in summary["metrics"].items():
+        kept = {name: summary[name] for name in ("kept", "kept_text") if name in summary}
+        for name, figure in (summary["metrics"] | kept).items():
             values |= {
                 name: figure["mean"],
                 column(name, LOW): figure["low"],

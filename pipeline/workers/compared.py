@@ -10,7 +10,8 @@ import torch
 from odedit.backbones import Backbone, encode_evaluation, is_connector
 from odedit.editors.base import Editor
 from odedit.errors import InputError
-from odedit.evaluation.scores import EvaluationConfig, Row, evaluate_model, evaluate_together
+from odedit.evaluation import perplexity
+from odedit.evaluation.scores import TOP_SITE, EvaluationConfig, Row, evaluate_model, evaluate_together
 from odedit.inputs.batch import EditParams, EditRequest
 from odedit.inputs.prompts import Template
 from odedit.runtime.brief import brief
@@ -85,6 +86,29 @@ class Compared:
                 own = torch.stack(list(self.edited.image_features(pictures).values()))
         with stage("evaluation"):
             return evaluate_model(self.unedited, self.edited, batch, own, config)
+
+    def text_nll(self, text: str) -> tuple[float, float, int]:
+        """Mean NLL per token of a text before and after, without a picture, and the number of tokens.
+
+        Raises:
+            InputError: The text has no token to predict.
+        """
+        sites = TOP_SITE if self.editor is None else self.editor.sites
+        positionwise = self.editor is None or self.editor.positionwise
+        before = after = 0.0
+        count = 0
+        for batch in perplexity.windows(self.unedited, text, sites):
+            nll, number = perplexity.total_nll(self.unedited, batch, sites, positionwise)
+            before, count = before + nll, count + number
+            if self.edited is not None:
+                after += perplexity.total_nll(self.edited, batch, sites, positionwise)[0]
+                continue
+            assert self.editor is not None and self.params is not None
+            with self.editor.together(self.unedited, self.params, batch):
+                after += perplexity.total_nll(self.unedited, batch, sites, positionwise)[0]
+        if not count:
+            raise InputError("the text has no token that another precedes.")
+        return before / count, after / count, count
 
 
 def check_alike(unedited: Backbone, edited: Backbone) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -82,6 +82,33 @@ def run_graph(
         if profile is not None:
             profile.add(report["seconds"], len(rows))
         yield int(report["job"]), int(report["group"]), rows
+
+
+def run_task(work: Callable[[Job], None], job: Job, plan: Plan) -> None:
+    """Runs `work` once, with the resources of one actor.
+
+    Raises:
+        InputError: Raised by `work`.
+        GraphError: `work` failed otherwise, or its worker died again and again.
+    """
+    task = ray.remote(_reported).options(num_cpus=plan.cpus_per_actor, num_gpus=plan.gpus_per_actor or None)
+    try:
+        report = ray.get(task.remote(work, job))
+    except ray.exceptions.RayError as error:
+        raise GraphError(f"Ray ended the run: {one_sentence(error)}") from error
+    if report:
+        raise (InputError if report["is_input"] else GraphError)(report["fatal"])
+
+
+def _reported(work: Callable[[Job], None], job: Job) -> dict[str, Any]:
+    """Calls `work`; returns the report of its error, or an empty one."""
+    try:
+        work(job)
+    except StorageError as error:
+        return _storage_failure(error)
+    except Exception as error:
+        return _unexpected(error, job, work.__name__)
+    return {}
 
 
 def raise_fatal(report: Mapping[str, Any], jobs: Sequence[Job]) -> None:

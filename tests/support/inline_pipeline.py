@@ -34,3 +34,4 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ray_session, "connected", connected)
     monkeypatch.setattr(graph, "run_graph", run_graph)
+    monkeypatch.setattr(graph, "run_task", lambda work, job, plan: work(job))

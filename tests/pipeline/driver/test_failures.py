@@ -74,7 +74,8 @@ def test_a_fatal_error_is_one_sentence_and_no_further_group_is_edited(expected: 
             raise OSError(28, "No space left") if expected is graph.GraphError else InputError("No space left")
 
     class Stage(graph.EditStage):
-        Worker = Failing
+        def _worker_class(self, job: object) -> type:
+            return Failing
 
     job: Any = SimpleNamespace(config=SimpleNamespace(backbone=None), profile=False)
     stage = Stage([job])
