@@ -131,30 +131,51 @@ def edit(
 
 @app.command()
 def commit(
-    config: Annotated[Path, typer.Option(help="YAML file as for `odedit edit`; the section `commit` names the way.")],
     overrides: Overrides = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file as for `odedit edit`; its section `commit` names the way.")
+    ] = None,
     edits_from: Annotated[
         str | None,
         typer.Option(
-            "--from", metavar="RUN", help="Run whose finished edits are used (routed, sum), instead of new ones."
+            "--from", metavar="RUN", help="Run whose finished edits are used (routed, sum); default: new ones."
         ),
     ] = None,
+    change: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Run of `odedit commit` whose model is changed, instead of --config."),
+    ] = None,
+    remove: Annotated[
+        list[str] | None, typer.Option(metavar="EDIT_ID", help="Record to take out of that model; repeatable.")
+    ] = None,
+    add: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Records to commit to that model in addition.")
+    ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print settings and plan, stop.")
+        bool, typer.Option("--dry-run", help="Check everything, print settings and plan, and write nothing.")
     ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the earlier run in `out` first.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in `out` first.")] = False,
 ) -> None:
     """Commits all records to one model, and scores every record on it.
 
     The same command resumes an interrupted run. Results: OUT/model (what you serve), OUT/results/*.parquet,
-    OUT/summary.json, OUT/report.html, and the same in MLflow.
+    OUT/summary.json, OUT/report.html, and the same in MLflow. --change makes a new model from an earlier one.
 
     Example: odedit commit --config run.yaml out=runs/one-model
     """
     with _explained():
         from pipeline import commands
 
-        commands.commit(config, overrides or [], edits_from, dry_run=dry_run, fresh=fresh)
+        commands.commit(
+            config,
+            overrides or [],
+            edits_from=edits_from,
+            change=change,
+            remove=remove or [],
+            add=add,
+            dry_run=dry_run,
+            fresh=fresh,
+        )
 
 
 @app.command()

@@ -55,15 +55,30 @@ def check_any(outcome: Outcome) -> None:
         )
 
 
-def commit(path: Path, overrides: Sequence[str], edits_from: str | None, *, dry_run: bool, fresh: bool) -> None:
+def commit(
+    path: Path | None,
+    overrides: Sequence[str],
+    *,
+    edits_from: str | None,
+    change: str | None,
+    remove: Sequence[str],
+    add: str | None,
+    dry_run: bool,
+    fresh: bool,
+) -> None:
     """`odedit commit`."""
     from pipeline.driver import commit as driver
 
-    config = load_commit(path, overrides)
+    if (path is None) == (change is None):
+        raise InputError("Give --config FILE for a new model, or --change RUN for a changed one.")
+    if change is None and (remove or add is not None):
+        raise InputError("--remove and --add change a model that exists; name its run with --change RUN.")
+    config = load_commit(path, overrides) if change is None else driver.changed(change, remove, add, overrides)
     if dry_run:
         config = driver.with_edits_of(config, edits_from)
         driver.check(config, edits_from)
-        show_plan(preview(config, fresh=fresh, check_staged=driver.Conflicts(config)), config)
+        conflicts, identity = driver.Conflicts(config), driver.further_inputs(config)
+        show_plan(preview(config, fresh=fresh, check_staged=conflicts, identity=identity), config)
         return
     outcome = driver.commit(config, Console(stderr=True), edits_from=edits_from, fresh=fresh)
     show_outcome(outcome)

@@ -30,9 +30,21 @@ class WayConfig(Settings):
     Attributes:
         on_conflict: Treatment of records that give one question different answers: `refuse` ends the command before
             any work, `first` and `last` keep the first or the last of them.
+        remove: Ids of records that do not go into the model.
+        add: Further files of records, with the same folders of pictures.
+        start: Folder of a run of `odedit commit` that this one changes: its edits are kept, or training starts from its
+            model; null: from the unedited model.
     """
 
     on_conflict: Literal["refuse", "first", "last"] = "refuse"
+    remove: tuple[str, ...] = ()
+    add: tuple[str, ...] = ()
+    start: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("remove", "add"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -47,8 +59,11 @@ class Task:
         requests: Records to commit. With several workers each has its own share, see `odedit.runtime.parallel`.
         pool: Requests of the pool, with their probes; the same on every worker, possibly empty.
         seed: Seed of the run.
-        edits: Finished edits in the order of `requests`, stacked; None unless the way `uses_edits`.
-        start: Parameters of an earlier model that training starts from; None: from the unedited model.
+        edits: Finished edits, stacked, of the `requests` that are not in `start_ids`, in their order; None if there
+            are none, and for a way that uses none.
+        start: Parameters of the model that is changed; None: there is none.
+        start_ids: Records in that model, in the order of its `CommittedInfo.edit_ids`.
+        removed: Records of that model that the new one is to answer as the unedited model does.
         state: File of the state of unfinished work; None: none is kept.
     """
 
@@ -61,6 +76,8 @@ class Task:
     seed: int = 0
     edits: EditParams | None = None
     start: EditParams | None = None
+    start_ids: Sequence[str] = ()
+    removed: Sequence[EditRequest] = ()
     state: Location | None = None
 
     __repr__ = brief

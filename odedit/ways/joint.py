@@ -43,6 +43,8 @@ _WARMUP_STEPS = 20
 """Steps over which the learning rate rises to its full value; then it falls by a cosine."""
 _LEAST_STEPS, _STEPS_PER_RECORD = 400, 100 / 24
 """`steps: auto`: largest of the first, and the second times the number of records."""
+_SHARE_OF_CHANGE = 0.5
+"""Share of these steps where a model is changed, which starts from its parameters."""
 _CHECKED_AT_ONCE = 64
 
 
@@ -132,7 +134,8 @@ class Joint(PlainWay):
         config, editor = self.config, task.editor
         reading = Reading(config.copies, config.candidates, task.seed)
         examples: Examples | None = None
-        for progress in read(task.backbone, task.template, editor.sites, task.requests, task.pool, reading):
+        sources = task.requests, task.pool, reading, task.removed
+        for progress in read(task.backbone, task.template, editor.sites, *sources):
             if isinstance(progress, Examples):
                 examples = progress
             else:
@@ -161,11 +164,13 @@ class _Trainer:
         self._config, self._task, self._examples = config, task, examples
         self._backbone, self._editor, self._objective = task.backbone, task.editor, task.objective
         self._records = examples.records
+        self._trained = [*examples.records, *examples.restored]
         num_records = sum(parallel.gathered(len(self._records)))
         if not num_records:
             first = next(iter(examples.problems.values()), "there is none.")
             raise InputError(f"data.path: no record can be committed; first: {first}")
-        wanted = max(_LEAST_STEPS, math.ceil(_STEPS_PER_RECORD * num_records))
+        share = 1.0 if task.start is None else _SHARE_OF_CHANGE
+        wanted = math.ceil(share * max(_LEAST_STEPS, _STEPS_PER_RECORD * num_records))
         self.num_steps: int = wanted if config.steps == "auto" else config.steps
         self._check_every = max(config.check_every, math.ceil(num_records / config.records))
         self._multiplier = SharedMultiplier(self._objective.config, self.num_steps, task.seed)
@@ -187,7 +192,7 @@ class _Trainer:
 
     def _any_sequence(self) -> TokenSequence:
         """A sequence of some record; a worker without records has those of the pool."""
-        return self._records[0].wordings[0] if self._records else self._examples.kept[0]
+        return self._trained[0].wordings[0] if self._trained else self._examples.kept[0]
 
     def is_check(self, step: int) -> bool:
         return step % self._check_every == 0 or step == self.num_steps
@@ -201,7 +206,7 @@ class _Trainer:
         gradients = {name: torch.zeros_like(value) for name, value in params.items()}
         figures = torch.zeros(2, device=self._backbone.device)
         dual = training.dual
-        if self._records:
+        if self._trained:
             loss, dual = self._of_records(params, training, generator)
             _add_gradients(gradients, params, loss)
             figures[0] = loss.detach()
@@ -229,9 +234,9 @@ class _Trainer:
 
     def _of_records(self, params: EditParams, training: _Training, generator: torch.Generator) -> tuple[Tensor, Dual]:
         """Loss of the step's records, with the objective's penalty, and the dual variable."""
-        count = min(self._share, len(self._records))
-        numbers = draw(count, len(self._records), training.step * count, self._task.seed)
-        batch = self._drawn_batch([self._records[number] for number in numbers], generator)
+        count = min(self._share, len(self._trained))
+        numbers = draw(count, len(self._trained), training.step * count, self._task.seed)
+        batch = self._drawn_batch([self._trained[number] for number in numbers], generator)
         batch = batch.select(self._objective.slots(self._editor, batch))
         rows = flat(batch)
         prefix = self._backbone.prefix(rows, *self._editor.sites, positionwise=self._editor.positionwise)

@@ -10,8 +10,8 @@ from typing import ClassVar
 
 from odedit.editors.base import Editor, Mergeable
 from odedit.errors import InputError
-from odedit.inputs.batch import EditParams
 from odedit.ways.base import Committed, Fit, PlainWay, Step, Task, WayConfig
+from odedit.ways.common.stacked import edits_of
 
 
 class Sum(PlainWay):
@@ -29,11 +29,9 @@ class Sum(PlainWay):
             )
 
     def commit(self, task: Task) -> Generator[Step, None, Committed]:
-        assert task.edits is not None, "the run makes the edits first"
         yield Step(1, 1, doing="adding up")
         fits = {request.edit_id: Fit(0, "summed") for request in task.requests}
-        params: EditParams = task.edits
-        return Committed(params, fits)
+        return Committed(edits_of(task), fits)
 
 
 WAY = Sum

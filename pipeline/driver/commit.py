@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -10,13 +10,14 @@ from typing import Any
 from rich.console import Console
 
 from odedit import editors
+from odedit.data.records import RawRecord
 from odedit.editing.files import read_info
 from odedit.errors import InputError, counted
 from odedit.runtime.addresses import below
 from odedit.storage.location import Location
 from odedit.ways.base import Fit
 from odedit.ways.common.files import read_committed_info
-from pipeline.config.run import RunConfig, load
+from pipeline.config.run import RunConfig, apply_override, from_dict, load, read_yaml
 from pipeline.console import say
 from pipeline.driver.preflight import Ready, prepare, update
 from pipeline.driver.progress import Steps
@@ -24,7 +25,7 @@ from pipeline.driver.run import Outcome, announce, run, score_into
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.run_folder import rows, staging
 from pipeline.run_folder.contradictions import LeftOut, OnConflict, find
-from pipeline.run_folder.sources import Sources
+from pipeline.run_folder.sources import Sources, absolute, identity_of
 from pipeline.run_folder.workspace import Workspace, read_json
 from pipeline.workers import ray_session
 from pipeline.workers.committing import CommitJob, way_of
@@ -49,6 +50,43 @@ def with_edits_of(config: RunConfig, edits_from: str | None) -> RunConfig:
             f"--from: {workspace.out} holds no run; expected the folder that `odedit edit` wrote to (out)."
         )
     return replace(config, editor=load(workspace.config).editor)
+
+
+def changed(run_folder: str, remove: Sequence[str], add: str | None, overrides: Sequence[str]) -> RunConfig:
+    """The configuration of a run that changes the model of an earlier one.
+
+    Args:
+        run_folder: Folder or address of the earlier run of `odedit commit`.
+        remove: Ids of records to take out of the model.
+        add: File of records to commit in addition.
+        overrides: Further settings, of which `out` must be one.
+
+    Raises:
+        InputError: There is no such model, or the new one would replace it.
+    """
+    before = Workspace.of(run_folder)
+    if not before.config.exists() or not (read_json(before.run) or {}).get(_IS_WRITTEN):
+        raise InputError(
+            f"--change: {before.out} holds no committed model; expected `out` of a finished `odedit commit`."
+        )
+    values = read_yaml(before.config)
+    section = values.get("commit") or {}
+    section["remove"] = [*section.get("remove", ()), *remove]
+    section["add"] = [*section.get("add", ()), *([absolute(add)] if add is not None else [])]
+    section["start"] = absolute(run_folder)
+    config = from_dict_with(values | {"commit": section}, overrides)
+    if Workspace.of(config.out).out.path == before.out.path:
+        raise InputError(
+            "out: the changed model goes to a folder of its own, so that the earlier one stays; set out=..."
+        )
+    return config
+
+
+def from_dict_with(values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
+    """The run described by a mapping, with overrides applied."""
+    for text in overrides:
+        apply_override(values, text)
+    return from_dict(values)
 
 
 def check(config: RunConfig, edits_from: str | None) -> None:
@@ -88,17 +126,36 @@ def commit(config: RunConfig, console: Console, *, edits_from: str | None = None
     config = with_edits_of(config, edits_from)
     check(config, edits_from)
     conflicts = Conflicts(config)
-    ready = prepare(config, fresh=fresh, check_staged=conflicts)
+    ready = prepare(config, fresh=fresh, check_staged=conflicts, identity=further_inputs(config))
     announce(ready, console)
     with terminate_as_interrupt(), ray_session.shared():
         if not (read_json(ready.workspace.run) or {}).get(_IS_WRITTEN):
             edits = _finished_edits(ready, edits_from, console, fresh=fresh)
-            _make(ready, CommitJob(_job(ready), frozenset(conflicts.left_out.reasons), edits), console)
+            start = _start(ready.config)
+            left_out = frozenset(conflicts.left_out.reasons)
+            _make(ready, CommitJob(_job(ready), left_out, edits, None if start is None else start.committed), console)
         return score_into(ready, console, _scored(ready, conflicts.left_out))
 
 
+def further_inputs(config: RunConfig) -> dict[str, str]:
+    """Further files that the model depends on, with their sizes and times."""
+    assert config.commit is not None
+    names = {f"commit.add {number}": path for number, path in enumerate(config.commit.settings.add)}
+    start = _start(config)
+    if start is not None:
+        names["commit.start"] = str(start.committed)
+    return {name: identity_of(path, "commit.add" if "add" in name else name) for name, path in names.items()}
+
+
+def _start(config: RunConfig) -> Workspace | None:
+    """Folder of the run whose model is changed."""
+    assert config.commit is not None
+    start = config.commit.settings.start
+    return None if start is None else Workspace.of(start)
+
+
 class Conflicts:
-    """Check of staged records for contradictions and duplicates.
+    """Check of staged records for removed ones, contradictions and duplicates.
 
     Attributes:
         left_out: Records that do not go into the model, known after the check.
@@ -107,11 +164,27 @@ class Conflicts:
     def __init__(self, config: RunConfig) -> None:
         assert config.commit is not None
         self._on_conflict: OnConflict = config.commit.settings.on_conflict
+        self._removed = frozenset(config.commit.settings.remove)
         self.left_out = LeftOut()
 
     def __call__(self, workspace: Workspace, sources: Sources) -> None:
-        """Raises InputError for a contradiction that is to be refused."""
-        self.left_out = find(staging.usable_records(workspace.records), sources.reader, self._on_conflict)
+        """Raises InputError for a contradiction that is to be refused, or a removed record that does not exist."""
+        every = staging.usable_records(workspace.records)
+        removed: dict[str, int] = {}
+
+        def kept() -> Iterator[RawRecord]:
+            for record in every:
+                if record.edit_id in self._removed:
+                    removed[record.edit_id] = record.index
+                else:
+                    yield record
+
+        left_out = find(kept(), sources.reader, self._on_conflict)
+        unknown = sorted(self._removed - removed.keys())
+        if unknown:
+            raise InputError(f"commit.remove: no usable record has the id {unknown[0]!r}. `odedit edits` lists them.")
+        reasons = {index: "left out: removed from the model (commit.remove)." for index in removed.values()}
+        self.left_out = replace(left_out, reasons={**left_out.reasons, **reasons})
 
 
 def _scored(ready: Ready, left_out: LeftOut) -> ScoredModel:
@@ -147,11 +220,17 @@ def _finished_edits(
     """Files of the single edits by edit id, made first unless they are given; None for a way that uses none."""
     if not way_of(ready.config).uses_edits:
         return None
+    assert ready.config.commit is not None
+    added: tuple[str, ...] = ready.config.commit.settings.add
+    if _start(ready.config) is not None and edits_from is None and not added:
+        return {}
     if edits_from is None:
         out = below(ready.config.out, SINGLE)
         say(console, f"Single edits first, in {Workspace.of(out).out}:")
         tracking = replace(ready.config.tracking, enabled=False)
         single = replace(ready.config, commit=None, out=out, keep_edits=True, tracking=tracking)
+        if _start(ready.config) is not None:  # the edits of the other records are in the model that is changed
+            single = replace(single, data=replace(single.data, path=added[-1], limit=None))
         workspace = run(single, console, fresh=fresh).workspace
     else:
         workspace = Workspace.of(edits_from)

@@ -54,7 +54,7 @@ class Sources:
     def identity(self) -> dict[str, str]:
         """Path, size and modification time of each input, to detect changes. Raises InputError if a file is missing."""
         files = {"data.path": self.path, "data.pool": self.pool}
-        return {name: _identity(path, name) for name, path in files.items() if path is not None}
+        return {name: identity_of(path, name) for name, path in files.items() if path is not None}
 
 
 def resolve(data: DataConfig, out: Path | str) -> Sources:
@@ -155,7 +155,8 @@ def absolute(text: str) -> str:
     return text if "://" in text else os.path.abspath(os.path.expanduser(text))
 
 
-def _identity(path: str, setting: str) -> str:
+def identity_of(path: str, setting: str) -> str:
+    """Path, size and modification time of an input. Raises InputError if it is missing."""
     location = locate(path, setting)
     try:
         info = location.info()

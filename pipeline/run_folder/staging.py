@@ -12,7 +12,7 @@ import tempfile
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,23 @@ def _is_staged(location: Location) -> bool:
 
 
 def _records(config: RunConfig, sources: Sources, check: Check) -> Iterator[RawRecord]:
-    return read_records(sources.path, task=config.data.task, limit=config.data.limit, check=check)
+    """The records of the run's file, and of the further files of a run that commits, numbered on."""
+    records = read_records(sources.path, task=config.data.task, limit=config.data.limit, check=check)
+    added = () if config.commit is None else config.commit.settings.add
+    if not added:
+        yield from records
+        return
+    seen: set[str] = set()
+    count = 0
+    for path in (None, *added):
+        first = count
+        for record in records if path is None else read_records(path, task=config.data.task, check=check):
+            count = max(count, first + record.index + 1)
+            problem = record.problem
+            if record.edit_id in seen and not problem:
+                problem = f"repeated edit id: {record.edit_id!r} is that of a record in another file"
+            seen.add(record.edit_id)
+            yield replace(record, index=first + record.index, problem=problem)
 
 
 def _write(config: RunConfig, sources: Sources, path: Path, check: Check) -> None:

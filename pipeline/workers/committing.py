@@ -7,7 +7,7 @@ interrupted goes on from the stored state; parameters that exist are not made ag
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -52,7 +52,7 @@ class CommitJob:
         job: The run.
         left_out: Positions of the records that do not go into the model.
         edits: Files of finished single edits by edit id, for a way that uses them.
-        start: File of a committed model from which training starts; None: from the unedited model.
+        start: File of the committed model that is changed; None: there is none.
     """
 
     job: Job
@@ -85,17 +85,23 @@ def work(config: Mapping[str, CommitJob]) -> None:
 class Requests(Sequence[EditRequest]):
     """Edit requests of records, built when they are read; recent ones stay in memory."""
 
-    def __init__(self, records: Sequence[RawRecord], build: Any) -> None:
-        self._records, self._build = records, build
+    def __init__(self, records: Sequence[RawRecord], build: Callable[[RawRecord], EditRequest]) -> None:
+        self.records, self._build = records, build
         self._cache = RequestCache(KEPT_BYTES)
 
+    def of(self, records: Sequence[RawRecord]) -> Requests:
+        """Requests of other records, built alike; those in memory stay there."""
+        other = Requests(records, self._build)
+        other._cache = self._cache
+        return other
+
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self.records)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        record = self._records[index]
+        record = self.records[index]
         request = self._cache.get(record.edit_id)
         if request is None:
             request = self._build(record)
@@ -161,16 +167,23 @@ class _Worker:
     def _task(self) -> tuple[Task, dict[str, str]]:
         """The worker's task, and the reason per record that cannot be read."""
         config = self._config
-        with_pool = [] if self._pool is None else self._pool_requests(self._pool)
-        requests, problems = self._requests()
+        pool = [] if self._pool is None else self._pool_requests(self._pool)
+        start, start_ids = None, frozenset[str]()
+        ids: tuple[str, ...] = ()
+        if self._commit_job.start is not None:
+            start, info = load_committed(self._commit_job.start, self._job.device)
+            ids, start_ids = info.edit_ids, frozenset(info.edit_ids)
+        requests, problems = self._requests(lambda record: record.index not in self._commit_job.left_out)
+        removed, _ = self._requests(
+            lambda record: record.index in self._commit_job.left_out and record.edit_id in start_ids
+        )
         edits = None
         if self._commit_job.edits is not None:
-            edits, requests, missing = self._finished_edits(requests)
+            edits, requests, missing = self._finished_edits(requests, start_ids)
             problems |= missing
         objective = objectives.Objective(
             config.objective.settings, Calibration(self._job, self._backbone, self._template).bandwidth()
         )
-        start = self._commit_job.start
         return (
             Task(
                 backbone=self._backbone,
@@ -178,20 +191,22 @@ class _Worker:
                 editor=self._editor,
                 objective=objective,
                 requests=requests,
-                pool=with_pool,
+                pool=pool,
                 seed=config.seed,
                 edits=edits,
-                start=None if start is None else load_committed(start, self._job.device)[0],
+                start=start,
+                start_ids=ids,
+                removed=removed,
                 state=self._workspace.training,
             ),
             problems,
         )
 
-    def _requests(self) -> tuple[Requests, dict[str, str]]:
-        """The worker's share of the records, and the reason per record whose pictures cannot be read."""
+    def _requests(self, is_wanted: Callable[[RawRecord], bool]) -> tuple[Requests, dict[str, str]]:
+        """The worker's share of these records, and the reason per record whose pictures cannot be read."""
         config, reader = self._config, self._job.sources.reader
         locality = staging.reads_locality(config)
-        every = (r for r in staging.usable_records(self._workspace.records) if r.index not in self._commit_job.left_out)
+        every = filter(is_wanted, staging.usable_records(self._workspace.records))
         mine = [record for number, record in enumerate(every) if number % parallel.count() == parallel.rank()]
 
         def build(record: RawRecord) -> EditRequest:
@@ -205,7 +220,7 @@ class _Worker:
                 requests[number]
             except (ImageError, InputError) as error:
                 problems[record.edit_id] = str(error)
-        return Requests([record for record in mine if record.edit_id not in problems], build), problems
+        return requests.of([record for record in mine if record.edit_id not in problems]), problems
 
     def _pool_requests(self, pool: Pool) -> Requests:
         """The pool's records whose pictures can be read, with their rephrases and probes."""
@@ -221,21 +236,25 @@ class _Worker:
             with suppress(ImageError, InputError):
                 requests[number]
                 readable.append(record)
-        return Requests(readable, build)
+        return requests.of(readable)
 
-    def _finished_edits(self, requests: Requests) -> tuple[EditParams, Requests, dict[str, str]]:
-        """The edits' parameters, the records that have one, and the reason per record without."""
+    def _finished_edits(
+        self, requests: Requests, start_ids: Collection[str]
+    ) -> tuple[EditParams | None, Requests, dict[str, str]]:
+        """Parameters of the new edits, the records that have an edit, and the reason per record without."""
         files = self._commit_job.edits or {}
-        kept = [record for record in requests._records if record.edit_id in files]
+        records = requests.records
+        has_edit = {*files, *start_ids}
+        kept = [record for record in records if record.edit_id in has_edit]
         missing = {
             record.edit_id: "it has no finished edit; its row in the run of single edits says why."
-            for record in requests._records
-            if record.edit_id not in files
+            for record in records
+            if record.edit_id not in has_edit
         }
         if not kept:
             raise InputError(f"none of the records has a finished edit; first without: {listed(list(missing)[:3])}.")
-        params = stack_params([load_edit(files[record.edit_id])[0] for record in kept])
-        return params, Requests(kept, requests._build), missing
+        new = [load_edit(files[record.edit_id])[0] for record in kept if record.edit_id not in start_ids]
+        return stack_params(new) if new else None, requests.of(kept), missing
 
     def _show(self, step: Step) -> None:
         """Writes the progress, at most once a second."""

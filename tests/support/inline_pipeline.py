@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.workers import graph, ray_session
+from odedit.errors import InputError
+from pipeline.workers import committing, graph, ray_session, training_group
 from pipeline.workers.plan import Job, Plan, make_plan
 from pipeline.workers.preparer import Preparer
 
@@ -32,6 +33,13 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     def connected(pipeline: Any, backbone: Any, num_groups: int, console: Any = None) -> Iterator[Plan]:
         yield make_plan(pipeline, backbone, 1, 0, num_groups)
 
+    def train(commit_job: Any, plan: Plan, num_workers: int, show: Any) -> None:
+        committing.work({"commit": commit_job})
+        problem = committing.failure(commit_job.job.workspace)
+        if problem:
+            raise InputError(problem)
+
+    monkeypatch.setattr(training_group, "train", train)
     monkeypatch.setattr(ray_session, "connected", connected)
     monkeypatch.setattr(graph, "run_graph", run_graph)
     monkeypatch.setattr(graph, "run_task", lambda work, job, plan: work(job))

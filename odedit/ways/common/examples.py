@@ -66,12 +66,14 @@ class Examples:
 
     Attributes:
         records: One example per record that the model takes.
+        restored: One example per removed record, whose answers are those of the unedited model.
         kept: Questions of the pool with the unedited model's answers.
         features: Features of all pictures.
         problems: Reason per record that the model does not take, by edit id.
     """
 
     records: Sequence[Example]
+    restored: Sequence[Example]
     kept: Sequence[TokenSequence]
     features: Features
     problems: Mapping[str, str]
@@ -101,6 +103,7 @@ def read(
     requests: Sequence[EditRequest],
     pool: Sequence[EditRequest],
     reading: Reading,
+    removed: Sequence[EditRequest] = (),
 ) -> Iterator[tuple[str, int, int] | Examples]:
     """Makes the examples: yields what is done, how many of how many, and at last the `Examples`."""
     features = Features(backbone, any(is_connector(site) for site in sites))
@@ -129,9 +132,10 @@ def read(
     for number, draft in enumerate(drafts):
         yield "negatives of the records", number, len(drafts)
         records.append(maker.with_negatives(draft, replaced[draft.edit_id], everywhere, near))
+    restored = [maker.restored(request, end, everywhere, near) for request in removed]
     # A pictured question whose unedited answer is replaced somewhere may ask about an edited fact.
     kept = [sequence for sequence in kept if sequence.picture is None or _answer(sequence) not in everywhere]
-    yield Examples(records, kept, features, problems)
+    yield Examples(records, restored, kept, features, problems)
 
 
 def _answer(sequence: TokenSequence) -> Tokens:
@@ -205,6 +209,13 @@ class _Maker:
             supervision={slot: self.sequence(probe) for slot, probe in rest.items()},
             negatives=() if blind is None else (blind,),
         )
+
+    def restored(self, request: EditRequest, end: int | None, everywhere: Collection[Tokens], near: _Near) -> Example:
+        """The example of a removed record: its questions about its pictures, with the unedited answers."""
+        draft = self.draft(request, end)
+        pictures = (next(iter(draft.own), None), next(iter(draft.other), None))
+        asked = [about(sequence, key) for sequence, key in zip(draft.wordings, pictures, strict=False)]
+        return self.with_negatives(replace(draft, wordings=tuple(self.answered(asked))), (), everywhere, near)
 
     @property
     def _seed(self) -> int:
