@@ -324,7 +324,10 @@ def load_commit(path: LocationLike | None, overrides: Sequence[str] = ()) -> Run
         apply_override(values, text)
     section = values.get("commit")
     way = section.get("way") if isinstance(section, Mapping) else None
-    defaults = ways.find(ways.DEFAULT if way is None else str(way)).defaults
+    try:
+        defaults = ways.find(ways.DEFAULT if way is None else str(way)).defaults
+    except InputError as error:
+        raise InputError(f"commit.way: {error}") from error
     completed = {name: _with_defaults(values.get(name), own) for name, own in defaults.items()}
     config = from_dict({**values, "commit": {} if section is None else section, **completed})
     # Defaults are no choice of the user, and may be fitted to the model.

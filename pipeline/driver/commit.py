@@ -278,5 +278,6 @@ def _make(ready: Ready, commit_job: CommitJob, console: Console) -> None:
             steps.observe(progress["doing"], progress["number"], progress["total"], progress["figures"])
 
         training_group.train(replace(commit_job, job=_job(ready, plan)), plan, num_workers, show)
-    workspace.training.delete()
+    for file in (workspace.training, workspace.progress):
+        file.delete()
     update(workspace, **{_IS_WRITTEN: True})

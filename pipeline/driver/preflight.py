@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from pipeline.config.version import code_version, software
 from pipeline.driver.earlier import clear, find
 from pipeline.run_folder import repair, rows, sources, staging
 from pipeline.run_folder.sources import Sources
-from pipeline.run_folder.staging import Staged
+from pipeline.run_folder.staging import CheckStaged, Staged
 from pipeline.run_folder.workspace import (
     CONFIG_HEADER,
     Workspace,
@@ -68,10 +68,6 @@ class Ready:
         return sum(count for group, count in enumerate(self.staged.usable) if group not in groups)
 
 
-CheckStaged = Callable[[Workspace, Sources], None]
-"""Function that raises InputError if staged records are wrong for the command."""
-
-
 def prepare(
     config: RunConfig,
     *,
@@ -96,16 +92,16 @@ def prepare(
     earlier = find(config, inputs, workspace, fresh=fresh, identity=identity)
     with new_local_folder(workspace.out):
         if earlier.is_new or earlier.is_replaced:
-            with staging.staged_aside(config, inputs, workspace) as staged:
+            with staging.staged_aside(config, inputs, workspace, check_staged) as staged:
                 if earlier.is_replaced:
                     clear(workspace)
                 else:
                     delete_all(staging.leftovers(workspace))
         else:
             staged = staging.stage(config, inputs, workspace)
+            if check_staged is not None:
+                check_staged(workspace, inputs)
         workspace.create()
-        if check_staged is not None:
-            check_staged(workspace, inputs)
         damage = repair.repair(workspace, staged, keep_edits=config.keep_edits)
         code = code_version()
         notes = (*fitting_notes, *earlier.notes, *([damage] if damage else []))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -42,6 +42,8 @@ from pipeline.run_folder.workspace import Workspace, parquet_file, read_schema, 
 POOL_RECORDS = 256
 STAGED_SCHEMA = RECORDS_SCHEMA.append(pyarrow.field("group", pyarrow.int64())).with_metadata({"odedit": "staged"})
 """Schema with metadata that distinguishes staged files from a user's Parquet files of the same name."""
+CheckStaged = Callable[[Workspace, Sources], None]
+"""Function that raises InputError if staged records are wrong for the command."""
 _PROBLEMS_PER_GROUP = 2000
 _ASIDE = ".staging-"
 _ROWS_TOGETHER = 512
@@ -122,10 +124,15 @@ def _check_supervision(config: RunConfig, sources: Sources, pool: Pool | None, c
 
 
 @contextmanager
-def staged_aside(config: RunConfig, sources: Sources, workspace: Workspace) -> Iterator[Staged]:
+def staged_aside(
+    config: RunConfig, sources: Sources, workspace: Workspace, check_staged: CheckStaged | None = None
+) -> Iterator[Staged]:
     """Stages in a temporary folder, and moves the files to the workspace after the block.
 
     If the input is wrong or the block fails, the workspace is unchanged.
+
+    Args:
+        check_staged: Further check of the staged records, before the block.
 
     Raises:
         InputError: See `stage`; raised before the block is entered.
@@ -133,7 +140,10 @@ def staged_aside(config: RunConfig, sources: Sources, workspace: Workspace) -> I
     beside = workspace.out if workspace.out.is_local else None
     with tempfile.TemporaryDirectory(prefix=_ASIDE, dir=beside) as folder:
         temporary = Workspace(locate(folder, "out"))
-        yield stage(config, sources, temporary)
+        staged = stage(config, sources, temporary)
+        if check_staged is not None:
+            check_staged(temporary, sources)
+        yield staged
         for new, target in ((temporary.records, workspace.records), (temporary.pool, workspace.pool)):
             if new.exists():
                 target.take(Path(new))

@@ -55,7 +55,6 @@ def train(commit_job: CommitJob, plan: Plan, num_workers: int, show: Callable[[d
             raise errors[0]
         message = f"the workers ended the run: {explained(errors[0])} The same command goes on from there."
         raise GraphError(f"{message} Tracebacks: {workspace.errors}.") from errors[0]
-    workspace.progress.delete()
 
 
 def _fit(commit_job: CommitJob, plan: Plan, num_workers: int, own_files: Location, errors: list[BaseException]) -> None:

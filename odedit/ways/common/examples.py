@@ -30,6 +30,8 @@ NEARNESS = 0.1
 """Temperature of the cosine with which near pictures are drawn as negatives."""
 _TOO_COMMON = 0.5
 """Share of the candidates from which an answer, such as yes, does not tell that a picture shows the same thing."""
+_ENDS_ASKED = 16
+"""Records whose answers show, without a pool, how the model ends an answer."""
 _OTHER_PICTURE = REPHRASE_SLOTS[1]
 
 
@@ -116,7 +118,7 @@ def read(
         pool_keys |= dict.fromkeys(_own_pictures(request))
     yield "answers of the pool", 0, len(asked)
     kept = maker.answered(asked)
-    end = usual_end([_answer(sequence) for sequence in kept], ends_of(backbone))
+    end = maker.end(kept, requests)
     drafts: list[Example] = []
     problems: dict[str, str] = {}
     for number, request in enumerate(requests):
@@ -186,6 +188,12 @@ class _Maker:
         answers = own_answers(self._features, list(new.values()))
         self._answers |= {key: tuple(answer) for key, answer in zip(new, answers, strict=True)}
         return [with_answer(sequence, self._answers[key]) for key, sequence in asked.items() if self._answers[key]]
+
+    def end(self, kept: Sequence[TokenSequence], requests: Sequence[EditRequest]) -> int | None:
+        """The token with which the unedited model ends its answers to the pool; without a pool, to some records."""
+        if not kept:
+            kept = self.answered([seq for request in requests[:_ENDS_ASKED] for seq in self.all_sequences(request)])
+        return usual_end([_answer(sequence) for sequence in kept], ends_of(self._backbone))
 
     def draft(self, request: EditRequest, end: int | None) -> Example:
         """The record's questions and pictures, without negatives."""

@@ -1,0 +1,188 @@
+"""Runs that commit their records to one model, in this process: rows, the model's folder, resuming, changes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from odedit.errors import InputError
+from odedit.ways.common.files import load_committed
+from pipeline.config.run import load_commit
+from pipeline.driver import commit as driver
+from pipeline.driver.run import Outcome
+from pipeline.run_folder import rows as results
+from pipeline.workers import committing
+from tests.support import inline_pipeline
+from tests.support.mmedit_files import record, write_array, write_images
+from tests.support.paths import ROOT
+
+Settings = dict[str, Any]
+Commit = Callable[..., Outcome]
+
+
+@pytest.fixture
+def plain(settings: Settings) -> Settings:
+    """Five records, trained for a few steps without a pool."""
+    settings = {key: value for key, value in settings.items() if key != "editor"}
+    return settings | {
+        "objective": {"name": "native"},
+        "commit": {"steps": 6, "copies": 1, "check_every": 2, "records": 4},
+    }
+
+
+@pytest.fixture
+def commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Commit:
+    inline_pipeline.install(monkeypatch)
+
+    def run(settings: Settings | None = None, *overrides: str, change: Any = None, **options: Any) -> Outcome:
+        from rich.console import Console
+
+        if change is not None:
+            config = driver.changed(str(change), options.pop("remove", ()), options.pop("add", None), overrides)
+        else:
+            path = tmp_path / "run.yaml"
+            path.write_text(yaml.safe_dump(settings))
+            config = load_commit(str(path), overrides)
+        return driver.commit(config, Console(quiet=True), **options)
+
+    return run
+
+
+def rows_of(outcome: Outcome) -> list[dict[str, Any]]:
+    return list(results.read_rows(results.parts(outcome.workspace)))
+
+
+def test_all_records_go_into_one_model_and_are_scored_on_it(plain: Settings, commit: Commit) -> None:
+    outcome = commit(plain)
+    rows = rows_of(outcome)
+    assert [row["index"] for row in rows] == list(range(5))
+    for row in rows:
+        assert (row["status"], row["editor"], row["steps"], row["stop_reason"]) == ("edited", "lora", 6, "max_steps")
+        assert row["worst_nll"] > 0 and 0 <= row["rel"] <= 1 and row["answer_after"] is not None
+    summary = json.loads(outcome.workspace.summary.read_text())
+    assert summary["n"] == 5
+    params, info = load_committed(outcome.workspace.committed)
+    assert info.way == "joint" and len(info.edit_ids) == 5 and params
+    assert not outcome.workspace.training.exists() and not outcome.workspace.progress.exists()
+    model = Path(outcome.workspace.model)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in model.iterdir()}
+    code = (
+        "import sys; sys.modules['odedit'] = None\nfrom transformers import AutoModelForImageTextToText, AutoProcessor"
+    )
+    code += "\nAutoModelForImageTextToText.from_pretrained(sys.argv[1]), AutoProcessor.from_pretrained(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(model)], check=True, cwd=ROOT.parent, capture_output=True)
+
+
+def test_the_same_command_goes_on_where_it_was_killed_and_ends_with_the_same_model(
+    plain: Settings, commit: Commit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = commit(plain, f"out={tmp_path / 'whole'}")
+    shown: list[int] = []
+
+    class Killed(BaseException):
+        pass
+
+    show = committing._Worker._show
+
+    def killed(worker: Any, step: Any) -> None:
+        show(worker, step)
+        if step.doing == "training":
+            shown.append(step.number)
+            if len(shown) == 5:
+                raise Killed
+
+    monkeypatch.setattr(committing._Worker, "_show", killed)
+    with pytest.raises(Killed):
+        commit(plain)
+    after_kill = len(shown)
+    resumed = commit(plain)
+    assert shown[after_kill:] == [5, 6], "training goes on after the last check"
+    assert (Path(resumed.workspace.model) / "model.safetensors").read_bytes() == (
+        Path(whole.workspace.model) / "model.safetensors"
+    ).read_bytes()
+    again = commit(plain)
+    assert len(shown) == after_kill + 2, "a finished run trains nothing"
+    assert [results.to_json_row(row) for row in rows_of(again)] == [results.to_json_row(row) for row in rows_of(whole)]
+
+
+def test_contradictions_are_refused_before_any_work_and_one_of_them_can_be_kept(
+    plain: Settings, commit: Commit, tmp_path: Path
+) -> None:
+    records = [record(0), record(1), record(0, alt="other answer", edit_id="second")]
+    write_array(Path(plain["data"]["path"]), records)
+    with pytest.raises(InputError, match=r"record 2 \(second\).*contradicts.*record 0"):
+        commit(plain)
+    assert not Path(plain["out"]).exists()
+    for keep, left_out in (("first", 2), ("last", 0)):
+        rows = rows_of(commit(plain, f"commit.on_conflict={keep}", f"out={tmp_path / keep}"))
+        assert [row["status"] for row in rows] == ["skipped" if i == left_out else "edited" for i in range(3)]
+        assert "contradicts" in rows[left_out]["error"]
+
+
+def test_the_sum_of_finished_edits(plain: Settings, commit: Commit, inline: Any, tmp_path: Path) -> None:
+    from pipeline.config.run import from_dict
+
+    single = {key: value for key, value in plain.items() if key != "commit"}
+    editor = {"name": "ftl", "sites": ["layers.2.ffn.in"], "max_steps": 2, "learning_rate": 1e-3}
+    inline(from_dict(single | {"editor": editor, "out": str(tmp_path / "edits")}))
+    summed = plain | {"commit": {"way": "sum"}}
+    given = commit(summed, f"out={tmp_path / 'given'}", edits_from=str(tmp_path / "edits"))
+    made = commit(summed | {"editor": editor}, f"out={tmp_path / 'made'}")
+    for outcome in (given, made):
+        params, info = load_committed(outcome.workspace.committed)
+        assert (info.editor, len(info.edit_ids), len(params["layers.2.ffn.in"])) == ("ftl", 5, 5)
+    assert (Path(given.workspace.model) / "model.safetensors").read_bytes() == (
+        Path(made.workspace.model) / "model.safetensors"
+    ).read_bytes()
+    other = [record(number, alt="something else") for number in range(5)]
+    write_array(Path(plain["data"]["path"]), other)
+    with pytest.raises(InputError, match=r"--from: the edit .* answers"):
+        commit(summed, f"out={tmp_path / 'other'}", edits_from=str(tmp_path / "edits"))
+
+
+@pytest.mark.parametrize("way", ["joint", "sum"])
+def test_records_are_removed_from_and_added_to_a_model(
+    plain: Settings, commit: Commit, tmp_path: Path, way: str
+) -> None:
+    editor = {"name": "ftl", "sites": ["layers.2.ffn.in"], "max_steps": 2, "learning_rate": 1e-3}
+    section = plain["commit"] if way == "joint" else {"way": "sum"}
+    before = commit(plain | {"editor": editor, "commit": section})
+    ids = [row["edit_id"] for row in rows_of(before)]
+    new = [record(7, edit_id="new")]
+    write_images(tmp_path, new)
+    added = write_array(tmp_path / "new.json", new)
+    after = commit(None, f"out={tmp_path / 'after'}", change=plain["out"], remove=[ids[1]], add=str(added))
+    rows = rows_of(after)
+    assert [row["edit_id"] for row in rows] == [*ids, "new"]
+    assert [row["status"] for row in rows] == ["edited", "skipped", "edited", "edited", "edited", "edited"]
+    assert "commit.remove" in rows[1]["error"]
+    params, info = load_committed(after.workspace.committed)
+    assert list(info.edit_ids) == [ids[0], *ids[2:], "new"]
+    if way == "sum":
+        old, _ = load_committed(before.workspace.committed)
+        assert (params["layers.2.ffn.in"][:4] == old["layers.2.ffn.in"][[0, 2, 3, 4]]).all()
+    with pytest.raises(InputError, match=r"out: the changed model goes to a folder of its own"):
+        commit(None, change=plain["out"], remove=[ids[1]])
+    with pytest.raises(InputError, match=r"no usable record has the id 'nobody'"):
+        commit(None, f"out={tmp_path / 'third'}", change=plain["out"], remove=["nobody"])
+
+
+def test_what_does_not_fit_is_refused_in_a_sentence(plain: Settings, commit: Commit, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"editor.name: got 'wise', but commit.way 'joint'"):
+        commit(plain | {"editor": {"name": "wise"}})
+    with pytest.raises(InputError, match=r"editor.name: got 'tpatcher', but commit.way 'sum' adds weights up"):
+        commit(plain | {"editor": {"name": "tpatcher"}, "commit": {"way": "sum"}})
+    with pytest.raises(InputError, match=r"--from: commit.way 'joint' trains all records together"):
+        driver.check(load_commit(None), str(tmp_path))
+    with pytest.raises(InputError, match=r"commit.way: Unknown way 'jont'. Did you mean 'joint'"):
+        commit(plain | {"commit": {"way": "jont"}})
+    with pytest.raises(InputError, match=r"--change: .* holds no committed model"):
+        commit(None, change=tmp_path)
+    assert not Path(plain["out"]).exists()
