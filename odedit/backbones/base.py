@@ -21,6 +21,7 @@ from torch.nn import functional
 from odedit.backbones.common import checkpoints
 from odedit.backbones.common.checkpoints import Architecture, PretrainedProcessor
 from odedit.backbones.common.decoders import Decoder, Rotary
+from odedit.inputs.plain import PlainUse
 from odedit.backbones.common.prefix import CONNECTOR, BeforeConnector, Prefix, is_connector
 from odedit.errors import InputError, in_words
 from odedit.inputs.batch import EditBatch, Picture, Probe
@@ -114,6 +115,14 @@ class Backbone(ABC):
     def positions(self, tokens_RS: Tensor, image_RS: Tensor) -> Tensor | None:
         """Position ids; None for 0, 1, 2, ..."""
         return None
+
+    def plain_use(self) -> PlainUse | None:
+        """How a program without odedit asks the model; None: not known."""
+        return None
+
+    def processor_files(self) -> Mapping[str, str]:
+        """Files by name that `AutoProcessor` needs and that a checkpoint of the family may lack."""
+        return {}
 
     @property
     def vision_width(self) -> int:
