@@ -25,10 +25,11 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 folder, layout, questions = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 processor, model = AutoProcessor.from_pretrained(folder), AutoModelForImageTextToText.from_pretrained(folder)
-answers = [str(next(model.parameters()).dtype)]
+dtype = model.get_output_embeddings().weight.dtype
+answers = [str(dtype)]
 for question, path in questions:
     text = layout.replace("{text}", f"Question: {question} Short answer:")
-    inputs = processor(images=Image.open(path), text=text, return_tensors="pt").to(model.dtype)
+    inputs = processor(images=Image.open(path), text=text, return_tensors="pt").to(dtype)
     made = model.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1]:]
     answers.append(processor.decode(made, skip_special_tokens=True).strip())
 print(json.dumps(answers))
