@@ -21,11 +21,11 @@ from torch.nn import functional
 from odedit.backbones.common import checkpoints
 from odedit.backbones.common.checkpoints import Architecture, PretrainedProcessor
 from odedit.backbones.common.decoders import Decoder, Rotary
-from odedit.inputs.plain import PlainUse
 from odedit.backbones.common.prefix import CONNECTOR, BeforeConnector, Prefix, is_connector
 from odedit.errors import InputError, in_words
 from odedit.inputs.batch import EditBatch, Picture, Probe
 from odedit.inputs.encoding import TokenSequence, assemble
+from odedit.inputs.plain import PlainUse
 from odedit.inputs.prompts import Template, find_template
 from odedit.runtime.budgets import budgets
 from odedit.runtime.gather import gather_positions

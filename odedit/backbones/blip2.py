@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from odedit.backbones.common.checkpoints import Architecture
 from odedit.backbones.common.decoders import Decoder, OPTDecoder
-from odedit.inputs.plain import PlainUse
 from odedit.backbones.common.qformer import QFormerBackbone
 from odedit.inputs.batch import Probe
 from odedit.inputs.encoding import TokenSequence
+from odedit.inputs.plain import PlainUse
 from odedit.inputs.prompts import Template, tokenize
 
 

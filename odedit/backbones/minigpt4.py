@@ -12,10 +12,10 @@ from collections.abc import Mapping
 
 from odedit.backbones.common.checkpoints import Architecture
 from odedit.backbones.common.decoders import Decoder, LlamaDecoder
-from odedit.inputs.plain import PlainUse, minigpt4_processor
 from odedit.backbones.common.qformer import QFormerBackbone
 from odedit.inputs.batch import Probe
 from odedit.inputs.encoding import TokenSequence
+from odedit.inputs.plain import PlainUse, minigpt4_processor
 from odedit.inputs.prompts import Frame, Template, tokenize
 
 BEFORE_PICTURE = "###Human: <Img>"

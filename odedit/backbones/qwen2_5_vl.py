@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from odedit.backbones.base import Backbone
 from odedit.backbones.common.checkpoints import Architecture, PretrainedProcessor
 from odedit.backbones.common.decoders import Decoder, LlamaDecoder
-from odedit.inputs.plain import PlainUse
 from odedit.errors import InputError
 from odedit.inputs.batch import Probe
 from odedit.inputs.encoding import TokenSequence
+from odedit.inputs.plain import PlainUse
 from odedit.inputs.prompts import Frame, Template, tokenize
 
 SIDE = 448

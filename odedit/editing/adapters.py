@@ -40,7 +40,7 @@ def write_adapter(backbone: Backbone, editor: Editor, params: EditParams, folder
     names = _module_names(backbone, list(factors))
     rank = next(iter(factors.values()))[0].shape[0]
     # PEFT scales by lora_alpha / r; the editor's own scale does not depend on the number of edits.
-    alpha = editor.config.alpha * rank / editor.config.rank  # type: ignore[attr-defined]
+    alpha = editor.config.alpha * rank / editor.config.rank
     tensors: dict[str, Tensor] = {}
     for site, (a, b) in factors.items():
         tensors[f"{_PREFIX}{names[site]}.lora_A.weight"] = a

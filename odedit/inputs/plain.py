@@ -45,7 +45,9 @@ def minigpt4_processor(image_token: str, num_query_tokens: int, side: int) -> di
         "{%- for turn in messages -%}"
         "{{- '###Human: ' if turn.role == 'user' else '###Assistant: ' if turn.role == 'assistant' -}}"
         "{%- if turn.content is string -%}{{- turn.content -}}{%- else -%}"
-        "{%- for part in turn.content if part.type == 'image' -%}{{- '<Img>" + image_token + "</Img> ' -}}{%- endfor -%}"
+        "{%- for part in turn.content if part.type == 'image' -%}{{- '<Img>"
+        + image_token
+        + "</Img> ' -}}{%- endfor -%}"
         "{%- for part in turn.content if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}"
         "{%- endif -%}"
         "{%- endfor -%}"

@@ -159,10 +159,9 @@ class TrackingConfig(Settings):
         run_name: Name of the run; null: the last part of `out`.
         curves: Number of edits whose loss curves are logged step by step.
         edits_gib: GiB of edits logged as artifacts, in order; `out/edits` has all edits.
-        register: Name in the model registry of the store under which a committed model becomes a new version; null: the
-            model is logged and not registered.
-        alias: Alias that then points to the new version: `models:/<register>@<alias>`. MLflow reserves `latest` and `v1`,
-            `v2`, ...
+        register: Name in the store's model registry that a committed model becomes a new version of. Null: the model is
+            logged and not registered.
+        alias: Alias of that version: `models:/<register>@<alias>`. MLflow reserves `latest`, `v1`, `v2`, ...
     """
 
     enabled: bool = True

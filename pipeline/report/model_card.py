@@ -46,7 +46,11 @@ def write_model_card(workspace: Workspace, config: RunConfig, summary: Mapping[s
     environment.filters |= {"cell": cell, "interval": interval}
     values = _view(info, config, summary, read_edits(model), is_plain(model))
     values["code"] = _code(info, values["example"]) if is_plain(model) else ""
-    values["prints"] = [("unedited model", info.fingerprint), ("records", digest(workspace.records)), *_versions(summary)]
+    values["prints"] = [
+        ("unedited model", info.fingerprint),
+        ("records", digest(workspace.records)),
+        *_versions(summary),
+    ]
     file = model / CARD
     file.write_text(environment.get_template("model_card.md.j2").render(**values))
     return file

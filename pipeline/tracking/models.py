@@ -12,6 +12,7 @@ import io
 import json
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -71,7 +72,8 @@ def log_committed(tracker: Tracker, config: RunConfig, workspace: Workspace, sum
     except Exception as error:
         raise TrackingError(
             f"MLflow at {masked(tracker.store.uri)} could not be written to ({in_words(error)}). The model is complete "
-            f"in {workspace.out / MODEL}; the same command, or `odedit mlflow sync {workspace.out}`, logs it once it can."
+            f"in {workspace.out / MODEL}; the same command, or `odedit mlflow sync {workspace.out}`, logs it once it "
+            "can."
         ) from error
 
 
@@ -127,9 +129,7 @@ def register(run: Tracker, model_id: str, name: str, alias: str, facts: Mapping[
     return str(version.version)
 
 
-def _facts(
-    config: RunConfig, workspace: Workspace, info: CommittedInfo, summary: Mapping[str, Any]
-) -> dict[str, str]:
+def _facts(config: RunConfig, workspace: Workspace, info: CommittedInfo, summary: Mapping[str, Any]) -> dict[str, str]:
     """What a logged model and its versions tell of themselves."""
     facts = {
         "way": info.way,
@@ -166,7 +166,7 @@ def _upload(client: Any, model_id: str, run_id: str, folder: Location, info: Com
 
 def _describe(path: Path, model_id: str, run_id: str, folder: Path, info: CommittedInfo) -> None:
     """Writes MLflow's description of the model, its code and its requirements to a new folder, without the weights."""
-    import pandas
+    import pandas  # type: ignore[import-untyped]
     from mlflow import pyfunc
     from mlflow.models import Model, ModelSignature
     from mlflow.types.schema import ColSpec, Schema
@@ -174,8 +174,9 @@ def _describe(path: Path, model_id: str, run_id: str, folder: Path, info: Commit
     plain = (folder / "config.json").is_file()
     code = Path(__file__).with_name("served_plain.py" if plain else "served_routed.py")
     asked = Schema([ColSpec("string", "picture", required=False), ColSpec("string", "question")])
-    # A project's lock file in the current folder is not the model's.
-    with environment({"MLFLOW_UV_AUTO_DETECT": "false"}):
+    # A project's lock file in the current folder is not the model's. The warnings ask for hints beside the signature.
+    with environment({"MLFLOW_UV_AUTO_DETECT": "false"}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         pyfunc.save_model(
             path=str(path),
             python_model=str(code),
@@ -241,9 +242,7 @@ def _log_scores(run: Tracker, model_id: str, scores: Mapping[str, float]) -> Non
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
-    metrics = [
-        Metric(name, value, now, 0, model_id=model_id, run_id=run.run_id) for name, value in scores.items()
-    ]
+    metrics = [Metric(name, value, now, 0, model_id=model_id, run_id=run.run_id) for name, value in scores.items()]
     for start in range(0, len(metrics), METRICS_PER_CALL):
         patiently(run.store.client.log_batch, run.run_id, metrics=metrics[start : start + METRICS_PER_CALL])
 

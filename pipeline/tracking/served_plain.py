@@ -4,6 +4,7 @@ import base64
 import io
 from typing import Any
 
+import pandas  # type: ignore[import-untyped]
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
@@ -22,7 +23,7 @@ class PlainModel(PythonModel):
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=self.dtype)
         self.model = model.eval().to(self.device)
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow reads hints as a schema
+    def predict(self, context: Any, model_input: pandas.DataFrame, params: Any = None) -> pandas.DataFrame:
         pictures = model_input["picture"] if "picture" in model_input else [None] * len(model_input)
         answers = [self.answer(*asked) for asked in zip(pictures, model_input["question"], strict=True)]
         return model_input[["question"]].assign(answer=answers)[["answer"]]

@@ -4,6 +4,7 @@ import base64
 import io
 from typing import Any
 
+import pandas  # type: ignore[import-untyped]
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
@@ -14,9 +15,9 @@ class RoutedModel(PythonModel):
     def load_context(self, context: Any) -> None:
         import odedit
 
-        self.model: Any = odedit.load_edited(context.artifacts["model"])  # type: ignore[attr-defined]
+        self.model: Any = odedit.load_edited(context.artifacts["model"])
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow reads hints as a schema
+    def predict(self, context: Any, model_input: pandas.DataFrame, params: Any = None) -> pandas.DataFrame:
         pictures = model_input["picture"] if "picture" in model_input else [None] * len(model_input)
         answers = [
             self.model.answer(picture_of(picture), question)

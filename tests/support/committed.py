@@ -118,7 +118,7 @@ def in_single_precision(backbone: Backbone, source: Path, folder: Path) -> Path:
     return folder
 
 
-def answers(made: Model) -> list[str]:
+def answers(made: Model, max_tokens: int = 8, *, with_pictures: bool = True) -> list[str]:
     """What odedit generates for every question with the written model."""
     from odedit import Probe
     from odedit.backbones.common.generation import until_end
@@ -129,6 +129,6 @@ def answers(made: Model) -> list[str]:
 
     model = load_backbone(made.config.backbone.family, str(made.out / "model"))
     reader = ImageReader(str(made.images))
-    probes = [Probe(question, "", reader.read(image)) for question, image in made.questions]
-    questions = Questions(model, ("layers.-1.ffn.in",), probes, [8] * len(probes), find_template("mmedit"))
+    probes = [Probe(text, "", reader.read(image) if with_pictures else None) for text, image in made.questions]
+    questions = Questions(model, ("layers.-1.ffn.in",), probes, [max_tokens] * len(probes), find_template("mmedit"))
     return [decoded(model, until_end(tokens, model.ends)[0]).strip() for tokens in questions.answers()]

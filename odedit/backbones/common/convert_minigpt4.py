@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from odedit.inputs.plain import minigpt4_processor
 from odedit.backbones.common.qformer import QFormerProcessor
 from odedit.errors import InputError, in_words
+from odedit.inputs.plain import minigpt4_processor
 from odedit.storage.atomic import check_new, folder_written_atomically
 from odedit.storage.location import at
 from odedit.storage.tensors import write_tensors

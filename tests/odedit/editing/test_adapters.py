@@ -105,7 +105,9 @@ def test_target_modules_are_exactly_those_of_the_sites(family: str, tmp_path: Pa
     assert str(tmp_path) not in json.dumps(settings)
     model = get_peft_model(backbone.model, LoraConfig.from_pretrained(tmp_path / "adapter"))
     expected = {name for name in model.state_dict() if ".lora_" in name}
-    stored = {name.replace(".weight", ".default.weight") for name in load_file(tmp_path / "adapter/adapter_model.safetensors")}
+    stored = {
+        name.replace(".weight", ".default.weight") for name in load_file(tmp_path / "adapter/adapter_model.safetensors")
+    }
     assert expected == stored and len(stored) == len(params)
 
 

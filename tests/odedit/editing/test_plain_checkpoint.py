@@ -91,9 +91,7 @@ def test_automatic_classes_answer_in_the_stored_type(family: str, tmp_path: Path
     made = committed.make(tmp_path, family)
     assert made.backbone.plain_use().with_picture == LAYOUTS[family]  # type: ignore[union-attr]
     questions = [(question, str(made.images / image)) for question, image in made.questions]
-    output = committed.without_odedit(
-        ANSWERS, made.out / "model", LAYOUTS[family], json.dumps(questions), cwd=tmp_path
-    )
+    output = committed.without_odedit(ANSWERS, made.out / "model", LAYOUTS[family], json.dumps(questions), cwd=tmp_path)
     dtype, *answers = json.loads(output)
     assert dtype == "torch.float16"
     assert answers[0] == TARGETS[0] and answers == committed.answers(made)

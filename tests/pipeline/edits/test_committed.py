@@ -46,9 +46,7 @@ def test_the_list_has_an_entry_per_edit(made: Model) -> None:
     assert not any(name.endswith("_before") or name == "seconds" for name in listed[0]["scores"])
 
 
-def test_the_command_lists_the_worst_first(
-    made: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_lists_the_worst_first(made: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_edits(made.outcome.workspace)
     values = json.loads((made.out / "model" / "edits.json").read_text())
     values["edits"][1] |= {"holds": False, "answer_after": "=[red]wrong[/red]"}

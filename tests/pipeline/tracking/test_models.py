@@ -1,4 +1,4 @@
-"""A committed model in MLflow: the content of the logged model, its registration, and answers of `mlflow models predict`."""
+"""A committed model in MLflow: what is logged and registered, and the answers of `mlflow models predict`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pandas
 import pytest
 
 from odedit.errors import InputError
 from odedit.storage.location import at
+from odedit.ways.common.files import read_committed_info
 from pipeline.config.run import RunConfig, TrackingConfig, from_dict
 from pipeline.driver.sync import sync
 from pipeline.run_folder.committed import write_edits
@@ -24,9 +27,10 @@ from pipeline.tracking import client, models
 from pipeline.tracking.client import Store, TrackingError
 from pipeline.tracking.models import MODEL_NAME, log_committed
 from pipeline.tracking.runs import EditRun
-from pipeline.tracking.served_plain import picture_of
+from pipeline.tracking.served_plain import PlainModel, picture_of
 from tests.support import committed
 from tests.support.committed import TARGETS, Model
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Model:
@@ -60,8 +64,11 @@ def predicted(uri: str, folder: Path) -> Any:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "MLFLOW_DISABLE_TELEMETRY": "true",
-        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(folder / "blocked"),
     }  # fmt: skip
+    (folder / "blocked").mkdir(exist_ok=True)
+    for name in ("odedit", "pipeline"):  # found before the installed ones
+        (folder / "blocked" / f"{name}.py").write_text("raise ImportError('no odedit here')")
     arguments = ["models", "predict", "-m", uri, "-i", "input.json", "-o", "out.json", "--env-manager", "local"]
     done = subprocess.run(
         [sys.executable, "-m", "mlflow", *arguments], capture_output=True, text=True, cwd=folder, env=environment,
@@ -69,6 +76,21 @@ def predicted(uri: str, folder: Path) -> Any:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "out.json").read_text())["predictions"]
+
+
+@pytest.mark.parametrize("family", ["blip2", "llava"])
+def test_the_code_answers_as_odedit_does(family: str, tmp_path: Path) -> None:
+    """With pictures, and without, as `Questions` answers."""
+    one = committed.make(tmp_path, family)
+    info = read_committed_info(one.out / "committed.safetensors")
+    served = PlainModel()
+    context = SimpleNamespace(artifacts={"model": str(one.out / "model")}, model_config=models._settings(info))
+    served.load_context(context)
+    pictures = [base64.b64encode((one.images / image).read_bytes()).decode() for _, image in one.questions]
+    asked = pandas.DataFrame({"picture": pictures, "question": [question for question, _ in one.questions]})
+    assert served.predict(context, asked)["answer"].tolist() == committed.answers(one, max_tokens=16)
+    alone = served.predict(context, asked[["question"]])["answer"].tolist()
+    assert alone == committed.answers(one, max_tokens=16, with_pictures=False)
 
 
 def test_the_logged_model_tells_of_itself(made: Model, tmp_path: Path) -> None:
@@ -86,15 +108,21 @@ def test_the_logged_model_tells_of_itself(made: Model, tmp_path: Path) -> None:
 
     folder = Path(logged.artifact_location.removeprefix("file://"))
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    described = {"MLmodel", "served_plain.py", "requirements.txt", "conda.yaml", "python_env.yaml", "input_example.json",
-                 "serving_input_example.json"}  # fmt: skip
+    described = {"MLmodel", "served_plain.py", "requirements.txt", "conda.yaml", "python_env.yaml"}
+    described |= {"input_example.json", "serving_input_example.json"}
     inside = {f"artifacts/model/{path.name}" for path in (made.out / "model").iterdir()}
     assert files == described | inside
     text = (folder / "MLmodel").read_text()
     assert "python_model:" not in text and str(made.out) not in text and "/tmp" not in text
     requirements = (folder / "requirements.txt").read_text().split()
     assert all("==" in line and "://" not in line and "+" not in line for line in requirements)
-    assert {line.split("==")[0] for line in requirements} == {"mlflow", "torch", "transformers", "safetensors", "pillow"}
+    assert {line.split("==")[0] for line in requirements} == {
+        "mlflow",
+        "torch",
+        "transformers",
+        "safetensors",
+        "pillow",
+    }
     assert not any(is_pickle(folder / name) for name in files)
     from mlflow.models import Model as Described
 
@@ -122,9 +150,7 @@ def is_pickle(path: Path) -> bool:
         return False
 
 
-def test_a_failure_in_between_is_repaired(
-    made: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_in_between_is_repaired(made: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, run = tracked(made, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(models, "_link", lambda *arguments: 1 / 0)
@@ -143,9 +169,9 @@ def test_a_failure_in_between_is_repaired(
     # A run whose model is half-written gets a whole one.
     model_id = log_committed(run, config, made.outcome.workspace, made.outcome.summary)
     assert model_id != broken.model_id
-    assert [model.model_id for model in store.search_logged_models([experiment], f"source_run_id = '{run.run_id}'")] == [
-        model_id
-    ]
+    assert [
+        model.model_id for model in store.search_logged_models([experiment], f"source_run_id = '{run.run_id}'")
+    ] == [model_id]
 
 
 def test_an_alias_that_mlflow_reserves_is_refused(tmp_path: Path) -> None:
