@@ -113,7 +113,7 @@ def merged_into(backbone: Any, editor: Editor, params: EditParams) -> Iterator[M
             value = _rounded(stored, deltas[site], f"{site} ({name})")
             changed.setdefault(file, {})[name] = value
             module.weight.data = value.to(kept[site])
-        yield Merged(source, weights, changed, backbone.processor_files())
+        yield Merged(source, weights, changed, getattr(backbone, "processor_files", dict)())
     finally:
         for site, module in modules.items():
             module.weight.data = kept[site]

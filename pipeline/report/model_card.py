@@ -19,7 +19,7 @@ from odedit.storage.location import Location
 from odedit.ways.common.files import CommittedInfo, read_committed_info
 from pipeline.config.run import RunConfig
 from pipeline.report.formatting import LABELS, interval
-from pipeline.run_folder.committed import COMMITTED, MODEL, Entry, is_plain, plain_use, read_edits
+from pipeline.run_folder.committed import COMMITTED, MODEL, Entry, is_plain, plain_use, read_edits, shareable_values
 from pipeline.run_folder.rows import digest
 from pipeline.run_folder.workspace import Workspace
 
@@ -117,15 +117,7 @@ def _settings(info: CommittedInfo, config: RunConfig) -> str:
         "dtype": info.dtype,
         "seed": config.seed,
     }
-    return yaml.safe_dump(_shareable_values(values), sort_keys=False, allow_unicode=True)
-
-
-def _shareable_values(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _shareable_values(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_shareable_values(item) for item in value]
-    return shareable(value) if isinstance(value, str) else value
+    return yaml.safe_dump(shareable_values(values), sort_keys=False, allow_unicode=True)
 
 
 def _versions(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from odedit.backbones import can_inspect, inspect_backbone
@@ -19,14 +20,14 @@ from odedit.errors import InputError
 from odedit.evaluation.columns import BEFORE, column
 from odedit.evaluation.statistics import MAIN
 from odedit.inputs.plain import PlainUse
-from odedit.runtime.addresses import masked
+from odedit.runtime.addresses import masked, shareable
 from odedit.storage.location import Location
-from odedit.ways.common.files import CommittedInfo
+from odedit.ways.common.files import CommittedInfo, read_committed_info
 from pipeline.run_folder.rows import EDITED, FIXED_COLUMNS, SKIPPED, Row, parts, read_rows
 from pipeline.run_folder.workspace import Workspace, read_json, write_json
 
 COMMITTED, MODEL, ADAPTER, EDITS = "committed.safetensors", "model", "adapter", "edits.json"
-FORMAT = "odedit-edits-1"
+FORMAT = "odedit-model-1"
 _HOLDS = (column("rel", "generated_exact"), column("rel", "exact"))
 _COPIED = ("edit_id", "status", "error", "fact", "file", "index", "task", "prompt", "target")
 _NO_SCORES = ("peak_bytes", "rephrase_distance")
@@ -46,14 +47,32 @@ def plain_use(info: CommittedInfo) -> PlainUse | None:
     """
     if not can_inspect(info.family):
         return None
-    return inspect_backbone(info.family, info.checkpoint, dtype=info.dtype).plain_use()
+    backbone: Any = inspect_backbone(info.family, info.checkpoint, dtype=info.dtype)
+    use: PlainUse | None = getattr(backbone, "plain_use", lambda: None)()
+    return use
 
 
 def write_edits(workspace: Workspace) -> Location:
-    """Writes `model/edits.json`, an entry per edit in the order of the records; returns it."""
-    file = workspace.out / MODEL / EDITS
-    write_json(file, {"format": FORMAT, "edits": list(entries(workspace))})
-    return file
+    """Writes `model/edits.json`, the model's metadata and an entry per edit in the order of the records; returns it.
+
+    The unedited model of a plain checkpoint is named without its folder, which is that of this machine.
+    """
+    model = workspace.out / MODEL
+    info = read_committed_info(workspace.out / COMMITTED)
+    values = asdict(info) | {"details": {name: value for name, value in info.details.items() if name != "edits"}}
+    if is_plain(model):
+        values = shareable_values(values)
+    write_json(model / EDITS, {"format": FORMAT, "info": values, "edits": list(entries(workspace))})
+    return model / EDITS
+
+
+def shareable_values(value: Any) -> Any:
+    """A copy of nested lists and mappings with `shareable` applied to every text."""
+    if isinstance(value, Mapping):
+        return {key: shareable_values(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [shareable_values(item) for item in value]
+    return shareable(value) if isinstance(value, str) else value
 
 
 def read_edits(model: Location) -> list[Entry]:

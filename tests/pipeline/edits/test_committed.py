@@ -38,6 +38,8 @@ def test_the_list_has_an_entry_per_edit(made: Model) -> None:
     write_edits(made.outcome.workspace)
     listed = read_edits(locate(str(made.out), "MODEL"))
     assert listed == read_edits(locate(str(made.out / "model"), "MODEL"))
+    info = json.loads((made.out / "model" / "edits.json").read_text())["info"]
+    assert (info["family"], info["template"], info["checkpoint"]) == ("minigpt4", "mmedit", "embedded")
     assert [each["prompt"] for each in listed] == [question for question, _ in made.questions]
     assert [each["image"] for each in listed] == [image for _, image in made.questions]
     assert [each["target"] for each in listed] == list(TARGETS)
@@ -60,7 +62,7 @@ def test_the_command_lists_the_worst_first(made: Model, tmp_path: Path, monkeypa
     assert "2 of 3 hold" in odedit("edits", made.out).stdout
     missing = odedit("edits", tmp_path / "none")
     assert missing.exit_code == 2 and "no edits.json there" in missing.output
-    (tmp_path / "edits.json").write_text('{"format": "odedit-edits-1", "edits": [1]}')
+    (tmp_path / "edits.json").write_text('{"format": "odedit-model-1", "edits": [1]}')
     with pytest.raises(InputError, match="damaged"):
         read_edits(locate(str(tmp_path), "MODEL"))
 
