@@ -431,6 +431,22 @@ def merge(
         print(commands.merge(edits, out, checkpoint))
 
 
+@app.command()
+def edits(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or address of a committed model, or its run.")],
+    failed: Annotated[bool, typer.Option("--failed", help="Only edits that do not hold.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV with all scores instead of a table.")] = False,
+) -> None:
+    """Lists the edits of a committed model with their answers and scores, worst first.
+
+    Example: odedit edits runs/one/model --failed
+    """
+    with _explained():
+        from pipeline import commands
+
+        commands.edits(model, failed=failed, as_csv=csv)
+
+
 WorldFamily = Annotated[str, typer.Option(help="blip2, minigpt4 or llava; a given checkpoint has its own.")]
 
 

@@ -125,6 +125,7 @@ def _bounds(metadata: tuple[Any, ...]) -> list[str]:
         for name, sign in _SIGNS.items()
         if getattr(bound, name, None) is not None
     ]
+    bounds += [f"that matches {bound.pattern}" for bound in metadata if getattr(bound, "pattern", None) is not None]
     return [" and ".join(bounds)] if bounds else []
 
 

@@ -270,6 +270,18 @@ def merge(edits: Sequence[str], out: Path, checkpoint: str | None) -> Path:
     return out
 
 
+def edits(model: str, *, failed: bool, as_csv: bool) -> None:
+    """`odedit edits`: the edits of a committed model, worst first."""
+    from pipeline.edits import listing
+    from pipeline.run_folder.committed import read_edits, worst_first
+
+    listed = [entry for entry in worst_first(read_edits(locate(model, "MODEL"))) if not (failed and entry["holds"])]
+    if as_csv:
+        print(listing.to_csv(listed), end="")
+    else:
+        Console().print(listing.table(listed))
+
+
 def fetch(run_id: str, edit_ids: Sequence[str], uri: str, out: Path) -> None:
     """`odedit fetch`."""
     from odedit.storage.atomic import new_folder

@@ -34,6 +34,7 @@ TESTED_ELSEWHERE = {
     r"odedit compare studies/|odedit compare --uri": "tests/pipeline/report/test_compare.py",
     r"odedit data pack": "tests/test_cli.py",
     r"odedit mlflow sync|odedit fetch": "tests/pipeline/tracking/test_tracking.py",
+    r"odedit edits": "tests/pipeline/edits/test_committed.py",
     r"odedit study (?!list)": "tests/pipeline/study/test_study.py",
     r"odedit submit": "tests/cluster/test_two_nodes.py",
     r"odedit tune": "tests/tune/test_search.py",

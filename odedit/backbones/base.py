@@ -25,6 +25,7 @@ from odedit.backbones.common.prefix import CONNECTOR, BeforeConnector, Prefix, i
 from odedit.errors import InputError, in_words
 from odedit.inputs.batch import EditBatch, Picture, Probe
 from odedit.inputs.encoding import TokenSequence, assemble
+from odedit.inputs.plain import PlainUse
 from odedit.inputs.prompts import Template, find_template
 from odedit.runtime.budgets import budgets
 from odedit.runtime.gather import gather_positions
@@ -114,6 +115,14 @@ class Backbone(ABC):
     def positions(self, tokens_RS: Tensor, image_RS: Tensor) -> Tensor | None:
         """Position ids; None for 0, 1, 2, ..."""
         return None
+
+    def plain_use(self) -> PlainUse | None:
+        """How a program without odedit asks the model; None: not known."""
+        return None
+
+    def processor_files(self) -> Mapping[str, str]:
+        """Files by name that `AutoProcessor` needs and that a checkpoint of the family may lack."""
+        return {}
 
     @property
     def vision_width(self) -> int:

@@ -10,6 +10,7 @@ from odedit.backbones.common.decoders import Decoder, OPTDecoder
 from odedit.backbones.common.qformer import QFormerBackbone
 from odedit.inputs.batch import Probe
 from odedit.inputs.encoding import TokenSequence
+from odedit.inputs.plain import PlainUse
 from odedit.inputs.prompts import Template, tokenize
 
 
@@ -23,6 +24,9 @@ class Blip2(QFormerBackbone):
 
     def make_decoder(self) -> Decoder:
         return OPTDecoder(self.model.language_model)
+
+    def plain_use(self) -> PlainUse:
+        return PlainUse(text_model="language_model")
 
     def sequence(self, probe: Probe, template: Template) -> TokenSequence:
         text, first_target = tokenize(self.processor.tokenizer, template, probe)

@@ -16,6 +16,7 @@ from odedit.backbones.common.checkpoints import Architecture, PretrainedProcesso
 from odedit.backbones.common.decoders import Decoder, LlamaDecoder
 from odedit.inputs.batch import Probe
 from odedit.inputs.encoding import TokenSequence
+from odedit.inputs.plain import PlainUse
 from odedit.inputs.prompts import Frame, Template, tokenize
 
 
@@ -71,6 +72,10 @@ class Llava(Backbone):
     def marks(self) -> Mapping[str, int | None]:
         token_id = self.model.config.image_token_id
         return {f"of an image (id {token_id} by config.json)": token_id}
+
+    def plain_use(self) -> PlainUse:
+        token = self.processor.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id)
+        return PlainUse(f"USER: {token}\n{{text}} ASSISTANT:", "USER: {text} ASSISTANT:")
 
     def sequence(self, probe: Probe, template: Template) -> TokenSequence:
         tokenizer, config = self.processor.tokenizer, self.model.config

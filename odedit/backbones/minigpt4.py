@@ -8,11 +8,14 @@ picture are tokenised separately, as in training. Without a picture `###Human: t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from odedit.backbones.common.checkpoints import Architecture
 from odedit.backbones.common.decoders import Decoder, LlamaDecoder
 from odedit.backbones.common.qformer import QFormerBackbone
 from odedit.inputs.batch import Probe
 from odedit.inputs.encoding import TokenSequence
+from odedit.inputs.plain import PlainUse, minigpt4_processor
 from odedit.inputs.prompts import Frame, Template, tokenize
 
 BEFORE_PICTURE = "###Human: <Img>"
@@ -30,6 +33,19 @@ class MiniGPT4(QFormerBackbone):
     def make_decoder(self) -> Decoder:
         text = self.model.language_model
         return LlamaDecoder(text.model, text.lm_head)
+
+    def plain_use(self) -> PlainUse:
+        before = f"{BEFORE_PICTURE}{self._image_token}{AFTER_PICTURE.before}"
+        without = f"{WITHOUT_PICTURE.before}{{text}}{WITHOUT_PICTURE.after}"
+        return PlainUse(f"{before}{{text}}{AFTER_PICTURE.after}", without, stop=self.stop, text_model="language_model")
+
+    def processor_files(self) -> Mapping[str, str]:
+        config = self.model.config
+        return minigpt4_processor(self._image_token, config.num_query_tokens, config.vision_config.image_size)
+
+    @property
+    def _image_token(self) -> str:
+        return str(self.processor.tokenizer.convert_ids_to_tokens(int(self.model.config.image_token_id or 0)))
 
     def sequence(self, probe: Probe, template: Template) -> TokenSequence:
         tokenizer, config = self.processor.tokenizer, self.model.config

@@ -23,6 +23,7 @@ from odedit.backbones.common.decoders import Decoder, LlamaDecoder
 from odedit.errors import InputError
 from odedit.inputs.batch import Probe
 from odedit.inputs.encoding import TokenSequence
+from odedit.inputs.plain import PlainUse
 from odedit.inputs.prompts import Frame, Template, tokenize
 
 SIDE = 448
@@ -125,13 +126,22 @@ class Qwen25VL(Backbone):
         written = (_VISION_START, _VISION_END, _TURN_START, _TURN_END)
         return {f"of an image (id {token_id} by config.json)": token_id, **{text: ids.get(text) for text in written}}
 
+    def plain_use(self) -> PlainUse:
+        with_picture = f"{_TURN}{self._picture_text}{{text}}{_ANSWER}"
+        return PlainUse(with_picture, f"{_TURN}{{text}}{_ANSWER}", side=SIDE)
+
+    @property
+    def _picture_text(self) -> str:
+        token = self.processor.tokenizer.convert_ids_to_tokens(int(self.model.config.image_token_id))
+        return f"{_VISION_START}{token}{_VISION_END}"
+
     def sequence(self, probe: Probe, template: Template) -> TokenSequence:
         tokenizer = self.processor.tokenizer
         if probe.picture is None:
             return TokenSequence(*tokenize(tokenizer, template, probe, Frame(_TURN, _ANSWER, spaced=False)))
         token = int(self.model.config.image_token_id)
-        picture = f"{_VISION_START}{tokenizer.convert_ids_to_tokens(token)}{_VISION_END}"
-        tokens, first_target = tokenize(tokenizer, template, probe, Frame(_TURN + picture, _ANSWER, spaced=False))
+        frame = Frame(_TURN + self._picture_text, _ANSWER, spaced=False)
+        tokens, first_target = tokenize(tokenizer, template, probe, frame)
         image_index = tokens.index(token)
         count = self._patches_per_side**2 // self.model.config.vision_config.spatial_merge_size**2
         return TokenSequence.around_picture(

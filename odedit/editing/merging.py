@@ -1,7 +1,8 @@
 """Merging of edits that are plain weights into a copy of the model's checkpoint.
 
 The copy has the source's files: its processor, tokenizer, generation settings, shards, tensor names and dtypes. Only
-the values of the edited tensors differ, so any program that loads the source loads the copy.
+the values of the edited tensors differ, so any program that loads the source loads the copy. Files of the processor
+that the source lacks are added.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,13 @@ class Merged:
         source: Folder of the source checkpoint.
         weights: Names of its weight files.
         changed: New values by file name and stored name, in the dtype of the source.
+        missing: Texts of files to write if the source lacks them, by name.
     """
 
     source: Path
     weights: tuple[str, ...]
     changed: Mapping[str, Mapping[str, Tensor]]
+    missing: Mapping[str, str] = field(default_factory=dict)
 
     __repr__ = brief
 
@@ -59,6 +62,9 @@ class Merged:
                 target = folder / path.relative_to(self.source)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
+            for name, text in self.missing.items():
+                if not (folder / name).exists():
+                    (folder / name).write_text(text, encoding="utf-8")
             for name in self.weights:
                 shutil.copyfile(self.source / name, folder / name)
                 _overwrite(folder / name, self.changed.get(name, {}))
@@ -107,7 +113,7 @@ def merged_into(backbone: Any, editor: Editor, params: EditParams) -> Iterator[M
             value = _rounded(stored, deltas[site], f"{site} ({name})")
             changed.setdefault(file, {})[name] = value
             module.weight.data = value.to(kept[site])
-        yield Merged(source, weights, changed)
+        yield Merged(source, weights, changed, getattr(backbone, "processor_files", dict)())
     finally:
         for site, module in modules.items():
             module.weight.data = kept[site]

@@ -71,3 +71,14 @@ def relative_note(path: str) -> str:
 def reason(error: OSError) -> str:
     """The cause of a file system's error, in one line without secrets."""
     return error.strerror or masked(" ".join(str(error).split())[:300]).rstrip(".")
+
+
+def shareable(checkpoint: str) -> str:
+    """A checkpoint's name for files that leave this machine: without secrets, and without the folders of a full path.
+
+    >>> shareable("Salesforce/blip2-opt-2.7b"), shareable("/data/models/blip2/")
+    ('Salesforce/blip2-opt-2.7b', 'blip2')
+    """
+    if "://" not in checkpoint and checkpoint.startswith(("/", "~")):
+        return os.path.basename(checkpoint.rstrip("/")) or checkpoint
+    return masked(checkpoint)

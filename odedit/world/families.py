@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from odedit.errors import InputError, unknown_name
+from odedit.inputs.plain import minigpt4_processor
 from odedit.world.layout import Layout
 from odedit.world.model import (
     HIDDEN_SIZE,
@@ -104,10 +105,7 @@ class Blip2(Family):
 
 
 class MiniGPT4(Blip2):
-    """ViT, Q-Former and LLaMA, with MiniGPT-4's prompt (arXiv 2304.10592).
-
-    transformers has no processor for this prompt: a checkpoint has an image processor and a tokenizer only.
-    """
+    """ViT, Q-Former and LLaMA, with MiniGPT-4's prompt (arXiv 2304.10592)."""
 
     name = "minigpt4"
     layout = Layout("###Human: <Img>", "</Img> {}###Assistant:", "###Human: {}###Assistant:")
@@ -119,7 +117,10 @@ class MiniGPT4(Blip2):
         return _llama_config(self)
 
     def processor_files(self) -> dict[str, dict[str, object] | str]:
-        return {"preprocessor_config.json": _image_processor({"image_processor_type": "BlipImageProcessor"}, _SQUARE)}
+        return {
+            "preprocessor_config.json": _image_processor({"image_processor_type": "BlipImageProcessor"}, _SQUARE),
+            **minigpt4_processor("<image>", self.num_image_tokens, IMAGE_SIZE),
+        }
 
 
 class Llava(Family):

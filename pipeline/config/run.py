@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from annotated_types import Ge, Gt, Le
+from pydantic import StringConstraints
 
 from odedit import backbones, editors, objectives, plugins, ways
 from odedit.data.supervision import Supervision
@@ -158,6 +159,9 @@ class TrackingConfig(Settings):
         run_name: Name of the run; null: the last part of `out`.
         curves: Number of edits whose loss curves are logged step by step.
         edits_gib: GiB of edits logged as artifacts, in order; `out/edits` has all edits.
+        register: Name in the store's model registry that a committed model becomes a new version of. Null: the model is
+            logged and not registered.
+        alias: Alias of that version: `models:/<register>@<alias>`. MLflow reserves `latest`, `v1`, `v2`, ...
     """
 
     enabled: bool = True
@@ -166,6 +170,8 @@ class TrackingConfig(Settings):
     run_name: str | None = None
     curves: Annotated[int, Ge(0)] = 8
     edits_gib: Annotated[float, Ge(0)] = 2.0
+    register: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][^/:@]*$")] | None = None
+    alias: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")] = "committed"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pipeline.config.run import RunConfig, load
 from pipeline.driver.preflight import update
 from pipeline.run_folder import rows
 from pipeline.run_folder.workspace import Workspace, read_json
-from pipeline.tracking import runs
+from pipeline.tracking import models, runs
 
 
 def sync(folder: str, uri: str | None = None) -> str:
@@ -44,6 +44,8 @@ def sync(folder: str, uri: str | None = None) -> str:
     update(workspace, run_id=tracker.run_id)
     try:
         tracker.log_results(config, workspace, summary)
+        if models.is_committed(workspace):
+            models.log_committed(tracker, config, workspace, summary)
     except BaseException:
         tracker.finish("FAILED")
         raise

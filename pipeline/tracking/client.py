@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import threading
@@ -38,6 +39,7 @@ _LONGEST_TAG = 5000
 _CHECK_TIMEOUT_S = 6
 _SQLITE = "sqlite:///"
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+_RESERVED_ALIAS = re.compile(r"(?i)latest|v\d+")
 _log = logging.getLogger(__name__)
 
 
@@ -71,10 +73,12 @@ def check(tracking: TrackingConfig, out: Location) -> None:
     """Checks within seconds that a run can be logged; creates nothing.
 
     Raises:
-        InputError: The store or the experiment cannot be used.
+        InputError: The store, the experiment or the alias cannot be used.
     """
     if not tracking.enabled:
         return
+    if tracking.register is not None and _RESERVED_ALIAS.fullmatch(tracking.alias):
+        raise InputError(f"tracking.alias: MLflow reserves {tracking.alias!r}. Choose another name.")
     uri = store_uri(tracking, out)
     database = database_file(uri)
     if database is None:

@@ -40,15 +40,14 @@ class PartsOfQwen:
         return made
 
 
-def answer(family: str, processor: Any, model: Any, text: str, image: str) -> str:
+def answer(family: str, processor: Any, model: Any, text: str, path: str) -> str:
     from PIL import Image
 
     text = f"Question: {text} Short answer:"
-    picture: Any = Image.open(image).convert("RGB")
-    if family == "minigpt4":  # The library has no processor for this layout, so the image tokens are written out.
-        token = processor.tokenizer.convert_ids_to_tokens(model.config.image_token_id)
-        tokens = token * model.config.num_query_tokens
-        text = f"###Human: <Img>{tokens}</Img> {text}###Assistant:"
+    picture: Any = Image.open(path).convert("RGB")
+    if family == "minigpt4":
+        image = processor.tokenizer.convert_ids_to_tokens(model.config.image_token_id)
+        text = f"###Human: <Img>{image}</Img> {text}###Assistant:"
     elif family == "llava":
         text = f"USER: <image>\n{text} ASSISTANT:"
     elif family == "qwen2_5_vl":

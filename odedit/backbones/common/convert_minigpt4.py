@@ -19,6 +19,7 @@ from torch import Tensor
 
 from odedit.backbones.common.qformer import QFormerProcessor
 from odedit.errors import InputError, in_words
+from odedit.inputs.plain import minigpt4_processor
 from odedit.storage.atomic import check_new, folder_written_atomically
 from odedit.storage.location import at
 from odedit.storage.tensors import write_tensors
@@ -68,6 +69,8 @@ def minigpt4(blip2: Path, projection: Path, vicuna: Path, out: Path, shard_bytes
         config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         image_processor.save_pretrained(partial)
+        for name, text in _processor_files(config, tokenizer).items():
+            (partial / name).write_text(text, encoding="utf-8")
     return out
 
 
@@ -114,6 +117,11 @@ def _make_config(bridge: Any, text: Any, image_token: int) -> Any:
     config.architectures = ["Blip2ForConditionalGeneration"]
     config.dtype = text.dtype
     return config
+
+
+def _processor_files(config: Any, tokenizer: Any) -> dict[str, str]:
+    token = str(tokenizer.convert_ids_to_tokens(config.image_token_id))
+    return minigpt4_processor(token, config.num_query_tokens, config.vision_config.image_size)
 
 
 def _read_config(option: str, directory: Path, model_type: str) -> Any:
