@@ -27,6 +27,11 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
+def is_adapter(editor: Editor) -> bool:
+    """Whether the editor's parameters can be written as a PEFT adapter."""
+    return isinstance(editor, LoRA)
+
+
 def write_adapter(backbone: Backbone, editor: Editor, params: EditParams, folder: Path) -> None:
     """Writes an adapter folder atomically: `PeftModel.from_pretrained(model, folder)` equals the merged checkpoint.
 
@@ -53,11 +58,12 @@ def write_adapter(backbone: Backbone, editor: Editor, params: EditParams, folder
 
 def _factors(editor: Editor, params: EditParams) -> dict[str, tuple[Tensor, Tensor]]:
     """Factors `(r, in)` and `(out, r)` of each site. Raises InputError if the parameters are not those of LoRA."""
-    if not isinstance(editor, LoRA):
+    if not is_adapter(editor):
         raise InputError(
             f"parameters of {type(editor).__name__} are no PEFT adapter; only those of the editor lora are. Take the "
             "merged checkpoint."
         )
+    assert isinstance(editor, LoRA)
     pooled = editor.pooled(params)
     return {
         site: (pooled[f"{site}.lora_A"][0].float(), pooled[f"{site}.lora_B"][0].float())

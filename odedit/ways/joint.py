@@ -41,8 +41,8 @@ from odedit.ways.common.sequences import about, edited_states, flat
 
 _WARMUP_STEPS = 20
 """Steps over which the learning rate rises to its full value; then it falls by a cosine."""
-_LEAST_STEPS, _STEPS_PER_RECORD = 400, 100 / 24
-"""`steps: auto`: largest of the first, and the second times the number of records."""
+_LEAST_STEPS, _LOOKS = 400, 200
+"""`steps: auto`: least number of steps, and times that each record is read."""
 _SHARE_OF_CHANGE = 0.5
 """Share of these steps where a model is changed, which starts from its parameters."""
 _CHECKED_AT_ONCE = 64
@@ -53,7 +53,8 @@ class JointConfig(WayConfig):
     """Settings of joint training.
 
     Attributes:
-        steps: Largest number of steps; `auto`: a hundred looks at each record for 24 records a step, at least 400.
+        steps: Largest number of steps; `auto`: so many that each record is read 200 times, at least 400; half of them
+            for a model that is changed.
         records: Records that a step reads, all workers together.
         negatives: Questions about other pictures that a step reads for each of its records.
         kept: Questions of the pool that a step reads, all workers together.
@@ -170,7 +171,7 @@ class _Trainer:
             first = next(iter(examples.problems.values()), "there is none.")
             raise InputError(f"data.path: no record can be committed; first: {first}")
         share = 1.0 if task.start is None else _SHARE_OF_CHANGE
-        wanted = math.ceil(share * max(_LEAST_STEPS, _STEPS_PER_RECORD * num_records))
+        wanted = math.ceil(share * max(_LEAST_STEPS, _LOOKS * num_records / config.records))
         self.num_steps: int = wanted if config.steps == "auto" else config.steps
         self._check_every = max(config.check_every, math.ceil(num_records / config.records))
         self._multiplier = SharedMultiplier(self._objective.config, self.num_steps, task.seed)

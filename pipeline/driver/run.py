@@ -20,9 +20,11 @@ from pipeline.driver.preflight import Ready, prepare, update
 from pipeline.driver.progress import Progress
 from pipeline.interrupts import raise_if_interrupted, terminate_as_interrupt
 from pipeline.run_folder import repair
+from pipeline.run_folder.committed import write_edits
 from pipeline.run_folder.rows import PROGRESS_COLUMNS, digest, parts, read_rows, unify
 from pipeline.run_folder.summary import summarize_kept, summarize_results
 from pipeline.run_folder.workspace import Workspace, read_json, write_json
+from pipeline.tracking import models
 from pipeline.tracking.client import store_uri
 from pipeline.tracking.runs import EditRun
 from pipeline.workers import kept, ray_session
@@ -309,6 +311,7 @@ def _of_model(ready: Ready) -> dict[str, Any]:
 def _finish(ready: Ready, tracker: EditRun | None, console: Console | None) -> Outcome:
     """Writes summary and report, and logs the run."""
     from pipeline.report import page
+    from pipeline.report.model_card import write_model_card
 
     workspace, config = ready.workspace, ready.config
     pending = ready.pending
@@ -328,10 +331,16 @@ def _finish(ready: Ready, tracker: EditRun | None, console: Console | None) -> O
     )
     write_json(workspace.summary, summary)
     page.write_run_report(workspace, summary)
+    has_model = models.is_committed(workspace)
+    if has_model:
+        write_edits(workspace)
+        write_model_card(workspace, config, summary)
     if tracker is not None:
         if console is not None:
             console.print("Logging to MLflow ...", highlight=False)
         tracker.log_results(config, workspace, summary)
+        if has_model:
+            models.log_committed(tracker, config, workspace, summary)
         update(workspace, logged=True)
     uri = store_uri(config.tracking, workspace.out) if config.tracking.enabled else None
     return Outcome(workspace, summary, uri, (read_json(workspace.run) or {}).get("run_id"))

@@ -129,9 +129,14 @@ class Workspace:
         return self.out / "report.html"
 
     @property
+    def adapter(self) -> Location:
+        """Folder of the committed model as a PEFT adapter."""
+        return self.out / "adapter"
+
+    @property
     def written_models(self) -> tuple[Location, ...]:
         """Folders of the committed model: for serving, and as an adapter."""
-        return self.model, self.out / "adapter"
+        return self.model, self.adapter
 
     def part(self, group: int) -> Location:
         """File of the result rows of one group."""

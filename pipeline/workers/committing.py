@@ -21,6 +21,7 @@ from odedit.data.images import ImageError
 from odedit.data.pool import Pool
 from odedit.data.records import RawRecord
 from odedit.data.supervision import build_request
+from odedit.editing.adapters import is_adapter, write_adapter
 from odedit.editing.files import load_edit
 from odedit.errors import InputError, listed, one_sentence
 from odedit.inputs.batch import EditParams, EditRequest, stack_params
@@ -41,7 +42,6 @@ from pipeline.workers.request_cache import RequestCache
 KEPT_BYTES = 2**30
 """Memory of a worker for the records' pictures; others are read again."""
 _PROGRESS_EVERY_S = 1.0
-_WRITTEN_LAST = "config.json"
 
 
 @dataclass(frozen=True)
@@ -267,14 +267,22 @@ class _Worker:
     def _write_model(self) -> None:
         """Writes the folder that people serve; one that exists is of an interrupted run, and is written again."""
         params, _ = load_committed(self._workspace.committed, self._job.device)
-        editor, model = self._way.serving(self._editor), self._workspace.model
+        editor = self._way.serving(self._editor)
         self._show(Step(1, 1, doing="writing the model"))
-        if model.is_local and not Path(model).exists():
-            self._way.write(Path(model), self._backbone, editor, params)
-        elif not model.is_local:
-            with TemporaryDirectory() as folder:
-                self._way.write(Path(folder) / "model", self._backbone, editor, params)
-                copy_folder(Path(folder) / "model", model, _WRITTEN_LAST)
+        _written(self._workspace.model, lambda path: self._way.write(path, self._backbone, editor, params))
+        if self._way.is_plain and is_adapter(editor):
+            _written(self._workspace.adapter, lambda path: write_adapter(self._backbone, editor, params, path))
+
+
+def _written(folder: Location, write: Callable[[Path], None]) -> None:
+    """Writes a folder, at an address by way of a temporary one."""
+    if folder.is_local:
+        write(Path(folder))
+        return
+    with TemporaryDirectory() as temporary:
+        path = Path(temporary) / folder.name
+        write(path)
+        copy_folder(path, folder, min(child.name for child in path.iterdir() if child.suffix == ".json"))
 
 
 def failure(workspace: Any) -> str:
