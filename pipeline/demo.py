@@ -1,48 +1,107 @@
-"""The demo: WISE under three objectives on the embedded benchmark, compared edit by edit."""
+"""The demo: WISE under three objectives on the embedded benchmark, compared edit by edit, and one model of all."""
 
 from __future__ import annotations
 
+import shlex
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
+from odedit.errors import counted
+from odedit.evaluation.statistics import Estimate
 from odedit.storage.location import locate
-from pipeline.config.run import RunConfig, from_dict, read_yaml
+from pipeline.config.run import RunConfig, commit_from_dict, from_dict, read_yaml
 from pipeline.console import say
-from pipeline.driver.run import run
+from pipeline.driver.commit import commit_many
+from pipeline.driver.run import Outcome, run
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.report import page
+from pipeline.report.formatting import plus_minus
+from pipeline.run_folder.committed import read_edits
+from pipeline.study import data
+from pipeline.study.spec import Draw
 from pipeline.tracking.client import open_command
 from pipeline.workers import ray_session
 
 ARMS = {"WISE": "demo-wise", "WISE + ODEdit": "demo-wise-odedit", "WISE + contrast": "demo-wise-contrast"}
+MODELS = {"joint": "demo-one-model-joint", "sum": "demo-one-model-sum"}
+_EDITS_OF_A_FACT = 3
+_SHOWN = {"m_gen": "image generality", "m_loc_near": "near locality", "kept": "other answers kept"}
 
 
-def arm_config(name: str, out: Path, edits: int) -> RunConfig:
-    """The shipped configuration of one arm, with the demo's folder and number of edits."""
+def arm_config(name: str, out: Path, section: Mapping[str, Any]) -> RunConfig:
+    """The shipped configuration of one arm or model, in the demo's folder.
+
+    Args:
+        name: Name of the file.
+        out: The demo's folder.
+        section: Section `data`.
+    """
     values = read_yaml(Path(__file__).parent / "configs" / f"{name}.yaml")
-    values["data"] = {**values.get("data", {}), "limit": edits}
-    return from_dict(values | {"out": str(out / name.removeprefix("demo-"))})
+    values |= {"data": dict(section), "out": str(out / name.removeprefix("demo-"))}
+    return commit_from_dict(values) if "commit" in values else from_dict(values)
 
 
 def main(out: Path, edits: int, *, fresh: bool) -> None:
-    """Runs or resumes the arms, prints the comparison, and the locations of the results."""
+    """Runs or resumes the arms and the models, prints the comparisons, and the locations of the results."""
     errors, console = Console(stderr=True), Console()
-    configs = {name: arm_config(file, out, edits) for name, file in ARMS.items()}
+    # Every fact once before any a second time: two edits of a fact contradict each other in one model.
+    drawn = Draw(split="evaluation", per_task=None, per_fact=_EDITS_OF_A_FACT)
+    section = data.write(drawn, out.absolute() / "data") | {"limit": edits}
     arms, uri = [], None
     with terminate_as_interrupt(), ray_session.shared():
-        for name, config in configs.items():
+        for name, file in ARMS.items():
             errors.print(f"[bold]{name}[/bold]", highlight=False)
-            outcome = run(config, errors, fresh=fresh)
+            outcome = run(arm_config(file, out, section), errors, fresh=fresh)
             arms.append(page.Arm(name, outcome.workspace, outcome.summary))
             uri = outcome.tracking_uri
+        errors.print("[bold]One model of all facts[/bold]", highlight=False)
+        models = commit_many([arm_config(file, out, section) for file in MODELS.values()], errors, fresh=fresh)
     report = page.write_comparison(locate(str(out), "--out"), arms)
     for arm in arms[1:]:
         console.print(page.comparison_table(arms[0], arm))
     for arm in arms:
         console.print(f"{arm.name}: {page.counts(arm.summary)}", highlight=False)
+    console.print(_table(dict(zip(MODELS, models, strict=True))))
     lines = [f"Report:  {report}", f"Results: {', '.join(str(arm.workspace.out) for arm in arms)}"]
     if uri is not None:
         lines.append(f"MLflow:  {open_command(uri)}")
-    for line in lines:
+    for line in (*lines, *_asking(models[0], Path(section["image_root"]))):
         say(console, line)
+
+
+def _table(models: Mapping[str, Outcome]) -> Table:
+    """The models of one set of facts, one per line."""
+    facts = counted(next(iter(models.values())).summary["n"], "fact")
+    table = Table(
+        title=f"One model of {facts}, by way",
+        title_justify="left",
+        caption="Edits that hold: whole generated answers. Mean \u00b1 half its 95% interval.",
+        caption_justify="left",
+    )
+    for head in ("way", "edits that hold", *_SHOWN.values()):
+        table.add_column(head, justify="left" if head == "way" else "right")
+    for name, outcome in models.items():
+        edits = read_edits(outcome.workspace.model)
+        figures = outcome.summary["metrics"] | {"kept": outcome.summary.get("kept")}
+        cells = [plus_minus(Estimate(**figures[column])) if figures.get(column) else "-" for column in _SHOWN]
+        table.add_row(name, f"{sum(edit['holds'] for edit in edits)} of {len(edits)}", *cells)
+    return table
+
+
+def _asking(model: Outcome, image_root: Path) -> list[str]:
+    """Lines with the command that asks the model a question of the first edit that holds, and its answers."""
+    edits = read_edits(model.workspace.model)
+    edit = next((edit for edit in edits if edit["holds"]), edits[0])
+    program = (
+        f"from odedit import load_edited; print(load_edited({str(model.workspace.model)!r}).answer("
+        f"{str(image_root / edit['image'])!r}, {edit['prompt']!r}))"
+    )
+    return [
+        f"Model:   {model.workspace.model}; it answers {edit['target']!r} instead of {edit['answer_before']!r}:",
+        f"         {shlex.join([sys.executable, '-c', program])}",
+    ]

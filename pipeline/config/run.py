@@ -328,6 +328,11 @@ def load_commit(path: LocationLike | None, overrides: Sequence[str] = ()) -> Run
     values = {} if path is None else read_yaml(path)
     for text in overrides:
         apply_override(values, text)
+    return commit_from_dict(values)
+
+
+def commit_from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """As `from_dict`, with the defaults of `load_commit`."""
     section = values.get("commit")
     way = section.get("way") if isinstance(section, Mapping) else None
     try:

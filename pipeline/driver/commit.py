@@ -109,7 +109,14 @@ def check(config: RunConfig, edits_from: str | None) -> None:
         )
 
 
-def commit(config: RunConfig, console: Console, *, edits_from: str | None = None, fresh: bool = False) -> Outcome:
+def commit(
+    config: RunConfig,
+    console: Console,
+    *,
+    edits_from: str | None = None,
+    fresh: bool = False,
+    parent_run: str | None = None,
+) -> Outcome:
     """Makes or resumes one model of all records of a run, and scores them on it.
 
     Args:
@@ -117,6 +124,7 @@ def commit(config: RunConfig, console: Console, *, edits_from: str | None = None
         console: Console for progress.
         edits_from: Folder or address of a run whose edits are used, for a way that uses finished edits.
         fresh: Whether to delete an earlier run in `out` first.
+        parent_run: Id of the MLflow run that the run is nested in.
 
     Raises:
         InputError: The input or the settings are wrong, records contradict each other, or `out` holds another run.
@@ -134,7 +142,25 @@ def commit(config: RunConfig, console: Console, *, edits_from: str | None = None
             start = _start(ready.config)
             left_out = frozenset(conflicts.left_out.reasons)
             _make(ready, CommitJob(_job(ready), left_out, edits, None if start is None else start.committed), console)
-        return score_into(ready, console, _scored(ready, conflicts.left_out))
+        return score_into(ready, console, _scored(ready, conflicts.left_out), parent_run=parent_run)
+
+
+def commit_many(
+    configs: Sequence[RunConfig], console: Console, *, fresh: bool = False, parent_run: str | None = None
+) -> list[Outcome]:
+    """Makes or resumes several models, one after another; see `commit`.
+
+    Raises:
+        InputError: See `commit`; the message has the name of the run.
+    """
+    outcomes = []
+    for number, config in enumerate(configs, start=1):
+        say(console, f"Model {number} of {len(configs)}: {config.name}")
+        try:
+            outcomes.append(commit(config, console, fresh=fresh, parent_run=parent_run))
+        except InputError as error:
+            raise InputError(f"{config.name}: {error}") from error
+    return outcomes
 
 
 def further_inputs(config: RunConfig) -> dict[str, str]:

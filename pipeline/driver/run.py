@@ -72,18 +72,27 @@ def run(config: RunConfig, console: Console, *, fresh: bool = False, profile: Pr
                 write_json(ready.workspace.profile, profile.to_json())
 
 
-def score_into(ready: Ready, console: Console, scored: ScoredModel, *, profile: Profile | None = None) -> Outcome:
+def score_into(
+    ready: Ready,
+    console: Console,
+    scored: ScoredModel,
+    *,
+    profile: Profile | None = None,
+    parent_run: str | None = None,
+) -> Outcome:
     """Scores or goes on scoring the records of a prepared run on one model, as rows of `odedit edit`.
 
     Args:
         ready: Result of `prepare`.
         console: Console for progress.
         scored: The model, what its records edit, and how they were learned.
+        profile: As in `run`.
+        parent_run: Id of the MLflow run that the run is nested in.
 
     Raises:
         Errors of `run`.
     """
-    return _run_ready([replace(ready, scored=scored)], console, parent_run=None, profile=profile)[0]
+    return _run_ready([replace(ready, scored=scored)], console, parent_run, profile)[0]
 
 
 def run_many(

@@ -21,7 +21,7 @@ _REPHRASE = "rephrase:"
 Record = dict[str, Any]
 
 
-def write(draw: Draw, folder: Path | str) -> dict[str, str]:
+def write(draw: Draw, folder: Path | str, at_least: int = 0) -> dict[str, str]:
     """Writes the records under `folder` and returns the `data` section of a run that edits them.
 
     A new local folder is written atomically. Edits of different seeds have different ids and the same facts, so that
@@ -30,32 +30,38 @@ def write(draw: Draw, folder: Path | str) -> dict[str, str]:
     Args:
         draw: Split, seeds and number of records.
         folder: Path or address.
+        at_least: Number of records that are needed.
 
     Raises:
-        InputError: The split has fewer edits of a task than `draw.per_task`.
+        InputError: The split has fewer edits of a task than `draw.per_task`, or fewer than are needed.
     """
     location = at(folder)
     if location.is_local and not location.exists():
         try:
             with folder_written_atomically(Path(location)) as temporary:
-                names = _write(draw, at(temporary))
+                names = _write(draw, at(temporary), at_least)
         except OSError:
             if not location.is_folder():  # another process may have written it meanwhile
                 raise
-            names = _write(draw, location)
+            names = _write(draw, location, at_least)
     else:
-        names = _write(draw, location)
+        names = _write(draw, location, at_least)
     root = str(folder)
     path, pool = (below(root, name) for name in names)
     return {"path": path, "image_root": root, "rephrase_root": root, "pool": pool}
 
 
-def _write(draw: Draw, folder: Location) -> tuple[str, str]:
+def _write(draw: Draw, folder: Location, at_least: int) -> tuple[str, str]:
     """Writes the records and the pool; returns the names of their files."""
     records = [record for seed in draw.seeds for record in _drawn(draw, seed, folder)]
+    if len(records) < at_least:
+        raise InputError(
+            f"models.sizes: got {at_least}; {counted(len(records), 'record')} of the {draw.split} split are drawn."
+        )
     seeds = "-".join(str(seed) for seed in draw.seeds)
     world = f"world{WORLD}-" if WORLD else ""
-    name, pool = f"{world}{draw.split}-seeds-{seeds}-{draw.per_task or 'all'}.json", f"{world}pool.json"
+    number = draw.per_task or "all" if draw.per_fact is None else f"{draw.per_fact}-a-fact"
+    name, pool = f"{world}{draw.split}-seeds-{seeds}-{number}.json", f"{world}pool.json"
     _write_json(folder / name, records)
     pool_records = [_moved(record, embedded_name(_POOL_SEED)) for record in _read(folder, _POOL_SEED, "train")]
     _write_json(folder / pool, pool_records)
@@ -63,14 +69,21 @@ def _write(draw: Draw, folder: Location) -> tuple[str, str]:
 
 
 def _drawn(draw: Draw, seed: int, folder: Location) -> list[Record]:
-    """`draw.per_task` records of each task: the first of every fact in the benchmark's order, then the second, ..."""
+    """The drawn records of a seed, with pictures and ids as in the study's file."""
     records = _read(folder, seed, draw.split)
     seen: Counter[str] = Counter()
     rounds: dict[int, list[Record]] = {}
     for record in records:
         rounds.setdefault(seen[record["fact"]], []).append(record)
         seen[record["fact"]] += 1
-    ordered = [record for turn in sorted(rounds) for record in rounds[turn]]
+    ordered = [record for turn in sorted(rounds)[: draw.per_fact] for record in rounds[turn]]
+    chosen = _of_tasks(draw, ordered) if draw.per_fact is None else ordered
+    name = embedded_name(seed)
+    return [_moved(record, name) | {"edit_id": f"s{seed}-{record['edit_id']}"} for record in chosen]
+
+
+def _of_tasks(draw: Draw, ordered: list[Record]) -> list[Record]:
+    """`draw.per_task` records of each task: the first of every fact in the benchmark's order, then the second, ..."""
     chosen: list[Record] = []
     for task in ("vqa", "caption"):
         of_task = [record for record in ordered if record["task"] == task]
@@ -80,8 +93,7 @@ def _drawn(draw: Draw, seed: int, folder: Location) -> list[Record]:
                 f"of task {task!r}."
             )
         chosen += of_task[: draw.per_task]
-    name = embedded_name(seed)
-    return [_moved(record, name) | {"edit_id": f"s{seed}-{record['edit_id']}"} for record in chosen]
+    return chosen
 
 
 def _read(folder: Location, seed: int, split: str) -> list[Record]:

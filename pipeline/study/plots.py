@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 from odedit.evaluation.statistics import Estimate
 from pipeline.report.formatting import LABELS, number
 from pipeline.study.spec import StudyConfig
-from pipeline.study.tables import TASKS, Cell
+from pipeline.study.tables import Cell, tasks
 
 # Palette of Okabe and Ito (2008), distinct for colour-blind readers, without its yellow, which is too pale for points.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _NAMES = LABELS | {
+    "rel_generated_exact": "edits that hold",
+    "m_gen_generated_exact": "image generality, whole answers",
     "m_loc_near": "image locality, near",
+    "kept": "other answers kept",
     "peak_bytes": "peak memory per edit, bytes",
     "seconds": "seconds per edit",
 }
@@ -22,7 +26,7 @@ _NAMES = LABELS | {
 
 def draw(study: StudyConfig, cells: Sequence[Cell]) -> bytes:
     """A PNG of kind `study.plot.kind`, other than `states`."""
-    painters = {"dots": _dots, "lines": _lines, "heatmap": _heatmap}
+    painters = {"dots": _dots, "lines": _lines, "bands": _bands, "heatmap": _heatmap}
     return to_png(painters[study.plot.kind](study, cells))
 
 
@@ -47,7 +51,7 @@ def _panels(study: StudyConfig, cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     rows: dict[str, list[Cell]] = {}
     for cell in cells:
         labels = [label for axis, label in cell.arm.labels.items() if axis not in drawn]
-        rows.setdefault("\n".join([*labels, TASKS[cell.task]]), []).append(cell)
+        rows.setdefault("\n".join([*labels, tasks(study)[cell.task]]), []).append(cell)
     return rows
 
 
@@ -161,6 +165,75 @@ def _lines(study: StudyConfig, cells: Sequence[Cell]) -> Any:
         grid[row][0].set_ylabel(name, fontsize=8)
     _legend(picture, _colours(study))
     return picture
+
+
+_MARKERS = "os^Dvp*"
+
+
+def _bands(study: StudyConfig, cells: Sequence[Cell]) -> Any:
+    """Means over axis `x`, whose labels are numbers, with their intervals as bands, and the front of two columns."""
+    panels, columns, front = _panels(study, cells), _columns(study, cells), study.plot.front
+    x_axis, colours = study.plot.x or next(iter(study.axes)), _colours(study) or {"": COLOURS[0]}
+    width = len(columns) + (1.3 if front else 0)
+    picture = figure(2.6 * width + 0.6, 2.7 * len(panels) + 0.5)
+    widths = [1.0] * len(columns) + ([1.3] if front else [])
+    grid = picture.subplots(len(panels), len(widths), squeeze=False, width_ratios=widths)
+    for row, (name, of_row) in enumerate(panels.items()):
+        # Cells of a line by its colour's label, in the order of x.
+        lines = {
+            shade: sorted(
+                (cell for cell in of_row if not shade or cell.arm.labels[study.plot.colour or ""] == shade),
+                key=lambda cell: float(cell.arm.labels[x_axis]),
+            )
+            for shade in colours
+        }
+        for axes, column in zip(grid[row], columns, strict=False):
+            for (shade, colour), marker in zip(colours.items(), cycle(_MARKERS), strict=False):
+                shown = [cell for cell in lines[shade] if column in cell.means]
+                x = [float(cell.arm.labels[x_axis]) for cell in shown]
+                of_line = [cell.means[column] for cell in shown]
+                axes.plot(
+                    x, [e.mean for e in of_line], marker=marker, color=colour, markersize=4, clip_on=False, zorder=3
+                )
+                axes.fill_between(
+                    x, [e.low for e in of_line], [e.high for e in of_line], color=colour, alpha=0.15, lw=0
+                )
+            axes.set_xscale("log")
+            ticks = sorted({float(cell.arm.labels[x_axis]) for cell in of_row})
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.set_xticks([], minor=True)
+            axes.set_xlabel(x_axis, fontsize=8)
+            if row == 0:
+                axes.set_title(_NAMES.get(column, column), fontsize=9)
+        if front:
+            _front(grid[row][-1], front, lines, colours, x_axis)
+            low, high = grid[row][-1].get_xlim()
+            grid[row][-1].set_xlim(low, _end(low, high, front[0], of_row))
+        for axes, column in zip(grid[row], [*columns, *front[1:]], strict=True):
+            low, high = axes.get_ylim()
+            axes.set_ylim(low, _end(low, high, column, of_row))
+            axes.grid(color="#e4e7eb", zorder=0)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.tick_params(labelsize=8)
+        grid[row][0].set_ylabel(name, fontsize=8)
+    _legend(picture, _colours(study))
+    return picture
+
+
+def _front(
+    axes: Any, columns: Sequence[str], lines: Mapping[str, Sequence[Cell]], colours: Mapping[str, str], x_axis: str
+) -> None:
+    """The second column against the first, points named by their label of axis `x`."""
+    for (shade, colour), marker in zip(colours.items(), cycle(_MARKERS), strict=False):
+        shown = [cell for cell in lines[shade] if set(columns) <= cell.means.keys()]
+        x, y = ([cell.means[column].mean for cell in shown] for column in columns)
+        axes.plot(x, y, marker=marker, color=colour, markersize=4, linewidth=1, clip_on=False, zorder=3)
+        for cell, *place in zip(shown, x, y, strict=True):
+            axes.annotate(
+                cell.arm.labels[x_axis], place, xytext=(4, -9), textcoords="offset points", fontsize=7, color=colour
+            )
+    axes.set_xlabel(_NAMES.get(columns[0], columns[0]), fontsize=8)
+    axes.set_title(f"{_NAMES.get(columns[1], columns[1])} against it, by {x_axis}", fontsize=9)
 
 
 def _heatmap(study: StudyConfig, cells: Sequence[Cell]) -> Any:

@@ -17,6 +17,8 @@ from odedit.storage.location import Location, at
 from pipeline.config.run import RunConfig
 from pipeline.config.version import code_version
 from pipeline.console import say
+from pipeline.driver.commit import check as check_commit
+from pipeline.driver.commit import commit_many
 from pipeline.driver.preflight import check, check_records
 from pipeline.driver.run import Outcome, run_many
 from pipeline.interrupts import terminate_as_interrupt
@@ -25,7 +27,7 @@ from pipeline.run_folder.reasons import Reasons, lines
 from pipeline.run_folder.sources import absolute
 from pipeline.run_folder.workspace import Workspace, check_access, new_local_folder, read_json, write_json
 from pipeline.study import comparisons, data, plots, states, tables
-from pipeline.study.spec import Arm, StudyConfig, arms, run_config
+from pipeline.study.spec import SEED, Arm, StudyConfig, run_config, runs
 from pipeline.tracking.client import open_command, store_uri
 from pipeline.tracking.studies import StudyRun
 from pipeline.training import many
@@ -68,25 +70,32 @@ def run(
         InputError: An arm's settings are wrong, or `out` cannot be used.
         NothingUsable: No record was edited.
     """
-    every = arms(study)
+    every = runs(study)
     folder = at(out, "--out")
     _check_folder(folder, name)
     _check_arms(
-        [_named(run_config(arm, out, None), arm, out) for arm in every], is_drawn=study.draw is not None, fresh=fresh
+        [_named(run_config(part, out, None), part, out) for part, _ in every],
+        is_drawn=study.draw is not None,
+        fresh=fresh,
     )
     with terminate_as_interrupt(), ray_session.shared():
         with new_local_folder(folder):
             # A study whose records cannot be drawn must leave no state behind.
-            section = data.write(study.draw, below(str(out), "data")) if study.draw is not None else None
+            sections = _drawn(study, [part for part, _ in every], below(str(out), "data"))
             write_json(folder / _STATE, _state(folder) | {"study": name})
-            configs = [_named(run_config(arm, out, section), arm, out) for arm in every]
+            configs = [
+                _named(run_config(part, out, section), part, out)
+                for (part, _), section in zip(every, sections, strict=True)
+            ]
             parent = _open_parent(name, study, folder, configs[0], fresh=fresh)
         try:
             # Studies beside this one share its weights.
             weights = below(above(absolute(str(out))), "weights")
-            configs = many.with_weights(configs, [arm.name for arm in every], weights, console)
-            outcomes = run_many(configs, console, fresh=fresh, parent_run=parent.run_id if parent else None)
-            finished = _write(study, every, outcomes, folder, console, command or f"odedit study {name}")
+            configs = many.with_weights(configs, [part.name for part, _ in every], weights, console)
+            work = run_many if study.models is None else commit_many
+            outcomes = work(configs, console, fresh=fresh, parent_run=parent.run_id if parent else None)
+            of_arms = [arm for _, arm in every]
+            finished = _write(study, of_arms, outcomes, folder, console, command or f"odedit study {name}")
             if parent is not None:
                 parent.log_study(finished.files, metrics_of(finished.cells))
         except BaseException as error:
@@ -96,6 +105,21 @@ def run(
         if parent is not None:
             parent.finish("FINISHED")
     return finished
+
+
+def _drawn(study: StudyConfig, parts: Sequence[Arm], folder: str) -> list[dict[str, Any] | None]:
+    """Section `data` of each run; a run with a seed of its own has that seed's records.
+
+    Raises:
+        InputError: The split has too few records.
+    """
+    draw = study.draw
+    if draw is None:
+        return [None] * len(parts)
+    seeds = [(int(part.labels[SEED]),) if study.models is not None else draw.seeds for part in parts]
+    at_least = max(study.models.sizes) if study.models is not None else 0
+    sections = {of: data.write(replace(draw, seeds=of), folder, at_least) for of in dict.fromkeys(seeds)}
+    return [sections[of] for of in seeds]
 
 
 def _check_folder(out: Location, name: str) -> None:
@@ -120,6 +144,8 @@ def _check_arms(configs: Sequence[RunConfig], *, is_drawn: bool, fresh: bool) ->
         read = repr((config.data, config.supervision, config.objective.name))
         try:
             asks = not is_finished and server not in servers
+            if config.commit is not None:
+                check_commit(config, None)
             checked, *_ = check(config, fresh=fresh, trains=True, servers=asks, is_storage_tried=True)
             if not is_drawn and read not in inputs:
                 check_records(checked)
@@ -162,13 +188,26 @@ def _open_parent(name: str, study: StudyConfig, out: Location, config: RunConfig
 
 
 def _write(
-    study: StudyConfig, every: Sequence[Arm], outcomes: Sequence[Outcome], out: Location, console: Console, command: str
+    study: StudyConfig,
+    of_arms: Sequence[Arm],
+    outcomes: Sequence[Outcome],
+    out: Location,
+    console: Console,
+    command: str,
 ) -> Finished:
-    rows = {
-        arm.folder: list(results.read_rows(results.parts(outcome.workspace)))
-        for arm, outcome in zip(every, outcomes, strict=True)
-    }
-    cells = tables.cells(study, every, rows)
+    """Writes tables and picture.
+
+    Args:
+        of_arms: Arm of each outcome; several outcomes of one arm are averaged.
+    """
+    every = list({arm.folder: arm for arm in of_arms}.values())
+    rows: dict[str, list[results.Row]] = {arm.folder: [] for arm in every}
+    kept: dict[str, list[results.Row]] = {arm.folder: [] for arm in every}
+    for arm, outcome in zip(of_arms, outcomes, strict=True):
+        rows[arm.folder] += results.read_rows(results.parts(outcome.workspace))
+        if outcome.workspace.kept.exists():
+            kept[arm.folder] += tables.kept_rows(outcome.workspace.kept)
+    cells = tables.cells(study, every, rows, kept)
     blocks = [tables.to_markdown(study, cells, columns) for columns in (study.columns, study.further) if columns]
     if study.correlate is not None:
         blocks.append(tables.correlations(study, every, rows))

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+from odedit import ways
 from odedit.errors import InputError, unknown_name
 from odedit.evaluation.statistics import MAIN
 from odedit.runtime.addresses import below
 from pipeline.config import strict
-from pipeline.config.run import RunConfig, apply_override, from_dict, read_yaml
+from pipeline.config.run import RunConfig, apply_override, commit_from_dict, from_dict, read_yaml
 
 FOLDER = Path(__file__).with_name("studies")
+SEED = "seed"
+"""Label of a run, not of an arm: the seed of its records."""
 Labels = Mapping[str, str]
 
 
@@ -30,11 +33,14 @@ class Draw:
         split: `train`, `validation` or `evaluation`.
         seeds: Seeds of the benchmark; each draws other values, wordings and pictures of the same facts.
         per_task: Number of records of each task and seed, spread over the facts; null: all.
+        per_fact: Number of records of each fact and seed, the first ones, in the benchmark's order; null: all. A number
+            needs `per_task: null`.
     """
 
     split: Literal["train", "validation", "evaluation"] = "evaluation"
     seeds: tuple[int, ...] = (0,)
     per_task: int | None = 24
+    per_fact: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seeds", tuple(self.seeds))
@@ -44,6 +50,37 @@ class Draw:
             or len(set(self.seeds)) < len(self.seeds)
         ):
             raise ValueError("seeds, per_task: expected different seeds, at least one, and at least 1 edit per task.")
+        if self.per_fact is not None and (self.per_fact < 1 or self.per_task is not None):
+            raise ValueError(f"per_fact: got {self.per_fact}; expected at least 1, and per_task: null.")
+
+
+@dataclass(frozen=True)
+class Models:
+    """Models that a study commits its records to: one for each arm and seed.
+
+    The study has two further axes, unless its file has axes of these names: `way` and `facts`.
+
+    Attributes:
+        sizes: Labels of the axis `facts`: numbers of records, the first ones drawn.
+        ways: Labels of the axis `way`, files of `odedit/ways` with their default settings; null: every one.
+    """
+
+    sizes: tuple[int, ...]
+    ways: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", tuple(self.sizes))
+        object.__setattr__(self, "ways", ways.names() if self.ways is None else tuple(self.ways))
+        if not self.sizes or min(self.sizes) < 1:
+            raise ValueError(f"sizes: got {list(self.sizes)}, expected numbers of facts, at least one.")
+
+    @property
+    def axes(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Axis -> label -> settings."""
+        return {
+            "way": {name: {"commit": {"way": name}} for name in self.ways or ()},
+            "facts": {str(size): {"data": {"limit": size}} for size in self.sizes},
+        }
 
 
 @dataclass(frozen=True)
@@ -51,24 +88,29 @@ class Plot:
     """The picture of a study.
 
     Attributes:
-        kind: `dots` (a row of points for each label of axis `y`), `lines` (over axis `x`), `heatmap` (`x` by `y`) or
-            `states` (t-SNE of hidden states).
+        kind: `dots` (a row of points for each label of axis `y`), `lines` (over axis `x`), `bands` (lines with bands
+            over axis `x`, whose labels are numbers), `heatmap` (`x` by `y`) or `states` (t-SNE of hidden states).
         x: Axis of the study along x.
         y: Axis of the study along y.
         colour: Axis of the study by colour.
         columns: Result columns, one panel each.
         reference: Label of axis `x` drawn as a horizontal line instead of a point.
+        front: Two columns drawn against each other in a last panel, the first along x; only with `bands`.
     """
 
-    kind: Literal["dots", "lines", "heatmap", "states"] = "dots"
+    kind: Literal["dots", "lines", "bands", "heatmap", "states"] = "dots"
     x: str | None = None
     y: str | None = None
     colour: str | None = None
     columns: tuple[str, ...] = MAIN
     reference: str | None = None
+    front: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", tuple(self.columns))
+        object.__setattr__(self, "front", tuple(self.front))
+        if self.front and (len(self.front) != 2 or self.kind != "bands"):
+            raise ValueError(f"front: got {list(self.front)}; expected two columns, and kind: bands.")
 
 
 @dataclass(frozen=True)
@@ -92,6 +134,7 @@ class StudyConfig:
         title: Title of the tables, in a line.
         note: Text below the tables.
         draw: Records drawn from the embedded benchmark; null: the records of `settings.data`.
+        models: Models that the records are committed to; null: every record is an edit of its own.
         settings: Settings of all arms, as in a run's YAML.
         axes: Axis -> label -> settings.
         special: Further settings of some arms; later ones win.
@@ -106,9 +149,10 @@ class StudyConfig:
     """
 
     title: str
-    axes: dict[str, dict[str, dict[str, Any]]]
+    axes: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     note: str = ""
     draw: Draw | None = field(default_factory=Draw)
+    models: Models | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     special: tuple[Special, ...] = ()
     skip: tuple[dict[str, list[str]], ...] = ()
@@ -122,6 +166,8 @@ class StudyConfig:
     def __post_init__(self) -> None:
         for name in ("special", "skip", "columns", "further"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.models is not None:
+            object.__setattr__(self, "axes", self.models.axes | self.axes)
 
 
 @dataclass(frozen=True)
@@ -162,14 +208,14 @@ def load(name: str, config: Path | None, overrides: Sequence[str] = ()) -> Study
     if name not in names():
         raise unknown_name("study", name, names())
     values = read_yaml(FOLDER / f"{name}.yaml")
-    shipped = {axis: set(labels) for axis, labels in values["axes"].items()}
+    shipped = {axis: set(labels) for axis, labels in values.get("axes", {}).items()}
     if config is not None:
         changes = read_yaml(config)
         axes = changes.pop("axes", None) or {}
         if not isinstance(axes, Mapping):
             raise InputError(f"{config}: axes: got {strict.show(axes)}, expected axis -> label -> settings.")
         values = merged(values, changes)
-        values["axes"] = {axis: labels for axis, labels in {**values["axes"], **axes}.items() if labels}
+        values["axes"] = {axis: labels for axis, labels in {**values.get("axes", {}), **axes}.items() if labels}
     for text in overrides:
         apply_override(values, text)
     study = strict.build(StudyConfig, values)
@@ -251,6 +297,14 @@ def arms(study: StudyConfig) -> list[Arm]:
     return made
 
 
+def runs(study: StudyConfig) -> list[tuple[Arm, Arm]]:
+    """Each run of a study as an arm, and the arm whose tables it is in: where records become models, one per seed."""
+    every = arms(study)
+    if study.models is None or study.draw is None:
+        return [(arm, arm) for arm in every]
+    return [(replace(arm, labels=arm.labels | {SEED: str(seed)}), arm) for arm in every for seed in study.draw.seeds]
+
+
 def _combinations(study: StudyConfig) -> Iterator[dict[str, str]]:
     for chosen in product(*study.axes.values()):
         labels = dict(zip(study.axes, chosen, strict=True))
@@ -283,8 +337,8 @@ def run_config(arm: Arm, out: Path | str, data: Mapping[str, Any] | None) -> Run
     Raises:
         InputError: Settings are wrong; the message names the arm.
     """
-    values = merged(arm.values, {"data": data} if data else {})
+    values = merged(arm.values, {"data": data} if data else {}) | {"out": below(str(out), f"arms/{arm.folder}")}
     try:
-        return from_dict(values | {"out": below(str(out), f"arms/{arm.folder}")})
+        return commit_from_dict(values) if values.get("commit") else from_dict(values)
     except InputError as error:
         raise InputError(f"{arm.name}: {error}") from error

@@ -7,15 +7,21 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 from odedit.evaluation.statistics import Estimate
+from odedit.storage.location import Location
 from pipeline.report.differences import Difference, differences, edited, fact, means
 from pipeline.report.formatting import plus_minus, sign
-from pipeline.run_folder.rows import FAILED, SKIPPED, Row
+from pipeline.run_folder.rows import FAILED, SKIPPED, Row, read_table
 from pipeline.study.spec import Arm, StudyConfig
 
 TASKS = {"vqa": "E-VQA", "caption": "E-IC"}
+_BOTH = {"all": "E-VQA and E-IC"}
+"""Tasks of a study of models, which hold the records of both."""
+KEPT = ("kept", "kept_text")
+"""Shares of the pool's own answers that a model keeps."""
 _ALWAYS = ("worst_nll", "steps", "seconds")
 
 
@@ -25,7 +31,7 @@ class Cell:
 
     Attributes:
         arm: The arm.
-        task: `vqa` or `caption`.
+        task: `vqa`, `caption`, or `all` in a study of models.
         n: Number of edited records.
         failed: Number of failed records.
         skipped: Number of skipped records.
@@ -45,16 +51,22 @@ class Cell:
     differences: dict[str, Difference]
 
 
-def cells(study: StudyConfig, arms: Sequence[Arm], rows: Mapping[str, Sequence[Row]]) -> list[Cell]:
+def cells(
+    study: StudyConfig,
+    arms: Sequence[Arm],
+    rows: Mapping[str, Sequence[Row]],
+    kept: Mapping[str, Sequence[Row]] = MappingProxyType({}),
+) -> list[Cell]:
     """Every arm on every task that has records.
 
     Args:
         rows: Result rows by the arm's folder.
+        kept: Rows of the pool's records that an arm's models were asked, with the columns `KEPT`.
     """
-    columns = tuple(dict.fromkeys((*study.columns, *study.further, *study.plot.columns)))
+    columns = tuple(dict.fromkeys((*study.columns, *study.further, *study.plot.columns, *study.plot.front)))
     made: list[Cell] = []
-    for task in TASKS:
-        of_task = {folder: [row for row in of_arm if row["task"] == task] for folder, of_arm in rows.items()}
+    for task in tasks(study):
+        of_task = {folder: [row for row in of_arm if task in (row["task"], *_BOTH)] for folder, of_arm in rows.items()}
         by_arm = {folder: edited(of_arm) for folder, of_arm in of_task.items()}
         pairs = {
             arm.folder: (by_arm[base.folder], by_arm[arm.folder])
@@ -63,14 +75,32 @@ def cells(study: StudyConfig, arms: Sequence[Arm], rows: Mapping[str, Sequence[R
         }
         tests = differences(pairs, columns)
         made += [
-            _cell(arm, task, of_task[arm.folder], columns, tests.get(arm.folder, {}))
+            _cell(arm, task, of_task[arm.folder], columns, tests.get(arm.folder, {}), kept.get(arm.folder, ()))
             for arm in arms
             if of_task[arm.folder]
         ]
     return made
 
 
-def _cell(arm: Arm, task: str, rows: Sequence[Row], columns: Sequence[str], differences: dict[str, Difference]) -> Cell:
+def kept_rows(location: Location) -> list[Row]:
+    """Rows of a run's `kept.parquet`, with shares in place of truth values."""
+    rows: list[Row] = read_table(location).to_pylist()
+    return [row | {name: float(row[name]) for name in KEPT if row[name] is not None} for row in rows]
+
+
+def tasks(study: StudyConfig) -> Mapping[str, str]:
+    """Names of the study's tasks."""
+    return TASKS if study.models is None else _BOTH
+
+
+def _cell(
+    arm: Arm,
+    task: str,
+    rows: Sequence[Row],
+    columns: Sequence[str],
+    differences: dict[str, Difference],
+    kept: Sequence[Row],
+) -> Cell:
     done = list(edited(rows).values())
     return Cell(
         arm=arm,
@@ -79,7 +109,7 @@ def _cell(arm: Arm, task: str, rows: Sequence[Row], columns: Sequence[str], diff
         failed=sum(row["status"] == FAILED for row in rows),
         skipped=sum(row["status"] == SKIPPED for row in rows),
         at_stop=sum(row["stop_reason"] != "max_steps" for row in done) / max(len(done), 1),
-        means=means(done, (*columns, *_ALWAYS)),
+        means=means(done, (*columns, *_ALWAYS)) | means(kept, KEPT),
         differences=differences,
     )
 
@@ -118,23 +148,22 @@ def to_markdown(study: StudyConfig, cells: Sequence[Cell], columns: Sequence[str
     axes = list(study.axes)
     first = axes[0] if len(axes) > 2 else None
     blocks = []
-    for task, name in TASKS.items():
+    for task, name in tasks(study).items():
         of_task = [cell for cell in cells if cell.task == task]
         labels = dict.fromkeys(cell.arm.labels[first] for cell in of_task) if first else {"": None}
         for label in labels:
             of_label = [cell for cell in of_task if first is None or cell.arm.labels[first] == label]
             if of_label:
                 title = f"**{name}{f', {label}' if label else ''}**"
-                blocks.append(f"{title}\n\n{_table(of_label, [a for a in axes if a != first], columns)}")
+                shown = [axis for axis in axes if axis != first]
+                blocks.append(f"{title}\n\n{_table(of_label, shown, columns, has_stop=study.models is None)}")
     return "\n\n".join(blocks) + "\n"
 
 
-def _table(cells: Sequence[Cell], axes: Sequence[str], columns: Sequence[str]) -> str:
+def _table(cells: Sequence[Cell], axes: Sequence[str], columns: Sequence[str], *, has_stop: bool) -> str:
     shown = [column for column in columns if any(column in cell.means for cell in cells)]
-    lines = [
-        "| " + " | ".join([*axes, "n", "stop", *shown]) + " |",
-        "|" + "---|" * len(axes) + "--:|" * (len(shown) + 2),
-    ]
+    numbers = ["n", *(["stop"] if has_stop else []), *shown]
+    lines = ["| " + " | ".join([*axes, *numbers]) + " |", "|" + "---|" * len(axes) + "--:|" * len(numbers)]
     for cell in cells:
         labels = [cell.arm.labels[axis] for axis in axes]
         stop = f"{cell.means['worst_nll'].mean:.2g}" if "worst_nll" in cell.means else ""
@@ -142,7 +171,7 @@ def _table(cells: Sequence[Cell], axes: Sequence[str], columns: Sequence[str]) -
         figures = [_figure(cell, column) for column in shown]
         lost = [f"{count} {status}" for status, count in ((FAILED, cell.failed), (SKIPPED, cell.skipped)) if count]
         count = str(cell.n) + (f" ({', '.join(lost)})" if lost else "")
-        lines.append("| " + " | ".join([*labels, count, stop, *figures]) + " |")
+        lines.append("| " + " | ".join([*labels, count, *([stop] if has_stop else []), *figures]) + " |")
     return "\n".join(lines)
 
 
@@ -190,10 +219,12 @@ def _correlation(pairs: Sequence[tuple[Row, Row]], correlate: str, column: str) 
 
 def legend(study: StudyConfig) -> str:
     """The meaning of the signs in the Markdown tables."""
-    text = (
-        "Mean ± half of its 95% interval, clustered by fact. `stop`: mean NLL of the worst answer token where the edit "
-        "stopped, and the share of edits that reached the stop if not all did."
-    )
+    text = "Mean ± half of its 95% interval, clustered by fact."
+    if study.models is None:
+        text += (
+            " `stop`: mean NLL of the worst answer token where the edit stopped, and the share of edits that reached "
+            "the stop if not all did."
+        )
     if study.baseline:
         base = ", ".join(study.baseline.values())
         text += (

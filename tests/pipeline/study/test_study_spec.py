@@ -189,6 +189,53 @@ def test_without_a_number_every_edit_is_drawn(folder: Path) -> None:
     assert Path(section["path"]).name == "validation-seeds-0-1-all.json"
 
 
+def test_one_edit_of_each_fact_is_the_first_in_the_order_of_the_benchmark(folder: Path) -> None:
+    section = data.write(Draw(seeds=(1,), per_task=None, per_fact=1), folder)
+    drawn = [record["edit_id"] for record in json.loads(Path(section["path"]).read_text())]
+    every = json.loads((folder / embedded_name(1) / "evaluation.json").read_text())
+    first = {record["fact"]: record["edit_id"] for record in reversed(every)}
+    assert drawn == [f"s1-{r['edit_id']}" for r in every if first[r["fact"]] == r["edit_id"]] and len(drawn) == 96
+
+
+def test_models_are_made_for_every_way_size_and_seed_and_tabled_without_the_seed(tmp_path: Path) -> None:
+    scale = load("scale", None, ["models.sizes=[1, 8]", "draw.seeds=[0, 3]", "models.ways=[sum, joint]"])
+    every = spec.runs(scale)
+    assert [part.folder for part, _ in every][:4] == ["sum_1_0", "sum_1_3", "sum_8_0", "sum_8_3"]
+    assert [arm.folder for _, arm in every] == [part.folder.rpartition("_")[0] for part, _ in every]
+    configs = [run_config(part, tmp_path, {"path": "records.json"}) for part, _ in every]
+    assert [config.commit_way for config in configs] == ["sum"] * 4 + ["joint"] * 4
+    assert {(config.commit_way, config.editor.name) for config in configs} == {("sum", "ftl"), ("joint", "lora")}
+    assert [config.data.limit for config in configs] == [1, 1, 8, 8] * 2
+    assert spec.runs(load("fig2", None)) == [(arm, arm) for arm in arms(load("fig2", None))]
+    own = load("scale", write(tmp_path, {"axes": {"way": {"mine": {"commit": {"way": "joint", "steps": 3}}}}}))
+    assert [arm.name for arm in arms(own)] == [f"mine, {size}" for size in own.axes["facts"]]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("models.sizes=[]", "models.sizes: got [], expected numbers of facts"),
+        ("models.sizes=[0]", "models.sizes: got [0]"),
+        ("draw.per_task=3", "per_fact: got 1; expected at least 1, and per_task: null"),
+        ("plot.front=[rel]", "front: got ['rel']; expected two columns"),
+    ],
+)
+def test_a_mistake_about_models_is_named(override: str, expected: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load("scale", None, [override])
+    assert expected in str(caught.value)
+
+
+def test_each_seed_has_records_of_its_own_and_too_few_are_refused(folder: Path) -> None:
+    scale = load("scale", None, ["draw.seeds=[0, 1]", "models.sizes=[96]", "models.ways=[sum, joint]"])
+    parts = [part for part, _ in spec.runs(scale)]
+    sections = runner._drawn(scale, parts, str(folder))
+    seeds = [json.loads(Path(section["path"]).read_text())[0]["edit_id"][:2] for section in sections if section]
+    assert seeds == ["s0", "s1"] * 2
+    with pytest.raises(InputError, match=r"models\.sizes: got 97; 96 records of the evaluation split are drawn"):
+        runner._drawn(load("scale", None, ["models.sizes=[97]", "draw.seeds=[0]"]), parts[:1], str(folder))
+
+
 def test_every_picture_of_drawn_records_and_of_the_pool_is_there(drawn: Any) -> None:
     folder, section, records = drawn
     pool = json.loads(Path(section["pool"]).read_text())

@@ -314,6 +314,54 @@ def test_lines_leave_out_the_reference_and_draw_it_as_a_level(monkeypatch: pytes
     assert set(level.get_ydata()) == {found["adaptive"].means["rel"].mean}
 
 
+SCALE = {
+    "axes": {},
+    "models": {"sizes": [2, 16], "ways": ["sum", "joint"]},
+    "baseline": {},
+    "columns": ["rel", "kept"],
+    "plot": {"kind": "bands", "x": "facts", "colour": "way", "columns": ["rel", "kept"], "front": ["m_loc", "rel"]},
+}
+
+
+def test_figures_of_models_are_means_over_both_tasks_and_the_pool_clustered_by_fact() -> None:
+    config = study(**SCALE)
+    rows = rows_of(config)
+    asked = [{"fact": f"fact {number // 3}", "kept": float(number % 4 > 0), "kept_text": None} for number in range(12)]
+    found = tables.cells(config, arms(config), rows, {"sum_2": asked})
+    assert [(cell.arm.name, cell.task, cell.n) for cell in found] == [
+        (name, "all", 32) for name in ("sum, 2", "sum, 16", "joint, 2", "joint, 16")
+    ]
+    # A fact has two edits of either task.
+    values = np.array([row["rel"] for row in rows["sum_2"]]).reshape(2, -1, 2).mean(axis=(0, 2))
+    interval = stats.t.interval(0.95, len(values) - 1, loc=values.mean(), scale=stats.sem(values))
+    mean = found[0].means["rel"]
+    assert (mean.mean, mean.low, mean.high) == pytest.approx((values.mean(), *interval))
+    assert found[0].means["kept"].mean == 9 / 12 and found[0].means["kept"].n == 12
+    assert found[0].means["kept"].low < 9 / 12 and "kept_text" not in found[0].means
+    assert "kept" not in found[1].means
+    heads = tables.to_markdown(config, found, config.columns).splitlines()[2]
+    assert heads == "| way | facts | n | rel | kept |" and "`stop`" not in tables.legend(config)
+
+
+def test_bands_are_intervals_over_the_numbers_of_facts_and_the_front_names_its_points(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = study(**SCALE)
+    picture = drawn(config, monkeypatch)
+    found = tables.cells(config, arms(config), rows_of(config, 4))
+    rel, front = picture.axes  # no model was asked about the pool
+    for cells, axes_line, band in zip((found[:2], found[2:]), rel.lines, rel.collections, strict=True):
+        assert list(axes_line.get_xdata()) == [2.0, 16.0]
+        assert list(axes_line.get_ydata()) == [cell.means["rel"].mean for cell in cells]
+        heights = band.get_paths()[0].vertices[:, 1]
+        assert heights.min() == min(cell.means["rel"].low for cell in cells)
+        assert heights.max() == max(cell.means["rel"].high for cell in cells)
+    assert [text.get_text() for text in rel.get_xticklabels()] == ["2", "16"]
+    assert [text.get_text() for text in front.texts] == ["2", "16"] * 2
+    assert list(front.lines[0].get_xdata()) == [cell.means["m_loc"].mean for cell in found[:2]]
+    assert [text.get_text() for text in picture.legends[0].get_texts()] == ["sum", "joint"]
+
+
 def test_heat_maps_show_the_means(monkeypatch: pytest.MonkeyPatch) -> None:
     config = study(plot={"kind": "heatmap", "x": "objective", "y": "editor", "columns": COLUMNS})
     picture = drawn(config, monkeypatch)
@@ -337,6 +385,12 @@ def test_arms_that_all_failed_leave_a_gap_in_the_picture(monkeypatch: pytest.Mon
         for lost in ("WISE_ODEdit", "FT-L_native", "FT-L_ODEdit"):
             rows[lost] = [row(0, "vqa", FAILED)]
         assert plots.draw(config, tables.cells(config, arms(config), rows)).startswith(b"\x89PNG")
+
+
+def test_models_without_an_edit_leave_a_gap_in_the_bands() -> None:
+    config = study(**SCALE)
+    rows = rows_of(config, 2) | {"sum_2": [row(0, "vqa", SKIPPED)]}
+    assert plots.draw(config, tables.cells(config, arms(config), rows)).startswith(b"\x89PNG")
 
 
 def test_an_arm_compares_with_the_arm_that_differs_in_the_baselines_axis_alone() -> None:
