@@ -29,7 +29,8 @@ from pipeline.workers import ray_session
 
 ARMS = {"WISE": "demo-wise", "WISE + ODEdit": "demo-wise-odedit", "WISE + contrast": "demo-wise-contrast"}
 MODELS = {"joint": "demo-one-model-joint", "sum": "demo-one-model-sum"}
-_EDITS_OF_A_FACT = 3
+# Every fact once before any a second time: two edits of a fact contradict each other in one model.
+DRAWN = Draw(split="evaluation", per_task=None, per_fact=3)
 _SHOWN = {"m_gen": "image generality", "m_loc_near": "near locality", "kept": "other answers kept"}
 
 
@@ -49,9 +50,7 @@ def arm_config(name: str, out: Path, section: Mapping[str, Any]) -> RunConfig:
 def main(out: Path, edits: int, *, fresh: bool) -> None:
     """Runs or resumes the arms and the models, prints the comparisons, and the locations of the results."""
     errors, console = Console(stderr=True), Console()
-    # Every fact once before any a second time: two edits of a fact contradict each other in one model.
-    drawn = Draw(split="evaluation", per_task=None, per_fact=_EDITS_OF_A_FACT)
-    section = data.write(drawn, out.absolute() / "data") | {"limit": edits}
+    section = data.write(DRAWN, out.absolute() / "data") | {"limit": edits}
     arms, uri = [], None
     with terminate_as_interrupt(), ray_session.shared():
         for name, file in ARMS.items():
@@ -102,6 +101,6 @@ def _asking(model: Outcome, image_root: Path) -> list[str]:
         f"{str(image_root / edit['image'])!r}, {edit['prompt']!r}))"
     )
     return [
-        f"Model:   {model.workspace.model}; it answers {edit['target']!r} instead of {edit['answer_before']!r}:",
+        f"Model:   {model.workspace.model}; it answers {edit['answer_after']!r} instead of {edit['answer_before']!r}:",
         f"         {shlex.join([sys.executable, '-c', program])}",
     ]

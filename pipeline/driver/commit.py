@@ -137,12 +137,18 @@ def commit(
     ready = prepare(config, fresh=fresh, check_staged=conflicts, identity=further_inputs(config))
     announce(ready, console)
     with terminate_as_interrupt(), ray_session.shared():
-        if not (read_json(ready.workspace.run) or {}).get(_IS_WRITTEN):
+        if not _is_made(ready.workspace):
             edits = _finished_edits(ready, edits_from, console, fresh=fresh)
             start = _start(ready.config)
             left_out = frozenset(conflicts.left_out.reasons)
             _make(ready, CommitJob(_job(ready), left_out, edits, None if start is None else start.committed), console)
         return score_into(ready, console, _scored(ready, conflicts.left_out), parent_run=parent_run)
+
+
+def _is_made(workspace: Workspace) -> bool:
+    """Whether the model is complete and still there."""
+    is_written = bool((read_json(workspace.run) or {}).get(_IS_WRITTEN))
+    return is_written and workspace.committed.exists() and workspace.model.exists()
 
 
 def commit_many(

@@ -217,7 +217,7 @@ def _write_state(workspace: Workspace, settings: Mapping[str, Any], code: str) -
         "seconds": before.get("seconds", 0.0),
         "ended": before.get("ended", False),
     }
-    write_json(workspace.run, now)
+    write_json(workspace.run, before | now)
 
 
 def update(workspace: Workspace, **values: Any) -> None:

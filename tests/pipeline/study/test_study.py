@@ -25,6 +25,7 @@ from pipeline.study import run as runner
 from pipeline.study.spec import StudyConfig
 from pipeline.tracking.client import PARENT_TAG, connect
 from pipeline.workers import editor as actor
+from pipeline.workers import training_group
 from tests.support import inline_pipeline
 
 QUIET = Console(quiet=True)
@@ -278,3 +279,63 @@ def test_distances_are_relative_to_those_between_edits() -> None:
     edits = np.array([[0.0], [6.0], [12.0]])
     assert states._distance(np.stack([edits, edits + 1, edits - 3])) == pytest.approx(2 / 8)
     assert np.isnan(states._distance(np.ones((3, 1, 4))))
+
+
+def test_models_of_each_size_and_way_are_made_once_and_resumed(
+    tmp_path: Path, small: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inline_pipeline.install(monkeypatch)
+    made: list[str] = []
+    original = training_group.train
+
+    def train(commit_job: Any, *rest: Any) -> None:
+        made.append(commit_job.job.config.name)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        original(commit_job, *rest)
+
+    monkeypatch.setattr(training_group, "train", train)
+    values = small | {
+        "axes": {},
+        "baseline": {},
+        "models": {"sizes": [1, 2], "ways": ["joint", "sum"]},
+        "special": [{"when": {"way": ["joint"]}, "set": {"commit": {"steps": 2, "copies": 1}}}],
+        "columns": ["rel", "m_loc"],
+        "plot": {"kind": "bands", "x": "facts", "colour": "way", "columns": ["rel"], "front": ["m_loc", "rel"]},
+    }
+    del values["settings"]["editor"]
+    values["settings"]["objective"] = {"name": "native"}
+    values["settings"]["stopping"] = {"max_steps": 1}
+    values["settings"]["tracking"] = {"experiment": "scale"}
+    out = tmp_path / "study"
+    with pytest.raises(KeyboardInterrupt):
+        runner.run("scale", study_of(values), out, QUIET)
+    assert not (out / "table.md").exists()
+    finished = runner.run("scale", study_of(values), out, QUIET)
+    assert made == ["joint, 1", "joint, 2", "joint, 2", "sum, 1", "sum, 2"], "only what was interrupted is made again"
+    assert [(cell.arm.name, cell.n) for cell in finished.cells] == [
+        ("joint, 1", 1),
+        ("joint, 2", 2),
+        ("sum, 1", 1),
+        ("sum, 2", 2),
+    ]
+    assert {file.name for file in finished.files} == {"table.md", "table.csv", "plot.png"}
+    assert all((out / "arms" / arm / "model" / "config.json").exists() for arm in ("joint_1", "joint_2", "sum_2"))
+    rows = list(read_rows(parts(Workspace.of(out / "arms" / "sum_2"))))
+    assert finished.cells[3].means["rel"].mean == pytest.approx(sum(row["rel"] for row in rows) / 2)
+    client = connect(f"sqlite:///{out}/mlflow.db")
+    (experiment,) = [found for found in client.search_experiments() if found.name == "scale"]
+    every = client.search_runs([experiment.experiment_id])
+    (parent,) = [run for run in every if PARENT_TAG not in run.data.tags]
+    children = {run.info.run_name: run for run in every if run is not parent}
+    assert children.keys() == {"joint, 1", "joint, 2", "sum, 1", "sum, 2"}
+    assert {run.data.tags[PARENT_TAG] for run in children.values()} == {parent.info.run_id}
+    assert {run.info.status for run in every} == {"FINISHED"}
+    assert parent.data.metrics["sum_2/all/rel"] == pytest.approx(finished.cells[3].means["rel"].mean)
+    runner.run("scale", study_of(values), out, QUIET)
+    assert len(made) == 5
+
+    wrong = values | {"special": [{"when": {"way": ["sum"]}, "set": {"editor": {"name": "tpatcher"}}}]}
+    with pytest.raises(InputError, match=r"^sum, 1: editor\.name: got 'tpatcher'"):
+        runner.run("scale", study_of(wrong), tmp_path / "wrong", QUIET)
+    assert not (tmp_path / "wrong").exists()

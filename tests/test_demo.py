@@ -1,0 +1,91 @@
+"""The demo in this process: its records, its models beside each other, and the command that it prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from odedit.__main__ import app
+from pipeline import demo
+from pipeline.config.run import RunConfig
+from pipeline.run_folder.committed import read_edits
+from pipeline.run_folder.rows import parts, read_rows
+from pipeline.run_folder.workspace import Workspace
+from pipeline.study import data
+from tests.support import inline_pipeline
+
+EDITS = 3
+
+
+@pytest.fixture
+def quick(worlds: dict[int, dict[str, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo with few steps, a small pool, and a benchmark that is written already."""
+    inline_pipeline.install(monkeypatch)
+
+    def linked(folder: Path, seed: int = 0) -> None:
+        if not Path(folder).exists():
+            shutil.copytree(worlds[seed]["images"].parent, folder, copy_function=os.link)
+
+    monkeypatch.setattr(data, "build_embedded", linked)
+    original, write = demo.arm_config, data.write
+
+    def few_steps(*arguments: Any) -> RunConfig:
+        config = original(*arguments)
+        if config.commit is not None:
+            settings = {"steps": 60, "copies": 1, "candidates": 4} if config.commit_way == "joint" else {}
+            config = replace(
+                config, commit=replace(config.commit, settings=replace(config.commit.settings, **settings))
+            )
+        return replace(config, stopping=replace(config.stopping, max_steps=2 if config.commit is None else 60))
+
+    def small_pool(*arguments: Any) -> dict[str, str]:
+        section: dict[str, str] = write(*arguments)
+        pool = Path(section["pool"])
+        pool.write_text(json.dumps(json.loads(pool.read_text())[:24]))
+        return section
+
+    monkeypatch.setattr(demo, "arm_config", few_steps)
+    monkeypatch.setattr(data, "write", small_pool)
+
+
+def test_the_demo_ends_with_one_model_of_its_facts_and_a_command_that_asks_it(
+    quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "demo"), "--edits", str(EDITS)])
+    assert result.exit_code == 0, (result.output, result.exception)
+    folders = [tmp_path / "demo" / name.removeprefix("demo-") for name in (*demo.ARMS.values(), *demo.MODELS.values())]
+    of_arms = [
+        [row["edit_id"] for row in read_rows(parts(Workspace.of(folder))) if row["status"] == "edited"]
+        for folder in folders
+    ]
+    assert of_arms == [of_arms[0]] * 5 and len(of_arms[0]) == EDITS
+    for name, folder in zip(demo.MODELS, folders[3:], strict=True):
+        edits = read_edits(Workspace.of(folder).model)
+        assert re.search(rf"{name} .*{sum(edit['holds'] for edit in edits)} of {EDITS}", result.stdout)
+        kept = json.loads((folder / "summary.json").read_text())["kept"]
+        assert f"{kept['mean']:.3f}".removeprefix("0") in result.stdout
+    (line,) = [line for line in result.stdout.splitlines() if "load_edited" in line]
+    _, option, program = shlex.split(line)
+    assert option == "-c"
+    edits = read_edits(Workspace.of(folders[3]).model)
+    asked = next((edit for edit in edits if edit["holds"]), edits[0])
+    assert f"it answers {asked['answer_after']!r} instead of {asked['answer_before']!r}" in result.stdout
+    capsys.readouterr()
+    exec(compile(program, "demo", "exec"), {})
+    assert capsys.readouterr().out.strip() == asked["answer_after"]
+
+
+def test_the_demos_facts_are_different_ones(worlds: dict[int, dict[str, Path]]) -> None:
+    folder = worlds[0]["images"].parent.parent
+    records = json.loads(Path(data.write(demo.DRAWN, folder)["path"]).read_text())
+    assert len({record["fact"] for record in records[:48]}) == 48
+    assert len(records) == 288 and len({record["fact"] for record in records[:96]}) == 96
