@@ -58,11 +58,12 @@ class Draw:
 class Models:
     """Models that a study commits its records to: one for each arm and seed.
 
-    The study has two further axes, unless its file has axes of these names: `way` and `facts`.
+    The study has two further axes, `way` and `facts`. Its own axis `way` has settings of ways that differ from the
+    defaults; a label there that is no way names one in `commit.way`.
 
     Attributes:
         sizes: Labels of the axis `facts`: numbers of records, the first ones drawn.
-        ways: Labels of the axis `way`, files of `odedit/ways` with their default settings; null: every one.
+        ways: Labels of the axis `way`; null: every file of `odedit/ways`, and the study's own labels.
     """
 
     sizes: tuple[int, ...]
@@ -70,15 +71,20 @@ class Models:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", tuple(self.sizes))
-        object.__setattr__(self, "ways", ways.names() if self.ways is None else tuple(self.ways))
+        if self.ways is not None:
+            object.__setattr__(self, "ways", tuple(self.ways))
         if not self.sizes or min(self.sizes) < 1:
             raise ValueError(f"sizes: got {list(self.sizes)}, expected numbers of facts, at least one.")
 
-    @property
-    def axes(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """Axis -> label -> settings."""
+    def axes(self, own: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+        """Axis -> label -> settings.
+
+        Args:
+            own: The study's own axis `way`.
+        """
+        labels = tuple(dict.fromkeys((*ways.names(), *own))) if self.ways is None else self.ways
         return {
-            "way": {name: {"commit": {"way": name}} for name in self.ways or ()},
+            "way": {label: merged({"commit": {"way": label}}, own.get(label) or {}) for label in labels},
             "facts": {str(size): {"data": {"limit": size}} for size in self.sizes},
         }
 
@@ -167,7 +173,7 @@ class StudyConfig:
         for name in ("special", "skip", "columns", "further"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.models is not None:
-            object.__setattr__(self, "axes", self.models.axes | self.axes)
+            object.__setattr__(self, "axes", self.axes | self.models.axes(self.axes.get("way", {})))
 
 
 @dataclass(frozen=True)

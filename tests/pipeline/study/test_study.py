@@ -296,10 +296,9 @@ def test_models_of_each_size_and_way_are_made_once_and_resumed(
 
     monkeypatch.setattr(training_group, "train", train)
     values = small | {
-        "axes": {},
+        "axes": {"way": {"joint": {"commit": {"steps": 2, "copies": 1}}}},
         "baseline": {},
         "models": {"sizes": [1, 2], "ways": ["joint", "sum"]},
-        "special": [{"when": {"way": ["joint"]}, "set": {"commit": {"steps": 2, "copies": 1}}}],
         "columns": ["rel", "m_loc"],
         "plot": {"kind": "bands", "x": "facts", "colour": "way", "columns": ["rel"], "front": ["m_loc", "rel"]},
     }
@@ -335,7 +334,7 @@ def test_models_of_each_size_and_way_are_made_once_and_resumed(
     runner.run("scale", study_of(values), out, QUIET)
     assert len(made) == 5
 
-    wrong = values | {"special": [{"when": {"way": ["sum"]}, "set": {"editor": {"name": "tpatcher"}}}]}
+    wrong = values | {"axes": {"way": {"sum": {"editor": {"name": "tpatcher"}}}}}
     with pytest.raises(InputError, match=r"^sum, 1: editor\.name: got 'tpatcher'"):
         runner.run("scale", study_of(wrong), tmp_path / "wrong", QUIET)
     assert not (tmp_path / "wrong").exists()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from odedit import InputError, editors, load_backbone
+from odedit import InputError, editors, load_backbone, ways
 from odedit.backbones import Backbone
 from odedit.editors.base import Trainable
 from pipeline.config import strict
@@ -207,8 +207,13 @@ def test_models_are_made_for_every_way_size_and_seed_and_tabled_without_the_seed
     assert {(config.commit_way, config.editor.name) for config in configs} == {("sum", "ftl"), ("joint", "lora")}
     assert [config.data.limit for config in configs] == [1, 1, 8, 8] * 2
     assert spec.runs(load("fig2", None)) == [(arm, arm) for arm in arms(load("fig2", None))]
-    own = load("scale", write(tmp_path, {"axes": {"way": {"mine": {"commit": {"way": "joint", "steps": 3}}}}}))
-    assert [arm.name for arm in arms(own)] == [f"mine, {size}" for size in own.axes["facts"]]
+    mine = {"axes": {"way": {"mine": {"commit": {"way": "joint", "steps": 3}}, "joint": {"seed": 4}}}}
+    own = load("scale", write(tmp_path, mine))
+    assert list(own.axes["way"]) == [*ways.names(), "mine"]
+    values = {arm.labels["way"]: arm.values for arm in arms(own)}
+    assert values["mine"]["commit"] == {"way": "joint", "steps": 3}
+    assert (values["joint"]["commit"], values["joint"]["seed"]) == ({"way": "joint"}, 4)
+    assert list(load("scale", write(tmp_path, mine), ["models.ways=[mine]"]).axes["way"]) == ["mine"]
 
 
 @pytest.mark.parametrize(
