@@ -50,7 +50,7 @@ def arm_config(name: str, out: Path, section: Mapping[str, Any]) -> RunConfig:
 def main(out: Path, edits: int, *, fresh: bool) -> None:
     """Runs or resumes the arms and the models, prints the comparisons, and the locations of the results."""
     errors, console = Console(stderr=True), Console()
-    section = data.write(DRAWN, out.absolute() / "data") | {"limit": edits}
+    section = {**data.write(DRAWN, out.absolute() / "data"), "limit": edits}
     arms, uri = [], None
     with terminate_as_interrupt(), ray_session.shared():
         for name, file in ARMS.items():
@@ -69,7 +69,7 @@ def main(out: Path, edits: int, *, fresh: bool) -> None:
     lines = [f"Report:  {report}", f"Results: {', '.join(str(arm.workspace.out) for arm in arms)}"]
     if uri is not None:
         lines.append(f"MLflow:  {open_command(uri)}")
-    for line in (*lines, *_asking(models[0], Path(section["image_root"]))):
+    for line in (*lines, *_asking(models[0], out.absolute() / "data")):
         say(console, line)
 
 
