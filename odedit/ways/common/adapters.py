@@ -19,7 +19,7 @@ from odedit.editors.common.hooks import Rewrite, rewritten
 from odedit.errors import InputError
 from odedit.inputs.batch import EditBatch, EditParams
 from odedit.runtime.gather import gather_positions
-from odedit.ways.common.router import ROUTER, THRESHOLD, WEIGHTS, choose
+from odedit.ways.common.router import ROUTER, THRESHOLD, THRESHOLDS, WEIGHTS, choose
 
 CHOICE = "edit_R"
 """Name of the choices in a `Trace`: number of the edit of every sequence, or -1."""
@@ -44,7 +44,7 @@ def take(params: EditParams, edits: Sequence[int]) -> EditParams:
 
 def without(params: EditParams, index: int) -> EditParams:
     """A committed model without one edit."""
-    return take(params, [number for number in range(len(next(iter(params.values())))) if number != index])
+    return take(params, [number for number in range(len(params[THRESHOLDS])) if number != index])
 
 
 class RoutedEditor(Plain):
