@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, is_connector
@@ -55,7 +56,7 @@ class RoutedConfig(WayConfig, RouterConfig):
     """
 
     key: str = "layers.25%.ffn.in"
-    negatives: int = 12
+    negatives: Annotated[int, Ge(1)] = 12
     stored: Literal["float32", "float16"] = "float16"
 
 

@@ -96,6 +96,7 @@ class RoutedEditor(Plain):
     def routed(self, backbone: Backbone, params: EditParams, positions: Positions) -> Iterator[Trace]:
         """Routes each row of a forward through the model's modules, and applies the chosen edits to it."""
         trace = Trace()
+        params = {name: value.to(backbone.device) for name, value in params.items()}
         adapters = adapters_of(params)
         edited: dict[nn.Module, Rewrite] = {
             backbone.site(site): self._rewrite(adapters, site, trace) for site in self._editor.sites_of(adapters)

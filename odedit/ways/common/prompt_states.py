@@ -89,18 +89,17 @@ def read_pool(
     probes = sorted({name for request in pool for name in request.probes if is_locality(name)})
     view_slots, other_slots = (*KEY_SLOTS, *FACT_PROBES), (*UNRELATED_SLOTS, *probes)
     near_slots = tuple(f"{NEAR_SLOTS}{number}" for number in range(1, negatives + 1))
+    read_slots, scored_slots = (*KEY_SLOTS, *near_slots, *UNRELATED_SLOTS), (*FACT_PROBES, *probes)
+    order = [(*read_slots, *scored_slots).index(slot) for slot in (*view_slots, *near_slots, *other_slots)]
     states, present, near_weight, answers = [], [], [], list[str]()
     for part in _parts(pool):
         features = backbone.image_features([picture for request in part for picture in request.pictures()])
         supervision = encode_supervision(backbone, part, features, template, negatives=near)
-        grid = [[request.probes.get(slot) for slot in (*FACT_PROBES, *probes)] for request in part]
-        scored = backbone.encode(supervision.edit_ids, (*FACT_PROBES, *probes), grid, features, template)
-        parts = (
-            supervision.select(KEY_SLOTS), scored.select(FACT_PROBES),
-            supervision.select((*near_slots, *UNRELATED_SLOTS)), scored.select(probes),
-        )  # fmt: skip
-        states.append(torch.cat([prompt_states(backbone, site, batch) for batch in parts], dim=1))
-        present.append(torch.cat([batch.present_EK.cpu() for batch in parts], dim=1))
+        grid = [[request.probes.get(slot) for slot in scored_slots] for request in part]
+        scored = backbone.encode(supervision.edit_ids, scored_slots, grid, features, template)
+        read = supervision.select(read_slots), scored
+        states.append(torch.cat([prompt_states(backbone, site, batch) for batch in read], dim=1)[:, order])
+        present.append(torch.cat([batch.present_EK.cpu() for batch in read], dim=1)[:, order])
         near_weight.append(_weights(backbone, site, supervision.select(near_slots)))
         answers += _answers(backbone, site, supervision.select((EDIT,)))
         yield len(answers)
