@@ -138,7 +138,7 @@ class Routed(PlainWay):
                 examples = done
             else:
                 yield Step(done, total)
-        num_facts = 0 if examples is None else len(examples.fact_N.unique())
+        num_facts = 0 if examples is None else len(examples.fact_N[examples.records()].unique())
         if examples is None or num_facts < _FEWEST:
             raise InputError(
                 f"data.pool: 'routed' learns its router from other records, at least {_FEWEST} of different facts, "
@@ -149,11 +149,12 @@ class Routed(PlainWay):
 
     def _trained(self, examples: Examples, seed: int, done: int, total: int) -> Generator[Step, None, Learned]:
         everything = torch.arange(len(examples.fact_N), device=examples.fact_N.device)
-        halves = _halves(examples.fact_N, seed)
+        halves = _halves(examples.fact_N[examples.records()], seed)
         curves: dict[str, list[float]] = {"loss": []}
         similarities: list[Similarities] = []
         weights: EditParams = {}
-        for records, held_out in ((halves[1], halves[0]), (halves[0], halves[1]), (everything, None)):
+        for held_out in (*halves, None):
+            records = everything if held_out is None else examples.without_facts_of(held_out)
             for step, made in enumerate(train(examples, records, self.config, seed)):
                 if isinstance(made, dict):
                     weights = made

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,8 @@ KEY_SLOTS = (EDIT, *REPHRASE_SLOTS, REPHRASE)
 FACT_PROBES = ("t_gen", "m_gen", "tm_gen", "far_gen")
 """Probes that ask for the edited fact with a picture of it."""
 _RECORDS_AT_ONCE = 32
+_CROSSED = 4
+"""Pictures of other pool records about which a record's question is asked, to have more facts than records."""
 
 
 class _Reached(Exception):
@@ -80,18 +84,22 @@ def read_pool(
 ) -> Iterator[int | Examples]:
     """Reads pool records: yields the number of those read so far, and the examples at the end.
 
-    Image features are on the model's device for 32 records at a time; on the CPU, for the pictures of all edits.
+    Image features are on the model's device for 32 records at a time; on the CPU, for the pictures of all edits and
+    their image rephrases.
 
     Args:
         negatives: Similar pictures of the pool per record about which its question is asked.
     """
-    near = NegativePool(_features_on_host(backbone, pool), negatives)
+    on_host = _features_on_host(backbone, pool)
+    shown = {request.edit.picture.key: request for request in pool if request.edit.picture is not None}
+    near = NegativePool({key: on_host[key] for key in shown}, negatives)
     probes = sorted({name for request in pool for name in request.probes if is_locality(name)})
     view_slots, other_slots = (*KEY_SLOTS, *FACT_PROBES), (*UNRELATED_SLOTS, *probes)
     near_slots = tuple(f"{NEAR_SLOTS}{number}" for number in range(1, negatives + 1))
     read_slots, scored_slots = (*KEY_SLOTS, *near_slots, *UNRELATED_SLOTS), (*FACT_PROBES, *probes)
     order = [(*read_slots, *scored_slots).index(slot) for slot in (*view_slots, *near_slots, *other_slots)]
     states, present, near_weight, answers = [], [], [], list[str]()
+    crossed: list[Crossed] = []
     for part in _parts(pool):
         features = backbone.image_features([picture for request in part for picture in request.pictures()])
         supervision = encode_supervision(backbone, part, features, template, negatives=near)
@@ -102,6 +110,7 @@ def read_pool(
         present.append(torch.cat([batch.present_EK.cpu() for batch in read], dim=1)[:, order])
         near_weight.append(_weights(backbone, site, supervision.select(near_slots)))
         answers += _answers(backbone, site, supervision.select((EDIT,)))
+        crossed.append(_crossed(backbone, site, part, near, shown, on_host, template))
         yield len(answers)
     count, states_NVD, is_present_NV = len(view_slots), torch.cat(states), torch.cat(present)
     weight_NM = is_present_NV[:, count:].float()
@@ -109,7 +118,7 @@ def read_pool(
     numbers = _Numbers()
     targets = [[_unrelated(request, slot) for slot in other_slots] for request in pool]
     answer_NM = [[-1 if probe is None else numbers.of(probe.target) for probe in row] for row in targets]
-    yield Examples(
+    examples = Examples(
         views_NVD=states_NVD[:, :count],
         is_view_NV=is_present_NV[:, :count],
         view_slots=view_slots,
@@ -119,7 +128,59 @@ def read_pool(
         fact_N=_facts(pool, answers),
         answer_N=torch.tensor([numbers.of(answer) for answer in answers]),
         answer_NM=torch.cat([torch.full((len(pool), len(near_slots)), -1), torch.tensor(answer_NM)], dim=1),
+        is_crossed_N=torch.zeros(len(pool), dtype=torch.bool),
     )
+    for part in crossed:
+        examples = examples.with_crossed(part.states_CVD, torch.tensor([numbers.of(text) for text in part.answers]))
+    yield examples
+
+
+class Crossed(NamedTuple):
+    """States of the prompts `KEY_SLOTS` of records' questions about other records' pictures, and the answers."""
+
+    states_CVD: Tensor
+    answers: list[str]
+
+
+def _crossed(
+    backbone: Backbone,
+    site: str,
+    requests: Sequence[EditRequest],
+    near: NegativePool,
+    shown: Mapping[str, EditRequest],
+    features: Mapping[str, Tensor],
+    template: Template,
+) -> Crossed:
+    """Questions about some of the similar pictures: facts of the unedited model that no pool record has."""
+    grid: list[list[Probe]] = []
+    for request in requests:
+        if request.edit.picture is None:
+            continue
+        keys = [
+            probe.picture.key for probe in near.probes(request, features[request.edit.picture.key]) if probe.picture
+        ]
+        known = [shown[key] for key in keys if key in shown]
+        wording = request.supervision.get(REPHRASE_SLOTS[0], request.edit).prompt
+        for other in known[:: max(1, len(known) // _CROSSED)][:_CROSSED]:
+            first, second = other.edit, other.supervision.get(REPHRASE_SLOTS[1], other.edit)
+            grid.append(
+                [
+                    replace(request.edit, prompt=prompt, picture=picture)
+                    for picture in (first.picture, second.picture)
+                    for prompt in (request.edit.prompt, wording)
+                ]
+            )
+    if not grid:
+        return Crossed(torch.zeros(0, len(KEY_SLOTS), backbone.hidden_size), [])
+    used = {
+        probe.picture.key: features[probe.picture.key].to(backbone.device)
+        for row in grid
+        for probe in row
+        if probe.picture
+    }
+    ids = [f"crossed-{number}" for number in range(len(grid))]
+    batch = backbone.encode(ids, KEY_SLOTS, grid, used, template)
+    return Crossed(prompt_states(backbone, site, batch), _answers(backbone, site, batch.select((EDIT,))))
 
 
 def _parts(requests: Sequence[EditRequest]) -> Iterator[Sequence[EditRequest]]:
@@ -151,10 +212,11 @@ def _encoded(
 
 
 def _features_on_host(backbone: Backbone, pool: Sequence[EditRequest]) -> dict[str, Tensor]:
-    """Image features of the pool's edits, on the CPU."""
+    """Image features of the pool's edits and their image rephrases, on the CPU."""
     features: dict[str, Tensor] = {}
     for part in _parts(pool):
-        pictures = [picture for request in part if (picture := request.edit.picture) is not None]
+        probes = [probe for request in part for probe in (request.edit, request.supervision.get(REPHRASE_SLOTS[1]))]
+        pictures = [probe.picture for probe in probes if probe is not None and probe.picture is not None]
         features |= {key: feature.cpu() for key, feature in backbone.image_features(pictures).items()}
     return features
 

@@ -78,6 +78,7 @@ class Examples:
         fact_N: Number of the record's fact; the same for records about the same thing.
         answer_N: Number of the answer that the unedited model gives to the record's question.
         answer_NM: Numbers of its answers to the negatives; -1: unknown.
+        is_crossed_N: True for a record's question about another record's picture, an example without probes.
     """
 
     views_NVD: Tensor
@@ -89,6 +90,7 @@ class Examples:
     fact_N: Tensor
     answer_N: Tensor
     answer_NM: Tensor
+    is_crossed_N: Tensor
 
     __repr__ = brief
 
@@ -98,6 +100,34 @@ class Examples:
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **tensors)
+
+    def with_crossed(self, states_CVD: Tensor, answer_C: Tensor) -> Examples:
+        """The examples with others that have the first V views, a fact each, and no negatives."""
+        count, num_views = states_CVD.shape[:2]
+        absent = self.views_NVD.shape[1] - num_views
+        is_view_CV = torch.ones(count, num_views, dtype=torch.bool)
+        added = {
+            "views_NVD": functional.pad(states_CVD, (0, 0, 0, absent)),
+            "is_view_NV": functional.pad(is_view_CV, (0, absent)),
+            "negatives_NMD": states_CVD.new_zeros(count, *self.negatives_NMD.shape[1:]),
+            "weight_NM": torch.zeros(count, self.weight_NM.shape[1]),
+            "fact_N": int(self.fact_N.max()) + 1 + torch.arange(count),
+            "answer_N": answer_C,
+            "answer_NM": torch.full((count, self.answer_NM.shape[1]), -1),
+            "is_crossed_N": torch.ones(count, dtype=torch.bool),
+        }
+        tensors: dict[str, Any] = {name: torch.cat([getattr(self, name), value]) for name, value in added.items()}
+        return replace(self, **tensors)
+
+    def records(self) -> Tensor:
+        """Numbers of the pool records."""
+        return (~self.is_crossed_N).nonzero().squeeze(1)
+
+    def without_facts_of(self, records: Tensor) -> Tensor:
+        """Numbers of the examples about other facts than these pool records'."""
+        is_same_N = torch.isin(self.fact_N, self.fact_N[records])
+        is_same_N |= self.is_crossed_N & torch.isin(self.answer_N, self.answer_N[records])
+        return (~is_same_N).nonzero().squeeze(1)
 
     def views(self, slots: tuple[str, ...], records: Tensor) -> Tensor:
         """States of some prompts about the fact, `(records, slots, D)`."""
@@ -172,7 +202,12 @@ def _loss(
 ) -> Tensor:
     """InfoNCE: two prompts about one fact against the other facts of the batch and the records' negatives."""
     device = examples.views_NVD.device
-    anchor_B = records[torch.randperm(len(records), generator=generator)[:batch_size].to(device)]
+    is_crossed_N = examples.is_crossed_N[records]
+    crossed = records[is_crossed_N]
+    count = min(len(crossed), batch_size // 2)
+    anchor_B = torch.cat(
+        [_some(records[~is_crossed_N], batch_size - count, generator), _some(crossed, count, generator)]
+    )
     is_same_BN = examples.fact_N[anchor_B].unsqueeze(1) == examples.fact_N[records]
     partner_B = records[_drawn(is_same_BN, generator)]
     first_B = _drawn(examples.is_view_NV[anchor_B], generator)
@@ -185,14 +220,24 @@ def _loss(
     negative_BCW = project(weights, negatives_BCD)
     to_views_BB = z_BW @ project(weights, examples.views_NVD[partner_B, second_B]).T * factor
     own = torch.eye(len(anchor_B), dtype=torch.bool, device=device)
-    is_same_BB = (examples.fact_N[anchor_B].unsqueeze(1) == examples.fact_N[anchor_B]) & ~own
+    # A crossed example's fact is known by its answer only.
+    any_crossed_BB = examples.is_crossed_N[anchor_B].unsqueeze(1) | examples.is_crossed_N[anchor_B]
+    is_same_BB = _equal(examples.fact_N[anchor_B]) | (any_crossed_BB & _equal(examples.answer_N[anchor_B]))
     to_negatives_BC = torch.einsum("bw,bcw->bc", z_BW, negative_BCW) * factor + weight_BC.log()
-    logits = [to_views_BB.masked_fill(is_same_BB, -torch.inf), to_negatives_BC]
+    logits = [to_views_BB.masked_fill(is_same_BB & ~own, -torch.inf), to_negatives_BC]
     unrelated = [place for place, column in enumerate(columns) if examples.negative_slots[column] in UNRELATED_SLOTS]
     if unrelated:
         shared_MW, present_M = negative_BCW[:, unrelated].flatten(0, 1), weight_BC[:, unrelated].flatten()
         logits.append((z_BW @ shared_MW.T * factor).masked_fill(present_M == 0, -torch.inf))
     return functional.cross_entropy(torch.cat(logits, dim=1), torch.arange(len(anchor_B), device=device))
+
+
+def _some(records: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    return records[torch.randperm(len(records), generator=generator)[:count].to(records.device)]
+
+
+def _equal(numbers_B: Tensor) -> Tensor:
+    return numbers_B.unsqueeze(1) == numbers_B
 
 
 def _drawn(allowed_BN: Tensor, generator: torch.Generator) -> Tensor:
