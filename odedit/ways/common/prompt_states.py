@@ -36,7 +36,7 @@ KEY_SLOTS = (EDIT, *REPHRASE_SLOTS, REPHRASE)
 FACT_PROBES = ("t_gen", "m_gen", "tm_gen", "far_gen")
 """Probes that ask for the edited fact with a picture of it."""
 _RECORDS_AT_ONCE = 32
-_CROSSED = 4
+_CROSSED = 6
 """Pictures of other pool records about which a record's question is asked, to have more facts than records."""
 
 
@@ -130,16 +130,27 @@ def read_pool(
         answer_NM=torch.cat([torch.full((len(pool), len(near_slots)), -1), torch.tensor(answer_NM)], dim=1),
         is_crossed_N=torch.zeros(len(pool), dtype=torch.bool),
     )
-    for part in crossed:
-        examples = examples.with_crossed(part.states_CVD, torch.tensor([numbers.of(text) for text in part.answers]))
-    yield examples
+    row_of = {request.edit_id: row for row, request in enumerate(pool)}
+    yield examples.with_crossed(
+        torch.cat([part.states_CVD for part in crossed]),
+        torch.tensor([numbers.of(text) for part in crossed for text in part.answers], dtype=torch.long),
+        torch.tensor([row_of[edit_id] for part in crossed for edit_id, _ in part.pairs], dtype=torch.long),
+        torch.tensor([row_of[edit_id] for part in crossed for _, edit_id in part.pairs], dtype=torch.long),
+    )
 
 
 class Crossed(NamedTuple):
-    """States of the prompts `KEY_SLOTS` of records' questions about other records' pictures, and the answers."""
+    """States of the prompts `KEY_SLOTS` of records' questions about other records' pictures.
+
+    Attributes:
+        states_CVD: The states.
+        answers: The unedited model's answers.
+        pairs: Ids of the two records: of the question, of the picture.
+    """
 
     states_CVD: Tensor
     answers: list[str]
+    pairs: list[tuple[str, str]]
 
 
 def _crossed(
@@ -153,6 +164,7 @@ def _crossed(
 ) -> Crossed:
     """Questions about some of the similar pictures: facts of the unedited model that no pool record has."""
     grid: list[list[Probe]] = []
+    pairs: list[tuple[str, str]] = []
     for request in requests:
         if request.edit.picture is None:
             continue
@@ -163,6 +175,7 @@ def _crossed(
         wording = request.supervision.get(REPHRASE_SLOTS[0], request.edit).prompt
         for other in known[:: max(1, len(known) // _CROSSED)][:_CROSSED]:
             first, second = other.edit, other.supervision.get(REPHRASE_SLOTS[1], other.edit)
+            pairs.append((request.edit_id, other.edit_id))
             grid.append(
                 [
                     replace(request.edit, prompt=prompt, picture=picture)
@@ -171,7 +184,7 @@ def _crossed(
                 ]
             )
     if not grid:
-        return Crossed(torch.zeros(0, len(KEY_SLOTS), backbone.hidden_size), [])
+        return Crossed(torch.zeros(0, len(KEY_SLOTS), backbone.hidden_size), [], [])
     used = {
         probe.picture.key: features[probe.picture.key].to(backbone.device)
         for row in grid
@@ -180,7 +193,7 @@ def _crossed(
     }
     ids = [f"crossed-{number}" for number in range(len(grid))]
     batch = backbone.encode(ids, KEY_SLOTS, grid, used, template)
-    return Crossed(prompt_states(backbone, site, batch), _answers(backbone, site, batch.select((EDIT,))))
+    return Crossed(prompt_states(backbone, site, batch), _answers(backbone, site, batch.select((EDIT,))), pairs)
 
 
 def _parts(requests: Sequence[EditRequest]) -> Iterator[Sequence[EditRequest]]:

@@ -63,7 +63,7 @@ class RouterConfig(Settings):
     batch_size: Annotated[int, Ge(2)] = 96
     learning_rate: Annotated[float, Gt(0)] = 2e-3
     weight_decay: Annotated[float, Ge(0)] = 1e-2
-    false_firing_weight: Annotated[float, Ge(0)] = 0.05
+    false_firing_weight: Annotated[float, Ge(0)] = 0.1
 
 
 @dataclass(frozen=True)
@@ -101,23 +101,39 @@ class Examples:
         }
         return replace(self, **tensors)
 
-    def with_crossed(self, states_CVD: Tensor, answer_C: Tensor) -> Examples:
-        """The examples with others that have the first V views, a fact each, and no negatives."""
+    def with_crossed(self, states_CVD: Tensor, answer_C: Tensor, asked_C: Tensor, shown_C: Tensor) -> Examples:
+        """The examples with others that have the first V views, and a fact each.
+
+        Their negatives ask the same about other pictures, and something else about the same picture, with another
+        answer.
+
+        Args:
+            asked_C, shown_C: Numbers of the records whose question and whose picture they have; ascending `asked_C`.
+        """
         count, num_views = states_CVD.shape[:2]
         absent = self.views_NVD.shape[1] - num_views
         is_view_CV = torch.ones(count, num_views, dtype=torch.bool)
-        added = {
-            "views_NVD": functional.pad(states_CVD, (0, 0, 0, absent)),
-            "is_view_NV": functional.pad(is_view_CV, (0, absent)),
-            "negatives_NMD": states_CVD.new_zeros(count, *self.negatives_NMD.shape[1:]),
-            "weight_NM": torch.zeros(count, self.weight_NM.shape[1]),
-            "fact_N": int(self.fact_N.max()) + 1 + torch.arange(count),
-            "answer_N": answer_C,
-            "answer_NM": torch.full((count, self.answer_NM.shape[1]), -1),
-            "is_crossed_N": torch.ones(count, dtype=torch.bool),
-        }
-        tensors: dict[str, Any] = {name: torch.cat([getattr(self, name), value]) for name, value in added.items()}
-        return replace(self, **tensors)
+        answer_N = torch.cat([self.answer_N, answer_C])
+        views_NVD = torch.cat([self.views_NVD, functional.pad(states_CVD, (0, 0, 0, absent))])
+        weight_CM = torch.zeros(count, self.weight_NM.shape[1])
+        negatives_CMD = states_CVD.new_zeros(count, *self.negatives_NMD.shape[1:])
+        most = sum(slot.startswith(NEAR_SLOTS) for slot in self.negative_slots)
+        for row, (asked, shown) in enumerate(zip(asked_C.tolist(), shown_C.tolist(), strict=True)):
+            siblings = (len(self.answer_N) + (asked_C == asked).nonzero().squeeze(1)).tolist()
+            others = torch.tensor([asked, shown, *siblings][:most])
+            weight_CM[row, : len(others)] = (answer_N[others] != answer_C[row]).float()
+            negatives_CMD[row, : len(others)] = views_NVD[others, 0]
+        return replace(
+            self,
+            views_NVD=views_NVD,
+            is_view_NV=torch.cat([self.is_view_NV, functional.pad(is_view_CV, (0, absent))]),
+            negatives_NMD=torch.cat([self.negatives_NMD, negatives_CMD]),
+            weight_NM=torch.cat([self.weight_NM, weight_CM]),
+            fact_N=torch.cat([self.fact_N, int(self.fact_N.max()) + 1 + torch.arange(count)]),
+            answer_N=answer_N,
+            answer_NM=torch.cat([self.answer_NM, torch.full((count, self.answer_NM.shape[1]), -1)]),
+            is_crossed_N=torch.cat([self.is_crossed_N, torch.ones(count, dtype=torch.bool)]),
+        )
 
     def records(self) -> Tensor:
         """Numbers of the pool records."""
