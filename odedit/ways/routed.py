@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -20,14 +21,15 @@ from odedit.editors.common.fine_tuning import FineTuning
 from odedit.errors import InputError
 from odedit.inputs.batch import EditParams, EditRequest
 from odedit.inputs.prompts import Template
-from odedit.ways.base import Committed, PlainWay, Step, Task, WayConfig
-from odedit.ways.common.adapters import RoutedEditor
+from odedit.storage.atomic import folder_written_atomically
+from odedit.ways.base import Committed, CommittedInfo, Fit, PlainWay, Step, Task, WayConfig
+from odedit.ways.common.adapters import RoutedEditor, take
+from odedit.ways.common.folder import write as write_folder
 from odedit.ways.common.prompt_states import KEY_SLOTS, read_pool, states_of_edits
 from odedit.ways.common.router import (
     KEYS,
     THRESHOLD,
     THRESHOLDS,
-    WEIGHTS,
     Examples,
     RouterConfig,
     Similarities,
@@ -78,6 +80,7 @@ class Routed(PlainWay):
     }  # fmt: skip
     uses_edits: ClassVar[bool] = True
     needs_pool: ClassVar[bool] = True
+    is_plain: ClassVar[bool] = False
 
     def check(self, editor: Editor, name: str) -> None:
         if not isinstance(editor, FineTuning) or any(is_connector(site) for site in editor.config.sites):
@@ -91,18 +94,36 @@ class Routed(PlainWay):
         assert isinstance(editor, FineTuning)
         return RoutedEditor(editor, self.config.key)
 
+    def write(self, folder: Path, backbone: Backbone, editor: Editor, params: EditParams, info: CommittedInfo) -> None:
+        """The edits' tensors and the router, for `odedit.load_edited`."""
+        with folder_written_atomically(folder) as partial:
+            write_folder(partial, params, info)
+
     def commit(self, task: Task) -> Generator[Step, None, Committed]:
-        """With the router of `task.start`, if that has one, instead of a new one."""
+        """With the router and the edits of `task.start`, if that has a router, instead of a new one."""
         self.serving(task.editor).check(task.backbone)
+        if task.start is not None and KEYS in task.start:
+            return Committed(self._changed(task, task.start), self._fits(task))
         if task.edits is None:
             raise InputError("commit.way: 'routed' needs the finished edits of the records, and got none.")
-        if task.start is not None and KEYS in task.start:
-            router: EditParams = {name: task.start[name] for name in (*WEIGHTS, THRESHOLD)}
-            curves: dict[str, list[float]] = {}
-        else:
-            router, curves = yield from self._learned(task)
+        router, curves = yield from self._learned(task)
         params = self.with_added(task.backbone, router, task.edits, task.requests, task.template)
-        return Committed(params, curves=curves)
+        return Committed(params, self._fits(task), curves)
+
+    def _fits(self, task: Task) -> dict[str, Fit]:
+        return {request.edit_id: Fit(0, "routed") for request in task.requests}
+
+    def _changed(self, task: Task, start: EditParams) -> EditParams:
+        """The parameters of an earlier model without its removed edits, and with the new ones."""
+        wanted = {request.edit_id for request in task.requests}
+        kept = [row for row, edit_id in enumerate(task.start_ids) if edit_id in wanted]
+        params = take(start, kept)
+        known = set(task.start_ids)
+        new = [request for request in task.requests if request.edit_id not in known]
+        if not new:
+            return params
+        assert task.edits is not None, "the run makes the new edits first"
+        return self.with_added(task.backbone, params, task.edits, new, task.template)
 
     def with_added(
         self,
