@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from odedit.inputs.batch import EditRequest, Picture, Probe, stack_params
     from odedit.inputs.prompts import find_template
     from odedit.objectives import Objective, ObjectiveConfig, calibrate
+    from odedit.ways.common.serving import load_edited
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ _MODULES = {
     "evaluation.statistics": ("paired", "summarize"),
     "objectives": ("Objective", "ObjectiveConfig", "calibrate"),
     "inputs.prompts": ("find_template",),
+    "ways.common.serving": ("load_edited",),
 }
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "evaluate",
     "find_template",
     "load_backbone",
+    "load_edited",
     "load_editor",
     "load_processor",
     "paired",

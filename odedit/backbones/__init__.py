@@ -33,6 +33,7 @@ __all__ = [
     "encode_evaluation",
     "encode_requests",
     "encode_supervision",
+    "find",
     "fingerprint",
     "inspect_backbone",
     "is_connector",
@@ -59,7 +60,7 @@ def load_backbone(family: str, checkpoint: str, *, dtype: str = "float32", devic
     Raises:
         InputError: The family is unknown, or the checkpoint is missing or does not fit it.
     """
-    backbone: Backbone = _find(family).load(checkpoint, dtype=dtype, device=device)
+    backbone: Backbone = find(family).load(checkpoint, dtype=dtype, device=device)
     return backbone
 
 
@@ -72,28 +73,29 @@ def inspect_backbone(family: str, checkpoint: str, *, dtype: str = "float32") ->
         InputError: The family is unknown, the checkpoint is missing or does not fit it, or its files do not fit
             together.
     """
-    backbone: Backbone = _find(family).inspect(checkpoint, dtype=dtype)
+    backbone: Backbone = find(family).inspect(checkpoint, dtype=dtype)
     return backbone
 
 
 def can_inspect(family: str) -> bool:
     """Whether `inspect_backbone` supports the family; `inspect` is optional for a family from outside the package."""
-    return hasattr(_find(family), "inspect")
+    return hasattr(find(family), "inspect")
 
 
 def load_processor(family: str, checkpoint: str) -> PretrainedProcessor:
     """The tokenizer and image processor of a checkpoint, which need no weights."""
-    processor: PretrainedProcessor = _find(family).load_processor(checkpoint)
+    processor: PretrainedProcessor = find(family).load_processor(checkpoint)
     return processor
 
 
 def fingerprint(family: str, checkpoint: str, *, dtype: str = "float32") -> str:
     """Name of a checkpoint's weights, without loading the model. Raises InputError as `load_backbone`."""
-    name: str = _find(family).fingerprint_of(checkpoint, dtype=dtype)
+    name: str = find(family).fingerprint_of(checkpoint, dtype=dtype)
     return name
 
 
-def _find(family: str) -> Any:
+def find(family: str) -> Any:
+    """Class of a family. Raises InputError for an unknown name."""
     return plugins.find(sys.modules[__name__], "backbone", family, "BACKBONE")
 
 

@@ -336,6 +336,10 @@ class Backbone(ABC):
             )
         return self._connector_linears[name]
 
+    def layer_of(self, site: str) -> int:
+        """Layer of a site of the text model, from 0. Raises InputError as `site` does."""
+        return self._decoder.locate(site)[0]
+
     def connector_sites(self) -> tuple[str, ...]:
         """`connector.<module>` of every linear module between image tower and text model, in the model's order."""
         return tuple(self._connector_linears)

@@ -93,7 +93,8 @@ def build_request(
     if supervision.rephrase_noise:
         slots = _with_noise(record.edit_id, slots, supervision, pool)
     unrelated, drawn_from = _locality(record, edit, probes, own, supervision, pool) if locality else ({}, "")
-    meta = {"file": record.file, "index": str(record.index)} | ({"pool_record": drawn_from} if drawn_from else {})
+    optional = {"pool_record": drawn_from, "fact": record.fields.get("fact")}
+    meta = {"file": record.file, "index": str(record.index)} | {name: text for name, text in optional.items() if text}
     replaced = record.fields["pred"].strip() or None
     return EditRequest(record.edit_id, edit, slots | unrelated, probes, record.task, meta, replaced)
 

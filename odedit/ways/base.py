@@ -133,6 +133,32 @@ class Committed:
     __repr__ = brief
 
 
+@dataclass(frozen=True)
+class CommittedInfo:
+    """Metadata of a committed model.
+
+    Attributes:
+        way, way_config: Name and settings of the way.
+        editor, editor_config: Name and settings of the editor whose parameters they are.
+        family, checkpoint, fingerprint, dtype: Backbone that they belong to.
+        template: Prompt template of training and scoring.
+        edit_ids: Records in the model, in the order of the parameters' first axis where that is the edit.
+        details: Further values of JSON that describe the model.
+    """
+
+    way: str
+    way_config: dict[str, Any]
+    editor: str
+    editor_config: dict[str, Any]
+    family: str
+    checkpoint: str
+    fingerprint: str
+    dtype: str
+    template: str
+    edit_ids: tuple[str, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+
+
 class Way(Protocol):
     """A way of committing records to one model.
 
@@ -162,11 +188,12 @@ class Way(Protocol):
         """The editor that applies `Committed.params` with `together`."""
         ...
 
-    def write(self, folder: Path, backbone: Backbone, editor: Editor, params: EditParams) -> None:
+    def write(self, folder: Path, backbone: Backbone, editor: Editor, params: EditParams, info: CommittedInfo) -> None:
         """Writes the model that people serve to a new folder, atomically.
 
         Args:
             editor: Result of `serving`.
+            info: Metadata of the parameters.
         """
         ...
 
@@ -197,6 +224,6 @@ class PlainWay:
     def serving(self, editor: Editor) -> Editor:
         return editor
 
-    def write(self, folder: Path, backbone: Backbone, editor: Editor, params: EditParams) -> None:
+    def write(self, folder: Path, backbone: Backbone, editor: Editor, params: EditParams, info: CommittedInfo) -> None:
         """A checkpoint with the parameters in its weights, which needs no odedit."""
         export(backbone, editor, params, folder)

@@ -241,8 +241,7 @@ class _Trainer:
         batch = batch.select(self._objective.slots(self._editor, batch))
         rows = flat(batch)
         prefix = self._backbone.prefix(rows, *self._editor.sites, positionwise=self._editor.positionwise)
-        with torch.no_grad():
-            base_EKTD = _grid(self._backbone.suffix(prefix, rows.predict_EKT), batch)
+        base_EKTD = self._unedited_states(batch)
         with self._editor.applied(self._backbone, params, rows) as trace:
             hidden = _grid(self._backbone.suffix(prefix, self._read(batch, rows)), batch)
         unedited = self._objective.unedited(self._backbone, batch, base_EKTD, self._weights(batch))
@@ -256,6 +255,20 @@ class _Trainer:
             values = parallel.mean([dual.delta[name] for name in names])
             dual = replace(dual, delta={n: v.detach().requires_grad_() for n, v in zip(names, values, strict=True)})
         return loss_1.sum(), dual
+
+    @torch.no_grad()
+    def _unedited_states(self, batch: EditBatch) -> Tensor:
+        """States of the unedited model at the answers that are compared, `(E, K, T, D)`; zeros for the other slots."""
+        shape = (*batch.predict_EKT.shape, self._backbone.hidden_size)
+        compared = self._objective.compared_slots(batch) if self._objective.compares else ()
+        if not compared:
+            return torch.zeros(shape, device=self._backbone.device)
+        part = batch.select(compared)
+        rows = flat(part)
+        prefix = self._backbone.prefix(rows, *self._editor.sites, positionwise=self._editor.positionwise)
+        states = _grid(self._backbone.suffix(prefix, rows.predict_EKT), part)
+        columns_K = torch.tensor([batch.slots.index(slot) for slot in compared], device=states.device)
+        return states.new_zeros(shape).index_copy(1, columns_K, states)
 
     def _read(self, batch: EditBatch, rows: EditBatch) -> Tensor | None:
         return None if self._objective.read(batch) is None else rows.predict_EKT

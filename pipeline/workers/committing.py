@@ -141,12 +141,15 @@ class _Worker:
             except StopIteration as end:
                 committed: Committed = end.value
                 break
-        parts = parallel.gathered((committed.fits, {**problems, **committed.problems}))
+        reasons = {**problems, **committed.problems}
+        ids = [edit_id for edit_id in _ids(task) if edit_id not in reasons]
+        parts = parallel.gathered((ids, committed.fits, reasons))
         if parallel.rank() == 0:
-            fits = {edit_id: asdict(fit) for part, _ in parts for edit_id, fit in part.items()}
-            reasons = {edit_id: reason for _, part in parts for edit_id, reason in part.items()}
+            every = tuple(edit_id for part, _, _ in parts for edit_id in part)
+            fits = {edit_id: asdict(fit) for _, part, _ in parts for edit_id, fit in part.items()}
+            reasons = {edit_id: reason for *_, part in parts for edit_id, reason in part.items()}
             details = {"fits": fits, "problems": reasons, "curves": committed.curves}
-            save_committed(self._workspace.committed, committed.params, self._info(tuple(fits), details))
+            save_committed(self._workspace.committed, committed.params, self._info(every, details))
 
     def _info(self, edit_ids: tuple[str, ...], details: dict[str, Any]) -> CommittedInfo:
         config = self._config
@@ -266,12 +269,18 @@ class _Worker:
 
     def _write_model(self) -> None:
         """Writes the folder that people serve; one that exists is of an interrupted run, and is written again."""
-        params, _ = load_committed(self._workspace.committed, self._job.device)
+        params, info = load_committed(self._workspace.committed, self._job.device)
         editor = self._way.serving(self._editor)
         self._show(Step(1, 1, doing="writing the model"))
-        _written(self._workspace.model, lambda path: self._way.write(path, self._backbone, editor, params))
+        _written(self._workspace.model, lambda path: self._way.write(path, self._backbone, editor, params, info))
         if self._way.is_plain and is_adapter(editor):
             _written(self._workspace.adapter, lambda path: write_adapter(self._backbone, editor, params, path))
+
+
+def _ids(task: Task) -> list[str]:
+    """Ids of a task's records, whose pictures are not read for this."""
+    assert isinstance(task.requests, Requests)
+    return [record.edit_id for record in task.requests.records]
 
 
 def _written(folder: Location, write: Callable[[Path], None]) -> None:

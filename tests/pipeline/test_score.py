@@ -46,6 +46,7 @@ from pipeline.workers.plan import ScoredModel
 from tests.pipeline.conftest import QUIET
 from tests.support import inline_pipeline, tiny_models
 from tests.support.mmedit_files import record, write_array, write_images
+from tests.support.rows import assert_same
 
 CHECKPOINT = world.CHECKPOINTS / "blip2"
 Settings = dict[str, Any]
@@ -312,3 +313,17 @@ def test_a_committed_model_is_scored_by_the_editor_that_serves_it(
         kept_rows = parquet.read_table(out / "kept.parquet").to_pylist()
         by_folder[-1] += kept_rows
     assert by_folder[0] == by_folder[1] == by_folder[2]
+
+
+@pytest.mark.ray
+def test_on_ray(edited: tuple[Settings, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers and the task that asks the pool give what the stages give in this process."""
+    outs = [tmp_path / "ray", tmp_path / "inline"]
+    for out in outs:
+        if out.name == "inline":
+            inline_pipeline.install(monkeypatch)
+        done = odedit_in(tmp_path, edited[0] | {"out": str(out)}, "score", str(edited[2]))
+        assert done.exit_code == 0, done.output
+    assert_same(rows_of(outs[0]), rows_of(outs[1]))
+    kept_rows = [parquet.read_table(out / "kept.parquet").to_pylist() for out in outs]
+    assert kept_rows[0] == kept_rows[1]

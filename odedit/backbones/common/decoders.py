@@ -17,7 +17,7 @@ from odedit.errors import InputError
 from odedit.runtime.gather import gather_positions
 from odedit.runtime.kv_cache import KVCache
 
-_SITE = re.compile(r"layers\.(-?\d+)\.([a-z.]+)")
+_SITE = re.compile(r"layers\.(?:(-?\d+)|(\d{1,2})%)\.([a-z.]+)")
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines `(1 or R, S, head width)`."""
@@ -63,20 +63,20 @@ class Decoder(ABC):
         return module
 
     def locate(self, name: str) -> tuple[int, str]:
-        """Layer and part of `layers.<n>.<part>`; a negative n counts from the end.
+        """Layer and part of `layers.<n>.<part>`; a negative n counts from the end, `25%` is at a quarter of the depth.
 
         Raises:
             InputError: No such layer or part; the message lists them.
         """
         match = _SITE.fullmatch(name)
-        layer = int(match[1]) if match else 0
+        layer = int(match[1] or int(match[2]) * self.num_layers // 100) if match else 0
         layer = layer + self.num_layers if layer < 0 else layer
-        if match is None or match[2] not in self.MODULES or not 0 <= layer < self.num_layers:
+        if match is None or match[3] not in self.MODULES or not 0 <= layer < self.num_layers:
             raise InputError(
                 f"Unknown site {name!r}: expected layers.<0..{self.num_layers - 1}>.<part> with part one of "
                 f"{', '.join(self.MODULES)}."
             )
-        return layer, match[2]
+        return layer, match[3]
 
     def activation(self, name: str) -> Callable[[Tensor], Tensor]:
         """The nonlinearity that reads the output of a feed-forward site; the identity if none does.

@@ -6,6 +6,7 @@ are defined here.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from odedit.inputs.batch import EditBatch, EditParams
 from odedit.settings import Settings
 
 _EVERY_LAYER = "layers.*."
+_ABOVE = re.compile(r"layers\.>(\d{1,2}%)\.(.+)")
+"""Every layer above the one at a share of the depth."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class FineTuningConfig(Settings):
     """Settings of every fine-tuning editor.
 
     Attributes:
-        sites: Trained modules, in any order: `layers.-1.ffn.in` (the last layer), `layers.*.<part>` (one part of every
+        sites: Trained modules, in any order: `layers.-1.ffn.in` (the last layer), `layers.25%.<part>` (the layer at a
+            quarter of the depth), `layers.>25%.<part>` (one part of all layers above it), `layers.*.<part>` (of every
             layer), `connector.<name>`, where `*` matches anything.
         learning_rate: Step size of AdamW.
         weight_decay: Decoupled weight decay of the trained tensors.
@@ -74,6 +78,11 @@ def resolve(backbone: Backbone, sites: Sequence[str]) -> list[str]:
 
 
 def _matches(backbone: Backbone, site: str) -> list[str]:
+    if above := _ABOVE.fullmatch(site):
+        first = backbone.layer_of(f"layers.{above[1]}.{above[2]}") + 1
+        return [f"layers.{layer}.{above[2]}" for layer in range(first, backbone.num_layers)]
+    if "%" in site:
+        return [f"layers.{backbone.layer_of(site)}.{site.split('.', 2)[2]}"]
     if "*" not in site:
         return [site]
     if is_connector(site):
@@ -92,8 +101,9 @@ class FineTuning(Plain, ABC):
 
     def __init__(self, config: Any) -> None:
         self.config = config
-        # A pattern over layers starts at the first layer; a connector pattern lies below all layers.
-        self.sites: tuple[str, ...] = tuple(site.replace(_EVERY_LAYER, "layers.0.") for site in config.sites)
+        # Where a pattern over layers starts; a connector pattern lies below all layers.
+        starts = (site.replace(_EVERY_LAYER, "layers.0.") for site in config.sites)
+        self.sites: tuple[str, ...] = tuple(_ABOVE.sub(r"layers.\1.ffn.out", site) for site in starts)
         self.max_steps: int = config.max_steps
         self.optimizer = OptimizerSettings("adamw", config.learning_rate, config.weight_decay, config.clip_norm)
 

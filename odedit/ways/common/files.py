@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict
 
 from safetensors import SafetensorError
 
@@ -19,34 +18,11 @@ from odedit.runtime.addresses import masked
 from odedit.settings import Settings
 from odedit.storage.location import LocationLike, at
 from odedit.storage.tensors import read_metadata, read_tensors, write_tensors
+from odedit.ways.base import CommittedInfo
 
 FORMAT = "odedit-committed-1"
 
-
-@dataclass(frozen=True)
-class CommittedInfo:
-    """Metadata of a committed model.
-
-    Attributes:
-        way, way_config: Name and settings of the way.
-        editor, editor_config: Name and settings of the editor whose parameters they are.
-        family, checkpoint, fingerprint, dtype: Backbone that they belong to.
-        template: Prompt template of training and scoring.
-        edit_ids: Records in the model, in the order of the parameters' first axis where that is the edit.
-        details: Further values of JSON that describe the model.
-    """
-
-    way: str
-    way_config: dict[str, Any]
-    editor: str
-    editor_config: dict[str, Any]
-    family: str
-    checkpoint: str
-    fingerprint: str
-    dtype: str
-    template: str
-    edit_ids: tuple[str, ...] = ()
-    details: dict[str, Any] = field(default_factory=dict)
+__all__ = ["CommittedInfo", "load_committed", "read_committed_info", "save_committed", "serving_editor"]
 
 
 def save_committed(path: LocationLike, params: EditParams, info: CommittedInfo) -> None:
