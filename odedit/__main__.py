@@ -96,6 +96,7 @@ def demo(
 ) -> None:
     """Edits the embedded model with WISE alone, under ODEdit and under the contrast objective, and compares them.
 
+    Then commits the same facts to one model, beside the sum of single edits, and prints a command that asks it.
     Needs no network; a few minutes on two cores. The same command resumes an interrupted demo.
     """
     with _explained():

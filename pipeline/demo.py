@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from odedit.errors import counted
 from odedit.evaluation.statistics import Estimate
-from odedit.storage.location import locate
+from odedit.storage.location import at, locate
 from pipeline.config.run import RunConfig, commit_from_dict, from_dict, read_yaml
 from pipeline.console import say
 from pipeline.driver.commit import commit_many
@@ -22,15 +23,13 @@ from pipeline.interrupts import terminate_as_interrupt
 from pipeline.report import page
 from pipeline.report.formatting import plus_minus
 from pipeline.run_folder.committed import read_edits
+from pipeline.run_folder.sources import build_embedded, embedded_name
 from pipeline.study import data
-from pipeline.study.spec import Draw
 from pipeline.tracking.client import open_command
 from pipeline.workers import ray_session
 
 ARMS = {"WISE": "demo-wise", "WISE + ODEdit": "demo-wise-odedit", "WISE + contrast": "demo-wise-contrast"}
 MODELS = {"joint": "demo-one-model-joint", "sum": "demo-one-model-sum"}
-# Every fact once before any a second time: two edits of a fact contradict each other in one model.
-DRAWN = Draw(split="evaluation", per_task=None, per_fact=3)
 _SHOWN = {"m_gen": "image generality", "m_loc_near": "near locality", "kept": "other answers kept"}
 
 
@@ -47,10 +46,26 @@ def arm_config(name: str, out: Path, section: Mapping[str, Any]) -> RunConfig:
     return commit_from_dict(values) if "commit" in values else from_dict(values)
 
 
+def records_section(out: Path) -> dict[str, Any]:
+    """Section `data` of the evaluation records, every fact once before any a second time.
+
+    Two edits of a fact contradict each other in one model.
+
+    Args:
+        out: The demo's folder, where the benchmark is written.
+    """
+    world = out / embedded_name()
+    build_embedded(world)
+    file = out / "evaluation-by-turns.json"
+    data.write_json(at(file), data.by_turns(json.loads((world / "evaluation.json").read_text(encoding="utf-8"))))
+    roots = {"image_root": "images", "rephrase_root": "images_rephrase", "pool": "train.json"}
+    return {"path": str(file)} | {name: str(world / part) for name, part in roots.items()}
+
+
 def main(out: Path, edits: int, *, fresh: bool) -> None:
     """Runs or resumes the arms and the models, prints the comparisons, and the locations of the results."""
     errors, console = Console(stderr=True), Console()
-    section = {**data.write(DRAWN, out.absolute() / "data"), "limit": edits}
+    section = records_section(out.absolute()) | {"limit": edits}
     arms, uri = [], None
     with terminate_as_interrupt(), ray_session.shared():
         for name, file in ARMS.items():
@@ -69,7 +84,7 @@ def main(out: Path, edits: int, *, fresh: bool) -> None:
     lines = [f"Report:  {report}", f"Results: {', '.join(str(arm.workspace.out) for arm in arms)}"]
     if uri is not None:
         lines.append(f"MLflow:  {open_command(uri)}")
-    for line in (*lines, *_asking(models[0], out.absolute() / "data")):
+    for line in (*lines, *_asking(models[0], Path(section["image_root"]))):
         say(console, line)
 
 

@@ -20,7 +20,6 @@ from pipeline.config.run import RunConfig
 from pipeline.run_folder.committed import read_edits
 from pipeline.run_folder.rows import parts, read_rows
 from pipeline.run_folder.workspace import Workspace
-from pipeline.study import data
 from tests.support import inline_pipeline
 
 EDITS = 3
@@ -35,8 +34,8 @@ def quick(worlds: dict[int, dict[str, Path]], monkeypatch: pytest.MonkeyPatch) -
         if not Path(folder).exists():
             shutil.copytree(worlds[seed]["images"].parent, folder, copy_function=os.link)
 
-    monkeypatch.setattr(data, "build_embedded", linked)
-    original, write = demo.arm_config, data.write
+    monkeypatch.setattr(demo, "build_embedded", linked)
+    original, section_of = demo.arm_config, demo.records_section
 
     def few_steps(*arguments: Any) -> RunConfig:
         config = original(*arguments)
@@ -47,14 +46,14 @@ def quick(worlds: dict[int, dict[str, Path]], monkeypatch: pytest.MonkeyPatch) -
             )
         return replace(config, stopping=replace(config.stopping, max_steps=2 if config.commit is None else 60))
 
-    def small_pool(*arguments: Any) -> dict[str, str]:
-        section: dict[str, str] = write(*arguments)
-        pool = Path(section["pool"])
-        pool.write_text(json.dumps(json.loads(pool.read_text())[:24]))
-        return section
+    def small_pool(out: Path) -> dict[str, Any]:
+        section = section_of(out)
+        pool = out / "pool.json"
+        pool.write_text(json.dumps(json.loads(Path(section["pool"]).read_text())[:24]))
+        return section | {"pool": str(pool)}
 
     monkeypatch.setattr(demo, "arm_config", few_steps)
-    monkeypatch.setattr(data, "write", small_pool)
+    monkeypatch.setattr(demo, "records_section", small_pool)
 
 
 def test_the_demo_ends_with_one_model_of_its_facts_and_a_command_that_asks_it(
@@ -84,8 +83,12 @@ def test_the_demo_ends_with_one_model_of_its_facts_and_a_command_that_asks_it(
     assert capsys.readouterr().out.strip() == asked["answer_after"]
 
 
-def test_the_demos_facts_are_different_ones(worlds: dict[int, dict[str, Path]]) -> None:
-    folder = worlds[0]["images"].parent.parent
-    records = json.loads(Path(data.write(demo.DRAWN, folder)["path"]).read_text())
+def test_the_demos_facts_are_different_ones(
+    worlds: dict[int, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "build_embedded", lambda folder: folder.symlink_to(worlds[0]["images"].parent))
+    section = demo.records_section(tmp_path)
+    records = json.loads(Path(section["path"]).read_text())
+    assert all((Path(section["image_root"]) / record["image"]).is_file() for record in records)
     assert len({record["fact"] for record in records[:48]}) == 48
     assert len(records) == 288 and len({record["fact"] for record in records[:96]}) == 96

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,24 +63,33 @@ def _write(draw: Draw, folder: Location, at_least: int) -> tuple[str, str]:
     world = f"world{WORLD}-" if WORLD else ""
     number = draw.per_task or "all" if draw.per_fact is None else f"{draw.per_fact}-a-fact"
     name, pool = f"{world}{draw.split}-seeds-{seeds}-{number}.json", f"{world}pool.json"
-    _write_json(folder / name, records)
+    write_json(folder / name, records)
     pool_records = [_moved(record, embedded_name(_POOL_SEED)) for record in _read(folder, _POOL_SEED, "train")]
-    _write_json(folder / pool, pool_records)
+    write_json(folder / pool, pool_records)
     return name, pool
 
 
 def _drawn(draw: Draw, seed: int, folder: Location) -> list[Record]:
     """The drawn records of a seed, with pictures and ids as in the study's file."""
-    records = _read(folder, seed, draw.split)
-    seen: Counter[str] = Counter()
-    rounds: dict[int, list[Record]] = {}
-    for record in records:
-        rounds.setdefault(seen[record["fact"]], []).append(record)
-        seen[record["fact"]] += 1
-    ordered = [record for turn in sorted(rounds)[: draw.per_fact] for record in rounds[turn]]
+    ordered = by_turns(_read(folder, seed, draw.split), draw.per_fact)
     chosen = _of_tasks(draw, ordered) if draw.per_fact is None else ordered
     name = embedded_name(seed)
     return [_moved(record, name) | {"edit_id": f"s{seed}-{record['edit_id']}"} for record in chosen]
+
+
+def by_turns(records: Sequence[Record], per_fact: int | None = None) -> list[Record]:
+    """The first record of every fact in the given order, then the second of every fact, ...
+
+    Args:
+        records: Records of the embedded benchmark.
+        per_fact: Largest number of records of a fact; None: all.
+    """
+    seen: Counter[str] = Counter()
+    turns: dict[int, list[Record]] = {}
+    for record in records:
+        turns.setdefault(seen[record["fact"]], []).append(record)
+        seen[record["fact"]] += 1
+    return [record for turn in sorted(turns)[:per_fact] for record in turns[turn]]
 
 
 def _of_tasks(draw: Draw, ordered: list[Record]) -> list[Record]:
@@ -126,7 +136,7 @@ def _moved(record: Record, benchmark: str) -> Record:
     }
 
 
-def _write_json(path: Location, records: list[Record]) -> None:
+def write_json(path: Location, records: list[Record]) -> None:
     """Writes the file unless its content is the same: the time of an input file is part of a run's identity."""
     text = json.dumps(records, indent=1) + "\n"
     if not path.exists() or path.read_text() != text:

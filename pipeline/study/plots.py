@@ -14,6 +14,7 @@ from pipeline.study.tables import Cell, tasks
 
 # Palette of Okabe and Ito (2008), distinct for colour-blind readers, without its yellow, which is too pale for points.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_MARKERS = "os^Dvp*"
 _NAMES = LABELS | {
     "rel_generated_exact": "edits that hold",
     "m_gen_generated_exact": "image generality, whole answers",
@@ -115,11 +116,14 @@ def _colours(study: StudyConfig) -> dict[str, str]:
     return {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
 
 
-def _legend(picture: Any, colours: dict[str, str]) -> None:
+def _legend(picture: Any, colours: dict[str, str], markers: str = "o", linestyle: str = "none") -> None:
     from matplotlib.lines import Line2D
 
     if colours:
-        handles = [Line2D([], [], color=colour, marker="o", linestyle="none") for colour in colours.values()]
+        handles = [
+            Line2D([], [], color=colour, marker=marker, linestyle=linestyle)
+            for colour, marker in zip(colours.values(), cycle(markers), strict=False)
+        ]
         picture.legend(handles, list(colours), loc="outside upper center", ncols=min(len(colours), 4), frameon=False)
 
 
@@ -167,44 +171,19 @@ def _lines(study: StudyConfig, cells: Sequence[Cell]) -> Any:
     return picture
 
 
-_MARKERS = "os^Dvp*"
-
-
 def _bands(study: StudyConfig, cells: Sequence[Cell]) -> Any:
     """Means over axis `x`, whose labels are numbers, with their intervals as bands, and the front of two columns."""
     panels, columns, front = _panels(study, cells), _columns(study, cells), study.plot.front
     x_axis, colours = study.plot.x or next(iter(study.axes)), _colours(study) or {"": COLOURS[0]}
-    width = len(columns) + (1.3 if front else 0)
-    picture = figure(2.6 * width + 0.6, 2.7 * len(panels) + 0.5)
     widths = [1.0] * len(columns) + ([1.3] if front else [])
+    picture = figure(2.6 * sum(widths) + 0.6, 2.7 * len(panels) + 0.5)
     grid = picture.subplots(len(panels), len(widths), squeeze=False, width_ratios=widths)
     for row, (name, of_row) in enumerate(panels.items()):
-        # Cells of a line by its colour's label, in the order of x.
-        lines = {
-            shade: sorted(
-                (cell for cell in of_row if not shade or cell.arm.labels[study.plot.colour or ""] == shade),
-                key=lambda cell: float(cell.arm.labels[x_axis]),
-            )
-            for shade in colours
-        }
+        lines: dict[str, list[Cell]] = {shade: [] for shade in colours}
+        for cell in sorted(of_row, key=lambda cell: _x(cell, x_axis)):
+            lines[cell.arm.labels.get(study.plot.colour or "", "")].append(cell)
         for axes, column in zip(grid[row], columns, strict=False):
-            for (shade, colour), marker in zip(colours.items(), cycle(_MARKERS), strict=False):
-                shown = [cell for cell in lines[shade] if column in cell.means]
-                x = [float(cell.arm.labels[x_axis]) for cell in shown]
-                of_line = [cell.means[column] for cell in shown]
-                axes.plot(
-                    x, [e.mean for e in of_line], marker=marker, color=colour, markersize=4, clip_on=False, zorder=3
-                )
-                axes.fill_between(
-                    x, [e.low for e in of_line], [e.high for e in of_line], color=colour, alpha=0.15, lw=0
-                )
-            axes.set_xscale("log")
-            ticks = sorted({float(cell.arm.labels[x_axis]) for cell in of_row})
-            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            axes.set_xticks([], minor=True)
-            axes.set_xlabel(x_axis, fontsize=8)
-            if row == 0:
-                axes.set_title(_NAMES.get(column, column), fontsize=9)
+            _curves(axes, column, lines, colours, x_axis)
         if front:
             _front(grid[row][-1], front, lines, colours, x_axis)
             low, high = grid[row][-1].get_xlim()
@@ -216,24 +195,45 @@ def _bands(study: StudyConfig, cells: Sequence[Cell]) -> Any:
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(labelsize=8)
         grid[row][0].set_ylabel(name, fontsize=8)
-    _legend(picture, _colours(study))
+    _legend(picture, _colours(study), _MARKERS, "-")
     return picture
+
+
+def _x(cell: Cell, axis: str) -> float:
+    return float(cell.arm.labels[axis])
+
+
+def _curves(
+    axes: Any, column: str, lines: Mapping[str, Sequence[Cell]], colours: Mapping[str, str], x_axis: str
+) -> None:
+    """A line with its band for every colour, over a logarithmic axis."""
+    for (shade, colour), marker in zip(colours.items(), cycle(_MARKERS), strict=False):
+        shown = [cell for cell in lines[shade] if column in cell.means]
+        x, means = [_x(cell, x_axis) for cell in shown], [cell.means[column] for cell in shown]
+        axes.plot(x, [e.mean for e in means], marker=marker, color=colour, markersize=4, clip_on=False, zorder=3)
+        axes.fill_between(x, [e.low for e in means], [e.high for e in means], color=colour, alpha=0.15, lw=0)
+    ticks = sorted({_x(cell, x_axis) for line in lines.values() for cell in line})
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel(x_axis, fontsize=8)
+    axes.set_title(_NAMES.get(column, column), fontsize=9)
 
 
 def _front(
     axes: Any, columns: Sequence[str], lines: Mapping[str, Sequence[Cell]], colours: Mapping[str, str], x_axis: str
 ) -> None:
-    """The second column against the first, points named by their label of axis `x`."""
+    """The second column against the first; the ends of a line have their label of axis `x`."""
     for (shade, colour), marker in zip(colours.items(), cycle(_MARKERS), strict=False):
         shown = [cell for cell in lines[shade] if set(columns) <= cell.means.keys()]
         x, y = ([cell.means[column].mean for cell in shown] for column in columns)
         axes.plot(x, y, marker=marker, color=colour, markersize=4, linewidth=1, clip_on=False, zorder=3)
-        for cell, *place in zip(shown, x, y, strict=True):
-            axes.annotate(
-                cell.arm.labels[x_axis], place, xytext=(4, -9), textcoords="offset points", fontsize=7, color=colour
-            )
+        for cell, *place in list(zip(shown, x, y, strict=True))[:: max(1, len(shown) - 1)]:
+            name = cell.arm.labels[x_axis]
+            axes.annotate(name, place, xytext=(4, 3), textcoords="offset points", fontsize=7, color=colour)
     axes.set_xlabel(_NAMES.get(columns[0], columns[0]), fontsize=8)
-    axes.set_title(f"{_NAMES.get(columns[1], columns[1])} against it, by {x_axis}", fontsize=9)
+    axes.set_ylabel(_NAMES.get(columns[1], columns[1]), fontsize=8)
+    axes.set_title(f"front over the numbers of {x_axis}", fontsize=9)
 
 
 def _heatmap(study: StudyConfig, cells: Sequence[Cell]) -> Any:

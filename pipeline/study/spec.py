@@ -274,6 +274,10 @@ def _check(study: StudyConfig, shipped: Mapping[str, set[str]]) -> None:
         _check_label(f"compared.{axis}", label, axes[axis])
     if plot.kind == "heatmap" and not (plot.x and plot.y):
         raise InputError("plot: a heat map needs the axes x and y.")
+    if plot.kind == "bands":
+        for label in axes[plot.x or next(iter(axes))]:
+            if not label.isdecimal() or not int(label):
+                raise InputError(f"plot: bands need numbers above 0 as labels of their axis x; got {label!r}.")
     if plot.reference is not None and axes:
         _check_label("plot.reference", plot.reference, axes[plot.x or next(iter(axes))])
     arms(study)
