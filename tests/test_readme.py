@@ -32,6 +32,7 @@ README = PAGES["README.md"]
 TESTED_ELSEWHERE = {
     r"odedit .*s3://": "tests/pipeline/driver/test_runs_in_storage.py",
     r"odedit compare studies/|odedit compare --uri": "tests/pipeline/report/test_compare.py",
+    r"odedit commit .*(--change|--from|routed)": "tests/pipeline/driver/test_commit.py",
     r"odedit data pack": "tests/test_cli.py",
     r"odedit mlflow sync|odedit fetch": "tests/pipeline/tracking/test_tracking.py",
     r"odedit edits": "tests/pipeline/edits/test_committed.py",
@@ -42,6 +43,7 @@ TESTED_ELSEWHERE = {
 }
 """Commands that need a server, a cluster or minutes, and the test of each."""
 ADDED = {
+    "odedit commit": ["commit.steps=2", "commit.copies=1", "pipeline.actors=1"],
     "odedit train mend": ["editor.training_steps=2", "editor.validate_every=2", "editor.batch_size=2"],
     "odedit edit --config run.yaml data.path=records.json": ["out=runs/records"],
 }
@@ -138,7 +140,7 @@ def test_the_records_shown_can_be_used() -> None:
 def test_the_configuration_shown_is_a_valid_one() -> None:
     (text,) = blocks(README, "yaml")
     run = config.from_dict(yaml.safe_load(text))
-    assert (run.editor.name, run.objective.name, run.out) == ("wise", "odedit", "runs/wise-odedit")
+    assert (run.out, run.backbone.dtype, run.data.image_root) == ("runs/one", "bfloat16", "/data/coco")
 
 
 @pytest.mark.parametrize("command", commands())
