@@ -140,7 +140,7 @@ def test_the_records_shown_can_be_used() -> None:
 def test_the_configuration_shown_is_a_valid_one() -> None:
     (text,) = blocks(README, "yaml")
     run = config.from_dict(yaml.safe_load(text))
-    assert (run.out, run.backbone.dtype, run.data.image_root) == ("runs/one", "bfloat16", "/data/coco")
+    assert (run.out, run.backbone.dtype, run.data.image_root) == ("runs/first", "bfloat16", "/data/coco")
 
 
 @pytest.mark.parametrize("command", commands())
