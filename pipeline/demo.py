@@ -111,10 +111,11 @@ def _asking(model: Outcome, image_root: Path) -> list[str]:
     """Lines with the command that asks the model a question of the first edit that holds, and its answers."""
     edits = read_edits(model.workspace.model)
     edit = next((edit for edit in edits if edit["holds"]), edits[0])
-    program = (
-        f"from odedit import load_edited; print(load_edited({str(model.workspace.model)!r}).answer("
-        f"{str(image_root / edit['image'])!r}, {edit['prompt']!r}))"
+    # Strings in double quotes, since the shell's are single ones.
+    folder, picture, question = (
+        json.dumps(str(text)) for text in (model.workspace.model, image_root / edit["image"], edit["prompt"])
     )
+    program = f"from odedit import load_edited; print(load_edited({folder}).answer({picture}, {question}))"
     return [
         f"Model:   {model.workspace.model}; it answers {edit['answer_after']!r} instead of {edit['answer_before']!r}:",
         f"         {shlex.join([sys.executable, '-c', program])}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import Any
+from typing import Any, Literal
 
 from odedit.evaluation.statistics import Estimate
 from pipeline.report.formatting import LABELS, number
@@ -116,12 +116,12 @@ def _colours(study: StudyConfig) -> dict[str, str]:
     return {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
 
 
-def _legend(picture: Any, colours: dict[str, str], markers: str = "o", linestyle: str = "none") -> None:
+def _legend(picture: Any, colours: dict[str, str], markers: str = "o", line: Literal["-", "none"] = "none") -> None:
     from matplotlib.lines import Line2D
 
     if colours:
         handles = [
-            Line2D([], [], color=colour, marker=marker, linestyle=linestyle)
+            Line2D([], [], color=colour, marker=marker, linestyle=line)
             for colour, marker in zip(colours.values(), cycle(markers), strict=False)
         ]
         picture.legend(handles, list(colours), loc="outside upper center", ncols=min(len(colours), 4), frameon=False)
