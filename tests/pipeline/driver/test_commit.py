@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from odedit import load_edited
 from odedit.errors import InputError
 from odedit.ways.common.files import load_committed
 from pipeline.config.run import load_commit
@@ -186,3 +188,40 @@ def test_what_does_not_fit_is_refused_in_a_sentence(plain: Settings, commit: Com
     with pytest.raises(InputError, match=r"--change: .* holds no committed model"):
         commit(None, change=tmp_path)
     assert not Path(plain["out"]).exists()
+
+
+def test_a_routed_model_loses_exactly_the_removed_edit_and_answers_as_it_was_scored(
+    commit: Commit, worlds: dict[int, dict[str, Path]], tmp_path: Path
+) -> None:
+    paths = worlds[0]
+    facts: dict[str, Any] = {}
+    for fields in json.loads(paths["validation"].read_text()):
+        facts.setdefault(fields["fact"], fields)
+    write_array(tmp_path / "records.json", list(facts.values())[:3])
+    data = {"path": str(tmp_path / "records.json"), "pool": str(paths["train"])}
+    roots = {"image_root": str(paths["images"]), "rephrase_root": str(paths["images_rephrase"])}
+    before = commit(
+        {
+            "data": data | roots,
+            "commit": {"way": "routed", "steps": 20},
+            "tracking": {"enabled": False},
+            "out": str(tmp_path / "before"),
+        }
+    )
+    rows = rows_of(before)
+    assert [row["status"] for row in rows] == ["edited"] * 3
+    old, info = load_committed(before.workspace.committed)
+    after = commit(None, f"out={tmp_path / 'after'}", change=before.workspace.out, remove=[info.edit_ids[1]])
+    new, changed = load_committed(after.workspace.committed)
+    assert changed.edit_ids == (info.edit_ids[0], info.edit_ids[2])
+    for name, value in old.items():
+        has_row = len(value) == 3 and len(new[name]) == 2
+        assert torch.equal(new[name], value[[0, 2]] if has_row else value), name
+    listed = json.loads((Path(before.workspace.model) / "edits.json").read_text())["edits"]
+    model = load_edited(Path(before.workspace.model))
+
+    def asked(model: Any, entry: dict[str, Any]) -> str:
+        return model.answer(paths["images"] / entry["image"], entry["prompt"], is_caption=entry["task"] == "caption")
+
+    assert [asked(model, entry) for entry in listed] == [row["answer_after"] for row in rows]
+    assert asked(load_edited(Path(after.workspace.model)), listed[1]) == rows[1]["answer_before"]
