@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from odedit.data.pool import normal
@@ -26,6 +26,12 @@ class Edited:
     questions: Mapping[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
 
     __repr__ = brief
+
+    def within(self, edit_ids: Collection[str]) -> Edited:
+        """What these records edit."""
+        ids = frozenset(edit_ids)
+        facts = {fact: edit for fact, edit in self.facts.items() if edit[0] in ids}
+        return Edited(facts, {question: edit for question, edit in self.questions.items() if edit[0] in ids})
 
     def answer_to(self, probe: Probe) -> tuple[str, str] | None:
         """Edit id and new answer of the record that edits what a probe asks; None if no record does."""

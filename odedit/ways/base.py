@@ -165,7 +165,7 @@ class Way(Protocol):
     Attributes:
         Config: Frozen dataclass of settings, a `WayConfig`.
         defaults: Sections of the run's configuration (`editor`, `objective`, `stopping`) that replace their defaults.
-            A section that the user gives is taken as it is.
+            Settings that the user gives come before them; a section that names another plug-in has none of them.
         uses_edits: True when the way takes finished single edits. The run makes them first, unless they are given.
         needs_pool: True when the way cannot work without records of a pool.
         is_parallel: True when several workers may share one task.

@@ -44,7 +44,7 @@ _WARMUP_STEPS = 20
 _LEAST_STEPS, _LOOKS = 400, 200
 """`steps: auto`: least number of steps, and times that each record is read."""
 _SHARE_OF_CHANGE = 0.5
-"""Share of these steps where a model is changed, which starts from its parameters."""
+"""Share of these steps that a changed model takes: it starts from trained parameters."""
 _CHECKED_AT_ONCE = 64
 
 
@@ -170,6 +170,8 @@ class _Trainer:
         if not num_records:
             first = next(iter(examples.problems.values()), "there is none.")
             raise InputError(f"data.path: no record can be committed; first: {first}")
+        if parallel.count() > 1 and min(parallel.gathered(len(self._trained))) == 0:
+            raise InputError("pipeline.actors: one of the workers has no record to train; set a smaller number.")
         share = 1.0 if task.start is None else _SHARE_OF_CHANGE
         wanted = math.ceil(share * max(_LEAST_STEPS, _LOOKS * num_records / config.records))
         self.num_steps: int = wanted if config.steps == "auto" else config.steps

@@ -66,7 +66,8 @@ class Routed(PlainWay):
     """Single edits side by side, and the parameters of their router (`router.*`)."""
 
     Config: ClassVar[type] = RoutedConfig
-    # Chosen on the validation split of the embedded world: edits as general as possible, since the router is local.
+    # Chosen on the validation split of the embedded world. The weight of locality is small: the router keeps unrelated
+    # prompts from the edits.
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "editor": {
             "name": "lora",
@@ -114,16 +115,17 @@ class Routed(PlainWay):
         return {request.edit_id: Fit(0, "routed") for request in task.requests}
 
     def _changed(self, task: Task, start: EditParams) -> EditParams:
-        """The parameters of an earlier model without its removed edits, and with the new ones."""
-        wanted = {request.edit_id for request in task.requests}
-        kept = [row for row, edit_id in enumerate(task.start_ids) if edit_id in wanted]
-        params = take(start, kept)
-        known = set(task.start_ids)
-        new = [request for request in task.requests if request.edit_id not in known]
-        if not new:
-            return params
-        assert task.edits is not None, "the run makes the new edits first"
-        return self.with_added(task.backbone, params, task.edits, new, task.template)
+        """Parameters of an earlier model without its removed edits and with the new ones, in the records' order."""
+        wanted = {request.edit_id: request for request in task.requests}
+        rows = [row for row, edit_id in enumerate(task.start_ids) if edit_id in wanted]
+        kept = [task.start_ids[row] for row in rows]
+        params = take(start, rows)
+        new = [request for edit_id, request in wanted.items() if edit_id not in set(kept)]
+        if new:
+            assert task.edits is not None, "the run makes the new edits first"
+            params = self.with_added(task.backbone, params, task.edits, new, task.template)
+        row_of = {edit_id: row for row, edit_id in enumerate([*kept, *(request.edit_id for request in new)])}
+        return take(params, [row_of[edit_id] for edit_id in wanted])
 
     def with_added(
         self,

@@ -344,7 +344,8 @@ def commit_from_dict(values: Mapping[str, Any]) -> RunConfig:
     # Defaults are no choice of the user, and may be fitted to the model.
     editor = values.get("editor")
     given = frozenset(editor) - {"name"} if isinstance(editor, Mapping) else frozenset()
-    return replace(config, editor=replace(config.editor, given=given))
+    # The model is the result; single edits that a way uses are kept in a run of their own.
+    return replace(config, editor=replace(config.editor, given=given), keep_edits=False)
 
 
 def _with_defaults(section: Any, defaults: Mapping[str, Any]) -> Any:

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from rich.console import Console
 
 from odedit import editors
+from odedit.backbones import fingerprint
+from odedit.backbones.common.fingerprints import comparable, mismatch
 from odedit.data.records import RawRecord
 from odedit.editing.files import read_info
 from odedit.errors import InputError, counted
-from odedit.runtime.addresses import below
+from odedit.runtime.addresses import below, masked
 from odedit.storage.location import Location
 from odedit.ways.base import Fit
 from odedit.ways.common.files import read_committed_info
 from pipeline.config.run import RunConfig, apply_override, from_dict, load, read_yaml
 from pipeline.console import say
+from pipeline.driver.earlier import is_commit
 from pipeline.driver.preflight import Ready, prepare, update
 from pipeline.driver.progress import Steps
 from pipeline.driver.run import Outcome, announce, run, score_into
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.run_folder import rows, staging
 from pipeline.run_folder.contradictions import LeftOut, OnConflict, find
-from pipeline.run_folder.sources import Sources, absolute, identity_of
+from pipeline.run_folder.sources import Sources, absolute, identity_of, with_absolute_paths
 from pipeline.run_folder.workspace import Workspace, read_json
 from pipeline.workers import ray_session
 from pipeline.workers.committing import CommitJob, way_of
@@ -37,7 +42,7 @@ _IS_WRITTEN = "model_written"
 
 
 def with_edits_of(config: RunConfig, edits_from: str | None) -> RunConfig:
-    """The run with the editor of the finished edits.
+    """The run with the method of the finished edits: editor, objective, stop rule and supervision.
 
     Raises:
         InputError: `edits_from` holds no run of single edits.
@@ -49,7 +54,14 @@ def with_edits_of(config: RunConfig, edits_from: str | None) -> RunConfig:
         raise InputError(
             f"--from: {workspace.out} holds no run; expected the folder that `odedit edit` wrote to (out)."
         )
-    return replace(config, editor=load(workspace.config).editor)
+    made = load(workspace.config)
+    return replace(
+        config,
+        editor=made.editor,
+        objective=made.objective,
+        stopping=made.stopping,
+        supervision=made.supervision,
+    )
 
 
 def changed(run_folder: str, remove: Sequence[str], add: str | None, overrides: Sequence[str]) -> RunConfig:
@@ -86,7 +98,7 @@ def from_dict_with(values: dict[str, Any], overrides: Sequence[str]) -> RunConfi
     """The run described by a mapping, with overrides applied."""
     for text in overrides:
         apply_override(values, text)
-    return from_dict(values)
+    return replace(from_dict(values), keep_edits=False)
 
 
 def check(config: RunConfig, edits_from: str | None) -> None:
@@ -107,6 +119,50 @@ def check(config: RunConfig, edits_from: str | None) -> None:
             f"--from: commit.way {config.commit_way!r} trains all records together and uses no finished edits. Leave "
             "--from out, or choose another way."
         )
+    _check_folders(Workspace.of(config.out))
+    _check_start(config)
+
+
+def _check_folders(workspace: Workspace) -> None:
+    """Raises InputError if a folder that would be replaced was not written by a run that commits."""
+    if is_commit(read_json(workspace.run)):
+        return
+    for folder in workspace.written_models:
+        if folder.is_local and folder.exists():
+            raise InputError(
+                f"out: {folder} exists, and was not written by `odedit commit`. Choose another folder (out=...)."
+            )
+
+
+def _check_start(config: RunConfig) -> None:
+    """Raises InputError unless the model that is changed has the run's way, editor and unedited model."""
+    start = _start(config)
+    if start is None:
+        return
+    assert config.commit is not None
+    info = read_committed_info(start.committed)
+    model = config.backbone
+    now = {"commit.way": config.commit.name, "editor.name": config.editor.name}
+    now |= {f"editor.{name}": value for name, value in _plain(config.editor.settings).items()}
+    then = {"commit.way": info.way, "editor.name": info.editor}
+    then |= {f"editor.{name}": value for name, value in info.editor_config.items()}
+    for name, value in now.items():
+        if then.get(name) != value:
+            raise InputError(
+                f"{name}: got {value!r}, but the model in {start.out} was made with {then.get(name)!r}. A changed "
+                "model keeps the way and the editor; leave the setting out, or commit all records anew."
+            )
+    found = fingerprint(model.family, model.checkpoint, dtype=model.dtype)
+    if info.fingerprint != comparable(found, info.fingerprint):
+        raise InputError(
+            f"backbone.checkpoint: the model in {start.out} was committed to other weights than {model.checkpoint!r}: "
+            f"it was made {mismatch(info.fingerprint, found)}."
+        )
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    return values
 
 
 def commit(
@@ -131,16 +187,17 @@ def commit(
         GraphError: The workers could not continue.
         TrackingError: The results are complete, but MLflow could not be written to.
     """
-    config = with_edits_of(config, edits_from)
+    # Relative paths of the data are read from the run's own configuration when its model is changed.
+    config = replace(with_edits_of(config, edits_from), data=with_absolute_paths(config.data))
     check(config, edits_from)
     conflicts = Conflicts(config)
-    ready = prepare(config, fresh=fresh, check_staged=conflicts, identity=further_inputs(config))
+    ready = prepare(config, fresh=fresh, check_staged=conflicts, identity=further_inputs(config, edits_from))
     announce(ready, console)
     with terminate_as_interrupt(), ray_session.shared():
         if not _is_made(ready.workspace):
-            edits = _finished_edits(ready, edits_from, console, fresh=fresh)
             start = _start(ready.config)
             left_out = frozenset(conflicts.left_out.reasons)
+            edits = _finished_edits(ready, edits_from, left_out, console, fresh=fresh)
             _make(ready, CommitJob(_job(ready), left_out, edits, None if start is None else start.committed), console)
         return score_into(ready, console, _scored(ready, conflicts.left_out), parent_run=parent_run)
 
@@ -148,7 +205,7 @@ def commit(
 def _is_made(workspace: Workspace) -> bool:
     """Whether the model is complete and still there."""
     is_written = bool((read_json(workspace.run) or {}).get(_IS_WRITTEN))
-    return is_written and workspace.committed.exists() and workspace.model.exists()
+    return is_written and workspace.committed.exists() and workspace.model.is_folder()
 
 
 def commit_many(
@@ -169,14 +226,21 @@ def commit_many(
     return outcomes
 
 
-def further_inputs(config: RunConfig) -> dict[str, str]:
+def further_inputs(config: RunConfig, edits_from: str | None = None) -> dict[str, str]:
     """Further files that the model depends on, with their sizes and times."""
     assert config.commit is not None
     names = {f"commit.add {number}": path for number, path in enumerate(config.commit.settings.add)}
     start = _start(config)
     if start is not None:
         names["commit.start"] = str(start.committed)
-    return {name: identity_of(path, "commit.add" if "add" in name else name) for name, path in names.items()}
+    found = {name: masked(identity_of(path, name.partition(" ")[0])) for name, path in names.items()}
+    if edits_from is not None:
+        digest = hashlib.sha256()
+        for file in Workspace.of(edits_from).edits.glob("*.safetensors"):
+            info = file.info()
+            digest.update(f"{file.name} {info.size} {info.mtime_ns}".encode())
+        found["--from"] = f"{masked(str(Workspace.of(edits_from).out))} ({digest.hexdigest()[:16]})"
+    return found
 
 
 def _start(config: RunConfig) -> Workspace | None:
@@ -228,11 +292,13 @@ def _scored(ready: Ready, left_out: LeftOut) -> ScoredModel:
     if problems:
         every = staging.usable_records(workspace.records)
         reasons |= {record.index: problems[record.edit_id] for record in every if record.edit_id in problems}
-    is_plain = way_of(config).is_plain
+    # A checkpoint at an address cannot be loaded; its parameters act on the unedited model instead.
+    is_checkpoint = way_of(config).is_plain and workspace.model.is_local
     return ScoredModel(
-        checkpoint=str(workspace.model) if is_plain else None,
-        committed=None if is_plain else str(workspace.committed),
-        edited=left_out.edited,
+        checkpoint=str(workspace.model) if is_checkpoint else None,
+        committed=None if is_checkpoint else str(workspace.committed),
+        trusted=True,
+        edited=left_out.edited.within(info.edit_ids),
         left_out=reasons,
         fits={edit_id: Fit(**fit) for edit_id, fit in info.details["fits"].items()},
         columns={"model": config.commit_way},
@@ -247,23 +313,17 @@ def _job(ready: Ready, plan: Plan | None = None) -> Job:
 
 
 def _finished_edits(
-    ready: Ready, edits_from: str | None, console: Console, *, fresh: bool
+    ready: Ready, edits_from: str | None, left_out: Collection[int], console: Console, *, fresh: bool
 ) -> Mapping[str, Location] | None:
     """Files of the single edits by edit id, made first unless they are given; None for a way that uses none."""
     if not way_of(ready.config).uses_edits:
         return None
-    assert ready.config.commit is not None
-    added: tuple[str, ...] = ready.config.commit.settings.add
-    if _start(ready.config) is not None and edits_from is None and not added:
-        return {}
     if edits_from is None:
-        out = below(ready.config.out, SINGLE)
-        say(console, f"Single edits first, in {Workspace.of(out).out}:")
-        tracking = replace(ready.config.tracking, enabled=False)
-        single = replace(ready.config, commit=None, out=out, keep_edits=True, tracking=tracking)
-        if _start(ready.config) is not None:  # the edits of the other records are in the model that is changed
-            single = replace(single, data=replace(single.data, path=added[-1], limit=None))
-        workspace = run(single, console, fresh=fresh).workspace
+        config = _single(ready, left_out)
+        if config is None:
+            return {}
+        say(console, f"Single edits first, in {Workspace.of(config.out).out}:")
+        workspace = run(config, console, fresh=fresh).workspace
     else:
         workspace = Workspace.of(edits_from)
     edited = rows.read_rows(rows.parts(workspace), ("edit_id", "status"), statuses=(rows.EDITED,))
@@ -272,12 +332,45 @@ def _finished_edits(
     return files
 
 
+def _single(ready: Ready, left_out: Collection[int]) -> RunConfig | None:
+    """The run of single edits; of a changed or extended model, of the records that need one. None: no record does."""
+    config, out = ready.config, below(ready.config.out, SINGLE)
+    assert config.commit is not None
+    tracking = replace(config.tracking, enabled=False)
+    single = replace(config, commit=None, out=out, keep_edits=True, tracking=tracking)
+    start = _start(config)
+    if start is None and not config.commit.settings.add:
+        return single
+    known = set() if start is None else set(read_committed_info(start.committed).edit_ids)
+    needed = [
+        {**record.fields, "edit_id": record.edit_id, "task": record.task}
+        for record in staging.usable_records(ready.workspace.records)
+        if record.index not in left_out and record.edit_id not in known
+    ]
+    if not needed:
+        return None
+    file, sources = ready.workspace.out / f"{SINGLE}.jsonl", ready.sources
+    file.write_text("".join(json.dumps(fields) + "\n" for fields in needed))
+    data = replace(
+        config.data, path=below(config.out, file.name), limit=None, pool=sources.pool, image_root=sources.image_root,
+        rephrase_root=sources.rephrase_root,
+    )  # fmt: skip
+    return replace(single, data=data)
+
+
 def _check_same_records(ready: Ready, files: Mapping[str, Location]) -> None:
-    """Raises InputError if a finished edit answers another question, or otherwise, than the record of its name."""
+    """Raises InputError if a finished edit is of other weights or another question or answer than the record."""
+    model = ready.config.backbone
+    found = fingerprint(model.family, model.checkpoint, dtype=model.dtype)
     for record in staging.usable_records(ready.workspace.records):
         if record.edit_id not in files:
             continue
         info = read_info(files[record.edit_id])
+        if info.fingerprint != comparable(found, info.fingerprint):
+            raise InputError(
+                f"--from: the edit {record.edit_id} there was made {mismatch(info.fingerprint, found)}. Give a run of "
+                "this model."
+            )
         if (info.prompt, info.target) != (record.fields["src"], record.fields["alt"]):
             raise InputError(
                 f"--from: the edit {record.edit_id} there answers {info.prompt!r} with {info.target!r}, the record "
@@ -298,7 +391,7 @@ def _make(ready: Ready, commit_job: CommitJob, console: Console) -> None:
         plan = stack.enter_context(ray_session.connected(config.pipeline, config.backbone, num_groups, console))
         # Again, since Ray has installed a signal handler that exits the process at once.
         stack.enter_context(terminate_as_interrupt())
-        num_workers = plan.num_actors if way_of(config).is_parallel else 1
+        num_workers = _num_workers(ready, plan, len(commit_job.left_out))
         device = f"{counted(num_workers, 'worker')} on {plan.device}"
         say(
             console,
@@ -310,6 +403,14 @@ def _make(ready: Ready, commit_job: CommitJob, console: Console) -> None:
             steps.observe(progress["doing"], progress["number"], progress["total"], progress["figures"])
 
         training_group.train(replace(commit_job, job=_job(ready, plan)), plan, num_workers, show)
-    for file in (workspace.training, workspace.progress):
+    for file in (workspace.training, workspace.progress, workspace.problem):
         file.delete()
     update(workspace, **{_IS_WRITTEN: True})
+
+
+def _num_workers(ready: Ready, plan: Plan, num_left_out: int) -> int:
+    """Workers that make the model: each has records, and a GPU of its own if it has one."""
+    has_part_of_gpu = 0 < plan.gpus_per_actor < 1
+    if has_part_of_gpu or not way_of(ready.config).is_parallel:
+        return 1
+    return max(1, min(plan.num_actors, ready.staged.num_usable - num_left_out))

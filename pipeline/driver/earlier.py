@@ -134,6 +134,11 @@ def _check_free(workspace: Workspace, *, fresh: bool) -> None:
         )
 
 
+def is_commit(state: Any) -> bool:
+    """Whether the content of a run.json is that of a run that commits, whose folder holds a model of its own."""
+    return isinstance(state, dict) and "commit.way" in (state.get("settings") or {})
+
+
 def clear(workspace: Workspace) -> None:
     """Deletes the files that a run wrote, and no others; run.json last, so that a killed deletion can be repeated."""
     written = (
@@ -147,10 +152,23 @@ def clear(workspace: Workspace) -> None:
         if folder.is_local:
             with suppress(OSError):  # missing, or not empty
                 os.rmdir(folder)
-    for folder in workspace.written_models:
-        folder.delete_folder()
+    if is_commit(read_json(workspace.run)):
+        for folder in workspace.written_models:
+            folder.delete_folder()
     for name in (
-        *("records", "pool", "calibration", "committed", "training", "progress", "config", "summary", "kept", "text"),
+        *(
+            "records",
+            "pool",
+            "calibration",
+            "committed",
+            "training",
+            "progress",
+            "problem",
+            "config",
+            "summary",
+            "kept",
+            "text",
+        ),
         *("profile", "report", "run"),
     ):
         getattr(workspace, name).delete()

@@ -102,9 +102,10 @@ def _front_matter(base: str, info: CommittedInfo, plain: bool) -> str:
 def _scores(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, Estimate]]:
     """Name, label and estimate of every probe's plain score, the main ones first."""
     variants = words()
-    for name, figure in summary["metrics"].items():
+    kept = {name: summary[name] for name in ("kept", "kept_text") if name in summary}
+    for name, figure in (summary["metrics"] | kept).items():
         is_probe = re.fullmatch(r"[a-z]+_(gen|loc)(_[a-z0-9]+)*", name) and not set(name.split("_")[2:]) & variants
-        if name in METRICS or is_probe or name == "kept":
+        if name in METRICS or is_probe or name in kept:
             yield name, LABELS.get(name, ""), Estimate(**figure)
 
 

@@ -63,7 +63,7 @@ def find(records: Iterable[RawRecord], reader: ImageReader, on_conflict: OnConfl
     that are equal in all three, one is kept. A record whose picture cannot be read is ignored here.
 
     Args:
-        records: Usable records of one file.
+        records: Usable records of a run.
         reader: Reader of their pictures; each is read once.
         on_conflict: `refuse` raises for a contradiction, `first` and `last` keep the first or the last record of one.
 

@@ -93,6 +93,11 @@ class Workspace:
         return self.out / "progress.json"
 
     @property
+    def problem(self) -> Location:
+        """Problem for which a worker could not make the model."""
+        return self.out / "problem.json"
+
+    @property
     def model(self) -> Location:
         """Folder of the committed model, as people serve it."""
         return self.out / "model"

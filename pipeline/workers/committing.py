@@ -69,17 +69,29 @@ def way_of(config: Any) -> Way:
 
 
 def work(config: Mapping[str, CommitJob]) -> None:
-    """The function that Ray Train runs on every worker. Errors of the user's input end in the progress file."""
+    """The function that Ray Train runs on every worker."""
     commit_job = config["commit"]
     job = commit_job.job
     try:
+        if job.device == "cuda":
+            _use_own_gpu()
         _Worker(commit_job).work()
     except InputError as error:
-        # Every worker has met it, and returns: Ray Train would start a worker that raises again.
-        write_json(job.workspace.progress, {"problem": str(error)})
+        write_json(job.workspace.problem, {"problem": str(error)})
+        # Other workers may wait for this one: Ray Train ends them all if it raises.
+        if parallel.count() > 1:
+            raise
     except Exception:
         write_traceback(job, f"commit-{parallel.rank()}")
         raise
+
+
+def _use_own_gpu() -> None:
+    """Makes the GPU that Ray Train gives this worker its current device; all workers of a node see all its GPUs."""
+    import torch
+    from ray.train.torch import get_device
+
+    torch.cuda.set_device(get_device())
 
 
 class Requests(Sequence[EditRequest]):
@@ -155,7 +167,7 @@ class _Worker:
         config = self._config
         return CommittedInfo(
             way=config.commit.name,  # type: ignore[union-attr]
-            way_config=asdict(config.commit.settings),  # type: ignore[union-attr]
+            way_config=_of_model(asdict(config.commit.settings)),  # type: ignore[union-attr]
             editor=config.editor.name,
             editor_config=asdict(config.editor.settings),
             family=config.backbone.family,
@@ -268,13 +280,18 @@ class _Worker:
                 write_json(self._workspace.progress, asdict(step))
 
     def _write_model(self) -> None:
-        """Writes the folder that people serve; one that exists is of an interrupted run, and is written again."""
+        """Writes the folders that people serve."""
         params, info = load_committed(self._workspace.committed, self._job.device)
         editor = self._way.serving(self._editor)
         self._show(Step(1, 1, doing="writing the model"))
         _written(self._workspace.model, lambda path: self._way.write(path, self._backbone, editor, params, info))
         if self._way.is_plain and is_adapter(editor):
             _written(self._workspace.adapter, lambda path: write_adapter(self._backbone, editor, params, path))
+
+
+def _of_model(way_config: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the way without the files and records that only the run that made the model read."""
+    return {name: value for name, value in way_config.items() if name not in ("remove", "add", "start")}
 
 
 def _ids(task: Task) -> list[str]:
@@ -284,7 +301,8 @@ def _ids(task: Task) -> list[str]:
 
 
 def _written(folder: Location, write: Callable[[Path], None]) -> None:
-    """Writes a folder, at an address by way of a temporary one."""
+    """Writes a folder, at an address by way of a temporary one. A folder of an interrupted attempt is replaced."""
+    folder.delete_folder()
     if folder.is_local:
         write(Path(folder))
         return
@@ -296,7 +314,7 @@ def _written(folder: Location, write: Callable[[Path], None]) -> None:
 
 def failure(workspace: Any) -> str:
     """The problem that a worker has left; "" if none."""
-    state = read_json(workspace.progress)
+    state = read_json(workspace.problem)
     return str(state.get("problem", "")) if isinstance(state, dict) else ""
 
 

@@ -61,7 +61,7 @@ class Compared:
             return cls(unedited, edited, own_features=not edited.has_features_of(unedited))
         assert scored.committed is not None, "a model is a checkpoint or a committed model"
         params, info = load_committed(scored.committed, device)
-        return cls(unedited, editor=serving_editor(info, unedited), params=params)
+        return cls(unedited, editor=serving_editor(info, unedited, trusted=scored.trusted), params=params)
 
     def rows(self, requests: Sequence[EditRequest], template: Template, config: EvaluationConfig) -> list[Row]:
         """Scores of the requests' probes, as `evaluate` returns them."""

@@ -38,6 +38,7 @@ class ScoredModel:
         fits: How each record was learned, by edit id; empty if unknown.
         columns: Columns of every row that describe the model.
         text: Text file whose perplexity is measured; None: none.
+        trusted: Whether the model is of the present run, which may use ways and editors from outside the package.
     """
 
     checkpoint: str | None
@@ -49,6 +50,7 @@ class ScoredModel:
     text: str | None = None
 
     __repr__ = brief
+    trusted: bool = False
 
 
 @dataclass(frozen=True)

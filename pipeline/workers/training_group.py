@@ -33,7 +33,8 @@ def train(commit_job: CommitJob, plan: Plan, num_workers: int, show: Callable[[d
         GraphError: The workers failed more often than `pipeline.max_attempts` allows.
     """
     workspace = commit_job.job.workspace
-    workspace.progress.delete()
+    for file in (workspace.progress, workspace.problem):
+        file.delete()
     own_files = workspace.out / ".ray-train"
     errors: list[BaseException] = []
     with environment(_QUIET):
@@ -47,14 +48,17 @@ def train(commit_job: CommitJob, plan: Plan, num_workers: int, show: Callable[[d
                     show(progress)
         finally:
             own_files.delete_folder()
+    is_made = not errors and workspace.committed.exists() and workspace.model.is_folder()
     problem = failure(workspace)
-    if problem:
+    if problem and not is_made:
         raise InputError(problem)
     if errors:
         if not isinstance(errors[0], Exception):
             raise errors[0]
         message = f"the workers ended the run: {explained(errors[0])} The same command goes on from there."
         raise GraphError(f"{message} Tracebacks: {workspace.errors}.") from errors[0]
+    if not is_made:
+        raise GraphError(f"the workers ended without a model in {workspace.out}. The same command goes on from there.")
 
 
 def _fit(commit_job: CommitJob, plan: Plan, num_workers: int, own_files: Location, errors: list[BaseException]) -> None:

@@ -60,14 +60,17 @@ def load_committed(path: LocationLike, device: str = "cpu") -> tuple[EditParams,
     return read_tensors(at(path), device)[0], info
 
 
-def serving_editor(info: CommittedInfo, backbone: Backbone) -> Editor:
+def serving_editor(info: CommittedInfo, backbone: Backbone, *, trusted: bool = False) -> Editor:
     """The editor that applies the parameters to the model with `together`.
+
+    Args:
+        trusted: Whether the file is of the present run, whose configuration names the way and the editor too.
 
     Raises:
         InputError: Another model, or a way or editor from outside the package, which a file must not choose.
     """
     for kind, name, package in (("way", info.way, ways), ("editor", info.editor, editors)):
-        if name not in plugin_names(package):
+        if not trusted and name not in plugin_names(package):
             raise InputError(f"this model was made by the {kind} {name!r}, which is not in the package.")
     if info.fingerprint != comparable(backbone.fingerprint, info.fingerprint):
         raise InputError(

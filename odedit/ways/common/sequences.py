@@ -12,9 +12,8 @@ from torch import Tensor
 from odedit.backbones.base import Backbone, ends_of
 from odedit.backbones.common.generation import EXTRA_TOKENS, NO_TOKEN, generate
 from odedit.editors.base import Editor
-from odedit.inputs.batch import EditBatch, EditParams, Picture, Probe
+from odedit.inputs.batch import EditBatch, EditParams, Picture
 from odedit.inputs.encoding import TokenSequence
-from odedit.inputs.prompts import Template
 from odedit.runtime.brief import brief
 from odedit.runtime.kv_cache import KVCache
 
@@ -83,11 +82,6 @@ def with_answer(sequence: TokenSequence, answer: Sequence[int]) -> TokenSequence
 def about(sequence: TokenSequence, picture: str | None) -> TokenSequence:
     """The sequence about another picture of as many positions."""
     return replace(sequence, picture=picture)
-
-
-def sequence_of(backbone: Backbone, template: Template, probe: Probe) -> TokenSequence:
-    """Tokens of a probe. Raises InputError or ValueError as `Backbone.sequence`."""
-    return backbone.sequence(probe, template)
 
 
 @torch.no_grad()

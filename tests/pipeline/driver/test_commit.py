@@ -16,11 +16,11 @@ import yaml
 from odedit import load_edited
 from odedit.errors import InputError
 from odedit.ways.common.files import load_committed
-from pipeline.config.run import load_commit
+from pipeline.config.run import from_dict, load_commit
 from pipeline.driver import commit as driver
 from pipeline.driver.run import Outcome
 from pipeline.run_folder import rows as results
-from pipeline.workers import committing
+from pipeline.workers import committing, training_group
 from tests.support import inline_pipeline
 from tests.support.mmedit_files import record, write_array, write_images
 from tests.support.paths import ROOT
@@ -109,8 +109,10 @@ def test_the_same_command_goes_on_where_it_was_killed_and_ends_with_the_same_mod
     assert (Path(resumed.workspace.model) / "model.safetensors").read_bytes() == (
         Path(whole.workspace.model) / "model.safetensors"
     ).read_bytes()
+    parts = {Path(part): Path(part).stat().st_mtime_ns for part in results.parts(resumed.workspace)}
     again = commit(plain)
     assert len(shown) == after_kill + 2, "a finished run trains nothing"
+    assert {part: part.stat().st_mtime_ns for part in parts} == parts, "a finished run scores nothing"
     assert [results.to_json_row(row) for row in rows_of(again)] == [results.to_json_row(row) for row in rows_of(whole)]
 
 
@@ -129,8 +131,6 @@ def test_contradictions_are_refused_before_any_work_and_one_of_them_can_be_kept(
 
 
 def test_the_sum_of_finished_edits(plain: Settings, commit: Commit, inline: Any, tmp_path: Path) -> None:
-    from pipeline.config.run import from_dict
-
     single = {key: value for key, value in plain.items() if key != "commit"}
     editor = {"name": "ftl", "sites": ["layers.2.ffn.in"], "max_steps": 2, "learning_rate": 1e-3}
     inline(from_dict(single | {"editor": editor, "out": str(tmp_path / "edits")}))
@@ -225,3 +225,61 @@ def test_a_routed_model_loses_exactly_the_removed_edit_and_answers_as_it_was_sco
 
     assert [asked(model, entry) for entry in listed] == [row["answer_after"] for row in rows]
     assert asked(load_edited(Path(after.workspace.model)), listed[1]) == rows[1]["answer_before"]
+
+    options = {"change": after.workspace.out, "edits_from": str(tmp_path / "before" / "single")}
+    again = commit(None, f"out={tmp_path / 'again'}", "commit.remove=[]", **options)
+    back, returned = load_committed(again.workspace.committed)
+    assert returned.edit_ids == info.edit_ids
+    for name, value in old.items():
+        # Keys are computed alone here, in a batch before.
+        torch.testing.assert_close(back[name], value, atol=1e-5 if name.startswith("router") else 0, rtol=0)
+
+
+def test_folders_of_others_are_not_replaced(plain: Settings, commit: Commit) -> None:
+    model = Path(plain["out"]) / "model"
+    model.mkdir(parents=True)
+    (model / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"model exists, and was not written by `odedit commit`"):
+        commit(plain)
+    assert (model / "mine.txt").read_text() == "mine"
+
+
+def test_a_changed_model_keeps_way_and_editor_and_other_edits_are_another_run(
+    plain: Settings, commit: Commit, inline: Any, tmp_path: Path
+) -> None:
+    editor = {"name": "ftl", "sites": ["layers.2.ffn.in"], "max_steps": 1, "learning_rate": 1e-3}
+    single = {key: value for key, value in plain.items() if key != "commit"} | {"editor": editor}
+    for name in ("one", "two"):
+        inline(from_dict(single | {"out": str(tmp_path / name)}))
+    summed = plain | {"editor": editor, "commit": {"way": "sum"}}
+    commit(summed, edits_from=str(tmp_path / "one"))
+    with pytest.raises(InputError, match=r"--from: was .*one.*now .*two"):
+        commit(summed, edits_from=str(tmp_path / "two"))
+    for setting, message in (
+        ("editor.learning_rate=0.1", r"editor.learning_rate: got 0.1, but the model .* was made with 0.001"),
+        ("commit.way=joint", r"commit.way: got 'joint', but the model .* was made with 'sum'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            commit(None, setting, f"out={tmp_path / 'other'}", change=plain["out"])
+
+
+def test_added_records_of_a_sum_get_their_edits_and_more_workers_than_records_are_not_started(
+    plain: Settings, commit: Commit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    editor = {"name": "ftl", "sites": ["layers.2.ffn.in"], "max_steps": 1, "learning_rate": 1e-3}
+    new = [record(7, edit_id="new")]
+    write_images(tmp_path, new)
+    added = str(write_array(tmp_path / "new.json", new))
+    outcome = commit(plain | {"editor": editor, "commit": {"way": "sum", "add": [added]}})
+    assert [row["status"] for row in rows_of(outcome)] == ["edited"] * 6
+
+    asked: list[int] = []
+    train = training_group.train
+
+    def counted(commit_job: Any, plan: Any, num_workers: int, show: Any) -> None:
+        asked.append(num_workers)
+        train(commit_job, plan, num_workers, show)
+
+    monkeypatch.setattr(training_group, "train", counted)
+    commit(plain, "pipeline.actors=9", f"out={tmp_path / 'nine'}")
+    assert asked == [5]

@@ -1,0 +1,133 @@
+"""What committing records to one model costs: CPU time and memory per record for more and more records, and the gain
+of a second worker.
+
+    python -m tests.benchmarks.commit --sizes 100,500,2000 --out bench
+
+Joint training of the embedded BLIP-2 on records with pictures of noise; every record is read `looks` times, so a flat
+cost per record is a flat line. The two sides of the second table take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import resource
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from odedit import editors, load_backbone, objectives
+from odedit.inputs.batch import EditRequest
+from odedit.ways.base import Task
+from odedit.ways.joint import Joint, JointConfig
+from tests.support.requests import TEMPLATE, make_request
+
+LOOKS = 2
+_POOL = range(100_000, 100_032)
+
+
+class Lazy(Sequence[EditRequest]):
+    """Requests that are made when they are read, as the workers' are."""
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [make_request(number) for number in self._numbers[index]]
+        return make_request(1_000 * self._numbers[index])
+
+
+def run(numbers: Sequence[int], steps: int) -> dict[str, float]:
+    """Commits these records; CPU seconds, wall seconds and peak bytes of this process."""
+    torch.set_num_threads(1)
+    settings = dict(Joint.defaults["editor"])
+    config = JointConfig(steps=steps, copies=2, candidates=8, check_every=10_000)
+    task = Task(
+        backbone=load_backbone("blip2", "embedded"),
+        template=TEMPLATE,
+        editor=editors.load_editor(settings.pop("name"), settings),
+        objective=objectives.Objective(objectives.ObjectiveConfig("contrast")),
+        requests=Lazy(numbers),
+        pool=[make_request(number) for number in _POOL],
+    )
+    cpu, wall = time.process_time(), time.monotonic()
+    trained = wall
+    for step in Joint(config).commit(task):
+        if step.doing != "training":
+            trained = time.monotonic()
+    ended = time.monotonic()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "cpu_s": time.process_time() - cpu,
+        "wall_s": ended - wall,
+        "training_s": ended - trained,
+        "peak_bytes": float(peak),
+    }
+
+
+def _apart(queue: Any, numbers: Sequence[int], steps: int, rank: int, count: int, address: str) -> None:
+    if count > 1:
+        distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=count)
+    queue.put((rank, run(numbers[rank::count], steps)))
+    if count > 1:
+        distributed.destroy_process_group()
+
+
+def measured(count: int, steps: int, workers: int = 1) -> dict[str, float]:
+    """The first worker's figures, in processes of their own: peak memory belongs to a process."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (queue, range(count), steps)
+        address = f"file://{folder}/rendezvous"
+        processes = [
+            context.Process(target=_apart, args=(*arguments, rank, workers, address)) for rank in range(workers)
+        ]
+        for process in processes:
+            process.start()
+        figures = dict(queue.get() for _ in processes)
+        for process in processes:
+            process.join()
+    return figures[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="100,500,2000")
+    parser.add_argument("--steps", type=int, default=30, help="Steps of the comparison of one worker and two.")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("bench"))
+    options = parser.parse_args()
+    sizes = [int(size) for size in options.sizes.split(",")]
+    empty = measured(1, 1)["peak_bytes"]
+    rows = []
+    print("| records | CPU ms per record | memory per record | steps |\n|--:|--:|--:|--:|")
+    for size in sizes:
+        steps = math.ceil(LOOKS * size / JointConfig().records)
+        figures = measured(size, steps)
+        row = {"records": size, "cpu_ms": 1e3 * figures["cpu_s"] / size, "steps": steps}
+        row["kib"] = (figures["peak_bytes"] - empty) / size / 1024
+        rows.append(row)
+        print(f"| {size} | {row['cpu_ms']:.0f} | {row['kib']:.0f} KiB | {steps} |", flush=True)
+    ratios = []
+    for _ in range(options.rounds):
+        one, two = (measured(96, options.steps, workers)["training_s"] for workers in (1, 2))
+        ratios.append(one / two)
+    print(f"\nTraining with two workers: {', '.join(f'{ratio:.2f}' for ratio in ratios)} times as fast as with one.")
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "commit.json").write_text(json.dumps({"sizes": rows, "two_workers": ratios}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
