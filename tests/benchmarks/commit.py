@@ -110,16 +110,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench"))
     options = parser.parse_args()
     sizes = [int(size) for size in options.sizes.split(",")]
-    empty = measured(1, 1)["peak_bytes"]
-    rows = []
-    print("| records | CPU ms per record | memory per record | steps |\n|--:|--:|--:|--:|")
+    rows: list[dict[str, float]] = []
+    print("| records | CPU ms per record | KiB per further record | steps |\n|--:|--:|--:|--:|")
     for size in sizes:
         steps = math.ceil(LOOKS * size / JointConfig().records)
         figures = measured(size, steps)
-        row = {"records": size, "cpu_ms": 1e3 * figures["cpu_s"] / size, "steps": steps}
-        row["kib"] = (figures["peak_bytes"] - empty) / size / 1024
+        row = {"records": size, "cpu_ms": 1e3 * figures["cpu_s"] / size, "steps": steps, **figures}
+        further = ""
+        if rows:
+            grown = row["peak_bytes"] - rows[-1]["peak_bytes"]
+            row["further_kib"] = grown / (size - rows[-1]["records"]) / 1024
+            further = f"{row['further_kib']:.0f}"
         rows.append(row)
-        print(f"| {size} | {row['cpu_ms']:.0f} | {row['kib']:.0f} KiB | {steps} |", flush=True)
+        print(f"| {size} | {row['cpu_ms']:.0f} | {further} | {steps} |", flush=True)
     ratios = []
     for _ in range(options.rounds):
         one, two = (measured(96, options.steps, workers)["training_s"] for workers in (1, 2))
