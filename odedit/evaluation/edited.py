@@ -19,7 +19,7 @@ class Edited:
 
     Attributes:
         facts: Edit id and new answer by `fact`.
-        questions: The same by the picture's key and the question, normalized by `odedit.data.pool.normal`.
+        questions: Edit id and new answer by picture key and question, normalized by `odedit.data.pool.normal`.
     """
 
     facts: Mapping[str, tuple[str, str]] = field(default_factory=dict)

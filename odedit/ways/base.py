@@ -180,6 +180,8 @@ class Way(Protocol):
     is_parallel: ClassVar[bool]
     is_plain: ClassVar[bool]
 
+    def __init__(self, config: Any) -> None: ...
+
     def check(self, editor: Editor, name: str) -> None:
         """Raises InputError if the way cannot use the editor of this name."""
         ...

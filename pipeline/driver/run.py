@@ -86,7 +86,7 @@ def score_into(
         ready: Result of `prepare`.
         console: Console for progress.
         scored: The model, what its records edit, and how they were learned.
-        profile: As in `run`.
+        profile: Profile that the times of this part of the run are added to.
         parent_run: Id of the MLflow run that the run is nested in.
 
     Raises:

@@ -108,7 +108,7 @@ def entries(workspace: Workspace) -> Iterator[Entry]:
 
 
 def entry(row: Row, image: str | None) -> Entry:
-    """What is told of an edit: the record, the answers, `holds` and `scores`.
+    """Entry of an edit in `edits.json`: the record, the answers, `holds` and `scores`.
 
     `holds` is true if the model's greedy answer is the new one, or, in a run without generation, if all its tokens are
     first choices.

@@ -166,7 +166,7 @@ def _upload(client: Any, model_id: str, run_id: str, folder: Location, info: Com
 
 def _describe(path: Path, model_id: str, run_id: str, folder: Path, info: CommittedInfo) -> None:
     """Writes MLflow's description of the model, its code and its requirements to a new folder, without the weights."""
-    import pandas  # type: ignore[import-untyped]
+    import pandas
     from mlflow import pyfunc
     from mlflow.models import Model, ModelSignature
     from mlflow.types.schema import ColSpec, Schema

@@ -4,7 +4,7 @@ import base64
 import io
 from typing import Any
 
-import pandas  # type: ignore[import-untyped]
+import pandas
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 

@@ -64,7 +64,7 @@ class CommitJob:
 def way_of(config: Any) -> Way:
     """The way of a run that commits."""
     choice = config.commit
-    way: Way = ways.find(choice.name)(choice.settings)  # type: ignore[call-arg]
+    way: Way = ways.find(choice.name)(choice.settings)
     return way
 
 
@@ -165,9 +165,11 @@ class _Worker:
 
     def _info(self, edit_ids: tuple[str, ...], details: dict[str, Any]) -> CommittedInfo:
         config = self._config
+        choice = config.commit
+        assert choice is not None
         return CommittedInfo(
-            way=config.commit.name,  # type: ignore[union-attr]
-            way_config=_of_model(asdict(config.commit.settings)),  # type: ignore[union-attr]
+            way=choice.name,
+            way_config=_of_model(asdict(choice.settings)),
             editor=config.editor.name,
             editor_config=asdict(config.editor.settings),
             family=config.backbone.family,

@@ -79,4 +79,4 @@ def serving_editor(info: CommittedInfo, backbone: Backbone, *, trusted: bool = F
         )
     way_class = ways.find(info.way)
     config: Settings = way_class.Config(**info.way_config)
-    return way_class(config).serving(editors.load_editor(info.editor, info.editor_config))  # type: ignore[call-arg]
+    return way_class(config).serving(editors.load_editor(info.editor, info.editor_config))

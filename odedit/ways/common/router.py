@@ -279,8 +279,8 @@ class Similarities:
     """Similarities of left-out pool records, as if they had been edited.
 
     Attributes:
-        hits: Of prompts about a record's fact, to the record.
-        near, far: Of prompts about something else, to the closest record: of similar pictures, and others.
+        hits: Similarity of prompts about a record's fact to the record.
+        near, far: Similarity of prompts about something else (similar pictures, others) to the closest record.
     """
 
     hits: Tensor
