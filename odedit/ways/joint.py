@@ -31,6 +31,7 @@ from odedit.objectives.common.penalty import tv_penalty
 from odedit.objectives.common.terms import Terms
 from odedit.risks.tokens import kl_of_states
 from odedit.runtime import parallel
+from odedit.runtime.brief import brief
 from odedit.storage.location import Location
 from odedit.storage.tensors import read_tensors, write_tensors
 from odedit.training.loop import draw
@@ -100,6 +101,8 @@ class _Training:
     worst: tuple[float, ...] = ()
     curves: dict[str, list[float]] = field(default_factory=dict)
     stop_reason: str = ""
+
+    __repr__ = brief
 
     @property
     def step(self) -> int:
