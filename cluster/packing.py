@@ -17,18 +17,24 @@ from typing import Any
 
 import yaml
 
-COMMANDS = ("edit", "study", "train", "tune")
+COMMANDS = ("commit", "edit", "study", "train", "tune")
 MAX_BYTES = 400 * 2**20
 """Largest job. Ray's own limit is 512 MiB."""
 
 _CODE = ("odedit", "pipeline", "tune", "cluster")
 _VERSION = "pipeline/config/VERSION"
 """File from which `pipeline.config.version` reads the version of the sent code."""
-_READ = ("path", "pool", "image_root", "rephrase_root", "checkpoint")
+_READ = ("path", "pool", "image_root", "rephrase_root", "checkpoint", "add")
 """Settings that name inputs."""
 _WRITTEN = ("out", "feature_store", "storage")
 """Settings that name outputs, which must outlive the job."""
-_FOLDER_OPTIONS = {"edit": (), "study": ("--out",), "train": ("--out",), "tune": ("--out", "--resume")}
+_FOLDER_OPTIONS = {
+    "commit": ("--change", "--from"),
+    "edit": (),
+    "study": ("--out",),
+    "train": ("--out",),
+    "tune": ("--out", "--resume"),
+}
 _PASSWORD = re.compile(
     r"://[^/\s@]*:\S*@|https?://[^/\s]*@|[?&][^=&?\s]*(?:key|secret|token|password|sas|sig|credential)[^=&?\s]*=",
     re.IGNORECASE,
@@ -67,7 +73,7 @@ def pack(
     """Copies the code and the files of a command into `folder`.
 
     Args:
-        arguments: Command (`edit`, `tune`, `study` or `train`) and its arguments.
+        arguments: Command (one of `COMMANDS`) and its arguments.
         folder: Empty folder to fill.
         here: Base of relative paths.
         include: Further files and folders below `here`.
@@ -270,9 +276,10 @@ def _check_results(arguments: Sequence[str], settings: Sequence[tuple[str, objec
     for option, value in given:
         if "://" not in value:
             _check_outlives(option, value)
-    if given or (command == "edit" and any(key == "out" for key, _ in settings)):
+    has_setting = command in ("commit", "edit")
+    if any(key == "out" for key, _ in settings) if has_setting else given:
         return
-    example = "out=/shared/runs/name" if command == "edit" else "--out /shared/name"
+    example = "out=/shared/runs/name" if has_setting else "--out /shared/name"
     raise JobError(
         f"The results of `{command}` would be written into the job's own folder and be lost with it. Set a folder on "
         f"storage that every node has mounted or at an address: {example}"

@@ -294,7 +294,8 @@ def compare(
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def submit(
     command: Annotated[
-        list[str] | None, typer.Argument(metavar="COMMAND...", help="edit, tune, study or train, with its arguments.")
+        list[str] | None,
+        typer.Argument(metavar="COMMAND...", help="commit, edit, tune, study or train, with its arguments."),
     ] = None,
     address: Annotated[
         str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Address of the cluster's dashboard.")

@@ -144,7 +144,8 @@ def test_notes_name_what_is_read_on_the_cluster(here: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["demo"], "A job runs one of edit, study, train, tune; got 'demo'"),
+        (["commit", "--change", "/shared/one"], "The results of `commit` would be written into the job's own folder"),
+        (["demo"], "A job runs one of commit, edit, study, train, tune; got 'demo'"),
         (["edit"], "The results of `edit` would be written into the job's own folder"),
         (["tune"], "every node has mounted or at an address: --out /shared/name"),
         (["tune", "--out", "searches/x"], "--out: 'searches/x' would be written into the job's own folder"),
