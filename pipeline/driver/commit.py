@@ -26,7 +26,7 @@ from pipeline.console import say
 from pipeline.driver.earlier import is_commit
 from pipeline.driver.preflight import Ready, prepare, update
 from pipeline.driver.progress import Steps
-from pipeline.driver.run import Outcome, announce, run, score_into
+from pipeline.driver.run import Outcome, announce, job_of, run, score_into
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.run_folder import rows, staging
 from pipeline.run_folder.contradictions import LeftOut, OnConflict, find
@@ -34,7 +34,7 @@ from pipeline.run_folder.sources import Sources, absolute, identity_of, with_abs
 from pipeline.run_folder.workspace import Workspace, read_json
 from pipeline.workers import ray_session
 from pipeline.workers.committing import CommitJob, way_of
-from pipeline.workers.plan import Job, Plan, ScoredModel
+from pipeline.workers.plan import Plan, ScoredModel
 
 SINGLE = "single"
 """Folder in `out` of the single edits that a way uses."""
@@ -198,7 +198,7 @@ def commit(
             start = _start(ready.config)
             left_out = frozenset(conflicts.left_out.reasons)
             edits = _finished_edits(ready, edits_from, left_out, console, fresh=fresh)
-            _make(ready, CommitJob(_job(ready), left_out, edits, None if start is None else start.committed), console)
+            _make(ready, left_out, edits, None if start is None else start.committed, console)
         return score_into(ready, console, _scored(ready, conflicts.left_out), parent_run=parent_run)
 
 
@@ -305,13 +305,6 @@ def _scored(ready: Ready, left_out: LeftOut) -> ScoredModel:
     )
 
 
-def _job(ready: Ready, plan: Plan | None = None) -> Job:
-    job = Job(ready.config, ready.sources, ready.workspace)
-    if plan is None:
-        return job
-    return replace(job, device=plan.device, num_threads=plan.threads_per_actor, memory_share=plan.memory_share)
-
-
 def _finished_edits(
     ready: Ready, edits_from: str | None, left_out: Collection[int], console: Console, *, fresh: bool
 ) -> Mapping[str, Location] | None:
@@ -350,7 +343,10 @@ def _single(ready: Ready, left_out: Collection[int]) -> RunConfig | None:
     if not needed:
         return None
     file, sources = ready.workspace.out / f"{SINGLE}.jsonl", ready.sources
-    file.write_text("".join(json.dumps(fields) + "\n" for fields in needed))
+    text = "".join(json.dumps(fields) + "\n" for fields in needed)
+    # An equal file keeps its time, by which the run of single edits knows its input when it goes on.
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
     data = replace(
         config.data, path=below(config.out, file.name), limit=None, pool=sources.pool, image_root=sources.image_root,
         rephrase_root=sources.rephrase_root,
@@ -378,8 +374,14 @@ def _check_same_records(ready: Ready, files: Mapping[str, Location]) -> None:
             )
 
 
-def _make(ready: Ready, commit_job: CommitJob, console: Console) -> None:
-    """Makes the model and writes it, or goes on with both."""
+def _make(
+    ready: Ready,
+    left_out: frozenset[int],
+    edits: Mapping[str, Location] | None,
+    start: Location | None,
+    console: Console,
+) -> None:
+    """Makes the model and writes it, or goes on with both. The arguments are those of `CommitJob`."""
     from pipeline.workers import training_group
 
     workspace, config = ready.workspace, ready.config
@@ -391,7 +393,7 @@ def _make(ready: Ready, commit_job: CommitJob, console: Console) -> None:
         plan = stack.enter_context(ray_session.connected(config.pipeline, config.backbone, num_groups, console))
         # Again, since Ray has installed a signal handler that exits the process at once.
         stack.enter_context(terminate_as_interrupt())
-        num_workers = _num_workers(ready, plan, len(commit_job.left_out))
+        num_workers = _num_workers(ready, plan, len(left_out))
         device = f"{counted(num_workers, 'worker')} on {plan.device}"
         say(
             console,
@@ -402,7 +404,7 @@ def _make(ready: Ready, commit_job: CommitJob, console: Console) -> None:
         def show(progress: Mapping[str, Any]) -> None:
             steps.observe(progress["doing"], progress["number"], progress["total"], progress["figures"])
 
-        training_group.train(replace(commit_job, job=_job(ready, plan)), plan, num_workers, show)
+        training_group.train(CommitJob(job_of(ready, plan), left_out, edits, start), plan, num_workers, show)
     for file in (workspace.training, workspace.progress, workspace.problem):
         file.delete()
     update(workspace, **{_IS_WRITTEN: True})

@@ -260,7 +260,8 @@ class _OpenRun:
         return self._outcome
 
 
-def _job(ready: Ready, plan: Plan, *, is_profiled: bool = False) -> Job:
+def job_of(ready: Ready, plan: Plan, *, is_profiled: bool = False) -> Job:
+    """Inputs of the workers of a prepared run."""
     return Job(
         ready.config,
         ready.sources,
@@ -278,7 +279,7 @@ def _measure_kept(ready: Ready, plan: Plan, console: Console) -> None:
     from pipeline.workers import graph
 
     say(console, "Asking the pool's own questions ...")
-    graph.run_task(kept.measure, _job(ready, plan), plan)
+    graph.run_task(kept.measure, job_of(ready, plan), plan)
 
 
 def _edit(
@@ -293,7 +294,7 @@ def _edit(
 
     say(console, f"Plan: {plan}.")
     ready = [run.ready for run in runs]
-    jobs = [_job(run, plan, is_profiled=profile is not None) for run in ready]
+    jobs = [job_of(run, plan, is_profiled=profile is not None) for run in ready]
     num_left = Counter(index for index, _ in pending)
     total = sum(run.staged.num_usable + run.staged.problems for run in ready)
     finished = [part for run in ready for part in parts(run.workspace)]

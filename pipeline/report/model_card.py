@@ -19,7 +19,7 @@ from odedit.storage.location import Location
 from odedit.ways.common.files import CommittedInfo, read_committed_info
 from pipeline.config.run import RunConfig
 from pipeline.report.formatting import LABELS, interval
-from pipeline.run_folder.committed import COMMITTED, MODEL, Entry, is_plain, plain_use, read_edits, shareable_values
+from pipeline.run_folder.committed import Entry, is_plain, plain_use, read_edits, shareable_values
 from pipeline.run_folder.rows import digest
 from pipeline.run_folder.workspace import Workspace
 
@@ -38,8 +38,8 @@ def write_model_card(workspace: Workspace, config: RunConfig, summary: Mapping[s
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    model = workspace.out / MODEL
-    info = read_committed_info(workspace.out / COMMITTED)
+    model = workspace.model
+    info = read_committed_info(workspace.committed)
     environment = Environment(  # escaped by `cell`: the text is Markdown
         loader=PackageLoader("pipeline"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -26,7 +26,7 @@ from odedit.ways.common.files import CommittedInfo, read_committed_info
 from pipeline.run_folder.rows import EDITED, FIXED_COLUMNS, SKIPPED, Row, parts, read_rows
 from pipeline.run_folder.workspace import Workspace, read_json, write_json
 
-COMMITTED, MODEL, ADAPTER, EDITS = "committed.safetensors", "model", "adapter", "edits.json"
+MODEL, EDITS = "model", "edits.json"
 FORMAT = "odedit-model-1"
 _HOLDS = (column("rel", "generated_exact"), column("rel", "exact"))
 _COPIED = ("edit_id", "status", "error", "fact", "file", "index", "task", "prompt", "target")
@@ -57,8 +57,8 @@ def write_edits(workspace: Workspace) -> Location:
 
     The unedited model of a plain checkpoint is named without its folder, which is that of this machine.
     """
-    model = workspace.out / MODEL
-    info = read_committed_info(workspace.out / COMMITTED)
+    model = workspace.model
+    info = read_committed_info(workspace.committed)
     values = asdict(info) | {"details": {name: value for name, value in info.details.items() if name != "edits"}}
     if is_plain(model):
         values = shareable_values(values)

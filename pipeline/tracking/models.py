@@ -27,7 +27,7 @@ from odedit.runtime.addresses import masked, shareable
 from odedit.storage.location import Location
 from odedit.ways.common.files import CommittedInfo, read_committed_info
 from pipeline.config.run import RunConfig
-from pipeline.run_folder.committed import COMMITTED, MODEL, plain_use, read_edits
+from pipeline.run_folder.committed import MODEL, plain_use, read_edits
 from pipeline.run_folder.rows import digest
 from pipeline.run_folder.workspace import Workspace
 from pipeline.tracking.client import METRICS_PER_CALL, Tracker, TrackingError
@@ -47,7 +47,7 @@ _COLUMNS = ("edit_id", "fact", "prompt", "image", "answer_before", "target", "an
 
 def is_committed(workspace: Workspace) -> bool:
     """Whether the run has written a model."""
-    return (workspace.out / COMMITTED).exists() and (workspace.out / MODEL).is_folder()
+    return (workspace.committed).exists() and (workspace.model).is_folder()
 
 
 def log_committed(tracker: Tracker, config: RunConfig, workspace: Workspace, summary: Mapping[str, Any]) -> str:
@@ -61,18 +61,18 @@ def log_committed(tracker: Tracker, config: RunConfig, workspace: Workspace, sum
         TrackingError: The store refused; calling again is safe, and continues a model that is logged already.
     """
     try:
-        info = read_committed_info(workspace.out / COMMITTED)
+        info = read_committed_info(workspace.committed)
         facts = _facts(config, workspace, info, summary)
         scores = {name: figure["mean"] for name, figure in summary["metrics"].items()}
         _log_table(tracker, workspace)
-        model_id = log_model(tracker, workspace.out / MODEL, info, MODEL_NAME, facts, scores)
+        model_id = log_model(tracker, workspace.model, info, MODEL_NAME, facts, scores)
         if config.tracking.register is not None:
             register(tracker, model_id, config.tracking.register, config.tracking.alias, facts)
         return model_id
     except Exception as error:
         raise TrackingError(
             f"MLflow at {masked(tracker.store.uri)} could not be written to ({in_words(error)}). The model is complete "
-            f"in {workspace.out / MODEL}; the same command, or `odedit mlflow sync {workspace.out}`, logs it once it "
+            f"in {workspace.model}; the same command, or `odedit mlflow sync {workspace.out}`, logs it once it "
             "can."
         ) from error
 
@@ -249,7 +249,7 @@ def _log_scores(run: Tracker, model_id: str, scores: Mapping[str, float]) -> Non
 
 def _log_table(run: Tracker, workspace: Workspace) -> None:
     """Logs the edits as a table, in MLflow's format: its `log_table` would append to the table of an earlier call."""
-    listed = read_edits(workspace.out / MODEL)[:_TABLE_ROWS]
+    listed = read_edits(workspace.model)[:_TABLE_ROWS]
     data = [[entry[name] for name in _COLUMNS] for entry in listed]
     run.log_json({"columns": list(_COLUMNS), "data": data}, TABLE)
     run.set_tags({"mlflow.loggedArtifacts": json.dumps([{"path": TABLE, "type": "table"}])})

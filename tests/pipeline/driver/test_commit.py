@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -270,8 +271,12 @@ def test_added_records_of_a_sum_get_their_edits_and_more_workers_than_records_ar
     new = [record(7, edit_id="new")]
     write_images(tmp_path, new)
     added = str(write_array(tmp_path / "new.json", new))
-    outcome = commit(plain | {"editor": editor, "commit": {"way": "sum", "add": [added]}})
+    extended = plain | {"editor": editor, "commit": {"way": "sum", "add": [added]}}
+    outcome = commit(extended)
     assert [row["status"] for row in rows_of(outcome)] == ["edited"] * 6
+    shutil.rmtree(Path(outcome.workspace.model))
+    commit(extended)  # goes on with the run of single edits of the first command
+    assert (Path(outcome.workspace.model) / "model.safetensors").exists()
 
     asked: list[int] = []
     train = training_group.train
