@@ -22,7 +22,7 @@ from torch import Tensor
 from odedit.inputs.batch import EDIT, REPHRASE_SLOTS, SUPERVISION_SLOTS, EditBatch
 from odedit.objectives.base import ComparingConfig, Objective, Positions, require
 from odedit.objectives.common.multiplier import MultiplierConfig
-from odedit.objectives.common.penalty import Invariance
+from odedit.objectives.common.penalty import FELT, Invariance
 from odedit.objectives.common.terms import Forward, mean_over_slots
 from odedit.risks import mmd
 from odedit.risks.risks import Risk
@@ -89,6 +89,20 @@ class ODEditConfig(ComparingConfig):
         return Invariance(
             self._fixed_multiplier(), self.warmup, self.ramp, self.dual_rate, self.dual_schedule, self.multiplier
         )
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        if self._fixed_multiplier() is not None:
+            reason = f"with 'penalty: {self.penalty}' lambda is not learned"
+        elif (reach := self.invariance.reach) < FELT:
+            reason = (
+                f"lambda starts at {self.multiplier.weight * self.multiplier.initial:.2g} and stays near or below "
+                f"{reach:.2g}, where the penalty does not change edits (it does from about {FELT}); raise "
+                "objective.multiplier.initial, with output_scale 1 and cap null"
+            )
+        else:
+            return {}
+        return dict.fromkeys(("dual_rate", "dual_schedule", "multiplier"), reason)
 
     def _fixed_multiplier(self) -> float | None:
         """Value of a fixed lambda; 0 without penalty, None if lambda is learned."""

@@ -8,6 +8,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,6 +18,10 @@ from torch import Tensor
 
 from odedit.objectives.common.multiplier import MultiplierConfig
 from odedit.risks.risks import upcast
+
+FELT = 0.05
+"""lambda below which the penalty hardly changes an edit of the embedded models: the number of steps of none of them."""
+_USUAL_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,24 @@ class Invariance:
     dual_rate: float = 1e-3
     dual_schedule: Literal["adaptive", "constant"] = "adaptive"
     multiplier: MultiplierConfig = field(default_factory=MultiplierConfig)
+
+    @property
+    def reach(self) -> float:
+        """Largest lambda that an edit of `_USUAL_STEPS` steps can be expected to reach; infinity if there is no bound.
+
+        The gradient of the network's output with respect to its last layer has a norm of about sqrt(width + 1), and a
+        small Softplus output is the exponential of its input, so dual steps of lengths gamma_2 / (k + 1) multiply
+        lambda by at most exp(gamma_2 sqrt(width + 1) sum_k 1 / (k + 1)).
+        """
+        settings = self.multiplier
+        if self.fixed is not None:
+            return self.fixed
+        if self.dual_schedule == "constant" or settings.normalisation == "none":
+            return settings.weight * (math.inf if settings.cap is None else settings.cap)
+        travel = self.dual_rate * sum(1 / (step + 1) for step in range(_USUAL_STEPS))
+        factor = math.exp(min(50.0, travel * math.sqrt(settings.width + 1)))
+        first = settings.initial * factor
+        return settings.weight * (first if settings.cap is None else min(first, settings.cap))
 
 
 def tv_penalty(scale_gradients: Sequence[Tensor]) -> Tensor:
