@@ -233,15 +233,17 @@ def _without_effect(space: Space) -> Iterator[str]:
     """Notes on searched settings of the objective that change no edit at any corner of the space."""
     searched = [parameter.name for parameter in space.parameters if not parameter.is_fixed]
     section = "objective."
-    deciding = tuple(f"{section}{name}" for name in ("name", "penalty", "dual_", "multiplier."))
-    reasons = [run.objective.without_effect for run in space.corners(lambda name: name.startswith(deciding))]
-    names: dict[str, list[str]] = {}
+    multiplier = (f"multiplier.{name}" for name in ("initial", "cap", "weight", "width", "normalisation"))
+    names = ("name", "penalty", "dual_rate", "dual_schedule", *multiplier)
+    deciding = {f"{section}{name}" for name in names}
+    reasons = [run.objective.without_effect for run in space.corners(deciding)]
+    alike: dict[str, list[str]] = {}
     for name in searched:
         setting = name.removeprefix(section).partition(".")[0]
         if name.startswith(section) and reasons and all(setting in of_one for of_one in reasons):
-            names.setdefault(reasons[-1][setting], []).append(f"space.{name}")
-    for reason, alike in names.items():
-        yield f"{', '.join(alike)}: cannot matter: {reason}."
+            alike.setdefault(reasons[-1][setting], []).append(f"space.{name}")
+    for reason, paths in alike.items():
+        yield f"{', '.join(paths)}: cannot matter: {reason}."
 
 
 def _same_records(first: RunConfig, second: RunConfig) -> bool:

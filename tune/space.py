@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from functools import cached_property
 from itertools import islice, product
 from typing import Any
@@ -159,13 +159,12 @@ class Space:
                 point[name] = parameter.number(flat[name]) if is_number else flat[name]
         return point
 
-    def corners(self, paths: Callable[[str], bool]) -> Iterator[RunConfig]:
+    def corners(self, names: Container[str]) -> Iterator[RunConfig]:
         """Runs at all combinations of the ends of these parameters, apart from those that are refused.
 
-        Args:
-            paths: True for the parameters that vary; the others have their defaults, or their only value.
+        The other parameters have their defaults, or their only value.
         """
-        chosen = [each for each in self.parameters if not each.when and (each.is_fixed or paths(each.name))]
+        chosen = [each for each in self.parameters if not each.when and (each.is_fixed or each.name in names)]
         for values in product(*(each.ends() for each in chosen)):
             try:
                 yield self.config(dict(zip((each.name for each in chosen), values, strict=True)))

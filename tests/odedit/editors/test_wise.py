@@ -147,22 +147,25 @@ def test_the_public_code_routes_long_prompts_by_their_largest_distance(
     first = {name: value[:1] for name, value in params.items()}
     library = Library(backbone, next(side_copies(backbone, editor, first)))
     one = evaluation.take(torch.tensor([0]))
-    # A threshold that no mean reaches and some largest distances of long prompts do: the ways of routing differ.
+    # A threshold between the means of long prompts and their largest distances: the two ways of routing differ.
     is_long_K = (one.prompt_EKS[0].sum(-1) > bound).tolist()
-    means = [library.distance(one, REQUESTS[0], 0, slot).item() for slot in one.slots]
-    largest = [library.distance(one, REQUESTS[0], 0, slot, largest=True).item()
-               for slot, is_long in zip(one.slots, is_long_K, strict=True) if is_long]  # fmt: skip
-    first["threshold"] = torch.tensor([(max(means) + max(largest)) / 2])
+    long = [slot for slot, is_long in zip(one.slots, is_long_K, strict=True) if is_long]
+    mean, largest = (
+        max(library.distance(one, REQUESTS[0], 0, slot, is_largest).item() for slot in long)
+        for is_largest in (False, True)
+    )
+    assert mean < largest
+    first["threshold"] = torch.tensor([(mean + largest) / 2])
     applied = public.together if is_together else public.applied
     with torch.no_grad(), applied(backbone, first, one):
         logits = backbone.head(backbone.suffix(backbone.prefix(one, editor.config.site)))
-    routes = {}
+    differs = []
     for k, (slot, is_long) in enumerate(zip(one.slots, is_long_K, strict=True)):
         above = bool(library.distance(one, REQUESTS[0], 0, slot, largest=is_long) >= first["threshold"][0])
         expected = library.logits(one, REQUESTS[0], 0, slot, use_side=above)
         torch.testing.assert_close(logits[0, k][: len(expected)], expected, rtol=1e-3, atol=1e-3)
-        routes.setdefault(is_long, set()).add(above)
-    assert routes[False] == {False} and True in routes[True]
+        differs.append(above != bool(library.distance(one, REQUESTS[0], 0, slot) >= first["threshold"][0]))
+    assert any(differs), "the paper's routing would choose otherwise"
 
 
 def test_retrieval_takes_the_side_matrix_of_the_largest_distance_above_its_own_threshold(backbone, encoded, edited):
