@@ -47,7 +47,8 @@ class ODEditConfig(ComparingConfig):
         warmup: Share of the steps without penalty.
         ramp: Share of the steps, after the warm-up, over which the penalty rises to its full weight.
         dual_rate: Learning rate gamma_2 of the multiplier network; the paper recommends 1e-3 to 5e-3.
-        dual_schedule: `adaptive` divides the rate by |g| (k + 1)^1.0001, as the IRM-TV code does; or `constant`.
+        dual_schedule: `adaptive` divides the rate by (k + 1)^1.0001 and by the gradient's norm, as the IRM-TV code does
+            (see `multiplier.normalisation` and `multiplier.counted`); or `constant`.
         multiplier: The network lambda(delta, phi_e).
     """
 

@@ -33,7 +33,8 @@ class Invariance:
         warmup: Share of the steps without penalty.
         ramp: Share of the steps over which the penalty rises to its full weight.
         dual_rate: Learning rate of the multiplier network.
-        dual_schedule: `adaptive` divides the rate by |g| (k + 1)^1.0001, as the IRM-TV code does; or `constant`.
+        dual_schedule: `adaptive` divides the rate by (k + 1)^1.0001 and by the gradient's norm, as the IRM-TV code does
+            (see `multiplier.normalisation` and `multiplier.counted`); or `constant`.
         multiplier: Settings of the multiplier network.
     """
 
