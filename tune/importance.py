@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 _SEED = 0
 _LEAST = 4
 """Smallest number of complete trials for which shares are computed."""
-_RESAMPLES, _TREES = 60, 16
+_RESAMPLES, _TREES = 60, 8
 """Bootstrap samples of an interval, and trees of the forest that fANOVA fits to each of them."""
 
 

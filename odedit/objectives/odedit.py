@@ -98,7 +98,7 @@ class ODEditConfig(ComparingConfig):
         elif (reach := self.invariance.reach) < FELT:
             reason = (
                 f"lambda starts at {self.multiplier.weight * self.multiplier.initial:.2g} and stays near or below "
-                f"{reach:.2g}, where the penalty does not change edits (it does from about {FELT}); raise "
+                f"{reach:.2g}, and the penalty changes edits from about {FELT} on; raise "
                 "objective.multiplier.initial, with output_scale 1 and cap null"
             )
         else:

@@ -41,7 +41,11 @@ def context(
 
 
 def ascended(config: Invariance, delta: EditParams, gain: Tensor, decay_N: Tensor) -> EditParams:
-    """`delta + gamma_2 * grad_delta gain` of N networks, detached; by default at the adaptive rate of the IRM-TV code.
+    """`delta + rate * grad_delta gain` of N networks, detached.
+
+    The rate is gamma_2, divided by the norm of the gradient and by `decay_N` under `dual_schedule: adaptive`. The
+    public IRM-TV code takes the norm of each tensor, and counts all steps; see `MultiplierConfig.normalisation` and
+    `counted`.
 
     Args:
         delta: Weights of the networks, leaves with axis 0 of length N.

@@ -37,7 +37,9 @@ from odedit.risks.risks import upcast
 from odedit.settings import Settings
 
 DUAL_DECAY = 1.0001
-"""Exponent of `k + 1`, by which the rate of dual step k is divided, as in the IRM-TV code."""
+"""Exponent of `k + 1`, by which the rate of a dual step is divided, as in the IRM-TV code; k is
+`MultiplierConfig.counted`.
+"""
 
 MultiplierInput = Literal["sketch", "flat"]
 
