@@ -161,7 +161,7 @@ def _prepared(search: Search, folder: Folder, console: Console) -> tuple[RunConf
     """The run that every trial varies, and its records."""
     config = search.trial
     config, notes = fitted(with_checked_store(with_absolute_checkpoints(config)))
-    for note in notes:
+    for note in (*notes, *search.notes):
         say(console, f"Note: {note}")
     editor_weights(config)
     located = {}

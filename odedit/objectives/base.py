@@ -125,6 +125,11 @@ class BaseConfig(Settings):
         """Settings of the invariance penalty; by default it has weight 0."""
         return Invariance()
 
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """Settings that cannot change an edit with the present values of others, each with the reason."""
+        return {}
+
     def base_slots(self, editor: Editor) -> frozenset[str]:
         """Slots of the edit and of the editor's own terms."""
         return frozenset({EDIT, *(editor.own_slots if self.effective_own_weight else ())})

@@ -22,7 +22,7 @@ from torch import Tensor
 from odedit.inputs.batch import EDIT, REPHRASE_SLOTS, SUPERVISION_SLOTS, EditBatch
 from odedit.objectives.base import ComparingConfig, Objective, Positions, require
 from odedit.objectives.common.multiplier import MultiplierConfig
-from odedit.objectives.common.penalty import Invariance
+from odedit.objectives.common.penalty import FELT, Invariance
 from odedit.objectives.common.terms import Forward, mean_over_slots
 from odedit.risks import mmd
 from odedit.risks.risks import Risk
@@ -47,7 +47,8 @@ class ODEditConfig(ComparingConfig):
         warmup: Share of the steps without penalty.
         ramp: Share of the steps, after the warm-up, over which the penalty rises to its full weight.
         dual_rate: Learning rate gamma_2 of the multiplier network; the paper recommends 1e-3 to 5e-3.
-        dual_schedule: `adaptive` divides the rate by |g| (k + 1)^1.0001, as the IRM-TV code does; or `constant`.
+        dual_schedule: `adaptive` divides the rate by (k + 1)^1.0001 and by the gradient's norm, as the IRM-TV code does
+            (see `multiplier.normalisation` and `multiplier.counted`); or `constant`.
         multiplier: The network lambda(delta, phi_e).
     """
 
@@ -89,6 +90,20 @@ class ODEditConfig(ComparingConfig):
         return Invariance(
             self._fixed_multiplier(), self.warmup, self.ramp, self.dual_rate, self.dual_schedule, self.multiplier
         )
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        if self._fixed_multiplier() is not None:
+            reason = f"with 'penalty: {self.penalty}' lambda is not learned"
+        elif (reach := self.invariance.reach) < FELT:
+            reason = (
+                f"lambda starts at {self.multiplier.weight * self.multiplier.initial:.2g} and stays near or below "
+                f"{reach:.2g}, and the penalty changes edits from about {FELT} on; raise "
+                "objective.multiplier.initial, with output_scale 1 and cap null"
+            )
+        else:
+            return {}
+        return dict.fromkeys(("dual_rate", "dual_schedule", "multiplier"), reason)
 
     def _fixed_multiplier(self) -> float | None:
         """Value of a fixed lambda; 0 without penalty, None if lambda is learned."""

@@ -188,7 +188,18 @@ def check(
         ray_session.check_reachable(config.pipeline)
         client.check(config.tracking, workspace.out)
     config, notes = fitted(config, trains=trains)  # last, since a trained editor makes it read the model's weights
-    return config, workspace, tuple(notes)
+    return config, workspace, (*notes, *_without_effect(config))
+
+
+def _without_effect(config: RunConfig) -> Iterator[str]:
+    """Notes on settings of the objective that differ from their defaults and cannot change an edit.
+
+    Settings that only other objectives have are left out: a study may set them once for all its arms.
+    """
+    settings = config.objective.settings
+    for name, reason in settings.without_effect.items():
+        if getattr(settings, name) != getattr(type(settings)(), name):
+            yield f"objective.{name} has no effect: {reason}."
 
 
 def _is_finished(config: RunConfig, workspace: Workspace) -> bool:

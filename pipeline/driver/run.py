@@ -113,8 +113,8 @@ def run_many(
     done = sum(run.num_done(run.pending) for run in ready)
     total = sum(run.staged.num_usable for run in ready)
     say(console, f"{counted(len(ready), 'run')}: {done} of {counted(total, 'usable record')} done.")
-    for run in ready:
-        _say_notes(run, console)
+    for note in dict.fromkeys(note for run in ready for note in run.notes):
+        say(console, f"Note: {note}")
     return _run_ready(ready, console, parent_run)
 
 
