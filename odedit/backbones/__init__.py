@@ -21,6 +21,8 @@ from odedit.inputs.batch import (
     EditRequest,
     Probe,
     negative_slots,
+    numbered,
+    rephrase_slots,
 )
 from odedit.inputs.prompts import Template
 from odedit.runtime.stages import stage
@@ -105,22 +107,25 @@ def encode_requests(
     template: Template,
     sites: Sequence[str] = (),
     negatives: NegativePool | None = None,
+    joined: bool = False,
 ) -> tuple[EditBatch, EditBatch]:
     """Encodes edits for optimisation and for evaluation; each distinct picture passes the image tower once.
 
     Args:
         sites: Sites that the editor changes. With a site of the connector, features are inputs of the connector.
         negatives: Pool of hard negatives, with features computed for the same sites.
+        joined: Whether to join text and image rephrases; always with negatives.
 
     Returns:
-        The supervision batch (slots `SUPERVISION_SLOTS`; with negatives also `REPHRASE` and `negative_slots`) and the
-        evaluation batch (slots `rel` and every probe name that occurs, sorted).
+        The supervision batch and the evaluation batch. Slots of the first: `SUPERVISION_SLOTS`, further rephrases
+        (`rephrase_slots`), joined rephrases (`REPHRASE`, numbered), and `negative_slots`. Slots of the second: `rel`
+        and every probe name that occurs, sorted.
     """
     before = any(is_connector(site) for site in sites)
     with stage("image features"):
         features = backbone.image_features([picture for request in requests for picture in request.pictures()], before)
     return (
-        encode_supervision(backbone, requests, features, template, before, negatives),
+        encode_supervision(backbone, requests, features, template, before, negatives, joined),
         encode_evaluation(backbone, requests, features, template, before),
     )
 
@@ -148,6 +153,7 @@ def encode_supervision(
     template: Template,
     before_connector: bool = False,
     negatives: NegativePool | None = None,
+    joined: bool = False,
 ) -> EditBatch:
     """The supervision batch that `encode_requests` returns.
 
@@ -155,16 +161,22 @@ def encode_supervision(
         features: Image features by the picture's key.
         before_connector: Whether `features` are inputs of the connector.
         negatives: Pool of hard negatives.
+        joined: Whether to join text and image rephrases; always with negatives.
     """
-    slots: tuple[str, ...] = SUPERVISION_SLOTS
+    count = max([1, *(request.num_rephrases for request in requests)])
+    slots: tuple[str, ...] = (*SUPERVISION_SLOTS, *rephrase_slots(count)[2:])
     grid: list[list[Probe | None]] = [
         [request.edit if slot == EDIT else request.supervision.get(slot) for slot in slots] for request in requests
     ]
+    if joined or negatives is not None:
+        numbers = range(1, count + 1)
+        slots = (*slots, *(numbered(REPHRASE, number) for number in numbers))
+        for row, request in zip(grid, requests, strict=True):
+            row += [request.rephrase(number) for number in numbers]
     if negatives is not None:
-        slots = (*slots, REPHRASE, *negative_slots(negatives.count))
+        slots = (*slots, *negative_slots(negatives.count))
         used: dict[str, Tensor] = {}
         for row, request in zip(grid, requests, strict=True):
-            row.append(request.rephrase())
             picture = request.edit.picture
             if picture is not None:
                 feature = features[picture.key]

@@ -5,6 +5,8 @@ covers them. Negatives are selected from a pool by maximal marginal relevance ov
 model reads: each step takes the picture with the largest cosine to the edit's picture, minus its largest cosine to an
 already selected one (at least 0). For an editor of the connector, the features are the connector's input.
 
+A picture of a thing whose answer is scored for this edit is no negative of it, where the records name the things.
+
 References:
     The Use of MMR, Diversity-Based Reranking for Reordering Documents and Producing Summaries (Carbonell and
     Goldstein, 1998), with both weights equal.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -28,10 +31,13 @@ class NegativePool:
     Attributes:
         features: Features by picture key, `(L, width)`, from `Backbone.image_features`.
         count: Number of negatives per edit.
+        things: Named facts and entities by picture key (`odedit.inputs.batch.things_of`); unnamed ones are missing.
     """
 
-    def __init__(self, features: Mapping[str, Tensor], count: int) -> None:
-        self.features, self.count = features, count
+    def __init__(
+        self, features: Mapping[str, Tensor], count: int, things: Mapping[str, frozenset[str]] = MappingProxyType({})
+    ) -> None:
+        self.features, self.count, self.things = features, count, things
         pooled_ND = torch.stack([_pooled(feature) for feature in features.values()]) if features else torch.zeros(0, 1)
         # Centred: the component common to all pictures would dominate the cosines.
         self._mean_D = pooled_ND.mean(0) if features else torch.zeros(1)
@@ -49,7 +55,9 @@ class NegativePool:
         """
         near = request.supervision.get(NEAR)
         own = [near.picture.key] if near is not None and near.picture is not None else []
+        scored = request.kept_things()
         excluded = {picture.key for picture in request.pictures()}
+        excluded |= {key for key, things in self.things.items() if things & scored}
         keys = [*own, *self._nearest(feature, excluded, self.count - len(own))][: self.count]
         target = request.replaced or request.edit.target
         return [replace(request.edit, picture=Picture.without_pixels(key), target=target) for key in keys]

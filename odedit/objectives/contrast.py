@@ -24,18 +24,17 @@ from torch import Tensor
 from odedit.backbones.base import Backbone
 from odedit.editors.base import Editor
 from odedit.errors import InputError
-from odedit.inputs.batch import EDIT, NEAR, REPHRASE, REPHRASE_SLOTS, EditBatch, is_negative
-from odedit.objectives.base import ComparingConfig, Objective, require, rows_at_once
-from odedit.objectives.common.terms import Forward
+from odedit.inputs.batch import NEAR, REPHRASE_SLOTS, EditBatch, is_negative
+from odedit.objectives.base import ComparingConfig, require, rows_at_once
+from odedit.objectives.common.rephrased import Rephrased, RephrasedConfig
 from odedit.risks import risks
-from odedit.risks.risks import Risk
 
 _NEGATIVE_WEIGHT = 2.0
 """Weight of a negative relative to an NLL, chosen on the validation split of the embedded world."""
 
 
 @dataclass(frozen=True)
-class ContrastConfig(ComparingConfig):
+class ContrastConfig(RephrasedConfig, ComparingConfig):
     """Settings of the contrast objective.
 
     Attributes:
@@ -46,7 +45,6 @@ class ContrastConfig(ComparingConfig):
         negatives_at_once: Number of hard negatives that one step reads.
     """
 
-    generality_weight: Annotated[float, Ge(0)] = 1.0
     negatives: int = 12
     negatives_at_once: Annotated[int, Ge(1)] = 2
 
@@ -56,13 +54,9 @@ class ContrastConfig(ComparingConfig):
         require("negatives", self.negatives, fits, f"at least negatives_at_once ({self.negatives_at_once})")
 
     @property
-    def weights(self) -> dict[str, float]:
-        return super().weights | {"gen": self.generality_weight}
-
-    @property
     def supervision_slots(self) -> tuple[str, ...]:
-        # Both rephrases become one sequence; the record's near picture becomes the first negative.
-        return (*(REPHRASE_SLOTS if self.generality_weight else ()), NEAR)
+        # The record's near picture becomes the first negative.
+        return (*(REPHRASE_SLOTS if self.joins_rephrases else ()), NEAR)
 
     @property
     def num_negatives(self) -> int:
@@ -82,7 +76,7 @@ class ContrastConfig(ComparingConfig):
             )
 
 
-class Contrast(Objective):
+class Contrast(Rephrased):
     Config = ContrastConfig
 
     def slots(self, editor: Editor, batch: EditBatch) -> tuple[str, ...]:
@@ -92,8 +86,8 @@ class Contrast(Objective):
                 f"objective.name: {self.config.name!r} reads hard negatives, and this batch has none; pass a "
                 "NegativePool to encode_requests."
             )
-        wanted = self.config.base_slots(editor).union(negatives, (REPHRASE,) if self.config.generality_weight else ())
-        return tuple(slot for slot in batch.slots if slot in wanted)
+        trained = super().slots(editor, batch)
+        return tuple(slot for slot in batch.slots if slot in trained or slot in negatives)
 
     def slots_within(self, slots: Sequence[str], steps: int) -> tuple[str, ...]:
         # Negatives are the last slots of a batch, read in their order.
@@ -126,16 +120,6 @@ class Contrast(Objective):
 
     def compared_slots(self, batch: EditBatch) -> tuple[str, ...]:
         return tuple(filter(is_negative, batch.slots))
-
-    def likelihood_slots(self, batch: EditBatch) -> tuple[str, ...]:
-        return (EDIT, REPHRASE) if REPHRASE in batch.slots else (EDIT,)
-
-    def trained_slots(self, batch: EditBatch) -> tuple[str, ...]:
-        return self.likelihood_slots(batch)
-
-    def generality(self, forward: Forward) -> Risk:
-        """NLL of the rephrase's answer; 0 for a batch without rephrases."""
-        return forward.likelihood(REPHRASE) if REPHRASE in forward.tokens else forward.no_risk()
 
     @torch.no_grad()
     def weights_of_locality(self, backbone: Backbone, batch: EditBatch, states_EKTD: Tensor) -> Tensor:

@@ -29,15 +29,17 @@ class EncodedRequests:
         sites: Sequence[str] = (),
         requests: Sequence[EditRequest] = (),
         negatives: NegativePool | None = None,
+        joined: bool = False,
     ) -> None:
         """
         Args:
             sites: Sites of the editor; with a site in the connector, features before the connector are stored.
             negatives: Pool of hard negatives.
+            joined: Whether to join text and image rephrases; always with negatives.
         """
         self._backbone = backbone
         self._template = template
-        self._negatives = negatives
+        self._negatives, self._joined = negatives, joined
         self._before = any(is_connector(site) for site in sites)
         self._requests: list[EditRequest] = []
         self._features: dict[str, Tensor] = {}
@@ -62,7 +64,9 @@ class EncodedRequests:
         requests = [self._requests[number] for number in numbers]
         keys = dict.fromkeys(picture.key for request in requests for picture in request.pictures())
         features = {key: self._features[key].to(self._device) for key in keys}
-        return encode_supervision(self._backbone, requests, features, self._template, self._before, self._negatives)
+        return encode_supervision(
+            self._backbone, requests, features, self._template, self._before, self._negatives, self._joined
+        )
 
 
 def _without_pixels(request: EditRequest) -> EditRequest:

@@ -37,8 +37,8 @@ def checkpoint_path(family: str = "blip2") -> Path:
     return CHECKPOINTS / family
 
 
-def build(directory: Path | str, seed: int = 0) -> dict[str, Path]:
+def build(directory: Path | str, seed: int = 0, rephrases: int = 1) -> dict[str, Path]:
     """Writes the benchmark; see `odedit.world.benchmark.build`."""
     from odedit.world import benchmark
 
-    return benchmark.build(Path(directory), seed)
+    return benchmark.build(Path(directory), seed, rephrases)

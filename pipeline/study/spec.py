@@ -35,12 +35,15 @@ class Draw:
         per_task: Number of records of each task and seed, spread over the facts; null: all.
         per_fact: Number of records of each fact and seed, the first ones, in the benchmark's order; null: all. A number
             needs `per_task: null`.
+        rephrases: Number of text rephrases and of image rephrases that a record brings along for its supervision; an
+            arm reads `supervision.rephrases` of them.
     """
 
     split: Literal["train", "validation", "evaluation"] = "evaluation"
     seeds: tuple[int, ...] = (0,)
     per_task: int | None = 24
     per_fact: int | None = None
+    rephrases: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seeds", tuple(self.seeds))
