@@ -18,7 +18,6 @@ _MARKERS = "os^Dvp*"
 _NAMES = LABELS | {
     "rel_generated_exact": "edits that hold",
     "m_gen_generated_exact": "image generality, whole answers",
-    "m_loc_near": "image locality, near",
     "kept": "other answers kept",
     "peak_bytes": "peak memory per edit, bytes",
     "seconds": "seconds per edit",

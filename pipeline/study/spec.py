@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from odedit import ways
 from odedit.errors import InputError, unknown_name
-from odedit.evaluation.statistics import MAIN
+from odedit.evaluation.statistics import SHOWN
 from odedit.runtime.addresses import below
 from pipeline.config import strict
 from pipeline.config.run import RunConfig, apply_override, commit_from_dict, from_dict, read_yaml
@@ -111,7 +111,7 @@ class Plot:
     x: str | None = None
     y: str | None = None
     colour: str | None = None
-    columns: tuple[str, ...] = MAIN
+    columns: tuple[str, ...] = SHOWN
     reference: str | None = None
     front: tuple[str, ...] = ()
 
@@ -167,7 +167,7 @@ class StudyConfig:
     skip: tuple[dict[str, list[str]], ...] = ()
     baseline: dict[str, str] = field(default_factory=dict)
     compared: dict[str, str] = field(default_factory=dict)
-    columns: tuple[str, ...] = MAIN
+    columns: tuple[str, ...] = SHOWN
     further: tuple[str, ...] = ()
     correlate: str | None = None
     plot: Plot = field(default_factory=Plot)
