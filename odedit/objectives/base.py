@@ -111,6 +111,11 @@ class BaseConfig(Settings):
         return 0
 
     @property
+    def num_positives(self) -> int:
+        """Number of the pool's pictures of the same thing that are trained to the new answer, as joined rephrases."""
+        return 0
+
+    @property
     def takes_turns(self) -> bool:
         """True when a step reads only some of the hard negatives, in turn."""
         return False
@@ -233,7 +238,7 @@ class Objective:
         """Indices into `slots` that each edit reads in its next step, `(E, slots of a step)`; None: all slots.
 
         Args:
-            present_EK: Presence of each slot.
+            present_EK: Presence of each slot; False also for negatives of weight 0.
             steps_E: Number of each edit's step, from 0.
         """
         return None

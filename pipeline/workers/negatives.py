@@ -38,7 +38,7 @@ def negative_pool(
     while batch := list(islice(pictures, _PICTURES_AT_ONCE)):
         for key, feature in backbone.image_features(batch, before_connector).items():
             features[key] = feature.cpu()
-    return NegativePool(features, config.num_negatives, things)
+    return NegativePool(features, config.num_negatives, things, config.num_positives)
 
 
 def _pictures(pool: Pool, processor: PretrainedProcessor, things: dict[str, frozenset[str]]) -> Iterator[Picture]:
