@@ -84,10 +84,8 @@ def test_a_thing_whose_answer_is_scored_does_not_supervise(tmp_path):
     """By entity or by fact, where both records name it."""
     train = [record(number) | {"entity": f"thing {number}", "fact": f"fact {number}"} for number in range(10, 14)]
     train[3] = {key: value for key, value in train[3].items() if key not in ("entity", "fact")}
-    near = {
-        "m_loc_near": {"prompt": "What is object 0?", "target": "x", "image": record(1)["image"], "entity": "thing 10"}
-    }
-    scored = record(0) | {"probes": near, "m_loc_fact": "fact 12"}
+    near = {"prompt": "What is object 0?", "target": "x", "image": record(1)["image"], "entity": "thing 10"}
+    scored = record(0) | {"probes": {"m_loc_near": near}, "m_loc_fact": "fact 12"}
     files = Files(tmp_path, [scored, record(1)], train)
     reasons = files.pool.left_out(files.records[0])
     assert reasons == {"a scored fact or entity": 2}
