@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from odedit import plugins
 from odedit.backbones.base import Backbone, Prefix, is_connector
 from odedit.backbones.common.checkpoints import PretrainedProcessor
-from odedit.backbones.common.same_things import same_things
+from odedit.backbones.common.same_things import of_pool, with_pool_features, with_same_things
 from odedit.data.negatives import NegativePool
 from odedit.inputs.batch import (
     EDIT,
@@ -126,8 +125,11 @@ def encode_requests(
     before = any(is_connector(site) for site in sites)
     with stage("image features"):
         features = backbone.image_features([picture for request in requests for picture in request.pictures()], before)
+    supervised: Sequence[EditRequest] = requests
+    if negatives is not None:
+        supervised, features = with_same_things(backbone, requests, features, template, negatives, before)
     return (
-        encode_supervision(backbone, requests, features, template, before, negatives, joined),
+        encode_supervision(backbone, supervised, features, template, before, negatives, joined),
         encode_evaluation(backbone, requests, features, template, before),
     )
 
@@ -176,41 +178,10 @@ def encode_supervision(
         slots = (*slots, *(numbered(REPHRASE, number) for number in numbers))
         for row, request in zip(grid, requests, strict=True):
             row += [request.rephrase(number) for number in numbers]
-    if negatives is not None and negatives.positives:
-        # Pictures of the same thing are further joined rephrases.
-        asked = _of_pool(requests, features, negatives.candidates)
-        features = _with_pool(features, asked, negatives)
-        same = same_things(backbone, edit_ids, asked, features, template, before_connector)
-        slots = (*slots, *(numbered(REPHRASE, count + number) for number in range(1, negatives.positives + 1)))
-        for row, request, pictures in zip(grid, requests, same, strict=True):
-            found: list[Probe | None] = [replace(request.edit, picture=picture) for picture in pictures]
-            row += [*found, *[None] * negatives.positives][: negatives.positives]
     if negatives is not None:
         slots = (*slots, *negative_slots(negatives.count))
-        chosen = _of_pool(requests, features, negatives.probes)
-        features = _with_pool(features, chosen, negatives)
+        chosen = of_pool(requests, features, negatives.probes)
+        features = with_pool_features(features, chosen, negatives)
         for row, probes in zip(grid, chosen, strict=True):
             row += [*probes, *[None] * (negatives.count - len(probes))]
     return backbone.encode(edit_ids, slots, grid, features, template, before_connector)
-
-
-def _of_pool(
-    requests: Sequence[EditRequest],
-    features: Mapping[str, Tensor],
-    choose: Callable[[EditRequest, Tensor], list[Probe]],
-) -> list[list[Probe]]:
-    """Questions about pool pictures for every request; none for a request without picture."""
-    pictures = [request.edit.picture for request in requests]
-    return [
-        [] if picture is None else choose(request, features[picture.key])
-        for request, picture in zip(requests, pictures, strict=True)
-    ]
-
-
-def _with_pool(
-    features: Mapping[str, Tensor], probes: Sequence[Sequence[Probe]], pool: NegativePool
-) -> Mapping[str, Tensor]:
-    """The features and those of the pool pictures that the probes show."""
-    device = next((feature.device for feature in features.values()), None)
-    keys = dict.fromkeys(probe.picture.key for of_one in probes for probe in of_one if probe.picture is not None)
-    return {key: pool.features[key].to(device) for key in keys if key not in features} | dict(features)

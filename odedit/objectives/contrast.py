@@ -47,7 +47,7 @@ class ContrastConfig(RephrasedConfig, ComparingConfig):
 
     negatives: int = 12
     negatives_at_once: Annotated[int, Ge(1)] = 2
-    positives: Annotated[int, Ge(0)] = 0
+    positives: Annotated[int, Ge(0)] = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

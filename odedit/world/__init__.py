@@ -13,7 +13,7 @@ from odedit.errors import InputError, unknown_name
 from odedit.world.facts import WORLD
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-BENCHMARK_VERSION = "bc6f4c05"
+BENCHMARK_VERSION = "c56f86e5"
 """Version of the benchmark's content, part of its folder's name. A test compares the content with it."""
 
 
