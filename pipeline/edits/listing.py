@@ -27,11 +27,12 @@ def table(listed: Sequence[Entry]) -> Table:
     made = Table(box=SIMPLE, pad_edge=False, caption=f"{held} of {len(listed)} hold.", caption_justify="left")
     for name in ("edit", "question", "old answer", "new answer", "answer now", "holds"):
         made.add_column(name, overflow="fold")
-    for name in SHOWN:
+    shown = [name for name in SHOWN if any(name in entry["scores"] for entry in listed)]
+    for name in shown:
         made.add_column(name, justify="right", no_wrap=True)
     for entry in listed:
         texts = [_plain(entry[name]) for name in _TEXTS]
-        scores = [number(entry["scores"][name]) if name in entry["scores"] else "" for name in SHOWN]
+        scores = [number(entry["scores"][name]) if name in entry["scores"] else "" for name in shown]
         made.add_row(*texts, "yes" if entry["holds"] else "no", *scores)
     return made
 
