@@ -11,7 +11,7 @@ from typing import Any
 
 from odedit.errors import counted
 from odedit.evaluation.score import paired_score, score
-from odedit.evaluation.statistics import MAIN, Estimate, paired
+from odedit.evaluation.statistics import MAIN, SHOWN, Estimate, paired
 from odedit.storage.location import Location
 from pipeline.config.values import flatten
 from pipeline.driver.run import Outcome
@@ -139,7 +139,7 @@ def compare(outcomes: Mapping[str, Outcome]) -> dict[str, Difference]:
     """
     before, after = (_rows(outcomes[name]) for name in ("defaults", "best"))
     total = paired_score(before, after)
-    return ({} if total is None else corrected({SCORE: total})) | corrected(paired(before, after))
+    return ({} if total is None else corrected({SCORE: total})) | corrected(paired(before, after, SHOWN))
 
 
 def _rows(outcome: Outcome) -> dict[str, dict[str, Any]]:
@@ -150,7 +150,7 @@ def _run_means(outcome: Outcome) -> dict[str, Estimate]:
     """Mean and interval of the score, the metrics and the time; the score of a single run has no interval."""
     rows = list(_rows(outcome).values())
     value = score(rows)
-    return {SCORE: Estimate(value, value, value, len(rows))} | means(rows, (*MAIN, "seconds"))
+    return {SCORE: Estimate(value, value, value, len(rows))} | means(rows, (*SHOWN, "seconds"))
 
 
 def _plain(of_run: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
@@ -249,7 +249,7 @@ def _evaluation_table(
         "| | " + " | ".join(heads) + " |",
         "|---|" + "--:|" * len(heads),
     ]
-    for metric in (SCORE, *MAIN):
+    for metric in (SCORE, *SHOWN):
         cells = [_mean_text(metric, of_run.get(metric)) for of_run in runs.values()]
         if tests is not None:
             test = tests.get(metric)

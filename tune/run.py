@@ -169,7 +169,8 @@ def _prepared(search: Search, folder: Folder, console: Console) -> tuple[RunConf
     for name, run_config in (("evaluation", search.defaults), ("validation", config)):
         try:
             # An embedded benchmark is written once for both.
-            located[name] = sources.resolve(run_config.data, folder.run_out(name))
+            rephrases = run_config.supervision.rephrases
+            located[name] = sources.resolve(run_config.data, folder.run_out(name), rephrases)
             located[name].identity()
             located[name].reader.check_roots()
         except InputError as error:

@@ -8,7 +8,7 @@ record's own probes instead, as published runs of some methods do.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Annotated, Literal
@@ -17,11 +17,20 @@ from annotated_types import Ge, Le
 
 from odedit.data.fields import ImageReference, ProbeText, edit_text, held_out_texts, image_reference, probe_texts
 from odedit.data.images import ImageError, ImageReader
-from odedit.data.pool import Pool, scored_prompts
+from odedit.data.pool import Pool, normal, scored_prompts
 from odedit.data.records import RawRecord
 from odedit.data.rewording import augment, blend_noise, replace_words, reword, seeded, words_of
 from odedit.errors import InputError, StorageError
-from odedit.inputs.batch import LOCALITY_SLOTS, NEAR, EditRequest, Picture, Probe
+from odedit.inputs.batch import (
+    LOCALITY_SLOTS,
+    NEAR,
+    REPHRASE_SLOTS,
+    EditRequest,
+    Picture,
+    Probe,
+    numbered,
+    unnumbered,
+)
 from odedit.settings import Settings
 
 Source = Literal["held_out", "record"]
@@ -48,6 +57,7 @@ class Supervision(Settings):
             that are scored.
         locality_source: `held_out`: the record's `held_out` entries, else the pool. `record`: the locality questions
             that are scored.
+        rephrases: Number of text rephrases and of image rephrases; those that a record's `held_out` lacks are made.
         near_locality: Also ask the edit's own question about another picture.
         rephrase_noise: Share, 0 to 1, of the text rephrase's words that are replaced by words of other records'
             questions, and of uniform noise in the image rephrase. Scored prompts and pictures are not changed.
@@ -56,9 +66,18 @@ class Supervision(Settings):
 
     rephrase_source: Source = "held_out"
     locality_source: Source = "held_out"
+    rephrases: Annotated[int, Ge(1)] = 1
     near_locality: bool = True
     rephrase_noise: Annotated[float, Ge(0), Le(1)] = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rephrases > 1 and self.rephrase_source == "record":
+            raise ValueError(
+                f"rephrases: got {self.rephrases}, but a record has one scored rephrase of each kind; use 1, or "
+                "rephrase_source: held_out."
+            )
 
 
 def build_request(
@@ -153,7 +172,7 @@ class _Pictures:
 
     def probe(self, text: ProbeText) -> Probe:
         picture = None if text.image is None else self.picture(text.image)
-        return Probe(text.prompt, text.target, picture, text.is_caption, text.fact)
+        return Probe(text.prompt, text.target, picture, text.is_caption, text.fact, text.entity)
 
     def picture(self, reference: ImageReference) -> Picture:
         if reference not in self._read:
@@ -167,32 +186,42 @@ def _rephrases(
     if supervision.rephrase_source == "record":
         return {slot: probes[_RECORD_SLOTS[slot]] for slot in ("text_rephrase", "image_rephrase")}
 
-    def reworded() -> Probe:
-        rng = seeded(record.edit_id, "text_rephrase", supervision.seed)
-        return replace(edit, prompt=reword(edit.prompt, record.task, rng, scored_prompts(record)))
+    def reworded(slot: str, used: set[str]) -> Probe:
+        rng = seeded(record.edit_id, slot, supervision.seed)
+        return replace(edit, prompt=reword(edit.prompt, record.task, rng, used))
 
-    def augmented() -> Probe:
+    def augmented(slot: str) -> Probe:
         assert edit.picture is not None, "every record has an image"
-        rng = seeded(record.edit_id, "image_rephrase", supervision.seed)
-        return replace(edit, picture=augment(edit.picture, rng))
+        return replace(edit, picture=augment(edit.picture, seeded(record.edit_id, slot, supervision.seed)))
 
-    makers: dict[str, Callable[[], Probe]] = {"text_rephrase": reworded, "image_rephrase": augmented}
-    return {slot: own[slot] if slot in own else make() for slot, make in makers.items()}
+    slots: dict[str, Probe] = {}
+    used = scored_prompts(record)
+    for number in range(1, supervision.rephrases + 1):
+        text, image = (numbered(slot, number) for slot in REPHRASE_SLOTS)
+        slots[text] = own[text] if text in own else reworded(text, used)
+        slots[image] = own[image] if image in own else augmented(image)
+        if number > 1 and normal(slots[text].prompt) == normal(edit.prompt):
+            raise InputError(
+                f"{record.where}: supervision.rephrases is {supervision.rephrases}, and there are {number - 1} other "
+                f"wordings of its question; set {number - 1}, or give the record `held_out` entries of its own."
+            )
+        used.add(normal(slots[text].prompt))
+    return slots
 
 
 def _with_noise(
     edit_id: str, rephrases: dict[str, Probe], supervision: Supervision, pool: Pool | None
 ) -> dict[str, Probe]:
     """The rephrases with noise, as new objects: the given ones may be scored probes."""
-    text, image = rephrases["text_rephrase"], rephrases["image_rephrase"]
     vocabulary = [] if pool is None else words_of([other.fields["src"] for other in pool.records])
-    rng = seeded(edit_id, "text_noise", supervision.seed)
-    noisy = {
-        "text_rephrase": replace(text, prompt=replace_words(text.prompt, supervision.rephrase_noise, rng, vocabulary))
-    }
-    if image.picture is not None:
-        rng = seeded(edit_id, "image_noise", supervision.seed)
-        noisy["image_rephrase"] = replace(image, picture=blend_noise(image.picture, supervision.rephrase_noise, rng))
+    noisy = {}
+    for slot, probe in rephrases.items():
+        rng = seeded(edit_id, slot.replace("_rephrase", "_noise"), supervision.seed)
+        if unnumbered(slot) == REPHRASE_SLOTS[0]:
+            prompt = replace_words(probe.prompt, supervision.rephrase_noise, rng, vocabulary)
+            noisy[slot] = replace(probe, prompt=prompt)
+        elif probe.picture is not None:
+            noisy[slot] = replace(probe, picture=blend_noise(probe.picture, supervision.rephrase_noise, rng))
     return rephrases | noisy
 
 

@@ -60,7 +60,7 @@ from odedit.editors.common.hooks import Rewrite, rewritten
 from odedit.editors.common.knowledge import attend, blend, last_positions, neurons, starting_keys, take
 from odedit.editors.common.weights import check_tensors, load_weights
 from odedit.errors import InputError
-from odedit.inputs.batch import EDIT, REPHRASE, REPHRASE_SLOTS, EditBatch, EditParams
+from odedit.inputs.batch import EDIT, REPHRASE, REPHRASE_SLOTS, EditBatch, EditParams, unnumbered
 from odedit.runtime.gather import gather_positions
 from odedit.runtime.kv_cache import KVCache
 from odedit.settings import Settings
@@ -300,7 +300,9 @@ class Unike(Plain):
             [gather_positions(new_EKSD, batch.predict_EKT), gather_positions(old_EKSD, old.predict_EKT)], dim=1
         )
         valid_EKT = torch.cat([batch.target_mask_EKT, old.target_mask_EKT], dim=1)
-        is_edit_K = torch.tensor([slot in (EDIT, *REPHRASE_SLOTS, REPHRASE) for slot in (*batch.slots, EDIT)])
+        is_edit_K = torch.tensor(
+            [unnumbered(slot) in (EDIT, *REPHRASE_SLOTS, REPHRASE) for slot in (*batch.slots, EDIT)]
+        )
         record_E1 = torch.arange(batch.num_edits, device=valid_EKT.device).unsqueeze(1)
         record_N = record_E1.unsqueeze(1).expand_as(valid_EKT)[valid_EKT]
         is_edit_N = is_edit_K.to(valid_EKT.device)[None, :, None].expand_as(valid_EKT)[valid_EKT]

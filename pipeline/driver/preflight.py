@@ -88,7 +88,7 @@ def prepare(
         InputError: A setting or the input is wrong, or `out` holds another run. No new folder stays.
     """
     config, workspace, fitting_notes = check(config, fresh=fresh, is_storage_tried=is_storage_tried)
-    inputs = sources.resolve(config.data, config.out)
+    inputs = sources.resolve(config.data, config.out, config.supervision.rephrases)
     earlier = find(config, inputs, workspace, fresh=fresh, identity=identity)
     with new_local_folder(workspace.out):
         if earlier.is_new or earlier.is_replaced:
@@ -138,7 +138,9 @@ def check_records(config: RunConfig) -> None:
 def _staged_for_check(config: RunConfig) -> Iterator[tuple[Sources, Staged, Workspace]]:
     """The run's input files, and its records, staged in a temporary folder that exists inside the block."""
     with tempfile.TemporaryDirectory() as folder:
-        inputs = sources.resolve(config.data, sources.out_of_dry_run(config.data, config.out, folder))
+        rephrases = config.supervision.rephrases
+        out = sources.out_of_dry_run(config.data, config.out, folder, rephrases)
+        inputs = sources.resolve(config.data, out, rephrases)
         inputs.identity()  # raises for a missing file before the folders of pictures are checked
         inputs.reader.check_roots()
         aside = Workspace.of(Path(folder) / "out")

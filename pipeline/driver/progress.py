@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from odedit.errors import counted
-from odedit.evaluation.statistics import MAIN
+from odedit.evaluation.statistics import SHOWN
 from pipeline.console import say
 from pipeline.run_folder.rows import EDITED, FAILED, SKIPPED, Row
 
@@ -32,8 +32,8 @@ class Progress:
         self._total = total
         self._done = self._before = 0
         self._left_out = {FAILED: 0, SKIPPED: 0}
-        self._sums = dict.fromkeys(MAIN, 0.0)
-        self._counts = dict.fromkeys(MAIN, 0)
+        self._sums = dict.fromkeys(SHOWN, 0.0)
+        self._counts = dict.fromkeys(SHOWN, 0)
         self._started = time.monotonic()
         self._first: float | None = None
         self._first_done = 0
@@ -75,7 +75,7 @@ class Progress:
             self._done += 1
             if row["status"] in self._left_out:
                 self._left_out[row["status"]] += 1
-            for metric in MAIN if row["status"] == EDITED else ():
+            for metric in SHOWN if row["status"] == EDITED else ():
                 if isinstance(row.get(metric), float):
                     self._sums[metric] += row[metric]
                     self._counts[metric] += 1
@@ -83,7 +83,7 @@ class Progress:
     def line(self) -> str:
         """`24/48 records (1 failed, 2 skipped)  rel .981  t_gen ...  2.1 records/s  12 s left`."""
         means = "  ".join(
-            f"{metric} {self._sums[metric] / self._counts[metric]:.3f}" for metric in MAIN if self._counts[metric]
+            f"{metric} {self._sums[metric] / self._counts[metric]:.3f}" for metric in SHOWN if self._counts[metric]
         )
         left_out = ", ".join(f"{count} {status}" for status, count in self._left_out.items() if count)
         done = f"{self._done}/{counted(self._total, 'record')}" + (f" ({left_out})" if left_out else "")

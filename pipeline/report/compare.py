@@ -13,7 +13,7 @@ from typing import Any
 
 from odedit.errors import InputError
 from odedit.evaluation.score import score
-from odedit.evaluation.statistics import MAIN, Estimate
+from odedit.evaluation.statistics import SHOWN, Estimate
 from odedit.runtime.addresses import masked, reason
 from odedit.storage.location import Location, locate
 from pipeline.config.run import read_yaml
@@ -25,7 +25,7 @@ from pipeline.run_folder.rows import EDITED, FAILED, SKIPPED, Row
 from pipeline.run_folder.workspace import CONFIG_HEADER, Workspace, read_json
 from pipeline.tracking import fetch
 
-METRICS = (*MAIN, "steps", "seconds")
+METRICS = (*SHOWN, "steps", "seconds")
 _COLUMNS = ("edit_id", "fact", "status", "prompt", "target", *METRICS)
 _NOT_SHOWN = ("tracking.", "out")
 _RUN_ID = re.compile(r"[0-9a-f]{32}")

@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from odedit.errors import counted
-from odedit.evaluation.statistics import MAIN, SIGNIFICANT, Estimate, PairedDifference
+from odedit.evaluation.statistics import SHOWN, SIGNIFICANT, Estimate, PairedDifference
 from odedit.storage.location import Location
 from pipeline.report import differences
 from pipeline.report.formatting import LABELS, change, interval, p_value
@@ -20,7 +20,7 @@ from pipeline.run_folder import reasons
 from pipeline.run_folder import rows as results
 from pipeline.run_folder.workspace import Workspace
 
-_COMPARED = (*MAIN, "seconds")
+_COMPARED = (*SHOWN, "seconds")
 _COLUMNS = (
     "edit_id",
     "fact",
@@ -35,7 +35,7 @@ _COLUMNS = (
 )
 _MAX_PROBLEMS, _MAX_EDITS = 100, 20
 # The first two hues stay distinct for colour-blind readers and in greyscale print.
-_COLOURS = ("#7b8794", "#0b6bcb", "#d97706", "#7c3aed")
+_COLOURS = ("#7b8794", "#0b6bcb", "#d97706", "#7c3aed", "#0f766e")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def estimates(summary: Mapping[str, Any]) -> dict[str, Estimate]:
 
 
 def summary_table(summary: Mapping[str, Any], title: str) -> Table:
-    """The five metrics and the time of one run."""
+    """The main metrics and the time of one run."""
     table = Table(title=title, title_justify="left", caption=counts(summary), caption_justify="left")
     for name, justify in (("metric", "left"), ("mean [95% interval]", "right"), ("n", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
@@ -86,7 +86,7 @@ def comparison_table(first: Arm, second: Arm) -> Table:
     for name in (first.name, second.name, "difference", "p", "n"):
         table.add_column(name, justify="right")
     for entry in differences.compare(a, b, _COMPARED):
-        name = entry.column if entry.column in MAIN else "seconds per edit"
+        name = entry.column if entry.column in SHOWN else "seconds per edit"
         cells = [_plus_minus(entry.first), _plus_minus(entry.second), _plus_minus(entry.difference, "+")]
         p = _tested(entry)
         style = "bold" if p is not None and p < SIGNIFICANT else None
@@ -101,7 +101,7 @@ def _plus_minus(value: Estimate | PairedDifference, sign: str = "") -> str:
 
 def _tested(entry: differences.Comparison) -> float | None:
     """p of a metric; time depends on the machine's load and is not tested."""
-    return entry.difference.p if entry.column in MAIN else None
+    return entry.difference.p if entry.column in SHOWN else None
 
 
 def draw(arms: Sequence[Arm]) -> bytes:
@@ -109,13 +109,15 @@ def draw(arms: Sequence[Arm]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    picture = Figure(figsize=(8.6, 3.8), layout="constrained")
+    shown = [metric for metric in SHOWN if any(metric in arm.summary["metrics"] for arm in arms)]
+    picture = Figure(figsize=(max(8.6, 0.32 * len(arms) * len(shown)), 3.8), layout="constrained")
     FigureCanvasAgg(picture)
     axes = picture.subplots()
     width = 0.8 / len(arms)
+    turned = 90 if len(arms) > 2 else 0
     for index, arm in enumerate(arms):
         means = estimates(arm.summary)
-        for position, metric in enumerate(MAIN):
+        for position, metric in enumerate(shown):
             if metric not in means:
                 continue
             value = means[metric]
@@ -126,8 +128,10 @@ def draw(arms: Sequence[Arm]) -> bytes:
             axes.bar(x, value.mean, width * 0.92, color=_COLOURS[index % len(_COLOURS)], label=label, zorder=2)
             error = [[max(value.mean - low, 0.0)], [max(high - value.mean, 0.0)]]
             axes.errorbar(x, value.mean, yerr=error, fmt="none", ecolor="#1f2933", elinewidth=1.2, capsize=3, zorder=3)
-            axes.text(x, 0.02, f"{value.mean:.3f}", ha="center", va="bottom", fontsize=8, color="white", zorder=4)
-    axes.set_xticks(range(len(MAIN)), [f"{metric}\n{LABELS[metric]}" for metric in MAIN])
+            text = f"{value.mean:.3f}"
+            axes.text(x, 0.02, text, ha="center", va="bottom", fontsize=8, color="white", rotation=turned, zorder=4)
+    names = ["\n".join((metric, *LABELS[metric].split(", "))) for metric in shown]
+    axes.set_xticks(range(len(shown)), names, fontsize=8)
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("mean, 95% interval")
     axes.grid(axis="y", color="#e4e7eb", zorder=0)
@@ -163,7 +167,7 @@ def _write(path: Location, arms: Sequence[Arm]) -> Location:
         title=" against ".join(arm.name for arm in arms),
         arms=[_arm_view(arm) for arm in arms],
         comparisons=[_comparison_view(arms[0], arm) for arm in arms[1:]],
-        metrics=MAIN,
+        metrics=SHOWN,
         labels=LABELS,
         image=base64.b64encode(draw(arms)).decode(),
     )

@@ -15,7 +15,7 @@ from pyarrow import compute
 
 from odedit.data.records import RawRecord
 from odedit.editors.common.weights import trained_with
-from odedit.evaluation.statistics import MAIN
+from odedit.evaluation.statistics import MAIN, SHOWN
 from odedit.runtime.addresses import masked
 from odedit.storage.location import Location, delete_all
 from pipeline.config.run import RunConfig
@@ -52,7 +52,7 @@ FIXED_COLUMNS: dict[str, pyarrow.DataType] = {
 NOT_REPRODUCIBLE = ("seconds",)
 """Columns that differ when a run is repeated."""
 
-PROGRESS_COLUMNS = ("edit_id", "status", "error", "seconds", *MAIN)
+PROGRESS_COLUMNS = ("edit_id", "status", "error", "seconds", *SHOWN)
 """Columns that a worker sends to the driver; the result file has all columns."""
 
 GROUPS_PER_FILE = 256

@@ -57,11 +57,12 @@ class Sources:
         return {name: identity_of(path, name) for name, path in files.items() if path is not None}
 
 
-def resolve(data: DataConfig, out: Path | str) -> Sources:
+def resolve(data: DataConfig, out: Path | str, rephrases: int = 1) -> Sources:
     """Resolves the inputs. The embedded benchmark, if chosen, is written beside `out` unless it exists.
 
     Args:
         out: Path or address, credentials included.
+        rephrases: Number of supervising rephrases in the embedded benchmark, `supervision.rephrases`.
 
     Raises:
         OSError: The benchmark cannot be written.
@@ -69,8 +70,8 @@ def resolve(data: DataConfig, out: Path | str) -> Sources:
     path = absolute(data.path)
     others = {name: absolute(value) if (value := getattr(data, name)) else None for name in _ROOTS}
     if data.split is not None:
-        folder = below(above(absolute(str(out))), embedded_name(data.split_seed))
-        build_embedded(folder, data.split_seed)
+        folder = below(above(absolute(str(out))), embedded_name(data.split_seed, rephrases))
+        build_embedded(folder, data.split_seed, rephrases)
         path = below(folder, f"{data.split}.json")
         others |= {
             "image_root": below(folder, "images"),
@@ -80,7 +81,7 @@ def resolve(data: DataConfig, out: Path | str) -> Sources:
     return Sources(path, **others, max_pixels=data.max_pixels, max_bytes=data.max_bytes)
 
 
-def out_of_dry_run(data: DataConfig, out: str, aside: str) -> str:
+def out_of_dry_run(data: DataConfig, out: str, aside: str, rephrases: int = 1) -> str:
     """The `out` that a dry run passes to `resolve`, which may write the embedded benchmark beside it.
 
     Returns:
@@ -88,7 +89,7 @@ def out_of_dry_run(data: DataConfig, out: str, aside: str) -> str:
     """
     if data.split is None:
         return out
-    folder = at(below(above(absolute(out)), embedded_name(data.split_seed)))
+    folder = at(below(above(absolute(out)), embedded_name(data.split_seed, rephrases)))
     return out if (folder / _WRITTEN_LAST).exists() else f"{aside}/out"
 
 
@@ -116,28 +117,29 @@ def _is_below(path: str, folder: str) -> bool:
     return os.path.commonpath([path, folder]) == folder
 
 
-def embedded_name(seed: int = 0) -> str:
+def embedded_name(seed: int = 0, rephrases: int = 1) -> str:
     """Name of the benchmark's folder, with the version of its content."""
-    return f"world{WORLD or ''}-{world.BENCHMARK_VERSION}" + (f"-seed{seed}" if seed else "")
+    name = f"world{WORLD or ''}-{world.BENCHMARK_VERSION}" + (f"-seed{seed}" if seed else "")
+    return name + (f"-rephrases{rephrases}" if rephrases > 1 else "")
 
 
-def build_embedded(target: LocationLike, seed: int = 0) -> None:
+def build_embedded(target: LocationLike, seed: int = 0, rephrases: int = 1) -> None:
     """Writes the benchmark to a folder or address unless it exists. Safe when two runs start at once."""
     location = at(target, "out")
     if location.is_local:
-        _build_local(Path(location), seed)
+        _build_local(Path(location), seed, rephrases)
     elif not (location / _WRITTEN_LAST).exists():
         with tempfile.TemporaryDirectory() as folder:
-            world.build(folder, seed)
+            world.build(folder, seed, rephrases)
             copy_folder(Path(folder), location, _WRITTEN_LAST)
 
 
-def _build_local(folder: Path, seed: int) -> None:
+def _build_local(folder: Path, seed: int, rephrases: int) -> None:
     if folder.is_dir():
         return
     try:
         with folder_written_atomically(folder) as temporary:
-            world.build(temporary, seed)
+            world.build(temporary, seed, rephrases)
     except OSError:
         if not folder.is_dir():  # otherwise another run has just written the same content
             raise

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow
 from pyarrow import compute
 
-from odedit.evaluation.statistics import MAIN, Estimate, estimate_column
+from odedit.evaluation.statistics import SHOWN, Estimate, estimate_column
 from odedit.storage.location import Location
 from pipeline.config.run import RunConfig
 from pipeline.run_folder.reasons import Reasons
@@ -38,7 +38,7 @@ def summarize_results(workspace: Workspace, config: RunConfig) -> dict[str, Any]
         else:
             reasons.add(row)
     estimates = _estimates(paths, np.unique(facts, return_inverse=True)[1])
-    names = [*MAIN, *sorted(estimates.keys() - set(MAIN))]
+    names = [*SHOWN, *sorted(estimates.keys() - set(SHOWN))]
     return {
         "n": counts[EDITED],
         "failed": counts[FAILED],

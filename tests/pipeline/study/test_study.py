@@ -36,7 +36,7 @@ WISE = {"name": "wise", "site": "layers.2.ffn.in", "max_steps": 2}
 def shared_world(worlds: dict[int, dict[str, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Links a benchmark that is written already into the folder where a study writes it."""
 
-    def linked(folder: Path, seed: int = 0) -> None:
+    def linked(folder: Path, seed: int = 0, rephrases: int = 1) -> None:
         if not folder.exists():
             shutil.copytree(worlds[seed]["images"].parent, folder, copy_function=os.link)
 
