@@ -40,6 +40,11 @@ METRICS = {
 }
 """The five metrics of MMEdit (arXiv 2310.08475), in the order of every table."""
 
+PORTABILITY = "port_gen"
+"""Mean over the questions that follow from an edit (VLKEB, arXiv 2403.07350); by hop: `port_gen_1hop`."""
+FURTHER = {PORTABILITY: Metric("portability", "portability", "question that follows")}
+"""Metrics that tables show where a run has them."""
+
 
 def groups() -> dict[str, tuple[str, ...]]:
     """Metrics of each group.

@@ -193,7 +193,7 @@ def _inputs(config: RunConfig, files: Files) -> dict[str, Sources]:
         source = inputs[part] = sources.resolve(data[part], files.path)
         source.identity()
         source.reader.check_roots()
-        check_pictures(read_records(source.path, task=config.data.task), source.reader)
+        check_pictures(read_records(source.path, task=config.data.task, columns=config.data.columns), source.reader)
     return {part: inputs[part] for part in data}
 
 
@@ -209,6 +209,7 @@ def _data(config: RunConfig, part: str) -> DataConfig:
             image_root=training.image_root or config.data.image_root,
             rephrase_root=training.rephrase_root or config.data.rephrase_root,
             pool=config.data.pool or (None if is_embedded else training.path),
+            pictures=None,
         )
     except ValueError as error:
         raise InputError(f"training.{'path' if part == 'training' else 'validation'}: {error}") from error
@@ -301,7 +302,9 @@ def _requests(
     """
     source.reader.check_roots()
     pool = _pool(config, source, check)
-    records = partial(read_records, source.path, task=config.data.task, limit=limit, check=check)
+    records = partial(
+        read_records, source.path, task=config.data.task, limit=limit, check=check, columns=config.data.columns
+    )
     check_pool((record for record in records() if not record.problem), source.reader, config.supervision, pool)
     num_used, problems = 0, []
     for record in records():
@@ -325,8 +328,9 @@ def _pool(config: RunConfig, source: Sources, check: Check) -> Pool:
     assert source.pool is not None
     seed = config.supervision.seed
     return Pool.sample(
-        source.pool, source.pool_reader, size=POOL_RECORDS, seed=seed, task=config.data.task, check=check
-    )
+        source.pool, source.pool_reader, size=POOL_RECORDS, seed=seed, task=config.data.task, check=check,
+        columns=config.data.columns,
+    )  # fmt: skip
 
 
 def _chunks(requests: Iterator[EditRequest]) -> Iterator[Sequence[EditRequest]]:
