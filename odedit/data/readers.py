@@ -64,14 +64,17 @@ def read_entries(location: Location) -> Iterator[Entry]:
     with stream:
         text = location.text
         opened = _Unzipped(stream) if is_zipped else stream
-        if ending == ".json":
-            yield from _read_array(opened, text)
-        elif ending in (".csv", ".tsv"):
-            yield from read_delimited(opened, text, "\t" if ending == ".tsv" else None)
-        elif ending == ".parquet":
-            yield from read_parquet(opened, text, location.name)
-        else:
-            yield from _read_lines(opened, text)
+        try:
+            if ending == ".json":
+                yield from _read_array(opened, text)
+            elif ending in (".csv", ".tsv"):
+                yield from read_delimited(opened, text, "\t" if ending == ".tsv" else None)
+            elif ending == ".parquet":
+                yield from read_parquet(opened, text, location.name)
+            else:
+                yield from _read_lines(opened, text)
+        except OSError as error:
+            raise InputError(f"{text}: cannot be read ({error}). Fetch it again.") from error
 
 
 class _Unzipped(io.RawIOBase):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from odedit.errors import InputError
+from odedit.evaluation.columns import FURTHER
 from odedit.evaluation.score import score
 from odedit.evaluation.statistics import MAIN, Estimate
 from odedit.runtime.addresses import masked, reason
@@ -25,7 +26,7 @@ from pipeline.run_folder.rows import EDITED, FAILED, SKIPPED, Row
 from pipeline.run_folder.workspace import CONFIG_HEADER, Workspace, read_json
 from pipeline.tracking import fetch
 
-METRICS = (*MAIN, "steps", "seconds")
+METRICS = (*MAIN, *FURTHER, "steps", "seconds")
 _COLUMNS = ("edit_id", "fact", "status", "prompt", "target", *METRICS)
 _NOT_SHOWN = ("tracking.", "out")
 _RUN_ID = re.compile(r"[0-9a-f]{32}")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from odedit.evaluation.columns import METRICS
+from odedit.evaluation.columns import FURTHER, METRICS
 from odedit.evaluation.statistics import Estimate, PairedDifference
 from pipeline.report.differences import Difference
 
-LABELS = {name: metric.label for name, metric in METRICS.items()}
+LABELS = {name: metric.label for name, metric in (METRICS | FURTHER).items()}
 """Columns spelled out."""
 
 

@@ -20,7 +20,7 @@ from pipeline.run_folder import reasons
 from pipeline.run_folder import rows as results
 from pipeline.run_folder.workspace import Workspace
 
-_COMPARED = (*MAIN, "seconds")
+_COMPARED = (*LABELS, "seconds")
 _COLUMNS = (
     "edit_id",
     "fact",
@@ -57,7 +57,7 @@ def estimates(summary: Mapping[str, Any]) -> dict[str, Estimate]:
 
 
 def summary_table(summary: Mapping[str, Any], title: str) -> Table:
-    """The five metrics and the time of one run."""
+    """The metrics that a run has, and its time."""
     table = Table(title=title, title_justify="left", caption=counts(summary), caption_justify="left")
     for name, justify in (("metric", "left"), ("mean [95% interval]", "right"), ("n", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
@@ -86,7 +86,7 @@ def comparison_table(first: Arm, second: Arm) -> Table:
     for name in (first.name, second.name, "difference", "p", "n"):
         table.add_column(name, justify="right")
     for entry in differences.compare(a, b, _COMPARED):
-        name = entry.column if entry.column in MAIN else "seconds per edit"
+        name = entry.column if entry.column in LABELS else "seconds per edit"
         cells = [_plus_minus(entry.first), _plus_minus(entry.second), _plus_minus(entry.difference, "+")]
         p = _tested(entry)
         style = "bold" if p is not None and p < SIGNIFICANT else None
@@ -101,7 +101,13 @@ def _plus_minus(value: Estimate | PairedDifference, sign: str = "") -> str:
 
 def _tested(entry: differences.Comparison) -> float | None:
     """p of a metric; time depends on the machine's load and is not tested."""
-    return entry.difference.p if entry.column in MAIN else None
+    return entry.difference.p if entry.column in LABELS else None
+
+
+def _shown(arms: Sequence[Arm]) -> tuple[str, ...]:
+    """The metrics that a run has; the five main ones if no run has any."""
+    known = {name for arm in arms for name in arm.summary["metrics"]}
+    return tuple(name for name in LABELS if name in known) or MAIN
 
 
 def draw(arms: Sequence[Arm]) -> bytes:
@@ -115,7 +121,7 @@ def draw(arms: Sequence[Arm]) -> bytes:
     width = 0.8 / len(arms)
     for index, arm in enumerate(arms):
         means = estimates(arm.summary)
-        for position, metric in enumerate(MAIN):
+        for position, metric in enumerate(_shown(arms)):
             if metric not in means:
                 continue
             value = means[metric]
@@ -127,7 +133,8 @@ def draw(arms: Sequence[Arm]) -> bytes:
             error = [[max(value.mean - low, 0.0)], [max(high - value.mean, 0.0)]]
             axes.errorbar(x, value.mean, yerr=error, fmt="none", ecolor="#1f2933", elinewidth=1.2, capsize=3, zorder=3)
             axes.text(x, 0.02, f"{value.mean:.3f}", ha="center", va="bottom", fontsize=8, color="white", zorder=4)
-    axes.set_xticks(range(len(MAIN)), [f"{metric}\n{LABELS[metric]}" for metric in MAIN])
+    shown = _shown(arms)
+    axes.set_xticks(range(len(shown)), [f"{metric}\n{LABELS[metric]}" for metric in shown])
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("mean, 95% interval")
     axes.grid(axis="y", color="#e4e7eb", zorder=0)
@@ -163,7 +170,7 @@ def _write(path: Location, arms: Sequence[Arm]) -> Location:
         title=" against ".join(arm.name for arm in arms),
         arms=[_arm_view(arm) for arm in arms],
         comparisons=[_comparison_view(arms[0], arm) for arm in arms[1:]],
-        metrics=MAIN,
+        metrics=_shown(arms),
         labels=LABELS,
         image=base64.b64encode(draw(arms)).decode(),
     )
