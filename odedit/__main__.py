@@ -134,7 +134,10 @@ def edit(
 def commit(
     overrides: Overrides = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML file as for `odedit edit`; its section `commit` names the way.")
+        Path | None,
+        typer.Option(
+            help="YAML file as for `odedit edit`; its section `commit` names the way. Without it, data.path=FILE."
+        ),
     ] = None,
     edits_from: Annotated[
         str | None,

@@ -69,8 +69,9 @@ def commit(
     """`odedit commit`."""
     from pipeline.driver import commit as driver
 
-    if (path is None) == (change is None):
-        raise InputError("Give --config FILE for a new model, or --change RUN for a changed one.")
+    has_records = path is not None or any(text.startswith("data.path=") for text in overrides)
+    if (path is not None and change is not None) or (change is None and not has_records):
+        raise InputError("Give --config FILE or data.path=FILE for a new model, or --change RUN for a changed one.")
     if change is None and (remove or add is not None):
         raise InputError("--remove and --add change a model that exists; name its run with --change RUN.")
     config = load_commit(path, overrides) if change is None else driver.changed(change, remove, add, overrides)

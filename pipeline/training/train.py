@@ -46,6 +46,7 @@ from pipeline.run_folder.sources import Sources, absolute
 from pipeline.run_folder.staging import POOL_RECORDS, check_for
 from pipeline.run_folder.workspace import check_access, new_local_folder
 from pipeline.tracking import client, runs
+from pipeline.workers.asked import with_old_answers
 from pipeline.workers.model import load_with_feature_cache, with_checked_store
 from pipeline.workers.negatives import negative_pool
 from pipeline.workers.plan import machine_cpus, machine_gpus, make_plan
@@ -279,7 +280,7 @@ def _encoded(
                 needs_bandwidth = settings.needs_bandwidth and editor.trains_with_objective
                 if part == "training" and bandwidth is None and needs_bandwidth:
                     bandwidth = _bandwidth(config, backbone, chunk)
-                records.add(chunk)
+                records.add(chunk if negatives is None else with_old_answers(backbone, template, chunk))
                 bar(part, len(records), limits[part], {})
     return encoded, Objective(settings, bandwidth) if editor.trains_with_objective else None
 
