@@ -24,7 +24,10 @@ MAX_BYTES = 400 * 2**20
 _CODE = ("odedit", "pipeline", "tune", "cluster")
 _VERSION = "pipeline/config/VERSION"
 """File from which `pipeline.config.version` reads the version of the sent code."""
-_READ = ("path", "pool", "image_root", "rephrase_root", "checkpoint", "add")
+_READ = (
+    "path", "pool", "pictures", "image_root", "rephrase_root", "pool_image_root", "pool_rephrase_root", "checkpoint",
+    "add",
+)  # fmt: skip
 """Settings that name inputs."""
 _WRITTEN = ("out", "feature_store", "storage")
 """Settings that name outputs, which must outlive the job."""

@@ -134,7 +134,10 @@ def edit(
 def commit(
     overrides: Overrides = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML file as for `odedit edit`; its section `commit` names the way.")
+        Path | None,
+        typer.Option(
+            help="YAML file as for `odedit edit`; its section `commit` names the way. Without it, data.path=FILE."
+        ),
     ] = None,
     edits_from: Annotated[
         str | None,
@@ -499,20 +502,38 @@ RephraseRoot = Annotated[
 ]
 Task = Annotated[str, typer.Option(help="Task of records without one: auto, vqa or caption.")]
 
+Columns = Annotated[
+    list[str] | None,
+    typer.Option("--column", metavar="FIELD=COLUMN", help="Column of a field, such as question=prompt; repeatable."),
+]
+
 
 @data_app.command("check")
 def data_check(
-    path: Annotated[str, typer.Argument(help="File of records, or a packed folder.")],
+    path: Annotated[str, typer.Argument(help="File or folder of records.")],
     image_root: ImageRoot = None,
     rephrase_root: RephraseRoot = None,
     task: Task = "auto",
     images: Annotated[bool, typer.Option(help="Also read every picture.")] = True,
+    column: Columns = None,
 ) -> None:
-    """Prints the records that a run would skip, with reasons."""
+    """Prints the records that a run would skip, with reasons, and what it sees in the others."""
     with _explained():
         from pipeline import commands
 
-        commands.check_data(path, image_root, rephrase_root, task, images)
+        commands.check_data(path, image_root, rephrase_root, task, images, column or [])
+
+
+@data_app.command("template")
+def data_template() -> None:
+    """Prints a CSV file to fill in: a picture, a question and a right answer per line.
+
+    Example: odedit data template > records.csv
+    """
+    with _explained():
+        from pipeline import commands
+
+        commands.data_template()
 
 
 @data_app.command("pack")
@@ -522,12 +543,13 @@ def data_pack(
     image_root: ImageRoot = None,
     rephrase_root: RephraseRoot = None,
     task: Task = "auto",
+    column: Columns = None,
 ) -> None:
     """Packs records and their pictures into a few large files, which remote storage reads faster."""
     with _explained():
         from pipeline import commands
 
-        commands.pack_data(path, out, image_root, rephrase_root, task)
+        commands.pack_data(path, out, image_root, rephrase_root, task, column or [])
 
 
 @mlflow_app.callback()

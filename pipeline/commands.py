@@ -69,8 +69,9 @@ def commit(
     """`odedit commit`."""
     from pipeline.driver import commit as driver
 
-    if (path is None) == (change is None):
-        raise InputError("Give --config FILE for a new model, or --change RUN for a changed one.")
+    has_records = path is not None or any(text.startswith("data.path=") for text in overrides)
+    if (path is not None and change is not None) or (change is None and not has_records):
+        raise InputError("Give --config FILE or data.path=FILE for a new model, or --change RUN for a changed one.")
     if change is None and (remove or add is not None):
         raise InputError("--remove and --add change a model that exists; name its run with --change RUN.")
     config = load_commit(path, overrides) if change is None else driver.changed(change, remove, add, overrides)
@@ -125,6 +126,8 @@ def show_plan(ready: Ready, config: RunConfig) -> None:
         say(Console(stderr=True), f"Note: {note}")
     print(masked(replace(ready.config, out=config.out).to_yaml()))
     print(f"# input: {records}")
+    for line in supervision_lines(ready):
+        print(f"# {line}")
     address = ray_session.address_of(config.pipeline)
     if address is None:
         print(f"# plan: {make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), num_groups)}")
@@ -134,6 +137,18 @@ def show_plan(ready: Ready, config: RunConfig) -> None:
     print(f"# results: {out}" + (f" (finished groups there: {done})" if done else ""))
     if config.tracking.enabled:
         print(f"# MLflow: {masked(store_uri(config.tracking, out))}")
+
+
+_ORIGINS = {"given": "given", "drawn": "from data.pool", "made": "made", "missing": "missing"}
+
+
+def supervision_lines(ready: Ready) -> Iterator[str]:
+    """Where the supervision of a run's records is from, a line for each kind of it."""
+    if not ready.origins:
+        yield f"supervision: none, {ready.config.objective.name} with {ready.config.editor.name} reads the edit alone"
+    for name, counts in ready.origins.items():
+        parts = [f"{counts[origin]} {words}" for origin, words in _ORIGINS.items() if counts[origin]]
+        yield f"supervision: {name}: {', '.join(parts)}"
 
 
 def show_outcome(outcome: Outcome, title: str | None = None, files: str = "results/, edits/") -> None:
@@ -337,14 +352,43 @@ def check_world(checkpoint: Path | None, samples: int, family: str) -> int:
     return 1 if shortfalls else 0
 
 
-def check_data(path: str, image_root: str | None, rephrase_root: str | None, task: str, images: bool) -> None:
+def parse_columns(pairs: Sequence[str]) -> dict[str, str]:
+    """Columns of a file by field, from texts such as `question=prompt`. Raises InputError for another form."""
+    from odedit.data.names import KNOWN, unknown_column
+
+    columns = {}
+    for pair in pairs:
+        name, equals, column = pair.partition("=")
+        if not equals or not column:
+            raise InputError(f"--column: got {pair!r}, expected FIELD=COLUMN, such as question=prompt.")
+        if name not in KNOWN:
+            raise InputError(f"--column: {unknown_column(name)}")
+        columns[name] = column
+    return columns
+
+
+def data_template() -> None:
+    """`odedit data template`."""
+    from odedit.data.template import TEMPLATE
+
+    print(TEMPLATE, end="")
+
+
+def check_data(
+    path: str, image_root: str | None, rephrase_root: str | None, task: str, images: bool, column: Sequence[str]
+) -> None:
     """`odedit data check`."""
     from odedit.data.check import CheckReport, check_records
 
     report = CheckReport()
     with _named_by_flags():
-        for finding in check_records(path, image_root, rephrase_root, report, task=task, read_images=images):
+        columns = parse_columns(column)
+        for finding in check_records(
+            path, image_root, rephrase_root, report, task=task, read_images=images, columns=columns
+        ):
             print(_with_flags(str(finding)))
+    for line in report.lines():
+        print(_with_flags(line))
     skipped = ", ".join(f"{count} {kind}" for kind, count in report.skipped.most_common())
     print(
         f"{report.num_usable} of {counted(report.num_records, 'record')} can be used"
@@ -354,7 +398,9 @@ def check_data(path: str, image_root: str | None, rephrase_root: str | None, tas
         raise NothingUsable("None of the records can be used.")
 
 
-def pack_data(path: str, out: str, image_root: str | None, rephrase_root: str | None, task: str) -> None:
+def pack_data(
+    path: str, out: str, image_root: str | None, rephrase_root: str | None, task: str, column: Sequence[str]
+) -> None:
     """`odedit data pack`."""
     from odedit.data.pack import pack
 
@@ -364,7 +410,8 @@ def pack_data(path: str, out: str, image_root: str | None, rephrase_root: str | 
         say(errors, _with_flags(str(finding)))
 
     with _named_by_flags():
-        done = pack(path, image_root, rephrase_root, out, task=task, on_problem=show)
+        columns = parse_columns(column)
+        done = pack(path, image_root, rephrase_root, out, task=task, columns=columns, on_problem=show)
     print(f"{out}: {counted(done.num_records, 'record')} ({done.num_problems} unusable), "
           f"{counted(done.num_images, 'picture')}, "
           f"{done.num_image_bytes / 2**20:.1f} MiB, {done.num_unreadable} unreadable.")  # fmt: skip

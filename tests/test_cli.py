@@ -246,10 +246,22 @@ def test_data_commands(files: dict[str, Any]) -> None:
     expect(result, 1, "3 records (3 unusable), 0 pictures", "Not one picture could be read")
     assert "Error" not in result.output
     expect(odedit("data", "pack", data["path"], files["folder"] / "nothing", *roots), 0, "3 records (0 unusable)")
-    for command in (["check", data["path"]], ["pack", data["path"], files["folder"] / "other"]):
-        result = odedit("data", *command)
-        expect(result, 2, "--image-root: not set")
-        assert "data.image_root" not in result.output
+    # Without roots, the folder below the file that holds the first pictures is taken for all.
+    result = odedit("data", "check", data["path"])
+    expect(result, 1, "0 of 3 records can be used", f"Pictures: under {data['image_root']} (--image-root)")
+    assert "data.image_root" not in result.output
+
+
+def test_a_file_to_fill_in_and_columns_of_other_names(tmp_path: Path) -> None:
+    template = odedit("data", "template")
+    expect(template, 0, "image,question,answer\n")
+    (tmp_path / "records.csv").write_text(template.stdout.replace("question,answer", "prompt,label"))
+    check = ["data", "check", tmp_path / "records.csv", "--no-images"]
+    expect(odedit(*check), 1, "missing fields: 'question' and 'answer' are not there", "Fields that nobody reads")
+    columns = ["--column", "question=prompt", "--column", "answer=label"]
+    expect(odedit(*check, *columns), 0, "2 of 2 records can be used", "Layout: own records")
+    expect(odedit(*check, "--column", "question"), 2, "--column: got 'question', expected FIELD=COLUMN")
+    expect(odedit(*check, "--column", "qestion=prompt"), 2, "--column: got the key 'qestion'", "'question'?")
 
 
 def test_a_run_without_a_usable_record_ends_with_its_summary_and_1(

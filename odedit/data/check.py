@@ -1,14 +1,27 @@
-"""Validation of a file of records before a run: which records would be skipped, and why."""
+"""Check of a file of records before a run: which records would be skipped and why, and what the others hold."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
+from types import MappingProxyType
 
-from odedit.data.fields import request_images
+from odedit.data.fields import FIELDS, REQUIRED, has, probe_texts, request_images
+from odedit.data.ids import Digests
 from odedit.data.images import MAX_BYTES, MAX_PIXELS, ImageError, ImageReader
+from odedit.data.layouts import layout_of
+from odedit.data.names import NAMED, nearest, unread
+from odedit.data.packed import is_pack
+from odedit.data.readers import read_entries
 from odedit.data.records import RawRecord, read_records
+from odedit.data.roots import root_of
+from odedit.storage.location import locate
+
+_LOOKED_AT = 200
+"""Records whose keys show the layout of a file."""
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -37,11 +50,87 @@ class CheckReport:
         num_records: Number of records read.
         num_usable: Number of records that a run would edit.
         skipped: Number of unusable records by kind of problem.
+        layouts: Number of the first records by layout.
+        image_root: Folder of the pictures; None: they are packed, or were not looked for.
+        given: Number of records by field that they give, and by probe.
+        unread: Number of records by key that nobody reads.
+        num_pictures, num_questions: Number of distinct pictures and questions.
+        repeated: Number of records that repeat an earlier one: its picture, question and answer.
+        contradicting: Number of records that ask an earlier record's question about its picture for another answer.
+        first_contradicting: Name of the first of these.
     """
 
     num_records: int = 0
     num_usable: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
+    layouts: Counter[str] = field(default_factory=Counter)
+    image_root: str | None = None
+    given: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
+    num_pictures: int = 0
+    num_questions: int = 0
+    repeated: int = 0
+    contradicting: int = 0
+    first_contradicting: str = ""
+    notes: list[str] = field(default_factory=list)
+    _pictures: Digests = field(default_factory=Digests, repr=False)
+    _questions: Digests = field(default_factory=Digests, repr=False)
+    _asked: Digests = field(default_factory=Digests, repr=False)
+    _answered: Digests = field(default_factory=Digests, repr=False)
+
+    def add(self, record: RawRecord) -> None:
+        """Adds a usable record. Pictures are told apart by their paths."""
+        image, question, answer = (str(record.fields[name]) for name in REQUIRED)
+        question, answer = (" ".join(text.casefold().split()) for text in (question, answer))
+        self.given.update(name for name in FIELDS if has(record.fields, name))
+        self.given.update(name for name in probe_texts(record.fields, record.task) if name not in _SCORED_BY)
+        self.num_pictures += self._pictures.add(image)
+        self.num_questions += self._questions.add(question)
+        is_new = self._answered.add("\0".join((image, question, answer)))
+        if self._asked.add("\0".join((image, question))):
+            return
+        self.repeated += not is_new
+        self.contradicting += is_new
+        if is_new and not self.first_contradicting:
+            self.first_contradicting = f"{record.where} ({record.edit_id})"
+
+    def lines(self) -> Iterator[str]:
+        """What the file holds, in sentences."""
+        if self.layouts:
+            yield f"Layout: {', '.join(self.layouts)}." + "".join(f" {note}" for note in self.notes)
+        if self.image_root is not None:
+            yield f"Pictures: under {self.image_root} (data.image_root)."
+        if self.unread:
+            hints = {key: f" (did you mean {near!r}?)" if (near := nearest(key)) else "" for key in self.unread}
+            named = [f"{key!r}{hints[key]} in {count}" for key, count in self.unread.most_common(_SHOWN)]
+            more = f", and {len(self.unread) - _SHOWN} more" if len(self.unread) > _SHOWN else ""
+            yield f"Fields that nobody reads: {', '.join(named)}{more}."
+        if not self.num_usable:
+            return
+        total = self.num_usable
+        yield (
+            f"Shared: {total} records ask {self.num_questions} different questions about {self.num_pictures} different "
+            "pictures."
+        )
+        if self.repeated:
+            yield f"Repeated: {self.repeated} have the picture, question and answer of an earlier record."
+        if self.contradicting:
+            yield (
+                f"Contradicting: {self.contradicting} ask an earlier record's question about its picture for another "
+                f"answer, the first {self.first_contradicting}. One model cannot give both (commit.on_conflict)."
+            )
+        scored = [f"{metric} {self.given[name]}" for name, metric in _SCORED.items() if self.given[name]]
+        scored += [f"{name} {self.given[name]}" for name in sorted(self.given) if name not in FIELDS]
+        yield f"Scored: rel {total}{''.join(f', {text}' for text in scored)} of {total}."
+        absent = [f"{text} {total - self.given[name]}" for name, text in _MADE.items() if self.given[name] < total]
+        if absent:
+            yield f"Made or asked where it is read, since it is not given: {', '.join(absent)} of {total}."
+
+
+_SCORED = {"rephrase": "t_gen", "image_rephrase": "m_gen", "loc": "t_loc", "m_loc": "m_loc"}
+_SCORED_BY = frozenset(_SCORED.values())
+_MADE = {"pred": "old_answer", "rephrase": "rephrase", "image_rephrase": "image_rephrase"}
+"""Name of what a run makes in place of a field."""
 
 
 def check_records(
@@ -52,19 +141,23 @@ def check_records(
     *,
     task: str = "auto",
     read_images: bool = True,
+    columns: Mapping[str, str] = MappingProxyType({}),
     max_pixels: int = MAX_PIXELS,
     max_bytes: int = MAX_BYTES,
     on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[Finding]:
     """Yields every record that would be skipped.
 
+    Memory grows by about 80 bytes per record, for repeated and contradictory ones.
+
     Args:
         records_path: File of records or packed folder; see `read_records`.
-        image_root: Folder of `image` and `m_loc`; unused if `read_images` is False.
+        image_root: Folder of `image` and `m_loc`, unused if `read_images` is False; None: found, see `root_of`.
         rephrase_root: Folder of `image_rephrase`; None: `image_root`.
         report: Totals; complete when the iterator is exhausted.
         task: Task of records without one; see `read_records`.
         read_images: Also read and decode every image, about 10 ms each.
+        columns: Columns of the file by field.
         max_pixels: Largest width x height of an image.
         max_bytes: Largest image file.
         on_progress: Called after each record with the number of records checked so far.
@@ -74,19 +167,38 @@ def check_records(
     """
     reader = None
     if read_images:
+        report.image_root = root_of(records_path, image_root, columns, task)
         reader = ImageReader.for_records(
-            records_path, image_root, rephrase_root, max_pixels=max_pixels, max_bytes=max_bytes
+            records_path, report.image_root, rephrase_root, max_pixels=max_pixels, max_bytes=max_bytes
         )
-    for record in read_records(records_path, task=task):
+    read_by_layout = _look_at(records_path, report)
+    for record in read_records(records_path, task=task, columns=columns):
+        if "unparsed" not in record.fields:
+            report.unread.update(unread(record.fields, columns, (NAMED, *read_by_layout(record))))
         finding = _finding(record, reader)
         report.num_records += 1
         if finding is None:
             report.num_usable += 1
+            report.add(record)
         else:
             report.skipped[finding.kind] += 1
             yield finding
         if on_progress:
             on_progress(report.num_records)
+
+
+def _look_at(path: str, report: CheckReport) -> Callable[[RawRecord], list[str]]:
+    """Counts the layouts of the first records; returns a function to the keys of a record that its layout reads."""
+    location = locate(path, "data.path")
+    layouts = {}
+    if not is_pack(location):
+        for entry in islice(read_entries(location), _LOOKED_AT):
+            if isinstance(entry.value, dict):
+                layout = layout_of(entry.value)
+                layouts[layout.name] = layout
+                report.layouts[layout.name] += 1
+    report.notes += [f"In {layout.name}, {layout.note}." for layout in layouts.values() if layout.note]
+    return lambda record: [key for layout in layouts.values() for key in layout.reads(map(str, record.fields))]
 
 
 def _finding(record: RawRecord, reader: ImageReader | None) -> Finding | None:

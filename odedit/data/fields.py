@@ -1,7 +1,8 @@
 """Fields of a record: their validation, and the prompts, targets and images that they hold.
 
-Every record is scored on the same five metrics, so a record that lacks a field is skipped, as in the MMEdit toolkit.
-`pred` may be empty in captions, because no metric reads it.
+A record needs a picture, a question and a right answer. A probe that it lacks is not scored; one of which it has only a
+part makes it unusable. A record with all eleven fields of MMEdit is skipped if one is empty, as in the toolkit, whose
+counts would change otherwise; `pred` may be empty in captions, because no metric reads it.
 
 An image marker at the start of a question about a picture is removed; a record with a marker elsewhere is skipped.
 """
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from odedit.data.names import shown
 from odedit.evaluation.columns import METRICS
 from odedit.inputs.batch import (
     RELIABILITY,
@@ -29,11 +31,16 @@ CAPTION_PROMPT = "a photo of"
 FIELDS = (
     "src", "pred", "alt", "rephrase", "image", "image_rephrase", "loc", "loc_ans", "m_loc", "m_loc_q", "m_loc_a",
 )  # fmt: skip
+REQUIRED = ("image", "src", "alt")
+TEXT_LOCALITY = ("loc", "loc_ans")
+IMAGE_LOCALITY = ("m_loc", "m_loc_q", "m_loc_a")
 FACTS = ("fact", "loc_fact", "m_loc_fact")
 """Optional fields that name the fact of the edit, of `loc` and of `m_loc_q`."""
 ENTITIES = ("entity", "loc_entity", "m_loc_entity")
 """Optional fields that name the thing that `image` shows, that `loc` is about, and that `m_loc` shows."""
-_IMAGES = ("image", "image_rephrase", "m_loc")
+IMAGES = ("image", "image_rephrase", "m_loc")
+"""Fields that hold a picture."""
+_VIDEO = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 _QUESTIONS = ("src", "rephrase", "m_loc_q")
 """Fields that hold a question about a picture."""
 STANDARD_PROBES = tuple(name for name in METRICS if name != RELIABILITY)
@@ -99,24 +106,31 @@ def edit_text(fields: Mapping[str, Any], task: str) -> ProbeText:
 
 
 def probe_texts(fields: Mapping[str, Any], task: str) -> dict[str, ProbeText]:
-    """Probes by metric name: the four of MMEdit, then the record's `probes`."""
+    """Probes by metric name: those of MMEdit that the record has, then its `probes`."""
     edit = edit_text(fields, task)
-    rephrase_image = ImageReference(fields["image_rephrase"].removeprefix(REPHRASE_PREFIX), "rephrase")
-    standard = {
-        "t_gen": replace(edit, prompt=fields["rephrase"]),
-        "m_gen": replace(edit, image=rephrase_image),
-        "t_loc": ProbeText(
-            fields["loc"], fields["loc_ans"], fact=fields.get("loc_fact"), entity=fields.get("loc_entity")
-        ),
-        "m_loc": ProbeText(
-            fields["m_loc_q"],
-            fields["m_loc_a"],
-            image_reference(fields["m_loc"]),
-            fact=fields.get("m_loc_fact"),
-            entity=fields.get("m_loc_entity"),
-        ),
-    }
+    standard: dict[str, ProbeText] = {}
+    if has(fields, "rephrase"):
+        standard["t_gen"] = replace(edit, prompt=fields["rephrase"])
+    if has(fields, "image_rephrase"):
+        path = fields["image_rephrase"].removeprefix(REPHRASE_PREFIX)
+        standard["m_gen"] = replace(edit, image=ImageReference(path, "rephrase"))
+    if has(fields, *TEXT_LOCALITY):
+        question = ProbeText(fields["loc"], fields["loc_ans"])
+        standard["t_loc"] = replace(question, fact=fields.get("loc_fact"), entity=fields.get("loc_entity"))
+    if has(fields, *IMAGE_LOCALITY):
+        question = ProbeText(fields["m_loc_q"], fields["m_loc_a"], image_reference(fields["m_loc"]))
+        standard["m_loc"] = replace(question, fact=fields.get("m_loc_fact"), entity=fields.get("m_loc_entity"))
     return standard | _extension_texts(fields, "probes", task)
+
+
+def has(fields: Mapping[str, Any], *names: str) -> bool:
+    """Whether a record has these fields; an empty text is none."""
+    return all(fields.get(name) not in (None, "") for name in names)
+
+
+def old_answer(fields: Mapping[str, Any]) -> str | None:
+    """The answer that the edit replaces, according to the record; None if it has none."""
+    return str(fields.get("pred") or "").strip() or None
 
 
 def held_out_texts(fields: Mapping[str, Any], task: str) -> dict[str, ProbeText]:
@@ -201,8 +215,8 @@ def control_token_problem(fields: Mapping[str, Any], find: Callable[[str], str |
 def _first_in_texts(fields: Mapping[str, Any], find: Callable[[str], str | None]) -> tuple[str, str] | None:
     """The first match of `find` in the texts of a valid record: the field's name and the match."""
     for name in FIELDS:
-        if name not in _IMAGES and (match := find(fields.get(name) or "")) is not None:
-            return f"field {name!r}", match
+        if name not in IMAGES and (match := find(fields.get(name) or "")) is not None:
+            return f"field {shown(name, fields)!r}", match
     for name in ("probes", "held_out"):
         for key, entry in (fields.get(name) or {}).items():
             for part in ("prompt", "target"):
@@ -212,10 +226,14 @@ def _first_in_texts(fields: Mapping[str, Any], find: Callable[[str], str | None]
 
 
 def _problems(fields: Mapping[str, Any], task: str) -> Iterator[str]:
+    yield from _kind_problems(fields)
     if fields.get("alt") == "":
-        yield "not an edit: field 'alt' is empty"
+        yield f"not an edit: field {shown('alt', fields)!r} is empty"
+    yield from _missing(fields)
     for name in FIELDS:
-        yield from _text_problem(fields, name, f"field {name!r}", may_be_empty=name == "pred" and task == "caption")
+        is_needed = name in REQUIRED or (_is_mmedit(fields) and not (name == "pred" and task == "caption"))
+        if fields.get(name) is not None and (is_needed or fields[name] != ""):
+            yield from _text_problem(fields, name, f"field {shown(name, fields)!r}")
     for name in (*FACTS, *ENTITIES):
         if fields.get(name) is not None:
             yield from _text_problem(fields, name, f"field {name!r}")
@@ -227,6 +245,40 @@ def _problems(fields: Mapping[str, Any], task: str) -> Iterator[str]:
             yield from _extension_problems(fields[name], name)
     # Last: it needs fields of the right types.
     yield from filter(None, [marker_problem(fields)])
+
+
+def _is_mmedit(fields: Mapping[str, Any]) -> bool:
+    """Whether a record has all fields of MMEdit, empty ones included."""
+    return all(fields.get(name) is not None for name in FIELDS)
+
+
+def _kind_problems(fields: Mapping[str, Any]) -> Iterator[str]:
+    """Problems of a record that is about a video or about several pictures."""
+    for name in IMAGES:
+        value = fields.get(name)
+        if isinstance(value, list) and len(value) > 1:
+            yield (
+                f"several pictures: field {shown(name, fields)!r} lists {len(value)}, and an edit is about one; make a "
+                "record of each"
+            )
+    videos = [name for name in ("video", "videos") if fields.get(name)]
+    videos += [name for name in IMAGES if str(fields.get(name)).lower().endswith(_VIDEO)]
+    if videos:
+        yield f"video: field {shown(videos[0], fields)!r} names one, and an edit is about a picture; save a frame of it"
+
+
+def _missing(fields: Mapping[str, Any]) -> Iterator[str]:
+    """All missing fields in one problem: the required ones, and the rest of an incomplete probe."""
+    missing = [name for name in REQUIRED if fields.get(name) is None]
+    for group in (TEXT_LOCALITY, IMAGE_LOCALITY) if not _is_mmedit(fields) else ():
+        absent = [name for name in group if not has(fields, name)]
+        if absent != list(group):
+            missing += absent
+    names = [repr(shown(name, fields)) for name in missing]
+    if len(names) > 1:
+        yield f"missing fields: {', '.join(names[:-1])} and {names[-1]} are not there"
+    elif names:
+        yield f"missing field: field {names[0]} is not there"
 
 
 def _extension_problems(entries: Any, name: str) -> Iterator[str]:
@@ -275,7 +327,10 @@ def _text_problem(values: Mapping[str, Any], name: str, where: str, *, may_be_em
     elif len(text) > MAX_CHARACTERS:
         yield f"text too long: {where} has {len(text):,} characters, expected at most {MAX_CHARACTERS:,}"
     elif not _is_unicode(text):
-        yield f"invalid text: {where} holds half of a surrogate pair, which no tokenizer or table can store"
+        yield (
+            f"invalid text: {where} holds bytes that are no UTF-8, or half of a surrogate pair, which no tokenizer or "
+            "table can store; save it as UTF-8"
+        )
 
 
 def _is_unicode(text: str) -> bool:

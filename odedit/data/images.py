@@ -12,9 +12,17 @@ from typing import Any
 
 from pyarrow.fs import FileType
 
+from odedit.data.cells import CellImages, is_cell_reference
 from odedit.data.decoding import ImageError, decode
 from odedit.data.fields import Root, shorten
-from odedit.data.packed import PackedImages, is_pack, is_pack_reference, original_path, unreadable_reason
+from odedit.data.packed import (
+    PackedImages,
+    is_embedded_reference,
+    is_pack,
+    is_pack_reference,
+    original_path,
+    unreadable_reason,
+)
 from odedit.data.readers import check_is_file
 from odedit.errors import InputError, StorageError
 from odedit.inputs.batch import Picture
@@ -30,12 +38,13 @@ KEY_LENGTH = 32
 
 
 class ImageReader:
-    """Reads images under two roots, or in a packed folder. Picklable; opens no file before the first read.
+    """Reads images under two roots, in a packed folder or in a table. Picklable; opens no file before the first read.
 
     Args:
         image_root: Folder that `image` and `m_loc` are relative to; None if all images are packed.
         rephrase_root: Folder that `image_rephrase` is relative to; None: `image_root`.
-        pack_root: Packed folder that references `pack:...` point into.
+        pack_root: Packed folder that references `pack:...` point into, or file or folder of a table that `cell:...`
+            point into.
         max_pixels: Largest width x height.
         max_bytes: Largest file.
 
@@ -65,25 +74,25 @@ class ImageReader:
         self.settings = {root: setting for root, (setting, _) in roots.items()}
         self._roots = {root: locate(text, setting) for root, (setting, text) in roots.items() if text is not None}
         self._packed = None if pack_root is None else PackedImages(locate(pack_root, "data.path"))
+        self._cells = None if pack_root is None else CellImages(locate(pack_root, "data.path"))
 
     @classmethod
     def for_records(
         cls, path: str, image_root: str | None = None, rephrase_root: str | None = None, **limits: Any
     ) -> ImageReader:
-        """A reader for a file of records or a packed folder, which holds its own images.
+        """A reader for records in files, in a packed folder or in a table, of which the last two hold images.
+
+        Args:
+            path: File or folder of records.
+            image_root: Folder of the images; None only if all are packed or in the table.
 
         Raises:
-            InputError: The records do not exist, a root does not exist, or `image_root` is None and the records are
-                not packed.
+            InputError: The records do not exist, or a root does not exist.
         """
         location = locate(path, "data.path")
-        packed = is_pack(location)
-        if not packed and image_root is None:
+        if not is_pack(location) and not location.is_folder():
             check_is_file(location)
-            raise InputError(
-                f"data.image_root: not set, and {masked(path)} is not a packed folder. Name the images' folder."
-            )
-        reader = cls(image_root, rephrase_root, pack_root=path if packed else None, **limits)
+        reader = cls(image_root, rephrase_root, pack_root=path, **limits)
         reader.check_roots()
         return reader
 
@@ -119,7 +128,8 @@ class ImageReader:
         """Content of the file, not decoded. Raises ImageError and StorageError as `read` does."""
         name = image_name(path)
         try:
-            data = self._packed_bytes(path, name) if is_pack_reference(path) else self._file_bytes(path, root, name)
+            is_embedded = is_embedded_reference(path)
+            data = self._embedded_bytes(path, name) if is_embedded else self._file_bytes(path, root, name)
         except OSError as error:
             # An error of a local disk concerns this file; one of an object store concerns all files, and may pass.
             if is_transient(error) and not self._is_local(path, root):
@@ -132,20 +142,23 @@ class ImageReader:
         return data
 
     def _is_local(self, path: str, root: Root) -> bool:
+        if is_cell_reference(path):
+            return self._cells is None or self._cells.is_local
         source = self._packed if is_pack_reference(path) else self._roots.get(root)
         return source is None or source.is_local
 
-    def _packed_bytes(self, reference: str, name: str) -> bytes:
+    def _embedded_bytes(self, reference: str, name: str) -> bytes:
         reason = unreadable_reason(reference)
         if reason is not None:
             raise ImageError(reason, "unreadable when packed")
-        if self._packed is None:
+        source = self._cells if is_cell_reference(reference) else self._packed
+        if source is None:
             raise ImageError(
-                f"{name}: {shorten(reference)!r} points into a packed folder, but the records are not in one.",
+                f"{name}: {shorten(reference)!r} points into a pack or a table, but the records are in neither.",
                 "image not found",
             )
         try:
-            return self._packed.read(reference)
+            return source.read(reference)
         except ValueError as error:
             raise ImageError(f"{name}: {error}", "damaged pack") from error
 
@@ -166,10 +179,13 @@ class ImageReader:
         if root not in self._roots:
             raise ImageError(f"{name}: {self.settings[root]} is not set.", "image not found")
         base = self._roots[root]
+        if base.is_local and path.startswith(f"{base.path}/"):  # a full path under the root
+            path = path.removeprefix(f"{base.path}/").lstrip("/")
         parts = path.split("/")
         if "\0" in path or "\\" in path or "://" in path or path.startswith(("/", "~")) or path[1:2] == ":":
             raise ImageError(
-                f"{name}: expected a path relative to {self.settings[root]}, with forward slashes.", "forbidden path"
+                f"{name}: expected a path under {self.settings[root]} ({base.text!r}), with forward slashes.",
+                "forbidden path",
             )
         if ".." in parts:
             raise ImageError(f"{name}: '..' would leave {self.settings[root]}.", "forbidden path")

@@ -13,8 +13,9 @@ import copy
 import hashlib
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow
@@ -22,7 +23,7 @@ from pyarrow import parquet
 
 from odedit.data.check import Finding
 from odedit.data.decoding import ImageError, decode
-from odedit.data.fields import REPHRASE_PREFIX, ImageReference, image_reference
+from odedit.data.fields import REPHRASE_PREFIX, ImageReference, has, image_reference
 from odedit.data.images import KEY_LENGTH, MAX_BYTES, MAX_PIXELS, ImageReader, image_name
 from odedit.data.packed import (
     IMAGES_SCHEMA,
@@ -34,6 +35,7 @@ from odedit.data.packed import (
     unreadable_reference,
 )
 from odedit.data.records import RawRecord, read_records
+from odedit.data.roots import root_of
 from odedit.errors import InputError
 from odedit.storage.location import Location, locate
 
@@ -74,6 +76,7 @@ def pack(
     out_dir: str,
     *,
     task: str = "auto",
+    columns: Mapping[str, str] = MappingProxyType({}),
     max_pixels: int = MAX_PIXELS,
     max_bytes: int = MAX_BYTES,
     on_progress: Callable[[int], None] | None = None,
@@ -85,10 +88,11 @@ def pack(
 
     Args:
         records_path: File of records; see `read_records`.
-        image_root: Folder of `image` and `m_loc`.
+        image_root: Folder of `image` and `m_loc`; None: found, see `odedit.data.roots`.
         rephrase_root: Folder of `image_rephrase`; None: `image_root`.
         out_dir: Folder to write, local or an address; created if missing.
         task: Task of records without one, stored with every record; see `read_records`.
+        columns: Columns of the file by field.
         max_pixels: Largest width x height; larger images are left out and reported.
         max_bytes: Largest image file; larger files are left out and reported.
         on_progress: Called after each record with the number of records packed so far.
@@ -97,14 +101,13 @@ def pack(
     Raises:
         InputError: The records cannot be read, a root is missing, or `out_dir` already holds a pack.
     """
-    reader = ImageReader.for_records(
-        records_path, image_root, rephrase_root, max_pixels=max_pixels, max_bytes=max_bytes
-    )
+    root = root_of(records_path, image_root, columns, task)
+    reader = ImageReader.for_records(records_path, root, rephrase_root, max_pixels=max_pixels, max_bytes=max_bytes)
     files = _Files(locate(out_dir, "out"))
     report = PackReport()
     images, rows = _ImageFiles(files, reader, report), _RecordFiles(files)
     try:
-        for record in read_records(records_path, task=task):
+        for record in read_records(records_path, task=task, columns=columns):
             packed, findings = _pack_record(record, images)
             rows.add(packed)
             report.num_records += 1
@@ -140,9 +143,11 @@ def _pack_record(record: RawRecord, images: _ImageFiles) -> tuple[RawRecord, lis
 
     fields: dict[str, Any] = copy.deepcopy(dict(record.fields))
     for name in ("image", "m_loc"):
-        fields[name] = replaced(image_reference(fields[name]), fields[name])
-    path = fields["image_rephrase"]
-    fields["image_rephrase"] = replaced(ImageReference(path.removeprefix(REPHRASE_PREFIX), "rephrase"), path)
+        if has(fields, name):
+            fields[name] = replaced(image_reference(fields[name]), fields[name])
+    if has(fields, "image_rephrase"):
+        path = fields["image_rephrase"]
+        fields["image_rephrase"] = replaced(ImageReference(path.removeprefix(REPHRASE_PREFIX), "rephrase"), path)
     for group in ("probes", "held_out"):
         for entry in (fields.get(group) or {}).values():
             if entry.get("image") is not None:

@@ -20,6 +20,8 @@ from typing import Any
 import pyarrow
 from pyarrow import parquet
 
+from odedit.data.cells import cell_name, is_cell_reference
+from odedit.data.tables import shards
 from odedit.errors import InputError
 from odedit.storage.location import Location
 from odedit.storage.retries import is_transient
@@ -49,6 +51,11 @@ def is_pack_reference(path: str) -> bool:
     return path.startswith(_PREFIX)
 
 
+def is_embedded_reference(path: str) -> bool:
+    """Whether a path is a position in a packed folder or in a table."""
+    return is_pack_reference(path) or is_cell_reference(path)
+
+
 def packed_reference(file: str, row_group: int, row: int, path: str) -> str:
     """Reference to an image of a pack; `path` is the image's original path."""
     return f"{_PREFIX}{file}#{row_group}/{row}?{path}"
@@ -64,23 +71,26 @@ def unreadable_reason(reference: str) -> str | None:
 
 
 def original_path(path: str) -> str:
-    """The path of an image before packing; an unpacked path as it is."""
+    """The path of an image before packing, or the digest and name of a picture in a table; a path as it is."""
     match = _REFERENCE.fullmatch(path)
-    return match[4] if match else path
+    return match[4] if match else cell_name(path) or path
 
 
 def is_pack(location: Location) -> bool:
-    """True for a packed folder, False for a file. Raises InputError for any other folder."""
+    """True for a packed folder, False for files of records, also in a folder. Raises InputError for other folders."""
     try:
         if not location.is_folder():
             return False
         if location.child(MANIFEST).is_file():
             return True
+        if shards(location):
+            return False
     except OSError as error:
         raise InputError(f"{location.text}: cannot be accessed ({error}).") from error
     raise InputError(
-        f"{location.text}: is a folder without {MANIFEST}, so no finished pack. Name a file of records "
-        "(.json, .jsonl, .parquet), or a folder written by `odedit data pack`."
+        f"{location.text}: is a folder without {MANIFEST}, so no finished pack, and without files that end with "
+        ".parquet or .arrow. Name a file of records (.csv, .json, .jsonl, .parquet), or a folder written by "
+        "`odedit data pack`."
     )
 
 

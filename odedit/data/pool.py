@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from odedit.data.fields import (
     REPHRASE_PREFIX,
@@ -16,6 +17,7 @@ from odedit.data.fields import (
     supervising_things,
 )
 from odedit.data.images import ImageReader
+from odedit.data.made import completed
 from odedit.data.packed import original_path
 from odedit.data.records import Check, RawRecord, read_records
 from odedit.errors import InputError
@@ -29,10 +31,12 @@ class Pool:
     Attributes:
         records: Usable records.
         reader: Reader of their images; its roots may differ from those of the edited records.
+        is_made: True for records made of pictures (`odedit.data.made`), possibly of those that the run's records have.
     """
 
     records: Sequence[RawRecord]
     reader: ImageReader
+    is_made: bool = False
 
     @classmethod
     def sample(
@@ -44,11 +48,13 @@ class Pool:
         seed: int = 0,
         task: str = "auto",
         check: Check | None = None,
+        columns: Mapping[str, str] = MappingProxyType({}),
     ) -> Pool:
         """Draws `size` usable records uniformly, in one pass over the file (reservoir sampling).
 
         Args:
             check: Additional check of valid records; see `read_records`.
+            columns: Columns of the file by field.
 
         Raises:
             InputError: The file cannot be read or has no usable record.
@@ -58,7 +64,7 @@ class Pool:
         rng = random.Random(seed)
         chosen: list[RawRecord] = []
         num_seen = 0
-        for record in read_records(path, task=task, check=check):
+        for record in read_records(path, task=task, check=check, columns=columns):
             if record.problem:
                 continue
             num_seen += 1
@@ -68,7 +74,7 @@ class Pool:
                 chosen[index] = record
         if not chosen:
             raise InputError(f"data.pool: {masked(path)} has no usable record; `odedit data check` says why.")
-        return cls(tuple(chosen), reader)
+        return cls(tuple(completed(record, seed) for record in chosen), reader)
 
     def candidates(self, record: RawRecord, rng: random.Random) -> Iterator[RawRecord]:
         """The records that may supervise `record`, in random order.

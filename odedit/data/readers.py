@@ -1,4 +1,4 @@
-"""Streaming readers of JSON arrays, JSON Lines and Parquet.
+"""Streaming readers of files of records: JSON arrays and JSON Lines here, tables in `odedit.data.tables`.
 
 Memory depends on the largest record, not on the number of records. Only the syntax is checked here; fields are checked
 in `odedit.data.records`.
@@ -7,60 +7,92 @@ in `odedit.data.records`.
 from __future__ import annotations
 
 import codecs
+import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import pyarrow
-from pyarrow import parquet
-
+from odedit.data.tables import MAX_RECORD_BYTES, Entry, read_arrow, read_delimited, read_parquet, shards
 from odedit.errors import InputError, in_words
 from odedit.runtime.addresses import relative_note
 from odedit.storage.location import Location
 
 MAX_DEPTH = 32
 """Deepest nesting of a record. Records need four levels; `json` cannot write much deeper ones."""
-MAX_RECORD_BYTES = 16 * 2**20
 BAD_LINE = "invalid JSON: line"
 """Start of the problem of a line that is not valid JSON; the line number follows."""
-_BATCH_ROWS = 256
 _BYTES_AT_ONCE = 2**16
 _WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 _CUT_OFF = 16
 """A parse error this close to the end of the buffer may mean that the value is incomplete: read on."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One record of a file: a JSON value, or the text that could not be parsed and the reason."""
-
-    value: Any
-    problem: str = ""
+ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
+"""Endings of files of records. All but the last two may be followed by `.gz`."""
 
 
 def read_entries(location: Location) -> Iterator[Entry]:
-    """Yields the records of a `.json`, `.jsonl` or `.parquet` file in order.
+    """Yields the records of a file, or of all files of a folder of Parquet files or of a data set on disk, in order.
 
     Raises:
         InputError: The file is missing, has another suffix, is unreadable, or is damaged after some records.
     """
-    readers = {".json": _read_array, ".jsonl": _read_lines, ".parquet": _read_parquet}
-    suffix = next((ending for ending in readers if location.path.lower().endswith(ending)), None)
-    if suffix is None:
+    if location.is_folder():
+        for file in shards(location):
+            yield from read_entries(file)
+        return
+    name = location.path.lower()
+    is_zipped = name.endswith(".gz")
+    ending = next((end for end in ENDINGS if name.removesuffix(".gz").endswith(end)), None)
+    if ending is None or (is_zipped and ending in ENDINGS[-2:]):
         raise InputError(
             f"{location.text}: not a file of records by its name. Allowed: .json (an array of objects), "
-            ".jsonl (one object per line), .parquet, or a folder written by `odedit data pack`."
+            ".jsonl (one object per line), .csv, .tsv, each also with .gz; .parquet, a folder of Parquet files, a data "
+            "set saved on disk, or a folder written by `odedit data pack`."
         )
     check_is_file(location)
+    if ending == ".arrow":
+        yield from read_arrow(location)
+        return
     try:
-        stream = location.open()
+        stream: Any = location.open()
     except OSError as error:
         raise InputError(f"{location.text}: cannot be opened ({error}).") from error
     with stream:
-        yield from readers[suffix](stream, location.text)
+        text = location.text
+        opened = _Unzipped(stream) if is_zipped else stream
+        try:
+            if ending == ".json":
+                yield from _read_array(opened, text)
+            elif ending in (".csv", ".tsv"):
+                yield from read_delimited(opened, text, "\t" if ending == ".tsv" else None)
+            elif ending == ".parquet":
+                yield from read_parquet(opened, text, location.name)
+            else:
+                yield from _read_lines(opened, text)
+        except OSError as error:
+            raise InputError(f"{text}: cannot be read ({error}). Fetch it again.") from error
+
+
+class _Unzipped(io.RawIOBase):
+    """Content of a gzip file. A damaged one raises OSError, as other files do."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = gzip.GzipFile(fileobj=stream)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self._stream.read(len(buffer))
+        except (EOFError, zlib.error) as error:
+            raise OSError(f"the gzip file is cut off or damaged: {error}") from error
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def check_is_file(location: Location) -> None:
@@ -120,7 +152,10 @@ class _Text:
 
     def __init__(self, stream: io.BufferedReader, name: str) -> None:
         self._stream, self._name = stream, name
-        self._decode = codecs.getincrementaldecoder(_encoding(stream))().decode
+        encoding = _encoding(stream)
+        # Bytes that are no UTF-8 cost the record that holds them: the check of its fields finds them.
+        errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
+        self._decode = codecs.getincrementaldecoder(encoding)(errors).decode
         self._parse = json.JSONDecoder().raw_decode
         self._text, self._at, self._is_whole = "", 0, False
         self.num_read = 0
@@ -230,42 +265,6 @@ def _parse_line(line: bytes, number: int) -> Entry:
         # str(error) would name line 1, since the decoder gets a single line.
         reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else in_words(error)
         return Entry(unparsed, f"{BAD_LINE} {number} cannot be parsed ({reason})")
-
-
-def _read_parquet(stream: Any, text: str) -> Iterator[Entry]:
-    num_read = 0
-    try:
-        with parquet.ParquetFile(stream) as file:
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS):
-                for row in batch.to_pylist():
-                    yield Entry(_from_columns(row))
-                    num_read += 1
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise InputError(
-            f"{text}: not a readable Parquet file after {num_read} records ({in_words(error)}). "
-            "Fetch or write it again."
-        ) from error
-
-
-def _from_columns(row: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a table row. Null means that the record lacks the field.
-
-    `probes` and `held_out` may be structs, or JSON text if their keys differ between records.
-    """
-    fields = _without_nulls(row)
-    for name in ("probes", "held_out"):
-        if isinstance(fields.get(name), str):
-            try:
-                fields[name] = json.loads(fields[name])
-            except ValueError:
-                continue  # stays text; the validation of the fields reports it
-    return fields
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return value
 
 
 def _reason(error: BaseException) -> str:

@@ -1,8 +1,8 @@
-"""Records in the format of MMEdit.
+"""Records: a picture, a question and its right answer, and whatever else scores or supervises the edit.
 
-The four files of MMEdit (`vqa_train.json`, `vqa_eval.json`, `caption_train_edit.json`, `caption_eval_edit.json`)
-load unchanged. Records may add `edit_id`, `task`, `probes` (further evaluation probes by metric name) and `held_out`
-(supervision by slot name, disjoint from what is scored).
+The files of MMEdit and of other benchmarks load unchanged (`odedit.data.layouts`). Records may add `edit_id`, `task`,
+`probes` (further evaluation probes by metric name) and `held_out` (supervision by slot name, disjoint from what is
+scored).
 
 A bad record does not stop a run: its `problem` is set and reported. An unreadable file stops the run.
 
@@ -12,19 +12,28 @@ References:
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from types import MappingProxyType
 from typing import Any
 
-from odedit.data.fields import TASKS, marker_problem, problem_of_fields, shorten, task_of, type_name, without_markers
+from odedit.data.fields import (
+    IMAGES,
+    TASKS,
+    marker_problem,
+    problem_of_fields,
+    task_of,
+    type_name,
+    without_markers,
+)
+from odedit.data.ids import EditIds
+from odedit.data.layouts import CONSISTENCY, INDICES, LayoutError, layout_of
+from odedit.data.names import renamed
 from odedit.data.packed import is_pack, read_packed_rows
 from odedit.data.readers import BAD_LINE, Entry, read_entries
 from odedit.errors import InputError
-from odedit.inputs.batch import EditRequest, Probe
 from odedit.storage.location import Location, locate
 
 
@@ -35,9 +44,10 @@ class RawRecord:
     Attributes:
         file: Name of the source file, without its folder.
         index: Position in that file, from 0.
-        edit_id: The record's `edit_id`, or `<file stem>-<index>`; unique within a file.
+        edit_id: The record's `edit_id`, or one that is made, see `odedit.data.ids`; unique within a file.
         task: `vqa` or `caption`.
-        fields: Keys and values, leading image markers removed. `{"unparsed": ...}` if the record is no JSON object.
+        fields: Values under MMEdit's names, leading image markers removed. `{"unparsed": ...}` if the record is no JSON
+            object.
         problem: `<kind>: <what and where>`, or empty.
     """
 
@@ -76,18 +86,25 @@ Check = Callable[[Mapping[str, Any]], str]
 
 
 def read_records(
-    path: str, *, task: str = "auto", limit: int | None = None, check: Check | None = None
+    path: str,
+    *,
+    task: str = "auto",
+    limit: int | None = None,
+    check: Check | None = None,
+    columns: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[RawRecord]:
-    """Streams the records of a file or of a packed folder, bad ones included.
+    """Streams the records of a file or of a folder, bad ones included.
 
-    Memory grows with the file only by the detection of repeated edit ids: about 200 bytes per record with an
-    `edit_id`, one byte per record without.
+    Memory grows with the file only by the detection of repeated edit ids: about 20 bytes per record, one byte per
+    record with all fields of MMEdit.
 
     Args:
-        path: `.json`, `.jsonl`, `.parquet`, or a folder written by `odedit.data.pack.pack`; local or an address.
+        path: File (see `odedit.data.readers.ENDINGS`), folder of Parquet files, data set saved on disk, or folder
+            written by `odedit.data.pack.pack`; local or an address.
         task: `vqa` or `caption` for records without a task; `auto`: caption if the prompt is "a photo of".
         limit: Largest number of *usable* records; bad records before the last of them are yielded, too.
         check: Additional check of valid records.
+        columns: Columns of the file by field, see `odedit.data.names.renamed`.
 
     Raises:
         InputError: The file is missing or damaged; records yielded before that remain valid.
@@ -97,7 +114,7 @@ def read_records(
     if limit is not None and limit < 0:
         raise InputError(f"data.limit: got {limit}, expected 0 or more records.")
     location = locate(path, "data.path")
-    records = _read_pack(location) if is_pack(location) else _read_file(location, task)
+    records = _read_pack(location) if is_pack(location) else _read_file(location, task, columns)
     num_usable = 0
     if limit == 0:
         return
@@ -119,74 +136,72 @@ def _read_pack(location: Location) -> Iterator[RawRecord]:
         yield record
 
 
-def _read_file(location: Location, task: str) -> Iterator[RawRecord]:
+def _read_file(location: Location, task: str, columns: Mapping[str, str]) -> Iterator[RawRecord]:
     name = location.name.encode("utf-8", errors="replace").decode()
-    edit_ids = _EditIds(name)
+    edit_ids = EditIds(name)
+    consistency: _Consistency | None = None
     for index, entry in enumerate(read_entries(location)):
-        yield _to_record(name, index, entry, edit_ids, task)
+        if isinstance(entry.value, dict) and any(key in entry.value for key in INDICES):
+            consistency = consistency or _Consistency(location)
+            entry = Entry(consistency.added_to(entry.value), entry.problem)
+        yield _to_record(name, index, entry, edit_ids, task, columns)
 
 
-def _to_record(file: str, index: int, entry: Entry, edit_ids: _EditIds, default_task: str) -> RawRecord:
+def _to_record(
+    file: str, index: int, entry: Entry, edit_ids: EditIds, default_task: str, columns: Mapping[str, str]
+) -> RawRecord:
     if entry.problem or not isinstance(entry.value, dict):
         problem = entry.problem or f"wrong type: the record is {type_name(entry.value)}, expected an object with fields"
         text = entry.value if isinstance(entry.value, str) else json.dumps(entry.value, default=_plain)
         fallback = "vqa" if default_task == "auto" else default_task
         return RawRecord(file, index, edit_ids.fallback(index), fallback, {"unparsed": text}, problem)
-    fields = without_markers(entry.value)
+    problem = ""
+    try:
+        value = layout_of(entry.value).read(entry.value)
+    except LayoutError as error:
+        value, problem = entry.value, str(error)
+    fields = without_markers(_with_plain_pictures(renamed(value, columns)))
     record_task = task_of(fields, default_task)
-    edit_id, id_problem = edit_ids.assign(index, fields.get("edit_id"))
-    problem = problem_of_fields(fields, record_task) or id_problem
+    edit_id, id_problem = edit_ids.assign(index, fields)
+    problem = problem or problem_of_fields(fields, record_task) or id_problem
     return RawRecord(file, index, edit_id, record_task, fields, problem)
 
 
-class _EditIds:
-    """Assigns every record of a file a unique edit id that is a valid file name."""
+def _with_plain_pictures(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with the path of each picture that is given as a list with one, or as a struct with a path."""
+    for name in IMAGES:
+        value = fields.get(name)
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if isinstance(value, dict) and isinstance(value.get("path"), str):
+            value = value["path"]
+        if isinstance(value, str):
+            fields[name] = value
+    return fields
 
-    def __init__(self, file: str) -> None:
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", file.rsplit(".", 1)[0]).lstrip("._-")
-        self._stem = stem[:100] or "record"
-        self._seen: set[bytes] = set()
-        self._has_default = bytearray()  # one byte per record: cheaper than digests for files without edit ids
 
-    def assign(self, index: int, wanted: Any) -> tuple[str, str]:
-        """The record's edit id, and the problem of the requested id."""
-        if wanted is None:
-            return self.fallback(index), ""
-        if not isinstance(wanted, str):
-            return self.fallback(index), f"wrong type: field 'edit_id' is {type_name(wanted)}, expected text"
-        try:
-            EditRequest(wanted, Probe("", ""))  # owns the rule for edit ids
-        except ValueError as error:
-            return self.fallback(index), f"invalid edit_id: {shorten(str(error), 300)}"
-        if not self._claim(wanted):
-            return self.fallback(index), f"repeated edit_id: {wanted!r} was given to an earlier record"
-        return wanted, ""
+class _Consistency:
+    """Questions of the files beside a file of MC-MKE that ask whether an edit holds in the other modality."""
 
-    def fallback(self, index: int) -> str:
-        name = f"{self._stem}-{index:06d}"
-        self._has_default.extend(bytes(index - len(self._has_default)) + b"\x01")
-        if self._digest(name) not in self._seen:
-            return name
-        self._has_default[index] = 0
-        while not self._claim(name):  # an earlier record has this name as its own edit id
-            name += "a"
-        return name
+    def __init__(self, location: Location) -> None:
+        self._questions: dict[tuple[str, Any], list[dict[str, Any]]] = {}
+        for file in location.parent.glob("*consistency*.jsonl"):
+            for entry in read_entries(file) if file.path != location.path else ():
+                for key in INDICES if isinstance(entry.value, dict) else ():
+                    if key in entry.value:
+                        self._questions.setdefault((key, _hashable(entry.value[key])), []).append(entry.value)
 
-    def _claim(self, name: str) -> bool:
-        stem, _, number = name.rpartition("-")
-        if stem == self._stem and re.fullmatch(r"[0-9]{6,9}", number):
-            index = int(number)
-            if name == f"{stem}-{index:06d}" and index < len(self._has_default) and self._has_default[index]:
-                return False
-        digest = self._digest(name)
-        is_new = digest not in self._seen
-        self._seen.add(digest)
-        return is_new
+    def added_to(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record with its questions under the key `CONSISTENCY`."""
+        found = [one for key in INDICES for one in self._questions.get((key, _hashable(record.get(key))), ())]
+        return {**record, CONSISTENCY: found} if found else record
 
-    @staticmethod
-    def _digest(name: str) -> bytes:
-        return hashlib.blake2b(name.encode(), digest_size=16).digest()
+
+def _hashable(value: Any) -> Any:
+    return value if isinstance(value, (int, str)) else None
 
 
 def _plain(value: Any) -> Any:
-    return float(value) if isinstance(value, Decimal) else repr(value)  # types of Parquet columns
+    if isinstance(value, Decimal):
+        return float(value)
+    return repr(value)[:1000]  # types of Parquet columns

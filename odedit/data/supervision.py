@@ -1,25 +1,34 @@
 """Edit requests from records, with supervision that is disjoint from the scored probes.
 
 By default no scored probe is trained on. If a record has no `held_out` supervision, rephrases are made from the
-edit itself, and unrelated questions are drawn from a pool of other records. Sources named `record` train on the
-record's own probes instead, as published runs of some methods do.
+edit itself, and unrelated questions are drawn from a pool of other records, or of any pictures. Sources named `record`
+train on the record's own probes instead, as published runs of some methods do, where the record has them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from annotated_types import Ge, Le
 
-from odedit.data.fields import ImageReference, ProbeText, edit_text, held_out_texts, image_reference, probe_texts
+from odedit.data.fields import (
+    ImageReference,
+    ProbeText,
+    edit_text,
+    held_out_texts,
+    image_reference,
+    old_answer,
+    probe_texts,
+)
 from odedit.data.images import ImageError, ImageReader
+from odedit.data.made import general_question
 from odedit.data.pool import Pool, normal, scored_prompts
 from odedit.data.records import RawRecord
-from odedit.data.rewording import augment, blend_noise, replace_words, reword, seeded, words_of
+from odedit.data.rewording import Augmentation, blend_noise, may_mirror, replace_words, reword, seeded, words_of
 from odedit.errors import InputError, StorageError
 from odedit.inputs.batch import (
     LOCALITY_SLOTS,
@@ -33,12 +42,14 @@ from odedit.inputs.batch import (
 )
 from odedit.settings import Settings
 
+T = TypeVar("T")
 Source = Literal["held_out", "record"]
 _RECORD_SLOTS = {
     "text_rephrase": "t_gen",
     "image_rephrase": "m_gen",
     "text_locality": "t_loc",
     "image_locality": "m_loc",
+    "near_locality": "m_loc_near",
 }
 _POOL_REMEDY = (
     "Set data.pool to a file of other records (the training file), give the records `held_out` entries of their own, "
@@ -54,9 +65,10 @@ class Supervision(Settings):
 
     Attributes:
         rephrase_source: `held_out`: the record's `held_out` entries, else made from the edit. `record`: the rephrases
-            that are scored.
-        locality_source: `held_out`: the record's `held_out` entries, else the pool. `record`: the locality questions
-            that are scored.
+            that are scored, else made from the edit.
+        locality_source: `held_out`: the record's `held_out` entries, else `data.pool`, else general questions and the
+            pictures of `data.pictures` or of the other records. `record`: the locality questions that are scored, else
+            the same.
         rephrases: Number of text rephrases and of image rephrases; those that a record's `held_out` lacks are made.
         near_locality: Also ask the edit's own question about another picture.
         rephrase_noise: Share, 0 to 1, of the text rephrase's words that are replaced by words of other records'
@@ -114,8 +126,7 @@ def build_request(
     unrelated, drawn_from = _locality(record, edit, probes, own, supervision, pool) if locality else ({}, "")
     optional = {"pool_record": drawn_from, "fact": record.fields.get("fact")}
     meta = {"file": record.file, "index": str(record.index)} | {name: text for name, text in optional.items() if text}
-    replaced = record.fields["pred"].strip() or None
-    return EditRequest(record.edit_id, edit, slots | unrelated, probes, record.task, meta, replaced)
+    return EditRequest(record.edit_id, edit, slots | unrelated, probes, record.task, meta, old_answer(record.fields))
 
 
 def check_pool(records: Iterable[RawRecord], reader: ImageReader, supervision: Supervision, pool: Pool) -> None:
@@ -128,7 +139,7 @@ def check_pool(records: Iterable[RawRecord], reader: ImageReader, supervision: S
     Raises:
         InputError: The pool can supervise none of them.
     """
-    if supervision.locality_source == "record":
+    if supervision.locality_source == "record" or pool.is_made:
         return
     num_unreadable, error, blocked = 0, "", None
     for record in islice(records, _RECORDS_TRIED):
@@ -183,8 +194,7 @@ class _Pictures:
 def _rephrases(
     record: RawRecord, edit: Probe, probes: dict[str, Probe], own: dict[str, Probe], supervision: Supervision
 ) -> dict[str, Probe]:
-    if supervision.rephrase_source == "record":
-        return {slot: probes[_RECORD_SLOTS[slot]] for slot in ("text_rephrase", "image_rephrase")}
+    given = _given(probes, own, supervision.rephrase_source)
 
     def reworded(slot: str, used: set[str]) -> Probe:
         rng = seeded(record.edit_id, slot, supervision.seed)
@@ -192,14 +202,14 @@ def _rephrases(
 
     def augmented(slot: str) -> Probe:
         assert edit.picture is not None, "every record has an image"
-        return replace(edit, picture=augment(edit.picture, seeded(record.edit_id, slot, supervision.seed)))
+        return replace(edit, picture=augmentation(record, supervision.seed, slot).of(edit.picture))
 
     slots: dict[str, Probe] = {}
     used = scored_prompts(record)
     for number in range(1, supervision.rephrases + 1):
         text, image = (numbered(slot, number) for slot in REPHRASE_SLOTS)
-        slots[text] = own[text] if text in own else reworded(text, used)
-        slots[image] = own[image] if image in own else augmented(image)
+        slots[text] = given[text] if text in given else reworded(text, used)
+        slots[image] = given[image] if image in given else augmented(image)
         if number > 1 and normal(slots[text].prompt) == normal(edit.prompt):
             raise InputError(
                 f"{record.where}: supervision.rephrases is {supervision.rephrases}, and there are {number - 1} other "
@@ -207,6 +217,29 @@ def _rephrases(
             )
         used.add(normal(slots[text].prompt))
     return slots
+
+
+def augmentation(record: RawRecord, seed: int, slot: str = REPHRASE_SLOTS[1]) -> Augmentation:
+    """The changes that make a record's image rephrase of a slot."""
+    rng = seeded(record.edit_id, slot, seed)
+    return Augmentation.drawn(rng, may_mirror=may_mirror(record.fields["src"], record.fields["alt"]))
+
+
+def given_slots(probes: Mapping[str, T], own: Mapping[str, T], supervision: Supervision) -> dict[str, T]:
+    """What a record gives by supervision slot, its rephrases and its unrelated questions each from their source."""
+    rephrases, unrelated = (
+        _given(probes, own, source) for source in (supervision.rephrase_source, supervision.locality_source)
+    )
+    return {slot: part for slot, part in rephrases.items() if unnumbered(slot) in REPHRASE_SLOTS} | {
+        slot: part for slot, part in unrelated.items() if slot in LOCALITY_SLOTS
+    }
+
+
+def _given(probes: Mapping[str, T], own: Mapping[str, T], source: Source) -> dict[str, T]:
+    """What a record gives by supervision slot: its scored probes, or its `held_out` entries."""
+    if source == "held_out":
+        return dict(own)
+    return {slot: probes[name] for slot, name in _RECORD_SLOTS.items() if name in probes}
 
 
 def _with_noise(
@@ -252,17 +285,16 @@ def _locality(
 ) -> tuple[dict[str, Probe], str]:
     """The locality slots, and the edit id of the pool record that was drawn, if any."""
     wanted = [slot for slot in LOCALITY_SLOTS if slot in _wanted(supervision)]
-    if supervision.locality_source == "record":
-        slots = {slot: probes[_RECORD_SLOTS[slot]] for slot in wanted[:2]}
-        if supervision.near_locality:
-            slots["near_locality"] = probes.get("m_loc_near") or _near(edit, probes["m_loc"])
-        return slots, ""
-    slots = {slot: own[slot] for slot in wanted if slot in own}
+    given = _given(probes, own, supervision.locality_source)
+    slots = {slot: given[slot] for slot in wanted if slot in given}
     missing = [slot for slot in wanted if slot not in slots]
+    unrelated = slots.get("image_locality")
+    may_share = supervision.locality_source == "record" or pool is None
+    if NEAR in missing and may_share and unrelated is not None and unrelated.picture is not None:
+        slots[NEAR] = _near(edit, unrelated)
+        missing.remove(NEAR)
     if not missing:
         return slots, ""
-    if pool is None and missing == ["near_locality"] and slots["image_locality"].picture is not None:
-        return slots | {"near_locality": _near(edit, slots["image_locality"])}, ""
     if pool is None:
         raise InputError(
             f"{record.file}, record {record.index}: has no held_out entry for {' and '.join(missing)}, and there is no "
@@ -270,6 +302,13 @@ def _locality(
         )
     drawn, drawn_from = _draw(record, edit, probes, missing, supervision, pool)
     return slots | drawn, drawn_from
+
+
+def lacks_locality(record: RawRecord, supervision: Supervision) -> bool:
+    """Whether a record gives too few unrelated questions, so that a pool must."""
+    task = record.task
+    given = _given(probe_texts(record.fields, task), held_out_texts(record.fields, task), supervision.locality_source)
+    return not {"text_locality", "image_locality"} <= given.keys()
 
 
 def _near(edit: Probe, other: Probe) -> Probe:
@@ -298,6 +337,9 @@ def _draw(
             continue
         if all(probe.picture is None or probe.picture.key not in scored_keys for probe in drawn.values()):
             return drawn, other.edit_id
+    if pool.is_made:  # no picture but the record's own
+        question = Probe(*general_question(record.edit_id, supervision.seed, scored_prompts(record)))
+        return {slot: question for slot in missing if slot == "text_locality"}, ""
     raise InputError(
         f"data.pool: none of its {len(pool.records)} records can supervise {record.edit_id}: {num_tried} share no "
         f"image or question with it, and none of those has images that can be read.{last_error} Use a larger pool."
@@ -307,7 +349,7 @@ def _draw(
 def _locality_of(other: RawRecord, edit: Probe, missing: list[str], reader: ImageReader) -> dict[str, Probe]:
     """The missing slots, from one record of the pool. Targets only set the positions that are compared."""
     texts = probe_texts(other.fields, other.task)
-    answer = other.fields["pred"] if other.fields["pred"].strip() else other.fields["m_loc_a"]
+    answer = old_answer(other.fields) or other.fields["m_loc_a"]
     candidates = {
         "text_locality": texts["t_loc"],
         "image_locality": texts["m_loc"],

@@ -40,6 +40,11 @@ METRICS = {
 }
 """The five metrics of MMEdit (arXiv 2310.08475), in the order of every table."""
 
+PORTABILITY = "port_gen"
+"""Mean over the questions that follow from an edit (VLKEB, arXiv 2403.07350); by hop: `port_gen_1hop`."""
+FURTHER = {PORTABILITY: Metric("portability", "portability", "question that follows")}
+"""Metrics that tables show where a run has them."""
+
 
 PARTS = {"m_loc_near": "image locality, near", "m_loc_far": "image locality, far"}
 """Labels of the parts of `m_loc`, for records with a near probe. A far answer hardly ever changes, so the mean hides

@@ -15,6 +15,7 @@ positions that an edit hardly reaches dilute the score.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -25,7 +26,17 @@ from torch import Tensor
 from odedit.backbones.base import Backbone, Prefix, ends_of
 from odedit.backbones.common.generation import generate, until_end
 from odedit.editors.base import Editor, Trace
-from odedit.evaluation.columns import ANSWER_COLUMNS, BEFORE, FAR, LOCALITY_COLUMNS, Answer, column, groups
+from odedit.evaluation.columns import (
+    ANSWER_COLUMNS,
+    BEFORE,
+    FAR,
+    LOCALITY_COLUMNS,
+    METRICS,
+    PORTABILITY,
+    Answer,
+    column,
+    groups,
+)
 from odedit.inputs.batch import RELIABILITY, EditBatch, EditParams, is_locality
 from odedit.runtime.brief import brief
 from odedit.runtime.budgets import budgets
@@ -33,6 +44,8 @@ from odedit.runtime.gather import gather_positions
 from odedit.runtime.kv_cache import KVCache
 
 TOP_K = 10
+_NUMBER = re.compile(r"_\d+$")
+"""Number of a probe among several of one kind."""
 
 Row = dict[str, float | str | None]
 
@@ -259,8 +272,9 @@ def _rows(backbone: Backbone, batch: EditBatch, before_and_after: Callable[[Edit
     rows = []
     for e, columns in enumerate(by_probe):
         row: Row = {}
-        for name in batch.slots:
-            row |= columns.get(name, {})
+        in_order = {name: columns[name] for name in batch.slots if name in columns}
+        for scores in _averaged(in_order).values():
+            row |= scores
         _average_near_and_far(row)
         rows.append(row | answers[e])
     return rows
@@ -345,6 +359,36 @@ def _answers(backbone: Backbone, batch: EditBatch, before: _Readout, after: _Rea
         if tokens is not None:
             row[name] = answer_text(backbone, tokens)
     return row
+
+
+def _averaged(by_probe: dict[str, Row]) -> dict[str, Row]:
+    """Columns by probe, with the mean of numbered probes (`port_gen_1hop_2`) in their place, and of all portability."""
+    members: dict[str, list[str]] = {}
+    for name in by_probe:
+        if (base := _without_number(name)) != name:
+            members.setdefault(base, []).append(name)
+        if name.startswith(f"{PORTABILITY}_"):
+            members.setdefault(PORTABILITY, []).append(name)
+    kept = {name: row for name, row in by_probe.items() if _without_number(name) == name}
+    return kept | {
+        base: _mean_columns(base, {name: by_probe[name] for name in names}) for base, names in members.items()
+    }
+
+
+def _without_number(probe: str) -> str:
+    """Name of a probe without its number. The main metrics are no means."""
+    base = _NUMBER.sub("", probe)
+    return probe if base in METRICS else base
+
+
+def _mean_columns(base: str, by_probe: dict[str, Row]) -> Row:
+    """Mean over probes of each column, under the name `base` with the column's ending."""
+    values: dict[str, list[float]] = {}
+    for name, row in by_probe.items():
+        for key, value in row.items():
+            if isinstance(value, float):
+                values.setdefault(base + key.removeprefix(name), []).append(value)
+    return {key: sum(each) / len(each) for key, each in values.items()}
 
 
 def _average_near_and_far(row: Row) -> None:

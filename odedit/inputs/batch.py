@@ -52,7 +52,7 @@ REPHRASE = "rephrase"
 """Slot of a text and an image rephrase in one sequence, see `EditRequest.rephrase`."""
 
 RELIABILITY = "rel"
-_PROBE_NAME = re.compile(r"[a-z]+_(gen|loc)(_[a-z]+)?")
+_PROBE_NAME = re.compile(r"[a-z]+_(gen|loc)(_[a-z0-9]+){0,3}")
 _LOCALITY_NAME = re.compile(r"[a-z]+_loc(ality)?(_|$)")  # details follow the kind
 _WORTH_SPLITTING = 1 / 16
 """Split off the short sequences only if that saves this share of the padded positions."""
@@ -190,7 +190,8 @@ def check_probe_name(name: str) -> None:
         )
     if not _PROBE_NAME.fullmatch(name):
         raise ValueError(
-            f"unknown probe {name!r}: expected <name>_gen or <name>_loc, optionally with _<detail>, e.g. m_loc_near."
+            f"unknown probe {name!r}: expected <name>_gen or <name>_loc, optionally with _<detail>, e.g. m_loc_near or "
+            "port_gen_1hop."
         )
 
 

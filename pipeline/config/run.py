@@ -20,6 +20,7 @@ from annotated_types import Ge, Gt, Le
 from pydantic import StringConstraints
 
 from odedit import backbones, editors, objectives, plugins, ways
+from odedit.data.names import KNOWN, unknown_column
 from odedit.data.supervision import Supervision
 from odedit.editing.loop import Stopping
 from odedit.errors import InputError, unknown_name
@@ -58,13 +59,22 @@ class DataConfig(Settings):
     """The records.
 
     Attributes:
-        path: File of records, packed folder, or `embedded:<split>` (train, validation, evaluation) for the embedded
-            benchmark, which is written beside the results. `embedded:<split>:<seed>` draws its values, wordings and
-            pictures with another seed.
-        image_root: Folder of the pictures in `image` and `m_loc`; not needed for a packed folder.
+        path: File of records (CSV, JSON, JSON Lines, Parquet), folder of Parquet files, data set saved on disk, packed
+            folder, or `embedded:<split>` (train, validation, evaluation) for the embedded benchmark, which is written
+            beside the results. `embedded:<split>:<seed>` draws its values, wordings and pictures with another seed.
+        columns: Columns of the file by field, such as `{question: prompt, answer: label}`, for names that are not read
+            by themselves.
+        image_root: Folder of the pictures in `image` and `m_loc`. Null: the folder of the file, or the one above or
+            below it that holds them.
         rephrase_root: Folder of the pictures in `image_rephrase`; null: `image_root`.
+        pictures: Folder of any pictures, without labels, which supervise where neither a record nor `pool` does. Null:
+            the records' own pictures.
         pool: File of other records (the training file), which held-out supervision and the calibration of bandwidths
-            draw from. Null: the embedded benchmark's training split, or none.
+            draw from, or `embedded:<split>`. Null: the embedded benchmark's training split if the records are of the
+            benchmark, else none.
+        pool_image_root: Folder of the pool's pictures; null: that of the records.
+        pool_rephrase_root: Folder of the pool's pictures in `image_rephrase`; null: `pool_image_root`, or that of the
+            records if it is null as well.
         limit: Number of usable records to edit; null: all.
         task: Task of records that name none.
         template: Prompt template, a preset of `odedit.inputs.prompts`.
@@ -73,9 +83,13 @@ class DataConfig(Settings):
     """
 
     path: str = f"{EMBEDDED}:evaluation"
+    columns: Mapping[str, str] = field(default_factory=dict, hash=False)
     image_root: str | None = None
     rephrase_root: str | None = None
+    pictures: str | None = None
     pool: str | None = None
+    pool_image_root: str | None = None
+    pool_rephrase_root: str | None = None
     limit: Annotated[int, Ge(1)] | None = None
     task: Literal["auto", "vqa", "caption"] = "auto"
     template: str = "mmedit"
@@ -84,10 +98,18 @@ class DataConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.split is not None and self.split not in SPLITS:
-            raise ValueError(f"path: {unknown_name('embedded split', self.split, SPLITS)}")
-        if self.split is not None and not self._seed.isdecimal():
-            raise ValueError(f"path: got {self.path!r}, expected {EMBEDDED}:<split>:<seed> with a seed of digits.")
+        for name in ("path", "pool"):
+            text = getattr(self, name) or ""
+            split, seed = embedded_split(text)
+            if split is not None and split not in SPLITS:
+                raise ValueError(f"{name}: {unknown_name('embedded split', split, SPLITS)}")
+            if split is not None and not seed.isdecimal():
+                raise ValueError(f"{name}: got {text!r}, expected {EMBEDDED}:<split>:<seed> with a seed of digits.")
+        for key in self.columns:
+            if key not in KNOWN:
+                raise ValueError(f"columns: {unknown_column(key)}")
+        if self.pool is not None and self.pictures is not None:
+            raise ValueError("pictures: set beside pool, which has pictures of its own; leave one of the two out.")
         try:
             find_template(self.template)
         except InputError as error:
@@ -96,17 +118,24 @@ class DataConfig(Settings):
     @property
     def split(self) -> str | None:
         """Split of the embedded benchmark in `path`, or None."""
-        parts = self.path.split(":", 2)
-        return parts[1] if len(parts) > 1 and parts[0] == EMBEDDED else None
+        return embedded_split(self.path)[0]
 
     @property
     def split_seed(self) -> int:
         """Seed of the embedded benchmark."""
-        return int(self._seed)
+        return int(embedded_split(self.path)[1])
 
-    @property
-    def _seed(self) -> str:
-        return self.path.split(":", 2)[2] if self.path.count(":") > 1 else "0"
+
+def embedded_split(text: str) -> tuple[str | None, str]:
+    """Split and seed of `embedded:<split>[:<seed>]`; None for any other path.
+
+    >>> embedded_split("embedded:train:3"), embedded_split("records.csv")
+    (('train', '3'), (None, '0'))
+    """
+    parts = text.split(":", 2)
+    if len(parts) < 2 or parts[0] != EMBEDDED:
+        return None, "0"
+    return parts[1], parts[2] if len(parts) > 2 else "0"
 
 
 @dataclass(frozen=True)

@@ -349,7 +349,8 @@ def _single(ready: Ready, left_out: Collection[int]) -> RunConfig | None:
         file.write_text(text)
     data = replace(
         config.data, path=below(config.out, file.name), limit=None, pool=sources.pool, image_root=sources.image_root,
-        rephrase_root=sources.rephrase_root,
+        rephrase_root=sources.rephrase_root, pool_image_root=sources.pool_image_root,
+        pool_rephrase_root=sources.pool_rephrase_root,
     )  # fmt: skip
     return replace(single, data=data)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -45,6 +46,7 @@ class Ready:
         staged: Staged records.
         code: Version of the code.
         notes: Notes for the user, on changed settings and on the earlier run in `out`.
+        origins: Number of records by name of the supervision and by its origin; only of a preview.
         scored: Model that the records are scored on; None: every record is edited by itself.
     """
 
@@ -54,6 +56,7 @@ class Ready:
     staged: Staged
     code: str
     notes: tuple[str, ...] = ()
+    origins: Mapping[str, Counter[str]] = field(default_factory=dict)
     scored: ScoredModel | None = None
 
     @property
@@ -123,7 +126,8 @@ def preview(
         if check_staged is not None:
             check_staged(aside, inputs)
         earlier = find(config, inputs, workspace, fresh=fresh, identity=identity)
-        return Ready(config, workspace, inputs, staged, code_version(), (*fitting_notes, *earlier.notes))
+        notes = (*fitting_notes, *earlier.notes)
+        return Ready(config, workspace, inputs, staged, code_version(), notes, staging.origins(config, aside, inputs))
 
 
 def check_records(config: RunConfig) -> None:

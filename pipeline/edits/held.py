@@ -10,7 +10,7 @@ from itertools import groupby
 from odedit.backbones import Backbone
 from odedit.backbones.common.generation import EXTRA_TOKENS
 from odedit.data.images import ImageError, ImageReader, image_name
-from odedit.data.packed import is_pack_reference
+from odedit.data.packed import is_embedded_reference
 from odedit.editing.files import EditInfo
 from odedit.errors import InputError, StorageError
 from odedit.evaluation.scores import answer_text, answers_target, decoded
@@ -105,7 +105,7 @@ def _picture(info: EditInfo, readers: dict[str, ImageReader]) -> Picture | None:
     if not info.picture:
         return None
     if info.image_root not in readers:
-        is_packed = is_pack_reference(info.image)
+        is_packed = is_embedded_reference(info.image)
         readers[info.image_root] = (
             ImageReader(None, pack_root=info.image_root) if is_packed else ImageReader(info.image_root)
         )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from odedit.evaluation.columns import METRICS, PARTS
+from odedit.evaluation.columns import FURTHER, METRICS, PARTS
 from odedit.evaluation.statistics import Estimate, PairedDifference
 from pipeline.report.differences import Difference
 
-LABELS = {name: metric.label for name, metric in METRICS.items()} | PARTS
+LABELS = {name: metric.label for name, metric in (METRICS | FURTHER).items()} | PARTS
 """Columns spelled out."""
 
 

@@ -8,7 +8,7 @@ from typing import get_args
 
 from odedit.data.fields import Root, request_images
 from odedit.data.images import ImageError, ImageReader
-from odedit.data.packed import is_pack_reference
+from odedit.data.packed import is_embedded_reference
 from odedit.data.records import RawRecord
 from odedit.errors import InputError, counted
 from odedit.runtime.addresses import relative_note
@@ -32,7 +32,7 @@ def check_pictures(records: Iterable[RawRecord], reader: ImageReader) -> None:
             (record, reference.path)
             for record in usable
             for reference in request_images(record.fields)
-            if reference.root == root and not is_pack_reference(reference.path)
+            if reference.root == root and not is_embedded_reference(reference.path)
         ]
         sample = pictures[:: max(1, len(pictures) // _PICTURES)]
         if sample and all(_is_missing(reader, path, root) for _, path in sample):

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pyarrow.fs import FileType
+from pyarrow.fs import FileSelector, FileType
 
 from odedit import world
 from odedit.data.images import ImageReader
+from odedit.data.packed import MANIFEST
+from odedit.data.roots import root_of
+from odedit.data.tables import shards
 from odedit.errors import InputError
 from odedit.runtime.addresses import above, below, masked, relative_note
 from odedit.storage.atomic import folder_written_atomically
 from odedit.storage.location import Location, LocationLike, at, copy_folder, locate
 from odedit.world.facts import WORLD
-from pipeline.config.run import DataConfig
+from pipeline.config.run import DataConfig, embedded_split
 from pipeline.run_folder.workspace import Workspace
 
-_ROOTS = ("image_root", "rephrase_root", "pool")
+_ROOTS = ("image_root", "rephrase_root", "pictures", "pool", "pool_image_root", "pool_rephrase_root")
 _WRITTEN_LAST = "evaluation.json"
 
 
@@ -35,26 +40,39 @@ class Sources:
     pool: str | None
     max_pixels: int
     max_bytes: int
+    pictures: str | None = None
+    pool_image_root: str | None = None
+    pool_rephrase_root: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @cached_property
     def reader(self) -> ImageReader:
         """Reader of the records' pictures."""
-        return self._reader_of(self.path)
+        return self._reader_of(self.path, self.image_root, self.rephrase_root)
 
     @cached_property
     def pool_reader(self) -> ImageReader:
-        """Reader of the pool's pictures."""
-        return self._reader_of(self.pool or self.path)
+        """Reader of the pool's pictures: of `pool`, else of `pictures`, else of the records."""
+        if self.pool is None:
+            return self.reader if self.pictures is None else ImageReader(self.pictures, **self._limits)
+        image_root = self.pool_image_root or self.image_root
+        rephrase_root = self.pool_rephrase_root or self.pool_image_root or self.rephrase_root
+        return self._reader_of(self.pool, image_root, rephrase_root)
 
-    def _reader_of(self, path: str) -> ImageReader:
-        return ImageReader.for_records(
-            path, self.image_root, self.rephrase_root, max_pixels=self.max_pixels, max_bytes=self.max_bytes
-        )
+    @property
+    def _limits(self) -> dict[str, Any]:
+        return {"max_pixels": self.max_pixels, "max_bytes": self.max_bytes}
+
+    def _reader_of(self, path: str, image_root: str | None, rephrase_root: str | None) -> ImageReader:
+        return ImageReader.for_records(path, image_root, rephrase_root, **self._limits)
 
     def identity(self) -> dict[str, str]:
         """Path, size and modification time of each input, to detect changes. Raises InputError if a file is missing."""
         files = {"data.path": self.path, "data.pool": self.pool}
-        return {name: identity_of(path, name) for name, path in files.items() if path is not None}
+        found = {name: identity_of(path, name) for name, path in files.items() if path is not None}
+        if self.pictures is not None:
+            found["data.pictures"] = _folder_identity(self.pictures, "data.pictures")
+        return found
 
 
 def resolve(data: DataConfig, out: Path | str, rephrases: int = 1) -> Sources:
@@ -65,20 +83,41 @@ def resolve(data: DataConfig, out: Path | str, rephrases: int = 1) -> Sources:
         rephrases: Number of supervising rephrases in the embedded benchmark, `supervision.rephrases`.
 
     Raises:
+        InputError: There is no such file of records, or its pictures need a root.
         OSError: The benchmark cannot be written.
     """
     path = absolute(data.path)
-    others = {name: absolute(value) if (value := getattr(data, name)) else None for name in _ROOTS}
+    roots = {name: absolute(value) if (value := getattr(data, name)) else None for name in _ROOTS}
     if data.split is not None:
-        folder = below(above(absolute(str(out))), embedded_name(data.split_seed, rephrases))
-        build_embedded(folder, data.split_seed, rephrases)
-        path = below(folder, f"{data.split}.json")
-        others |= {
-            "image_root": below(folder, "images"),
-            "rephrase_root": below(folder, "images_rephrase"),
-            "pool": others["pool"] or below(folder, "train.json"),
+        embedded = _embedded(data.path, out, rephrases)
+        path = embedded["path"]
+        roots |= {"image_root": embedded["image_root"], "rephrase_root": embedded["rephrase_root"]}
+        if roots["pool"] is None and roots["pictures"] is None:
+            roots["pool"] = embedded["pool"]
+    else:
+        roots["image_root"] = root_of(path, roots["image_root"], data.columns, data.task)
+    if data.pool is not None and embedded_split(data.pool)[0] is not None:
+        embedded = _embedded(data.pool, out, rephrases)
+        roots |= {
+            "pool": embedded["path"],
+            "pool_image_root": embedded["image_root"],
+            "pool_rephrase_root": embedded["rephrase_root"],
         }
-    return Sources(path, **others, max_pixels=data.max_pixels, max_bytes=data.max_bytes)
+    limits = {"max_pixels": data.max_pixels, "max_bytes": data.max_bytes}
+    return Sources(path, **roots, **limits, columns=dict(data.columns))  # type: ignore[arg-type]
+
+
+def _embedded(text: str, out: Path | str, rephrases: int) -> dict[str, str]:
+    """Files of a split of the embedded benchmark, which is written unless it exists."""
+    split, seed = embedded_split(text)
+    folder = below(above(absolute(str(out))), embedded_name(int(seed), rephrases))
+    build_embedded(folder, int(seed), rephrases)
+    return {
+        "path": below(folder, f"{split}.json"),
+        "image_root": below(folder, "images"),
+        "rephrase_root": below(folder, "images_rephrase"),
+        "pool": below(folder, "train.json"),
+    }
 
 
 def out_of_dry_run(data: DataConfig, out: str, aside: str, rephrases: int = 1) -> str:
@@ -87,10 +126,9 @@ def out_of_dry_run(data: DataConfig, out: str, aside: str, rephrases: int = 1) -
     Returns:
         `out` itself if nothing would be written, else a path below the temporary folder `aside`.
     """
-    if data.split is None:
-        return out
-    folder = at(below(above(absolute(out)), embedded_name(data.split_seed, rephrases)))
-    return out if (folder / _WRITTEN_LAST).exists() else f"{aside}/out"
+    seeds = [int(seed) for split, seed in map(embedded_split, (data.path, data.pool or "")) if split is not None]
+    folders = [at(below(above(absolute(out)), embedded_name(seed, rephrases))) for seed in seeds]
+    return out if all((folder / _WRITTEN_LAST).exists() for folder in folders) else f"{aside}/out"
 
 
 def check_apart(data: DataConfig, out: Location) -> None:
@@ -147,8 +185,8 @@ def _build_local(folder: Path, seed: int, rephrases: int) -> None:
 
 def with_absolute_paths(data: DataConfig) -> DataConfig:
     """The section with full paths, valid in any current folder. The embedded benchmark keeps its name."""
-    names = _ROOTS if data.split is not None else ("path", *_ROOTS)
-    paths: dict[str, Any] = {name: absolute(value) for name in names if (value := getattr(data, name)) is not None}
+    given = {name: value for name in ("path", *_ROOTS) if (value := getattr(data, name)) is not None}
+    paths: dict[str, Any] = {name: absolute(value) for name, value in given.items() if embedded_split(value)[0] is None}
     return replace(data, **paths)
 
 
@@ -163,7 +201,9 @@ def identity_of(path: str, setting: str) -> str:
     try:
         info = location.info()
         if location.is_local and info.type == FileType.Directory:
-            info = location.child("pack.json").info()
+            info = location.child(MANIFEST).info()
+            if info.type == FileType.NotFound and shards(location):
+                return _folder_identity(path, setting, 0)
     except OSError as error:
         raise InputError(f"{setting}: cannot look at {masked(path)!r} ({masked(str(error))}).") from error
     if info.type == FileType.NotFound:
@@ -171,3 +211,21 @@ def identity_of(path: str, setting: str) -> str:
             f"{setting}: there is no file {masked(path)!r}, and no packed folder of that name.{relative_note(path)}"
         )
     return f"{path} ({info.size} bytes, modified {info.mtime_ns})"
+
+
+def _folder_identity(path: str, setting: str, depth: int | None = None) -> str:
+    """Path of a folder, number of its files, and a digest of their names, sizes and times.
+
+    Args:
+        depth: 0 leaves out the folders below it; None: all of them count.
+    """
+    location = locate(path, setting)
+    try:
+        infos = location.filesystem.get_file_info(FileSelector(location.path, recursive=depth is None))
+    except OSError as error:
+        raise InputError(
+            f"{setting}: the folder {masked(path)!r} cannot be read ({masked(str(error))}).{relative_note(path)}"
+        ) from error
+    files = sorted(f"{info.path} {info.size} {info.mtime_ns}" for info in infos if info.type == FileType.File)
+    digest = hashlib.sha256("\n".join(files).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return f"{path} ({len(files)} files, {digest})"

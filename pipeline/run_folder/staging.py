@@ -8,8 +8,10 @@ because a reader keeps the metadata of every row group in memory.
 
 from __future__ import annotations
 
+import random
 import tempfile
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,11 +25,14 @@ from pyarrow import parquet
 
 from odedit import editors
 from odedit.backbones import load_processor
+from odedit.data import made
 from odedit.data.fields import control_token_problem
+from odedit.data.origins import NEGATIVES, Wanted
+from odedit.data.origins import counted as counted_origins
 from odedit.data.packed import RECORDS_SCHEMA
 from odedit.data.pool import Pool
 from odedit.data.records import Check, RawRecord, read_records
-from odedit.data.supervision import check_pool
+from odedit.data.supervision import check_pool, lacks_locality
 from odedit.errors import InputError
 from odedit.inputs.batch import LOCALITY_SLOTS
 from odedit.inputs.markers import control_token_finder
@@ -40,6 +45,8 @@ from pipeline.run_folder.sources import Sources
 from pipeline.run_folder.workspace import Workspace, parquet_file, read_schema, write_table
 
 POOL_RECORDS = 256
+PICTURES, OWN_PICTURES = "data.pictures", "the records' pictures"
+"""Sources of a pool that is made of pictures."""
 STAGED_SCHEMA = RECORDS_SCHEMA.append(pyarrow.field("group", pyarrow.int64())).with_metadata({"odedit": "staged"})
 """Schema with metadata that distinguishes staged files from a user's Parquet files of the same name."""
 CheckStaged = Callable[[Workspace, Sources], None]
@@ -80,15 +87,12 @@ class Staged:
 def stage(config: RunConfig, sources: Sources, workspace: Workspace) -> Staged:
     """Writes `records.parquet` and `pool.parquet` unless they exist.
 
+    Without `data.pool`, a pool is made of pictures where the run reads supervision that a record does not give.
+
     Raises:
-        InputError: The input cannot be read, or none of its pictures exists; held-out locality or hard negatives need
-            a pool and there is none; or no record of the pool can supervise a record of the run.
+        InputError: The input cannot be read, or none of its pictures exists; or no record of the pool can supervise a
+            record of the run.
     """
-    if sources.pool is None and config.objective.settings.num_negatives:
-        raise InputError(
-            f"objective.name: {config.objective.name!r} compares an edit with pictures of other records, and data.pool "
-            "is not set. Set it to a file of other records (the training file)."
-        )
     needs_pool = sources.pool is not None and not _is_staged(workspace.pool)
     needs_records = not (_is_staged(workspace.records) and "group" in read_schema(workspace.records).names)
     if needs_pool or needs_records:
@@ -100,7 +104,13 @@ def stage(config: RunConfig, sources: Sources, workspace: Workspace) -> Staged:
             _stage_pool(config, sources, workspace.pool, check)
         if needs_records:
             _check_supervision(config, sources, read_pool(workspace, sources), check)
-            workspace.records.write_with(lambda path: _write(config, sources, path, check))
+
+            def write(path: Path) -> None:
+                paths = _write(config, sources, path, check)
+                if paths is not None and not _is_staged(workspace.pool):
+                    _stage_pictures(config, sources, workspace.pool, paths)  # before the records, which are the last
+
+            workspace.records.write_with(write)
     return read_staged(workspace.records)
 
 
@@ -113,6 +123,25 @@ def reads_locality(config: RunConfig) -> bool:
     """Whether the edits read locality supervision; otherwise the run needs no pool."""
     editor = editors.find(config.editor.name)(config.editor.settings)
     return not config.objective.settings.reads(editor).isdisjoint(LOCALITY_SLOTS)
+
+
+def wanted(config: RunConfig, workspace: Workspace, sources: Sources) -> Wanted:
+    """The supervision that the edits of a staged run read, and the pool that it is from."""
+    editor = editors.find(config.editor.name)(config.editor.settings)
+    settings = config.objective.settings
+    slots = settings.reads(editor) | ({NEGATIVES} if settings.num_negatives else set())
+    if not workspace.pool.exists():
+        return Wanted(slots)
+    with parquet_file(workspace.pool) as file:
+        count, first = file.metadata.num_rows, file.read(["file"]).column("file")[0].as_py()
+    source = "data.pool" if sources.pool is not None else str(first)
+    return Wanted(slots, source, sources.pool is None, count)
+
+
+def origins(config: RunConfig, workspace: Workspace, sources: Sources) -> dict[str, Counter[str]]:
+    """Number of staged records by name of the supervision that they read and by its origin."""
+    reads = wanted(config, workspace, sources)
+    return counted_origins(usable_records(workspace.records), config.supervision, reads)
 
 
 def _check_supervision(config: RunConfig, sources: Sources, pool: Pool | None, check: Check) -> None:
@@ -144,7 +173,7 @@ def staged_aside(
         if check_staged is not None:
             check_staged(temporary, sources)
         yield staged
-        for new, target in ((temporary.records, workspace.records), (temporary.pool, workspace.pool)):
+        for new, target in ((temporary.pool, workspace.pool), (temporary.records, workspace.records)):
             if new.exists():
                 target.take(Path(new))
 
@@ -179,7 +208,8 @@ def _is_staged(location: Location) -> bool:
 
 def _records(config: RunConfig, sources: Sources, check: Check) -> Iterator[RawRecord]:
     """The records of the run's file, and of the further files of a run that commits, numbered on."""
-    records = read_records(sources.path, task=config.data.task, limit=config.data.limit, check=check)
+    read = partial(read_records, task=config.data.task, check=check, columns=sources.columns)
+    records = read(sources.path, limit=config.data.limit)
     added = () if config.commit is None else config.commit.settings.add
     if not added:
         yield from records
@@ -188,7 +218,7 @@ def _records(config: RunConfig, sources: Sources, check: Check) -> Iterator[RawR
     count = 0
     for path in (None, *added):
         first = count
-        for record in records if path is None else read_records(path, task=config.data.task, check=check):
+        for record in records if path is None else read(path):
             count = max(count, first + record.index + 1)
             problem = record.problem
             if record.edit_id in seen and not problem:
@@ -197,16 +227,24 @@ def _records(config: RunConfig, sources: Sources, check: Check) -> Iterator[RawR
             yield replace(record, index=first + record.index, problem=problem)
 
 
-def _write(config: RunConfig, sources: Sources, path: Path, check: Check) -> None:
-    """Writes `records.parquet`."""
-    needs_own = sources.pool is None and config.supervision.locality_source != "record" and reads_locality(config)
+def _write(config: RunConfig, sources: Sources, path: Path, check: Check) -> list[str] | None:
+    """Writes `records.parquet`.
+
+    Returns:
+        Paths of up to 256 pictures that the records edit, drawn uniformly, if the run needs a pool of pictures; None if
+        it does not.
+    """
+    needs_pictures = sources.pool is None and bool(config.objective.settings.num_negatives or sources.pictures)
+    needs_locality = sources.pool is None and reads_locality(config)
+    pictures = _Sample(POOL_RECORDS, config.supervision.seed)
     rows: list[dict[str, Any]] = []
     num_rows = 0
     with parquet.ParquetWriter(path, STAGED_SCHEMA) as writer:
         for number, group in enumerate(_groups(_records(config, sources, check), config.pipeline.batch_size)):
-            if needs_own:
-                for record in group:
-                    _check_locality(record)
+            for record in group if sources.pool is None else ():
+                if not record.problem:
+                    pictures.add(record.fields["image"])
+                    needs_pictures |= needs_locality and lacks_locality(record, config.supervision)
             rows += (record.to_row() | {"group": number} for record in group)
             num_rows += len(group)
             if len(rows) >= _ROWS_TOGETHER:
@@ -215,6 +253,27 @@ def _write(config: RunConfig, sources: Sources, path: Path, check: Check) -> Non
         _write_rows(writer, rows)
     if not num_rows:
         raise InputError(f"data.path: {masked(config.data.path)} holds no record.")
+    return list(dict.fromkeys(pictures.chosen)) if needs_pictures else None
+
+
+class _Sample:
+    """Uniform sample of a stream (reservoir sampling).
+
+    Attributes:
+        chosen: The values drawn so far.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._size, self._rng, self._count = size, random.Random(seed), 0
+        self.chosen: list[str] = []
+
+    def add(self, value: str) -> None:
+        """Adds the next value of the stream."""
+        self._count += 1
+        if len(self.chosen) < self._size:
+            self.chosen.append(value)
+        elif (index := self._rng.randrange(self._count)) < self._size:
+            self.chosen[index] = value
 
 
 def _write_rows(writer: parquet.ParquetWriter, rows: Sequence[dict[str, Any]]) -> None:
@@ -237,29 +296,33 @@ def _groups(records: Iterator[RawRecord], batch_size: int) -> Iterator[list[RawR
         yield group
 
 
-def _check_locality(record: RawRecord) -> None:
-    """Raises InputError unless the record has its own unrelated questions, which a run without a pool needs."""
-    if record.problem:
-        return
-    missing = [
-        slot for slot in ("text_locality", "image_locality") if slot not in (record.fields.get("held_out") or {})
-    ]
-    if missing:
-        raise InputError(
-            f"{record.file}, record {record.index}: has no held-out entry for {' and '.join(missing)}, and data.pool "
-            "is not set. Set data.pool to a file of other records (the training file), or supervision.locality_source "
-            "to 'record', which trains on the questions that locality is scored on."
-        )
-
-
 def _stage_pool(config: RunConfig, sources: Sources, location: Location, check: Check) -> None:
     """Writes `pool.parquet`, a random sample of the pool."""
     assert sources.pool is not None
-    seed = config.supervision.seed
     pool = Pool.sample(
-        sources.pool, sources.pool_reader, size=POOL_RECORDS, seed=seed, task=config.data.task, check=check
+        sources.pool,
+        sources.pool_reader,
+        size=POOL_RECORDS,
+        seed=config.supervision.seed,
+        task=config.data.task,
+        check=check,
+        columns=sources.columns,
     )
-    rows = [record.to_row() | {"group": 0} for record in pool.records]
+    _write_pool(pool.records, location)
+
+
+def _stage_pictures(config: RunConfig, sources: Sources, location: Location, own: Sequence[str]) -> None:
+    """Writes `pool.parquet`: general questions about the pictures of `data.pictures`, or about the records' own."""
+    seed = config.supervision.seed
+    paths: Sequence[str] = own
+    if sources.pictures is not None:
+        paths = made.pictures_in(locate(sources.pictures, "data.pictures"), POOL_RECORDS, seed)
+    source = PICTURES if sources.pictures is not None else OWN_PICTURES
+    _write_pool(made.about_pictures(paths, source, seed), location)
+
+
+def _write_pool(records: Sequence[RawRecord], location: Location) -> None:
+    rows = [record.to_row() | {"group": 0} for record in records]
     write_table(location, pyarrow.Table.from_pylist(rows, schema=STAGED_SCHEMA))
 
 
@@ -269,7 +332,8 @@ def read_pool(workspace: Workspace, sources: Sources) -> Pool | None:
         return None
     with parquet_file(workspace.pool) as file:
         rows = file.read().to_pylist()
-    return Pool(tuple(RawRecord.from_row(row) for row in rows), sources.pool_reader)
+    records = tuple(RawRecord.from_row(row) for row in rows)
+    return Pool(records, sources.pool_reader, is_made=sources.pool is None)
 
 
 def read_staged(location: Location) -> Staged:

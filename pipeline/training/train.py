@@ -46,6 +46,7 @@ from pipeline.run_folder.sources import Sources, absolute
 from pipeline.run_folder.staging import POOL_RECORDS, check_for
 from pipeline.run_folder.workspace import check_access, new_local_folder
 from pipeline.tracking import client, runs
+from pipeline.workers.asked import with_old_answers
 from pipeline.workers.model import load_with_feature_cache, with_checked_store
 from pipeline.workers.negatives import negative_pool
 from pipeline.workers.plan import machine_cpus, machine_gpus, make_plan
@@ -193,7 +194,7 @@ def _inputs(config: RunConfig, files: Files) -> dict[str, Sources]:
         source = inputs[part] = sources.resolve(data[part], files.path, config.supervision.rephrases)
         source.identity()
         source.reader.check_roots()
-        check_pictures(read_records(source.path, task=config.data.task), source.reader)
+        check_pictures(read_records(source.path, task=config.data.task, columns=config.data.columns), source.reader)
     return {part: inputs[part] for part in data}
 
 
@@ -209,6 +210,7 @@ def _data(config: RunConfig, part: str) -> DataConfig:
             image_root=training.image_root or config.data.image_root,
             rephrase_root=training.rephrase_root or config.data.rephrase_root,
             pool=config.data.pool or (None if is_embedded else training.path),
+            pictures=None,
         )
     except ValueError as error:
         raise InputError(f"training.{'path' if part == 'training' else 'validation'}: {error}") from error
@@ -281,7 +283,7 @@ def _encoded(
                 needs_bandwidth = settings.needs_bandwidth and editor.trains_with_objective
                 if part == "training" and bandwidth is None and needs_bandwidth:
                     bandwidth = _bandwidth(config, backbone, chunk)
-                records.add(chunk)
+                records.add(chunk if negatives is None else with_old_answers(backbone, template, chunk))
                 bar(part, len(records), limits[part], {})
     return encoded, Objective(settings, bandwidth) if editor.trains_with_objective else None
 
@@ -304,7 +306,9 @@ def _requests(
     """
     source.reader.check_roots()
     pool = _pool(config, source, check)
-    records = partial(read_records, source.path, task=config.data.task, limit=limit, check=check)
+    records = partial(
+        read_records, source.path, task=config.data.task, limit=limit, check=check, columns=config.data.columns
+    )
     check_pool((record for record in records() if not record.problem), source.reader, config.supervision, pool)
     num_used, problems = 0, []
     for record in records():
@@ -328,8 +332,9 @@ def _pool(config: RunConfig, source: Sources, check: Check) -> Pool:
     assert source.pool is not None
     seed = config.supervision.seed
     return Pool.sample(
-        source.pool, source.pool_reader, size=POOL_RECORDS, seed=seed, task=config.data.task, check=check
-    )
+        source.pool, source.pool_reader, size=POOL_RECORDS, seed=seed, task=config.data.task, check=check,
+        columns=config.data.columns,
+    )  # fmt: skip
 
 
 def _chunks(requests: Iterator[EditRequest]) -> Iterator[Sequence[EditRequest]]:

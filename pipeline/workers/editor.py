@@ -29,6 +29,7 @@ from odedit.runtime.stages import stage
 from pipeline.run_folder import staging
 from pipeline.run_folder.rows import Row
 from pipeline.workers import output
+from pipeline.workers.asked import with_old_answers
 from pipeline.workers.calibration import Calibration
 from pipeline.workers.device_errors import unless_out_of_memory
 from pipeline.workers.group import GroupWorker
@@ -53,6 +54,7 @@ class EditActor(GroupWorker):
             config.backbone, job.device, config.pipeline.feature_store, partial(write_note, job, "feature-store")
         )
         self._editor.check(self._backbone)
+        self._wanted = staging.wanted(config, job.workspace, job.sources)
         self._calibration = Calibration(job, self._backbone, self._template)
         self._lazy_objective: Objective | None = None
         self._negatives: NegativePool | None = None
@@ -64,6 +66,8 @@ class EditActor(GroupWorker):
     def _process(self, records: Sequence[RawRecord], requests: Sequence[EditRequest]) -> list[Row]:
         config = self._job.config
         objective = self._objective()
+        if self._negatives is not None:
+            requests = with_old_answers(self._backbone, self._template, requests)
         with stage("encode"):
             joined = config.objective.settings.joins_rephrases
             supervision, evaluation = self._encode(requests, self._negatives, joined)
@@ -82,6 +86,7 @@ class EditActor(GroupWorker):
         for record, request, result, score in zip(records, requests, edited, scores, strict=True):
             measured = peak | {"rephrase_distance": rephrase_distance(request)}
             row = output.edit_row(self._job, record, result) | measured | ({} if result.error else score)
+            row |= output.origin_columns(record, config.supervision, self._wanted)
             if not result.error and config.keep_edits:
                 with stage("write edits"):
                     output.save(self._job, record, request, result, score, self._backbone.fingerprint)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow
 
-from odedit.data.fields import edit_text
+from odedit.data.fields import edit_text, old_answer
 from odedit.data.images import ImageError
 from odedit.data.pool import Pool
 from odedit.errors import InputError
@@ -113,9 +113,9 @@ def _requests(models: Compared, pool: Pool, edited: Edited) -> Iterator[EditRequ
             picture = models.unedited.processor.process(pool.reader.read(text.image.path, text.image.root))
         except ImageError:
             continue
-        target = fields["pred"] if fields["pred"].strip() else fields["alt"]
+        target = old_answer(fields) or fields["alt"]
         own = Probe(text.prompt, target, picture, text.is_caption, fields.get("fact"))
-        about_text = Probe(fields["loc"], fields["loc_ans"], fact=fields.get("loc_fact"))
+        about_text = Probe(fields["loc"], fields["loc_ans"], fact=fields.get("loc_fact"))  # every pool record has it
         if edited.answer_to(own) is None:
             probes = {_OWN: own} | ({_TEXT: about_text} if edited.answer_to(about_text) is None else {})
             yield EditRequest(record.edit_id, own, probes=probes, meta={"fact": own.fact or record.edit_id})

@@ -8,8 +8,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from odedit.data.fields import edit_text
-from odedit.data.packed import is_pack_reference
+from odedit.data.origins import Wanted, origins
+from odedit.data.packed import is_embedded_reference
 from odedit.data.records import RawRecord
+from odedit.data.supervision import Supervision
 from odedit.editing.curves import EditResult
 from odedit.editing.files import EditInfo, save_edit
 from odedit.inputs.batch import EditRequest
@@ -34,6 +36,12 @@ def edit_row(job: Job, record: RawRecord, result: EditResult) -> Row:
     }
 
 
+def origin_columns(record: RawRecord, supervision: Supervision, wanted: Wanted) -> Row:
+    """Columns that say which supervision was given, by the record or by a pool of records, and which was made."""
+    found = origins(record, supervision, wanted)
+    return {"supervision_given": ", ".join((*found.given, *found.drawn)), "supervision_made": found.made_text()}
+
+
 def save(
     job: Job, record: RawRecord, request: EditRequest, result: EditResult, score: dict[str, Any], fingerprint: str
 ) -> None:
@@ -48,7 +56,7 @@ def save(
     """
     config, sources = job.config, job.sources
     picture, image = request.edit.picture, edit_text(record.fields, record.task).image
-    root = sources.path if image is not None and is_pack_reference(image.path) else sources.image_root
+    root = sources.path if image is not None and is_embedded_reference(image.path) else sources.image_root
     info = EditInfo(
         edit_id=record.edit_id,
         editor=config.editor.name,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from odedit.backbones import PretrainedProcessor, load_processor
 from odedit.data.images import ImageError
+from odedit.data.made import completed
 from odedit.data.records import RawRecord
 from odedit.data.supervision import build_request
 from odedit.errors import InputError, StorageError, one_sentence
@@ -120,7 +121,8 @@ class Preparer:
         shared: dict[str, Picture] = {}
         for record in records:
             # The locality picture is dropped below, so the edit's own picture stands in and no other picture is read.
-            bare = replace(record, fields={**record.fields, "m_loc": record.fields["image"], "probes": None})
+            full = completed(record)
+            bare = replace(record, fields={**full.fields, "m_loc": full.fields["image"], "probes": None})
             try:
                 request = build_request(bare, self._job.sources.pool_reader, supervision)
                 kept = {slot: request.supervision[slot] for slot in (*REPHRASE_SLOTS, "text_locality")}

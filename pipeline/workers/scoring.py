@@ -11,7 +11,9 @@ from odedit.evaluation.edited import judged_by_edits
 from odedit.inputs.batch import EditRequest
 from odedit.inputs.prompts import find_template
 from odedit.runtime.peak_memory import peak_memory
+from pipeline.run_folder import staging
 from pipeline.run_folder.rows import EDITED, SKIPPED, Row, base_row
+from pipeline.workers import output
 from pipeline.workers.compared import Compared
 from pipeline.workers.group import GroupWorker
 from pipeline.workers.plan import Job
@@ -27,6 +29,8 @@ class ScoreActor(GroupWorker):
         assert job.scored is not None, "the job names a model"
         self._scored, config = job.scored, job.config
         self._template = find_template(config.data.template)
+        # Of a model that was not made by this run, the supervision is unknown.
+        self._wanted = None if config.commit is None else staging.wanted(config, job.workspace, job.sources)
         self._models = Compared.load(
             config.backbone,
             self._scored,
@@ -68,6 +72,8 @@ class ScoreActor(GroupWorker):
     def _row(self, record: RawRecord) -> Row:
         """The row without its scores."""
         row = self._described(base_row(record, self._job.config, EDITED))
+        if self._wanted is not None:
+            row |= output.origin_columns(record, self._job.config.supervision, self._wanted)
         fit = self._scored.fits.get(record.edit_id)
         if fit is None:
             return row

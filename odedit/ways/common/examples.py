@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from odedit.backbones import is_connector
 from odedit.backbones.base import Backbone, ends_of
+from odedit.data.rewording import base_key
 from odedit.data.variation import variations
 from odedit.errors import InputError
 from odedit.inputs.batch import REPHRASE_SLOTS, EditRequest, Probe
@@ -130,7 +131,10 @@ def read(
     replaced = maker.replaced(drafts)
     everywhere = {answer for answers in parallel.gathered(list(replaced.values())) for answer in answers}
     records = []
-    near = _Near(features, list(pool_keys))
+    edited = {
+        base_key(key) for keys in parallel.gathered([draft.own[0] for draft in drafts if draft.own]) for key in keys
+    }
+    near = _Near(features, list(pool_keys), frozenset(edited))
     for number, draft in enumerate(drafts):
         yield "negatives of the records", number, len(drafts)
         records.append(maker.with_negatives(draft, replaced[draft.edit_id], everywhere, near))
@@ -237,7 +241,8 @@ class _Maker:
     def with_negatives(self, draft: Example, replaced: Tokens, everywhere: Collection[Tokens], near: _Near) -> Example:
         """The example with the pool's pictures of the same thing and its negatives.
 
-        A picture about which the unedited answer is replaced by another record is neither.
+        A picture about which the unedited answer is replaced by another record is neither, and a picture that another
+        record edits is not of the same thing.
         """
         if not draft.own:
             return draft
@@ -245,7 +250,7 @@ class _Maker:
         question = draft.wordings[0]
         asked = self.answered([*(about(question, key) for key in keys), *draft.negatives])
         answer_of = {sequence.picture: _answer(sequence) for sequence in asked}
-        same = tuple(key for key in keys if answer_of.get(key) == replaced)
+        same = tuple(key for key in keys if answer_of.get(key) == replaced and base_key(key) not in near.edited)
         # The question without a picture is drawn as often as that about the nearest picture.
         nearness: dict[str | None, float] = {None: max(cosines, default=0.0)}
         nearness |= zip(keys, cosines, strict=True)
@@ -266,8 +271,12 @@ def _question(sequence: TokenSequence) -> tuple[Tokens, str | None]:
 class _Near:
     """Nearness of the pool's pictures: cosine of mean features, centred over the pool."""
 
-    def __init__(self, features: Features, keys: Sequence[str]) -> None:
-        self._features, self._keys = features, keys
+    def __init__(self, features: Features, keys: Sequence[str], edited: frozenset[str] = frozenset()) -> None:
+        """
+        Args:
+            edited: Keys of the pictures that the records edit.
+        """
+        self._features, self._keys, self.edited = features, keys, edited
         pooled_ND = features.pooled(keys) if keys else torch.zeros(0, 1)
         self._mean_D = pooled_ND.mean(0) if keys else torch.zeros(1)
         self._unit_ND = functional.normalize(pooled_ND - self._mean_D, dim=1)
@@ -278,7 +287,8 @@ class _Near:
             return [], []
         mean_D: Tensor = self._features.pooled(own).mean(0) - self._mean_D
         cosine_N = self._unit_ND @ functional.normalize(mean_D, dim=0)
-        cosine_N = cosine_N.masked_fill(torch.tensor([key in excluded for key in self._keys]), -torch.inf)
+        is_own = [key in excluded or base_key(key) in excluded for key in self._keys]
+        cosine_N = cosine_N.masked_fill(torch.tensor(is_own), -torch.inf)
         best = cosine_N.topk(min(reading.candidates, len(self._keys)))
         chosen = [(value, index) for value, index in zip(*map(Tensor.tolist, best), strict=True) if value > -1.5]
         return [self._keys[index] for _, index in chosen], [value for value, _ in chosen]

@@ -31,9 +31,22 @@ OPTIONAL = {
     "probes": JSON | PROBES,
     "held_out": JSON | PROBES,
 }
+LAYOUT = {
+    name: JSON
+    for name in (
+        "question", "answer", "images", "video", "port_new", "m_rel_1", "rel_ans_1", "knowledge_type", "textual_edit",
+        "locality_prompt", "conversations", "ie_edit_input_idx", "iro_question", "named", "consistency",
+    )
+}  # fmt: skip
+TURNS = st.lists(st.fixed_dictionaries({}, optional={"from": st.sampled_from(["human", "gpt"]) | JSON, "value": JSON}))
+PORTS = st.lists(st.fixed_dictionaries({}, optional={"port_type": JSON, "Q&A": JSON | PROBE}) | JSON, max_size=3)
+OF_A_LAYOUT = st.fixed_dictionaries({}, optional=LAYOUT | {"conversations": TURNS, "port_new": PORTS})
 CHANGES = st.dictionaries(st.sampled_from(list(record())), JSON, max_size=2)
 RECORD = st.builds(
     lambda changes, extra: record() | changes | extra, CHANGES, st.fixed_dictionaries({}, optional=OPTIONAL)
+)
+SHORT = st.builds(
+    lambda image, more: {"image": image, "question": "what?", "answer": "a dog"} | more, JSON, OF_A_LAYOUT
 )
 SYNTAX = st.lists(st.sampled_from([b"[", b"]", b"{", b"}", b",", b":", b'"', b"\n", b"src", b"1", b"\xff", b"\\u"]))
 BYTES = st.binary(max_size=200) | SYNTAX.map(b"".join)
@@ -58,7 +71,9 @@ def check(path: Path) -> list[RawRecord] | None:
 
 
 @FUZZ
-@given(values=st.lists(JSON | RECORD, max_size=4))
+@given(
+    values=st.lists(JSON | RECORD | SHORT | st.builds(lambda full, more: full | more, RECORD, OF_A_LAYOUT), max_size=4)
+)
 @example([{"probes": {"x\ud800": {}}} | record()])
 def test_any_json_value_is_a_record_or_a_problem(tmp_path, values):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(value) for value in values))
@@ -76,7 +91,18 @@ def test_a_number_of_thousands_of_digits_is_refused_in_words(tmp_path):
             list(read_records(str(tmp_path / "a.json")))
 
 
-@pytest.mark.parametrize("ending", ["json", "jsonl", "parquet"])
+CELLS = st.lists(st.lists(TEXT | st.sampled_from(["a.png", '"', "what?", "\n"]), max_size=5), max_size=4)
+
+
+@FUZZ
+@given(rows=CELLS, delimiter=st.sampled_from(",;\t"), ends=st.sampled_from(["\n", "\r\n", "\r"]))
+def test_any_table_is_records_or_refused(tmp_path, rows, delimiter, ends):
+    lines = [delimiter.join(row) for row in [["image", "question", "answer"], *rows]]
+    (tmp_path / "a.csv").write_bytes(ends.join(lines).encode("utf-8", "surrogatepass"))
+    check(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl", "parquet", "csv", "tsv", "arrow", "csv.gz", "json.gz"])
 @FUZZ
 @given(data=BYTES)
 @example(b"")

@@ -145,7 +145,7 @@ def test_references_to_nowhere(source, reference, said):
     pack(path, image_root, rephrase_root, str(out))
     with pytest.raises(ImageError, match=said):
         ImageReader.for_records(str(out)).read(reference)
-    with pytest.raises(ImageError, match="the records are not in one"):
+    with pytest.raises(ImageError, match="the records are in neither"):
         ImageReader(image_root).read(reference)
 
 
@@ -187,8 +187,6 @@ def test_wrong_places(source, tmp_path):
     path, image_root, rephrase_root, out = source
     with pytest.raises(InputError, match=r"data\.image_root: there is no folder"):
         pack(path, image_root + "x", rephrase_root, str(out))
-    with pytest.raises(InputError, match=r"data\.image_root: not set"):
-        pack(path, None, None, str(out))
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="cannot be written to"):
         pack(path, image_root, rephrase_root, str(tmp_path / "file" / "out"))

@@ -125,12 +125,14 @@ def test_parquet_nulls_are_absent_fields(tmp_path):
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_missing_field(tmp_path, name):
-    assert read_one(tmp_path, record(**{name: None})).problem == f"missing field: field {name!r} is not there"
+    problem = read_one(tmp_path, record(**{name: None})).problem
+    is_optional = name in ("pred", "rephrase", "image_rephrase")
+    assert problem == ("" if is_optional else f"missing field: field {name!r} is not there")
 
 
 @pytest.mark.parametrize("name", FIELDS)
 @pytest.mark.parametrize(
-    ("value", "said"), [(12, "a number"), (["x"], "a list"), ({}, "an object"), (True, "true or false"), (0.5, "a num")]
+    ("value", "said"), [(12, "a number"), ([3], "a list"), ({}, "an object"), (True, "true or false"), (0.5, "a num")]
 )
 def test_wrong_type(tmp_path, name, value, said):
     problem = read_one(tmp_path, record(**{name: value})).problem
@@ -309,11 +311,10 @@ def test_row_round_trip(tmp_path):
         ("a.json", b"[{}, {}", "not valid JSON after record 1"),
         ("a.json", b"[{}] x", "not valid JSON after record 0"),
         ("a.json", b"[{}, x]", "not valid JSON after record 0"),
-        ("a.json", b'["\xff"]', "not valid JSON"),
         ("a.json", b"[" * 100_000, "nested deeper"),
         ("a.parquet", b"PAR1 no", "not a readable Parquet file"),
         ("a.parquet", b"", "not a readable Parquet file"),
-        ("a.csv", b"x", "not a file of records by its name"),
+        ("a.txt", b"x", "not a file of records by its name"),
     ],
 )
 def test_broken_file(tmp_path, name, content, said):

@@ -112,6 +112,22 @@ def test_a_picture_with_the_replaced_answer_shows_the_same_thing(backbone) -> No
     assert "twin" not in {sequence.picture for sequence in record.negatives}
 
 
+def test_a_picture_that_another_record_edits_is_not_of_the_same_thing(backbone) -> None:
+    """One question for all, and the records' own pictures as the pool: no picture is trained with another's answer."""
+    first = make_request(0)
+    key = "0" * 32
+    other = replace(
+        make_request(2), edit=replace(first.edit, target="ruby", picture=replace(first.edit.picture, key=key))
+    )
+    shown = [replace(key_of, edit=replace(first.edit, picture=key_of.edit.picture)) for key_of in (first, other)]
+    augmented = replace(other.edit, picture=replace(other.edit.picture, key=f"{key}-{'1' * 16}"))
+    pool = [*shown, replace(other, edit=augmented), *requests(5, first=21)]
+    examples = list(read(backbone, TEMPLATE, (), [first, other], pool, Reading(0, 16, 0)))[-1]
+    mine, theirs = examples.records
+    assert not {key, augmented.picture.key} & set(mine.same)
+    assert augmented.picture.key not in {sequence.picture for sequence in theirs.negatives}
+
+
 def test_joint_training_learns_the_records_and_keeps_the_pool(backbone, worlds) -> None:
     config = JointConfig(steps=60, records=4, kept=8, copies=1, candidates=8)
     own, pool = (of_the_world(worlds[0], split, count) for split, count in (("validation", 3), ("train", 12)))

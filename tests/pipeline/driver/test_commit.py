@@ -23,7 +23,7 @@ from pipeline.driver.run import Outcome
 from pipeline.run_folder import rows as results
 from pipeline.workers import committing, training_group
 from tests.support import inline_pipeline
-from tests.support.mmedit_files import record, write_array, write_images
+from tests.support.mmedit_files import encoded, picture, record, write_array, write_images
 from tests.support.paths import ROOT
 
 Settings = dict[str, Any]
@@ -129,6 +129,31 @@ def test_contradictions_are_refused_before_any_work_and_one_of_them_can_be_kept(
         rows = rows_of(commit(plain, f"commit.on_conflict={keep}", f"out={tmp_path / keep}"))
         assert [row["status"] for row in rows] == ["skipped" if i == left_out else "edited" for i in range(3)]
         assert "contradicts" in rows[left_out]["error"]
+
+
+def test_three_fields_and_one_question_for_all_are_committed(tmp_path: Path, commit: Commit) -> None:
+    lines = ["image,question,answer"]
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(encoded(picture(number)))
+        lines.append(f"{number}.png,what is this?,dog {number}")
+    (tmp_path / "records.csv").write_text("\n".join(lines))
+    settings = {
+        "data": {"path": str(tmp_path / "records.csv")},
+        "commit": {"steps": 4, "copies": 1, "check_every": 2, "records": 4},
+        "evaluation": {"generate": False, "mmedit": False},
+        "tracking": {"enabled": False},
+        "out": str(tmp_path / "out"),
+    }
+    outcome = commit(settings)
+    rows = rows_of(outcome)
+    assert [(row["status"], row["error"]) for row in rows] == [("edited", None)] * 4
+    assert all(row["rel"] is not None and "negatives" in row["supervision_made"] for row in rows)
+    (tmp_path / "more.csv").write_text("\n".join([lines[0], "0.png,what colour is this?,grey"]))
+    ids = [row["edit_id"] for row in rows]
+    changed = commit(
+        None, f"out={tmp_path / 'after'}", change=settings["out"], remove=[ids[1]], add=str(tmp_path / "more.csv")
+    )
+    assert [row["status"] for row in rows_of(changed)] == ["edited", "skipped", "edited", "edited", "edited"]
 
 
 def test_the_sum_of_finished_edits(plain: Settings, commit: Commit, inline: Any, tmp_path: Path) -> None:

@@ -60,13 +60,6 @@ def test_a_broken_file_leaves_nothing_behind(config: RunConfig) -> None:
     assert not [file for file in Path(config.out).iterdir() if file.is_file()]
 
 
-def test_held_out_locality_without_a_pool_is_refused_before_any_work(settings: dict[str, Any]) -> None:
-    config = from_dict(settings | {"supervision": {}})
-    with pytest.raises(InputError, match=r"data\.pool is not set"):
-        staged(config)
-    staged(replace(config, data=replace(config.data, pool=config.data.path)))
-
-
 @pytest.mark.parametrize(
     ("name", "objective", "reads"),
     [
@@ -81,11 +74,8 @@ def test_a_pool_is_needed_where_unrelated_questions_are_read(
     values = {"supervision": {}, "editor": {"name": name}, "objective": {"name": objective}}
     config = from_dict(settings | values)
     assert staging.reads_locality(config) == reads
-    if reads:
-        with pytest.raises(InputError, match=r"data\.pool"):
-            staged(config)
-    else:
-        assert staged(config)[0].num_usable == 5
+    counts, workspace = staged(config)
+    assert counts.num_usable == 5 and workspace.pool.exists() == reads, "a pool of the records' pictures"
 
 
 def test_an_edit_that_reads_no_unrelated_question_is_the_same_without_a_pool(
