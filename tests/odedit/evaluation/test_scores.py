@@ -280,6 +280,43 @@ def test_an_edit_that_changes_nothing_leaves_locality_at_one(backbone, scored):
         assert row["answer_before"] == row["answer_after"]
 
 
+@pytest.mark.parametrize("kind", ["gen", "loc"])
+def test_numbered_probes_are_averaged_and_portability_over_all_hops(backbone, scored, kind):
+    requests, _, editor, params, _ = scored
+    asked = [requests[0].probes["t_loc"], requests[0].probes["m_loc"], requests[1].edit]
+    rows = []
+    for names in (
+        (f"aa_{kind}", f"bb_{kind}", f"cc_{kind}"),
+        ("port_gen_1hop_1", "port_gen_1hop_2", "port_gen_2hop_1")
+        if kind == "gen"
+        else ("x_loc_1", "x_loc_2", "y_loc_1"),
+    ):
+        request = replace(requests[0], probes=dict(zip(names, asked, strict=True)))
+        _, evaluation = encode_requests(backbone, [request], TEMPLATE)
+        own = {name: value[:1] for name, value in params.items()}
+        rows.append(evaluate(backbone, editor, own, evaluation, EvaluationConfig(generate=False))[0])
+    single, averaged = rows
+    means = ("port_gen_1hop", "port_gen_2hop") if kind == "gen" else ("x_loc", "y_loc")
+    endings = [name.removeprefix(f"aa_{kind}") for name in single if name.startswith(f"aa_{kind}")]
+    for ending in endings:
+        first, second, third = (single[f"{name}_{kind}{ending}"] for name in ("aa", "bb", "cc"))
+        assert averaged[f"{means[0]}{ending}"] == (first + second) / 2
+        assert averaged[f"{means[1]}{ending}"] == third
+        if kind == "gen":
+            assert averaged[f"port_gen{ending}"] == pytest.approx((first + second + third) / 3)
+    assert len(endings) > 2 and not [name for name in averaged if "_1" in name.replace("_1hop", "")]
+    assert kind == "gen" or len({single[f"{name}_loc_top10"] for name in ("aa", "bb", "cc")}) > 1
+
+
+def test_a_number_after_a_main_metric_is_no_mean(backbone, scored):
+    requests, _, editor, params, rows = scored
+    request = replace(requests[0], probes=dict(requests[0].probes) | {"m_gen_2": requests[1].edit})
+    _, evaluation = encode_requests(backbone, [request], TEMPLATE)
+    own = {name: value[:1] for name, value in params.items()}
+    (row,) = evaluate(backbone, editor, own, evaluation)
+    assert row["m_gen"] == rows[0]["m_gen"] and "m_gen_2" in row
+
+
 def test_scores_that_are_switched_off_are_not_written(backbone, scored):
     _, evaluation, editor, params, rows = scored
     (row, *_) = evaluate(backbone, editor, params, evaluation, EvaluationConfig(generate=False, mmedit=False))
