@@ -20,8 +20,9 @@ from odedit.objectives.common.multiplier import MultiplierConfig
 from odedit.risks.risks import upcast
 
 FELT = 0.05
-"""lambda below which the penalty hardly changes an edit. On the embedded BLIP-2, of 48 edits each, lambda near 0.06
-gives 17 another number of steps, and 0.001 one or none.
+"""lambda below which the penalty hardly changes an edit.
+
+Of 48 edits of the embedded BLIP-2, 17 take another number of steps with lambda near 0.06, at most one near 0.001.
 """
 _USUAL_STEPS = 20
 
