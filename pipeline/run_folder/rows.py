@@ -23,6 +23,8 @@ from pipeline.run_folder.workspace import Workspace, parquet_file, read_schema, 
 
 EDITED, FAILED, SKIPPED = "edited", "failed", "skipped"
 CURVES = pyarrow.map_(pyarrow.string(), pyarrow.list_(pyarrow.float64()))
+ANSWERS = pyarrow.map_(pyarrow.string(), pyarrow.struct([("before", pyarrow.string()), ("after", pyarrow.string())]))
+"""Generated answers by probe; runs of earlier versions lack the column."""
 FIXED_COLUMNS: dict[str, pyarrow.DataType] = {
     "index": pyarrow.int64(),
     "edit_id": pyarrow.string(),
@@ -47,6 +49,7 @@ FIXED_COLUMNS: dict[str, pyarrow.DataType] = {
     "lambda": pyarrow.float64(),
     "penalty_steps": pyarrow.int64(),
     "losses": CURVES,
+    "answers": ANSWERS,
 }
 """Columns of every result file, in order. Further measurements follow, sorted by name."""
 NOT_REPRODUCIBLE = ("seconds",)
@@ -57,6 +60,7 @@ PROGRESS_COLUMNS = ("edit_id", "status", "error", "seconds", *MAIN)
 
 GROUPS_PER_FILE = 256
 """Groups per result file of a finished run. Smaller runs keep one file per group."""
+_MAPS = tuple(name for name, kind in FIXED_COLUMNS.items() if pyarrow.types.is_map(kind))
 _ROWS_AT_ONCE = 512
 _BYTES_AT_ONCE = 2**22
 
@@ -168,8 +172,9 @@ def read_rows(
                 if statuses is not None:
                     batch = batch.filter(compute.is_in(batch.column("status"), pyarrow.array(statuses)))
                 for row in batch.to_pylist():
-                    if row.get("losses") is not None:
-                        row["losses"] = dict(row["losses"])
+                    for name in _MAPS:
+                        if row.get(name) is not None:
+                            row[name] = dict(row[name])
                     yield row
 
 
@@ -232,7 +237,8 @@ def drop_groups(workspace: Workspace, path: Location, group_of_row: np.ndarray, 
 
 def _unified(schemas: Iterable[pyarrow.Schema]) -> pyarrow.Schema:
     fields = [field for schema in schemas for field in schema]
-    types = {field.name: field.type for field in fields}
+    # Files of an earlier version lack the columns that were added since.
+    types = FIXED_COLUMNS | {field.name: field.type for field in fields}
     # A column without text in one file was written as numbers there.
     types |= {field.name: field.type for field in fields if field.type == pyarrow.string()}
     extra = sorted(types.keys() - FIXED_COLUMNS.keys())
