@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -157,20 +157,32 @@ def finished_groups(workspace: Workspace) -> set[int]:
 
 
 def read_rows(
-    files: Iterable[Location], columns: Sequence[str] | None = None, statuses: Sequence[str] | None = None
+    files: Iterable[Location],
+    columns: Sequence[str] | None = None,
+    statuses: Sequence[str] | None = None,
+    edit_ids: Collection[str] | None = None,
+    without: Collection[str] = (),
 ) -> Iterator[Row]:
     """Rows of result files, in order.
 
     Args:
         columns: Names to read; those that a file lacks are left out. All columns by default.
         statuses: Statuses to keep, which need the column `status`. All rows by default.
+        edit_ids: Edit ids to keep, which need the column `edit_id`. All rows by default.
+        without: Names not to read.
     """
+    kept = [
+        (column, pyarrow.array(sorted(values), pyarrow.string()))
+        for column, values in (("status", statuses), ("edit_id", edit_ids))
+        if values is not None
+    ]
     for location in files:
         with parquet_file(location) as file:
-            present = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
+            names = file.schema_arrow.names
+            present = [name for name in columns or names if name in names and name not in without]
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=present):
-                if statuses is not None:
-                    batch = batch.filter(compute.is_in(batch.column("status"), pyarrow.array(statuses)))
+                for column, values in kept:
+                    batch = batch.filter(compute.is_in(batch.column(column), values))
                 for row in batch.to_pylist():
                     for name in _MAPS:
                         if row.get(name) is not None:
