@@ -298,7 +298,7 @@ def _edit(
     num_left = Counter(index for index, _ in pending)
     total = sum(run.staged.num_usable + run.staged.problems for run in ready)
     finished = [part for run in ready for part in parts(run.workspace)]
-    with Progress(console, total) as progress:
+    with Progress(console, total, str(plan)) as progress:
         progress.include(read_rows(finished, PROGRESS_COLUMNS))
         last = time.monotonic()
         for index, _, rows in graph.run_graph(jobs, plan, pending, profile):

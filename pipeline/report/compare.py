@@ -101,7 +101,7 @@ def _numbered(sides: Sequence[Side]) -> list[Side]:
 def _load(name: str, uri: str | None, folder: Path) -> list[Side]:
     location = locate(name, "RUN")
     if location.is_folder():
-        return [_side(label, out) for label, out in _runs_in(location)]
+        return [_side(label, out) for label, out in runs_in(location)]
     if _RUN_ID.fullmatch(name):
         if uri is None:
             raise InputError(f"--uri: is missing; {name!r} is an MLflow run: give the address of its store.")
@@ -111,8 +111,12 @@ def _load(name: str, uri: str | None, folder: Path) -> list[Side]:
     )
 
 
-def _runs_in(folder: Location) -> list[tuple[str, Location]]:
-    """Name and folder of each run in the folder of a run, study or search."""
+def runs_in(folder: Location) -> list[tuple[str, Location]]:
+    """Name and folder of each run in the folder of a run, study or search, or directly below another folder.
+
+    Raises:
+        InputError: There is none.
+    """
     if Workspace(folder).run.exists():
         return [(_name(folder), folder)]
     if (folder / "study.json").exists():
@@ -126,7 +130,10 @@ def _runs_in(folder: Location) -> list[tuple[str, Location]]:
         if outs:
             return [(f"{_name(folder)}, {out.name}", out) for out in outs]
         raise InputError(f"RUN: the search in {folder} is not finished; `odedit tune --resume {folder}` goes on.")
-    raise InputError(f"RUN: {folder} holds no run, study or search.")
+    below = [out for out in folder.glob() if out.is_folder() and Workspace(out).run.exists()]
+    if not below:
+        raise InputError(f"RUN: {folder} holds no run, study or search.")
+    return [(_name(out), out) for out in below]
 
 
 def _name(folder: Location) -> str:
