@@ -26,6 +26,7 @@ from pipeline.report import page
 from pipeline.run_folder import rows
 from pipeline.run_folder.reasons import lines
 from pipeline.run_folder.summary import finished_run
+from pipeline.run_folder.workspace import Workspace
 from pipeline.tracking.client import open_command, store_uri
 from pipeline.tracking.fetch import fetch_edit
 from pipeline.workers.profile import Profile
@@ -193,14 +194,16 @@ def compare(names: Sequence[str], uri: str | None, html: str | None) -> None:
 
 
 def report(folder: str, baseline: str | None) -> None:
-    """`odedit report`: writes the pages of a run, or of all runs in a folder."""
+    """`odedit report`: writes the pages of a run, of all runs directly below a folder, or of a study or search."""
     from pipeline.report.compare import runs_in
     from pipeline.report.run_page import Baseline, write_run_report
 
     other = None if baseline is None else finished_run(baseline, "--baseline")[0]
     compared = None if other is None else Baseline.of(other.out.name, other)
-    for _, out in runs_in(locate(folder, "RUN")):
-        workspace, summary = finished_run(out.text, "RUN")
+    location = locate(folder, "RUN")
+    below = [] if Workspace(location).run.exists() else [out for out in location.glob() if Workspace(out).run.exists()]
+    for out in below or [out for _, out in runs_in(location)]:
+        workspace, summary = finished_run(out, "RUN")
         is_baseline = other is not None and str(other.out) == str(workspace.out)
         print(write_run_report(workspace, summary, baseline=None if is_baseline else compared))
 
@@ -208,13 +211,13 @@ def report(folder: str, baseline: str | None) -> None:
 def show(folder: str, edit_id: str | None) -> None:
     """`odedit show`: the worst edits of a run, or one edit."""
     from pipeline.edits import show as showing
-    from pipeline.run_folder.outcomes import picture_reader
+    from pipeline.run_folder.outcomes import find_outcome, picture_reader
 
     workspace, _ = finished_run(folder, "RUN")
     if edit_id is None:
         Console().print(showing.worst(workspace))
     else:
-        showing.show(showing.one(workspace, edit_id), picture_reader(workspace), Console())
+        showing.show(find_outcome(workspace, edit_id), picture_reader(workspace), Console())
 
 
 def apply(

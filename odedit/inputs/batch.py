@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from odedit.evaluation import columns
+from odedit.inputs.html import picture_html, request_html
 from odedit.runtime.brief import brief
 from odedit.runtime.budgets import budgets
 from odedit.runtime.gather import inverse_index, select, spread
@@ -82,6 +83,9 @@ class Picture:
     @property
     def is_processed(self) -> bool:
         return bool(self.pixels.dtype == np.float32)
+
+    def _repr_html_(self) -> str:
+        return picture_html(self, f"Picture {self.key}")
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,9 @@ class EditRequest:
         if image is None:
             return text
         return replace(text or self.edit, picture=image.picture)
+
+    def _repr_html_(self) -> str:
+        return request_html(self)
 
     def pictures(self) -> list[Picture]:
         """All pictures of the request in a fixed order, with repeats."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 
 from PIL import Image
@@ -12,10 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from odedit.data.images import ImageError, ImageReader
-from odedit.errors import InputError, StorageError
+from odedit.errors import StorageError
 from odedit.evaluation.statistics import MAIN
 from odedit.inputs.batch import is_locality
-from odedit.runtime.addresses import masked
 from pipeline.report.formatting import number
 from pipeline.run_folder.outcomes import (
     RANKED,
@@ -54,16 +52,6 @@ def worst(workspace: Workspace) -> Table:
             "" if mean is None else number(mean),
         )
     return table
-
-
-def one(workspace: Workspace, edit_id: str) -> EditOutcome:
-    """One edit of a run. Raises InputError, with ids that are like it, if the run has no such edit."""
-    found = read_outcomes(workspace, [edit_id])
-    if found:
-        return found[0]
-    known = [row["edit_id"] for row in read_rows(parts(workspace), ("edit_id",))]
-    alike = difflib.get_close_matches(edit_id, known, n=3) or known[:3]
-    raise InputError(f"EDIT_ID: the run has no edit {masked(edit_id)!r}; it has {', '.join(alike)} and others.")
 
 
 def show(outcome: EditOutcome, reader: ImageReader | None, console: Console) -> None:

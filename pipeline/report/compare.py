@@ -20,6 +20,7 @@ from pipeline.config.run import read_yaml
 from pipeline.config.values import flatten
 from pipeline.report.differences import SCORE, Difference, differences, means
 from pipeline.report.formatting import LABELS, change, number, p_value, plus_minus, sign
+from pipeline.report.templates import environment
 from pipeline.run_folder import rows as results
 from pipeline.run_folder.rows import EDITED, FAILED, SKIPPED, Row
 from pipeline.run_folder.workspace import CONFIG_HEADER, Workspace, read_json
@@ -112,7 +113,7 @@ def _load(name: str, uri: str | None, folder: Path) -> list[Side]:
 
 
 def runs_in(folder: Location) -> list[tuple[str, Location]]:
-    """Name and folder of each run in the folder of a run, study or search, or directly below another folder.
+    """Name and folder of each run in the folder of a run, study or search.
 
     Raises:
         InputError: There is none.
@@ -130,10 +131,7 @@ def runs_in(folder: Location) -> list[tuple[str, Location]]:
         if outs:
             return [(f"{_name(folder)}, {out.name}", out) for out in outs]
         raise InputError(f"RUN: the search in {folder} is not finished; `odedit tune --resume {folder}` goes on.")
-    below = [out for out in folder.glob() if out.is_folder() and Workspace(out).run.exists()]
-    if not below:
-        raise InputError(f"RUN: {folder} holds no run, study or search.")
-    return [(_name(out), out) for out in below]
+    raise InputError(f"RUN: {folder} holds no run, study or search.")
 
 
 def _name(folder: Location) -> str:
@@ -264,13 +262,10 @@ def write_html(comparison: Comparison, path: Location) -> None:
     Raises:
         InputError: The file cannot be written.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("pipeline"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    text = environment.get_template("compare.html.j2").render(
-        title=_title(comparison), tables=tables(comparison), note=note(comparison), labels=LABELS
+    text = (
+        environment()
+        .get_template("compare.html.j2")
+        .render(title=_title(comparison), tables=tables(comparison), note=note(comparison), labels=LABELS)
     )
     try:
         path.parent.make_folder()

@@ -15,7 +15,8 @@ from odedit.errors import counted
 from odedit.evaluation.statistics import MAIN, SIGNIFICANT, Estimate, PairedDifference
 from odedit.storage.location import Location
 from pipeline.report import differences
-from pipeline.report.formatting import LABELS, change, interval, p_value
+from pipeline.report.formatting import LABELS, interval, p_value
+from pipeline.report.templates import environment
 from pipeline.run_folder import reasons
 from pipeline.run_folder import rows as results
 from pipeline.run_folder.workspace import Workspace
@@ -144,19 +145,17 @@ def write_comparison(folder: Location, arms: Sequence[Arm]) -> Location:
     """Writes `comparison.png` and `report.html` of several runs against the first; returns the page."""
     (folder / "comparison.png").write_bytes(draw(arms))
     path = folder / "report.html"
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("pipeline"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters |= {"interval": interval, "change": change, "p_value": p_value}
-    text = environment.get_template("comparison.html.j2").render(
-        title=" against ".join(arm.name for arm in arms),
-        arms=[_arm_view(arm, folder) for arm in arms],
-        comparisons=[_comparison_view(arms[0], arm) for arm in arms[1:]],
-        metrics=MAIN,
-        labels=LABELS,
-        image=base64.b64encode(draw(arms)).decode(),
+    text = (
+        environment()
+        .get_template("comparison.html.j2")
+        .render(
+            title=" against ".join(arm.name for arm in arms),
+            arms=[_arm_view(arm, folder) for arm in arms],
+            comparisons=[_comparison_view(arms[0], arm) for arm in arms[1:]],
+            metrics=MAIN,
+            labels=LABELS,
+            image=base64.b64encode(draw(arms)).decode(),
+        )
     )
     path.write_text(text)
     return path

@@ -24,8 +24,9 @@ from odedit.evaluation.statistics import MAIN, SIGNIFICANT, Estimate
 from odedit.inputs.batch import is_locality
 from odedit.storage.location import Location
 from pipeline.report import differences
-from pipeline.report.formatting import LABELS, change, interval, number, p_value
+from pipeline.report.formatting import LABELS, interval, number
 from pipeline.report.one_model import one_model
+from pipeline.report.templates import environment
 from pipeline.report.thumbnails import Thumbnails
 from pipeline.run_folder.outcomes import (
     RANKED,
@@ -87,21 +88,13 @@ def write_run_report(
             more are left out.
         baseline: Run that the scores are compared with, over the edits that both have.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=PackageLoader("pipeline"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"interval": interval, "change": change, "p_value": p_value, "number": number}
-    style, script = (environment.get_template(name).render() for name in ("report.css", "report.js"))
+    templates = environment()
+    style, script = (templates.get_template(name).render() for name in ("report.css", "report.js"))
     whole = _Whole.of(workspace)
     gallery = _gallery(workspace, whole.worst, reader or picture_reader(workspace), baseline)
-    text = environment.get_template("report.html.j2").render(
+    text = templates.get_template("report.html.j2").render(
         title=_name(workspace),
         summary=summary,
         counts=f"{counted(summary['n'], 'edit')}, {summary['failed']} failed, {summary['skipped']} skipped",

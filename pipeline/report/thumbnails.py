@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-
-import numpy as np
-from PIL import Image
 
 from odedit.data.decoding import decode
 from odedit.data.fields import ImageReference
 from odedit.data.images import ImageError, ImageReader, image_name
 from odedit.errors import StorageError
+from odedit.inputs.html import SIDE, thumbnail
 
-SIDE, QUALITY = 128, 55
-"""Longest side in pixels, and WebP quality, of a thumbnail."""
 _SMALL_SIDE, _MANY = 64, 4000
 """Longest side if there are more pictures than `_MANY`."""
 _AT_ONCE, _READERS = 64, 8
@@ -90,20 +84,7 @@ class _Maker:
             data = self._reader.read_bytes(image.path, image.root)
             key = hashlib.sha256(data).digest()
             if key not in self._made:
-                self._made[key] = encoded(decode(data, image_name(image.path), self._reader.max_pixels), self._side)
+                self._made[key] = thumbnail(decode(data, image_name(image.path), self._reader.max_pixels), self._side)
             return self._made[key]
         except ImageError:
             return None
-
-
-def encoded(pixels: np.ndarray, side: int = SIDE) -> str:
-    """A picture as WebP in base64, scaled down to at most `side` pixels.
-
-    Args:
-        pixels: RGB `uint8 (height, width, 3)`.
-    """
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((side, side))
-    stream = io.BytesIO()
-    picture.save(stream, "WEBP", quality=QUALITY, method=4)
-    return base64.b64encode(stream.getvalue()).decode()

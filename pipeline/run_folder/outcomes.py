@@ -6,6 +6,7 @@ answers to the probes have their scores alone.
 
 from __future__ import annotations
 
+import difflib
 import heapq
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -118,6 +119,16 @@ def read_outcomes(workspace: Workspace, edit_ids: Sequence[str], without: Collec
         row["edit_id"]: outcome(row, fields.get(row["edit_id"])) for row in read_rows(parts(workspace), edit_ids=wanted)
     }
     return [outcomes[edit_id] for edit_id in edit_ids if edit_id in outcomes]
+
+
+def find_outcome(workspace: Workspace, edit_id: str) -> EditOutcome:
+    """One edit of a run. Raises InputError, with ids that are like it, if the run has no such edit."""
+    found = read_outcomes(workspace, [edit_id])
+    if found:
+        return found[0]
+    known = [row["edit_id"] for row in read_rows(parts(workspace), ("edit_id",))]
+    alike = difflib.get_close_matches(edit_id, known, n=3) or known[:3]
+    raise InputError(f"EDIT_ID: {workspace.out} has no edit {masked(edit_id)!r}; it has {', '.join(alike)} and others.")
 
 
 def _fields(workspace: Workspace, edit_ids: Collection[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:

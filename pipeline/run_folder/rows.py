@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow
@@ -15,11 +15,15 @@ from pyarrow import compute
 
 from odedit.data.records import RawRecord
 from odedit.editors.common.weights import trained_with
+from odedit.errors import InputError
 from odedit.evaluation.statistics import MAIN
 from odedit.runtime.addresses import masked
 from odedit.storage.location import Location, delete_all
 from pipeline.config.run import RunConfig
 from pipeline.run_folder.workspace import Workspace, parquet_file, read_schema, write_table
+
+if TYPE_CHECKING:
+    import pandas
 
 EDITED, FAILED, SKIPPED = "edited", "failed", "skipped"
 CURVES = pyarrow.map_(pyarrow.string(), pyarrow.list_(pyarrow.float64()))
@@ -215,6 +219,25 @@ def read_table(location: Location, columns: Sequence[str] | None = None) -> pyar
     """The given columns of a Parquet file, or all."""
     with parquet_file(location) as file:
         return file.read(columns)
+
+
+def to_pandas(workspace: Workspace, columns: Sequence[str] | None = None) -> pandas.DataFrame:
+    """All rows of a run as a data frame, maps as dictionaries.
+
+    Args:
+        columns: Columns to read; None: all.
+
+    Raises:
+        InputError: No file has a column of that name.
+    """
+    paths = parts(workspace)
+    schema = _unified(read_schema(path).remove_metadata() for path in paths)
+    for name in columns or ():
+        if name not in schema.names:
+            raise InputError(f"columns: the run has no column {name!r}; it has {', '.join(schema.names)}.")
+    tables = (_with_schema(read_table(path), schema) for path in paths)
+    table = pyarrow.concat_tables([schema.empty_table(), *tables])
+    return table.select(columns or schema.names).to_pandas(maps_as_pydicts="strict")
 
 
 def _merge(workspace: Workspace, paths: Sequence[Location]) -> None:

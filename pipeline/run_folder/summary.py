@@ -16,7 +16,7 @@ from pyarrow import compute
 from odedit.errors import InputError
 from odedit.evaluation.statistics import MAIN, Estimate, estimate_column
 from odedit.runtime.addresses import masked
-from odedit.storage.location import Location, locate
+from odedit.storage.location import Location, LocationLike, at
 from pipeline.config.run import RunConfig
 from pipeline.run_folder.reasons import Reasons
 from pipeline.run_folder.rows import EDITED, FAILED, SKIPPED, parts, read_rows, read_table, supervision_name
@@ -74,7 +74,7 @@ def summarize_kept(workspace: Workspace) -> dict[str, Any]:
     return summary
 
 
-def finished_run(folder: str, setting: str) -> tuple[Workspace, dict[str, Any]]:
+def finished_run(folder: LocationLike, setting: str) -> tuple[Workspace, dict[str, Any]]:
     """Folder and summary of a finished run.
 
     Args:
@@ -84,12 +84,12 @@ def finished_run(folder: str, setting: str) -> tuple[Workspace, dict[str, Any]]:
     Raises:
         InputError: There is no run, or it is not finished.
     """
-    workspace = Workspace(locate(folder, setting))
+    workspace = Workspace(at(folder, setting))
     summary = read_json(workspace.summary)
     if summary is None:
         state = "its run is not finished" if workspace.run.exists() else "there is no run"
         raise InputError(
-            f"{setting} {masked(folder)!r}: {state}; expected the folder (out) of a finished run, which has a "
+            f"{setting} {masked(str(folder))!r}: {state}; expected the folder (out) of a finished run, which has a "
             "summary.json."
         )
     return workspace, summary

@@ -12,7 +12,7 @@ from rich.console import Console
 from odedit.errors import InputError
 from pipeline import commands
 from pipeline.edits import show
-from pipeline.run_folder.outcomes import picture_reader
+from pipeline.run_folder.outcomes import find_outcome, picture_reader
 from pipeline.run_folder.workspace import Workspace
 from tests.support.finished_runs import SCRIPT, write_run
 
@@ -24,7 +24,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 def shown(workspace: Workspace, edit_id: str, **options: Any) -> str:
     console = Console(file=io.StringIO(), width=120, **options)
-    show.show(show.one(workspace, edit_id), picture_reader(workspace), console)
+    show.show(find_outcome(workspace, edit_id), picture_reader(workspace), console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -66,7 +66,7 @@ def test_without_an_id_the_worst_edits_are_listed(workspace: Workspace, capsys: 
 
 
 def test_an_unknown_edit_and_an_unfinished_run_are_refused(workspace: Workspace, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="EDIT_ID: the run has no edit 'vqa-00004'; it has vqa-00000"):
+    with pytest.raises(InputError, match="EDIT_ID: .* has no edit 'vqa-00004'; it has vqa-00000"):
         commands.show(str(workspace.out), "vqa-00004")
     with pytest.raises(InputError, match="RUN '.*': there is no run; expected the folder"):
         commands.show(str(tmp_path), None)
