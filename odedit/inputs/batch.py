@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from odedit.evaluation import columns
+from odedit.inputs.html import picture_html, request_html
 from odedit.runtime.brief import brief
 from odedit.runtime.budgets import budgets
 from odedit.runtime.gather import inverse_index, select, spread
@@ -83,6 +84,9 @@ class Picture:
     @property
     def is_processed(self) -> bool:
         return bool(self.pixels.dtype == np.float32)
+
+    def _repr_html_(self) -> str:
+        return picture_html(self, f"Picture {self.key}")
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,9 @@ class EditRequest:
     def num_rephrases(self) -> int:
         """Largest number of a rephrase; 0 without any."""
         return max((_number(slot) for slot in self.supervision if unnumbered(slot) in REPHRASE_SLOTS), default=0)
+
+    def _repr_html_(self) -> str:
+        return request_html(self)
 
     def pictures(self) -> list[Picture]:
         """All pictures of the request in a fixed order, with repeats."""

@@ -1,4 +1,4 @@
-"""Results of one run, or of several side by side: terminal tables, a picture and a self-contained HTML page."""
+"""Results of runs in the terminal, and of several side by side: tables, a picture and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from odedit.errors import counted
 from odedit.evaluation.statistics import SHOWN, SIGNIFICANT, Estimate, PairedDifference
 from odedit.storage.location import Location
 from pipeline.report import differences
-from pipeline.report.formatting import LABELS, change, interval, p_value
+from pipeline.report.formatting import LABELS, interval, p_value
+from pipeline.report.templates import environment
 from pipeline.run_folder import reasons
 from pipeline.run_folder import rows as results
 from pipeline.run_folder.workspace import Workspace
@@ -144,32 +145,21 @@ def draw(arms: Sequence[Arm]) -> bytes:
     return buffer.getvalue()
 
 
-def write_run_report(workspace: Workspace, summary: Mapping[str, Any]) -> Location:
-    """Writes `report.html` of one run and returns it."""
-    arm = Arm(f"{summary['editor']}, {summary['objective']} objective", workspace, summary)
-    return _write(workspace.report, [arm])
-
-
 def write_comparison(folder: Location, arms: Sequence[Arm]) -> Location:
     """Writes `comparison.png` and `report.html` of several runs against the first; returns the page."""
     (folder / "comparison.png").write_bytes(draw(arms))
-    return _write(folder / "report.html", arms)
-
-
-def _write(path: Location, arms: Sequence[Arm]) -> Location:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("pipeline"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters |= {"interval": interval, "change": change, "p_value": p_value}
-    text = environment.get_template("report.html.j2").render(
-        title=" against ".join(arm.name for arm in arms),
-        arms=[_arm_view(arm) for arm in arms],
-        comparisons=[_comparison_view(arms[0], arm) for arm in arms[1:]],
-        metrics=SHOWN,
-        labels=LABELS,
-        image=base64.b64encode(draw(arms)).decode(),
+    path = folder / "report.html"
+    text = (
+        environment()
+        .get_template("comparison.html.j2")
+        .render(
+            title=" against ".join(arm.name for arm in arms),
+            arms=[_arm_view(arm, folder) for arm in arms],
+            comparisons=[_comparison_view(arms[0], arm) for arm in arms[1:]],
+            metrics=SHOWN,
+            labels=LABELS,
+            image=base64.b64encode(draw(arms)).decode(),
+        )
     )
     path.write_text(text)
     return path
@@ -184,9 +174,11 @@ def _comparison_view(first: Arm, second: Arm) -> dict[str, Any]:
     return {"first": first.name, "second": second.name, "lines": lines, "shared": len(a.keys() & b.keys())}
 
 
-def _arm_view(arm: Arm) -> dict[str, Any]:
+def _arm_view(arm: Arm, folder: Location) -> dict[str, Any]:
+    out = arm.workspace.out
     return {
         "name": arm.name,
+        "page": f"{out.name}/{arm.workspace.report.name}" if str(out.parent) == str(folder) else None,
         "means": estimates(arm.summary),
         "counts": counts(arm.summary),
         "stop_reasons": ", ".join(f"{name} {count}" for name, count in arm.summary["stop_reasons"].items()),
