@@ -26,14 +26,14 @@ from pipeline.run_folder.outcomes import (
 from pipeline.run_folder.rows import EDITED, parts, read_rows
 from pipeline.run_folder.workspace import Workspace
 
-SHOWN = 20
+LISTED = 20
 """Edits in the table."""
 _PICTURE_COLUMNS = 40
 
 
 def worst(workspace: Workspace) -> Table:
     """The edits of a run that are worst, one per line."""
-    outcomes = read_outcomes(workspace, worst_ids(read_rows(parts(workspace), RANKED), SHOWN), without=("losses",))
+    outcomes = read_outcomes(workspace, worst_ids(read_rows(parts(workspace), RANKED), LISTED), without=("losses",))
     caption = f"odedit show {workspace.out} EDIT_ID shows one of them."
     table = Table(box=SIMPLE, pad_edge=False, show_edge=False, caption=caption, caption_justify="left")
     table.add_column("edit", no_wrap=True, overflow="ignore")
