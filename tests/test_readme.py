@@ -35,6 +35,7 @@ TESTED_ELSEWHERE = {
     r"odedit commit .*(--change|--from|routed)": "tests/pipeline/driver/test_commit.py",
     r"odedit data pack": "tests/test_cli.py",
     r"odedit mlflow sync|odedit fetch": "tests/pipeline/tracking/test_tracking.py",
+    r"odedit report|odedit show": "tests/pipeline/edits/test_show.py",
     r"odedit edits": "tests/pipeline/edits/test_committed.py",
     r"odedit study (?!list)": "tests/pipeline/study/test_study.py",
     r"odedit submit": "tests/cluster/test_two_nodes.py",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SIDE, QUALITY = 128, 55
 """Longest side in pixels, and WebP quality, of a thumbnail."""
+_TINY = 48
 
 
 def thumbnail(pixels: np.ndarray, side: int = SIDE) -> str:
@@ -27,7 +28,9 @@ def thumbnail(pixels: np.ndarray, side: int = SIDE) -> str:
     picture = Image.fromarray(pixels)
     picture.thumbnail((side, side))
     stream = io.BytesIO()
-    picture.save(stream, "WEBP", quality=QUALITY, method=4)
+    # Lossy compression blurs a picture of few pixels, which takes little space anyway.
+    is_tiny = max(pixels.shape[:2]) <= _TINY
+    picture.save(stream, "WEBP", quality=QUALITY, method=4, lossless=is_tiny)
     return base64.b64encode(stream.getvalue()).decode()
 
 
