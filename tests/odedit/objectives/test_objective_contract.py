@@ -133,7 +133,7 @@ def test_what_is_read_is_known_before_any_batch(editor):
     assert ObjectiveConfig("native_kl").reads(plain) == {EDIT, *LOCALITY_SLOTS}
     assert ObjectiveConfig("odedit").reads(plain) == set(SUPERVISION_SLOTS)
     assert ObjectiveConfig("contrast").reads(plain) == {EDIT, *REPHRASE_SLOTS, NEAR}
-    assert [ObjectiveConfig(name).num_negatives for name in objectives.names()] == [12, 0, 0, 0]
+    assert [ObjectiveConfig(name).num_negatives for name in objectives.names()] == [12, 0, 0, 0, 0]
 
 
 def test_only_a_kernel_of_measured_width_needs_a_bandwidth():
