@@ -118,6 +118,19 @@ def test_a_pool_has_roots_of_its_own(values: dict[str, Any], tmp_path: Path) -> 
     assert inputs.reader.read("pictures/0.png")
 
 
+def test_a_split_of_the_embedded_benchmark_is_a_pool(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[tuple[str, int]] = []
+    monkeypatch.setattr(sources, "build_embedded", lambda folder, seed: built.append((str(folder), seed)))
+    data = from_dict(values | {"data": values["data"] | {"pool": "embedded:train:3"}}).data
+    inputs = sources.resolve(sources.with_absolute_paths(data), values["out"])
+    ((folder, seed),) = built
+    assert Path(folder).parent == tmp_path and seed == 3
+    assert (inputs.pool, inputs.pool_image_root) == (f"{folder}/train.json", f"{folder}/images")
+    assert inputs.pool_rephrase_root == f"{folder}/images_rephrase" and inputs.image_root == str(tmp_path)
+
+
 def test_a_dry_run_counts_what_is_given_and_what_is_made(
     values: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
