@@ -40,6 +40,9 @@ _MODULES = {
     "ways.common.serving": ("load_edited",),
 }
 
+_PIPELINE = {"open_run": "pipeline.notebook"}
+"""Names of modules outside this package, which the core itself does not need."""
+
 __all__ = [
     "EditRequest",
     "EditResult",
@@ -61,6 +64,7 @@ __all__ = [
     "load_edited",
     "load_editor",
     "load_processor",
+    "open_run",
     "paired",
     "stack_params",
     "summarize",
@@ -68,9 +72,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _MODULES.items():
-        if name in names:
-            value = getattr(import_module(f"odedit.{module}"), name)
-            globals()[name] = value
-            return value
+    modules = {each: f"odedit.{module}" for module, names in _MODULES.items() for each in names} | _PIPELINE
+    if name in modules:
+        value = getattr(import_module(modules[name]), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module 'odedit' has no attribute {name!r}")

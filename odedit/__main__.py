@@ -294,6 +294,44 @@ def compare(
         commands.compare(runs, uri, html)
 
 
+@app.command()
+def report(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN|DIR", help="Folder or address of a run, or of a study or folder with several.")
+    ],
+    baseline: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Run that the scores are compared with, edit by edit.")
+    ] = None,
+) -> None:
+    """Writes RUN/report.html again: scores, and every edit with its pictures and answers, worst first.
+
+    Prints the path of each page, one file that needs no network.
+
+    Example: odedit report runs/wise-odedit --baseline runs/native
+    """
+    with _explained():
+        from pipeline import commands
+
+        commands.report(run, baseline)
+
+
+@app.command()
+def show(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder or address of a run.")],
+    edit_id: Annotated[
+        str | None, typer.Argument(metavar="[EDIT_ID]", help="Edit; default: a list, worst first.")
+    ] = None,
+) -> None:
+    """Shows an edit with its questions, the answers before and after, and its picture where the terminal draws it.
+
+    Example: odedit show runs/first vqa_eval-000001
+    """
+    with _explained():
+        from pipeline import commands
+
+        commands.show(run, edit_id)
+
+
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def submit(
     command: Annotated[

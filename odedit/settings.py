@@ -14,7 +14,7 @@ import json
 import types
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -31,7 +31,30 @@ _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 class Settings:
-    """Base of a dataclass of settings. Raises ValueError for a value that its annotation does not allow."""
+    """Base of a dataclass of settings. Raises ValueError for a value that its annotation does not allow.
+
+    A class with `PRESETS` takes the key `preset` in a configuration: the named values stand where no other is given.
+    """
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    @classmethod
+    def preset(cls, name: str, **given: Any) -> Self:
+        """Settings of a preset. Raises ValueError for an unknown name, or a preset without effect.
+
+        Args:
+            name: Key of `PRESETS`.
+            given: Settings that differ from the preset.
+        """
+        if not isinstance(name, str) or name not in cls.PRESETS:
+            raise ValueError(refusal("preset", name, Literal[tuple(cls.PRESETS)]))
+        if cls.PRESETS[name].keys() <= given.keys():
+            # A run's own record lists all settings; a preset added to it would silently do nothing.
+            raise ValueError(
+                f"preset: got {name!r}, but every setting that it names is given as well; leave out the preset, or the "
+                f"settings that it is to set: {', '.join(cls.PRESETS[name])}."
+            )
+        return cls(**{**cls.PRESETS[name], **given})
 
     def __post_init__(self) -> None:
         for name, annotation in _checked(type(self)).items():

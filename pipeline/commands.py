@@ -25,6 +25,8 @@ from pipeline.driver.run import Outcome, run
 from pipeline.report import page
 from pipeline.run_folder import rows
 from pipeline.run_folder.reasons import lines
+from pipeline.run_folder.summary import finished_run
+from pipeline.run_folder.workspace import Workspace
 from pipeline.tracking.client import open_command, store_uri
 from pipeline.tracking.fetch import fetch_edit
 from pipeline.workers.profile import Profile
@@ -163,7 +165,11 @@ def show_outcome(outcome: Outcome, title: str | None = None, files: str = "resul
     out.print(page.summary_table(outcome.summary, title))
     if outcome.summary["n"] and outcome.summary["reasons"]:
         say(out, f"Not edited:\n{lines(outcome.summary['reasons'])}")
-    say(out, f"Results: {outcome.workspace.out} (report.html, summary.json, {files})")
+    say(out, f"Report:  {outcome.workspace.report}")
+    say(
+        out,
+        f"Results: {outcome.workspace.out} (summary.json, {files}); odedit show {outcome.workspace.out} lists edits",
+    )
     if outcome.tracking_uri:
         say(out, f"MLflow:  {open_command(outcome.tracking_uri)}")
 
@@ -200,6 +206,33 @@ def compare(names: Sequence[str], uri: str | None, html: str | None) -> None:
             target = locate(html, "--html")
             comparing.write_html(comparison, target)
             say(Console(stderr=True), f"Page: {target.text}")
+
+
+def report(folder: str, baseline: str | None) -> None:
+    """`odedit report`: writes the pages of a run, of all runs directly below a folder, or of a study or search."""
+    from pipeline.report.compare import runs_in
+    from pipeline.report.run_page import Baseline, write_run_report
+
+    other = None if baseline is None else finished_run(baseline, "--baseline")[0]
+    compared = None if other is None else Baseline.of(other.out.name, other)
+    location = locate(folder, "RUN")
+    below = [] if Workspace(location).run.exists() else [out for out in location.glob() if Workspace(out).run.exists()]
+    for out in below or [out for _, out in runs_in(location)]:
+        workspace, summary = finished_run(out, "RUN")
+        is_baseline = other is not None and str(other.out) == str(workspace.out)
+        print(write_run_report(workspace, summary, baseline=None if is_baseline else compared))
+
+
+def show(folder: str, edit_id: str | None) -> None:
+    """`odedit show`: the worst edits of a run, or one edit."""
+    from pipeline.edits import show as showing
+    from pipeline.run_folder.outcomes import find_outcome, picture_reader
+
+    workspace, _ = finished_run(folder, "RUN")
+    if edit_id is None:
+        Console().print(showing.worst(workspace))
+    else:
+        showing.show(find_outcome(workspace, edit_id), picture_reader(workspace), Console())
 
 
 def apply(

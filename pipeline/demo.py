@@ -1,4 +1,4 @@
-"""The demo: WISE under three objectives on the embedded benchmark, compared edit by edit, and one model of all."""
+"""The demo: WISE under several objectives on the embedded benchmark, compared edit by edit, and one model of all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.console import say
 from pipeline.driver.commit import commit_many
 from pipeline.driver.run import Outcome, run
 from pipeline.interrupts import terminate_as_interrupt
-from pipeline.report import page
+from pipeline.report import attribution, page
 from pipeline.report.formatting import plus_minus
 from pipeline.run_folder.committed import read_edits
 from pipeline.run_folder.sources import build_embedded, embedded_name
@@ -28,7 +28,15 @@ from pipeline.study import data
 from pipeline.tracking.client import open_command
 from pipeline.workers import ray_session
 
-ARMS = {"WISE": "demo-wise", "WISE + ODEdit": "demo-wise-odedit", "WISE + contrast": "demo-wise-contrast"}
+NATIVE, CONTROL, CONTRAST = "WISE", "WISE + rephrase", "WISE + contrast"
+ODEDIT = "WISE + ODEdit"
+ARMS = {
+    NATIVE: "demo-wise",
+    CONTROL: "demo-wise-rephrase",
+    "WISE, own terms + rephrase": "demo-wise-own-rephrase",
+    ODEDIT: "demo-wise-odedit",
+    CONTRAST: "demo-wise-contrast",
+}
 MODELS = {"joint": "demo-one-model-joint", "sum": "demo-one-model-sum"}
 _SHOWN = {"m_gen": "image generality", "m_loc_near": "near locality", "kept": "other answers kept"}
 
@@ -76,6 +84,9 @@ def main(out: Path, edits: int, *, fresh: bool) -> None:
         errors.print("[bold]One model of all facts[/bold]", highlight=False)
         models = commit_many([arm_config(file, out, section) for file in MODELS.values()], errors, fresh=fresh)
     report = page.write_comparison(locate(str(out), "--out"), arms)
+    rows = {arm.name: arm.rows() for arm in arms}
+    for line in attribution.sentences(rows, NATIVE, CONTROL, (ODEDIT, CONTRAST)):
+        say(console, line)
     for arm in arms[1:]:
         console.print(page.comparison_table(arms[0], arm))
     for arm in arms:

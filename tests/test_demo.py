@@ -66,8 +66,12 @@ def test_the_demo_ends_with_one_model_of_its_facts_and_a_command_that_asks_it(
         [row["edit_id"] for row in read_rows(parts(Workspace.of(folder))) if row["status"] == "edited"]
         for folder in folders
     ]
-    assert of_arms == [of_arms[0]] * 5 and len(of_arms[0]) == EDITS
-    for name, folder in zip(demo.MODELS, folders[3:], strict=True):
+    assert of_arms == [of_arms[0]] * 7 and len(of_arms[0]) == EDITS
+    first, second, *_ = result.stdout.splitlines()
+    assert first.startswith("WISE + ODEdit against WISE: m_gen") and second.startswith("WISE + contrast against WISE: ")
+    assert "is due to the rephrase (WISE + rephrase against WISE) and" in first and "; m_loc_near" in first
+    models = folders[len(demo.ARMS) :]
+    for name, folder in zip(demo.MODELS, models, strict=True):
         edits = read_edits(Workspace.of(folder).model)
         assert re.search(rf"{name} .*{sum(edit['holds'] for edit in edits)} of {EDITS}", result.stdout)
         kept = json.loads((folder / "summary.json").read_text())["kept"]
@@ -75,7 +79,7 @@ def test_the_demo_ends_with_one_model_of_its_facts_and_a_command_that_asks_it(
     (line,) = [line for line in result.stdout.splitlines() if "load_edited" in line]
     _, option, program = shlex.split(line)
     assert option == "-c"
-    edits = read_edits(Workspace.of(folders[3]).model)
+    edits = read_edits(Workspace.of(models[0]).model)
     asked = next((edit for edit in edits if edit["holds"]), edits[0])
     assert f"it answers {asked['answer_after']!r} instead of {asked['answer_before']!r}" in result.stdout
     capsys.readouterr()

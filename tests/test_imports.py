@@ -27,7 +27,7 @@ FLOORS = (
     ("pipeline.run_folder",),
     ("pipeline.tracking",),
     ("pipeline.report", "pipeline.workers"),
-    ("pipeline.driver", "pipeline.edits"),
+    ("pipeline.driver", "pipeline.edits", "pipeline.notebook"),
     ("pipeline.training",),
     ("pipeline.study",),
     ("pipeline.commands", "pipeline.demo", "tune"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,9 +29,13 @@ _SETTINGS_NOT_COMPARED = ("tracking", "pipeline", "training", "out", "keep_edits
 
 
 def _default_space() -> dict[str, Any]:
+    """The paper's three knobs, and lambda_0 in a range where lambda changes edits; below it nothing else can matter."""
     return {
-        "objective.dual_rate": {"low": 1e-4, "high": 1e-1, "log": True},
+        "objective.dual_rate": {"low": 1e-3, "high": 0.3, "log": True},
         "objective.multiplier.depth": {"low": 1, "high": 4},
+        "objective.multiplier.initial": {"low": 0.01, "high": 1.0, "log": True},
+        "objective.multiplier.output_scale": {"choices": [1.0]},
+        "objective.multiplier.cap": {"choices": [None]},
         "objective.bandwidths": {
             "scale": {"low": 0.01, "high": 10.0, "log": True},
             "number": {"low": 1, "high": 7},
@@ -141,12 +145,14 @@ class Search:
         space: Parameters.
         defaults: Run of the default settings on the evaluation records.
         trial: Run of the default settings on the validation records, which every trial varies.
+        notes: Notes for the user: parameters that cannot matter anywhere in the space.
     """
 
     config: SearchConfig
     space: Space
     defaults: RunConfig
     trial: RunConfig
+    notes: tuple[str, ...] = ()
 
 
 def load(path: Path | None, overrides: Sequence[str] = ()) -> SearchConfig:
@@ -219,7 +225,25 @@ def check(config: SearchConfig) -> Search:
         raise InputError("settings.pipeline.actors: a trial is one worker; 'concurrent' says how many run at a time.")
     if trial.pipeline.measure_memory:
         raise InputError("settings.pipeline.measure_memory: trials are not measured; leave it out.")
-    return Search(config, Space(config.space, merged(base, {"data": config.evaluation})), defaults, trial)
+    space = Space(config.space, merged(base, {"data": config.evaluation}))
+    return Search(config, space, defaults, trial, tuple(_without_effect(space)))
+
+
+def _without_effect(space: Space) -> Iterator[str]:
+    """Notes on searched settings of the objective that change no edit at any corner of the space."""
+    searched = [parameter.name for parameter in space.parameters if not parameter.is_fixed]
+    section = "objective."
+    multiplier = (f"multiplier.{name}" for name in ("initial", "cap", "weight", "width", "normalisation"))
+    names = ("name", "penalty", "dual_rate", "dual_schedule", *multiplier)
+    deciding = {f"{section}{name}" for name in names}
+    reasons = [run.objective.without_effect for run in space.corners(deciding)]
+    alike: dict[str, list[str]] = {}
+    for name in searched:
+        setting = name.removeprefix(section).partition(".")[0]
+        if name.startswith(section) and reasons and all(setting in of_one for of_one in reasons):
+            alike.setdefault(reasons[-1][setting], []).append(f"space.{name}")
+    for reason, paths in alike.items():
+        yield f"{', '.join(paths)}: cannot matter: {reason}."
 
 
 def _same_records(first: RunConfig, second: RunConfig) -> bool:

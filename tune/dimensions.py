@@ -121,6 +121,11 @@ class Parameter:
     is_whole: bool
     when: Mapping[str, tuple[str, ...]]
 
+    @property
+    def is_fixed(self) -> bool:
+        """True for a single value, which a space holds so that all its trials have it."""
+        return self.dimension.choices is not None and len(self.dimension.choices) == 1
+
     def ends(self) -> list[Any]:
         """Both ends of the range, or every choice."""
         values = self.dimension

@@ -3,54 +3,24 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-import optuna
-from optuna.trial import TrialState
-
 from pipeline.study.plots import COLOURS, figure, to_png
 from tune.config import SCORE, Search
 from tune.dimensions import Parameter, label
+from tune.importance import Share, Spread
 from tune.points import COMPLETE, FAILED, PRUNED, Trial, pareto
 
 _GREY, _GRID = "#9aa5b1", "#e4e7eb"
 _RING: dict[str, Any] = {"facecolors": "none", "edgecolors": COLOURS[1], "linewidth": 1.6}
 _BEHIND: dict[str, Any] = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.7}
-_SEED = 0
-_LEAST = 4
-"""Smallest number of complete trials for which importance is computed."""
 
 
-def importance(study: Any, objectives: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Objective -> parameter -> explained share of the variance (fANOVA over the complete trials).
-
-    Covers parameters that are active in every complete trial; empty without variance or with too few trials.
-
-    References:
-        Hutter, Hoos, Leyton-Brown (2014), An Efficient Approach for Assessing Hyperparameter Importance.
-    """
-    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    importance: dict[str, dict[str, float]] = {}
-    for index, name in enumerate(objectives):
-        if len(done) < _LEAST or len({trial.values[index] for trial in done}) < 2:
-            continue
-        target = None if len(objectives) == 1 else (lambda trial, index=index: trial.values[index])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            evaluator = optuna.importance.FanovaImportanceEvaluator(seed=_SEED)
-            shares = optuna.importance.get_param_importances(study, evaluator=evaluator, target=target)
-        if shares:
-            importance[name] = {path: float(share) for path, share in shares.items()}
-    return importance
-
-
-def draw(
-    search: Search, every: Sequence[Trial], best: Trial, shares: Mapping[str, Mapping[str, float]]
-) -> dict[str, bytes]:
+def draw(search: Search, every: Sequence[Trial], best: Trial, spreads: Mapping[str, Spread]) -> dict[str, bytes]:
     """PNGs by file name."""
+    shares = {name: spread.shares for name, spread in spreads.items() if spread.shares}
     pictures = {"history.png": _history(search, every, best), "parallel.png": _parallel(search, every, best)}
     if shares:
         pictures["importance.png"] = _importance(shares)
@@ -101,7 +71,7 @@ def _history(search: Search, every: Sequence[Trial], best: Trial) -> Any:
     return picture
 
 
-def _importance(shares: Mapping[str, Mapping[str, float]]) -> Any:
+def _importance(shares: Mapping[str, Mapping[str, Share]]) -> Any:
     longest = max(len(of_one) for of_one in shares.values())
     picture = figure(3.2 * len(shares) + 2.8, 0.42 * longest + 1.0)
     grid = picture.subplots(1, len(shares), squeeze=False, sharey=True)[0]
@@ -109,14 +79,16 @@ def _importance(shares: Mapping[str, Mapping[str, float]]) -> Any:
     order += [path for of_one in shares.values() for path in of_one if path not in order]
     order = list(dict.fromkeys(order))
     for axes, (name, of_one) in zip(grid, shares.items(), strict=True):
-        values = [of_one.get(path, 0.0) for path in order]
-        axes.barh(range(len(order)), values, color=COLOURS[0], height=0.62, zorder=2)
-        for y, value in enumerate(values):
-            axes.text(value + 0.015, y, f"{value:.2f}", va="center", fontsize=8)
+        bars = [of_one.get(path, Share(0.0, 0.0, 0.0)) for path in order]
+        errors = [[bar.value - bar.low for bar in bars], [bar.high - bar.value for bar in bars]]
+        widths = [bar.value for bar in bars]
+        axes.barh(range(len(order)), widths, xerr=errors, color=COLOURS[0], height=0.62, zorder=2, ecolor=_GREY)
+        for y, bar in enumerate(bars):
+            axes.text(bar.high + 0.015, y, f"{bar.value:.2f}", va="center", fontsize=8)
         axes.set_yticks(range(len(order)), order)
         axes.set_ylim(len(order) - 0.4, -0.6)
-        axes.set_xlim(0, min(1.12, max(values) * 1.2 + 0.05))
-        axes.set_xlabel(f"share of the variance of {name}", fontsize=9)
+        axes.set_xlim(0, min(1.12, max(bar.high for bar in bars) * 1.2 + 0.05))
+        axes.set_xlabel(f"share of the variance of {name}, 95% interval", fontsize=9)
         axes.grid(axis="x", color=_GRID, zorder=0)
         _plain(axes)
     return picture
@@ -160,7 +132,8 @@ def _parallel(search: Search, every: Sequence[Trial], best: Trial) -> Any:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    name, parameters = search.config.judged_by, search.space.parameters
+    name, every_parameter = search.config.judged_by, search.space.parameters
+    parameters = [parameter for parameter in every_parameter if not parameter.is_fixed] or every_parameter
     shown = [trial for trial in every if trial.last and trial.state in (COMPLETE, PRUNED)]
     values = [_value(trial, name) for trial in shown if trial.state == COMPLETE] or [0.0, 1.0]
     scale = Normalize(min(values), max(max(values), min(values) + 1e-3))

@@ -11,7 +11,7 @@ from typing import Any
 
 from odedit.errors import counted
 from odedit.evaluation.score import paired_score, score
-from odedit.evaluation.statistics import MAIN, Estimate, paired
+from odedit.evaluation.statistics import MAIN, SHOWN, Estimate, paired
 from odedit.storage.location import Location
 from pipeline.config.values import flatten
 from pipeline.driver.run import Outcome
@@ -19,8 +19,9 @@ from pipeline.report.differences import Difference, corrected, means
 from pipeline.report.formatting import change, number, p_value
 from pipeline.report.page import Arm
 from pipeline.run_folder.workspace import write_json
-from tune import plots, points
+from tune import importance, plots, points
 from tune.config import SCORE, Search
+from tune.importance import Spread
 from tune.points import COMPLETE, FAILED, PRUNED, Trial
 
 
@@ -69,7 +70,7 @@ def write(
     front = points.pareto(list(every), search.config.objectives)
     runs = {name: _run_means(outcome) for name, outcome in outcomes.items()}
     tests = compare(outcomes) if "best" in outcomes else None
-    importance = plots.importance(study, search.config.objectives)
+    spread = importance.spreads(study, search.config.objectives)
     counts = {state: sum(trial.state == state for trial in every) for state in (COMPLETE, PRUNED, FAILED)}
     parts = (
         f"# {search.config.title}",
@@ -78,7 +79,8 @@ def write(
         _front_table(search, front, best) if several else "",
         _evaluation_table(outcomes, runs, tests),
         f"**{verdict(tests)}**",
-        _importance_text(importance),
+        _importance_text(spread),
+        *(f"Note: {note}" for note in search.notes),
     )
     markdown = "\n\n".join(part for part in parts if part)
     summary = {
@@ -90,12 +92,12 @@ def write(
         "evaluation": {name: _plain(of_run) for name, of_run in runs.items()},
         "difference": None if tests is None else [_test_view(name, test) for name, test in tests.items()],
         "verdict": verdict(tests),
-        "importance": importance,
+        "importance": {name: asdict(of_one) for name, of_one in spread.items()},
     }
     (out / "summary.md").write_text(markdown + "\n")
     write_json(out / "summary.json", _finite(summary))
     (out / "trials.csv").write_text(to_csv(search, every))
-    pictures = plots.draw(search, list(every), best, importance)
+    pictures = plots.draw(search, list(every), best, spread)
     for name, image in pictures.items():
         (out / name).write_bytes(image)
     files = [out / name for name in ("best.yaml", "summary.md", "summary.json", "trials.csv", "search.yaml", *pictures)]
@@ -137,7 +139,7 @@ def compare(outcomes: Mapping[str, Outcome]) -> dict[str, Difference]:
     """
     before, after = (_rows(outcomes[name]) for name in ("defaults", "best"))
     total = paired_score(before, after)
-    return ({} if total is None else corrected({SCORE: total})) | corrected(paired(before, after))
+    return ({} if total is None else corrected({SCORE: total})) | corrected(paired(before, after, SHOWN))
 
 
 def _rows(outcome: Outcome) -> dict[str, dict[str, Any]]:
@@ -148,7 +150,7 @@ def _run_means(outcome: Outcome) -> dict[str, Estimate]:
     """Mean and interval of the score, the metrics and the time; the score of a single run has no interval."""
     rows = list(_rows(outcome).values())
     value = score(rows)
-    return {SCORE: Estimate(value, value, value, len(rows))} | means(rows, (*MAIN, "seconds"))
+    return {SCORE: Estimate(value, value, value, len(rows))} | means(rows, (*SHOWN, "seconds"))
 
 
 def _plain(of_run: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
@@ -247,7 +249,7 @@ def _evaluation_table(
         "| | " + " | ".join(heads) + " |",
         "|---|" + "--:|" * len(heads),
     ]
-    for metric in (SCORE, *MAIN):
+    for metric in (SCORE, *SHOWN):
         cells = [_mean_text(metric, of_run.get(metric)) for of_run in runs.values()]
         if tests is not None:
             test = tests.get(metric)
@@ -269,14 +271,31 @@ def _mean_text(metric: str, mean: Estimate | None) -> str:
     return f"{number(mean.mean)}{half}"
 
 
-def _importance_text(importance: Mapping[str, Mapping[str, float]]) -> str:
-    if not importance:
-        return "Too few complete trials with different results to tell which parameters matter."
-    lines = []
-    for name, shares in importance.items():
-        text = ", ".join(f"`{path}` {number(share)}" for path, share in list(shares.items())[:6])
-        lines.append(f"What {name} varied with (fANOVA, share of the variance over the complete trials): {text}.")
-    return "\n\n".join(lines)
+def _importance_text(spreads: Mapping[str, Spread]) -> str:
+    """What each parameter explains, as a table under a sentence for each objective."""
+    parts = []
+    for name, spread in spreads.items():
+        if spread.low == spread.high:
+            parts.append(
+                f"{name} is {number(spread.low)} in each of the {counted(spread.trials, 'complete trial')}: nothing "
+                "that was searched matters, or there are too few trials to tell."
+            )
+            continue
+        head = (
+            f"What {name} varied with: {number(spread.low)} to {number(spread.high)} over "
+            f"{counted(spread.trials, 'complete trial')}, standard deviation {spread.deviation:.4f}."
+        )
+        if not spread.shares:
+            parts.append(f"{head} Too few trials to tell which parameters matter.")
+            continue
+        lines = [f"{head} Share of the variance (fANOVA), with a 95% interval (bootstrap over the trials):", ""]
+        lines += ["| parameter | share |", "|---|--:|"]
+        for path, share in spread.shares.items():
+            lines.append(f"| `{path}` | {number(share.value)} [{number(share.low)}, {number(share.high)}] |")
+        together = max(0.0, 1.0 - sum(share.value for share in spread.shares.values()))
+        lines.append(f"| several together | {number(together)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
 def _trial_view(search: Search, trial: Trial) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def _prepared(search: Search, folder: Folder, console: Console) -> tuple[RunConf
     """The run that every trial varies, and its records."""
     config = search.trial
     config, notes = fitted(with_checked_store(with_absolute_checkpoints(config)))
-    for note in notes:
+    for note in (*notes, *search.notes):
         say(console, f"Note: {note}")
     editor_weights(config)
     located = {}
@@ -169,7 +169,8 @@ def _prepared(search: Search, folder: Folder, console: Console) -> tuple[RunConf
     for name, run_config in (("evaluation", search.defaults), ("validation", config)):
         try:
             # An embedded benchmark is written once for both.
-            located[name] = sources.resolve(run_config.data, folder.run_out(name))
+            rephrases = run_config.supervision.rephrases
+            located[name] = sources.resolve(run_config.data, folder.run_out(name), rephrases)
             located[name].identity()
             located[name].reader.check_roots()
         except InputError as error:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from functools import cached_property
-from itertools import islice
+from itertools import islice, product
 from typing import Any
 
 from odedit.errors import InputError, unknown_name
@@ -65,6 +65,10 @@ class Space:
         where = f"space.{path}"
         if path.split(".")[0] in _NOT_SEARCHED:
             raise InputError(f"{where}: cannot be searched: trials may differ only in settings that change the edits.")
+        if path.rpartition(".")[2] == "preset":
+            raise InputError(
+                f"{where}: cannot be searched; search the settings that it sets, or name it in 'settings'."
+            )
         if isinstance(section, Mapping) and {"scale", "number"} & section.keys():
             sequence = strict.build(Geometric, section, where)
             self._lists[path] = sequence
@@ -93,8 +97,10 @@ class Space:
         """Mistakes of the space: one line for everything that a run refuses."""
         problems: dict[str, None] = {}
         by_name = {parameter.name: parameter for parameter in self.parameters}
+        # A single value may be what another parameter's range needs.
+        fixed = {each.name: each.ends()[0] for each in self.parameters if each.is_fixed and not each.when}
         for parameter in self.parameters:
-            conditions: Point = {}
+            conditions = dict(fixed)
             _activate(parameter, by_name, conditions)
             for value in parameter.ends():
                 point = conditions | {parameter.name: value}
@@ -152,6 +158,18 @@ class Space:
                 is_number = parameter.dimension.choices is None
                 point[name] = parameter.number(flat[name]) if is_number else flat[name]
         return point
+
+    def corners(self, names: Container[str]) -> Iterator[RunConfig]:
+        """Runs at all combinations of the ends of these parameters, apart from those that are refused.
+
+        The other parameters have their defaults, or their only value.
+        """
+        chosen = [each for each in self.parameters if not each.when and (each.is_fixed or each.name in names)]
+        for values in product(*(each.ends() for each in chosen)):
+            try:
+                yield self.config(dict(zip((each.name for each in chosen), values, strict=True)))
+            except InputError:
+                continue
 
     @cached_property
     def every_point(self) -> list[Point] | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from odedit import plugins
 from odedit.backbones.base import Backbone, Prefix, is_connector
 from odedit.backbones.common.checkpoints import PretrainedProcessor
+from odedit.backbones.common.same_things import of_pool, with_pool_features, with_same_things
 from odedit.data.negatives import NegativePool
 from odedit.inputs.batch import (
     EDIT,
@@ -21,6 +22,8 @@ from odedit.inputs.batch import (
     EditRequest,
     Probe,
     negative_slots,
+    numbered,
+    rephrase_slots,
 )
 from odedit.inputs.prompts import Template
 from odedit.runtime.stages import stage
@@ -105,22 +108,28 @@ def encode_requests(
     template: Template,
     sites: Sequence[str] = (),
     negatives: NegativePool | None = None,
+    joined: bool = False,
 ) -> tuple[EditBatch, EditBatch]:
     """Encodes edits for optimisation and for evaluation; each distinct picture passes the image tower once.
 
     Args:
         sites: Sites that the editor changes. With a site of the connector, features are inputs of the connector.
         negatives: Pool of hard negatives, with features computed for the same sites.
+        joined: Whether to join text and image rephrases; always with negatives.
 
     Returns:
-        The supervision batch (slots `SUPERVISION_SLOTS`; with negatives also `REPHRASE` and `negative_slots`) and the
-        evaluation batch (slots `rel` and every probe name that occurs, sorted).
+        The supervision batch and the evaluation batch. Slots of the first: `SUPERVISION_SLOTS`, further rephrases
+        (`rephrase_slots`), joined rephrases (`REPHRASE`, numbered), and `negative_slots`. Slots of the second: `rel`
+        and every probe name that occurs, sorted.
     """
     before = any(is_connector(site) for site in sites)
     with stage("image features"):
         features = backbone.image_features([picture for request in requests for picture in request.pictures()], before)
+    supervised: Sequence[EditRequest] = requests
+    if negatives is not None:
+        supervised, features = with_same_things(backbone, requests, features, template, negatives, before)
     return (
-        encode_supervision(backbone, requests, features, template, before, negatives),
+        encode_supervision(backbone, supervised, features, template, before, negatives, joined),
         encode_evaluation(backbone, requests, features, template, before),
     )
 
@@ -148,6 +157,7 @@ def encode_supervision(
     template: Template,
     before_connector: bool = False,
     negatives: NegativePool | None = None,
+    joined: bool = False,
 ) -> EditBatch:
     """The supervision batch that `encode_requests` returns.
 
@@ -155,25 +165,23 @@ def encode_supervision(
         features: Image features by the picture's key.
         before_connector: Whether `features` are inputs of the connector.
         negatives: Pool of hard negatives.
+        joined: Whether to join text and image rephrases; always with negatives.
     """
-    slots: tuple[str, ...] = SUPERVISION_SLOTS
+    count = max([1, *(request.num_rephrases for request in requests)])
+    slots: tuple[str, ...] = (*SUPERVISION_SLOTS, *rephrase_slots(count)[2:])
     grid: list[list[Probe | None]] = [
         [request.edit if slot == EDIT else request.supervision.get(slot) for slot in slots] for request in requests
     ]
-    if negatives is not None:
-        slots = (*slots, REPHRASE, *negative_slots(negatives.count))
-        used: dict[str, Tensor] = {}
-        for row, request in zip(grid, requests, strict=True):
-            row.append(request.rephrase())
-            picture = request.edit.picture
-            if picture is not None:
-                feature = features[picture.key]
-                for probe in negatives.probes(request, feature):
-                    row.append(probe)
-                    assert probe.picture is not None, "negatives differ in their picture"
-                    if (key := probe.picture.key) not in features:
-                        used[key] = negatives.features[key].to(feature.device)
-            row += [None] * (len(slots) - len(row))
-        features = {**used, **features}
     edit_ids = [request.edit_id for request in requests]
+    if joined or negatives is not None:
+        numbers = range(1, count + 1)
+        slots = (*slots, *(numbered(REPHRASE, number) for number in numbers))
+        for row, request in zip(grid, requests, strict=True):
+            row += [request.rephrase(number) for number in numbers]
+    if negatives is not None:
+        slots = (*slots, *negative_slots(negatives.count))
+        chosen = of_pool(requests, features, negatives.probes)
+        features = with_pool_features(features, chosen, negatives)
+        for row, probes in zip(grid, chosen, strict=True):
+            row += [*probes, *[None] * (negatives.count - len(probes))]
     return backbone.encode(edit_ids, slots, grid, features, template, before_connector)

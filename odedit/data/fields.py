@@ -16,7 +16,14 @@ from typing import Any, Literal
 
 from odedit.data.names import shown
 from odedit.evaluation.columns import METRICS
-from odedit.inputs.batch import RELIABILITY, SUPERVISION_SLOTS, check_probe_name, is_locality
+from odedit.inputs.batch import (
+    RELIABILITY,
+    SUPERVISION_ALLOWED,
+    check_probe_name,
+    is_locality,
+    is_supervision,
+    things_of,
+)
 from odedit.inputs.markers import image_marker, without_leading_marker
 
 TASKS = ("vqa", "caption")
@@ -29,6 +36,8 @@ TEXT_LOCALITY = ("loc", "loc_ans")
 IMAGE_LOCALITY = ("m_loc", "m_loc_q", "m_loc_a")
 FACTS = ("fact", "loc_fact", "m_loc_fact")
 """Optional fields that name the fact of the edit, of `loc` and of `m_loc_q`."""
+ENTITIES = ("entity", "loc_entity", "m_loc_entity")
+"""Optional fields that name the thing that `image` shows, that `loc` is about, and that `m_loc` shows."""
 IMAGES = ("image", "image_rephrase", "m_loc")
 """Fields that hold a picture."""
 _VIDEO = (".mp4", ".avi", ".mov", ".mkv", ".webm")
@@ -60,6 +69,7 @@ class ProbeText:
     image: ImageReference | None = None
     is_caption: bool = False
     fact: str | None = None
+    entity: str | None = None
 
 
 def task_of(fields: Mapping[str, Any], default: str) -> str:
@@ -91,7 +101,8 @@ def _without_marker(entry: Any) -> Any:
 
 def edit_text(fields: Mapping[str, Any], task: str) -> ProbeText:
     """The edit itself: question, new answer and image."""
-    return ProbeText(fields["src"], fields["alt"], image_reference(fields["image"]), task == "caption")
+    image = image_reference(fields["image"])
+    return ProbeText(fields["src"], fields["alt"], image, task == "caption", entity=fields.get("entity"))
 
 
 def probe_texts(fields: Mapping[str, Any], task: str) -> dict[str, ProbeText]:
@@ -104,10 +115,11 @@ def probe_texts(fields: Mapping[str, Any], task: str) -> dict[str, ProbeText]:
         path = fields["image_rephrase"].removeprefix(REPHRASE_PREFIX)
         standard["m_gen"] = replace(edit, image=ImageReference(path, "rephrase"))
     if has(fields, *TEXT_LOCALITY):
-        standard["t_loc"] = ProbeText(fields["loc"], fields["loc_ans"], fact=fields.get("loc_fact"))
+        question = ProbeText(fields["loc"], fields["loc_ans"])
+        standard["t_loc"] = replace(question, fact=fields.get("loc_fact"), entity=fields.get("loc_entity"))
     if has(fields, *IMAGE_LOCALITY):
-        picture = image_reference(fields["m_loc"])
-        standard["m_loc"] = ProbeText(fields["m_loc_q"], fields["m_loc_a"], picture, fact=fields.get("m_loc_fact"))
+        question = ProbeText(fields["m_loc_q"], fields["m_loc_a"], image_reference(fields["m_loc"]))
+        standard["m_loc"] = replace(question, fact=fields.get("m_loc_fact"), entity=fields.get("m_loc_entity"))
     return standard | _extension_texts(fields, "probes", task)
 
 
@@ -133,6 +145,18 @@ def request_images(fields: Mapping[str, Any]) -> list[ImageReference]:
     return list(dict.fromkeys(probe.image for probe in probes if probe.image is not None))
 
 
+def scored_things(fields: Mapping[str, Any], task: str) -> frozenset[str]:
+    """Facts and entities of the probes whose answers must stay, see `odedit.inputs.batch.things_of`."""
+    stay = (text for name, text in probe_texts(fields, task).items() if is_locality(name))
+    return frozenset().union(*(things_of(text.fact, text.entity) for text in stay))
+
+
+def supervising_things(fields: Mapping[str, Any]) -> frozenset[str]:
+    """Facts and entities of the questions that a record of the pool may supervise others with."""
+    pairs = zip((fields.get(name) for name in FACTS), (fields.get(name) for name in ENTITIES), strict=True)
+    return frozenset().union(*(things_of(fact, entity) for fact, entity in pairs))
+
+
 def image_reference(text: str) -> ImageReference:
     """Reference of an image string: to the rephrase root if it begins with `rephrase:`, else to the image root."""
     if text.startswith(REPHRASE_PREFIX):
@@ -145,7 +169,8 @@ def _extension_texts(fields: Mapping[str, Any], name: str, task: str) -> dict[st
     for key, entry in (fields.get(name) or {}).items():
         image = None if entry.get("image") is None else image_reference(entry["image"])
         is_caption = _is_caption(entry["prompt"], fields["src"], task, asks_the_fact=not is_locality(key))
-        texts[key] = ProbeText(entry["prompt"], entry["target"], image, is_caption, entry.get("fact"))
+        named = (entry.get("fact"), entry.get("entity"))
+        texts[key] = ProbeText(entry["prompt"], entry["target"], image, is_caption, *named)
     return texts
 
 
@@ -209,7 +234,7 @@ def _problems(fields: Mapping[str, Any], task: str) -> Iterator[str]:
         is_needed = name in REQUIRED or (_is_mmedit(fields) and not (name == "pred" and task == "caption"))
         if fields.get(name) is not None and (is_needed or fields[name] != ""):
             yield from _text_problem(fields, name, f"field {shown(name, fields)!r}")
-    for name in FACTS:
+    for name in (*FACTS, *ENTITIES):
         if fields.get(name) is not None:
             yield from _text_problem(fields, name, f"field {name!r}")
     own_task = fields.get("task")
@@ -266,7 +291,7 @@ def _extension_problems(entries: Any, name: str) -> Iterator[str]:
         if not isinstance(entry, dict):
             yield f"wrong type: {where} is {type_name(entry)}, expected an object"
             continue
-        optional = ("image", "fact") if name == "probes" else ("image",)
+        optional = ("image", "fact", "entity") if name == "probes" else ("image",)
         for part in ("prompt", "target", *optional):
             if part not in optional or entry.get(part) is not None:
                 yield from _text_problem(entry, part, f"{where}.{part}")
@@ -278,9 +303,8 @@ def _extension_problems(entries: Any, name: str) -> Iterator[str]:
 
 def _name_problem(key: str, name: str) -> Iterator[str]:
     if name == "held_out":
-        if key not in SUPERVISION_SLOTS[1:]:
-            allowed = ", ".join(SUPERVISION_SLOTS[1:])
-            yield f"unknown slot: held_out has {shorten(repr(key))}, expected one of {allowed}"
+        if not is_supervision(key):
+            yield f"unknown slot: held_out has {shorten(repr(key))}, expected one of {SUPERVISION_ALLOWED}"
         return
     if key in (RELIABILITY, *STANDARD_PROBES):
         yield f"unknown probe: {key!r} is made from the record's own fields; give the further probe another name"

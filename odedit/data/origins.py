@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from odedit.data.fields import held_out_texts, old_answer, probe_texts
 from odedit.data.records import RawRecord
 from odedit.data.supervision import Supervision, augmentation, given_slots
-from odedit.inputs.batch import EDIT, NEAR, SUPERVISION_SLOTS
+from odedit.inputs.batch import EDIT, NEAR, REPHRASE_SLOTS, SUPERVISION_SLOTS, numbered, unnumbered
 
 NEGATIVES, OLD_ANSWER = "negatives", "old_answer"
 """Supervision beside the slots: pictures for hard negatives, and the answer that the edit replaces."""
@@ -56,24 +56,20 @@ class Origins:
 def origins(record: RawRecord, supervision: Supervision, wanted: Wanted) -> Origins:
     """Origin of the supervision of a usable record."""
     probes, own = probe_texts(record.fields, record.task), held_out_texts(record.fields, record.task)
-    given = [
-        slot for slot in SUPERVISION_SLOTS if slot in wanted.slots and slot in given_slots(probes, own, supervision)
-    ]
+    known = given_slots(probes, own, supervision)
+    more = [numbered(slot, number) for number in range(2, supervision.rephrases + 1) for slot in REPHRASE_SLOTS]
+    slots = [slot for slot in (*SUPERVISION_SLOTS, *more, NEGATIVES) if unnumbered(slot) in wanted.slots]
+    given = [slot for slot in slots if slot in known]
     drawn: list[str] = []
     made: dict[str, str] = {}
     missing: list[str] = []
-    for slot in (*SUPERVISION_SLOTS, NEGATIVES):
-        if (
-            slot not in wanted.slots
-            or slot in given
-            or slot == EDIT
-            or (slot == NEAR and not supervision.near_locality)
-        ):
+    for slot in slots:
+        if slot in given or slot == EDIT or (slot == NEAR and not supervision.near_locality):
             continue
-        if slot == "text_rephrase":
+        if unnumbered(slot) == "text_rephrase":
             made[slot] = "a built-in wording"
-        elif slot == "image_rephrase":
-            made[slot] = str(augmentation(record, supervision.seed))
+        elif unnumbered(slot) == "image_rephrase":
+            made[slot] = str(augmentation(record, supervision.seed, slot))
         elif wanted.source and not wanted.is_made:
             drawn.append(slot)
         elif slot == "text_locality":

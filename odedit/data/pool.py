@@ -8,7 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from odedit.data.fields import REPHRASE_PREFIX, edit_text, probe_texts, request_images
+from odedit.data.fields import (
+    REPHRASE_PREFIX,
+    edit_text,
+    probe_texts,
+    request_images,
+    scored_things,
+    supervising_things,
+)
 from odedit.data.images import ImageReader
 from odedit.data.made import completed
 from odedit.data.packed import original_path
@@ -73,8 +80,9 @@ class Pool:
         """The records that may supervise `record`, in random order.
 
         Excluded, since training on them would leak scored probes: the record itself, records that share an image with
-        it, and records whose text question is one of its scored prompts. Records with one of its questions about
-        another image come last, for files with few distinct questions.
+        it, records whose text question is one of its scored prompts, and records about a fact or an entity whose
+        answer must stay in a scored probe, where both records name it. Records with one of its questions about another
+        image come last, for files with few distinct questions.
         """
         scored = _Scored.by(record)
         last = []
@@ -97,15 +105,17 @@ class Pool:
 
 @dataclass(frozen=True)
 class _Scored:
-    """Images and prompts that a record is scored on."""
+    """Images and prompts that a record is scored on, and the named things whose answers must stay."""
 
     record: RawRecord
     images: set[str]
     prompts: set[str]
+    things: frozenset[str]
 
     @classmethod
     def by(cls, record: RawRecord) -> _Scored:
-        return cls(record, image_names(record), scored_prompts(record))
+        things = scored_things(record.fields, record.task)
+        return cls(record, image_names(record), scored_prompts(record), things)
 
     def shared_with(self, other: RawRecord) -> str:
         """The reason why `other` cannot supervise the record; empty if it can."""
@@ -114,7 +124,9 @@ class _Scored:
             return "the record itself"
         if normal(other.fields["loc"]) in self.prompts:
             return "the same text question (field 'loc')"
-        return "one of its pictures" if self.images & image_names(other) else ""
+        if self.images & image_names(other):
+            return "one of its pictures"
+        return "a scored fact or entity" if self.things & supervising_things(other.fields) else ""
 
 
 def image_names(record: RawRecord) -> set[str]:

@@ -8,7 +8,7 @@ train on the record's own probes instead, as published runs of some methods do, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Annotated, Literal, TypeVar
@@ -26,11 +26,20 @@ from odedit.data.fields import (
 )
 from odedit.data.images import ImageError, ImageReader
 from odedit.data.made import general_question
-from odedit.data.pool import Pool, scored_prompts
+from odedit.data.pool import Pool, normal, scored_prompts
 from odedit.data.records import RawRecord
 from odedit.data.rewording import Augmentation, blend_noise, may_mirror, replace_words, reword, seeded, words_of
 from odedit.errors import InputError, StorageError
-from odedit.inputs.batch import LOCALITY_SLOTS, NEAR, REPHRASE_SLOTS, EditRequest, Picture, Probe
+from odedit.inputs.batch import (
+    LOCALITY_SLOTS,
+    NEAR,
+    REPHRASE_SLOTS,
+    EditRequest,
+    Picture,
+    Probe,
+    numbered,
+    unnumbered,
+)
 from odedit.settings import Settings
 
 T = TypeVar("T")
@@ -60,6 +69,7 @@ class Supervision(Settings):
         locality_source: `held_out`: the record's `held_out` entries, else `data.pool`, else general questions and the
             pictures of `data.pictures` or of the other records. `record`: the locality questions that are scored, else
             the same.
+        rephrases: Number of text rephrases and of image rephrases; those that a record's `held_out` lacks are made.
         near_locality: Also ask the edit's own question about another picture.
         rephrase_noise: Share, 0 to 1, of the text rephrase's words that are replaced by words of other records'
             questions, and of uniform noise in the image rephrase. Scored prompts and pictures are not changed.
@@ -68,9 +78,18 @@ class Supervision(Settings):
 
     rephrase_source: Source = "held_out"
     locality_source: Source = "held_out"
+    rephrases: Annotated[int, Ge(1)] = 1
     near_locality: bool = True
     rephrase_noise: Annotated[float, Ge(0), Le(1)] = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rephrases > 1 and self.rephrase_source == "record":
+            raise ValueError(
+                f"rephrases: got {self.rephrases}, but a record has one scored rephrase of each kind; use 1, or "
+                "rephrase_source: held_out."
+            )
 
 
 def build_request(
@@ -164,7 +183,7 @@ class _Pictures:
 
     def probe(self, text: ProbeText) -> Probe:
         picture = None if text.image is None else self.picture(text.image)
-        return Probe(text.prompt, text.target, picture, text.is_caption, text.fact)
+        return Probe(text.prompt, text.target, picture, text.is_caption, text.fact, text.entity)
 
     def picture(self, reference: ImageReference) -> Picture:
         if reference not in self._read:
@@ -177,21 +196,32 @@ def _rephrases(
 ) -> dict[str, Probe]:
     given = _given(probes, own, supervision.rephrase_source)
 
-    def reworded() -> Probe:
-        rng = seeded(record.edit_id, "text_rephrase", supervision.seed)
-        return replace(edit, prompt=reword(edit.prompt, record.task, rng, scored_prompts(record)))
+    def reworded(slot: str, used: set[str]) -> Probe:
+        rng = seeded(record.edit_id, slot, supervision.seed)
+        return replace(edit, prompt=reword(edit.prompt, record.task, rng, used))
 
-    def augmented() -> Probe:
+    def augmented(slot: str) -> Probe:
         assert edit.picture is not None, "every record has an image"
-        return replace(edit, picture=augmentation(record, supervision.seed).of(edit.picture))
+        return replace(edit, picture=augmentation(record, supervision.seed, slot).of(edit.picture))
 
-    makers: dict[str, Callable[[], Probe]] = {"text_rephrase": reworded, "image_rephrase": augmented}
-    return {slot: given[slot] if slot in given else make() for slot, make in makers.items()}
+    slots: dict[str, Probe] = {}
+    used = scored_prompts(record)
+    for number in range(1, supervision.rephrases + 1):
+        text, image = (numbered(slot, number) for slot in REPHRASE_SLOTS)
+        slots[text] = given[text] if text in given else reworded(text, used)
+        slots[image] = given[image] if image in given else augmented(image)
+        if number > 1 and normal(slots[text].prompt) == normal(edit.prompt):
+            raise InputError(
+                f"{record.where}: supervision.rephrases is {supervision.rephrases}, and there are {number - 1} other "
+                f"wordings of its question; set {number - 1}, or give the record `held_out` entries of its own."
+            )
+        used.add(normal(slots[text].prompt))
+    return slots
 
 
-def augmentation(record: RawRecord, seed: int) -> Augmentation:
-    """The changes that make a record's image rephrase."""
-    rng = seeded(record.edit_id, "image_rephrase", seed)
+def augmentation(record: RawRecord, seed: int, slot: str = REPHRASE_SLOTS[1]) -> Augmentation:
+    """The changes that make a record's image rephrase of a slot."""
+    rng = seeded(record.edit_id, slot, seed)
     return Augmentation.drawn(rng, may_mirror=may_mirror(record.fields["src"], record.fields["alt"]))
 
 
@@ -200,7 +230,7 @@ def given_slots(probes: Mapping[str, T], own: Mapping[str, T], supervision: Supe
     rephrases, unrelated = (
         _given(probes, own, source) for source in (supervision.rephrase_source, supervision.locality_source)
     )
-    return {slot: part for slot, part in rephrases.items() if slot in REPHRASE_SLOTS} | {
+    return {slot: part for slot, part in rephrases.items() if unnumbered(slot) in REPHRASE_SLOTS} | {
         slot: part for slot, part in unrelated.items() if slot in LOCALITY_SLOTS
     }
 
@@ -216,15 +246,15 @@ def _with_noise(
     edit_id: str, rephrases: dict[str, Probe], supervision: Supervision, pool: Pool | None
 ) -> dict[str, Probe]:
     """The rephrases with noise, as new objects: the given ones may be scored probes."""
-    text, image = rephrases["text_rephrase"], rephrases["image_rephrase"]
     vocabulary = [] if pool is None else words_of([other.fields["src"] for other in pool.records])
-    rng = seeded(edit_id, "text_noise", supervision.seed)
-    noisy = {
-        "text_rephrase": replace(text, prompt=replace_words(text.prompt, supervision.rephrase_noise, rng, vocabulary))
-    }
-    if image.picture is not None:
-        rng = seeded(edit_id, "image_noise", supervision.seed)
-        noisy["image_rephrase"] = replace(image, picture=blend_noise(image.picture, supervision.rephrase_noise, rng))
+    noisy = {}
+    for slot, probe in rephrases.items():
+        rng = seeded(edit_id, slot.replace("_rephrase", "_noise"), supervision.seed)
+        if unnumbered(slot) == REPHRASE_SLOTS[0]:
+            prompt = replace_words(probe.prompt, supervision.rephrase_noise, rng, vocabulary)
+            noisy[slot] = replace(probe, prompt=prompt)
+        elif probe.picture is not None:
+            noisy[slot] = replace(probe, picture=blend_noise(probe.picture, supervision.rephrase_noise, rng))
     return rephrases | noisy
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 
 from torch import Tensor
 
 from odedit.inputs.batch import EditParams
+from odedit.inputs.html import table_html
 from odedit.runtime.brief import brief
 
 STOP_REASONS = ("failed", "worst_token_nll", "converged", "max_steps")
@@ -35,6 +37,18 @@ class EditResult:
     error: str | None = None
 
     __repr__ = brief
+
+    def _repr_html_(self) -> str:
+        """How it ended, first and last value of each curve, and the shapes of its parameters."""
+        state = self.error or f"{self.stop_reason} after {self.steps} steps, {self.seconds:.3g} s"
+        curves = [
+            (escape(name), f"{values[0]:.4g}", f"{values[-1]:.4g}")
+            for name, values in self.curves.items()
+            if any(values)
+        ]
+        shapes = [(escape(name), str(tuple(value.shape))) for name, value in self.params.items()]
+        title = f"<strong>{escape(self.edit_id)}</strong>: {escape(state)}"
+        return title + table_html(("curve", "first", "last"), curves) + table_html(("parameter", "shape"), shapes)
 
 
 class Progress:

@@ -154,7 +154,7 @@ class _Run:
         self._base_EKTD: Tensor | None = None
         self._weight_EK: Tensor | None = None
         self._unedited: Unedited | None = None
-        # Presence of all slots of `_all`; a step may read only some of them, because negatives take turns.
+        # Presence of all slots of `_all`, without negatives of weight 0: a step reads only some negatives, in turn.
         self._present_EK = torch.empty(0, 0)
         # The first step after a change of the batch runs without a graph; the second is recorded.
         self._is_worth_recording, self._steps_of_batch = False, 0
@@ -329,13 +329,15 @@ class _Run:
         else:
             batch, self._prefix = self._all.take(members), self._all_prefix.take(members)
         at_once = self._objective.slots_at_once(batch.slots)
-        self._present_EK = batch.present_EK
         self._batch = batch if at_once == batch.slots else batch.select(at_once)
         if self._objective.compares:
             with stage("edit: prefix"), torch.no_grad():
                 if len(members) > staying or self._base_EKTD is None:
                     self._base_EKTD = self._unedited_states(batch, len(at_once))
                     self._weight_EK = self._objective.weights_of_locality(self._backbone, batch, self._base_EKTD)
+                self._present_EK = batch.present_EK
+                if self._weight_EK is not None:
+                    self._present_EK = batch.present_EK & (self._weight_EK > 0)
                 if self._batch is batch:
                     self._unedited = self._objective.unedited(self._backbone, batch, self._base_EKTD, self._weight_EK)
         if len(members) > staying:

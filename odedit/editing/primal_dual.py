@@ -4,7 +4,8 @@ Every edit of a batch has its own moments, step count, clipping and multiplier n
 edit alone.
 
 The dual step follows the primal step, at the updated phi_e. It is taken at the start of the next call, with the penalty
-of the next forward: the same values without a second forward.
+of the next forward: the same values without a second forward. With `multiplier.gradient_at: old`, as in the public
+IRM-TV code, both steps are taken at the phi_e before them.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ class PrimalDual:
         active_E: Tensor,
         is_penalised: bool,
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
-        """The objective with its penalty, after the pending dual step of the active edits.
+        """The objective with its penalty, and the dual step of the active edits.
 
         Args:
             params: phi_e, the leaves that `terms` was computed from.
@@ -150,8 +151,13 @@ class PrimalDual:
         else:
             if not state.delta:
                 state = replace(state, delta=self._init_delta(context))
-            state = self._dual_step(state, context.detach(), terms.penalty.detach(), active_E)
+            is_before = self._config.multiplier.gradient_at == "old"
+            detached = context.detach(), terms.penalty.detach(), active_E
+            if not is_before:  # the step that belongs to the last primal step
+                state = self._dual_step(state, *detached, state.dual_weight_E, state.steps_E - 1)
             multiplier_E = MultiplierNetwork.apply(self._config.multiplier, state.delta, context)
+            if is_before:
+                state = self._dual_step(state, *detached, schedule_E, state.steps_E)
         state = replace(state, dual_weight_E=torch.zeros_like(schedule_E) if context is None else schedule_E)
         objective_E = terms.total
         if context is not None or self._fixed:
@@ -201,12 +207,20 @@ class PrimalDual:
         num_edits, width = context_EI.shape
         return MultiplierNetwork.init(self._config.multiplier, width, num_edits, self._seed, context_EI.device)
 
-    def _dual_step(self, state: State, context_EI: Tensor, penalty_E: Tensor, active_E: Tensor) -> State:
-        """The state after a dual step of the active edits whose last primal step had a penalty."""
-        active_E = active_E & (state.dual_weight_E > 0)
+    def _dual_step(
+        self, state: State, context_EI: Tensor, penalty_E: Tensor, active_E: Tensor, weight_E: Tensor, step_E: Tensor
+    ) -> State:
+        """The state after a dual step of the active edits whose penalty has weight.
+
+        Args:
+            weight_E: Weight of the penalty in the primal step that the dual step belongs to.
+            step_E: Number of that primal step, from 0.
+        """
+        active_E = active_E & (weight_E > 0)
         multiplier_E = MultiplierNetwork.apply(self._config.multiplier, state.delta, context_EI)
-        gain = (state.dual_weight_E * multiplier_E * penalty_E).sum()
-        decay_E = (state.dual_steps_E + 1).to(penalty_E) ** DUAL_DECAY
+        gain = (weight_E * multiplier_E * penalty_E).sum()
+        count_E = state.dual_steps_E if self._config.multiplier.counted == "dual" else step_E
+        decay_E = (count_E + 1).to(penalty_E) ** DUAL_DECAY
         ascended = dual_step.ascended(self._config, state.delta, gain, decay_E)
         delta = {name: _where(active_E, ascended[name], value).requires_grad_() for name, value in state.delta.items()}
         return replace(state, delta=delta, dual_steps_E=state.dual_steps_E + active_E.long())

@@ -14,7 +14,7 @@ from torch import Tensor
 from odedit import objectives
 from odedit.backbones.base import Backbone, Prefix
 from odedit.editors.base import Editor
-from odedit.inputs.batch import EDIT, REPHRASE, EditBatch, EditParams, is_locality
+from odedit.inputs.batch import EDIT, REPHRASE, EditBatch, EditParams, is_locality, unnumbered
 from odedit.objectives.base import Objective
 from odedit.runtime.budgets import budgets
 
@@ -71,7 +71,7 @@ def _saved(backbone: Backbone, editor: Editor, objective: Objective, batch: Edit
     layers, read_EKT = backbone.num_layers - prefix.layer, objective.read(batch)
     runs_only_read = _runs_only_read_positions(backbone, editor, read_EKT, prefix)
     positions = (read_EKT if runs_only_read and read_EKT is not None else batch.tokens_EKS)[0].numel()
-    shares = {slot: 1 for slot in (EDIT, REPHRASE) if slot in batch.slots}
+    shares = {slot: 1 for slot in batch.slots if unnumbered(slot) in (EDIT, REPHRASE)}
     if objective.compares and not objective.config.takes_turns:
         # Two distributions per token: edited and unedited. Those of negatives in turn are never stored.
         shares |= {slot: 2 for slot in batch.slots if is_locality(slot)}

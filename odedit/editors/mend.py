@@ -8,6 +8,11 @@ References:
     "Fast Model Editing at Scale", arXiv 2110.11309, section 3: the network (eq. 3), its start as the identity, and the
     losses. Loss weights, step sizes and layers are those of the MMEdit benchmark (arXiv 2310.08475).
 
+Start of the hypernetwork (`start`): `paper` draws the first factor by Glorot's uniform distribution, with one bias, in
+the first block, as described. The public code (github.com/eric-mitchell/mend) draws it from N(0, 1) and has a bias in
+both blocks (`public_code`). Its factor is sqrt((rank + width) / 2) times larger, 86 times for BLIP2-OPT-2.7B, and so is
+what a training step changes in the network's output: the published learning rate belongs to that start.
+
 Differs from the paper:
     The statistics that normalise x and delta are measured on training records before the first step; the paper keeps
     running statistics. A feature that hardly varies there is divided by a tenth of the average deviation instead of
@@ -20,7 +25,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from annotated_types import Ge, Gt
@@ -56,6 +61,7 @@ class MENDConfig(Settings):
         checkpoint: File of the hypernetwork's weights, written by `odedit train mend`; required to edit.
         sites: Edited matrices; `layers.-1` is the last layer.
         rank: Rank of the hypernetwork's blocks, capped at the width of a site's input and output together.
+        start: Initial factors and biases of the hypernetwork, as in the `paper` or in the `public_code`.
         edit_rate: Initial step size of an edit; training learns one for each site.
         text_rephrase_weight, image_rephrase_weight: Training weights of the NLL of the edit's answer to the rephrases.
         text_locality_weight, image_locality_weight: Training weights of KL(unedited || edited) on prompts that must not
@@ -78,6 +84,7 @@ class MENDConfig(Settings):
         "layers.-2.ffn.out", "layers.-1.ffn.in", "layers.-1.ffn.out",
     )  # fmt: skip
     rank: Annotated[int, Ge(1)] = 1920
+    start: Literal["paper", "public_code"] = "paper"
     edit_rate: Annotated[float, Gt(0)] = 1e-4
     text_rephrase_weight: Annotated[float, Ge(0)] = 0.1
     image_rephrase_weight: Annotated[float, Ge(0)] = 0.1
@@ -126,6 +133,8 @@ class MEND(Plain):
         self.sites = config.sites
         self.optimizer = OptimizerSettings("sgd", config.learning_rate)  # unused: max_steps is 0
         self.weight_settings: Mapping[str, Any] = {"sites": list(config.sites), "rank": config.rank}
+        if config.start != "paper":  # older files of weights do not name the start
+            self.weight_settings = {**self.weight_settings, "start": config.start}
         self.training = TrainingSettings(
             config.learning_rate,
             config.batch_size,
@@ -198,8 +207,8 @@ class MEND(Plain):
         z = (z - weights[f"{name}.mean"].detach()) / weights[f"{name}.std"].detach()
         for block in _BLOCKS:
             inner = (z @ weights[f"{shape}.{block}.v"].T) @ weights[f"{shape}.{block}.u"].T
-            if block == "first":
-                inner = inner + weights[f"{shape}.bias"]
+            if (bias := weights.get(_bias(shape, block))) is not None:
+                inner = inner + bias
             inner = weights[f"{name}.{block}.scale"] * inner + weights[f"{name}.{block}.shift"]
             # Training starts at 0, where the gradient of `clamp` is 1 and that of `relu` 0.
             z = z + inner.clamp(min=0.0)
@@ -236,7 +245,7 @@ class MEND(Plain):
         return {name: pooled[f"{name}.delta"][0].T @ pooled[f"{name}.x"][0] for name in self.sites}
 
     def initial_weights(self, backbone: Backbone, seed: int) -> dict[str, Tensor]:
-        """A hypernetwork that is the identity: second factors, biases and shifts are 0, nothing is normalised."""
+        """A hypernetwork that is the identity: its factors u, biases and shifts are 0, nothing is normalised."""
         device = backbone.site(self.sites[0]).weight.device
         return {name: value.to(device) for name, value in self._drawn(backbone, seed).items()}
 
@@ -252,12 +261,17 @@ class MEND(Plain):
                 weights[f"{name}.{block}.scale"] = torch.ones(width)
                 weights[f"{name}.{block}.shift"] = torch.zeros(width)
                 if f"{shape}.{block}.v" not in weights:
-                    # Glorot's uniform distribution, as published.
-                    bound = math.sqrt(6 / (rank + width))
-                    weights[f"{shape}.{block}.v"] = bound * (2 * torch.rand(rank, width, generator=generator) - 1)
+                    weights[f"{shape}.{block}.v"] = self._first_factor(rank, width, generator)
                     weights[f"{shape}.{block}.u"] = torch.zeros(width, rank)
-            weights[f"{shape}.bias"] = torch.zeros(width)
+            for block in _BLOCKS if self.config.start == "public_code" else _BLOCKS[:1]:
+                weights[_bias(shape, block)] = torch.zeros(width)
         return weights
+
+    def _first_factor(self, rank: int, width: int, generator: torch.Generator) -> Tensor:
+        if self.config.start == "public_code":
+            return torch.randn(rank, width, generator=generator)
+        bound = math.sqrt(6 / (rank + width))  # Glorot's uniform distribution
+        return bound * (2 * torch.rand(rank, width, generator=generator) - 1)
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> MEND:
         return MEND(self.config, weights)
@@ -307,6 +321,11 @@ class MEND(Plain):
                 risk = risks.reliability(logits_EKTV[:, k], batch.target_EKT[:, k], mask_ET)
             total_E = total_E + weights[slot] * risk.value
         return total_E
+
+
+def _bias(shape: str, block: str) -> str:
+    """Name of a block's bias; that of the first block has the name of the only one in the paper."""
+    return f"{shape}.bias" if block == "first" else f"{shape}.{block}.bias"
 
 
 def _compact(x: Tensor, gradient: Tensor, num_edits: int) -> _Signal:

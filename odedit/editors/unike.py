@@ -21,8 +21,8 @@ References:
 Differs from the paper:
     - M holds the demonstration of the edit itself. The paper retrieves from 15 000 demonstrations of other facts,
       which do not show what this edit changes.
-    - Queries are outputs of attention, the space of M, and a state's norm is kept, as in the authors' code. Eq. 7
-      weighs a with 1 - Sim, against the text below it; the text is followed.
+    - Queries are outputs of attention, the space of M. Eq. 7 weighs a with 1 - Sim, against the text below it; the text
+      is followed.
     - alpha at a position depends on this position alone, not on the sequence's last position. So it does not depend on
       the answer, which is in the input when it is scored and not yet when it is generated.
     - E_sem is trained on the cosine that defines alpha, between a position and its attended state. Positives are
@@ -31,8 +31,13 @@ Differs from the paper:
     - W_zeta is trained with the encoders, as the linear map from differences of codes to differences of states.
       Trained per edit, it would be redundant beside V. V + beta zeta' is one tensor that starts at beta zeta', which
       for plain gradient descent is the same as V starting at 0.
-    - Unpublished, and our choice: initial keys, beta, the number of steps and the stop rule. The paper has no loss
-      beside the likelihood, so there are no own terms.
+    - Not in the paper, and our choice: initial keys, the number of steps and the stop rule. The paper has no loss
+      beside the likelihood, so there are no own terms. beta is that of the public code.
+Differs from the public code (github.com/beepkh/UniKE), which the paper takes precedence over:
+    - The code does not keep a state's norm: it returns `(1 - alpha) unit(h) + alpha unit(a)` (`keep_norm: false`).
+    - The code adds beta W zeta to the neurons' keys, with beta 0.1; here it is the start of their values. Its own shift
+      of the values is overwritten before it is used.
+    - The code takes 1 to 10 steps per edit.
 """
 
 from __future__ import annotations
@@ -55,7 +60,7 @@ from odedit.editors.common.hooks import Rewrite, rewritten
 from odedit.editors.common.knowledge import attend, blend, last_positions, neurons, starting_keys, take
 from odedit.editors.common.weights import check_tensors, load_weights
 from odedit.errors import InputError
-from odedit.inputs.batch import EDIT, REPHRASE, REPHRASE_SLOTS, EditBatch, EditParams
+from odedit.inputs.batch import EDIT, REPHRASE, REPHRASE_SLOTS, EditBatch, EditParams, unnumbered
 from odedit.runtime.gather import gather_positions
 from odedit.runtime.kv_cache import KVCache
 from odedit.settings import Settings
@@ -72,7 +77,9 @@ class UnikeConfig(Settings):
         num_layers: Number of edited layers, counted from the last; 4 as published.
         neurons: Neurons per edited layer; 10 as published (up to 20 in the authors' code).
         memory: Stored states per edited layer, which a position attends over; 40 as published.
-        beta: Initial length of the values along the truthfulness direction (eq. 6). Our choice.
+        beta: Initial length of the values along the truthfulness direction (eq. 6); 0.1 in the authors' code.
+        keep_norm: Whether a state keeps its norm when it is turned (eq. 7). If not, as in the authors' code, every
+            state has a norm of 1 or less, also where alpha is 0.
         sharpness: Slope s of a neuron's initial activation relu(1 - s (1 - c)) at a state of cosine c to the edit's
             and of the same norm. Our choice.
         noise: Standard deviation of the neurons' initial activations, so that they learn differently.
@@ -92,6 +99,7 @@ class UnikeConfig(Settings):
     neurons: Annotated[int, Ge(1)] = 10
     memory: Annotated[int, Ge(1)] = 40
     beta: float = 0.1
+    keep_norm: bool = True
     sharpness: Annotated[float, Gt(0)] = 1.0
     noise: Annotated[float, Ge(0)] = 0.1
     learning_rate: Annotated[float, Gt(0)] = 7e-4
@@ -224,9 +232,13 @@ class Unike(Plain):
             attended_GND = attend(y_GND, stored_GMD, self.config.memory)
             alpha_GN = (encode(semantic, attended_GND) * encode(semantic, y_GND)).sum(dim=-1).relu()
             # An edit without stored states changes no state.
-            alpha_GN = alpha_GN * (stored_GMD != 0).any(dim=-1).any(dim=-1, keepdim=True)
+            is_stored_G1 = (stored_GMD != 0).any(dim=-1).any(dim=-1, keepdim=True)
+            alpha_GN = alpha_GN * is_stored_G1
             recorded[f"{layer}.alpha"] = alpha_GN
-            return blend(y_GND, attended_GND, alpha_GN).reshape(y.shape).to(y.dtype)
+            blended_GND = blend(y_GND, attended_GND, alpha_GN, keeps_norm=self.config.keep_norm)
+            if not self.config.keep_norm:
+                blended_GND = torch.where(is_stored_G1.unsqueeze(-1), blended_GND, y_GND)
+            return blended_GND.reshape(y.shape).to(y.dtype)
 
         return rewrite
 
@@ -288,7 +300,9 @@ class Unike(Plain):
             [gather_positions(new_EKSD, batch.predict_EKT), gather_positions(old_EKSD, old.predict_EKT)], dim=1
         )
         valid_EKT = torch.cat([batch.target_mask_EKT, old.target_mask_EKT], dim=1)
-        is_edit_K = torch.tensor([slot in (EDIT, *REPHRASE_SLOTS, REPHRASE) for slot in (*batch.slots, EDIT)])
+        is_edit_K = torch.tensor(
+            [unnumbered(slot) in (EDIT, *REPHRASE_SLOTS, REPHRASE) for slot in (*batch.slots, EDIT)]
+        )
         record_E1 = torch.arange(batch.num_edits, device=valid_EKT.device).unsqueeze(1)
         record_N = record_E1.unsqueeze(1).expand_as(valid_EKT)[valid_EKT]
         is_edit_N = is_edit_K.to(valid_EKT.device)[None, :, None].expand_as(valid_EKT)[valid_EKT]

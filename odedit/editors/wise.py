@@ -10,6 +10,10 @@ Differs from the paper: the side matrices of all edits share one mask; the paper
 edits. The activation distance is averaged over the prompt's positions, not over prompt and answer, so that routing is
 the same with the answer in the input (teacher forcing) and without (generation).
 
+Differs from the public code (github.com/zjunlp/EasyEdit): when it answers, that code takes the largest distance of a
+token instead of the mean for sequences of more than 100 positions, as LLaVA's with their pictures are, against a
+threshold that is still a mean (`routing: public_code`).
+
 Factored form, used without clamp and with a mask of whole columns or none: the matrix's input X is frozen and a step of
 SGD moves `W' - W` by a product with X, so that only the factor A is trained,
 
@@ -43,6 +47,8 @@ ROWS, INPUTS, PRESENT = "side_rows", "side_inputs", "side_there"
 LIVE = "side_live"
 THRESHOLD = "threshold"
 _DISTANCE, _WINNER = "distance_EK", "winner_EK"
+_LONGEST_MEAN = 100
+"""Number of positions above which the public code routes by the largest distance of a position."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,8 @@ class WiseConfig(Settings):
         margin_out: Margin alpha (eq. 3): upper bound that the loss sets on the distance of an unrelated prompt.
         margin_in: Margin beta: lower bound that the loss sets on the distance of the edit.
         margin_gap: Margin gamma, by which the edit's distance exceeds an unrelated prompt's.
+        routing: Distance of a prompt when a finished edit answers: mean over its positions as in the `paper`, or as in
+            the `public_code`, which takes the largest of a position for prompts of more than 100 positions.
         routing_ratio: Share of the edit's own distance above which a prompt uses the side matrix.
         merge_density: Share of a side matrix's entries, the largest, that take part in merging side matrices.
         stop_change: Largest change of the loss since the last step for an edit to stop.
@@ -79,6 +87,7 @@ class WiseConfig(Settings):
     margin_out: Annotated[float, Ge(0)] = 5.0
     margin_in: Annotated[float, Ge(0)] = 20.0
     margin_gap: Annotated[float, Ge(0)] = 10.0
+    routing: Literal["paper", "public_code"] = "paper"
     routing_ratio: Annotated[float, Gt(0), Le(1)] = 0.4
     merge_density: Annotated[float, Gt(0), Le(1)] = 0.53
     stop_change: Annotated[float, Ge(0)] = 1e-4
@@ -139,7 +148,8 @@ class Wise(Plain):
             side = main + change
             if _is_whole(main, batch):
                 # Pending: objectives without the margin loss read the distance only once, in `finished`.
-                trace.pending[_DISTANCE] = lambda: _activation_distance(activation, main, side, batch.prompt_EKS)
+                distance = self._routing_distance if THRESHOLD in params else _activation_distance
+                trace.pending[_DISTANCE] = lambda: distance(activation, main, side, batch.prompt_EKS)
             if THRESHOLD not in params:
                 return side.reshape(y.shape)
             to_side_EK = trace.value(_DISTANCE) >= params[THRESHOLD].unsqueeze(1)
@@ -169,7 +179,7 @@ class Wise(Plain):
                 )
                 change = change_of(x_EKSI.reshape(1, -1, x.shape[-1])).reshape(main.shape)
                 if is_whole:
-                    distance_EK = _activation_distance(activation, main, main + change, batch.prompt_EKS)
+                    distance_EK = self._routing_distance(activation, main, main + change, batch.prompt_EKS)
                     wins = (distance_EK >= params[THRESHOLD][index]) & (distance_EK > best_EK)
                     best_EK = torch.where(wins, distance_EK, best_EK)
                     winner_EK = winner_EK.masked_fill(wins, index)
@@ -227,6 +237,13 @@ class Wise(Plain):
             LIVE: _ties(live_EN, self.config.merge_density).unsqueeze(0),
             THRESHOLD: params[THRESHOLD].amin(dim=0, keepdim=True),
         }
+
+    def _routing_distance(
+        self, activation: Callable[[Tensor], Tensor], main: Tensor, side: Tensor, prompt_EKS: Tensor
+    ) -> Tensor:
+        """Distance that a finished edit compares with its threshold, `(E, K)`; see `WiseConfig.routing`."""
+        longest = _LONGEST_MEAN if self.config.routing == "public_code" else None
+        return _activation_distance(activation, main, side, prompt_EKS, longest)
 
     def _change(
         self, backbone: Backbone, params: EditParams, num_slots: int, trace: Trace
@@ -314,14 +331,27 @@ def _is_whole(main_EKSO: Tensor, batch: EditBatch) -> bool:
 
 
 def _activation_distance(
-    activation: Callable[[Tensor], Tensor], main: Tensor, side: Tensor, prompt_EKS: Tensor
+    activation: Callable[[Tensor], Tensor],
+    main: Tensor,
+    side: Tensor,
+    prompt_EKS: Tensor,
+    longest_mean: int | None = None,
 ) -> Tensor:
-    """Activation distance (eq. 2), `(E, K)`: mean over prompt positions of |sigma(W'x) - sigma(Wx)|_2."""
+    """Activation distance (eq. 2), `(E, K)`: mean over prompt positions of |sigma(W'x) - sigma(Wx)|_2.
+
+    Args:
+        longest_mean: Largest number of prompt positions that are averaged; of a longer prompt the largest distance of a
+            position is taken. None: no bound.
+    """
     squared_EKS = (activation(side).float() - activation(main).float()).square().sum(dim=-1)
     # The gradient of the root is infinite at 0, where every edit starts.
     norm_EKS = (squared_EKS + 1e-12).sqrt() - 1e-6
     weight = prompt_EKS.to(norm_EKS.dtype)
-    return (norm_EKS * weight).sum(dim=-1) / weight.sum(dim=-1).clamp(min=1)
+    length_EK = weight.sum(dim=-1)
+    mean_EK = (norm_EKS * weight).sum(dim=-1) / length_EK.clamp(min=1)
+    if longest_mean is None:
+        return mean_EK
+    return torch.where(length_EK > longest_mean, (norm_EKS * weight).amax(dim=-1), mean_EK)
 
 
 def _ties(delta_EN: Tensor, density: float) -> Tensor:

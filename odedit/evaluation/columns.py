@@ -46,6 +46,12 @@ FURTHER = {PORTABILITY: Metric("portability", "portability", "question that foll
 """Metrics that tables show where a run has them."""
 
 
+PARTS = {"m_loc_near": "image locality, near", "m_loc_far": "image locality, far"}
+"""Labels of the parts of `m_loc`, for records with a near probe. A far answer hardly ever changes, so the mean hides
+half of what spills over to near pictures; every table that shows `m_loc` shows the parts beside it.
+"""
+
+
 def groups() -> dict[str, tuple[str, ...]]:
     """Metrics of each group.
 

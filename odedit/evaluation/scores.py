@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,12 @@ TOP_K = 10
 _NUMBER = re.compile(r"_\d+$")
 """Number of a probe among several of one kind."""
 
-Row = dict[str, float | str | None]
+MAX_ANSWER = 300
+"""Longest answer in a row's `answers`, in characters."""
+
+Answers = dict[str, dict[str, str]]
+"""Generated answers by probe: `{"before": ..., "after": ...}`."""
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -154,9 +160,10 @@ def evaluate(
     Returns:
         One row per edit: `rel`, `<probe>` and, for each, `_exact`, `_generated`, `_generated_exact` and `_before`
         variants; for locality `_whole`, `_generated`, `_generated_exact` and `_mmedit` (where all of an answer must
-        agree: `_whole`; to its end: `_generated_exact`). `t_loc` and `m_loc` average the record's own (far) and near
-        probe where it has both; `_far` and `_near` are then the single scores. All endings:
-        `odedit.evaluation.columns`.
+        agree: `_whole`; to its end: `_generated_exact`). `answers` has the generated texts of every probe, see
+        `Answers`, each cut to `MAX_ANSWER` characters; without generation there is none. `t_loc` and `m_loc` average
+        the record's own (far) and near probe where it has both; `_far` and `_near` are then the single scores. All
+        endings: `odedit.evaluation.columns`.
     """
     rows: list[Row] = []
     for rows_E, part in _fitting(backbone, batch):
@@ -258,7 +265,7 @@ def _around(
 
 def _rows(backbone: Backbone, batch: EditBatch, before_and_after: Callable[[EditBatch], _Readouts]) -> list[Row]:
     by_probe: list[dict[str, Row]] = [{} for _ in batch.edit_ids]
-    answers: list[Row] = [{} for _ in batch.edit_ids]
+    answers: list[Answers] = [{} for _ in batch.edit_ids]
     for part in batch.parts():
         before, after = before_and_after(part)
         # Scores read single numbers, each of which would synchronise with a GPU.
@@ -267,8 +274,7 @@ def _rows(backbone: Backbone, batch: EditBatch, before_and_after: Callable[[Edit
             for k, name in enumerate(part.slots):
                 if bool(part.present_EK[e, k]):
                     by_probe[e][name] = _columns(backbone, part, before, after, e, k)
-            if RELIABILITY in part.slots:
-                answers[e] = _answers(backbone, part, before, after, e)
+                    answers[e] |= _answers(backbone, part, before, after, e, k)
     rows = []
     for e, columns in enumerate(by_probe):
         row: Row = {}
@@ -276,7 +282,7 @@ def _rows(backbone: Backbone, batch: EditBatch, before_and_after: Callable[[Edit
         for scores in _averaged(in_order).values():
             row |= scores
         _average_near_and_far(row)
-        rows.append(row | answers[e])
+        rows.append(row | _answer_columns(answers[e]))
     return rows
 
 
@@ -351,14 +357,28 @@ def _answer(backbone: Backbone, batch: EditBatch, readout: _Readout, e: int, k: 
     return replace(answer, generated=generated, has_ended=has_ended, is_target=is_target)
 
 
-def _answers(backbone: Backbone, batch: EditBatch, before: _Readout, after: _Readout, e: int) -> Row:
-    """Text generated for the edit itself, before and after."""
-    k, row = batch.slots.index(RELIABILITY), Row()
-    for name, readout in (("answer_before", before), ("answer_after", after)):
-        tokens = _generated(readout, e, k)
-        if tokens is not None:
-            row[name] = answer_text(backbone, tokens)
-    return row
+def _answers(backbone: Backbone, batch: EditBatch, before: _Readout, after: _Readout, e: int, k: int) -> Answers:
+    """Texts generated for one probe of one edit; empty if nothing was generated."""
+    texts = {
+        name: answer_text(backbone, tokens)
+        for name, readout in (("before", before), ("after", after))
+        if (tokens := _generated(readout, e, k)) is not None
+    }
+    return {batch.slots[k]: texts} if texts else {}
+
+
+def _answer_columns(answers: Answers) -> Row:
+    """The answers to the edit itself, whole, and those to every probe, each cut to `MAX_ANSWER` characters."""
+    if not answers:
+        return {}
+    own = {f"answer_{name}": text for name, text in answers.get(RELIABILITY, {}).items()}
+    return own | {
+        "answers": {probe: {name: _cut(text) for name, text in texts.items()} for probe, texts in answers.items()}
+    }
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_ANSWER else f"{text[: MAX_ANSWER - 4]} ..."
 
 
 def _averaged(by_probe: dict[str, Row]) -> dict[str, Row]:

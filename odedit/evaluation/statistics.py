@@ -7,12 +7,14 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from odedit.evaluation.columns import METRICS
+from odedit.evaluation.columns import FURTHER, METRICS, PARTS
 
 SIGNIFICANT = 0.05
 """Level of significance: largest p of a difference that is reported as significant."""
 MAIN = tuple(METRICS)
-"""The five metrics of MMEdit, in the order of every table."""
+"""The five metrics of MMEdit, which the score is made of."""
+SHOWN = (*MAIN, *PARTS, *FURTHER)
+"""The main columns of every table, in their order."""
 _ROUNDING = 1e-12
 
 

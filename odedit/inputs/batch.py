@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from odedit.evaluation import columns
+from odedit.inputs.html import picture_html, request_html
 from odedit.runtime.brief import brief
 from odedit.runtime.budgets import budgets
 from odedit.runtime.gather import inverse_index, select, spread
@@ -49,13 +50,14 @@ REPHRASE_SLOTS = SUPERVISION_SLOTS[1:3]
 LOCALITY_SLOTS = SUPERVISION_SLOTS[3:]
 NEAR = LOCALITY_SLOTS[-1]
 REPHRASE = "rephrase"
-"""Slot of both rephrases in one sequence, see `EditRequest.rephrase`."""
+"""Slot of a text and an image rephrase in one sequence, see `EditRequest.rephrase`."""
 
 RELIABILITY = "rel"
 _PROBE_NAME = re.compile(r"[a-z]+_(gen|loc)(_[a-z0-9]+){0,3}")
 _LOCALITY_NAME = re.compile(r"[a-z]+_loc(ality)?(_|$)")  # details follow the kind
 _WORTH_SPLITTING = 1 / 16
 """Split off the short sequences only if that saves this share of the padded positions."""
+_FURTHER = re.compile(r"((?:text_|image_)?rephrase)_([2-9]|[1-9][0-9]+)")
 _EDIT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -83,6 +85,9 @@ class Picture:
     def is_processed(self) -> bool:
         return bool(self.pixels.dtype == np.float32)
 
+    def _repr_html_(self) -> str:
+        return picture_html(self, f"Picture {self.key}")
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -94,6 +99,7 @@ class Probe:
         picture: Picture of the prompt; None for a text-only prompt.
         is_caption: Whether `prompt` is a text to continue rather than a question.
         fact: Fact that the prompt asks about, if the record names it.
+        entity: Thing that the picture shows, or a prompt without picture is about, if the record names it.
     """
 
     prompt: str
@@ -101,6 +107,16 @@ class Probe:
     picture: Picture | None = None
     is_caption: bool = False
     fact: str | None = None
+    entity: str | None = None
+
+
+def things_of(fact: str | None, entity: str | None) -> frozenset[str]:
+    """The named fact and the named entity as a set; unnamed ones are left out.
+
+    >>> things_of(None, "the pink four")
+    frozenset({'entity: the pink four'})
+    """
+    return frozenset(f"{kind}: {name}" for kind, name in (("fact", fact), ("entity", entity)) if name is not None)
 
 
 @dataclass(frozen=True)
@@ -110,8 +126,8 @@ class EditRequest:
     Attributes:
         edit_id: Name of the edit's row and file: letters, digits, `.`, `_` and `-`.
         edit: Prompt and its new answer (IN).
-        supervision: Probes by slot (`SUPERVISION_SLOTS` but the first). Targets of locality slots only select the
-            positions that are compared.
+        supervision: Probes by slot: `SUPERVISION_SLOTS` but the first, and further rephrases (`rephrase_slots`).
+            Targets of locality slots only select the positions that are compared.
         probes: Probes that are scored, by metric name: `t_gen`, `m_gen`, `t_loc`, `m_loc`, and any
             `<name>_gen[_<detail>]` or `<name>_loc[_<detail>]`. The edit itself is scored as `rel`.
         task: Kind of record, `vqa` or `caption`.
@@ -134,19 +150,33 @@ class EditRequest:
                 "the first a letter or digit (it names the edit's file)."
             )
         for name in self.supervision:
-            if name not in SUPERVISION_SLOTS[1:]:
-                raise ValueError(
-                    f"{self.edit_id}: unknown supervision slot {name!r}; allowed: {', '.join(SUPERVISION_SLOTS[1:])}."
-                )
+            if not is_supervision(name):
+                raise ValueError(f"{self.edit_id}: unknown supervision slot {name!r}; allowed: {SUPERVISION_ALLOWED}.")
         for name in self.probes:
             check_probe_name(name)
 
-    def rephrase(self) -> Probe | None:
-        """The text rephrase's prompt with the image rephrase's picture; a missing one is the edit's own."""
-        text, image = (self.supervision.get(slot) for slot in REPHRASE_SLOTS)
+    def rephrase(self, number: int = 1) -> Probe | None:
+        """The prompt of a text rephrase with the picture of the image rephrase of the same number, counted from 1.
+
+        A missing one is the edit's own; None if both are missing.
+        """
+        text, image = (self.supervision.get(numbered(slot, number)) for slot in REPHRASE_SLOTS)
         if image is None:
             return text
         return replace(text or self.edit, picture=image.picture)
+
+    def kept_things(self) -> frozenset[str]:
+        """Facts and entities of the scored probes whose answers must stay; supervision must not show them."""
+        stay = (probe for name, probe in self.probes.items() if is_locality(name))
+        return frozenset().union(*(things_of(probe.fact, probe.entity) for probe in stay))
+
+    @property
+    def num_rephrases(self) -> int:
+        """Largest number of a rephrase; 0 without any."""
+        return max((_number(slot) for slot in self.supervision if unnumbered(slot) in REPHRASE_SLOTS), default=0)
+
+    def _repr_html_(self) -> str:
+        return request_html(self)
 
     def pictures(self) -> list[Picture]:
         """All pictures of the request in a fixed order, with repeats."""
@@ -170,6 +200,48 @@ def check_probe_name(name: str) -> None:
             f"unknown probe {name!r}: expected <name>_gen or <name>_loc, optionally with _<detail>, e.g. m_loc_near or "
             "port_gen_1hop."
         )
+
+
+def numbered(slot: str, number: int) -> str:
+    """Slot of the rephrase with that number, counted from 1; the first has no number in its name.
+
+    >>> numbered("text_rephrase", 1), numbered("text_rephrase", 2)
+    ('text_rephrase', 'text_rephrase_2')
+    """
+    return slot if number == 1 else f"{slot}_{number}"
+
+
+def unnumbered(slot: str) -> str:
+    """Slot of the first rephrase of the same kind; any other slot unchanged.
+
+    >>> unnumbered("image_rephrase_3"), unnumbered("near_locality_3")
+    ('image_rephrase', 'near_locality_3')
+    """
+    match = _FURTHER.fullmatch(slot)
+    return slot if match is None else match[1]
+
+
+def _number(slot: str) -> int:
+    match = _FURTHER.fullmatch(slot)
+    return 1 if match is None else int(match[2])
+
+
+def rephrase_slots(count: int) -> tuple[str, ...]:
+    """Slots of `count` text rephrases and as many image rephrases.
+
+    >>> rephrase_slots(2)
+    ('text_rephrase', 'image_rephrase', 'text_rephrase_2', 'image_rephrase_2')
+    """
+    return tuple(numbered(slot, number) for number in range(1, count + 1) for slot in REPHRASE_SLOTS)
+
+
+def is_supervision(slot: str) -> bool:
+    """Whether a request can have supervision of that name."""
+    return slot in SUPERVISION_SLOTS[1:] or unnumbered(slot) in REPHRASE_SLOTS
+
+
+SUPERVISION_ALLOWED = f"{', '.join(SUPERVISION_SLOTS[1:])}, and {numbered(REPHRASE_SLOTS[0], 2)} and so on"
+"""Allowed names of supervision, for messages."""
 
 
 def negative_slots(count: int) -> tuple[str, ...]:
@@ -251,7 +323,7 @@ class EditBatch:
 
     Attributes:
         edit_ids: Names of the E edits.
-        slots: Names of the K sequences: `SUPERVISION_SLOTS` for optimisation, metric names for evaluation.
+        slots: Names of the K sequences: those of the supervision for optimisation, metric names for evaluation.
         tokens_EKS: Token ids; image positions hold the image token.
         present_EK: False where an edit lacks the sequence (its tokens are padding).
         real_EKS: True at positions that are not padding.

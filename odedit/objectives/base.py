@@ -23,7 +23,7 @@ from torch import Tensor
 from odedit.backbones.base import Backbone
 from odedit.editors.base import Editor, Trace
 from odedit.errors import InputError
-from odedit.inputs.batch import EDIT, LOCALITY_SLOTS, Answers, EditBatch, EditParams, is_locality
+from odedit.inputs.batch import EDIT, LOCALITY_SLOTS, Answers, EditBatch, EditParams, is_locality, unnumbered
 from odedit.objectives.common.penalty import Invariance, tv_penalty
 from odedit.objectives.common.terms import (
     COMPARED,
@@ -97,12 +97,22 @@ class BaseConfig(Settings):
 
     @property
     def supervision_slots(self) -> tuple[str, ...]:
-        """Slots of `EditRequest.supervision` that the objective reads."""
+        """Slots of `EditRequest.supervision` that the objective reads, those of the first rephrases for all of them."""
         return ()
+
+    @property
+    def joins_rephrases(self) -> bool:
+        """True when a text and an image rephrase are read as one sequence, see `EditRequest.rephrase`."""
+        return False
 
     @property
     def num_negatives(self) -> int:
         """Number of hard negatives per edit (see `odedit.data.negatives`)."""
+        return 0
+
+    @property
+    def num_positives(self) -> int:
+        """Number of the pool's pictures of the same thing that are trained to the new answer, as joined rephrases."""
         return 0
 
     @property
@@ -124,6 +134,11 @@ class BaseConfig(Settings):
     def invariance(self) -> Invariance:
         """Settings of the invariance penalty; by default it has weight 0."""
         return Invariance()
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """Settings that cannot change an edit with the present values of others, each with the reason."""
+        return {}
 
     def base_slots(self, editor: Editor) -> frozenset[str]:
         """Slots of the edit and of the editor's own terms."""
@@ -214,7 +229,7 @@ class Objective:
             InputError: The batch lacks a slot that the objective requires.
         """
         wanted = self.config.reads(editor)
-        return tuple(slot for slot in batch.slots if slot in wanted)
+        return tuple(slot for slot in batch.slots if unnumbered(slot) in wanted)
 
     def slots_at_once(self, slots: Sequence[str]) -> tuple[str, ...]:
         """Slots that a single step reads."""
@@ -228,7 +243,7 @@ class Objective:
         """Indices into `slots` that each edit reads in its next step, `(E, slots of a step)`; None: all slots.
 
         Args:
-            present_EK: Presence of each slot.
+            present_EK: Presence of each slot; False also for negatives of weight 0.
             steps_E: Number of each edit's step, from 0.
         """
         return None
@@ -257,6 +272,11 @@ class Objective:
     @property
     def reads_text(self) -> bool:
         """True when a term reads states at all positions, not only at those that predict answers."""
+        return False
+
+    @property
+    def reads_displacements(self) -> bool:
+        """True when a term reads by how much an edit moves the states at all answers of the batch."""
         return False
 
     def read(self, batch: EditBatch) -> Tensor | None:
@@ -304,7 +324,7 @@ class Objective:
         weights = self.config.weights
         states_EKTD = gather_positions(hidden, batch.predict_EKT) if self.reads_text else hidden
         tokens = self._tokens(backbone, editor, batch, states_EKTD, unedited)
-        forward = Forward(editor, params, trace, batch, hidden, states_EKTD, tokens)
+        forward = Forward(editor, params, trace, batch, hidden, states_EKTD, tokens, unedited)
         regions = {
             "rel": forward.likelihood(EDIT),
             "loc": forward.no_risk() if unedited is None else self._locality(forward, unedited.weight_EK),
@@ -341,16 +361,17 @@ class Objective:
             return None
         if weight_EK is None:
             weight_EK = self.weights_of_locality(backbone, batch, states_EKTD)
+        kept_EKTD = states_EKTD if self.reads_displacements else None
         read = self._read_by_head(batch)
         num_compared = len(read[COMPARED].at_M)
         if self.config.takes_turns or num_compared > _TOKENS_KEPT:
-            return Unedited(batch.states_at(states_EKTD, read[COMPARED]), None, weight_EK)
+            return Unedited(batch.states_at(states_EKTD, read[COMPARED]), None, weight_EK, kept_EKTD)
         with torch.no_grad():
             # Use the matmul shape of a step. Rounding depends on the number of rows, and Adam amplifies a gradient that
             # should be exactly 0.
             states_MD = batch.states_at(states_EKTD, *read.values())
             log_q_MV = risks.log_probs(backbone.head(states_MD)[len(states_MD) - num_compared :])
-            return Unedited(states_MD[len(states_MD) - num_compared :], log_q_MV, weight_EK)
+            return Unedited(states_MD[len(states_MD) - num_compared :], log_q_MV, weight_EK, kept_EKTD)
 
     def weights_of_locality(self, backbone: Backbone, batch: EditBatch, states_EKTD: Tensor) -> Tensor | None:
         """Weight of each sequence in R_loc, `(E, K)`; None: R_loc is the mean over the compared sequences."""

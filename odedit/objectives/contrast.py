@@ -1,12 +1,12 @@
 """Contrast, an objective of this project: reliability, generality and locality by the likelihoods that are scored.
 
-    G = NLL(edit) + w_gen NLL(rephrase) + w_loc sum_k v_k KL(p_k || q_k),     v_k = 2 (1 - q_k(o))
+    G = NLL(edit) + w_gen NLL(rephrase) + w_loc sum_k v_k KL(p_k || q_k),     v_k = 2, or 0 for the same thing
 
 p is the edited model, q the unedited one. The rephrase asks in other words about another picture
 (`EditRequest.rephrase`). Sequence k is a hard negative, the edit's question about a similar picture (see
-`odedit.data.negatives`); each step reads some of the negatives, in turn. o is the answer that the edit replaces: where
-the unedited model answers with o, the picture shows the same thing, and v_k removes it. q_k(o) is the probability of
-the whole answer, so it is near 0 for every picture if the answer is long.
+`odedit.data.negatives`); each step reads some of the negatives, in turn. A picture about which the unedited model
+greedily gives the answer that the edit replaces shows the same thing: it is no negative. `positives` of these pictures
+are trained to the new answer instead, as further rephrases.
 
 An edit stops when the least likely answer token of the edit *and* of the rephrase has reached the threshold.
 """
@@ -24,18 +24,16 @@ from torch import Tensor
 from odedit.backbones.base import Backbone
 from odedit.editors.base import Editor
 from odedit.errors import InputError
-from odedit.inputs.batch import EDIT, NEAR, REPHRASE, REPHRASE_SLOTS, EditBatch, is_negative
-from odedit.objectives.base import ComparingConfig, Objective, require, rows_at_once
-from odedit.objectives.common.terms import Forward
-from odedit.risks import risks
-from odedit.risks.risks import Risk
+from odedit.inputs.batch import NEAR, REPHRASE_SLOTS, EditBatch, is_negative
+from odedit.objectives.base import ComparingConfig, require, rows_at_once
+from odedit.objectives.common.rephrased import Rephrased, RephrasedConfig
 
 _NEGATIVE_WEIGHT = 2.0
 """Weight of a negative relative to an NLL, chosen on the validation split of the embedded world."""
 
 
 @dataclass(frozen=True)
-class ContrastConfig(ComparingConfig):
+class ContrastConfig(RephrasedConfig, ComparingConfig):
     """Settings of the contrast objective.
 
     Attributes:
@@ -44,11 +42,12 @@ class ContrastConfig(ComparingConfig):
         locality_weight: Weight of the negatives' KL; 0 leaves it out.
         negatives: Number of hard negatives per edit.
         negatives_at_once: Number of hard negatives that one step reads.
+        positives: Number of pool pictures of the same thing, the nearest ones, that are trained to the new answer.
     """
 
-    generality_weight: Annotated[float, Ge(0)] = 1.0
     negatives: int = 12
     negatives_at_once: Annotated[int, Ge(1)] = 2
+    positives: Annotated[int, Ge(0)] = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,17 +55,17 @@ class ContrastConfig(ComparingConfig):
         require("negatives", self.negatives, fits, f"at least negatives_at_once ({self.negatives_at_once})")
 
     @property
-    def weights(self) -> dict[str, float]:
-        return super().weights | {"gen": self.generality_weight}
-
-    @property
     def supervision_slots(self) -> tuple[str, ...]:
-        # Both rephrases become one sequence; the record's near picture becomes the first negative.
-        return (*(REPHRASE_SLOTS if self.generality_weight else ()), NEAR)
+        # The record's near picture becomes the first negative.
+        return (*(REPHRASE_SLOTS if self.joins_rephrases else ()), NEAR)
 
     @property
     def num_negatives(self) -> int:
         return self.negatives
+
+    @property
+    def num_positives(self) -> int:
+        return self.positives
 
     @property
     def takes_turns(self) -> bool:
@@ -82,7 +81,7 @@ class ContrastConfig(ComparingConfig):
             )
 
 
-class Contrast(Objective):
+class Contrast(Rephrased):
     Config = ContrastConfig
 
     def slots(self, editor: Editor, batch: EditBatch) -> tuple[str, ...]:
@@ -92,8 +91,8 @@ class Contrast(Objective):
                 f"objective.name: {self.config.name!r} reads hard negatives, and this batch has none; pass a "
                 "NegativePool to encode_requests."
             )
-        wanted = self.config.base_slots(editor).union(negatives, (REPHRASE,) if self.config.generality_weight else ())
-        return tuple(slot for slot in batch.slots if slot in wanted)
+        trained = super().slots(editor, batch)
+        return tuple(slot for slot in batch.slots if slot in trained or slot in negatives)
 
     def slots_within(self, slots: Sequence[str], steps: int) -> tuple[str, ...]:
         # Negatives are the last slots of a batch, read in their order.
@@ -107,11 +106,12 @@ class Contrast(Objective):
             return None
         first = len(slots) - sum(map(is_negative, slots))
         at_once = len(read) - first
-        # An edit with fewer negatives than the batch lacks the last ones.
+        # The negatives that an edit has, in their order, then those that it lacks.
+        order_EN = present_EK[:, first:].long().argsort(dim=1, descending=True, stable=True)
         count_E1 = present_EK[:, first:].sum(1, keepdim=True).clamp_min(1)
         fixed_EK = torch.arange(first, device=steps_E.device).expand(len(steps_E), -1)
         turn_EK = steps_E.long().unsqueeze(1) * at_once + torch.arange(at_once, device=steps_E.device)
-        return torch.cat([fixed_EK, first + turn_EK % count_E1], dim=1)
+        return torch.cat([fixed_EK, first + order_EN.gather(1, turn_EK % count_E1)], dim=1)
 
     def in_turn(self, batch: EditBatch, turn: int) -> EditBatch:
         turn_E = torch.full((batch.num_edits,), turn, device=batch.tokens_EKS.device)
@@ -127,29 +127,19 @@ class Contrast(Objective):
     def compared_slots(self, batch: EditBatch) -> tuple[str, ...]:
         return tuple(filter(is_negative, batch.slots))
 
-    def likelihood_slots(self, batch: EditBatch) -> tuple[str, ...]:
-        return (EDIT, REPHRASE) if REPHRASE in batch.slots else (EDIT,)
-
-    def trained_slots(self, batch: EditBatch) -> tuple[str, ...]:
-        return self.likelihood_slots(batch)
-
-    def generality(self, forward: Forward) -> Risk:
-        """NLL of the rephrase's answer; 0 for a batch without rephrases."""
-        return forward.likelihood(REPHRASE) if REPHRASE in forward.tokens else forward.no_risk()
-
     @torch.no_grad()
     def weights_of_locality(self, backbone: Backbone, batch: EditBatch, states_EKTD: Tensor) -> Tensor:
-        """v_k = 2 (1 - q_k(o)) of every negative, 0 for the other sequences, `(E, K)`."""
+        """v_k of every negative, 0 for the other sequences, `(E, K)`."""
         answers = batch.answers(self.compared_slots(batch))
         states_MD = batch.states_at(states_EKTD, answers)
         size = max(1, rows_at_once(backbone, states_MD.device) // 2)
         parts = [
-            risks.log_probs(backbone.head(states_CD)).gather(-1, tokens_C.unsqueeze(-1)).squeeze(-1)
+            backbone.head(states_CD).argmax(dim=-1) == tokens_C
             for states_CD, tokens_C in zip(states_MD.split(size), answers.tokens_M.split(size), strict=True)
         ]
-        replaced_EK = answers.spread(torch.cat(parts)).sum(dim=-1).exp()
-        weight_EK = torch.zeros(batch.present_EK.shape, device=replaced_EK.device)
-        return weight_EK.index_copy(1, answers.columns_K, _NEGATIVE_WEIGHT * (1.0 - replaced_EK))
+        shows_same_EK = answers.spread(torch.cat(parts).float(), 1.0).flatten(2).bool().all(dim=-1)
+        weight_EK = torch.zeros(batch.present_EK.shape, device=shows_same_EK.device)
+        return weight_EK.index_copy(1, answers.columns_K, _NEGATIVE_WEIGHT * (~shows_same_EK).float())
 
 
 OBJECTIVE = Contrast

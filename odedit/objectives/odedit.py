@@ -19,13 +19,14 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from odedit.inputs.batch import EDIT, REPHRASE_SLOTS, SUPERVISION_SLOTS, EditBatch
+from odedit.inputs.batch import EDIT, REPHRASE_SLOTS, SUPERVISION_SLOTS, Answers, EditBatch, unnumbered
 from odedit.objectives.base import ComparingConfig, Objective, Positions, require
 from odedit.objectives.common.multiplier import MultiplierConfig
-from odedit.objectives.common.penalty import Invariance
-from odedit.objectives.common.terms import Forward, mean_over_slots
+from odedit.objectives.common.penalty import FELT, Invariance
+from odedit.objectives.common.several import Rephrases, agreement, combined
+from odedit.objectives.common.terms import Forward
 from odedit.risks import mmd
-from odedit.risks.risks import Risk
+from odedit.risks.risks import Risk, upcast
 
 Kernel = Literal["rbf", "linear", "contrastive"]
 
@@ -38,7 +39,10 @@ class ODEditConfig(ComparingConfig):
         reliability_weight, locality_weight: Weights of R_rel and R_loc; 0 leaves a term out, also as an environment.
         generality_weight: Weight of R_gen; 0 leaves it out, also as an environment.
         kernel: Distance in R_gen: `rbf` (MMD, eq. 4-6), `linear` (MMD), or `contrastive` (Table 4 of the paper).
-        rephrases: `single` compares the edit with each rephrase and averages; `multiple` pools the rephrases (MMD-m).
+        rephrases: Distance to several rephrases (`supervision.rephrases` of text and of image each). `single`: mean of
+            the distances to each; `multiple`: distance to all states together (MMD-m). Against noisy rephrases, for
+            single edits: `worst`: largest distance; `trimmed`: mean without the largest and the smallest quarter;
+            `agreeing`: mean weighted by how far the edit moves their states in a common direction.
         bandwidths: Bandwidths sigma_q^2 of the RBF kernel, as multiples of sigma_0^2.
         sigma2_0: Base bandwidth sigma_0^2; null: measured on unedited states by `calibrate`.
         positions: Hidden states that R_gen compares: those that predict the `target`, or all of the prompt's `text`.
@@ -47,13 +51,14 @@ class ODEditConfig(ComparingConfig):
         warmup: Share of the steps without penalty.
         ramp: Share of the steps, after the warm-up, over which the penalty rises to its full weight.
         dual_rate: Learning rate gamma_2 of the multiplier network; the paper recommends 1e-3 to 5e-3.
-        dual_schedule: `adaptive` divides the rate by |g| (k + 1)^1.0001, as the IRM-TV code does; or `constant`.
+        dual_schedule: `adaptive` divides the rate by (k + 1)^1.0001 and by the gradient's norm, as the IRM-TV code does
+            (see `multiplier.normalisation` and `multiplier.counted`); or `constant`.
         multiplier: The network lambda(delta, phi_e).
     """
 
     generality_weight: Annotated[float, Ge(0)] = 1.0
     kernel: Kernel = "rbf"
-    rephrases: Literal["single", "multiple"] = "single"
+    rephrases: Rephrases = "single"
     bandwidths: tuple[Annotated[float, Gt(0)], ...] = mmd.BANDWIDTH_MULTIPLIERS
     sigma2_0: Annotated[float, Gt(0)] | None = None
     positions: Positions = "target"
@@ -90,6 +95,20 @@ class ODEditConfig(ComparingConfig):
             self._fixed_multiplier(), self.warmup, self.ramp, self.dual_rate, self.dual_schedule, self.multiplier
         )
 
+    @property
+    def without_effect(self) -> dict[str, str]:
+        if self._fixed_multiplier() is not None:
+            reason = f"with 'penalty: {self.penalty}' lambda is not learned"
+        elif (reach := self.invariance.reach) < FELT:
+            reason = (
+                f"lambda starts at {self.multiplier.weight * self.multiplier.initial:.2g} and stays near or below "
+                f"{reach:.2g}, and the penalty changes edits from about {FELT} on; raise "
+                "objective.multiplier.initial, with output_scale 1 and cap null"
+            )
+        else:
+            return {}
+        return dict.fromkeys(("dual_rate", "dual_schedule", "multiplier"), reason)
+
     def _fixed_multiplier(self) -> float | None:
         """Value of a fixed lambda; 0 without penalty, None if lambda is learned."""
         if self.penalty in ("none", "adaptive"):
@@ -125,15 +144,19 @@ class ODEdit(Objective):
     def reads_text(self) -> bool:
         return bool(self.config.positions == "text")
 
+    @property
+    def reads_displacements(self) -> bool:
+        return bool(self.config.rephrases == "agreeing")
+
     def likelihood_slots(self, batch: EditBatch) -> tuple[str, ...]:
-        return (EDIT, *REPHRASE_SLOTS) if self.config.environments == "prompts" else (EDIT,)
+        return (EDIT, *_rephrases(batch)) if self.config.environments == "prompts" else (EDIT,)
 
     def scale_gradients(self, forward: Forward, risks: Mapping[str, Risk]) -> dict[str, Tensor]:
         # A risk of weight 0 is no environment of the penalty.
         regions = {name: risk.scale_gradient for name, risk in risks.items() if self.config.weights[name]}
         if self.config.environments == "regions":
             return regions
-        prompts = {slot: forward.likelihood(slot).scale_gradient for slot in REPHRASE_SLOTS}
+        prompts = {slot: forward.likelihood(slot).scale_gradient for slot in _rephrases(forward.batch)}
         return {name: gradient for name, gradient in regions.items() if name != "gen"} | prompts
 
     def generality(self, forward: Forward) -> Risk:
@@ -144,7 +167,7 @@ class ODEdit(Objective):
         else:
             states, mask = forward.states_EKTD, batch.target_mask_EKT
         edit = batch.slots.index(EDIT)
-        others = batch.answers(tuple(slot for slot in REPHRASE_SLOTS if slot in batch.slots))
+        others = batch.answers(_rephrases(batch))
         x, x_mask = states[:, edit], mask[:, edit]
         y, y_mask = others.of(states), others.of(mask)
         unlike = None
@@ -156,7 +179,14 @@ class ODEdit(Objective):
         # Compare the edit with each of its K rephrases.
         x, x_mask = x.unsqueeze(1).expand_as(y), x_mask.unsqueeze(1).expand_as(y_mask)
         unlike = None if unlike is None else (unlike[0].unsqueeze(1), unlike[1].unsqueeze(1))
-        return mean_over_slots(self._distance(x, x_mask, y, y_mask, unlike), others.present_EK)
+        distances = self._distance(x, x_mask, y, y_mask, unlike)
+        agreement_EK = self._agreement(forward, others) if self.reads_displacements else None
+        return combined(distances, others.present_EK, self.config.rephrases, agreement_EK)
+
+    def _agreement(self, forward: Forward, rephrases: Answers) -> Tensor:
+        assert forward.unedited is not None and forward.unedited.states_EKTD is not None, "kept by reads_displacements"
+        moved_EKTD = upcast(forward.states_EKTD.detach()) - upcast(forward.unedited.states_EKTD)
+        return agreement(rephrases.of(moved_EKTD), rephrases.mask_EKT)
 
     def _distance(
         self, x: Tensor, x_mask: Tensor, y: Tensor, y_mask: Tensor, unlike: tuple[Tensor, Tensor] | None
@@ -176,6 +206,11 @@ class ODEdit(Objective):
         if device not in self._sigma2_Q:
             self._sigma2_Q[device] = self._sigma2_Q[torch.device("cpu")].to(device)
         return self._sigma2_Q[device]
+
+
+def _rephrases(batch: EditBatch) -> tuple[str, ...]:
+    """Slots of the batch's text and image rephrases."""
+    return tuple(slot for slot in batch.slots if unnumbered(slot) in REPHRASE_SLOTS)
 
 
 OBJECTIVE = ODEdit

@@ -189,8 +189,9 @@ class _Trainer:
             editor = self._editor.with_weights(weights)
             if self._multiplier is not None:
                 terms, params = self._terms(editor, batch, state.step)
+                is_last = part == settings.accumulate - 1
                 loss_E, multiplier_E, dual = self._multiplier.penalised(
-                    editor, params, terms, dual, state.step, ascend=part == 0
+                    editor, params, terms, dual, state.step, is_first=part == 0, is_last=is_last
                 )
                 shown = {**terms.risks, "penalty": terms.penalty, "lambda": multiplier_E, "loss": loss_E}
             else:

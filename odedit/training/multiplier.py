@@ -53,15 +53,25 @@ class SharedMultiplier:
         return penalty_schedule(step, self._max_steps, self._config.warmup, self._config.ramp)
 
     def penalised(
-        self, editor: object, params: EditParams, terms: Terms, dual: Dual, step: int, *, ascend: bool
+        self,
+        editor: object,
+        params: EditParams,
+        terms: Terms,
+        dual: Dual,
+        step: int,
+        *,
+        is_first: bool = True,
+        is_last: bool = True,
     ) -> tuple[Tensor, Tensor, Dual]:
-        """The objective with its penalty, lambda, and the dual variable after its pending step, if any.
+        """The objective with its penalty, lambda, and the dual variable after its step, if any.
+
+        The dual step that belongs to a primal step is taken at the first forward after it, before lambda is computed;
+        with `multiplier.gradient_at: old` at its last forward, after lambda is computed. See `primal_dual`.
 
         Args:
             params: phi_e of the E records, as the editor's weights make it.
             step: Number of the primal step, from 0.
-            ascend: True at the first forward after a primal step. The dual step is taken before lambda is computed, at
-                the updated weights, as in `primal_dual`.
+            is_first, is_last: True at the first and at the last forward of the primal step, which are often the same.
 
         Returns:
             `(E,)`, `(E,)` and the dual variable.
@@ -74,9 +84,12 @@ class SharedMultiplier:
         else:
             context_EI = dual_step.context(self._config.multiplier, _changes(editor, params), terms, self._seed)
             dual = dual if dual.delta else Dual(self._initial(context_EI))
-            if ascend and self.schedule(step - 1) > 0:
-                dual = self._ascended(dual, context_EI.detach(), terms.penalty.detach(), self.schedule(step - 1))
+            is_before = self._config.multiplier.gradient_at == "old"
+            if is_first and not is_before:
+                dual = self._ascended(dual, context_EI.detach(), terms.penalty.detach(), step - 1)
             multiplier_E = self._multiplier(dual.delta, context_EI)
+            if is_last and is_before:
+                dual = self._ascended(dual, context_EI.detach(), terms.penalty.detach(), step)
         return terms.total + schedule * multiplier_E * terms.penalty, schedule * multiplier_E.detach(), dual
 
     def _initial(self, context_EI: Tensor) -> EditParams:
@@ -86,13 +99,17 @@ class SharedMultiplier:
         shared = {name: value.expand(context_EI.shape[0], *value.shape[1:]) for name, value in delta.items()}
         return MultiplierNetwork.apply(self._config.multiplier, shared, context_EI)
 
-    def _ascended(self, dual: Dual, context_EI: Tensor, penalty_E: Tensor, weight: float) -> Dual:
-        """The dual variable after a step; the gain is the mean over the records."""
+    def _ascended(self, dual: Dual, context_EI: Tensor, penalty_E: Tensor, step: int) -> Dual:
+        """The dual variable after the step that belongs to a primal step; the gain is the mean over the records."""
+        weight = self.schedule(step)
+        if weight == 0:
+            return dual
         with torch.enable_grad():
             # Sorted: a state read from a file has another order, and sums in another order differ in the last bits.
             leaves = {name: dual.delta[name].detach().requires_grad_() for name in sorted(dual.delta)}
             gain = (weight * self._multiplier(leaves, context_EI) * penalty_E).mean()
-            decay_N = torch.tensor([(dual.steps + 1) ** DUAL_DECAY], device=penalty_E.device)
+            count = dual.steps if self._config.multiplier.counted == "dual" else step
+            decay_N = torch.tensor([(count + 1) ** DUAL_DECAY], device=penalty_E.device)
             delta = dual_step.ascended(self._config, leaves, gain, decay_N)
         return Dual({name: value.requires_grad_() for name, value in delta.items()}, dual.steps + 1)
 

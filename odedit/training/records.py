@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from odedit.backbones import encode_supervision, is_connector
 from odedit.backbones.base import Backbone
+from odedit.backbones.common.same_things import with_same_things
 from odedit.data.negatives import NegativePool
 from odedit.inputs.batch import EditBatch, EditRequest, Picture, Probe
 from odedit.inputs.prompts import Template
@@ -29,15 +30,17 @@ class EncodedRequests:
         sites: Sequence[str] = (),
         requests: Sequence[EditRequest] = (),
         negatives: NegativePool | None = None,
+        joined: bool = False,
     ) -> None:
         """
         Args:
             sites: Sites of the editor; with a site in the connector, features before the connector are stored.
             negatives: Pool of hard negatives.
+            joined: Whether to join text and image rephrases; always with negatives.
         """
         self._backbone = backbone
         self._template = template
-        self._negatives = negatives
+        self._negatives, self._joined = negatives, joined
         self._before = any(is_connector(site) for site in sites)
         self._requests: list[EditRequest] = []
         self._features: dict[str, Tensor] = {}
@@ -52,7 +55,16 @@ class EncodedRequests:
         for key, feature in self._backbone.image_features(new, self._before).items():
             self._device = feature.device
             self._features[key] = feature.cpu()
+        if self._negatives is not None and kept:
+            found, features = with_same_things(
+                self._backbone, kept, self._on_device(pictures), self._template, self._negatives, self._before
+            )
+            kept = list(found)
+            self._features |= {key: value.cpu() for key, value in features.items() if key not in self._features}
         self._requests += [_without_pixels(request) for request in kept]
+
+    def _on_device(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        return {key: self._features[key].to(self._device) for key in keys}
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -61,8 +73,10 @@ class EncodedRequests:
         """Supervision batch of these requests."""
         requests = [self._requests[number] for number in numbers]
         keys = dict.fromkeys(picture.key for request in requests for picture in request.pictures())
-        features = {key: self._features[key].to(self._device) for key in keys}
-        return encode_supervision(self._backbone, requests, features, self._template, self._before, self._negatives)
+        features = self._on_device(keys)
+        return encode_supervision(
+            self._backbone, requests, features, self._template, self._before, self._negatives, self._joined
+        )
 
 
 def _without_pixels(request: EditRequest) -> EditRequest:

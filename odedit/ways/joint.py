@@ -252,9 +252,7 @@ class _Trainer:
         unedited = self._objective.unedited(self._backbone, batch, base_EKTD, self._weights(batch))
         terms = self._objective(self._backbone, self._editor, params, trace, batch, hidden, unedited)
         mean = _mean_terms(terms)
-        loss_1, _, dual = self._multiplier.penalised(
-            self._editor, params, mean, training.dual, training.step, ascend=True
-        )
+        loss_1, _, dual = self._multiplier.penalised(self._editor, params, mean, training.dual, training.step)
         if dual is not training.dual and dual.delta:
             names = sorted(dual.delta)
             values = parallel.mean([dual.delta[name] for name in names])

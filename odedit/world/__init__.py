@@ -13,7 +13,7 @@ from odedit.errors import InputError, unknown_name
 from odedit.world.facts import WORLD
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-BENCHMARK_VERSION = "bc6f4c05"
+BENCHMARK_VERSION = "c56f86e5"
 """Version of the benchmark's content, part of its folder's name. A test compares the content with it."""
 
 
@@ -37,8 +37,8 @@ def checkpoint_path(family: str = "blip2") -> Path:
     return CHECKPOINTS / family
 
 
-def build(directory: Path | str, seed: int = 0) -> dict[str, Path]:
+def build(directory: Path | str, seed: int = 0, rephrases: int = 1) -> dict[str, Path]:
     """Writes the benchmark; see `odedit.world.benchmark.build`."""
     from odedit.world import benchmark
 
-    return benchmark.build(Path(directory), seed)
+    return benchmark.build(Path(directory), seed, rephrases)

@@ -2,7 +2,8 @@
 
 A fact is a pair of entity and attribute. The three files have disjoint facts, and disjoint handwriting in the scored
 pictures. Supervision (`held_out`) shares neither wordings nor pictures with the scored probes: it uses trained cells of
-the question grid and training handwriting, and the probes use held-out cells and held-out handwriting.
+the question grid and training handwriting, and the probes use held-out cells and held-out handwriting. Records name
+the entities that their pictures show, and none of the entities whose answers must stay is shown by their supervision.
 """
 
 from __future__ import annotations
@@ -24,26 +25,34 @@ FACTS_PER_ATTRIBUTE = {"train": 24, "validation": 12, "evaluation": 24}
 EDITS_PER_FACT = 3
 EDITED = (*HIDDEN, CAPTION)
 """Edited attributes: the hidden ones correspond to MMEdit's E-VQA, captions to E-IC."""
+MAX_REPHRASES = min(len(questions.cells(attribute, held_out=False)) for attribute in EDITED) - 1
+"""Largest number of rephrases that supervise an edit: the trained wordings of an attribute, without the edit's own."""
 IMAGES, REPHRASE_IMAGES = "images", "images_rephrase"
 
 Record = dict[str, Any]
 
 
-def build(directory: Path, seed: int = 0) -> dict[str, Path]:
+def build(directory: Path, seed: int = 0, rephrases: int = 1) -> dict[str, Path]:
     """Writes `train.json`, `validation.json`, `evaluation.json` and their pictures.
 
     Args:
         directory: Output directory, created if missing; existing files are replaced.
         seed: Seed of new values, wordings and pictures. The facts and their split are the same for every seed, so that
             training or validation on one seed does not leak evaluation facts of another.
+        rephrases: Number of text rephrases and of image rephrases that supervise an edit. All else is the same for
+            every number.
 
     Returns:
         Paths by name: the three files, and the image roots `images` and `images_rephrase`. As in MMEdit,
         `image_rephrase` is relative to the second root, all other images to the first.
 
     Raises:
-        InputError: `directory` is a file.
+        InputError: `directory` is a file, or there are too few wordings.
     """
+    if not 1 <= rephrases <= MAX_REPHRASES:
+        raise InputError(
+            f"supervision.rephrases: got {rephrases}, but the embedded benchmark has 1 to {MAX_REPHRASES} rephrases."
+        )
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory}: is a file, expected a directory to write the benchmark into.")
     paths = {IMAGES: directory / IMAGES, REPHRASE_IMAGES: directory / REPHRASE_IMAGES}
@@ -56,6 +65,9 @@ def build(directory: Path, seed: int = 0) -> dict[str, Path]:
             (root / part).mkdir(parents=True, exist_ok=True)
         writer = _RecordWriter(np.random.default_rng(rng.integers(2**63)), part, directory)
         records = [record for entity, attribute in part_facts for record in writer.records(entity, attribute)]
+        for record in records if rephrases > 1 else ():
+            own = np.random.default_rng([seed, *record["edit_id"].encode()])
+            _RecordWriter(own, part, directory).add_rephrases(record, rephrases)
         # Shuffled, so that the first records (`data.limit`) have all attributes.
         records = [records[i] for i in rng.permutation(len(records))]
         paths[part] = directory / f"{part}.json"
@@ -128,13 +140,14 @@ class _RecordWriter:
         record: Record = {
             "edit_id": edit_id,
             "fact": _fact(attribute, entity.name),
+            "entity": entity.name,
             "task": "caption" if attribute == CAPTION else "vqa",
             "src": words.source, "pred": facts.answer(entity, attribute), "alt": alt, "rephrase": words.rephrase,
             "image": image, "image_rephrase": rephrase_image,
             "loc": locality["prompt"], "loc_ans": locality["target"],
-            "loc_fact": locality["fact"],
+            "loc_fact": locality["fact"], "loc_entity": locality["entity"],
             "m_loc": far_question["image"], "m_loc_q": far_question["prompt"], "m_loc_a": far_question["target"],
-            "m_loc_fact": far_question["fact"],
+            "m_loc_fact": far_question["fact"], "m_loc_entity": far_question["entity"],
         }  # fmt: skip
         record["probes"] = {
             "tm_gen": {"prompt": words.second_rephrase, "target": alt, "image": second_image},
@@ -153,20 +166,37 @@ class _RecordWriter:
                 "target": alt,
                 "image": self._write_training(f"{edit_id}-train-rephrase", entity, self._other(background)),
             },
-            "text_locality": _without_fact(self._country_question(str(other_country))),
-            "image_locality": _without_fact(
+            "text_locality": _unnamed(self._country_question(str(other_country))),
+            "image_locality": _unnamed(
                 self._question_about(
                     f"{edit_id}-train-far",
-                    self._pick([e for e in facts.ENTITIES if e != entity]),
+                    self._pick([e for e in facts.ENTITIES if e not in (entity, near, far)]),
                     attribute,
                     training=True,
                 )
             ),
-            "near_locality": _without_fact(
+            "near_locality": _unnamed(
                 self._near_question(f"{edit_id}-train-near", other_near, attribute, words.source, training=True)
             ),
         }
         return record
+
+    def add_rephrases(self, record: Record, count: int) -> None:
+        """Adds the held-out rephrases number 2 to `count`: other trained wordings, and other training handwriting."""
+        attribute, name = record["fact"].split(" of ", 1)
+        entity = next(entity for entity in facts.ENTITIES if entity.name == name)
+        held_out = record["held_out"]
+        first = {record["src"], held_out["text_rephrase"]["prompt"]}
+        cells = questions.cells(attribute, held_out=False)
+        others = [c for c in cells if not first & {questions.ask(attribute, c, s) for s in questions.SUBJECTS}]
+        order = self._rng.permutation(len(others))[: count - 1]
+        for number, index in enumerate(order, start=2):
+            prompt = questions.ask(attribute, others[index], self._subject())
+            background = int(self._rng.integers(len(facts.BACKGROUNDS)))
+            image = self._write_training(f"{record['edit_id']}-train-rephrase-{number}", entity, background)
+            alike = {"target": record["alt"]}
+            held_out[f"text_rephrase_{number}"] = {"prompt": prompt, **alike, "image": record["image"]}
+            held_out[f"image_rephrase_{number}"] = {"prompt": record["src"], **alike, "image": image}
 
     def _new_values(self, entity: Entity, attribute: str) -> list[str]:
         """New values that share no word with the true one and are true of no near entity.
@@ -220,7 +250,8 @@ class _RecordWriter:
             sample = self._pick(images.handwriting().held_out[self._part][entity.digit])
             image = self._write(name, entity, int(sample), background, images.PLAIN_POSE)
         answer = facts.answer(entity, attribute, background)
-        return {"prompt": prompt, "target": answer, "image": image, "fact": _fact(attribute, entity.name)}
+        names = {"fact": _fact(attribute, entity.name), "entity": entity.name}
+        return {"prompt": prompt, "target": answer, "image": image, **names}
 
     def _text_question(self, entity: Entity, edited: str, cell: Cell) -> dict[str, str]:
         """A question about an entity by name, without a picture; the edit's own question where text can ask it."""
@@ -231,6 +262,7 @@ class _RecordWriter:
             "prompt": questions.ask(edited, cell, entity.name),
             "target": facts.answer(entity, edited),
             "fact": _fact(edited, entity.name),
+            "entity": entity.name,
         }
 
     def _country_question(self, country: str) -> dict[str, str]:
@@ -240,6 +272,7 @@ class _RecordWriter:
             "prompt": questions.ask_country(country, attribute, frame),
             "target": facts.COUNTRIES[country][attribute],
             "fact": _fact(attribute, country),
+            "entity": country,
         }
 
     def _write_training(self, name: str, entity: Entity, background: int) -> str:
@@ -268,6 +301,6 @@ def _fact(attribute: str, name: str) -> str:
     return f"{attribute} of {name}"
 
 
-def _without_fact(entry: dict[str, str]) -> dict[str, str]:
-    """The question as an entry of `held_out`, which names no fact."""
-    return {key: value for key, value in entry.items() if key != "fact"}
+def _unnamed(entry: dict[str, str]) -> dict[str, str]:
+    """The question as an entry of `held_out`, which names neither fact nor entity."""
+    return {key: value for key, value in entry.items() if key not in ("fact", "entity")}

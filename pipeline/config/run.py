@@ -272,6 +272,12 @@ class Choice:
         """The name and the plug-in's own settings, as plain values."""
         return {self.key: self.name, **dataclasses.asdict(self.settings)}
 
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """Settings of an objective's section that cannot change an edit, each with the reason."""
+        unread = dict.fromkeys(self.others, f"the objective {self.name!r} does not have this setting")
+        return {**unread, **self.settings.without_effect}
+
     def to_dict(self) -> dict[str, Any]:
         """The whole section, as plain values."""
         return self.own_values() | {name: _plain(value) for name, value in self.others.items()}

@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
 
@@ -51,6 +51,9 @@ def settings(cls: type, path: str = "") -> Iterator[Setting]:
     """Settings of a dataclass and of its sections, in the order of the code."""
     hints = get_type_hints(cls, include_extras=True)
     meanings = attribute_texts(cls)
+    presets = getattr(cls, "PRESETS", {})
+    if presets:
+        yield Setting(f"{path}.preset", describe(Literal[tuple(presets)]), next(iter(presets)), _presets_text(presets))
     for field in dataclasses.fields(cls):
         if not field.init:
             continue
@@ -81,6 +84,14 @@ def attribute_texts(cls: type) -> dict[str, str]:
             elif inside and line.strip():
                 inside = False
     return texts
+
+
+def _presets_text(presets: Mapping[str, Mapping[str, Any]]) -> str:
+    lists = [
+        f"{name}: {', '.join(f'{key} {yaml.safe_dump(value).split(chr(10))[0]}' for key, value in values.items())}"
+        for name, values in presets.items()
+    ]
+    return f"Values of the settings below that are not given. {'; '.join(lists)}."
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

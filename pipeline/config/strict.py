@@ -53,10 +53,14 @@ def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
     hints = get_type_hints(cls, include_extras=True)
     accepted: dict[str, Any] = {}
     num_before = len(problems)
+    presets = getattr(cls, "PRESETS", {})
     for key, value in values.items():
         where = f"{path}.{key}" if path else str(key)
+        if key == "preset" and presets:
+            continue
         if key not in hints or not _is_field(cls, key):
-            problems.append(unknown_key(where, str(key), [field.name for field in dataclasses.fields(cls)]))
+            names = [field.name for field in dataclasses.fields(cls)]
+            problems.append(unknown_key(where, str(key), [*names, *(["preset"] if presets else [])]))
         elif (section := section_type(hints[key])) is not None and not (value is None and _allows_none(hints[key])):
             accepted[key] = _build(section, value, where, problems)
         else:
@@ -64,7 +68,7 @@ def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
     if len(problems) > num_before:
         return None
     try:
-        return cls(**accepted)
+        return cls.preset(values["preset"], **accepted) if presets and "preset" in values else cls(**accepted)  # type: ignore[attr-defined]
     except ValueError as error:
         problems.append(f"{path}.{error}" if path else str(error))
     except TypeError as error:  # a required field is missing

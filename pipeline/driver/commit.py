@@ -29,6 +29,7 @@ from pipeline.driver.progress import Steps
 from pipeline.driver.run import Outcome, announce, job_of, run, score_into
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.run_folder import rows, staging
+from pipeline.run_folder.committed import SINGLE
 from pipeline.run_folder.contradictions import LeftOut, OnConflict, find
 from pipeline.run_folder.sources import Sources, absolute, identity_of, with_absolute_paths
 from pipeline.run_folder.workspace import Workspace, read_json
@@ -36,8 +37,6 @@ from pipeline.workers import ray_session
 from pipeline.workers.committing import CommitJob, way_of
 from pipeline.workers.plan import Plan, ScoredModel
 
-SINGLE = "single"
-"""Folder in `out` of the single edits that a way uses."""
 _IS_WRITTEN = "model_written"
 
 

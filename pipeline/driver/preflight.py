@@ -91,7 +91,7 @@ def prepare(
         InputError: A setting or the input is wrong, or `out` holds another run. No new folder stays.
     """
     config, workspace, fitting_notes = check(config, fresh=fresh, is_storage_tried=is_storage_tried)
-    inputs = sources.resolve(config.data, config.out)
+    inputs = sources.resolve(config.data, config.out, config.supervision.rephrases)
     earlier = find(config, inputs, workspace, fresh=fresh, identity=identity)
     with new_local_folder(workspace.out):
         if earlier.is_new or earlier.is_replaced:
@@ -142,7 +142,9 @@ def check_records(config: RunConfig) -> None:
 def _staged_for_check(config: RunConfig) -> Iterator[tuple[Sources, Staged, Workspace]]:
     """The run's input files, and its records, staged in a temporary folder that exists inside the block."""
     with tempfile.TemporaryDirectory() as folder:
-        inputs = sources.resolve(config.data, sources.out_of_dry_run(config.data, config.out, folder))
+        rephrases = config.supervision.rephrases
+        out = sources.out_of_dry_run(config.data, config.out, folder, rephrases)
+        inputs = sources.resolve(config.data, out, rephrases)
         inputs.identity()  # raises for a missing file before the folders of pictures are checked
         inputs.reader.check_roots()
         aside = Workspace.of(Path(folder) / "out")
@@ -192,7 +194,18 @@ def check(
         ray_session.check_reachable(config.pipeline)
         client.check(config.tracking, workspace.out)
     config, notes = fitted(config, trains=trains)  # last, since a trained editor makes it read the model's weights
-    return config, workspace, tuple(notes)
+    return config, workspace, (*notes, *_without_effect(config))
+
+
+def _without_effect(config: RunConfig) -> Iterator[str]:
+    """Notes on settings of the objective that differ from their defaults and cannot change an edit.
+
+    Settings that only other objectives have are left out: a study may set them once for all its arms.
+    """
+    settings = config.objective.settings
+    for name, reason in settings.without_effect.items():
+        if getattr(settings, name) != getattr(type(settings)(), name):
+            yield f"objective.{name} has no effect: {reason}."
 
 
 def _is_finished(config: RunConfig, workspace: Workspace) -> bool:

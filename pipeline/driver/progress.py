@@ -1,4 +1,4 @@
-"""Progress on standard error: one live line on a terminal, a line every ten seconds elsewhere."""
+"""Progress on standard error: a live view on a terminal, a line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import time
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 from odedit.errors import counted
-from odedit.evaluation.statistics import MAIN
+from odedit.evaluation.statistics import SHOWN
 from pipeline.console import say
+from pipeline.report.formatting import LABELS
 from pipeline.run_folder.rows import EDITED, FAILED, SKIPPED, Row
 
 _LOG_EVERY_S = 10.0
 _STEADY_AFTER_S = 5.0
+_BAR_COLUMNS = 20
 
 
 class Progress:
@@ -25,25 +29,27 @@ class Progress:
     Args:
         console: Console for the lines.
         total: Number of records in the whole run.
+        workers: Number and kind of the workers, for the live view.
     """
 
-    def __init__(self, console: Console, total: int) -> None:
+    def __init__(self, console: Console, total: int, workers: str = "") -> None:
         self._console = console
         self._total = total
+        self._workers = workers
         self._done = self._before = 0
         self._left_out = {FAILED: 0, SKIPPED: 0}
-        self._sums = dict.fromkeys(MAIN, 0.0)
-        self._counts = dict.fromkeys(MAIN, 0)
+        self._sums = dict.fromkeys(SHOWN, 0.0)
+        self._counts = dict.fromkeys(SHOWN, 0)
         self._started = time.monotonic()
         self._first: float | None = None
         self._first_done = 0
         self._last_logged = self._started
-        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        live = Live(console=console, get_renderable=self.view, refresh_per_second=4, transient=True)
+        self._live = live if console.is_terminal else None
 
     def __enter__(self) -> Progress:
         if self._live is not None:
             self._live.start()
-            self._live.update(Text(f"{self._done}/{counted(self._total, 'record')}, starting workers"))
         return self
 
     def __exit__(
@@ -59,9 +65,7 @@ class Progress:
         now = time.monotonic()
         if self._first is None:
             self._first, self._first_done = now, self._done
-        if self._live is not None:
-            self._live.update(Text(self.line()))
-        elif now - self._last_logged >= _LOG_EVERY_S:
+        if self._live is None and now - self._last_logged >= _LOG_EVERY_S:
             self._last_logged = now
             say(self._console, self.line())
 
@@ -75,16 +79,33 @@ class Progress:
             self._done += 1
             if row["status"] in self._left_out:
                 self._left_out[row["status"]] += 1
-            for metric in MAIN if row["status"] == EDITED else ():
+            for metric in SHOWN if row["status"] == EDITED else ():
                 if isinstance(row.get(metric), float):
                     self._sums[metric] += row[metric]
                     self._counts[metric] += 1
 
+    def view(self) -> RenderableType:
+        """The live view: a bar, the counts by status, running means with a bar each, speed and workers."""
+        edited = self._done - sum(self._left_out.values())
+        counts = "   ".join(f"{count} {status}" for status, count in {EDITED: edited, **self._left_out}.items())
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            ProgressBar(max(self._total, 1), self._done, width=_BAR_COLUMNS),
+            Text(f"{self._done} of {counted(self._total, 'record')}   {counts}"),
+        )
+        means = Table.grid(padding=(0, 2))
+        for metric, mean in self._means().items():
+            bar = ProgressBar(1.0, mean, width=_BAR_COLUMNS, finished_style="bar.complete")
+            means.add_row(Text(metric), Text(f"{mean:.3f}"), bar, Text(LABELS[metric], "dim"))
+        speed = self._speed() or ("" if self._first else "starting workers")
+        return Group(head, means, *(Text(line) for line in (speed, self._workers) if line))
+
+    def _means(self) -> dict[str, float]:
+        return {metric: self._sums[metric] / count for metric, count in self._counts.items() if count}
+
     def line(self) -> str:
         """`24/48 records (1 failed, 2 skipped)  rel .981  t_gen ...  2.1 records/s  12 s left`."""
-        means = "  ".join(
-            f"{metric} {self._sums[metric] / self._counts[metric]:.3f}" for metric in MAIN if self._counts[metric]
-        )
+        means = "  ".join(f"{metric} {mean:.3f}" for metric, mean in self._means().items())
         left_out = ", ".join(f"{count} {status}" for status, count in self._left_out.items() if count)
         done = f"{self._done}/{counted(self._total, 'record')}" + (f" ({left_out})" if left_out else "")
         pieces = [done, means, self._speed()]

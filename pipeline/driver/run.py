@@ -113,8 +113,8 @@ def run_many(
     done = sum(run.num_done(run.pending) for run in ready)
     total = sum(run.staged.num_usable for run in ready)
     say(console, f"{counted(len(ready), 'run')}: {done} of {counted(total, 'usable record')} done.")
-    for run in ready:
-        _say_notes(run, console)
+    for note in dict.fromkeys(note for run in ready for note in run.notes):
+        say(console, f"Note: {note}")
     return _run_ready(ready, console, parent_run)
 
 
@@ -298,7 +298,7 @@ def _edit(
     num_left = Counter(index for index, _ in pending)
     total = sum(run.staged.num_usable + run.staged.problems for run in ready)
     finished = [part for run in ready for part in parts(run.workspace)]
-    with Progress(console, total) as progress:
+    with Progress(console, total, str(plan)) as progress:
         progress.include(read_rows(finished, PROGRESS_COLUMNS))
         last = time.monotonic()
         for index, _, rows in graph.run_graph(jobs, plan, pending, profile):
@@ -320,8 +320,8 @@ def _of_model(ready: Ready) -> dict[str, Any]:
 
 def _finish(ready: Ready, tracker: EditRun | None, console: Console | None) -> Outcome:
     """Writes summary and report, and logs the run."""
-    from pipeline.report import page
     from pipeline.report.model_card import write_model_card
+    from pipeline.report.run_page import write_run_report
 
     workspace, config = ready.workspace, ready.config
     pending = ready.pending
@@ -340,7 +340,7 @@ def _finish(ready: Ready, tracker: EditRun | None, console: Console | None) -> O
         }
     )
     write_json(workspace.summary, summary)
-    page.write_run_report(workspace, summary)
+    write_run_report(workspace, summary, ready.sources.reader)
     has_model = models.is_committed(workspace)
     if has_model:
         write_edits(workspace)

@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from odedit.errors import InputError
-from odedit.evaluation.columns import FURTHER
 from odedit.evaluation.score import score
-from odedit.evaluation.statistics import MAIN, Estimate
+from odedit.evaluation.statistics import SHOWN, Estimate
 from odedit.runtime.addresses import masked, reason
 from odedit.storage.location import Location, locate
 from pipeline.config.run import read_yaml
 from pipeline.config.values import flatten
 from pipeline.report.differences import SCORE, Difference, differences, means
 from pipeline.report.formatting import LABELS, change, number, p_value, plus_minus, sign
+from pipeline.report.templates import environment
 from pipeline.run_folder import rows as results
 from pipeline.run_folder.rows import EDITED, FAILED, SKIPPED, Row
 from pipeline.run_folder.workspace import CONFIG_HEADER, Workspace, read_json
 from pipeline.tracking import fetch
 
-METRICS = (*MAIN, *FURTHER, "steps", "seconds")
+METRICS = (*SHOWN, "steps", "seconds")
 _COLUMNS = ("edit_id", "fact", "status", "prompt", "target", *METRICS)
 _NOT_SHOWN = ("tracking.", "out")
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -102,7 +102,7 @@ def _numbered(sides: Sequence[Side]) -> list[Side]:
 def _load(name: str, uri: str | None, folder: Path) -> list[Side]:
     location = locate(name, "RUN")
     if location.is_folder():
-        return [_side(label, out) for label, out in _runs_in(location)]
+        return [_side(label, out) for label, out in runs_in(location)]
     if _RUN_ID.fullmatch(name):
         if uri is None:
             raise InputError(f"--uri: is missing; {name!r} is an MLflow run: give the address of its store.")
@@ -112,8 +112,12 @@ def _load(name: str, uri: str | None, folder: Path) -> list[Side]:
     )
 
 
-def _runs_in(folder: Location) -> list[tuple[str, Location]]:
-    """Name and folder of each run in the folder of a run, study or search."""
+def runs_in(folder: Location) -> list[tuple[str, Location]]:
+    """Name and folder of each run in the folder of a run, study or search.
+
+    Raises:
+        InputError: There is none.
+    """
     if Workspace(folder).run.exists():
         return [(_name(folder), folder)]
     if (folder / "study.json").exists():
@@ -258,13 +262,10 @@ def write_html(comparison: Comparison, path: Location) -> None:
     Raises:
         InputError: The file cannot be written.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("pipeline"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    text = environment.get_template("compare.html.j2").render(
-        title=_title(comparison), tables=tables(comparison), note=note(comparison), labels=LABELS
+    text = (
+        environment()
+        .get_template("compare.html.j2")
+        .render(title=_title(comparison), tables=tables(comparison), note=note(comparison), labels=LABELS)
     )
     try:
         path.parent.make_folder()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from odedit.evaluation.columns import FURTHER, METRICS
+from odedit.evaluation.columns import FURTHER, METRICS, PARTS
 from odedit.evaluation.statistics import Estimate, PairedDifference
 from pipeline.report.differences import Difference
 
-LABELS = {name: metric.label for name, metric in (METRICS | FURTHER).items()}
+LABELS = (
+    {name: metric.label for name, metric in METRICS.items()}
+    | PARTS
+    | {name: metric.label for name, metric in FURTHER.items()}
+)
 """Columns spelled out."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from odedit.errors import counted
-from odedit.evaluation.columns import METRICS, words
+from odedit.evaluation.columns import words
 from odedit.evaluation.statistics import Estimate
 from odedit.inputs.batch import Probe, is_locality
 from odedit.inputs.prompts import find_template
@@ -105,7 +105,7 @@ def _scores(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, Estimate]]:
     kept = {name: summary[name] for name in ("kept", "kept_text") if name in summary}
     for name, figure in (summary["metrics"] | kept).items():
         is_probe = re.fullmatch(r"[a-z]+_(gen|loc)(_[a-z0-9]+)*", name) and not set(name.split("_")[2:]) & variants
-        if name in METRICS or is_probe or name in kept:
+        if name in LABELS or is_probe or name in kept:
             yield name, LABELS.get(name, ""), Estimate(**figure)
 
 

@@ -1,4 +1,4 @@
-"""Results of one run, or of several side by side: terminal tables, a picture and a self-contained HTML page."""
+"""Results of runs in the terminal, and of several side by side: tables, a picture and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from typing import Any
 from rich.table import Table
 
 from odedit.errors import counted
-from odedit.evaluation.statistics import MAIN, SIGNIFICANT, Estimate, PairedDifference
+from odedit.evaluation.statistics import SHOWN, SIGNIFICANT, Estimate, PairedDifference
 from odedit.storage.location import Location
 from pipeline.report import differences
-from pipeline.report.formatting import LABELS, change, interval, p_value
+from pipeline.report.formatting import LABELS, interval, p_value
+from pipeline.report.templates import environment
 from pipeline.run_folder import reasons
 from pipeline.run_folder import rows as results
 from pipeline.run_folder.workspace import Workspace
 
-_COMPARED = (*LABELS, "seconds")
+_COMPARED = (*SHOWN, "seconds")
 _COLUMNS = (
     "edit_id",
     "fact",
@@ -35,7 +36,7 @@ _COLUMNS = (
 )
 _MAX_PROBLEMS, _MAX_EDITS = 100, 20
 # The first two hues stay distinct for colour-blind readers and in greyscale print.
-_COLOURS = ("#7b8794", "#0b6bcb", "#d97706", "#7c3aed")
+_COLOURS = ("#7b8794", "#0b6bcb", "#d97706", "#7c3aed", "#0f766e")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def estimates(summary: Mapping[str, Any]) -> dict[str, Estimate]:
 
 
 def summary_table(summary: Mapping[str, Any], title: str) -> Table:
-    """The metrics that a run has, and its time."""
+    """The main metrics and the time of one run."""
     table = Table(title=title, title_justify="left", caption=counts(summary), caption_justify="left")
     for name, justify in (("metric", "left"), ("mean [95% interval]", "right"), ("n", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
@@ -86,7 +87,7 @@ def comparison_table(first: Arm, second: Arm) -> Table:
     for name in (first.name, second.name, "difference", "p", "n"):
         table.add_column(name, justify="right")
     for entry in differences.compare(a, b, _COMPARED):
-        name = entry.column if entry.column in LABELS else "seconds per edit"
+        name = entry.column if entry.column in SHOWN else "seconds per edit"
         cells = [_plus_minus(entry.first), _plus_minus(entry.second), _plus_minus(entry.difference, "+")]
         p = _tested(entry)
         style = "bold" if p is not None and p < SIGNIFICANT else None
@@ -101,13 +102,7 @@ def _plus_minus(value: Estimate | PairedDifference, sign: str = "") -> str:
 
 def _tested(entry: differences.Comparison) -> float | None:
     """p of a metric; time depends on the machine's load and is not tested."""
-    return entry.difference.p if entry.column in LABELS else None
-
-
-def _shown(arms: Sequence[Arm]) -> tuple[str, ...]:
-    """The metrics that a run has; the five main ones if no run has any."""
-    known = {name for arm in arms for name in arm.summary["metrics"]}
-    return tuple(name for name in LABELS if name in known) or MAIN
+    return entry.difference.p if entry.column in SHOWN else None
 
 
 def draw(arms: Sequence[Arm]) -> bytes:
@@ -115,13 +110,15 @@ def draw(arms: Sequence[Arm]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    picture = Figure(figsize=(8.6, 3.8), layout="constrained")
+    shown = [metric for metric in SHOWN if any(metric in arm.summary["metrics"] for arm in arms)]
+    picture = Figure(figsize=(max(8.6, 0.32 * len(arms) * len(shown)), 3.8), layout="constrained")
     FigureCanvasAgg(picture)
     axes = picture.subplots()
     width = 0.8 / len(arms)
+    turned = 90 if len(arms) > 2 else 0
     for index, arm in enumerate(arms):
         means = estimates(arm.summary)
-        for position, metric in enumerate(_shown(arms)):
+        for position, metric in enumerate(shown):
             if metric not in means:
                 continue
             value = means[metric]
@@ -132,9 +129,10 @@ def draw(arms: Sequence[Arm]) -> bytes:
             axes.bar(x, value.mean, width * 0.92, color=_COLOURS[index % len(_COLOURS)], label=label, zorder=2)
             error = [[max(value.mean - low, 0.0)], [max(high - value.mean, 0.0)]]
             axes.errorbar(x, value.mean, yerr=error, fmt="none", ecolor="#1f2933", elinewidth=1.2, capsize=3, zorder=3)
-            axes.text(x, 0.02, f"{value.mean:.3f}", ha="center", va="bottom", fontsize=8, color="white", zorder=4)
-    shown = _shown(arms)
-    axes.set_xticks(range(len(shown)), [f"{metric}\n{LABELS[metric]}" for metric in shown])
+            text = f"{value.mean:.3f}"
+            axes.text(x, 0.02, text, ha="center", va="bottom", fontsize=8, color="white", rotation=turned, zorder=4)
+    names = ["\n".join((metric, *LABELS[metric].split(", "))) for metric in shown]
+    axes.set_xticks(range(len(shown)), names, fontsize=8)
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("mean, 95% interval")
     axes.grid(axis="y", color="#e4e7eb", zorder=0)
@@ -147,32 +145,21 @@ def draw(arms: Sequence[Arm]) -> bytes:
     return buffer.getvalue()
 
 
-def write_run_report(workspace: Workspace, summary: Mapping[str, Any]) -> Location:
-    """Writes `report.html` of one run and returns it."""
-    arm = Arm(f"{summary['editor']}, {summary['objective']} objective", workspace, summary)
-    return _write(workspace.report, [arm])
-
-
 def write_comparison(folder: Location, arms: Sequence[Arm]) -> Location:
     """Writes `comparison.png` and `report.html` of several runs against the first; returns the page."""
     (folder / "comparison.png").write_bytes(draw(arms))
-    return _write(folder / "report.html", arms)
-
-
-def _write(path: Location, arms: Sequence[Arm]) -> Location:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("pipeline"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters |= {"interval": interval, "change": change, "p_value": p_value}
-    text = environment.get_template("report.html.j2").render(
-        title=" against ".join(arm.name for arm in arms),
-        arms=[_arm_view(arm) for arm in arms],
-        comparisons=[_comparison_view(arms[0], arm) for arm in arms[1:]],
-        metrics=_shown(arms),
-        labels=LABELS,
-        image=base64.b64encode(draw(arms)).decode(),
+    path = folder / "report.html"
+    text = (
+        environment()
+        .get_template("comparison.html.j2")
+        .render(
+            title=" against ".join(arm.name for arm in arms),
+            arms=[_arm_view(arm, folder) for arm in arms],
+            comparisons=[_comparison_view(arms[0], arm) for arm in arms[1:]],
+            metrics=SHOWN,
+            labels=LABELS,
+            image=base64.b64encode(draw(arms)).decode(),
+        )
     )
     path.write_text(text)
     return path
@@ -187,9 +174,11 @@ def _comparison_view(first: Arm, second: Arm) -> dict[str, Any]:
     return {"first": first.name, "second": second.name, "lines": lines, "shared": len(a.keys() & b.keys())}
 
 
-def _arm_view(arm: Arm) -> dict[str, Any]:
+def _arm_view(arm: Arm, folder: Location) -> dict[str, Any]:
+    out = arm.workspace.out
     return {
         "name": arm.name,
+        "page": f"{out.name}/{arm.workspace.report.name}" if str(out.parent) == str(folder) else None,
         "means": estimates(arm.summary),
         "counts": counts(arm.summary),
         "stop_reasons": ", ".join(f"{name} {count}" for name, count in arm.summary["stop_reasons"].items()),

@@ -27,6 +27,8 @@ from pipeline.run_folder.rows import EDITED, FIXED_COLUMNS, SKIPPED, Row, parts,
 from pipeline.run_folder.workspace import Workspace, read_json, write_json
 
 MODEL, EDITS = "model", "edits.json"
+SINGLE = "single"
+"""Folder in `out` of the single edits that a model is made from."""
 FORMAT = "odedit-model-1"
 _HOLDS = (column("rel", "generated_exact"), column("rel", "exact"))
 _COPIED = ("edit_id", "status", "error", "fact", "file", "index", "task", "prompt", "target")

@@ -27,11 +27,11 @@ class Reasons:
         self._counts[kind] += 1
         self._first.setdefault(kind, text)
 
-    def commonest(self) -> list[dict[str, Any]]:
-        """The three commonest kinds: status, number of rows, and the reason of the first row."""
+    def commonest(self, shown: int = SHOWN) -> list[dict[str, Any]]:
+        """The commonest kinds, three by default: status, number of rows, and the reason of the first row."""
         return [
             {"status": kind[0], "count": count, "first": self._first[kind]}
-            for kind, count in self._counts.most_common(SHOWN)
+            for kind, count in self._counts.most_common(shown)
         ]
 
 

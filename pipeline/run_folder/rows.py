@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow
@@ -15,14 +15,20 @@ from pyarrow import compute
 
 from odedit.data.records import RawRecord
 from odedit.editors.common.weights import trained_with
-from odedit.evaluation.statistics import MAIN
+from odedit.errors import InputError
+from odedit.evaluation.statistics import MAIN, SHOWN
 from odedit.runtime.addresses import masked
 from odedit.storage.location import Location, delete_all
 from pipeline.config.run import RunConfig
 from pipeline.run_folder.workspace import Workspace, parquet_file, read_schema, write_table
 
+if TYPE_CHECKING:
+    import pandas
+
 EDITED, FAILED, SKIPPED = "edited", "failed", "skipped"
 CURVES = pyarrow.map_(pyarrow.string(), pyarrow.list_(pyarrow.float64()))
+ANSWERS = pyarrow.map_(pyarrow.string(), pyarrow.struct([("before", pyarrow.string()), ("after", pyarrow.string())]))
+"""Generated answers by probe; runs of earlier versions lack the column."""
 FIXED_COLUMNS: dict[str, pyarrow.DataType] = {
     "index": pyarrow.int64(),
     "edit_id": pyarrow.string(),
@@ -47,16 +53,18 @@ FIXED_COLUMNS: dict[str, pyarrow.DataType] = {
     "lambda": pyarrow.float64(),
     "penalty_steps": pyarrow.int64(),
     "losses": CURVES,
+    "answers": ANSWERS,
 }
 """Columns of every result file, in order. Further measurements follow, sorted by name."""
 NOT_REPRODUCIBLE = ("seconds",)
 """Columns that differ when a run is repeated."""
 
-PROGRESS_COLUMNS = ("edit_id", "status", "error", "seconds", *MAIN)
+PROGRESS_COLUMNS = ("edit_id", "status", "error", "seconds", *SHOWN)
 """Columns that a worker sends to the driver; the result file has all columns."""
 
 GROUPS_PER_FILE = 256
 """Groups per result file of a finished run. Smaller runs keep one file per group."""
+_MAPS = tuple(name for name, kind in FIXED_COLUMNS.items() if pyarrow.types.is_map(kind))
 _ROWS_AT_ONCE = 512
 _BYTES_AT_ONCE = 2**22
 
@@ -153,23 +161,36 @@ def finished_groups(workspace: Workspace) -> set[int]:
 
 
 def read_rows(
-    files: Iterable[Location], columns: Sequence[str] | None = None, statuses: Sequence[str] | None = None
+    files: Iterable[Location],
+    columns: Sequence[str] | None = None,
+    statuses: Sequence[str] | None = None,
+    edit_ids: Collection[str] | None = None,
+    without: Collection[str] = (),
 ) -> Iterator[Row]:
     """Rows of result files, in order.
 
     Args:
         columns: Names to read; those that a file lacks are left out. All columns by default.
         statuses: Statuses to keep, which need the column `status`. All rows by default.
+        edit_ids: Edit ids to keep, which need the column `edit_id`. All rows by default.
+        without: Names not to read.
     """
+    kept = [
+        (column, pyarrow.array(sorted(values), pyarrow.string()))
+        for column, values in (("status", statuses), ("edit_id", edit_ids))
+        if values is not None
+    ]
     for location in files:
         with parquet_file(location) as file:
-            present = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
+            names = file.schema_arrow.names
+            present = [name for name in columns or names if name in names and name not in without]
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=present):
-                if statuses is not None:
-                    batch = batch.filter(compute.is_in(batch.column("status"), pyarrow.array(statuses)))
+                for column, values in kept:
+                    batch = batch.filter(compute.is_in(batch.column(column), values))
                 for row in batch.to_pylist():
-                    if row.get("losses") is not None:
-                        row["losses"] = dict(row["losses"])
+                    for name in _MAPS:
+                        if row.get(name) is not None:
+                            row[name] = dict(row[name])
                     yield row
 
 
@@ -198,6 +219,25 @@ def read_table(location: Location, columns: Sequence[str] | None = None) -> pyar
     """The given columns of a Parquet file, or all."""
     with parquet_file(location) as file:
         return file.read(columns)
+
+
+def to_pandas(workspace: Workspace, columns: Sequence[str] | None = None) -> pandas.DataFrame:
+    """All rows of a run as a data frame, maps as dictionaries.
+
+    Args:
+        columns: Columns to read; None: all.
+
+    Raises:
+        InputError: No file has a column of that name.
+    """
+    paths = parts(workspace)
+    schema = _unified(read_schema(path).remove_metadata() for path in paths)
+    for name in columns or ():
+        if name not in schema.names:
+            raise InputError(f"columns: the run has no column {name!r}; it has {', '.join(schema.names)}.")
+    tables = (_with_schema(read_table(path), schema) for path in paths)
+    table = pyarrow.concat_tables([schema.empty_table(), *tables])
+    return table.select(columns or schema.names).to_pandas(maps_as_pydicts="strict")
 
 
 def _merge(workspace: Workspace, paths: Sequence[Location]) -> None:
@@ -232,7 +272,8 @@ def drop_groups(workspace: Workspace, path: Location, group_of_row: np.ndarray, 
 
 def _unified(schemas: Iterable[pyarrow.Schema]) -> pyarrow.Schema:
     fields = [field for schema in schemas for field in schema]
-    types = {field.name: field.type for field in fields}
+    # Files of an earlier version lack the columns that were added since.
+    types = FIXED_COLUMNS | {field.name: field.type for field in fields}
     # A column without text in one file was written as numbers there.
     types |= {field.name: field.type for field in fields if field.type == pyarrow.string()}
     extra = sorted(types.keys() - FIXED_COLUMNS.keys())

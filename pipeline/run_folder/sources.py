@@ -75,11 +75,12 @@ class Sources:
         return found
 
 
-def resolve(data: DataConfig, out: Path | str) -> Sources:
+def resolve(data: DataConfig, out: Path | str, rephrases: int = 1) -> Sources:
     """Resolves the inputs. The embedded benchmark, if chosen, is written beside `out` unless it exists.
 
     Args:
         out: Path or address, credentials included.
+        rephrases: Number of supervising rephrases in the embedded benchmark, `supervision.rephrases`.
 
     Raises:
         InputError: There is no such file of records, or its pictures need a root.
@@ -88,7 +89,7 @@ def resolve(data: DataConfig, out: Path | str) -> Sources:
     path = absolute(data.path)
     roots = {name: absolute(value) if (value := getattr(data, name)) else None for name in _ROOTS}
     if data.split is not None:
-        embedded = _embedded(data.path, out)
+        embedded = _embedded(data.path, out, rephrases)
         path = embedded["path"]
         roots |= {"image_root": embedded["image_root"], "rephrase_root": embedded["rephrase_root"]}
         if roots["pool"] is None and roots["pictures"] is None:
@@ -96,7 +97,7 @@ def resolve(data: DataConfig, out: Path | str) -> Sources:
     else:
         roots["image_root"] = root_of(path, roots["image_root"], data.columns, data.task)
     if data.pool is not None and embedded_split(data.pool)[0] is not None:
-        embedded = _embedded(data.pool, out)
+        embedded = _embedded(data.pool, out, rephrases)
         roots |= {
             "pool": embedded["path"],
             "pool_image_root": embedded["image_root"],
@@ -106,11 +107,11 @@ def resolve(data: DataConfig, out: Path | str) -> Sources:
     return Sources(path, **roots, **limits, columns=dict(data.columns))  # type: ignore[arg-type]
 
 
-def _embedded(text: str, out: Path | str) -> dict[str, str]:
+def _embedded(text: str, out: Path | str, rephrases: int) -> dict[str, str]:
     """Files of a split of the embedded benchmark, which is written unless it exists."""
     split, seed = embedded_split(text)
-    folder = below(above(absolute(str(out))), embedded_name(int(seed)))
-    build_embedded(folder, int(seed))
+    folder = below(above(absolute(str(out))), embedded_name(int(seed), rephrases))
+    build_embedded(folder, int(seed), rephrases)
     return {
         "path": below(folder, f"{split}.json"),
         "image_root": below(folder, "images"),
@@ -119,14 +120,14 @@ def _embedded(text: str, out: Path | str) -> dict[str, str]:
     }
 
 
-def out_of_dry_run(data: DataConfig, out: str, aside: str) -> str:
+def out_of_dry_run(data: DataConfig, out: str, aside: str, rephrases: int = 1) -> str:
     """The `out` that a dry run passes to `resolve`, which may write the embedded benchmark beside it.
 
     Returns:
         `out` itself if nothing would be written, else a path below the temporary folder `aside`.
     """
     seeds = [int(seed) for split, seed in map(embedded_split, (data.path, data.pool or "")) if split is not None]
-    folders = [at(below(above(absolute(out)), embedded_name(seed))) for seed in seeds]
+    folders = [at(below(above(absolute(out)), embedded_name(seed, rephrases))) for seed in seeds]
     return out if all((folder / _WRITTEN_LAST).exists() for folder in folders) else f"{aside}/out"
 
 
@@ -154,28 +155,29 @@ def _is_below(path: str, folder: str) -> bool:
     return os.path.commonpath([path, folder]) == folder
 
 
-def embedded_name(seed: int = 0) -> str:
+def embedded_name(seed: int = 0, rephrases: int = 1) -> str:
     """Name of the benchmark's folder, with the version of its content."""
-    return f"world{WORLD or ''}-{world.BENCHMARK_VERSION}" + (f"-seed{seed}" if seed else "")
+    name = f"world{WORLD or ''}-{world.BENCHMARK_VERSION}" + (f"-seed{seed}" if seed else "")
+    return name + (f"-rephrases{rephrases}" if rephrases > 1 else "")
 
 
-def build_embedded(target: LocationLike, seed: int = 0) -> None:
+def build_embedded(target: LocationLike, seed: int = 0, rephrases: int = 1) -> None:
     """Writes the benchmark to a folder or address unless it exists. Safe when two runs start at once."""
     location = at(target, "out")
     if location.is_local:
-        _build_local(Path(location), seed)
+        _build_local(Path(location), seed, rephrases)
     elif not (location / _WRITTEN_LAST).exists():
         with tempfile.TemporaryDirectory() as folder:
-            world.build(folder, seed)
+            world.build(folder, seed, rephrases)
             copy_folder(Path(folder), location, _WRITTEN_LAST)
 
 
-def _build_local(folder: Path, seed: int) -> None:
+def _build_local(folder: Path, seed: int, rephrases: int) -> None:
     if folder.is_dir():
         return
     try:
         with folder_written_atomically(folder) as temporary:
-            world.build(temporary, seed)
+            world.build(temporary, seed, rephrases)
     except OSError:
         if not folder.is_dir():  # otherwise another run has just written the same content
             raise

@@ -13,8 +13,10 @@ import numpy as np
 import pyarrow
 from pyarrow import compute
 
-from odedit.evaluation.statistics import MAIN, Estimate, estimate_column
-from odedit.storage.location import Location
+from odedit.errors import InputError
+from odedit.evaluation.statistics import SHOWN, Estimate, estimate_column
+from odedit.runtime.addresses import masked
+from odedit.storage.location import Location, LocationLike, at
 from pipeline.config.run import RunConfig
 from pipeline.run_folder.reasons import Reasons
 from pipeline.run_folder.rows import EDITED, FAILED, SKIPPED, parts, read_rows, read_table, supervision_name
@@ -38,7 +40,7 @@ def summarize_results(workspace: Workspace, config: RunConfig) -> dict[str, Any]
         else:
             reasons.add(row)
     estimates = _estimates(paths, np.unique(facts, return_inverse=True)[1])
-    names = [*MAIN, *sorted(estimates.keys() - set(MAIN))]
+    names = [*SHOWN, *sorted(estimates.keys() - set(SHOWN))]
     return {
         "n": counts[EDITED],
         "failed": counts[FAILED],
@@ -70,6 +72,27 @@ def summarize_kept(workspace: Workspace) -> dict[str, Any]:
     if (text := read_json(workspace.text)) is not None:
         summary["text"] = text
     return summary
+
+
+def finished_run(folder: LocationLike, setting: str) -> tuple[Workspace, dict[str, Any]]:
+    """Folder and summary of a finished run.
+
+    Args:
+        folder: Path or address.
+        setting: Name of the argument, for the message.
+
+    Raises:
+        InputError: There is no run, or it is not finished.
+    """
+    workspace = Workspace(at(folder, setting))
+    summary = read_json(workspace.summary)
+    if summary is None:
+        state = "its run is not finished" if workspace.run.exists() else "there is no run"
+        raise InputError(
+            f"{setting} {masked(str(folder))!r}: {state}; expected the folder (out) of a finished run, which has a "
+            "summary.json."
+        )
+    return workspace, summary
 
 
 def _hash(text: str) -> int:

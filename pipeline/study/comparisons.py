@@ -7,6 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pipeline.report import attribution
 from pipeline.report.differences import Difference, differences, edited
 from pipeline.report.formatting import plus_minus, sign
 from pipeline.run_folder.rows import Row
@@ -46,6 +47,23 @@ def comparisons(study: StudyConfig, arms: Sequence[Arm], rows: Mapping[str, Sequ
         Comparison(arm, other, len(by_arm[arm.folder].keys() & by_arm[other.folder].keys()), tests[i])
         for i, (arm, other) in enumerate(pairs)
     ]
+
+
+def attributed(study: StudyConfig, arms: Sequence[Arm], rows: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Sentences on what is due to the rephrases and what to an objective; empty without a section `attribution`.
+
+    All arms with a label count together, on the records that its counterparts under the native loss and the control
+    edited as well.
+    """
+    wanted = study.attribution
+    if wanted is None:
+        return []
+    runs: dict[str, dict[str, Row]] = {label: {} for label in study.axes[wanted.axis]}
+    for arm in arms:
+        others = ", ".join(label for axis, label in arm.labels.items() if axis != wanted.axis)
+        of_label = runs[arm.labels[wanted.axis]]
+        of_label |= {f"{others}: {key}": row for key, row in edited(rows[arm.folder]).items()}
+    return attribution.sentences(runs, wanted.native, wanted.control, wanted.objectives)
 
 
 def _is_against(study: StudyConfig, arm: Arm, other: Arm) -> bool:

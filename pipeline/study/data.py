@@ -62,7 +62,8 @@ def _write(draw: Draw, folder: Location, at_least: int) -> tuple[str, str]:
     seeds = "-".join(str(seed) for seed in draw.seeds)
     world = f"world{WORLD}-" if WORLD else ""
     number = draw.per_task or "all" if draw.per_fact is None else f"{draw.per_fact}-a-fact"
-    name, pool = f"{world}{draw.split}-seeds-{seeds}-{number}.json", f"{world}pool.json"
+    rephrases = f"-rephrases-{draw.rephrases}" if draw.rephrases > 1 else ""
+    name, pool = f"{world}{draw.split}-seeds-{seeds}-{number}{rephrases}.json", f"{world}pool.json"
     write_json(folder / name, records)
     pool_records = [_moved(record, embedded_name(_POOL_SEED)) for record in _read(folder, _POOL_SEED, "train")]
     write_json(folder / pool, pool_records)
@@ -71,9 +72,9 @@ def _write(draw: Draw, folder: Location, at_least: int) -> tuple[str, str]:
 
 def _drawn(draw: Draw, seed: int, folder: Location) -> list[Record]:
     """The drawn records of a seed, with pictures and ids as in the study's file."""
-    ordered = by_turns(_read(folder, seed, draw.split), draw.per_fact)
+    ordered = by_turns(_read(folder, seed, draw.split, draw.rephrases), draw.per_fact)
     chosen = _of_tasks(draw, ordered) if draw.per_fact is None else ordered
-    name = embedded_name(seed)
+    name = embedded_name(seed, draw.rephrases)
     return [_moved(record, name) | {"edit_id": f"s{seed}-{record['edit_id']}"} for record in chosen]
 
 
@@ -106,9 +107,9 @@ def _of_tasks(draw: Draw, ordered: list[Record]) -> list[Record]:
     return chosen
 
 
-def _read(folder: Location, seed: int, split: str) -> list[Record]:
-    benchmark = folder / embedded_name(seed)
-    build_embedded(benchmark, seed)
+def _read(folder: Location, seed: int, split: str, rephrases: int = 1) -> list[Record]:
+    benchmark = folder / embedded_name(seed, rephrases)
+    build_embedded(benchmark, seed, rephrases)
     records: list[Record] = json.loads((benchmark / f"{split}.json").read_text())
     return records
 

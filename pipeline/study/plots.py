@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from odedit.evaluation.statistics import Estimate
 from pipeline.report.formatting import LABELS, number
+from pipeline.study.fronts import front
 from pipeline.study.spec import StudyConfig
 from pipeline.study.tables import Cell, tasks
 
@@ -17,8 +18,10 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 _MARKERS = "os^Dvp*"
 _NAMES = LABELS | {
     "rel_generated_exact": "edits that hold",
-    "m_gen_generated_exact": "image generality, whole answers",
-    "m_loc_near": "image locality, near",
+    "m_gen_exact": "image generality, whole answers",
+    "m_gen_generated_exact": "image generality, whole generated answers",
+    "tm_gen": "text and image generality",
+    "m_loc_near_whole": "image locality, near, whole answers",
     "kept": "other answers kept",
     "peak_bytes": "peak memory per edit, bytes",
     "seconds": "seconds per edit",
@@ -27,7 +30,7 @@ _NAMES = LABELS | {
 
 def draw(study: StudyConfig, cells: Sequence[Cell]) -> bytes:
     """A PNG of kind `study.plot.kind`, other than `states`."""
-    painters = {"dots": _dots, "lines": _lines, "bands": _bands, "heatmap": _heatmap}
+    painters = {"dots": _dots, "lines": _lines, "bands": _bands, "heatmap": _heatmap, "fronts": _fronts}
     return to_png(painters[study.plot.kind](study, cells))
 
 
@@ -234,6 +237,54 @@ def _front(
     axes.set_xlabel(_NAMES.get(columns[0], columns[0]), fontsize=8)
     axes.set_ylabel(_NAMES.get(columns[1], columns[1]), fontsize=8)
     axes.set_title(f"front over the numbers of {x_axis}", fontsize=9)
+
+
+def _fronts(study: StudyConfig, cells: Sequence[Cell]) -> Any:
+    """Generality against near locality: every arm as a point with its intervals, and each label's front as a line."""
+    chosen = study.fronts
+    assert chosen is not None, "checked with the study"
+    apart = [axis for axis in study.axes if axis != chosen.of and axis not in chosen.over]
+    rows: dict[str, list[Cell]] = {}
+    for cell in cells:
+        rows.setdefault("\n".join([*(cell.arm.labels[axis] for axis in apart), tasks(study)[cell.task]]), []).append(
+            cell
+        )
+    picture = figure(3.6 * len(chosen.columns) + 0.6, 3.0 * len(rows) + 0.7)
+    grid = picture.subplots(len(rows), len(chosen.columns), squeeze=False)
+    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(study.axes[chosen.of])}
+    for row, (name, of_row) in enumerate(rows.items()):
+        for axes, column in zip(grid[row], chosen.columns, strict=True):
+            for (label, colour), marker in zip(colours.items(), cycle(_MARKERS), strict=False):
+                own = [cell.means for cell in of_row if cell.arm.labels[chosen.of] == label]
+                _one_front(
+                    axes,
+                    [means for means in own if {chosen.near, column} <= means.keys()],
+                    chosen.near,
+                    column,
+                    colour,
+                    marker,
+                )
+            axes.set_xlabel(_NAMES.get(chosen.near, chosen.near), fontsize=8)
+            axes.set_title(_NAMES.get(column, column), fontsize=9)
+            axes.grid(color="#e4e7eb", zorder=0)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.tick_params(labelsize=8)
+        grid[row][0].set_ylabel(name, fontsize=8)
+    _legend(picture, colours, _MARKERS, "-")
+    return picture
+
+
+def _one_front(
+    axes: Any, points: Sequence[Mapping[str, Estimate]], near: str, column: str, colour: str, marker: str
+) -> None:
+    if not points:
+        return
+    for means in points:
+        x, y = means[near], means[column]
+        errors = {"xerr": [[x.mean - x.low], [x.high - x.mean]], "yerr": [[y.mean - y.low], [y.high - y.mean]]}
+        axes.errorbar(x.mean, y.mean, **errors, fmt=marker, color=colour, markersize=4, elinewidth=0.6, alpha=0.7)
+    xs, ys = zip(*front([(means[near].mean, means[column].mean) for means in points]), strict=True)
+    axes.plot(xs, ys, color=colour, linewidth=1.2)
 
 
 def _heatmap(study: StudyConfig, cells: Sequence[Cell]) -> Any:

@@ -26,7 +26,7 @@ from pipeline.run_folder import rows as results
 from pipeline.run_folder.reasons import Reasons, lines
 from pipeline.run_folder.sources import absolute
 from pipeline.run_folder.workspace import Workspace, check_access, new_local_folder, read_json, write_json
-from pipeline.study import comparisons, data, plots, states, tables
+from pipeline.study import comparisons, data, fronts, plots, states, tables
 from pipeline.study.spec import SEED, Arm, StudyConfig, run_config, runs
 from pipeline.tracking.client import open_command, store_uri
 from pipeline.tracking.studies import StudyRun
@@ -212,11 +212,17 @@ def _write(
     if study.correlate is not None:
         blocks.append(tables.correlations(study, every, rows))
     files = ["table.md", "table.csv", "plot.png"]
+    if study.fronts is not None:
+        levels = fronts.levels(study, every, rows)
+        blocks.insert(0, fronts.to_markdown(study, levels))
+        (out / "fronts.csv").write_text(fronts.to_csv(levels))
+        files.insert(1, "fronts.csv")
     if study.compared:
         compared = comparisons.comparisons(study, every, rows)
         blocks.insert(0, comparisons.to_markdown(study, compared))
         (out / "comparisons.csv").write_text(comparisons.to_csv(study, compared))
         files.insert(1, "comparisons.csv")
+    blocks[:0] = comparisons.attributed(study, every, rows)
     markdown = _markdown(study, blocks, outcomes, command)
     (out / "table.md").write_text(markdown)
     (out / "table.csv").write_text(tables.to_csv(study, cells))

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from odedit import ways
 from odedit.errors import InputError, unknown_name
-from odedit.evaluation.statistics import MAIN
+from odedit.evaluation.statistics import SHOWN
 from odedit.runtime.addresses import below
 from pipeline.config import strict
 from pipeline.config.run import RunConfig, apply_override, commit_from_dict, from_dict, read_yaml
@@ -35,12 +35,15 @@ class Draw:
         per_task: Number of records of each task and seed, spread over the facts; null: all.
         per_fact: Number of records of each fact and seed, the first ones, in the benchmark's order; null: all. A number
             needs `per_task: null`.
+        rephrases: Number of text rephrases and of image rephrases that a record brings along for its supervision; an
+            arm reads `supervision.rephrases` of them.
     """
 
     split: Literal["train", "validation", "evaluation"] = "evaluation"
     seeds: tuple[int, ...] = (0,)
     per_task: int | None = 24
     per_fact: int | None = None
+    rephrases: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seeds", tuple(self.seeds))
@@ -95,7 +98,8 @@ class Plot:
 
     Attributes:
         kind: `dots` (a row of points for each label of axis `y`), `lines` (over axis `x`), `bands` (lines with bands
-            over axis `x`, whose labels are numbers), `heatmap` (`x` by `y`) or `states` (t-SNE of hidden states).
+            over axis `x`, whose labels are numbers), `heatmap` (`x` by `y`), `states` (t-SNE of hidden states) or
+            `fronts` (those of the study's section `fronts`).
         x: Axis of the study along x.
         y: Axis of the study along y.
         colour: Axis of the study by colour.
@@ -104,11 +108,11 @@ class Plot:
         front: Two columns drawn against each other in a last panel, the first along x; only with `bands`.
     """
 
-    kind: Literal["dots", "lines", "bands", "heatmap", "states"] = "dots"
+    kind: Literal["dots", "lines", "bands", "heatmap", "states", "fronts"] = "dots"
     x: str | None = None
     y: str | None = None
     colour: str | None = None
-    columns: tuple[str, ...] = MAIN
+    columns: tuple[str, ...] = SHOWN
     reference: str | None = None
     front: tuple[str, ...] = ()
 
@@ -117,6 +121,49 @@ class Plot:
         object.__setattr__(self, "front", tuple(self.front))
         if self.front and (len(self.front) != 2 or self.kind != "bands"):
             raise ValueError(f"front: got {list(self.front)}; expected two columns, and kind: bands.")
+
+
+@dataclass(frozen=True)
+class Fronts:
+    """Fronts of generality against near locality, see `pipeline.study.fronts`.
+
+    Attributes:
+        of: Axis whose labels have a front each.
+        over: Axes along which a front's points lie, such as the stop and the locality weight.
+        against: Label of `of` whose front the others are tested against.
+        near: Column of near locality.
+        columns: Columns of generality, a front each.
+    """
+
+    of: str
+    over: tuple[str, ...]
+    against: str
+    near: str = "m_loc_near"
+    columns: tuple[str, ...] = ("m_gen", "tm_gen", "m_gen_exact")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "over", tuple(self.over))
+        object.__setattr__(self, "columns", tuple(self.columns))
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Runs by which a gain is divided into what the rephrases give as training data and what an objective gives.
+
+    Attributes:
+        axis: Axis with these labels.
+        native: Label of the editor's own loss.
+        control: Label of the likelihood of edit and rephrase.
+        objectives: Labels whose gains over `native` are divided.
+    """
+
+    axis: str
+    native: str
+    control: str
+    objectives: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "objectives", tuple(self.objectives))
 
 
 @dataclass(frozen=True)
@@ -150,6 +197,8 @@ class StudyConfig:
         compared: Axis -> label that is tested against every other label of the axis, in a table of its own.
         columns: Result columns of the first table.
         further: Result columns of a second table.
+        fronts: Fronts of generality against near locality, in a table of their own.
+        attribution: Runs that say, in the first lines, what is due to the rephrases and what to the objective.
         correlate: Result column whose rank correlation with each arm's gain over its baseline is tabled.
         plot: The picture.
     """
@@ -164,8 +213,10 @@ class StudyConfig:
     skip: tuple[dict[str, list[str]], ...] = ()
     baseline: dict[str, str] = field(default_factory=dict)
     compared: dict[str, str] = field(default_factory=dict)
-    columns: tuple[str, ...] = MAIN
+    columns: tuple[str, ...] = SHOWN
     further: tuple[str, ...] = ()
+    fronts: Fronts | None = None
+    attribution: Attribution | None = None
     correlate: str | None = None
     plot: Plot = field(default_factory=Plot)
 
@@ -272,6 +323,7 @@ def _check(study: StudyConfig, shipped: Mapping[str, set[str]]) -> None:
         _check_label(f"baseline.{axis}", label, axes[axis])
     for axis, label in study.compared.items():
         _check_label(f"compared.{axis}", label, axes[axis])
+    _check_fronts(study)
     if plot.kind == "heatmap" and not (plot.x and plot.y):
         raise InputError("plot: a heat map needs the axes x and y.")
     if plot.kind == "bands":
@@ -281,6 +333,22 @@ def _check(study: StudyConfig, shipped: Mapping[str, set[str]]) -> None:
     if plot.reference is not None and axes:
         _check_label("plot.reference", plot.reference, axes[plot.x or next(iter(axes))])
     arms(study)
+
+
+def _check_fronts(study: StudyConfig) -> None:
+    """Raises InputError for an unknown axis or label in `fronts` or `attribution`."""
+    axes, fronts, attribution = study.axes, study.fronts, study.attribution
+    if fronts is None and study.plot.kind == "fronts":
+        raise InputError("plot: kind 'fronts' draws the study's section 'fronts', which is missing.")
+    named = [*((fronts.of, *fronts.over) if fronts else ()), *((attribution.axis,) if attribution else ())]
+    for axis in named:
+        if axis not in axes:
+            raise unknown_name("axis", axis, axes)
+    if fronts is not None:
+        _check_label("fronts.against", fronts.against, axes[fronts.of])
+    if attribution is not None:
+        for label in (attribution.native, attribution.control, *attribution.objectives):
+            _check_label("attribution", label, axes[attribution.axis])
 
 
 def _check_label(where: str, label: str, known: Iterable[str]) -> None:

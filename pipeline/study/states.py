@@ -53,7 +53,7 @@ def _states(outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
     backbone = load_backbone(config.backbone.family, config.backbone.checkpoint, dtype=config.backbone.dtype)
     before: list[np.ndarray] = []
     after: list[np.ndarray] = []
-    job = Job(config, resolve(config.data, config.out), outcome.workspace)
+    job = Job(config, resolve(config.data, config.out, config.supervision.rephrases), outcome.workspace)
     prepare = Preparer(job)
     staged = staging.read_staged(outcome.workspace.records)
     edited = {

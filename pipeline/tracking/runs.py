@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from odedit.errors import in_words
 from odedit.evaluation.columns import HIGH, LOW, column
-from odedit.evaluation.statistics import MAIN
+from odedit.evaluation.statistics import SHOWN
 from odedit.runtime.addresses import masked
 from odedit.storage.location import Location
 from pipeline.config.run import RunConfig
@@ -27,7 +27,7 @@ _TABLE_COLUMNS = (
     "target",
     "answer_before",
     "answer_after",
-    *MAIN,
+    *SHOWN,
     "steps",
     "seconds",
 )

@@ -191,7 +191,7 @@ def _inputs(config: RunConfig, files: Files) -> dict[str, Sources]:
     inputs: dict[str, Sources] = {}
     # Files of the user are checked before embedded records are written, which takes a while.
     for part in sorted(data, key=lambda part: data[part].split is not None):
-        source = inputs[part] = sources.resolve(data[part], files.path)
+        source = inputs[part] = sources.resolve(data[part], files.path, config.supervision.rephrases)
         source.identity()
         source.reader.check_roots()
         check_pictures(read_records(source.path, task=config.data.task, columns=config.data.columns), source.reader)
@@ -271,7 +271,10 @@ def _encoded(
     negatives, settings = None, config.objective.settings
     if editor.trains_with_objective:
         negatives = negative_pool(settings, backbone, lambda: _pool(config, inputs["training"], check), editor.sites)
-    encoded = {part: EncodedRequests(backbone, template, editor.sites, negatives=negatives) for part in inputs}
+    joined = settings.joins_rephrases and editor.trains_with_objective
+    encoded = {
+        part: EncodedRequests(backbone, template, editor.sites, negatives=negatives, joined=joined) for part in inputs
+    }
     bandwidth = None
     with _Bar(console, "record") as bar:
         for part, records in encoded.items():

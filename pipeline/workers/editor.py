@@ -69,7 +69,8 @@ class EditActor(GroupWorker):
         if self._negatives is not None:
             requests = with_old_answers(self._backbone, self._template, requests)
         with stage("encode"):
-            supervision, evaluation = self._encode(requests, self._negatives)
+            joined = config.objective.settings.joins_rephrases
+            supervision, evaluation = self._encode(requests, self._negatives, joined)
         width = self._width_limit.width(len(requests), lambda: self._peak_bytes(objective, supervision, 1))
         # If all edits fit the device at once, they stay there for the evaluation.
         device = self._job.device if width >= len(requests) else "cpu"
@@ -120,9 +121,9 @@ class EditActor(GroupWorker):
         return peak.bytes
 
     def _encode(
-        self, requests: Sequence[EditRequest], negatives: NegativePool | None = None
+        self, requests: Sequence[EditRequest], negatives: NegativePool | None = None, joined: bool = False
     ) -> tuple[EditBatch, EditBatch]:
-        return encode_requests(self._backbone, requests, self._template, self._editor.sites, negatives)
+        return encode_requests(self._backbone, requests, self._template, self._editor.sites, negatives, joined)
 
     def _objective(self) -> Objective:
         """The objective, built and calibrated at the first call: without usable records nothing can be measured."""

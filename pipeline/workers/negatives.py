@@ -8,11 +8,11 @@ from itertools import islice
 
 from odedit.backbones import PretrainedProcessor
 from odedit.backbones.base import Backbone, is_connector
-from odedit.data.fields import image_reference
+from odedit.data.fields import ImageReference, image_reference
 from odedit.data.images import ImageError
 from odedit.data.negatives import NegativePool
 from odedit.data.pool import Pool
-from odedit.inputs.batch import Picture
+from odedit.inputs.batch import Picture, things_of
 from odedit.objectives.base import BaseConfig
 
 _PICTURES_AT_ONCE = 32
@@ -33,19 +33,30 @@ def negative_pool(
     assert pool is not None, "preflight refuses a run without the pool that its objective needs"
     before_connector = any(map(is_connector, sites))
     features = {}
-    pictures = _pictures(pool, backbone.processor)
+    things: dict[str, frozenset[str]] = {}
+    pictures = _pictures(pool, backbone.processor, things)
     while batch := list(islice(pictures, _PICTURES_AT_ONCE)):
         for key, feature in backbone.image_features(batch, before_connector).items():
             features[key] = feature.cpu()
-    return NegativePool(features, config.num_negatives)
+    return NegativePool(features, config.num_negatives, things, config.num_positives)
 
 
-def _pictures(pool: Pool, processor: PretrainedProcessor) -> Iterator[Picture]:
-    """The distinct pictures of the pool's edits; those that cannot be read are left out."""
-    seen = set()
+def _pictures(pool: Pool, processor: PretrainedProcessor, things: dict[str, frozenset[str]]) -> Iterator[Picture]:
+    """The distinct pictures of the pool's edits; those that cannot be read are left out.
+
+    Args:
+        things: Named facts and entities by picture key, extended here.
+    """
+    keys: dict[ImageReference, str | None] = {}
     for record in pool.records:
         reference = image_reference(record.fields["image"])
-        if reference not in seen:
-            seen.add(reference)
+        if reference not in keys:
+            keys[reference] = None
             with suppress(ImageError, ValueError):
-                yield processor.process(pool.reader.read(reference.path, reference.root))
+                picture = processor.process(pool.reader.read(reference.path, reference.root))
+                keys[reference] = picture.key
+                yield picture
+        key = keys[reference]
+        named = things_of(record.fields.get("fact"), record.fields.get("entity"))
+        if key is not None and named:
+            things[key] = things.get(key, frozenset()) | named

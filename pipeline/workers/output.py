@@ -48,7 +48,7 @@ def save(
     """Writes the file of an edit.
 
     Args:
-        score: Columns of the evaluation, stored beside the weights.
+        score: Columns of the evaluation, stored beside the weights without the answers to all probes.
         fingerprint: Fingerprint of the unedited model.
 
     Raises:
@@ -67,7 +67,7 @@ def save(
         template=config.data.template,
         prompt=request.edit.prompt,
         target=request.edit.target,
-        metrics=dict(score),
+        metrics={name: value for name, value in score.items() if name != "answers"},
         is_caption=request.edit.is_caption,
         picture="" if picture is None else picture.key,
         image="" if image is None else image.path,

@@ -55,7 +55,7 @@ class Preparer:
         config = job.config
         self._supervision, self._locality = config.supervision, staging.reads_locality(config)
         if job.scored is not None:  # nothing is trained: the scored rephrases are read anyway
-            self._supervision = replace(config.supervision, rephrase_source="record", rephrase_noise=0.0)
+            self._supervision = replace(config.supervision, rephrases=1, rephrase_source="record", rephrase_noise=0.0)
             self._locality = False
         self._cache_key = (  # with the record, everything that a request depends on
             job.sources,
@@ -117,7 +117,7 @@ class Preparer:
             records: Records of the pool or of the run.
             problems: Extended by a sentence for each record that cannot be used.
         """
-        supervision = replace(self._job.config.supervision, locality_source="record", near_locality=False)
+        supervision = replace(self._job.config.supervision, rephrases=1, locality_source="record", near_locality=False)
         shared: dict[str, Picture] = {}
         for record in records:
             # The locality picture is dropped below, so the edit's own picture stands in and no other picture is read.

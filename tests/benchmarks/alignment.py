@@ -48,6 +48,7 @@ from odedit.inputs.batch import (
     EditRequest,
     is_negative,
     stack_params,
+    things_of,
 )
 from odedit.objectives.base import BaseConfig
 from odedit.risks import mmd, risks
@@ -81,7 +82,12 @@ class Alignment:
             )
         self.requests: list[EditRequest] = records[:num_edits]
         pictures = [request.edit.picture for request in self.of_pool if request.edit.picture is not None]
-        self.pool = NegativePool(self.backbone.image_features(pictures), NEGATIVES)
+        things: dict[str, frozenset[str]] = {}
+        for request in self.of_pool:
+            if request.edit.picture is not None:
+                named = things_of(request.meta.get("fact"), request.edit.entity)
+                things[request.edit.picture.key] = named | things.get(request.edit.picture.key, frozenset())
+        self.pool = NegativePool(self.backbone.image_features(pictures), NEGATIVES, things)
         self.sigma2_0 = calibrate(self.backbone, self.of_pool[:64], TEMPLATE)
 
     def editor(self, name: str) -> Any:

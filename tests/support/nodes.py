@@ -23,6 +23,8 @@ import psutil
 from tests.support.services import free_port
 
 PATIENCE_S = 180.0
+_STARTS = 3
+"""Starts of a node. Ray gives one up after 30 seconds, which a busy machine exceeds, and that cannot be set."""
 NO_SPARE_WORKERS = {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0"}
 """Variables that keep Ray from starting idle workers for each CPU and driver."""
 LOSSES_SEEN_SOON = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "2"}
@@ -58,7 +60,11 @@ class Cluster:
 
     def workers(self, stage: str) -> list[psutil.Process]:
         """The processes of the actors that run a stage of the graph, on both nodes."""
-        return [process for process in self._processes() if stage in _name(process)]
+        return self.processes(stage)
+
+    def processes(self, part: str) -> list[psutil.Process]:
+        """The cluster's processes with a text in their command line."""
+        return [process for process in self._processes() if part in _name(process)]
 
     def is_on_second(self, process: psutil.Process) -> bool:
         try:
@@ -129,9 +135,23 @@ def two_nodes(cpus: int = 2, head_cpus: int | None = None, **variables: str) -> 
 
         def add() -> None:
             number = cluster.alive()
-            more = [f"--address=127.0.0.1:{gcs}", f"--num-cpus={cpus}", f"--temp-dir={home / str(number)}"]
-            cluster.second = stack.enter_context(running([*start, *more], environment, logs))
-            wait_for(lambda: cluster.alive() > number, cluster.second, home / "log.txt")
+            for attempt in range(_STARTS):
+                home_of_node = home / f"{number}-{attempt}"
+                log = home / f"{home_of_node.name}.txt"
+                more = [f"--address=127.0.0.1:{gcs}", f"--num-cpus={cpus}", f"--temp-dir={home_of_node}"]
+                output = stack.enter_context(log.open("wb"))
+                cluster.second = stack.enter_context(running([*start, *more], environment, output))
+
+                def has_joined(log: Path = log) -> bool:
+                    return cluster.alive() > number and "block forever" in log.read_text(errors="replace")
+
+                if wait_for(has_joined, cluster.second, log, may_end=True):
+                    return
+                # Ray leaves the processes of a node whose start it gave up.
+                for left in cluster.processes(str(home_of_node)):
+                    left.kill()
+                wait_for(lambda: cluster.alive() == number, first, home / "log.txt")
+            raise AssertionError(log.read_text(errors="replace")[-4000:])
 
         cluster.add = add
         add()
@@ -160,14 +180,29 @@ def running(command: list[str], environment: Mapping[str, str], log: IO[bytes]) 
                 left.kill()
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for(
+    condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, *, may_end: bool = False
+) -> bool:
+    """Waits for a condition.
+
+    Args:
+        condition: What is waited for; an OSError counts as false.
+        process: A process that must live on.
+        log: File whose end is shown when the wait is in vain.
+        may_end: True if an end of the process is an answer.
+
+    Returns:
+        False if the process ended.
+
+    Raises:
+        AssertionError: The process ended, or three minutes passed.
+    """
     begun = time.monotonic()
-    while True:
-        try:
+    while process.poll() is None:
+        with suppress(OSError):
             if condition():
-                return
-        except OSError:
-            pass
-        assert process.poll() is None, f"it ended with {process.returncode}:\n{log.read_text()[-4000:]}"
+                return True
         assert time.monotonic() - begun < PATIENCE_S, log.read_text()[-4000:]
         time.sleep(0.5)
+    assert may_end, f"it ended with {process.returncode}:\n{log.read_text()[-4000:]}"
+    return False

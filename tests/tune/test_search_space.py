@@ -36,13 +36,17 @@ def drawn(space: Space, count: int = 30) -> list[dict[str, Any]]:
     return [space.point(study.ask()) for _ in range(count)]
 
 
-def test_the_demo_searches_the_papers_knobs_and_holds_the_defaults() -> None:
+def test_the_demo_searches_the_papers_knobs_where_they_matter() -> None:
     search = check(search_config.load(None))
+    assert search.notes == ()
     names = {one.name: one.is_whole for one in search.space.parameters}
     assert not names["objective.dual_rate"] and names["objective.multiplier.depth"]
     assert not names["objective.bandwidths.scale"] and names["objective.bandwidths.number"]
-    first = search.space.defaults()
-    assert first is not None and search.space.config(first) == search.defaults
+    assert not names["objective.multiplier.initial"]
+    assert search.space.defaults() is None, "the default lambda_0 is below the range"
+    for point in drawn(search.space, 5):
+        settings = search.space.config(point).objective.settings.multiplier
+        assert settings.cap is None and settings.output_scale == 1.0 and 0.01 <= settings.initial <= 1.0
     assert search.config.trials >= 16 and search.config.concurrent == 2
     shipped = check(from_values({}))
     assert {one.name for one in shipped.space.parameters} == {name for name in names if "weight" not in name}
@@ -96,7 +100,37 @@ def test_whole_numbers_for_settings_that_take_nothing_else() -> None:
     assert any(point["objective.generality_weight"] % 1 for point in points)
 
 
+OLD = {
+    "objective.dual_rate": {"low": 1e-4, "high": 1e-1, "log": True},
+    "objective.multiplier.depth": {"low": 1, "high": 4},
+    "objective.bandwidths": {"scale": {"low": 0.1, "high": 10}, "number": {"low": 1, "high": 7}},
+}
+
+
+def test_parameters_that_cannot_matter_are_noted() -> None:
+    """With the default start, lambda is too small for every learning rate and depth of the space."""
+    (note,) = check(from_values({"space": OLD, "settings": {"objective": {"multiplier": {"depth": 2}}}})).notes
+    assert note.startswith(
+        "space.objective.dual_rate, space.objective.multiplier.depth: cannot matter: lambda starts at"
+    )
+    assert "bandwidths" not in note and "objective.multiplier.initial" in note
+    (note,) = check(from_values({"space": OLD, "settings": {"objective": {"penalty": "fixed:0.1"}}})).notes
+    assert "with 'penalty: fixed:0.1' lambda is not learned" in note
+    (note,) = check(from_values({"space": OLD, "settings": {"objective": {"name": "native"}}})).notes
+    assert "objective.bandwidths.scale" in note and "the objective 'native' does not have this setting" in note
+    for alive in (
+        {"objective.multiplier.initial": {"low": 1e-3, "high": 0.09}},
+        {
+            "objective.penalty": {"choices": ["none", "adaptive"]},
+            "objective.multiplier.weight": {"low": 1, "high": 200},
+        },
+        {"objective.dual_schedule": {"choices": ["adaptive", "constant"]}},
+    ):
+        assert check(from_values({"space": OLD | alive})).notes == ()
+
+
 WRONG = {
+    "space.objective.multiplier.preset={choices: [ours]}": "preset: cannot be searched; search the settings",
     "space.objective.dual_rat={low: 1, high: 2}": "space.objective.dual_rat: unknown key. Did you mean 'dual_rate'?",
     "space.nothing.at.all={low: 1, high: 2}": "space.nothing: unknown key",
     "space.objective.dual_rate={low: 0.1, high: 0.001}": "dual_rate.low: got 0.1, expected less than high",

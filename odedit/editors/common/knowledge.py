@@ -38,10 +38,17 @@ def attend(query_GND: Tensor, stored_GMD: Tensor, count: int) -> Tensor:
     return weight_GNM @ stored_GMD
 
 
-def blend(states_GND: Tensor, attended_GND: Tensor, alpha_GN: Tensor) -> Tensor:
-    """Turns each state towards its attended state by the share alpha and keeps its norm (eq. 7)."""
+def blend(states_GND: Tensor, attended_GND: Tensor, alpha_GN: Tensor, *, keeps_norm: bool = True) -> Tensor:
+    """Turns each state towards its attended state by the share alpha (eq. 7).
+
+    Args:
+        keeps_norm: True gives the result the norm of the state; False leaves the sum of the two unit vectors, weighted
+            by 1 - alpha and alpha, as the public code does.
+    """
     alpha_GN1 = alpha_GN.unsqueeze(-1)
     direction_GND = (1 - alpha_GN1) * F.normalize(states_GND, dim=-1) + alpha_GN1 * F.normalize(attended_GND, dim=-1)
+    if not keeps_norm:
+        return direction_GND
     return states_GND.norm(dim=-1, keepdim=True) * F.normalize(direction_GND, dim=-1)
 
 

@@ -8,6 +8,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -40,7 +41,11 @@ def context(
 
 
 def ascended(config: Invariance, delta: EditParams, gain: Tensor, decay_N: Tensor) -> EditParams:
-    """`delta + gamma_2 * grad_delta gain` of N networks, detached; by default at the adaptive rate of the IRM-TV code.
+    """`delta + rate * grad_delta gain` of N networks, detached.
+
+    The rate is gamma_2, divided by the norm of the gradient and by `decay_N` under `dual_schedule: adaptive`. The
+    public IRM-TV code takes the norm of each tensor, and counts all steps; see `MultiplierConfig.normalisation` and
+    `counted`.
 
     Args:
         delta: Weights of the networks, leaves with axis 0 of length N.
@@ -49,15 +54,24 @@ def ascended(config: Invariance, delta: EditParams, gain: Tensor, decay_N: Tenso
     """
     # A fresh gradient each time; the public IRM-TV code accumulates them over the steps.
     gradients = torch.autograd.grad(gain, list(delta.values()))
-    rate_N = torch.full_like(decay_N, config.dual_rate)
-    if config.dual_schedule == "adaptive":
-        norm_N = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
-        rate_N = torch.where(norm_N > 0, rate_N / (norm_N.clamp_min(1e-30) * decay_N), 0.0)
+    rates_N = _rates(config, gradients, decay_N)
     with torch.no_grad():
         return {
             name: value + rate_N.reshape(-1, *[1] * (value.dim() - 1)) * gradient
-            for (name, value), gradient in zip(delta.items(), gradients, strict=True)
+            for (name, value), rate_N, gradient in zip(delta.items(), rates_N, gradients, strict=True)
         }
+
+
+def _rates(config: Invariance, gradients: Sequence[Tensor], decay_N: Tensor) -> list[Tensor]:
+    """Step size of each tensor of N networks, `(N,)`; 0 where the norm that divides its gradient is 0."""
+    rate_N = torch.full_like(decay_N, config.dual_rate)
+    normalisation = config.multiplier.normalisation
+    if config.dual_schedule == "constant" or normalisation == "none":
+        return [rate_N if config.dual_schedule == "constant" else rate_N / decay_N] * len(gradients)
+    squares = [gradient.flatten(1).square().sum(1) for gradient in gradients]
+    norms = [square.sqrt() for square in (squares if normalisation == "per_tensor" else [torch.stack(squares).sum(0)])]
+    rates = [torch.where(norm > 0, rate_N / (norm.clamp_min(1e-30) * decay_N), 0.0) for norm in norms]
+    return rates if normalisation == "per_tensor" else rates * len(gradients)
 
 
 @lru_cache(maxsize=8)

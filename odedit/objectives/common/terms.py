@@ -69,11 +69,13 @@ class Unedited:
         log_q_MV: Log-probabilities; None: each step computes them from the states, some rows at a time (too many to
             store, or read only once).
         weight_EK: Weight of each sequence of the batch in R_loc; None: the mean over the sequences.
+        states_EKTD: Final hidden states at all answers of the batch; None unless the objective `reads_displacements`.
     """
 
     states_MD: Tensor
     log_q_MV: Tensor | None = None
     weight_EK: Tensor | None = None
+    states_EKTD: Tensor | None = None
 
     __repr__ = brief
 
@@ -90,6 +92,7 @@ class Forward:
         hidden: Final hidden states at the positions of `Objective.read`.
         states_EKTD: Final hidden states at the positions that predict the answers.
         tokens: Risks of single tokens: NLL by slot, and KL of all compared sequences as `COMPARED`.
+        unedited: Outputs of the unedited model; None unless the objective `compares`.
     """
 
     editor: Editor
@@ -99,6 +102,7 @@ class Forward:
     hidden: Tensor
     states_EKTD: Tensor
     tokens: Mapping[str, Tokens]
+    unedited: Unedited | None = None
 
     __repr__ = brief
 

@@ -8,9 +8,20 @@ import pytest
 import torch
 from torch.nn import functional
 
-from odedit import EditRequest, InputError, Objective, ObjectiveConfig, Stopping, edit, encode_requests, load_editor
+from odedit import (
+    EditRequest,
+    InputError,
+    Objective,
+    ObjectiveConfig,
+    Stopping,
+    edit,
+    encode_requests,
+    evaluate,
+    load_editor,
+)  # fmt: skip
+from odedit.backbones.common import same_things as same
 from odedit.data.negatives import NegativePool
-from odedit.inputs.batch import EDIT, REPHRASE, SUPERVISION_SLOTS, negative_slots
+from odedit.inputs.batch import EDIT, REPHRASE, SUPERVISION_SLOTS, negative_slots, things_of
 from odedit.objectives.contrast import Contrast
 from tests.support.requests import TEMPLATE, make_picture, make_pool, make_request
 
@@ -70,6 +81,88 @@ def test_the_records_own_negative_comes_first_and_nothing_of_the_record_is_taken
     assert keys[0] == request.supervision["near_locality"].picture.key
     assert keys[1:] == marginal_relevance(pool, feature, 4, taken={scored.key})
     assert {probe.target for probe in pool.probes(request, feature)} == {request.edit.target}, "no answer is known"
+
+
+def test_no_thing_whose_answer_is_scored_is_a_negative(backbone):
+    """Neither by its entity nor by its fact; things of other edits and unnamed ones are."""
+    features = backbone.image_features([make_picture(number) for number in range(700, 706)])
+    keys = list(features)
+    things = {keys[0]: things_of("city of four", "four"), keys[1]: things_of("owner of six", "six")}
+    things |= {keys[2]: things_of("owner of four", "five"), keys[3]: things_of(None, "seven")}
+    named = NegativePool(features, 6, things)
+    request = make_request(0)
+    near = replace(request.probes["m_loc_near"], fact="owner of four", entity="four")
+    probes = {**request.probes, "m_loc_near": near}
+    probes["m_gen"] = replace(request.probes["m_gen"], entity="six")
+    request = replace(request, supervision={}, probes=probes)
+    feature = backbone.image_features([request.edit.picture])[request.edit.picture.key]
+    drawn = {probe.picture.key for probe in named.probes(request, feature)}
+    assert drawn == set(keys) - {keys[0], keys[2]}, "the thing of an answer that must change is no reason"
+    unnamed = replace(request, probes={name: replace(p, fact=None, entity=None) for name, p in probes.items()})
+    assert {probe.picture.key for probe in named.probes(unnamed, feature)} == set(keys)
+
+
+def test_a_picture_of_the_same_thing_is_trained_to_the_new_answer(backbone, requests_8, monkeypatch):
+    """As a further rephrase: the nearest about which the unedited model gives the replaced answer."""
+    pool = NegativePool(make_pool(backbone, 5).features, 5, positives=1)
+    requests = [replace(request, replaced="old") for request in requests_8[:2]]
+    feature = {key: value for request in requests for key, value in
+               backbone.image_features([request.edit.picture]).items()}  # fmt: skip
+    nearest = [[probe.picture.key for probe in pool.candidates(r, feature[r.edit.picture.key])] for r in requests]
+    assert all(len(keys) == len(pool.features) for keys in nearest)
+    asked = []
+
+    def answered(model, edit_ids, probes, features, *rest):
+        asked.extend(probe.target for of_one in probes for probe in of_one)
+        return [[of_one[2].picture, of_one[5].picture] if n == 0 else [] for n, of_one in enumerate(probes)]
+
+    monkeypatch.setattr(same, "same_things", answered)
+    batch, _ = encode_requests(backbone, requests, TEMPLATE, negatives=pool)
+    assert set(asked) == {"old"} and batch.slots[-7:] == (REPHRASE, "rephrase_2", *negative_slots(5))
+    first = batch.slots.index("rephrase_2")
+    assert batch.present_EK[:, first].tolist() == [True, False]
+    edit_column = batch.slots.index(EDIT)
+    assert torch.equal(batch.tokens_EKS[0, first], batch.tokens_EKS[0, edit_column]), "the new answer"
+    picture = batch.features_NLD[batch.picture_EK[0, first]]
+    assert torch.equal(picture, pool.features[nearest[0][2]])
+    objective = Objective(replace(CONTRAST, positives=1))
+    assert objective.slots(load_editor("ftl"), batch)[:3] == (EDIT, REPHRASE, "rephrase_2")
+    monkeypatch.undo()
+    unknown = [replace(request, replaced=None) for request in requests]
+    batch, _ = encode_requests(backbone, unknown, TEMPLATE, negatives=pool)
+    assert batch.slots[-6:] == (REPHRASE, *negative_slots(5))
+
+
+def test_the_same_thing_is_what_the_unedited_model_answers_alike(backbone, requests_8):
+    """Against greedy generation; an answer that it gives about most pictures tells nothing."""
+    request = requests_8[0]
+    pictures = [make_picture(number) for number in range(700, 706)]
+    features = backbone.image_features(pictures)
+    said = {}
+    for picture in pictures:
+        one = replace(request, edit=replace(request.edit, picture=picture), probes={}, supervision={})
+        _, batch = encode_requests(backbone, [one], TEMPLATE)
+        editor = load_editor("ftl")
+        (row,) = evaluate(backbone, editor, editor.init(backbone, batch), batch)
+        said[picture.key] = row["answer_before"]
+    for answer in dict.fromkeys(said.values()):
+        asked = [[replace(request.edit, picture=picture, target=answer) for picture in pictures]]
+        (found,) = same.same_things(backbone, [request.edit_id], asked, features, TEMPLATE)
+        alike = [picture.key for picture in pictures if said[picture.key].startswith(answer.removesuffix(" ..."))]
+        if not answer.endswith("..."):
+            assert [picture.key for picture in found] == ([] if len(alike) > 3 else alike), answer
+
+
+def test_a_negative_of_the_same_thing_takes_no_turn(supervision):
+    objective = Objective(CONTRAST)
+    batch = supervision.select(objective.slots(load_editor("ftl"), supervision))
+    read_EK = batch.present_EK.clone()
+    read_EK[0, 3] = read_EK[0, 5] = False
+    columns = [
+        objective.columns_in_turn(batch.slots, read_EK, torch.full((batch.num_edits,), step))[0, 2:].tolist()
+        for step in range(3)
+    ]
+    assert columns == [[2, 4], [6, 2], [4, 6]]
 
 
 def test_a_small_pool_gives_what_it_has(backbone, requests_8):
@@ -181,14 +274,14 @@ def test_the_terms_are_their_formulas(backbone, supervision):
     terms = objective(backbone, editor, params, trace, batch, hidden, unedited)
     log_p, log_q = backbone.head(hidden).log_softmax(-1), backbone.head(base).log_softmax(-1)
     nll = -log_p.gather(-1, batch.target_EKT.unsqueeze(-1)).squeeze(-1)
-    known = log_q.gather(-1, batch.target_EKT.unsqueeze(-1)).squeeze(-1)
     for e in range(batch.num_edits):
         masks = batch.target_mask_EKT[e]
         total = nll[e, 0][masks[0]].mean() + 0.5 * nll[e, 1][masks[1]].mean()
         for k in range(2, len(batch.slots)):
             if batch.present_EK[e, k]:
                 kl = (log_p[e, k].exp() * (log_p[e, k] - log_q[e, k])).sum(-1)[masks[k]].mean()
-                total = total + 3.0 * 2.0 * (1.0 - known[e, k][masks[k]].sum().exp()) * kl
+                is_same = bool((log_q[e, k].argmax(-1) == batch.target_EKT[e, k])[masks[k]].all())
+                total = total + (0.0 if is_same else 3.0 * 2.0) * kl
         assert float(terms.total[e]) == pytest.approx(float(total), rel=1e-4)
         worst = max(float(nll[e, k][masks[k]].max()) for k in (0, 1))
         assert float(terms.worst_trained_nll[e]) == pytest.approx(worst, rel=1e-4)
@@ -197,7 +290,7 @@ def test_the_terms_are_their_formulas(backbone, supervision):
 
 
 def test_a_negative_that_is_answered_with_what_is_replaced_does_not_count(backbone, supervision, monkeypatch):
-    """The weight is the probability that the unedited model gives to other answers."""
+    """It shows the same thing. One token that differs makes it a negative."""
     objective = Objective(CONTRAST)
     batch = supervision.select(objective.slots(load_editor("ftl"), supervision))
     states = torch.zeros(*batch.target_EKT.shape, backbone.hidden_size)
@@ -218,7 +311,13 @@ def test_a_negative_that_is_answered_with_what_is_replaced_does_not_count(backbo
     monkeypatch.setattr(backbone, "head", lambda states_MD: torch.zeros(len(states_MD), backbone.vocabulary_size))
     weights = objective.weights_of_locality(backbone, batch, states)
     assert (weights[:, :2] == 0).all(), "the edit and its rephrase are to change"
-    assert weights[:, 2:][batch.present_EK[:, 2:]].min() > 1.99, "one answer of many"
+    assert set(weights[:, 2:][batch.present_EK[:, 2:]].tolist()) == {2.0}
+
+    last = iter([*answers.tokens_M[:-1].tolist(), int(answers.tokens_M[-1]) + 1])
+    monkeypatch.setattr(backbone, "head", lambda states_MD: functional.one_hot(
+        torch.tensor([next(last) for _ in states_MD]), backbone.vocabulary_size + 1).float())  # fmt: skip
+    weights = objective.weights_of_locality(backbone, batch, states)
+    assert weights.sum() == 2.0 == weights[batch.present_EK][-1], "the last token of the last negative differs"
 
 
 def test_an_edit_stops_when_its_rephrase_is_learned_as_well(backbone, pool):

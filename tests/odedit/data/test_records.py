@@ -7,7 +7,16 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from odedit.data.fields import FACTS, ImageReference, held_out_texts, probe_texts, request_images
+from odedit.data.fields import (
+    ENTITIES,
+    FACTS,
+    ImageReference,
+    held_out_texts,
+    probe_texts,
+    request_images,
+    scored_things,
+    supervising_things,
+)
 from odedit.data.records import RawRecord, read_records
 from odedit.errors import InputError
 from tests.support.mmedit_files import caption, record, write_array
@@ -23,7 +32,7 @@ def read_one(tmp_path, fields, **options):
 def test_the_record_shown_on_the_page_has_every_field_and_is_usable(tmp_path):
     (text,) = re.findall(r"```json\n(.*?)```", (ROOT / "odedit/data/README.md").read_text(), flags=re.DOTALL)
     shown = json.loads(text)
-    assert set(shown) == {*FIELDS, *FACTS, "edit_id", "task", "probes", "held_out"}
+    assert set(shown) == {*FIELDS, *FACTS, *ENTITIES, "edit_id", "task", "probes", "held_out"}
     item = read_one(tmp_path, shown)
     assert (item.problem, item.edit_id, item.fields) == ("", shown["edit_id"], shown)
     assert set(probe_texts(item.fields, item.task)) == {"t_gen", "m_gen", "t_loc", "m_loc", *shown["probes"]}
@@ -241,8 +250,8 @@ def test_probes_and_the_images_they_need(tmp_path):
     assert request_images(fields) == expected
 
 
-@pytest.mark.parametrize("name", ["fact", "loc_fact", "m_loc_fact"])
-def test_a_bad_fact(tmp_path, name):
+@pytest.mark.parametrize("name", [*FACTS, *ENTITIES])
+def test_a_bad_fact_or_entity(tmp_path, name):
     assert read_one(tmp_path, record(**{name: 3})).problem == f"wrong type: field {name!r} is a number, expected text"
     assert read_one(tmp_path, record(**{name: ""})).problem == f"empty field: field {name!r} is empty"
 
@@ -255,6 +264,22 @@ def test_facts_that_probes_ask_about(tmp_path):
     assert asked == {"t_gen": None, "m_gen": None, "t_loc": "author of book 1"} | {
         "m_loc": "colour of car 1", "m_loc_near": "colour of car 2",
     }  # fmt: skip
+
+
+def test_entities_that_probes_are_about(tmp_path):
+    near = PROBE | {"entity": "car 2"}
+    named = {"entity": "car 0", "loc_entity": "book 1", "m_loc_entity": "car 1"}
+    fields = record(1, probes={"m_loc_near": near}, loc_fact="author of book 1", **named)
+    assert read_one(tmp_path, fields).problem == ""
+    about = {name: text.entity for name, text in probe_texts(fields, "vqa").items()}
+    assert about == {"t_gen": "car 0", "m_gen": "car 0", "t_loc": "book 1", "m_loc": "car 1", "m_loc_near": "car 2"}
+    stay = {"entity: book 1", "fact: author of book 1", "entity: car 1", "entity: car 2"}
+    assert scored_things(fields, "vqa") == stay
+    assert supervising_things(fields) == {"entity: car 0", *stay} - {"entity: car 2"}
+    held_out = {"near_locality": near}
+    assert (
+        "unknown key: held_out['near_locality'] has 'entity'" in read_one(tmp_path, record(held_out=held_out)).problem
+    )
 
 
 def test_limit_counts_usable_records(tmp_path):

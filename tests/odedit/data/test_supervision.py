@@ -13,7 +13,7 @@ from odedit.data.records import RawRecord, read_records
 from odedit.data.rewording import CAPTION_WORDINGS, QUESTION_WORDINGS, augment, reword, seeded
 from odedit.data.supervision import Supervision, build_request, rephrase_distance
 from odedit.errors import InputError
-from odedit.inputs.batch import SUPERVISION_SLOTS, EditRequest, Picture, Probe
+from odedit.inputs.batch import SUPERVISION_SLOTS, EditRequest, Picture, Probe, rephrase_slots
 from tests.support.mmedit_files import caption, encoded, picture, record, write_array, write_images
 
 LOCALITY = ("text_locality", "image_locality", "near_locality")
@@ -59,6 +59,40 @@ def test_record_sources_are_the_scored_probes(files):
     near = request.supervision["near_locality"]
     assert near.prompt == request.edit.prompt and near.picture is request.probes["m_loc"].picture
     assert "pool_record" not in request.meta
+
+
+def test_as_many_rephrases_as_asked_those_of_the_record_first(tmp_path):
+    own = {"text_rephrase_2": {"prompt": "Name object 0.", "target": "dog 0", "image": record(0)["image"]}}
+    files = Files(tmp_path, [record(0) | {"held_out": own}], [record(number) for number in range(10, 14)])
+    one, four = files.request(), files.request(rephrases=4)
+    assert four.num_rephrases == 4 and set(four.supervision) == {*SUPERVISION_SLOTS, *rephrase_slots(4)} - {"edit"}
+    assert all(four.supervision[slot].prompt == probe.prompt for slot, probe in one.supervision.items())
+    texts = [four.supervision[f"text_rephrase{n}"].prompt for n in ("", "_2", "_3", "_4")]
+    assert texts[1] == "Name object 0." and len(set(texts)) == 4
+    pictures = {four.supervision[f"image_rephrase{n}"].picture.key for n in ("", "_2", "_3", "_4")}
+    assert len(pictures) == 4 and not pictures & {p.picture.key for p in four.probes.values() if p.picture}
+    noisy = files.request(rephrases=4, rephrase_noise=0.5)
+    assert all(noisy.supervision[slot].prompt != four.supervision[slot].prompt for slot in rephrase_slots(4)[::2])
+    many = len(QUESTION_WORDINGS) + 3
+    with pytest.raises(InputError, match=f"vqa_eval.json, record 0.*supervision.rephrases is {many}, and there are"):
+        files.request(rephrases=many)
+    with pytest.raises(ValueError, match="rephrases: got 2, but a record has one scored rephrase of each kind"):
+        Supervision(rephrases=2, rephrase_source="record")
+
+
+def test_a_thing_whose_answer_is_scored_does_not_supervise(tmp_path):
+    """By entity or by fact, where both records name it."""
+    train = [record(number) | {"entity": f"thing {number}", "fact": f"fact {number}"} for number in range(10, 14)]
+    train[3] = {key: value for key, value in train[3].items() if key not in ("entity", "fact")}
+    near = {"prompt": "What is object 0?", "target": "x", "image": record(1)["image"], "entity": "thing 10"}
+    scored = record(0) | {"probes": {"m_loc_near": near}, "m_loc_fact": "fact 12"}
+    files = Files(tmp_path, [scored, record(1)], train)
+    reasons = files.pool.left_out(files.records[0])
+    assert reasons == {"a scored fact or entity": 2}
+    drawn = {files.request(seed=seed).meta["pool_record"] for seed in range(20)}
+    assert drawn == {files.pool.records[n].edit_id for n in range(4) if files.pool.records[n].fields["src"] in
+                     ("What is object 11?", "What is object 13?")}  # fmt: skip
+    assert len({files.request(1, seed=seed).meta["pool_record"] for seed in range(30)}) == 4
 
 
 def test_held_out_supervision_shares_nothing_with_what_is_scored(files):

@@ -204,7 +204,7 @@ def test_an_editor_from_outside_edits_a_family_from_outside(tmp_path):
     assert len(rows) == len(REQUESTS)
 
 
-@pytest.mark.parametrize("objective", ["native", "odedit", "contrast"])
+@pytest.mark.parametrize("objective", ["native", "rephrase", "odedit", "contrast"])
 @pytest.mark.parametrize("name", editors.names())
 def test_a_model_in_half_precision_is_edited_in_single(name, objective, tmp_path):
     """Parameters and losses are float32, and the edit learns."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -60,8 +61,10 @@ def test_untrained_it_is_a_gradient_step(backbone, mend, requests_8):
         torch.testing.assert_close(update[name], -0.01 * gradient, rtol=1e-4, atol=1e-7)
 
 
-def test_the_update_is_the_published_formula(backbone, mend, requests_8):
+@pytest.mark.parametrize("start", ["paper", "public_code"])
+def test_the_update_is_the_published_formula(backbone, start, requests_8):
     """Token by token: normalised, two residual blocks with per-site scale and shift, outer products summed."""
+    mend = load_editor("mend", SETTINGS | {"start": start})
     weights = randomised(backbone, mend)
     batch, _ = encode_requests(backbone, requests_8[:1], TEMPLATE)
     update = mend.with_weights(weights).merged(mend.with_weights(weights).init(backbone, batch))
@@ -93,7 +96,8 @@ def test_the_update_is_the_published_formula(backbone, mend, requests_8):
             )
             z = z + torch.relu(h)
             u, v = weights[f"{shape}.second.u"], weights[f"{shape}.second.v"]
-            h = weights[f"{name}.second.scale"] * (u @ (v @ z)) + weights[f"{name}.second.shift"]
+            bias = weights[f"{shape}.second.bias"] if start == "public_code" else 0.0
+            h = weights[f"{name}.second.scale"] * (u @ (v @ z) + bias) + weights[f"{name}.second.shift"]
             z = z + torch.relu(h)
             expected -= weights["rate"][index] * torch.outer(z[in_width:], z[:in_width])
         torch.testing.assert_close(update[name], expected, rtol=1e-3, atol=1e-4)
@@ -182,9 +186,11 @@ def test_native_loss_is_the_published_one(backbone, requests_8):
         assert float(loss_E[e]) == pytest.approx(float(expected), rel=1e-3, abs=1e-5)
 
 
-def test_every_learned_weight_gets_a_gradient_from_the_start(backbone, mend, batches):
+@pytest.mark.parametrize("start", ["paper", "public_code"])
+def test_every_learned_weight_gets_a_gradient_from_the_start(backbone, start, batches):
     """The initial identity has gradients for all weights."""
     supervision, _ = batches
+    mend = load_editor("mend", SETTINGS | {"start": start})
     weights = {name: value.requires_grad_() for name, value in mend.initial_weights(backbone, 0).items()}
     loss = mend.with_weights(weights).native_training_loss(backbone, supervision).mean()
     gradients = dict(
@@ -197,6 +203,18 @@ def test_every_learned_weight_gets_a_gradient_from_the_start(backbone, mend, bat
     for name, gradient in gradients.items():
         if name.endswith((".u", ".bias", ".shift")) or name == "rate":
             assert gradient.any(), name
+
+
+def test_the_public_start_is_larger_and_has_a_second_bias(backbone, mend):
+    """Both starts are the identity; they differ in the scale of the first factor, and in how fast they learn."""
+    public = load_editor("mend", SETTINGS | {"start": "public_code"}).initial_weights(backbone, 0)
+    paper = mend.initial_weights(backbone, 0)
+    assert public.keys() - paper.keys() == {"512x128.second.bias", "128x512.second.bias"}
+    assert all(not public[name].any() for name in public if name.endswith((".u", ".bias", ".shift")))
+    for name in ("512x128.first.v", "128x512.second.v"):
+        assert float(public[name].std()) == pytest.approx(1.0, rel=0.03)
+        ratio = float(public[name].std() / paper[name].std())
+        assert ratio == pytest.approx(math.sqrt((16 + 640) / 2), rel=0.03)
 
 
 def test_statistics_stay_as_they_were_measured(backbone, mend, batches):
@@ -242,8 +260,9 @@ def test_a_missing_or_foreign_checkpoint_is_named(backbone, mend, tmp_path):
     weights = mend.initial_weights(backbone, 0)
     save_weights(path, weights, "mend", mend.weight_settings, backbone.fingerprint)
     load_editor("mend", SETTINGS | {"checkpoint": str(path)}).check(backbone)
-    with pytest.raises(InputError, match="trained for another setting"):
-        load_editor("mend", SETTINGS | {"checkpoint": str(path), "rank": 8}).check(backbone)
+    for other in ({"rank": 8}, {"start": "public_code"}):
+        with pytest.raises(InputError, match="trained for another setting"):
+            load_editor("mend", SETTINGS | {"checkpoint": str(path)} | other).check(backbone)
     save_weights(path, weights, "mend", mend.weight_settings, "0" * 16)
     with pytest.raises(InputError, match="trained by an earlier odedit"):
         load_editor("mend", SETTINGS | {"checkpoint": str(path)}).check(backbone)

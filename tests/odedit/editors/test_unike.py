@@ -99,6 +99,7 @@ def test_blending_keeps_the_norm_and_reaches_from_the_state_to_what_was_attended
     torch.testing.assert_close(F.normalize(blended[:, 3], dim=-1), F.normalize(attended[:, 3], dim=-1))
     direction = 0.7 * states[0, 1] / states[0, 1].norm() + 0.3 * attended[0, 1] / attended[0, 1].norm()
     assert cosine(direction, blended[0, 1]) == pytest.approx(1.0)
+    torch.testing.assert_close(blend(states, attended, alpha, keeps_norm=False)[0, 1], direction)
 
 
 def test_the_last_positions_are_taken_in_order():
@@ -211,6 +212,37 @@ def test_the_edited_forward_is_the_formulas(backbone, unike, weights, supervisio
         assert bool(((alpha >= 0) & (alpha <= 1 + 1e-5)).all()) and bool((alpha > 0).any())
         before, after = plain[f"{layer}.attention.out"][1], edited[f"{layer}.attention.out"][1]
         torch.testing.assert_close(after.norm(dim=-1), before.norm(dim=-1), rtol=1e-4, atol=1e-4)
+
+
+def test_without_its_norm_a_state_is_the_sum_of_unit_vectors(backbone, weights, supervision):
+    """As in the public code; an edit without stored states changes no state all the same."""
+    editor = Unike(replace(CONFIG, keep_norm=False), weights)
+    params = editor.init(backbone, supervision)
+    for layer in LAYERS:
+        params[f"{layer}.memory"] = params[f"{layer}.memory"].clone()
+        params[f"{layer}.memory"][1] = 0.0
+    site, seen = f"{LAYERS[0]}.attention.out", []
+
+    def keep(x, y):
+        seen.append(y.reshape(*supervision.tokens_EKS.shape, -1))
+        return y
+
+    with torch.no_grad():
+        prefix = backbone.prefix(supervision, *editor.sites)
+        # Hooks run in the order of registration: one before the editor's, one after.
+        with (
+            rewritten({backbone.site(site): keep}),
+            editor.applied(backbone, params, supervision) as trace,
+            rewritten({backbone.site(site): keep}),
+        ):
+            backbone.suffix(prefix)
+    before, after = seen
+    alpha = trace.values[f"{LAYERS[0]}.alpha"].reshape(supervision.tokens_EKS.shape).unsqueeze(-1)
+    attended = attend(before[0].flatten(0, 1)[None], params[f"{LAYERS[0]}.memory"][:1], CONFIG.memory)
+    attended = attended.reshape(before[0].shape)
+    expected = (1 - alpha[0]) * F.normalize(before[0], dim=-1) + alpha[0] * F.normalize(attended, dim=-1)
+    torch.testing.assert_close(after[0], expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(after[1], before[1])
 
 
 def test_an_edit_starts_with_the_unedited_states_of_its_demonstration(backbone, unike, weights, supervision):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from odedit import Objective, ObjectiveConfig, Stopping, edit, encode_requests, evaluate, load_editor, stack_params
+from odedit.editors import wise
 from odedit.editors.wise import _live_ranks
 from odedit.inputs.batch import LOCALITY_SLOTS
 from odedit.runtime.gather import spread
@@ -47,15 +48,15 @@ class Library:
         self._use_side = True
         return library_nll(self.model, self.backbone, batch, request, e)
 
-    def distance(self, batch, request, e, slot):
-        """Activation distance (eq. 2), position by position."""
+    def distance(self, batch, request, e, slot, largest=False):
+        """Activation distance (eq. 2), position by position; or the largest of a position."""
         self.logits(batch, request, e, slot, use_side=True)
         length = int(batch.prompt_EKS[e, batch.slots.index(slot)].sum())
         norms = []
         for x in self._input[:length]:
             side, main = (torch.relu(matrix @ x + self._bias) for matrix in (self.side, self._matrix))
             norms.append((side - main).square().sum().add(1e-12).sqrt())
-        return torch.stack(norms).mean()
+        return torch.stack(norms).max() if largest else torch.stack(norms).mean()
 
     def loss(self, batch, request, e, config):
         """Likelihood and margin loss (eq. 3)."""
@@ -129,6 +130,42 @@ def test_a_prompt_uses_the_side_matrix_above_the_threshold_alone(backbone, encod
                 torch.testing.assert_close(logits[e, k][: len(expected)], expected, rtol=1e-3, atol=1e-3)
                 routes.append(above)
     assert any(routes) and not all(routes)
+
+
+@pytest.mark.parametrize("is_together", [False, True])
+def test_the_public_code_routes_long_prompts_by_their_largest_distance(
+    backbone, encoded, edited, monkeypatch, is_together
+):
+    (supervision, evaluation), (editor, params) = encoded, edited
+    lengths = evaluation.prompt_EKS.sum(-1)[evaluation.present_EK]
+    bound = int(lengths.float().median())
+    assert lengths.min() <= bound < lengths.max(), "prompts on both sides of the bound"
+    monkeypatch.setattr(wise, "_LONGEST_MEAN", bound)
+    public = load_editor("wise", SETTINGS | {"routing": "public_code"})
+    (again,) = edit(backbone, public, NATIVE, supervision.take(torch.tensor([0])), Stopping(max_steps=6))
+    torch.testing.assert_close(again.params["threshold"], params["threshold"][:1], rtol=1e-4, atol=0)
+    first = {name: value[:1] for name, value in params.items()}
+    library = Library(backbone, next(side_copies(backbone, editor, first)))
+    one = evaluation.take(torch.tensor([0]))
+    # A threshold between the means of long prompts and their largest distances: the two ways of routing differ.
+    is_long_K = (one.prompt_EKS[0].sum(-1) > bound).tolist()
+    long = [slot for slot, is_long in zip(one.slots, is_long_K, strict=True) if is_long]
+    mean, largest = (
+        max(library.distance(one, REQUESTS[0], 0, slot, is_largest).item() for slot in long)
+        for is_largest in (False, True)
+    )
+    assert mean < largest
+    first["threshold"] = torch.tensor([(mean + largest) / 2])
+    applied = public.together if is_together else public.applied
+    with torch.no_grad(), applied(backbone, first, one):
+        logits = backbone.head(backbone.suffix(backbone.prefix(one, editor.config.site)))
+    differs = []
+    for k, (slot, is_long) in enumerate(zip(one.slots, is_long_K, strict=True)):
+        above = bool(library.distance(one, REQUESTS[0], 0, slot, largest=is_long) >= first["threshold"][0])
+        expected = library.logits(one, REQUESTS[0], 0, slot, use_side=above)
+        torch.testing.assert_close(logits[0, k][: len(expected)], expected, rtol=1e-3, atol=1e-3)
+        differs.append(above != bool(library.distance(one, REQUESTS[0], 0, slot) >= first["threshold"][0]))
+    assert any(differs), "the paper's routing would choose otherwise"
 
 
 def test_retrieval_takes_the_side_matrix_of_the_largest_distance_above_its_own_threshold(backbone, encoded, edited):

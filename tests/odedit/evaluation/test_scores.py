@@ -159,6 +159,7 @@ def test_a_generated_answer_is_compared_to_its_end(family, backbone):
         _, batch = encode_requests(model, [request], TEMPLATE)
         (row,) = evaluate(model, editor, editor.init(model, batch), batch)
         assert row["answer_before"] == row["answer_after"] == said["rel"]
+        assert row["answers"] == {name: {"before": text, "after": text} for name, text in said.items()}
         for when in ("", "_before"):
             assert row[f"rel_generated_exact{when}"] == exact
             assert row[f"t_gen_generated_exact{when}"] == row[f"t_gen_generated{when}"] == 1.0
@@ -167,6 +168,20 @@ def test_a_generated_answer_is_compared_to_its_end(family, backbone):
             else:
                 assert row[f"rel{when}"] == row[f"rel_generated{when}"] == share
     assert tokenizer.eos_token_id in model.ends
+
+
+def test_answers_of_all_probes_are_cut_and_need_generation(backbone, monkeypatch):
+    monkeypatch.setattr("odedit.evaluation.scores.MAX_ANSWER", 8)
+    editor = load_editor("ftl")
+    seen = Probe("who owns this digit?", "anna hill", make_picture(1))
+    request = EditRequest("a", seen, probes={"m_gen": seen, "t_loc": Probe("what is the capital of Arland?", "x")})
+    _, batch = encode_requests(backbone, [request], TEMPLATE)
+    params = editor.init(backbone, batch)
+    (row,) = evaluate(backbone, editor, params, batch)
+    assert row["answers"].keys() == {"rel", "m_gen", "t_loc"}
+    assert len(row["answer_after"]) > 8 and row["answers"]["rel"]["after"] == f"{row['answer_after'][:4]} ..."
+    (silent,) = evaluate(backbone, editor, params, batch, EvaluationConfig(generate=False))
+    assert not {"answers", "answer_after"} & silent.keys() and silent["rel"] == row["rel"]
 
 
 @torch.no_grad()
@@ -202,7 +217,7 @@ def test_every_column_is_made_of_a_probe_and_declared_endings(backbone, scored):
     words = sorted(columns.words())
     endings = [(), *((word,) for word in words), *permutations(words, 2), *permutations(words, 3)]
     for request, row in zip(requests, rows, strict=True):
-        owners = {name: [] for name in row if not name.startswith("answer_")}
+        owners = {name: [] for name in row if not name.startswith("answer")}
         for probe in ("rel", *request.probes):
             for some in endings:
                 owners.get(columns.column(probe, *some), []).append(probe)

@@ -11,6 +11,8 @@ from odedit.inputs.batch import (
     REPHRASE_SLOTS,
     by_length,
     is_locality,
+    rephrase_slots,
+    unnumbered,
 )
 from tests.support.requests import TEMPLATE
 
@@ -20,6 +22,16 @@ def test_locality_depends_on_the_kind_not_on_the_detail():
         assert is_locality(name), name
     for name in ("edit", "rel", "t_gen", "m_gen_far", "t_gen_location", "t_gen_loc", "local_gen", *REPHRASE_SLOTS):
         assert not is_locality(name), name
+
+
+def test_further_rephrases_are_numbered():
+    assert rephrase_slots(2) == (*REPHRASE_SLOTS, "text_rephrase_2", "image_rephrase_2")
+    assert {unnumbered(slot) for slot in rephrase_slots(12)} == set(REPHRASE_SLOTS)
+    for name in ("text_rephrase_1", "text_rephrase_02", "near_locality_2", "rephrase_2", "edit"):
+        with pytest.raises(
+            ValueError, match=f"unknown supervision slot '{name}'; allowed: text_rephrase.*_2 and so on"
+        ):
+            EditRequest("a", Probe("p", "t"), {name: Probe("p", "t")})
 
 
 def test_the_edit_itself_is_no_probe_of_a_request():

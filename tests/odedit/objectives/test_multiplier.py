@@ -129,3 +129,44 @@ def test_dual_ascent_raises_lambda() -> None:
 def test_config_refuses_bad_values(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(MultiplierConfig(), **change)  # type: ignore[arg-type]
+
+
+def test_an_unscaled_output_starts_around_its_initial_value() -> None:
+    """The draw of the last layer multiplies lambda: by a factor of 2 to 3 at scale 1, hardly at all at 0.01."""
+    spreads = {}
+    for scale in (1.0, 0.01):
+        config = MultiplierConfig(initial=0.01, output_scale=scale, cap=None)
+        first = [MultiplierNetwork.apply(config, MultiplierNetwork.init(config, 60, 1, seed), torch.randn(1, 60))
+                 for seed in range(60)]  # fmt: skip
+        logs = torch.cat(first).detach().log()
+        assert float(logs.mean()) == pytest.approx(math.log(0.01), abs=0.3)
+        spreads[scale] = float(logs.std())
+    assert 0.5 < spreads[1.0] < 1.3
+    assert spreads[0.01] == pytest.approx(0.01 * spreads[1.0], rel=0.2)
+
+
+def test_weight_multiplies_lambda_beyond_its_cap_and_no_cap_is_softplus() -> None:
+    features_EI = torch.randn(E, 6)
+    plain = MultiplierConfig(width=8, initial=0.01, output_scale=1.0, cap=None)
+    delta = MultiplierNetwork.init(plain, 6, E, seed=0)
+    lambda_E = MultiplierNetwork.apply(plain, delta, features_EI)
+    cap = float(lambda_E.detach().median())
+    capped = dataclasses.replace(plain, initial=cap / 2, cap=cap, weight=200.0)
+    torch.testing.assert_close(MultiplierNetwork.apply(capped, delta, features_EI), 200 * lambda_E.clamp(max=cap))
+    assert lambda_E.max() > cap > lambda_E.min(), "on both sides of the cap"
+
+
+def test_presets_are_complete_sets_and_the_first_is_the_default() -> None:
+    names = {frozenset(values) for values in MultiplierConfig.PRESETS.values()}
+    assert len(names) == 1
+    assert MultiplierConfig.preset("ours") == MultiplierConfig()
+    code = MultiplierConfig.preset("published_code", depth=2, weight=1.0)
+    assert (code.depth, code.weight, code.cap, code.normalisation) == (2, 1.0, None, "per_tensor")
+    delta = MultiplierNetwork.init(code, 6, 1, seed=0)
+    assert float(delta["bias_1"].detach()) == pytest.approx(0.0, abs=1e-6), (
+        "Softplus starts at log 2, as with a bias of 0"
+    )
+    with pytest.raises(ValueError, match="preset: got 'theirs', expected 'ours' or 'published_code'"):
+        MultiplierConfig.preset("theirs")
+    with pytest.raises(ValueError, match="every setting that it names is given as well"):
+        MultiplierConfig.preset("published_code", **dataclasses.asdict(MultiplierConfig()))

@@ -108,7 +108,7 @@ def test_settings_that_objectives_share_have_one_default():
 
 
 def test_plug_ins_are_files_and_not_the_packages_beside_them():
-    assert objectives.names() == ("contrast", "native", "native_kl", "odedit")
+    assert objectives.names() == ("contrast", "native", "native_kl", "odedit", "rephrase")
 
 
 def test_settings_of_other_objectives_are_checked_and_not_read():

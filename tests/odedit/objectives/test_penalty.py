@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from odedit.objectives.common.penalty import penalty_schedule, tv_penalty
+from odedit.objectives.common.dual_step import ascended
+from odedit.objectives.common.multiplier import MultiplierConfig, MultiplierNetwork
+from odedit.objectives.common.penalty import Invariance, penalty_schedule, tv_penalty
 from odedit.risks.mmd import mmd2_rbf
 from odedit.risks.risks import locality, reliability
 
@@ -98,3 +103,28 @@ def test_schedule_refuses_nonsense() -> None:
         penalty_schedule(0, 0)
     with pytest.raises(ValueError, match=r"warmup, ramp: got -0.1"):
         penalty_schedule(0, 10, warmup=-0.1)
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1e-2, 0.1])
+@pytest.mark.parametrize(("initial", "width", "scale"), [(1e-3, 64, 0.01), (0.01, 16, 0.01), (0.1, 64, 1.0)])
+def test_the_reach_bounds_lambda_after_twenty_dual_steps(rate: float, initial: float, width: int, scale: float) -> None:
+    """Twenty steps of ascent, nothing against them, from the network's own start."""
+    multiplier = MultiplierConfig(initial=initial, width=width, output_scale=scale, cap=None)
+    settings = Invariance(None, dual_rate=rate, multiplier=multiplier)
+    features_EI = torch.randn(1, 40, generator=torch.Generator().manual_seed(0))
+    delta = MultiplierNetwork.init(multiplier, 40, 1, seed=0)
+    first = float(MultiplierNetwork.apply(multiplier, delta, features_EI).detach())
+    for step in range(20):
+        gain = MultiplierNetwork.apply(multiplier, delta, features_EI).sum()
+        moved = ascended(settings, delta, gain, torch.tensor([float(step + 1)]))
+        delta = {name: value.requires_grad_() for name, value in moved.items()}
+    last = float(MultiplierNetwork.apply(multiplier, delta, features_EI).detach())
+    assert first < last < 1.05 * settings.reach * first / initial
+    assert Invariance(None, dual_rate=rate, multiplier=replace(multiplier, cap=2 * initial)).reach <= 2 * initial
+
+
+def test_the_reach_of_other_multipliers() -> None:
+    assert (Invariance(0.5).reach, Invariance(0.0).reach) == (0.5, 0.0)
+    assert Invariance(None, dual_schedule="constant").reach == 0.1
+    assert Invariance(None, multiplier=MultiplierConfig(cap=None, normalisation="none")).reach == math.inf
+    assert Invariance(None, multiplier=MultiplierConfig.preset("published_code")).reach > 100

@@ -196,12 +196,12 @@ def test_a_dual_step_is_ascent(backbone, records):
         with editor.applied(backbone, params, batch) as trace:
             terms = objective(backbone, editor, params, trace, batch, backbone.suffix(prefix, batch.predict_EKT), base)
     shared = SharedMultiplier(ODEDIT, 6, 0)
-    _, first_E, dual = shared.penalised(editor, params, terms, Dual(), 1, ascend=False)
-    _, second_E, dual = shared.penalised(editor, params, terms, dual, 1, ascend=True)
+    _, first_E, dual = shared.penalised(editor, params, terms, Dual(), 1, is_first=False)
+    _, second_E, dual = shared.penalised(editor, params, terms, dual, 1)
     assert dual.steps == 1
     assert bool((second_E > first_E).all())
     waiting = SharedMultiplier(dataclasses.replace(ODEDIT, warmup=0.5), 6, 0)
-    loss_E, nothing_E, dual = waiting.penalised(editor, params, terms, Dual(), 1, ascend=True)
+    loss_E, nothing_E, dual = waiting.penalised(editor, params, terms, Dual(), 1)
     assert torch.equal(loss_E, terms.total) and not nothing_E.any() and dual.steps == 0
 
 

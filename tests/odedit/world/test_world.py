@@ -17,8 +17,8 @@ from PIL import Image
 from odedit import world
 from odedit.errors import InputError
 from odedit.evaluation.columns import groups
-from odedit.inputs.batch import SUPERVISION_SLOTS, check_probe_name
-from odedit.world import facts, images, questions
+from odedit.inputs.batch import SUPERVISION_SLOTS, check_probe_name, rephrase_slots
+from odedit.world import benchmark, facts, images, questions
 
 PARTS = ("train", "validation", "evaluation")
 MMEDIT_KEYS = (
@@ -104,6 +104,54 @@ def test_supervision_is_never_scored(built, records):
     assert not pixels["scored"].keys() & pixels["supervision"].keys()
 
 
+def test_no_entity_whose_answer_must_stay_is_supervised(records):
+    """A hidden answer gives its entity away."""
+    for record in (record for part in PARTS for record in records[part]):
+        assert record["fact"] == f"{record['fact'].split(' of ')[0]} of {record['entity']}"
+        stay = {record["loc_entity"], record["m_loc_entity"]}
+        stay |= {record["probes"][name]["entity"] for name in ("m_loc_near", "t_loc_near")}
+        assert record["entity"] not in stay and len(stay) == 3, "the country, the far and the near entity"
+        attribute = record["fact"].split(" of ")[0]
+        answer = record["held_out"]["near_locality"]["target"]
+        (near,) = (entity for entity in facts.ENTITIES if facts.answer(entity, attribute) == answer)
+        assert near.name not in stay
+        asked = record["held_out"]["image_locality"]
+        for name in stay - {record["loc_entity"]}:
+            (entity,) = (entity for entity in facts.ENTITIES if entity.name == name)
+            hidden = {facts.answer(entity, attribute) for attribute in facts.HIDDEN}
+            assert asked["target"] not in hidden
+        assert record["held_out"]["text_locality"]["prompt"].find(record["loc_entity"]) == -1
+        assert all(not {"fact", "entity"} & entry.keys() for entry in record["held_out"].values())
+
+
+def test_as_many_rephrases_as_asked_beside_the_same_records(built, tmp_path: Path, monkeypatch):
+    """Each has a wording and a picture of its own; everything else is that of a single rephrase."""
+    monkeypatch.setattr(benchmark, "FACTS_PER_ATTRIBUTE", {"train": 1, "validation": 1, "evaluation": 1})
+    one, five = (world.build(tmp_path / str(count), 3, count) for count in (1, 5))
+    trained = {
+        questions.ask(attribute, cell, subject)
+        for attribute in facts.ATTRIBUTES
+        for cell in questions.cells(attribute, held_out=False)
+        for subject in questions.SUBJECTS
+    }
+    for part in PARTS:
+        for alone, several in zip(*(json.loads(paths[part].read_text()) for paths in (one, five)), strict=True):
+            held_out = several.pop("held_out")
+            assert {slot: held_out[slot] for slot in SUPERVISION_SLOTS[1:]} == alone.pop("held_out")
+            assert several == alone
+            assert held_out.keys() == {*SUPERVISION_SLOTS[1:], *rephrase_slots(5)}
+            texts = [held_out[slot] for slot in rephrase_slots(5)[::2]]
+            pictures = [held_out[slot] for slot in rephrase_slots(5)[1::2]]
+            prompts = {text["prompt"] for text in texts}
+            assert len(prompts) == 5 and prompts < trained and several["src"] not in prompts
+            assert {text["image"] for text in texts} == {several["image"]}
+            seen = {(five["images"] / picture["image"]).read_bytes() for picture in pictures}
+            assert len(seen) == 5 and {picture["prompt"] for picture in pictures} == {several["src"]}
+            assert {entry["target"] for entry in (*texts, *pictures)} == {several["alt"]}
+    with pytest.raises(InputError, match="supervision.rephrases: got 24, but the embedded benchmark has 1 to 23"):
+        world.build(tmp_path / "many", 0, 24)
+
+
 def test_rephrases_are_held_out_cells(records):
     trained = {
         questions.ask(attribute, cell, subject)
@@ -180,7 +228,7 @@ def content(folder: Path) -> str:
 
 def test_other_content_needs_another_version_of_the_benchmark(worlds):
     drawn = {seed: content(paths["train"].parent) for seed, paths in worlds.items()}
-    assert (world.BENCHMARK_VERSION, drawn) == ("bc6f4c05", {0: "bc6f4c05d3b312f9", 1: "33ecf6df78b1179e"})
+    assert (world.BENCHMARK_VERSION, drawn) == ("c56f86e5", {0: "c56f86e55bb264ea", 1: "7d2def8fbb0c79e8"})
 
 
 def test_importing_the_world_is_light():

@@ -63,6 +63,21 @@ def test_the_summary_counts_every_row_and_averages_those_that_worked(workspace: 
     assert "index" not in summary["metrics"]
 
 
+def test_a_run_of_an_earlier_version_goes_on_with_answers(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = {"rel": {"before": "Köln", "after": "Bonn"}, "t_loc": {"before": "", "after": "x"}}
+    with monkeypatch.context() as earlier:
+        earlier.delitem(results.FIXED_COLUMNS, "answers")
+        results.write_part(workspace.part(0), [row(0, rel=1.0)])
+        assert "answers" not in results.read_table(workspace.part(0)).column_names
+    results.write_part(workspace.part(1), [row(1, rel=0.0, answers=answers), row(2, results.SKIPPED)])
+    assert [each.get("answers") for each in results.read_rows(results.parts(workspace))] == [None, answers, None]
+    results.unify(workspace)
+    assert [each["answers"] for each in results.read_rows(results.parts(workspace))] == [None, answers, None]
+    assert summarize_results(workspace, from_dict({}))["metrics"]["rel"]["mean"] == 0.5
+
+
 def finite(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 

@@ -36,7 +36,7 @@ WISE = {"name": "wise", "site": "layers.2.ffn.in", "max_steps": 2}
 def shared_world(worlds: dict[int, dict[str, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Links a benchmark that is written already into the folder where a study writes it."""
 
-    def linked(folder: Path, seed: int = 0) -> None:
+    def linked(folder: Path, seed: int = 0, rephrases: int = 1) -> None:
         if not folder.exists():
             shutil.copytree(worlds[seed]["images"].parent, folder, copy_function=os.link)
 
@@ -150,7 +150,7 @@ def test_commands_list_the_studies_and_explain_wrong_names(tmp_path: Path) -> No
     for arguments, expected in (
         (("tabel1",), "Did you mean 'table1'?"),
         (("fig2", "plot.x=lamda"), "Did you mean 'lambda'?"),
-        (("fig2", "settings.editor.clmp=1", "--out", tmp_path / "x"), "adaptive: editor.clmp: unknown key"),
+        (("fig2", "settings.editor.clmp=1", "--out", tmp_path / "x"), "none, 0.001: editor.clmp: unknown key"),
         (("fig2", "--config", "none.yaml"), "none.yaml: the configuration cannot be read"),
     ):
         wrong = odedit("study", *arguments)

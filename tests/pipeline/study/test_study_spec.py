@@ -75,9 +75,9 @@ def test_folders_are_plain_names_and_never_shared() -> None:
     ("changes", "expected"),
     [
         ({"baseline": {"lamda": "adaptive"}}, "Unknown axis 'lamda'. Did you mean 'lambda'?"),
-        ({"baseline": {"lambda": "adaptiv"}}, "baseline.lambda 'adaptiv'. Did you mean 'adaptive'?"),
+        ({"baseline": {"multiplier": "fixd"}}, "baseline.multiplier 'fixd'. Did you mean 'fixed'?"),
         ({"plot": {"x": "lam"}}, "Unknown axis 'lam'"),
-        ({"plot": {"reference": "adapted"}}, "plot.reference 'adapted'. Did you mean 'adaptive'?"),
+        ({"plot": {"x": "multiplier", "reference": "fixd"}}, "plot.reference 'fixd'. Did you mean 'fixed'?"),
         ({"plot": {"kind": "heatmap"}}, "a heat map needs the axes x and y"),
         ({"plot": {"kind": "pie"}}, "plot.kind: got 'pie'"),
         ({"skip": [{"editor": ["WISE"]}]}, "Unknown axis 'editor'"),
@@ -100,7 +100,7 @@ def test_an_unknown_study_and_an_arm_with_wrong_settings_are_named(tmp_path: Pat
     with pytest.raises(InputError, match="Unknown study 'tabel1'. Did you mean 'table1'"):
         load("tabel1", None)
     wrong = load("fig2", None, ["settings.editor.clmp=1"])
-    with pytest.raises(InputError, match=r"^adaptive: editor\.clmp: unknown key. Did you mean 'clamp'"):
+    with pytest.raises(InputError, match=r"^none, 0\.001: editor\.clmp: unknown key. Did you mean 'clamp'"):
         run_config(arms(wrong)[0], tmp_path, None)
 
 

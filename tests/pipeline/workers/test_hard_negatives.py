@@ -70,4 +70,16 @@ def test_an_unreadable_picture_is_no_hard_negative(backbone: Any, tmp_path: Path
     pool = Pool.sample(str(path), ImageReader(str(roots[0]), str(roots[1])))
     drawn = negatives.negative_pool(ObjectiveConfig(name="contrast"), backbone, lambda: pool, ["layers.2.ffn.in"])
     assert drawn is not None and len(drawn.features) == 3 and drawn.count == 12
+    assert drawn.things == {}, "the records name no things"
     assert negatives.negative_pool(ObjectiveConfig(), backbone, lambda: pytest.fail("not needed"), []) is None
+
+
+def test_a_picture_has_the_things_of_all_records_that_show_it(backbone: Any, tmp_path: Path) -> None:
+    records = [record(number) for number in range(3)]
+    records[0] |= {"fact": "owner of four", "entity": "four"}
+    records.append(records[0] | {"fact": "city of four", "src": "Where is it?"})
+    roots = write_images(tmp_path, records)
+    pool = Pool.sample(str(write_array(tmp_path / "train.json", records)), ImageReader(str(roots[0]), str(roots[1])))
+    drawn = negatives.negative_pool(ObjectiveConfig("contrast", positives=2), backbone, lambda: pool, [])
+    assert drawn is not None and len(drawn.features) == 3 and drawn.positives == 2
+    assert list(drawn.things.values()) == [{"fact: owner of four", "fact: city of four", "entity: four"}]
