@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -83,7 +84,8 @@ class CheckReport:
         image, question, answer = (str(record.fields[name]) for name in REQUIRED)
         question, answer = (" ".join(text.casefold().split()) for text in (question, answer))
         self.given.update(name for name in FIELDS if has(record.fields, name))
-        self.given.update(name for name in probe_texts(record.fields, record.task) if name not in _SCORED_BY)
+        probes = {re.sub(r"_\d+$", "", name) for name in probe_texts(record.fields, record.task)}
+        self.given.update(probes - _SCORED_BY)
         self.num_pictures += self._pictures.add(image)
         self.num_questions += self._questions.add(question)
         is_new = self._answered.add("\0".join((image, question, answer)))

@@ -47,7 +47,7 @@ class EditIds:
 
     def _made(self, index: int, fields: Mapping[str, Any]) -> str:
         content = [str(fields[name]) for name in REQUIRED if isinstance(fields.get(name), str) and fields[name]]
-        if len(content) < len(REQUIRED) or all(fields.get(name) for name in FIELDS):
+        if len(content) < len(REQUIRED) or all(fields.get(name) is not None for name in FIELDS):
             return self.fallback(index)
         name = base = content_id(*content)
         number = 1

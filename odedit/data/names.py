@@ -26,7 +26,8 @@ PLAIN = {
 """MMEdit's name of each field by its plain name. The other fields have one name."""
 _PLAIN_OF = {name: plain for plain, name in PLAIN.items() if plain != "images"}
 _ONLY_MMEDIT = frozenset(("src", "alt", "pred", "loc", "loc_ans", "m_loc", "m_loc_q", "m_loc_a"))
-_ONE_NAME = ("image", "rephrase", "image_rephrase", "edit_id", "task", "fact", "loc_fact", "m_loc_fact", "probes",
+_ONE_NAME = ("image", "rephrase", "image_rephrase", "edit_id", "task", "fact", "loc_fact", "m_loc_fact", "entity",
+             "loc_entity", "m_loc_entity", "probes",
              "held_out")  # fmt: skip
 KNOWN = (*_ONE_NAME, *PLAIN, *_PLAIN_OF)
 """All names under which a field is read."""

@@ -32,11 +32,13 @@ class Pool:
         records: Usable records.
         reader: Reader of their images; its roots may differ from those of the edited records.
         is_made: True for records made of pictures (`odedit.data.made`), possibly of those that the run's records have.
+        is_own: True for records made of the pictures that the run's records edit.
     """
 
     records: Sequence[RawRecord]
     reader: ImageReader
     is_made: bool = False
+    is_own: bool = False
 
     @classmethod
     def sample(

@@ -12,6 +12,7 @@ from odedit.data.packed import is_embedded_reference, is_pack
 from odedit.data.readers import check_is_file
 from odedit.data.records import read_records
 from odedit.errors import InputError
+from odedit.runtime.addresses import above
 from odedit.storage.location import Location, locate
 
 _RECORDS, _PICTURES, _FOLDERS = 64, 8, 400
@@ -20,51 +21,53 @@ _RECORDS, _PICTURES, _FOLDERS = 64, 8, 400
 def root_of(path: str, given: str | None, columns: Mapping[str, str], task: str = "auto") -> str | None:
     """The folder of the pictures: the given one, else the one that is found; None for a packed folder.
 
+    Args:
+        path: File or folder of records.
+        given: The folder that a setting names, if any.
+        columns: Columns of the file by field.
+
     Raises:
-        InputError: There is no such file of records, or see `found_root`.
+        InputError: There is no such file of records, it cannot be read, or it names its pictures by full paths.
     """
     location = locate(path, "data.path")
     if given is not None or is_pack(location):
         return given
     if not location.is_folder():
         check_is_file(location)
-    return found_root(location, columns, task)
+    return _found(path, location, columns, task)
 
 
-def found_root(location: Location, columns: Mapping[str, str], task: str = "auto") -> str:
+def _found(path: str, location: Location, columns: Mapping[str, str], task: str) -> str:
     """The folder of the records' file, the folder above it, or one below it: the first that holds a picture of theirs.
 
     Args:
-        location: File of records or folder of such files, not packed.
-        columns: Columns of the file by field.
+        path: Path or address of a file of records or of a folder of such files, not packed; with its password.
+        location: The same.
 
     Returns:
-        The folder of the file itself if none holds one, so that messages name it.
+        The folder of the file itself if none holds one, so that messages name it; always at an address.
 
     Raises:
         InputError: The records cannot be read, or name their pictures by full paths.
     """
-    home = location if location.is_folder() else location.parent
-    records = (record for record in read_records(_text(location), task=task, columns=columns) if not record.problem)
+    home = path if location.is_folder() else above(path)
+    records = (record for record in read_records(path, task=task, columns=columns) if not record.problem)
     named = [image.path for record in islice(records, _RECORDS) for image in request_images(record.fields)]
-    paths = [path for path in dict.fromkeys(named) if not is_embedded_reference(path)][:_PICTURES]
-    full = [path for path in paths if path.startswith("/")]
+    paths = [name for name in dict.fromkeys(named) if not is_embedded_reference(name)][:_PICTURES]
+    full = [name for name in paths if name.startswith("/")]
     if full:
         raise InputError(
             f"data.image_root: not set, and the records name pictures by full paths such as {full[0]!r}. Set it to the "
-            f"folder that they lie in, such as {os.path.dirname(os.path.commonpath(full)) or '/'!r}."
+            f"folder that they lie in, such as {os.path.commonpath(list(map(os.path.dirname, full)))!r}."
         )
     if not location.is_local:
-        return _text(home)
-    for folder in _candidates(home.path):
+        return home
+    home = (location if location.is_folder() else location.parent).path
+    for folder in _candidates(home):
         reader = ImageReader(folder)
-        if any(_is_there(reader, path) for path in paths):
+        if any(_is_there(reader, name) for name in paths):
             return folder
-    return home.path
-
-
-def _text(location: Location) -> str:
-    return location.path if location.is_local else location.text
+    return home
 
 
 def _candidates(home: str) -> list[str]:

@@ -333,7 +333,12 @@ def read_pool(workspace: Workspace, sources: Sources) -> Pool | None:
     with parquet_file(workspace.pool) as file:
         rows = file.read().to_pylist()
     records = tuple(RawRecord.from_row(row) for row in rows)
-    return Pool(records, sources.pool_reader, is_made=sources.pool is None)
+    return Pool(
+        records,
+        sources.pool_reader,
+        is_made=sources.pool is None,
+        is_own=sources.pool is None and sources.pictures is None,
+    )
 
 
 def read_staged(location: Location) -> Staged:

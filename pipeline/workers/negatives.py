@@ -38,7 +38,9 @@ def negative_pool(
     while batch := list(islice(pictures, _PICTURES_AT_ONCE)):
         for key, feature in backbone.image_features(batch, before_connector).items():
             features[key] = feature.cpu()
-    return NegativePool(features, config.num_negatives, things, config.num_positives)
+    # The records' own pictures are edited each by itself: none is trained to the new answer of another.
+    positives = 0 if pool.is_own else config.num_positives
+    return NegativePool(features, config.num_negatives, things, positives)
 
 
 def _pictures(pool: Pool, processor: PretrainedProcessor, things: dict[str, frozenset[str]]) -> Iterator[Picture]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from odedit.data.negatives import NegativePool
 from odedit.errors import InputError
 from pipeline.commands import show_plan
 from pipeline.config.run import RunConfig, from_dict
@@ -15,6 +16,7 @@ from pipeline.driver import preflight
 from pipeline.driver.run import Outcome
 from pipeline.run_folder import rows, sources, staging
 from pipeline.run_folder.workspace import Workspace
+from pipeline.workers import negatives
 from tests.support.mmedit_files import encoded, picture, record, write_array, write_images
 
 COUNT = 3
@@ -51,9 +53,15 @@ def results(outcome: Outcome) -> list[rows.Row]:
 
 
 def test_three_fields_are_edited_and_the_row_says_what_was_made(
-    values: dict[str, Any], inline: Callable[[RunConfig], Outcome]
+    values: dict[str, Any], inline: Callable[[RunConfig], Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pools: list[NegativePool] = []
+    monkeypatch.setattr(
+        negatives, "NegativePool", lambda *args: pools.append(NegativePool(*args)) or pools[-1]
+    )  # fmt: skip
     done = results(inline(from_dict(values)))
+    # Each picture is edited by itself: none is trained to the new answer of another.
+    assert [(len(pool.features), pool.positives) for pool in pools] == [(COUNT, 0)]
     assert [(row["status"], row["error"]) for row in done] == [("edited", None)] * COUNT
     assert [row["edit_id"].rpartition("-")[0] for row in done] == [f"dog-{number}" for number in range(COUNT)]
     for row in done:
@@ -77,14 +85,14 @@ def test_one_record_alone_is_edited(
 def test_the_pool_is_the_records_own_pictures_or_those_of_a_folder(values: dict[str, Any], tmp_path: Path) -> None:
     _, workspace, inputs = staged(from_dict(values))
     pool = staging.read_pool(workspace, inputs)
-    assert pool is not None and pool.is_made
+    assert pool is not None and pool.is_made and pool.is_own
     assert [item.fields["image"] for item in pool.records] == [f"pictures/{number}.png" for number in range(COUNT)]
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "x.png").write_bytes(encoded(picture(9)))
     data = values["data"] | {"pictures": str(tmp_path / "others")}
     _, workspace, inputs = staged(from_dict(values | {"data": data, "out": str(tmp_path / "other")}))
     pool = staging.read_pool(workspace, inputs)
-    assert pool is not None and [item.fields["image"] for item in pool.records] == ["x.png"]
+    assert pool is not None and [item.fields["image"] for item in pool.records] == ["x.png"] and not pool.is_own
     assert pool.reader.read("x.png").pixels.shape == (18, 24, 3)
     before = inputs.identity()["data.pictures"]
     (tmp_path / "others" / "y.png").write_bytes(encoded(picture(8)))
@@ -116,6 +124,19 @@ def test_a_pool_has_roots_of_its_own(values: dict[str, Any], tmp_path: Path) -> 
     pool = staging.read_pool(workspace, inputs)
     assert pool is not None and not pool.is_made and pool.reader.read(others[0]["image"])
     assert inputs.reader.read("pictures/0.png")
+
+
+def test_a_split_of_the_embedded_benchmark_is_a_pool(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[tuple[str, int]] = []
+    monkeypatch.setattr(sources, "build_embedded", lambda folder, seed, *rest: built.append((str(folder), seed)))
+    data = from_dict(values | {"data": values["data"] | {"pool": "embedded:train:3"}}).data
+    inputs = sources.resolve(sources.with_absolute_paths(data), values["out"])
+    ((folder, seed),) = built
+    assert Path(folder).parent == tmp_path and seed == 3
+    assert (inputs.pool, inputs.pool_image_root) == (f"{folder}/train.json", f"{folder}/images")
+    assert inputs.pool_rephrase_root == f"{folder}/images_rephrase" and inputs.image_root == str(tmp_path)
 
 
 def test_a_dry_run_counts_what_is_given_and_what_is_made(

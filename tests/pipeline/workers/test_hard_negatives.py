@@ -12,7 +12,6 @@ from odedit.data.images import ImageReader
 from odedit.data.negatives import NegativePool
 from odedit.data.pack import pack
 from odedit.data.pool import Pool
-from odedit.errors import InputError
 from odedit.objectives import ObjectiveConfig
 from pipeline.config.run import from_dict
 from pipeline.driver.run import Outcome
@@ -54,13 +53,6 @@ def test_a_run_draws_hard_negatives_from_the_pool(
     assert len(seen) == 5 and all(len(keys) == 3 for keys in seen.values())
     rows = results.read_rows(results.parts(outcome.workspace))
     assert all(len(row["losses"]["loc"]) == 3 for row in rows)
-
-
-def test_without_a_pool_the_setting_is_named(settings: dict[str, Any], inline: Inline) -> None:
-    with pytest.raises(
-        InputError, match=r"'contrast' compares an edit with pictures of other records, and data\.pool is not set"
-    ):
-        inline(from_dict(settings | CONTRAST))
 
 
 def test_an_unreadable_picture_is_no_hard_negative(backbone: Any, tmp_path: Path) -> None:
