@@ -1,4 +1,4 @@
-"""Variations of a picture: copies that show the same thing at another angle, size, place and light."""
+"""Copies of a picture: the same thing at another angle, size, place and light, or in other colours too."""
 
 from __future__ import annotations
 
@@ -31,6 +31,22 @@ def variations(picture: Picture, count: int, purpose: str, seed: int = 0) -> lis
     draw = np.random.default_rng(seeded(picture.key, purpose, seed).getrandbits(64))
     image = Image.fromarray(picture.pixels)
     return [Picture(f"{picture.key}-{purpose}-{seed}-{index}", _varied(image, draw)) for index in range(count)]
+
+
+def recoloured(picture: Picture, count: int, purpose: str, seed: int = 0) -> list[Picture]:
+    """Varied copies whose hues are turned by a random angle: pictures of things that look otherwise.
+
+    Args:
+        purpose: As for `variations`.
+    """
+    draw = np.random.default_rng(seeded(picture.key, purpose, seed).getrandbits(64))
+    hue, saturation, value = Image.fromarray(picture.pixels).convert("HSV").split()
+    copies = []
+    for index in range(count):
+        shift = int(draw.integers(256))
+        turned = Image.merge("HSV", (hue.point(lambda h, by=shift: (h + by) % 256), saturation, value)).convert("RGB")
+        copies.append(Picture(f"{picture.key}-{purpose}-{seed}-{index}", _varied(turned, draw)))
+    return copies
 
 
 def _varied(image: Image.Image, draw: np.random.Generator) -> np.ndarray:
