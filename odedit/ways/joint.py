@@ -61,7 +61,8 @@ class JointConfig(WayConfig):
         kept: Questions of the pool that a step reads, all workers together.
         kept_weight: Weight of the pool's divergence; that of the negatives is `objective.locality_weight`.
         copies: Varied copies of each of a record's two pictures.
-        pool_copies: Recoloured copies of each of the pool's pictures, which stand for what the pool does not show.
+        pool_copies: Copies of each of the pool's pictures in other hues, mirrored or joined with others, which stand
+            for what the pool does not show.
         candidates: Pool pictures, the nearest ones, about which each record's question is asked beforehand; those with
             the answer that the edit replaces show the same thing, the others are negatives.
         stop: NLL of the worst answer token over all records at which training ends early; null: never.
@@ -75,8 +76,8 @@ class JointConfig(WayConfig):
     kept: Annotated[int, Ge(1)] = 16
     kept_weight: Annotated[float, Ge(0)] = 2.0
     copies: Annotated[int, Ge(0)] = 12
-    pool_copies: Annotated[int, Ge(0)] = 2
-    candidates: Annotated[int, Ge(0)] = 96
+    pool_copies: Annotated[int, Ge(0)] = 4
+    candidates: Annotated[int, Ge(0)] = 128
     stop: Annotated[float, Gt(0)] | None = None
     patience: Annotated[int, Ge(1)] = 3
     check_every: Annotated[int, Ge(1)] = 50

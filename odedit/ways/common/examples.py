@@ -6,7 +6,7 @@ which it answers the record's question as it answers it about the record's own p
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from odedit.backbones import is_connector
 from odedit.backbones.base import Backbone, ends_of
-from odedit.data.variation import recoloured, variations
+from odedit.data.variation import altered, variations
 from odedit.errors import InputError
 from odedit.inputs.batch import REPHRASE_SLOTS, EditRequest, Picture, Probe
 from odedit.inputs.encoding import TokenSequence
@@ -35,6 +35,8 @@ NEARNESS = 0.1
 """Temperature of the cosine with which near pictures are drawn as negatives."""
 _TOO_COMMON = 0.5
 """Share of the candidates from which an answer, such as yes, does not tell that a picture shows the same thing."""
+_JOINED_WITH = 40
+"""Pool pictures, the last ones read, with which an altered copy may be joined."""
 _ENDS_ASKED = 16
 """Records whose answers show, without a pool, how the model ends an answer."""
 _OTHER_PICTURE = REPHRASE_SLOTS[1]
@@ -96,7 +98,7 @@ class Reading:
 
     Attributes:
         copies: Varied copies of each of a record's pictures.
-        pool_copies: Recoloured copies of each of the pool's pictures.
+        pool_copies: Altered copies of each of the pool's pictures.
         candidates: Nearest pool pictures about which a record's question is asked.
         seed: Seed of the copies.
     """
@@ -125,7 +127,7 @@ def read(
         yield "pictures of the pool", number, len(pool)
         sequences = maker.all_sequences(request)
         pictures = {picture.key: picture for picture in _own_pictures(request)}
-        copies = {key: maker.recoloured(picture) for key, picture in pictures.items()}
+        copies = {key: maker.altered(picture) for key, picture in pictures.items()}
         asked += sequences + _about_copies(sequences, copies)
         pool_keys |= dict.fromkeys([*pictures, *chain.from_iterable(copies.values())])
     yield "answers of the pool", 0, len(asked)
@@ -162,9 +164,7 @@ def _own_pictures(request: EditRequest) -> list[Picture]:
     return [probe.picture for probe in probes if probe is not None and probe.picture is not None]
 
 
-def _about_copies(
-    sequences: Sequence[TokenSequence], copies: Mapping[str, Sequence[str]]
-) -> list[TokenSequence]:
+def _about_copies(sequences: Sequence[TokenSequence], copies: Mapping[str, Sequence[str]]) -> list[TokenSequence]:
     """Every question about a picture with copies, asked about one of them, each in its turn."""
     turn = Counter[str]()
     asked = []
@@ -218,11 +218,13 @@ class _Maker:
     def __init__(self, backbone: Backbone, template: Template, features: Features, reading: Reading) -> None:
         self._backbone, self._template, self._features, self._reading = backbone, template, features, reading
         self._answers: dict[tuple[Tokens, str | None], Tokens] = {}
+        self._recent: deque[Picture] = deque(maxlen=_JOINED_WITH)
         self.unedited = KnownStates()
 
-    def recoloured(self, picture: Picture) -> list[str]:
-        """Keys of the recoloured copies of a pool picture."""
-        copies = recoloured(picture, self._reading.pool_copies, "recoloured", self._seed)
+    def altered(self, picture: Picture) -> list[str]:
+        """Keys of the altered copies of a pool picture, some of them joined with pool pictures read before it."""
+        copies = altered(picture, self._recent, self._reading.pool_copies, "altered", self._seed)
+        self._recent.append(picture)
         self._features.add(copies)
         return [copy.key for copy in copies]
 

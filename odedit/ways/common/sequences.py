@@ -98,9 +98,7 @@ class OwnAnswer(NamedTuple):
 
 
 @torch.no_grad()
-def own_answers(
-    features: Features, sequences: Sequence[TokenSequence], extra: int = EXTRA_TOKENS
-) -> list[OwnAnswer]:
+def own_answers(features: Features, sequences: Sequence[TokenSequence], extra: int = EXTRA_TOKENS) -> list[OwnAnswer]:
     """The unedited model's answer to each sequence's question.
 
     An answer is cut off `extra` tokens beyond the sequence's own.

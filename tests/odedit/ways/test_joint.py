@@ -134,14 +134,14 @@ def test_known_states_are_those_that_a_step_computes(backbone, monkeypatch) -> N
         assert float((value - without.params[name]).abs().mean()) < 1e-3 * float(value.abs().mean()), name
 
 
-def test_recoloured_copies_of_the_pool_are_kept_and_asked_about(backbone) -> None:
+def test_altered_copies_of_the_pool_are_kept_and_asked_about(backbone) -> None:
     plain, more = (
         list(read(backbone, TEMPLATE, (), requests(2), requests(6, first=20), Reading(0, 64, 0, copies)))[-1]
         for copies in (0, 2)
     )
     own = {sequence.picture for sequence in plain.kept if sequence.picture}
     copies = {sequence.picture for sequence in more.kept if sequence.picture} - own
-    assert copies and all("recoloured" in key for key in copies)
+    assert copies and all("altered" in key for key in copies)
     assert {(tuple(s.tokens), s.picture) for s in plain.kept} < {(tuple(s.tokens), s.picture) for s in more.kept}
     for before, after in zip(plain.records, more.records, strict=True):
         added = {sequence.picture for sequence in after.negatives} - {sequence.picture for sequence in before.negatives}
