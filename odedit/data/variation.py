@@ -1,8 +1,9 @@
-"""Variations of a picture: copies that show the same thing at another angle, size, place and light."""
+"""Copies of a picture: the same thing at another angle, size, place and light, or something else made from it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -20,6 +21,8 @@ LIGHT = (0.92, 1.08)
 """Smallest and largest factor of a colour channel."""
 NOISE = 5.0
 """Standard deviation of the noise of a pixel, of 255."""
+_MAX_OFF_MIDDLE = 0.15
+"""Largest distance of the line between joined pictures from the middle, as a share of the width."""
 
 
 def variations(picture: Picture, count: int, purpose: str, seed: int = 0) -> list[Picture]:
@@ -31,6 +34,46 @@ def variations(picture: Picture, count: int, purpose: str, seed: int = 0) -> lis
     draw = np.random.default_rng(seeded(picture.key, purpose, seed).getrandbits(64))
     image = Image.fromarray(picture.pixels)
     return [Picture(f"{picture.key}-{purpose}-{seed}-{index}", _varied(image, draw)) for index in range(count)]
+
+
+def altered(picture: Picture, others: Sequence[Picture], count: int, purpose: str, seed: int = 0) -> list[Picture]:
+    """Varied copies that show something else: in turned hues, half of them mirrored, and joined with another picture.
+
+    Every second copy is joined: on one side of a line near the middle it shows one of the `others`.
+
+    Args:
+        others: Pictures to join with; without any, no copy is joined.
+        purpose: As for `variations`.
+    """
+    draw = np.random.default_rng(seeded(picture.key, purpose, seed).getrandbits(64))
+    copies = []
+    for index in range(count):
+        pixels = _turned(Image.fromarray(picture.pixels), draw)
+        if index % 2 and others:
+            other = Image.fromarray(others[int(draw.integers(len(others)))].pixels)
+            pixels = _joined(pixels, _turned(other.resize((pixels.shape[1], pixels.shape[0])), draw), draw)
+        varied = _varied(Image.fromarray(np.ascontiguousarray(pixels)), draw)
+        copies.append(Picture(f"{picture.key}-{purpose}-{seed}-{index}", varied))
+    return copies
+
+
+def _turned(image: Image.Image, draw: np.random.Generator) -> np.ndarray:
+    """Pixels in hues turned by a random angle, mirrored or not."""
+    hue, saturation, value = image.convert("HSV").split()
+    shift = int(draw.integers(256))
+    turned = Image.merge("HSV", (hue.point(lambda h: (h + shift) % 256), saturation, value)).convert("RGB")
+    pixels = np.asarray(turned)
+    return pixels[:, ::-1] if draw.random() < 0.5 else pixels
+
+
+def _joined(first: np.ndarray, second: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """The first picture on one side of a random line, the second on the other."""
+    height, width = first.shape[:2]
+    y, x = np.mgrid[:height, :width]
+    angle = draw.uniform(0, 2 * math.pi)
+    distance = math.cos(angle) * (x - width / 2) + math.sin(angle) * (y - height / 2)
+    is_first = distance > draw.uniform(-_MAX_OFF_MIDDLE, _MAX_OFF_MIDDLE) * width
+    return np.where(is_first[..., None], first, second)
 
 
 def _varied(image: Image.Image, draw: np.random.Generator) -> np.ndarray:

@@ -75,6 +75,12 @@ class LoRA(FineTuning):
         a_ERI, b_EOR = (params[site + factor].to(x_ENI.dtype) for factor in (_A, _B))
         return self._scaling * torch.bmm(torch.bmm(x_ENI, a_ERI.transpose(1, 2)), b_EOR.transpose(1, 2))
 
+    def changed(self, params: EditParams, site: str, x_ENI: Tensor, y_ENO: Tensor) -> Tensor:
+        # One product adds to the output: passes over tensors of its size take as long as products of low rank.
+        a_ERI, b_EOR = (params[site + factor].to(x_ENI.dtype) for factor in (_A, _B))
+        low_ENR = torch.bmm(x_ENI, a_ERI.transpose(1, 2))
+        return torch.baddbmm(y_ENO, low_ENR, b_EOR.transpose(1, 2), alpha=self._scaling)
+
     def pooled(self, params: EditParams) -> EditParams:
         """The factors side by side: E additions of rank r are one of rank E r."""
         pooled: EditParams = {}

@@ -42,7 +42,7 @@ from odedit.ways.common.sequences import about, edited_states, flat
 
 _WARMUP_STEPS = 20
 """Steps over which the learning rate rises to its full value; then it falls by a cosine."""
-_LEAST_STEPS, _LOOKS = 400, 200
+_LEAST_STEPS, _LOOKS = 400, 100
 """`steps: auto`: least number of steps, and times that each record is read."""
 _SHARE_OF_CHANGE = 0.5
 """Share of these steps that a changed model takes: it starts from trained parameters."""
@@ -54,13 +54,15 @@ class JointConfig(WayConfig):
     """Settings of joint training.
 
     Attributes:
-        steps: Largest number of steps; `auto`: so many that each record is read 200 times, at least 400; half of them
+        steps: Largest number of steps; `auto`: so many that each record is read 100 times, at least 400; half of them
             for a model that is changed.
         records: Records that a step reads, all workers together.
         negatives: Questions about other pictures that a step reads for each of its records.
         kept: Questions of the pool that a step reads, all workers together.
         kept_weight: Weight of the pool's divergence; that of the negatives is `objective.locality_weight`.
         copies: Varied copies of each of a record's two pictures.
+        pool_copies: Copies of each of the pool's pictures in other hues, mirrored or joined with others, which stand
+            for what the pool does not show.
         candidates: Pool pictures, the nearest ones, about which each record's question is asked beforehand; those with
             the answer that the edit replaces show the same thing, the others are negatives.
         stop: NLL of the worst answer token over all records at which training ends early; null: never.
@@ -69,15 +71,20 @@ class JointConfig(WayConfig):
     """
 
     steps: Literal["auto"] | Annotated[int, Ge(1)] = "auto"
-    records: Annotated[int, Ge(1)] = 24
+    records: Annotated[int, Ge(1)] = 12
     negatives: Annotated[int, Ge(1)] = 2
-    kept: Annotated[int, Ge(1)] = 32
+    kept: Annotated[int, Ge(1)] = 16
     kept_weight: Annotated[float, Ge(0)] = 2.0
     copies: Annotated[int, Ge(0)] = 12
-    candidates: Annotated[int, Ge(0)] = 64
+    pool_copies: Annotated[int, Ge(0)] = 4
+    candidates: Annotated[int, Ge(0)] = 128
     stop: Annotated[float, Gt(0)] | None = None
     patience: Annotated[int, Ge(1)] = 3
     check_every: Annotated[int, Ge(1)] = 50
+
+
+_Cells = dict[str, TokenSequence | None]
+"""A record's sequences of one step, by slot."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ class Joint(PlainWay):
 
     def commit(self, task: Task) -> Generator[Step, None, Committed]:
         config, editor = self.config, task.editor
-        reading = Reading(config.copies, config.candidates, task.seed)
+        reading = Reading(config.copies, config.candidates, task.seed, config.pool_copies)
         examples: Examples | None = None
         sources = task.requests, task.pool, reading, task.removed
         for progress in read(task.backbone, task.template, editor.sites, *sources):
@@ -242,11 +249,11 @@ class _Trainer:
         """Loss of the step's records, with the objective's penalty, and the dual variable."""
         count = min(self._share, len(self._trained))
         numbers = draw(count, len(self._trained), training.step * count, self._task.seed)
-        batch = self._drawn_batch([self._trained[number] for number in numbers], generator)
+        batch, cells = self._drawn_batch([self._trained[number] for number in numbers], generator)
         batch = batch.select(self._objective.slots(self._editor, batch))
         rows = flat(batch)
         prefix = self._backbone.prefix(rows, *self._editor.sites, positionwise=self._editor.positionwise)
-        base_EKTD = self._unedited_states(batch)
+        base_EKTD = self._unedited_states(batch, cells)
         with self._editor.applied(self._backbone, params, rows) as trace:
             hidden = _grid(self._backbone.suffix(prefix, self._read(batch, rows)), batch)
         unedited = self._objective.unedited(self._backbone, batch, base_EKTD, self._weights(batch))
@@ -260,16 +267,20 @@ class _Trainer:
         return loss_1.sum(), dual
 
     @torch.no_grad()
-    def _unedited_states(self, batch: EditBatch) -> Tensor:
+    def _unedited_states(self, batch: EditBatch, cells: Sequence[_Cells]) -> Tensor:
         """States of the unedited model at the answers that are compared, `(E, K, T, D)`; zeros for the other slots."""
         shape = (*batch.predict_EKT.shape, self._backbone.hidden_size)
         compared = self._objective.compared_slots(batch) if self._objective.compares else ()
         if not compared:
             return torch.zeros(shape, device=self._backbone.device)
         part = batch.select(compared)
-        rows = flat(part)
-        prefix = self._backbone.prefix(rows, *self._editor.sites, positionwise=self._editor.positionwise)
-        states = _grid(self._backbone.suffix(prefix, rows.predict_EKT), part)
+        asked = [row[slot] for row in cells for slot in compared]
+        states_RTD = self._examples.unedited.at(asked, batch.predict_EKT.shape[-1])
+        if states_RTD is None:
+            rows = flat(part)
+            prefix = self._backbone.prefix(rows, *self._editor.sites, positionwise=self._editor.positionwise)
+            states_RTD = self._backbone.suffix(prefix, rows.predict_EKT)
+        states = _grid(states_RTD.to(self._backbone.device), part)
         columns_K = torch.tensor([batch.slots.index(slot) for slot in compared], device=states.device)
         return states.new_zeros(shape).index_copy(1, columns_K, states)
 
@@ -285,17 +296,16 @@ class _Trainer:
             torch.tensor(compared, device=batch.present_EK.device) * (2.0 / self._config.negatives) * batch.present_EK
         )
 
-    def _drawn_batch(self, records: Sequence[Example], generator: torch.Generator) -> EditBatch:
+    def _drawn_batch(
+        self, records: Sequence[Example], generator: torch.Generator
+    ) -> tuple[EditBatch, Sequence[_Cells]]:
         """The records' sequences, with pictures drawn for this step."""
-        slots: tuple[str, ...] = ()
-        cells = []
-        for record in records:
-            row = self._drawn_cells(record, generator)
-            slots = slots or tuple(row)
-            cells.append([row[slot] for slot in slots])
-        return self._examples.features.batch([record.edit_id for record in records], slots, cells)
+        rows = [self._drawn_cells(record, generator) for record in records]
+        slots = tuple(rows[0])
+        cells = [[row[slot] for slot in slots] for row in rows]
+        return self._examples.features.batch([record.edit_id for record in records], slots, cells), rows
 
-    def _drawn_cells(self, record: Example, generator: torch.Generator) -> dict[str, TokenSequence | None]:
+    def _drawn_cells(self, record: Example, generator: torch.Generator) -> _Cells:
         def one(items: Sequence[Any]) -> Any:
             return items[int(torch.randint(len(items), (1,), generator=generator))] if items else None
 
@@ -303,7 +313,7 @@ class _Trainer:
         is_same = bool(record.same) and float(torch.rand((), generator=generator)) < 0.5
         other = one(record.same if is_same else record.other)
         text, image = REPHRASE_SLOTS
-        cells: dict[str, TokenSequence | None] = {
+        cells: _Cells = {
             EDIT: about(first, one(record.own)),
             text: about(last, one(record.own)),
             image: about(first, other),
@@ -316,16 +326,22 @@ class _Trainer:
         drawn = [record.negatives[index] for index in chosen] + [None] * (self._config.negatives - number)
         return cells | dict(zip(negative_slots(self._config.negatives), drawn, strict=True))
 
-    def _drawn_kept(self, generator: torch.Generator) -> EditBatch:
+    def _drawn_kept(self, generator: torch.Generator) -> list[TokenSequence]:
         kept = self._examples.kept
         numbers = torch.randint(len(kept), (self._kept_share,), generator=generator).tolist()
-        return self._examples.features.row([kept[number] for number in numbers])
+        return [kept[number] for number in numbers]
 
-    def _divergence(self, params: EditParams, batch: EditBatch) -> Tensor:
-        """Mean KL(edited || unedited) of the answers of a batch of one edit."""
+    def _divergence(self, params: EditParams, sequences: Sequence[TokenSequence]) -> Tensor:
+        """Mean KL(edited || unedited) of the answers of sequences."""
+        batch = self._examples.features.row(sequences)
         prefix = self._backbone.prefix(batch, *self._editor.sites, positionwise=self._editor.positionwise)
+        known_KTD = self._examples.unedited.at(sequences, batch.predict_EKT.shape[-1])
         with torch.no_grad():
-            base = self._backbone.suffix(prefix, batch.predict_EKT)
+            base = (
+                self._backbone.suffix(prefix, batch.predict_EKT)
+                if known_KTD is None
+                else known_KTD.unsqueeze(0).to(self._backbone.device)
+            )
         with self._editor.applied(self._backbone, params, batch):
             states = self._backbone.suffix(prefix, batch.predict_EKT)
         mask = batch.target_mask_EKT
@@ -383,9 +399,9 @@ def _add_gradients(gradients: EditParams, params: EditParams, loss: Tensor) -> N
             gradients[name] = gradients[name] + part
 
 
-def _grid(states_1RTD: Tensor, batch: EditBatch) -> Tensor:
+def _grid(states: Tensor, batch: EditBatch) -> Tensor:
     """States of the flat batch as `(E, K, T, D)`."""
-    return states_1RTD.reshape(*batch.present_EK.shape, *states_1RTD.shape[2:])
+    return states.reshape(*batch.present_EK.shape, *states.shape[-2:])
 
 
 def _mean_terms(terms: Terms) -> Terms:

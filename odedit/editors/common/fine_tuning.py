@@ -121,6 +121,10 @@ class FineTuning(Plain, ABC):
     def change(self, params: EditParams, site: str, x_ENI: Tensor) -> Tensor:
         """Addition to a module's output for N rows of its input, `(E, N, out)`."""
 
+    def changed(self, params: EditParams, site: str, x_ENI: Tensor, y_ENO: Tensor) -> Tensor:
+        """A module's output with the addition, `(E, N, out)`."""
+        return y_ENO + self.change(params, site, x_ENI)
+
     @abstractmethod
     def pooled(self, params: EditParams) -> EditParams:
         """One set of parameters (axis 0 has length 1) whose addition is the sum of all edits' additions."""
@@ -129,8 +133,8 @@ class FineTuning(Plain, ABC):
     def applied(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> Iterator[Trace]:
         def rewrite_at(site: str) -> Rewrite:
             def rewrite(x: Tensor, y: Tensor) -> Tensor:
-                x_ENI = x.reshape(batch.num_edits, -1, x.shape[-1])
-                return y + self.change(params, site, x_ENI).reshape(y.shape)
+                x_ENI, y_ENO = (part.reshape(batch.num_edits, -1, part.shape[-1]) for part in (x, y))
+                return self.changed(params, site, x_ENI, y_ENO).reshape(y.shape)
 
             return rewrite
 

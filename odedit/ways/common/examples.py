@@ -6,8 +6,10 @@ which it answers the record's question as it answers it about the record's own p
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -16,9 +18,9 @@ from torch.nn import functional
 from odedit.backbones import is_connector
 from odedit.backbones.base import Backbone, ends_of
 from odedit.data.rewording import base_key
-from odedit.data.variation import variations
+from odedit.data.variation import altered, variations
 from odedit.errors import InputError
-from odedit.inputs.batch import REPHRASE_SLOTS, EditRequest, Probe
+from odedit.inputs.batch import REPHRASE_SLOTS, EditRequest, Picture, Probe
 from odedit.inputs.encoding import TokenSequence
 from odedit.inputs.prompts import Template
 from odedit.runtime import parallel
@@ -26,11 +28,16 @@ from odedit.runtime.brief import brief
 from odedit.ways.common.sequences import Features, about, own_answers, usual_end, with_answer
 
 Tokens = tuple[int, ...]
+_Key = tuple[Tokens, int, str | None]
+_KNOWN_BYTES = 2**30
+"""Memory of a worker for states of the unedited model."""
 
 NEARNESS = 0.1
 """Temperature of the cosine with which near pictures are drawn as negatives."""
 _TOO_COMMON = 0.5
 """Share of the candidates from which an answer, such as yes, does not tell that a picture shows the same thing."""
+_JOINED_WITH = 40
+"""Pool pictures, the last ones read, with which an altered copy may be joined."""
 _ENDS_ASKED = 16
 """Records whose answers show, without a pool, how the model ends an answer."""
 _OTHER_PICTURE = REPHRASE_SLOTS[1]
@@ -72,6 +79,7 @@ class Examples:
         restored: One example per removed record, whose answers are those of the unedited model.
         kept: Questions of the pool with the unedited model's answers.
         features: Features of all pictures.
+        unedited: What is known of the unedited model at these answers.
         problems: Reason per record that the model does not take, by edit id.
     """
 
@@ -79,6 +87,7 @@ class Examples:
     restored: Sequence[Example]
     kept: Sequence[TokenSequence]
     features: Features
+    unedited: KnownStates
     problems: Mapping[str, str]
 
     __repr__ = brief
@@ -90,6 +99,7 @@ class Reading:
 
     Attributes:
         copies: Varied copies of each of a record's pictures.
+        pool_copies: Altered copies of each of the pool's pictures.
         candidates: Nearest pool pictures about which a record's question is asked.
         seed: Seed of the copies.
     """
@@ -97,6 +107,7 @@ class Reading:
     copies: int
     candidates: int
     seed: int
+    pool_copies: int = 0
 
 
 def read(
@@ -115,8 +126,11 @@ def read(
     asked: list[TokenSequence] = []
     for number, request in enumerate(pool):
         yield "pictures of the pool", number, len(pool)
-        asked += maker.all_sequences(request)
-        pool_keys |= dict.fromkeys(_own_pictures(request))
+        sequences = maker.all_sequences(request)
+        pictures = {picture.key: picture for picture in _own_pictures(request)}
+        copies = {key: maker.altered(picture) for key, picture in pictures.items()}
+        asked += sequences + _about_copies(sequences, copies)
+        pool_keys |= dict.fromkeys([*pictures, *chain.from_iterable(copies.values())])
     yield "answers of the pool", 0, len(asked)
     kept = maker.answered(asked)
     end = maker.end(kept, requests)
@@ -141,17 +155,65 @@ def read(
     restored = [maker.restored(request, end, everywhere, near) for request in removed]
     # A pictured question whose unedited answer is replaced somewhere may ask about an edited fact.
     kept = [sequence for sequence in kept if sequence.picture is None or _answer(sequence) not in everywhere]
-    yield Examples(records, restored, kept, features, problems)
+    yield Examples(records, restored, kept, features, maker.unedited, problems)
 
 
 def _answer(sequence: TokenSequence) -> Tokens:
     return tuple(sequence.tokens[sequence.first_target :])
 
 
-def _own_pictures(request: EditRequest) -> list[str]:
-    """Keys of the pictures of a request's edit and of its rephrase."""
+def _own_pictures(request: EditRequest) -> list[Picture]:
+    """The pictures of a request's edit and of its rephrase."""
     probes = (request.edit, request.supervision.get(_OTHER_PICTURE))
-    return [probe.picture.key for probe in probes if probe is not None and probe.picture is not None]
+    return [probe.picture for probe in probes if probe is not None and probe.picture is not None]
+
+
+def _about_copies(sequences: Sequence[TokenSequence], copies: Mapping[str, Sequence[str]]) -> list[TokenSequence]:
+    """Every question about a picture with copies, asked about one of them, each in its turn."""
+    turn = Counter[str]()
+    asked = []
+    for sequence in sequences:
+        if sequence.picture is not None and copies.get(sequence.picture):
+            keys = copies[sequence.picture]
+            asked.append(about(sequence, keys[turn[sequence.picture] % len(keys)]))
+            turn[sequence.picture] += 1
+    return asked
+
+
+class KnownStates:
+    """Final states of the unedited model that predict the answers of sequences, up to a GiB, in main memory.
+
+    Half precision rounds a sequence otherwise in every batch, so that only float32 states are kept.
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[_Key, Tensor] = {}
+        self._bytes = 0
+
+    __repr__ = brief
+
+    def add(self, sequence: TokenSequence, states_TD: Tensor) -> None:
+        """Keeps the states at a sequence's answer, if there is room."""
+        size = states_TD.numel() * states_TD.element_size()
+        if states_TD.dtype == torch.float32 and self._bytes + size <= _KNOWN_BYTES:
+            self._states[_key(sequence)] = states_TD
+            self._bytes += size
+
+    def at(self, sequences: Sequence[TokenSequence | None], num_targets: int) -> Tensor | None:
+        """States `(sequences, T, D)`, zeros after an answer and for None; None if one of the sequences is not known."""
+        found = [None if sequence is None else self._states.get(_key(sequence)) for sequence in sequences]
+        known = [states_TD for states_TD in found if states_TD is not None]
+        if not known or len(known) < sum(sequence is not None for sequence in sequences):
+            return None
+        together = known[0].new_zeros(len(sequences), num_targets, known[0].shape[-1])
+        for row, states_TD in enumerate(found):
+            if states_TD is not None:
+                together[row, : len(states_TD)] = states_TD
+        return together
+
+
+def _key(sequence: TokenSequence) -> _Key:
+    return tuple(sequence.tokens), sequence.first_target, sequence.picture
 
 
 class _Maker:
@@ -160,6 +222,15 @@ class _Maker:
     def __init__(self, backbone: Backbone, template: Template, features: Features, reading: Reading) -> None:
         self._backbone, self._template, self._features, self._reading = backbone, template, features, reading
         self._answers: dict[tuple[Tokens, str | None], Tokens] = {}
+        self._recent: deque[Picture] = deque(maxlen=_JOINED_WITH)
+        self.unedited = KnownStates()
+
+    def altered(self, picture: Picture) -> list[str]:
+        """Keys of the altered copies of a pool picture, some of them joined with pool pictures read before it."""
+        copies = altered(picture, self._recent, self._reading.pool_copies, "altered", self._seed)
+        self._recent.append(picture)
+        self._features.add(copies)
+        return [copy.key for copy in copies]
 
     def sequence(self, probe: Probe) -> TokenSequence:
         """Tokens of a probe. Raises InputError if the text model takes fewer."""
@@ -190,7 +261,9 @@ class _Maker:
             asked.setdefault((tuple(sequence.tokens[: sequence.first_target]), sequence.picture), sequence)
         new = {key: sequence for key, sequence in asked.items() if key not in self._answers}
         answers = own_answers(self._features, list(new.values()))
-        self._answers |= {key: tuple(answer) for key, answer in zip(new, answers, strict=True)}
+        for (key, sequence), answer in zip(new.items(), answers, strict=True):
+            self._answers[key] = tuple(answer.tokens)
+            self.unedited.add(with_answer(sequence, answer.tokens), answer.states_TD)
         return [with_answer(sequence, self._answers[key]) for key, sequence in asked.items() if self._answers[key]]
 
     def end(self, kept: Sequence[TokenSequence], requests: Sequence[EditRequest]) -> int | None:

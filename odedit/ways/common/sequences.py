@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,14 +85,26 @@ def about(sequence: TokenSequence, picture: str | None) -> TokenSequence:
     return replace(sequence, picture=picture)
 
 
+class OwnAnswer(NamedTuple):
+    """Greedy answer of the unedited model to a question.
+
+    Attributes:
+        tokens: Its T tokens, the one that ends it included.
+        states_TD: Final states of the unedited model that predict them.
+    """
+
+    tokens: list[int]
+    states_TD: Tensor
+
+
 @torch.no_grad()
-def own_answers(features: Features, sequences: Sequence[TokenSequence], extra: int = EXTRA_TOKENS) -> list[list[int]]:
-    """Greedy answers of the unedited model, the token that ends each included.
+def own_answers(features: Features, sequences: Sequence[TokenSequence], extra: int = EXTRA_TOKENS) -> list[OwnAnswer]:
+    """The unedited model's answer to each sequence's question.
 
     An answer is cut off `extra` tokens beyond the sequence's own.
     """
     backbone, ends = features.backbone, ends_of(features.backbone)
-    answers: list[list[int]] = []
+    answers: list[OwnAnswer] = []
     # Sequences of like length together: less padding.
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number].tokens))
     for start in range(0, len(order), ASKED_AT_ONCE):
@@ -100,10 +113,22 @@ def own_answers(features: Features, sequences: Sequence[TokenSequence], extra: i
         prefix = backbone.prefix(batch, "layers.0.attention.q", kv_cache=kv_cache)
         branch = kv_cache.branch()
         read_EKT = batch.with_room(1, 0, backbone.max_positions).predict_EKT
-        first_EKT = backbone.head(backbone.suffix(prefix, read_EKT, branch)).argmax(dim=-1)
-        tokens_KT = generate(backbone, batch, prefix, branch, first_EKT, extra)[0].tolist()
-        answers += [_until_end(tokens, ends) for tokens in tokens_KT]
-    return [answer for _, answer in sorted(zip(order, answers, strict=True))]
+        states_EKTD = backbone.suffix(prefix, read_EKT, branch)
+        first_EKT = backbone.head(states_EKTD).argmax(dim=-1)
+        tokens_EKT = generate(backbone, batch, prefix, branch, first_EKT, extra)
+        own = [_until_end(tokens, ends) for tokens in tokens_EKT[0].tolist()]
+        longest = max(map(len, own))
+        extended = batch.with_room(extra, 0, backbone.max_positions)
+        later_EKTD = backbone.target_states(
+            backbone.with_room(prefix, extended), extended, tokens_EKT[..., :longest].clamp_min(0), branch
+        )
+        states_KTD = torch.cat([states_EKTD[..., :1, :], later_EKTD], dim=-2)[0].cpu()
+        # Copies: a view would keep the states of the whole batch.
+        answers += [
+            OwnAnswer(tokens, states_TD[: len(tokens)].clone())
+            for tokens, states_TD in zip(own, states_KTD, strict=True)
+        ]
+    return [answer for _, answer in sorted(zip(order, answers, strict=True), key=lambda pair: pair[0])]
 
 
 def _until_end(tokens: Sequence[int], ends: frozenset[int]) -> list[int]:

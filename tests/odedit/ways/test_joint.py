@@ -20,6 +20,7 @@ from odedit.evaluation.scores import evaluate_together
 from odedit.inputs.batch import LOCALITY_SLOTS
 from odedit.storage.location import locate
 from odedit.ways.base import Committed, Task
+from odedit.ways.common import examples as examples_module
 from odedit.ways.common.examples import Examples, Reading, read
 from odedit.ways.common.sequences import Features, own_answers, with_answer
 from odedit.ways.joint import Joint, JointConfig
@@ -72,7 +73,7 @@ def test_own_answers_are_those_of_one_by_one_generation(backbone) -> None:
     probes = [request.edit for request in requests(5)]
     features.add([probe.picture for probe in probes])
     sequences = [backbone.sequence(probe, TEMPLATE) for probe in probes]
-    for sequence, answer in zip(sequences, own_answers(features, sequences), strict=True):
+    for sequence, (answer, states_TD) in zip(sequences, own_answers(features, sequences), strict=True):
         expected: list[int] = []
         while len(expected) < len(answer):
             batch = features.row([with_answer(sequence, [*expected, 0])])
@@ -81,6 +82,9 @@ def test_own_answers_are_those_of_one_by_one_generation(backbone) -> None:
             expected.append(int(backbone.head(states[0, 0, len(expected)]).argmax()))
         assert answer == expected and answer
         assert answer[-1] in backbone.ends or len(answer) == len(sequence.tokens) - sequence.first_target + 8
+        batch = features.row([with_answer(sequence, answer)])
+        states = backbone.suffix(backbone.prefix(batch, "layers.0.attention.q"), batch.predict_EKT)[0, 0]
+        torch.testing.assert_close(states_TD, states)
 
 
 def test_examples_end_their_answers_and_ask_about_other_pictures(backbone) -> None:
@@ -126,6 +130,38 @@ def test_a_picture_that_another_record_edits_is_not_of_the_same_thing(backbone) 
     mine, theirs = examples.records
     assert not {key, augmented.picture.key} & set(mine.same)
     assert augmented.picture.key not in {sequence.picture for sequence in theirs.negatives}
+
+
+def test_known_states_are_those_that_a_step_computes(backbone, monkeypatch) -> None:
+    reading = Reading(1, 8, 0, pool_copies=1)
+    examples = list(read(backbone, TEMPLATE, (), requests(3), requests(6, first=20), reading))[-1]
+    asked = [*examples.kept, *(sequence for record in examples.records for sequence in record.negatives), None]
+    batch = examples.features.row(asked)
+    known = examples.unedited.at(asked, batch.predict_EKT.shape[-1])
+    computed = backbone.suffix(backbone.prefix(batch, "layers.0.attention.q"), batch.predict_EKT)[0]
+    assert known is not None and not known[-1].any()
+    torch.testing.assert_close(known, computed * batch.target_mask_EKT[0].unsqueeze(-1))
+    assert examples.unedited.at([with_answer(asked[0], [1, 2, 3])], 3) is None
+    monkeypatch.setattr(examples_module, "_KNOWN_BYTES", 0)
+    without = finished(Joint(QUICK).commit(task(backbone)))
+    monkeypatch.undo()
+    for name, value in finished(Joint(QUICK).commit(task(backbone))).params.items():
+        # Adam amplifies rounding where a gradient is almost zero: the mean difference is small, not every one.
+        assert float((value - without.params[name]).abs().mean()) < 1e-3 * float(value.abs().mean()), name
+
+
+def test_altered_copies_of_the_pool_are_kept_and_asked_about(backbone) -> None:
+    plain, more = (
+        list(read(backbone, TEMPLATE, (), requests(2), requests(6, first=20), Reading(0, 64, 0, copies)))[-1]
+        for copies in (0, 2)
+    )
+    own = {sequence.picture for sequence in plain.kept if sequence.picture}
+    copies = {sequence.picture for sequence in more.kept if sequence.picture} - own
+    assert copies and all("altered" in key for key in copies)
+    assert {(tuple(s.tokens), s.picture) for s in plain.kept} < {(tuple(s.tokens), s.picture) for s in more.kept}
+    for before, after in zip(plain.records, more.records, strict=True):
+        added = {sequence.picture for sequence in after.negatives} - {sequence.picture for sequence in before.negatives}
+        assert added and added <= set(more.features.by_key)
 
 
 def test_joint_training_learns_the_records_and_keeps_the_pool(backbone, worlds) -> None:
