@@ -25,7 +25,7 @@ def with_old_answers(backbone: Backbone, template: Template, requests: Sequence[
     sequences = [backbone.sequence(request.edit, template) for request in unknown]
     answers = own_answers(features, sequences)
     said = {
-        request.edit_id: answer_text(backbone, answer).removesuffix(" ...").strip()
+        request.edit_id: answer_text(backbone, answer.tokens).removesuffix(" ...").strip()
         for request, answer in zip(unknown, answers, strict=True)
     }
     return [replace(request, replaced=request.replaced or said[request.edit_id] or None) for request in requests]

@@ -47,7 +47,7 @@ def finished(settings: dict[str, Any]) -> Path:
         {"data": {"image_root": "/nowhere"}},
         {"data": {"pool": "none.json"}},
         {"data": {"path": "broken.json"}},
-        {"supervision": {"locality_source": "held_out"}},
+        {"supervision": {"rephrases": 2}},
         {"backbone": {"checkpoint": "./nowhere"}},
     ],
 )
