@@ -20,8 +20,8 @@ from pipeline.run_folder import rows
 Inline = Callable[..., Outcome]
 SETTINGS = {
     "name", "reliability_weight", "locality_weight", "generality_weight", "own_weight", "negatives",
-    "negatives_at_once", "positives", "locality_direction", "kernel", "rephrases", "bandwidths", "sigma2_0", "positions",
-    "environments", "penalty", "warmup", "ramp", "dual_rate", "dual_schedule", "multiplier",
+    "negatives_at_once", "positives", "locality_direction", "kernel", "rephrases", "bandwidths", "sigma2_0",
+    "positions", "environments", "penalty", "warmup", "ramp", "dual_rate", "dual_schedule", "multiplier",
 }  # fmt: skip
 
 

@@ -47,7 +47,6 @@ def finished(settings: dict[str, Any]) -> Path:
         {"data": {"image_root": "/nowhere"}},
         {"data": {"pool": "none.json"}},
         {"data": {"path": "broken.json"}},
-        {"supervision": {"rephrases": 2}},
         {"backbone": {"checkpoint": "./nowhere"}},
     ],
 )
