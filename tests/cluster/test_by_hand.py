@@ -27,7 +27,7 @@ import yaml
 
 from tests.support.cluster_files import ROOT, page
 from tests.support.mmedit_files import record, write_array, write_images
-from tests.support.nodes import NO_SPARE_WORKERS, Cluster, running, wait_for
+from tests.support.nodes import NO_SPARE_WORKERS, Cluster, started
 from tests.support.services import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -123,19 +123,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             home = {"HOME": str(folder / name)}
             nodes.append(Node(folder / name, short / name, shared | own, environment | home))
         head, worker = nodes
-        log = short / "log.txt"
-        stream = stack.enter_context(log.open("wb"))
 
         def joined() -> int:
             token = (head.home / ".ray" / "auth_token").read_text()
-            return Cluster(f"http://127.0.0.1:{shared[8265]}", "", {"RAY_AUTH_TOKEN": token}, first).alive()
+            return Cluster(f"http://127.0.0.1:{shared[8265]}", "", {"RAY_AUTH_TOKEN": token}).alive()
 
         command = head.command("on every machine", "on the head", shared=folder)
-        first = stack.enter_context(running(command, head.environment, stream))
-        wait_for(lambda: joined() == 1, first, log)
+        first = started(stack, command, head.environment, short / "head.txt", lambda: joined() == 1)
         command = worker.command("on every machine", "on each worker", shared=folder)
-        second = stack.enter_context(running(command, worker.environment, stream))
-        wait_for(lambda: joined() == 2, second, log)
+        second = started(stack, command, worker.environment, short / "worker.txt", lambda: joined() > 1)
         yield Site(head, worker, (first, second), folder)
 
 

@@ -14,7 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -46,8 +46,8 @@ class Cluster:
     address: str
     gcs: str
     environment: Mapping[str, str]
-    second: subprocess.Popen[bytes]
-    add: Callable[[], None] = lambda: None
+    second: subprocess.Popen[bytes] = field(init=False)
+    add: Callable[[], None] = field(init=False)
 
     def alive(self) -> int:
         """Number of nodes that the head reports as alive."""
@@ -60,11 +60,8 @@ class Cluster:
 
     def workers(self, stage: str) -> list[psutil.Process]:
         """The processes of the actors that run a stage of the graph, on both nodes."""
-        return self.processes(stage)
-
-    def processes(self, part: str) -> list[psutil.Process]:
-        """The cluster's processes with a text in their command line."""
-        return [process for process in self._processes() if part in _name(process)]
+        home = self.environment["RAY_TMPDIR_OF_TEST"]
+        return [process for process in processes("RAY_TMPDIR_OF_TEST", home) if stage in _name(process)]
 
     def is_on_second(self, process: psutil.Process) -> bool:
         try:
@@ -79,14 +76,15 @@ class Cluster:
                 process.kill()
         self.second.wait(30)
 
-    def _processes(self) -> Iterator[psutil.Process]:
-        home = self.environment["RAY_TMPDIR_OF_TEST"]
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("RAY_TMPDIR_OF_TEST") == home:
-                    yield process
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
+
+def processes(variable: str, value: str) -> Iterator[psutil.Process]:
+    """The processes with a value of an environment variable."""
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(variable) == value:
+                yield process
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
 
 
 def _name(process: psutil.Process) -> str:
@@ -127,35 +125,55 @@ def two_nodes(cpus: int = 2, head_cpus: int | None = None, **variables: str) -> 
         head = ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
         head.append(f"--num-cpus={cpus if head_cpus is None else head_cpus}")
         start = [sys.executable, "-m", "ray.scripts.scripts", "start", *common]
-        logs = stack.enter_context((home / "log.txt").open("wb"))
-        first = stack.enter_context(running([*start, *head, f"--temp-dir={home / 'one'}"], environment, logs))
         address = f"http://127.0.0.1:{dashboard}"
-        cluster = Cluster(address, f"127.0.0.1:{gcs}", environment, first)
-        wait_for(lambda: cluster.alive() >= 1, first, home / "log.txt")
+        cluster = Cluster(address, f"127.0.0.1:{gcs}", environment)
+        command = [*start, *head, f"--temp-dir={home / 'one'}"]
+        cluster.second = started(stack, command, environment, home / "one.txt", lambda: cluster.alive() >= 1)
 
         def add() -> None:
             number = cluster.alive()
-            for attempt in range(_STARTS):
-                home_of_node = home / f"{number}-{attempt}"
-                log = home / f"{home_of_node.name}.txt"
-                more = [f"--address=127.0.0.1:{gcs}", f"--num-cpus={cpus}", f"--temp-dir={home_of_node}"]
-                output = stack.enter_context(log.open("wb"))
-                cluster.second = stack.enter_context(running([*start, *more], environment, output))
-
-                def has_joined(log: Path = log) -> bool:
-                    return cluster.alive() > number and "block forever" in log.read_text(errors="replace")
-
-                if wait_for(has_joined, cluster.second, log, may_end=True):
-                    return
-                # Ray leaves the processes of a node whose start it gave up.
-                for left in cluster.processes(str(home_of_node)):
-                    left.kill()
-                wait_for(lambda: cluster.alive() == number, first, home / "log.txt")
-            raise AssertionError(log.read_text(errors="replace")[-4000:])
+            log = home / f"{number}.txt"
+            more = [f"--address=127.0.0.1:{gcs}", f"--num-cpus={cpus}", f"--temp-dir={home / str(number)}"]
+            cluster.second = started(stack, [*start, *more], environment, log, lambda: cluster.alive() > number)
 
         cluster.add = add
         add()
         yield cluster
+
+
+def started(
+    stack: ExitStack, command: list[str], environment: Mapping[str, str], log: Path, has_joined: Callable[[], bool]
+) -> subprocess.Popen[bytes]:
+    """A node of Ray, which ends with the stack; started again if Ray gives its start up.
+
+    Args:
+        command: Command with `ray start --block`.
+        log: File of its output.
+        has_joined: Whether the cluster has the node.
+
+    Raises:
+        AssertionError: All starts failed.
+    """
+
+    def is_up() -> bool:
+        return "block forever" in log.read_text(errors="replace") and has_joined()
+
+    for _ in range(_STARTS):
+        mark = secrets.token_hex(8)
+        # Ray leaves the processes of a node whose start it gives up, and some of a node that ends.
+        stack.callback(_kill_started, mark)
+        output = stack.enter_context(log.open("wb"))
+        process = stack.enter_context(running(command, {**environment, "RAY_START_OF_TEST": mark}, output))
+        if wait_for(is_up, process, log):
+            return process
+        _kill_started(mark)
+    raise AssertionError(f"it ended with {process.returncode}:\n{log.read_text(errors='replace')[-4000:]}")
+
+
+def _kill_started(mark: str) -> None:
+    for left in processes("RAY_START_OF_TEST", mark):
+        with suppress(psutil.NoSuchProcess):
+            left.kill()
 
 
 @contextmanager
@@ -180,29 +198,17 @@ def running(command: list[str], environment: Mapping[str, str], log: IO[bytes]) 
                 left.kill()
 
 
-def wait_for(
-    condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, *, may_end: bool = False
-) -> bool:
-    """Waits for a condition.
-
-    Args:
-        condition: What is waited for; an OSError counts as false.
-        process: A process that must live on.
-        log: File whose end is shown when the wait is in vain.
-        may_end: True if an end of the process is an answer.
-
-    Returns:
-        False if the process ended.
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> bool:
+    """Waits for a condition; an OSError counts as false. False if the process ended.
 
     Raises:
-        AssertionError: The process ended, or three minutes passed.
+        AssertionError: Three minutes passed; with the end of the log.
     """
     begun = time.monotonic()
     while process.poll() is None:
         with suppress(OSError):
             if condition():
                 return True
-        assert time.monotonic() - begun < PATIENCE_S, log.read_text()[-4000:]
+        assert time.monotonic() - begun < PATIENCE_S, log.read_text(errors="replace")[-4000:]
         time.sleep(0.5)
-    assert may_end, f"it ended with {process.returncode}:\n{log.read_text()[-4000:]}"
     return False
