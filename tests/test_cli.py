@@ -111,7 +111,6 @@ def test_wrong_settings_exit_with_2(files: dict[str, Any], override: str, expect
         ("pipeline.ray_address=head", ["pipeline.ray_address: no Ray answers at 'head' (expected HOST:PORT, or auto)"]),
         ("pipeline.feature_store=/proc/odedit", ["pipeline.feature_store: '/proc/odedit' cannot be written to"]),
         ("pipeline.device=cuda", ["pipeline.device: got 'cuda', but no GPU"]),
-        ("objective.name=contrast", ["objective.name: 'contrast'", "data.pool"]),
         ("data.pool=none.json", ["data.pool: there is no file", "Relative paths start at the current folder"]),
         ("data.path={folder}/run.yaml", ["run.yaml: not a file of records"]),
     ],

@@ -146,7 +146,7 @@ def test_features_and_embedded_records_are_written_to_the_store(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    def build(folder: str, seed: int) -> None:
+    def build(folder: str, seed: int, rephrases: int) -> None:
         """A benchmark of five records; drawing the real one takes ten seconds."""
         for name, source in (("images", "coco"), ("images_rephrase", "rephrased")):
             shutil.copytree(tmp_path / source, Path(folder) / name)
