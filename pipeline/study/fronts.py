@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from odedit.evaluation.statistics import PairedDifference
+from odedit.runtime.brief import brief
 from pipeline.report.differences import Difference, Rows, corrected, edited, fact
 from pipeline.report.formatting import number, plus_minus, sign
 from pipeline.run_folder.rows import Row
@@ -146,6 +147,8 @@ class _Values:
 
     sums_FAC: np.ndarray
     count_F: np.ndarray
+
+    __repr__ = brief
 
     @classmethod
     def of(cls, runs: Sequence[Rows], columns: tuple[str, str]) -> _Values | None:
