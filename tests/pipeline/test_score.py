@@ -52,7 +52,7 @@ CHECKPOINT = world.CHECKPOINTS / "blip2"
 Settings = dict[str, Any]
 NOT_SCORES = {
     "steps", "stop_reason", "seconds", "worst_nll", "lambda", "penalty_steps", "losses", "rephrase_distance", "model",
-    "editor", "objective", "supervision",
+    "editor", "objective", "supervision", "supervision_given", "supervision_made",
 }  # fmt: skip
 
 
