@@ -248,7 +248,7 @@ def test_secrets_are_found_nowhere(store: Store, tmp_path: Path) -> None:
         responses, rows = answers(cluster), rows_of(storage)
         files = below(Path(cluster.environment["RAY_TMPDIR_OF_TEST"]))
         logs = [name for name in files if name.endswith("runtime_env_agent.log")]
-        assert len(logs) == 2 and len([name for name in files if "job-driver" in name]) == 2
+        assert len(logs) >= 2 and len([name for name in files if "job-driver" in name]) == 2
 
     # Workers of jobs use the keys of --env, all others those of their node.
     for prefix, used in (("run-job", handed_on), ("search-job", handed_on), ("run", on_nodes), ("search", on_nodes)):
