@@ -428,7 +428,7 @@ def check_data(
         + (f"; skipped: {skipped}." if skipped else ".")
     )
     if not report.num_usable:
-        raise NothingUsable("None of the records can be used.")
+        raise NothingUsable("None of the records can be used." if report.num_records else f"{path} holds no record.")
 
 
 def pack_data(

@@ -18,6 +18,7 @@ from odedit.data.packed import is_pack
 from odedit.data.readers import read_entries
 from odedit.data.records import RawRecord, read_records
 from odedit.data.roots import root_of
+from odedit.errors import counted
 from odedit.storage.location import locate
 
 _LOOKED_AT = 200
@@ -111,8 +112,8 @@ class CheckReport:
             return
         total = self.num_usable
         yield (
-            f"Shared: {total} records ask {self.num_questions} different questions about {self.num_pictures} different "
-            "pictures."
+            f"Shared: {counted(total, 'record')}, {counted(self.num_questions, 'different question')}, "
+            f"{counted(self.num_pictures, 'different picture')}."
         )
         if self.repeated:
             yield f"Repeated: {self.repeated} have the picture, question and answer of an earlier record."

@@ -208,6 +208,6 @@ def test_the_check_counts_what_records_share(tmp_path: Path) -> None:
     list(check_records(str(tmp_path / "a.json"), None, None, report, read_images=False))
     assert (report.num_pictures, report.num_questions, report.repeated, report.contradicting) == (2, 1, 1, 1)
     said = "\n".join(report.lines())
-    assert "4 records ask 1 different questions about 2 different pictures" in said
+    assert "4 records, 1 different question, 2 different pictures" in said
     assert "Contradicting: 1 ask an earlier record's question about its picture for another answer" in said
     assert "rephrase 4" in said and "old_answer 4" in said
