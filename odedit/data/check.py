@@ -55,7 +55,7 @@ class CheckReport:
         layouts: Number of the first records by layout.
         image_root: Folder of the pictures; None: they are packed, or were not looked for.
         given: Number of records by field that they give, and by probe.
-        unread: Number of records by key that nobody reads.
+        unread: Number of records by key without a reader.
         num_pictures, num_questions: Number of distinct pictures and questions.
         repeated: Number of records that repeat an earlier one: its picture, question and answer.
         contradicting: Number of records that ask an earlier record's question about its picture for another answer.

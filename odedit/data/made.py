@@ -1,4 +1,4 @@
-"""Supervision that nobody gave: general questions, and records made of any pictures.
+"""Made supervision, for records that have none: general questions, and records made of any pictures.
 
 A general question has an answer that no edit of one picture concerns. What the answer of a locality probe says only
 selects the positions at which the edited and the unedited model are compared.

@@ -60,7 +60,7 @@ def nearest(name: str, among: Iterable[str] = KNOWN) -> str:
 def renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """The record under MMEdit's names.
 
-    A field under two names has the value of its MMEdit name; the other stays as it is, and nobody reads it.
+    A field under two names has the value of its MMEdit name; the other stays as it is, unread.
 
     Args:
         columns: Column of the file by field, which comes before the field's own names.
@@ -92,7 +92,7 @@ def shown(name: str, fields: Mapping[str, Any]) -> str:
 
 
 def unread(record: Mapping[str, Any], columns: Mapping[str, str], read_by_layout: Iterable[str] = ()) -> list[str]:
-    """Keys of a record that nobody reads."""
+    """Keys of a record without a reader."""
     read = {*KNOWN, *columns.values(), *read_by_layout}
     twice = [key for key in record if canonical(key) != key and canonical(key) in record]
     return sorted({*(str(key) for key in record if key not in read), *twice})

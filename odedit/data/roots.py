@@ -42,7 +42,7 @@ def _found(path: str, location: Location, columns: Mapping[str, str], task: str)
 
     Args:
         path: Path or address of a file of records or of a folder of such files, not packed; with its password.
-        location: The same.
+        location: Location of `path`.
 
     Returns:
         The folder of the file itself if none holds one, so that messages name it; always at an address.

@@ -43,7 +43,7 @@ def altered(picture: Picture, others: Sequence[Picture], count: int, purpose: st
 
     Args:
         others: Pictures to join with; without any, no copy is joined.
-        purpose: As for `variations`.
+        purpose: Text that, with the picture's key and the seed, determines the copies.
     """
     draw = np.random.default_rng(seeded(picture.key, purpose, seed).getrandbits(64))
     copies = []

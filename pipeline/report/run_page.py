@@ -26,6 +26,7 @@ from odedit.storage.location import Location
 from pipeline.report import differences
 from pipeline.report.formatting import LABELS, interval, number
 from pipeline.report.one_model import one_model
+from pipeline.report.page import counts
 from pipeline.report.templates import environment
 from pipeline.report.thumbnails import Thumbnails
 from pipeline.run_folder.outcomes import (
@@ -97,7 +98,7 @@ def write_run_report(
     text = templates.get_template("report.html.j2").render(
         title=_name(workspace),
         summary=summary,
-        counts=f"{counted(summary['n'], 'edit')}, {summary['failed']} failed, {summary['skipped']} skipped",
+        counts=counts(summary),
         headline=_headline(workspace, summary, baseline),
         baseline=None if baseline is None else baseline.name,
         reasons=sentences(whole.reasons),

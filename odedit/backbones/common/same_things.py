@@ -13,7 +13,7 @@ from odedit.data.negatives import NegativePool
 from odedit.inputs.batch import REPHRASE_SLOTS, EditBatch, EditRequest, Picture, Probe, negative_slots, numbered
 from odedit.inputs.prompts import Template
 
-_TOO_COMMON = 0.5
+TOO_COMMON = 0.5
 """Share of the pictures from which an answer, such as yes, does not tell that a picture shows the same thing."""
 _REQUESTS_AT_ONCE = 8
 """Requests whose pictures are asked about at a time, to bound the peak memory."""
@@ -83,7 +83,7 @@ def same_things(
         for probes, gives_K in zip(part, _gives_target(backbone, batch).tolist(), strict=True):
             pairs = zip(probes, gives_K, strict=False)
             same = [probe.picture for probe, gives in pairs if gives and probe.picture is not None]
-            found.append([] if len(same) > _TOO_COMMON * len(probes) else same)
+            found.append([] if len(same) > TOO_COMMON * len(probes) else same)
     return found
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from odedit.backbones import is_connector
 from odedit.backbones.base import Backbone, ends_of
+from odedit.backbones.common.same_things import TOO_COMMON
 from odedit.data.rewording import base_key
 from odedit.data.variation import altered, variations
 from odedit.errors import InputError
@@ -34,8 +35,6 @@ _KNOWN_BYTES = 2**30
 
 NEARNESS = 0.1
 """Temperature of the cosine with which near pictures are drawn as negatives."""
-_TOO_COMMON = 0.5
-"""Share of the candidates from which an answer, such as yes, does not tell that a picture shows the same thing."""
 _JOINED_WITH = 40
 """Pool pictures, the last ones read, with which an altered copy may be joined."""
 _ENDS_ASKED = 16
@@ -331,7 +330,7 @@ class _Maker:
         drawn = torch.tensor([nearness[sequence.picture] for sequence in negatives], dtype=torch.float64)
         return replace(
             draft,
-            same=() if len(same) > _TOO_COMMON * len(keys) else same,
+            same=() if len(same) > TOO_COMMON * len(keys) else same,
             negatives=tuple(negatives),
             nearness=tuple((drawn / NEARNESS).exp().tolist()),
         )

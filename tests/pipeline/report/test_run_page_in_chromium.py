@@ -110,7 +110,8 @@ def test_filters_and_edits_by_keyboard(page: Any) -> None:
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     assert page.url.endswith("#edit=vqa-000008")
-    assert page.evaluate("document.activeElement.id") == "edit-vqa-000008"
+    # The browser reports the new address after the key.
+    page.wait_for_function("document.activeElement.id === 'edit-vqa-000008'")
 
 
 def test_all_edits_come_into_view_and_each_has_a_link(page: Any, page_file: Path) -> None:
