@@ -309,13 +309,13 @@ class _Trainer:
         def one(items: Sequence[Any]) -> Any:
             return items[int(torch.randint(len(items), (1,), generator=generator))] if items else None
 
-        first, last = record.wordings[0], record.wordings[-1]
+        first, *rephrases = record.wordings
         is_same = bool(record.same) and float(torch.rand((), generator=generator)) < 0.5
         other = one(record.same if is_same else record.other)
         text, image = REPHRASE_SLOTS
         cells: _Cells = {
             EDIT: about(first, one(record.own)),
-            text: about(last, one(record.own)),
+            text: about(one(rephrases) or first, one(record.own)),
             image: about(first, other),
             **{slot: record.supervision.get(slot) for slot in ("text_locality", "image_locality", "near_locality")},
             REPHRASE: about(one(record.wordings), other),

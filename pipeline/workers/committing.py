@@ -240,8 +240,8 @@ class _Worker:
         return requests.of([record for record in mine if record.edit_id not in problems]), problems
 
     def _pool_requests(self, pool: Pool) -> Requests:
-        """The pool's records whose pictures can be read, with their rephrases and probes."""
-        supervision = replace(self._config.supervision, near_locality=False)
+        """The pool's records whose pictures can be read, with a rephrase of each kind and their probes."""
+        supervision = replace(self._config.supervision, near_locality=False, rephrases=1)
 
         def build(record: RawRecord) -> EditRequest:
             return build_request(record, pool.reader, supervision, locality=False)

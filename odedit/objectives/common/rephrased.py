@@ -11,7 +11,7 @@ from annotated_types import Ge
 from odedit.editors.base import Editor
 from odedit.inputs.batch import EDIT, REPHRASE, REPHRASE_SLOTS, EditBatch, unnumbered
 from odedit.objectives.base import BaseConfig, Objective
-from odedit.objectives.common.terms import Forward
+from odedit.objectives.common.terms import Forward, mean_over_slots
 from odedit.risks.risks import Risk
 
 
@@ -59,8 +59,10 @@ class Rephrased(Objective):
         return self.likelihood_slots(batch)
 
     def generality(self, forward: Forward) -> Risk:
-        """Mean NLL of the rephrases' answers; 0 for a batch without rephrases."""
-        rephrases = [forward.likelihood(slot) for slot in self.likelihood_slots(forward.batch)[1:]]
-        if not rephrases:
+        """Mean NLL of the answers to the rephrases that an edit has; 0 without any."""
+        slots = self.likelihood_slots(forward.batch)[1:]
+        if not slots:
             return forward.no_risk()
-        return Risk(*(torch.stack(values).mean(dim=0) for values in zip(*rephrases, strict=True)))
+        risks = [forward.likelihood(slot) for slot in slots]
+        risk_EK = Risk(*(torch.stack(values, dim=1) for values in zip(*risks, strict=True)))
+        return mean_over_slots(risk_EK, forward.batch.answers(slots).present_EK)

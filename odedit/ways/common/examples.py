@@ -21,7 +21,7 @@ from odedit.backbones.common.same_things import TOO_COMMON
 from odedit.data.rewording import base_key
 from odedit.data.variation import altered, variations
 from odedit.errors import InputError
-from odedit.inputs.batch import REPHRASE_SLOTS, EditRequest, Picture, Probe
+from odedit.inputs.batch import REPHRASE_SLOTS, EditRequest, Picture, Probe, numbered, unnumbered
 from odedit.inputs.encoding import TokenSequence
 from odedit.inputs.prompts import Template
 from odedit.runtime import parallel
@@ -48,9 +48,10 @@ class Example:
 
     Attributes:
         edit_id: Name of the record.
-        wordings: Its question and its rephrase, each with the new answer and the answer's end.
+        wordings: Its question and its rephrases, each with the new answer and the answer's end.
         own: Keys of its picture and of varied copies; empty for a question without picture.
-        other: Keys of the rephrase's picture and of varied copies.
+        other: Keys of the rephrases' pictures and of varied copies, as many copies as of its own; all pictures come
+            first.
         same: Keys of pool pictures of the same thing.
         supervision: Sequences of its other slots of supervision.
         negatives: Its question about pictures of other things, and without a picture, with the unedited answers.
@@ -167,6 +168,17 @@ def _own_pictures(request: EditRequest) -> list[Picture]:
     return [probe.picture for probe in probes if probe is not None and probe.picture is not None]
 
 
+def _rephrases(request: EditRequest, slot: str) -> list[Probe]:
+    """A request's rephrases of one kind, by number."""
+    slots = [numbered(slot, number) for number in range(1, request.num_rephrases + 1)]
+    return [request.supervision[name] for name in slots if name in request.supervision]
+
+
+def _share(total: int, parts: int, number: int) -> int:
+    """Size of a part of `total` that is divided evenly; the first ones have the remainder."""
+    return total // parts + (number < total % parts)
+
+
 def _about_copies(sequences: Sequence[TokenSequence], copies: Mapping[str, Sequence[str]]) -> list[TokenSequence]:
     """Every question about a picture with copies, asked about one of them, each in its turn."""
     turn = Counter[str]()
@@ -273,16 +285,24 @@ class _Maker:
 
     def draft(self, request: EditRequest, end: int | None) -> Example:
         """The record's questions and pictures, without negatives."""
-        rephrase, other = (request.supervision.get(slot) for slot in REPHRASE_SLOTS)
+        texts, others = (_rephrases(request, slot) for slot in REPHRASE_SLOTS)
         ending = () if end is None else (end,)
-        wordings = [self.sequence(probe) for probe in (request.edit, rephrase) if probe is not None]
-        pictures = {"own": request.edit.picture, "other": None if other is None else other.picture}
+        wordings = [self.sequence(probe) for probe in (request.edit, *texts)]
         keys: dict[str, tuple[str, ...]] = {}
-        for name, picture in pictures.items():
-            made = [] if picture is None else [picture, *variations(picture, self._reading.copies, name, self._seed)]
-            self._features.add(made)
-            keys[name] = tuple(copy.key for copy in made)
-        rest = {slot: probe for slot, probe in request.supervision.items() if slot not in REPHRASE_SLOTS}
+        for name, probes in {"own": [request.edit], "other": others}.items():
+            pictures = [probe.picture for probe in probes if probe.picture is not None]
+            copies = [
+                copy
+                for number, picture in enumerate(pictures)
+                for copy in variations(
+                    picture, _share(self._reading.copies, len(pictures), number), numbered(name, number + 1), self._seed
+                )
+            ]
+            self._features.add([*pictures, *copies])
+            keys[name] = tuple(picture.key for picture in [*pictures, *copies])
+        rest = {
+            slot: probe for slot, probe in request.supervision.items() if unnumbered(slot) not in REPHRASE_SLOTS
+        }
         self._features.add(probe.picture for probe in rest.values() if probe.picture is not None)
         blind = self.sequence(replace(request.edit, picture=None)) if request.edit.picture is not None else None
         return Example(
@@ -297,8 +317,9 @@ class _Maker:
     def restored(self, request: EditRequest, end: int | None, everywhere: Collection[Tokens], near: _Near) -> Example:
         """The example of a removed record: its questions about its pictures, with the unedited answers."""
         draft = self.draft(request, end)
-        pictures = (next(iter(draft.own), None), next(iter(draft.other), None))
-        asked = [about(sequence, key) for sequence, key in zip(draft.wordings, pictures, strict=False)]
+        first, *rephrases = draft.wordings
+        other = next(iter(draft.other), None)
+        asked = [about(first, next(iter(draft.own), None)), *(about(sequence, other) for sequence in rephrases)]
         return self.with_negatives(replace(draft, wordings=tuple(self.answered(asked))), (), everywhere, near)
 
     @property

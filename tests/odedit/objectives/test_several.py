@@ -86,3 +86,15 @@ def test_text_and_image_rephrases_of_one_number_are_joined(backbone):
     alone = batch.select([slot for slot in batch.slots if not slot.startswith("rephrase_")])
     (first,) = edit(backbone, editor, objective, alone, Stopping(max_steps=200, worst_token_nll=0.5))
     assert result.stop_reason == first.stop_reason == "worst_token_nll" and result.steps > first.steps
+
+
+def test_an_edit_beside_one_with_more_rephrases_is_the_edit_alone(backbone):
+    """The mean is over the rephrases that an edit has itself."""
+    few, many = request_with(1), replace(request_with(3), edit_id="other")
+    objective, editor = Objective(ObjectiveConfig("rephrase")), load_editor("ftl", {"learning_rate": 3e-3})
+    curves = []
+    for requests in ([few, many], [few]):
+        batch, _ = encode_requests(backbone, requests, TEMPLATE, joined=True)
+        curves.append(edit(backbone, editor, objective, batch, Stopping(3, worst_token_nll=1e-9))[0].curves)
+    torch.testing.assert_close(torch.tensor(curves[0]["gen"]), torch.tensor(curves[1]["gen"]))
+    torch.testing.assert_close(torch.tensor(curves[0]["rel"]), torch.tensor(curves[1]["rel"]))
