@@ -137,7 +137,12 @@ def _mc_mke(record: Record) -> dict[str, Any]:
         probes.add("picture_gen", fields["src"], fields["alt"], other)
     for wording in wordings[1:]:
         probes.add("wording_gen", wording, fields["alt"], images[0])
-    for asked in record.get(CONSISTENCY) or ():
+    consistency = record.get(CONSISTENCY)
+    for asked in consistency if isinstance(consistency, list) else []:
+        if not isinstance(asked, Mapping):
+            raise LayoutError(
+                f"wrong type: an entry of field {CONSISTENCY!r} is no object of a question and its answer"
+            )
         prompt = asked.get("consistency_iro_input_cloze") or asked.get("consistency_sro_cloze")
         target = asked.get("consistency_iro_output") or asked.get("new_o")
         image = images[0] if "consistency_iro_input_cloze" in asked else None

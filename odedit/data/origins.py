@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from odedit.data.fields import held_out_texts, old_answer, probe_texts
 from odedit.data.records import RawRecord
-from odedit.data.supervision import Supervision, augmentation, given_slots
+from odedit.data.supervision import Supervision, augmentation, given_slots, made_wordings
 from odedit.inputs.batch import EDIT, NEAR, REPHRASE_SLOTS, SUPERVISION_SLOTS, numbered, unnumbered
 
 NEGATIVES, OLD_ANSWER = "negatives", "old_answer"
@@ -60,6 +60,7 @@ def origins(record: RawRecord, supervision: Supervision, wanted: Wanted) -> Orig
     more = [numbered(slot, number) for number in range(2, supervision.rephrases + 1) for slot in REPHRASE_SLOTS]
     slots = [slot for slot in (*SUPERVISION_SLOTS, *more, NEGATIVES) if unnumbered(slot) in wanted.slots]
     given = [slot for slot in slots if slot in known]
+    wordings = made_wordings(record, {slot: known[slot].prompt for slot in given}, supervision)
     drawn: list[str] = []
     made: dict[str, str] = {}
     missing: list[str] = []
@@ -67,7 +68,10 @@ def origins(record: RawRecord, supervision: Supervision, wanted: Wanted) -> Orig
         if slot in given or slot == EDIT or (slot == NEAR and not supervision.near_locality):
             continue
         if unnumbered(slot) == "text_rephrase":
-            made[slot] = "a built-in wording"
+            if slot in wordings:
+                made[slot] = "a built-in wording"
+            else:
+                missing.append(slot)
         elif unnumbered(slot) == "image_rephrase":
             made[slot] = str(augmentation(record, supervision.seed, slot))
         elif wanted.source and not wanted.is_made:

@@ -69,7 +69,8 @@ class Supervision(Settings):
         locality_source: `held_out`: the record's `held_out` entries, else `data.pool`, else general questions and the
             pictures of `data.pictures` or of the other records. `record`: the locality questions that are scored, else
             the same.
-        rephrases: Number of text rephrases and of image rephrases; those that a record's `held_out` lacks are made.
+        rephrases: Number of text rephrases and of image rephrases; those that a record does not give are made. A
+            question may have fewer built-in wordings, and then has fewer text rephrases.
         near_locality: Also ask the edit's own question about another picture.
         rephrase_noise: Share, 0 to 1, of the text rephrase's words that are replaced by words of other records'
             questions, and of uniform noise in the image rephrase. Scored prompts and pictures are not changed.
@@ -82,14 +83,6 @@ class Supervision(Settings):
     near_locality: bool = True
     rephrase_noise: Annotated[float, Ge(0), Le(1)] = 0.0
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rephrases > 1 and self.rephrase_source == "record":
-            raise ValueError(
-                f"rephrases: got {self.rephrases}, but a record has one scored rephrase of each kind; use 1, or "
-                "rephrase_source: held_out."
-            )
 
 
 def build_request(
@@ -195,28 +188,45 @@ def _rephrases(
     record: RawRecord, edit: Probe, probes: dict[str, Probe], own: dict[str, Probe], supervision: Supervision
 ) -> dict[str, Probe]:
     given = _given(probes, own, supervision.rephrase_source)
-
-    def reworded(slot: str, used: set[str]) -> Probe:
-        rng = seeded(record.edit_id, slot, supervision.seed)
-        return replace(edit, prompt=reword(edit.prompt, record.task, rng, used))
+    wordings = made_wordings(record, {slot: probe.prompt for slot, probe in given.items()}, supervision)
 
     def augmented(slot: str) -> Probe:
         assert edit.picture is not None, "every record has an image"
         return replace(edit, picture=augmentation(record, supervision.seed, slot).of(edit.picture))
 
     slots: dict[str, Probe] = {}
-    used = scored_prompts(record)
-    for number in range(1, supervision.rephrases + 1):
-        text, image = (numbered(slot, number) for slot in REPHRASE_SLOTS)
-        slots[text] = given[text] if text in given else reworded(text, used)
+    for text, image in _numbered_rephrases(supervision):
+        if text in given or text in wordings:
+            slots[text] = given[text] if text in given else replace(edit, prompt=wordings[text])
         slots[image] = given[image] if image in given else augmented(image)
-        if number > 1 and normal(slots[text].prompt) == normal(edit.prompt):
-            raise InputError(
-                f"{record.where}: supervision.rephrases is {supervision.rephrases}, and there are {number - 1} other "
-                f"wordings of its question; set {number - 1}, or give the record `held_out` entries of its own."
-            )
-        used.add(normal(slots[text].prompt))
     return slots
+
+
+def _numbered_rephrases(supervision: Supervision) -> list[tuple[str, str]]:
+    """Slots of the text and of the image rephrase of each number."""
+    text, image = REPHRASE_SLOTS
+    return [(numbered(text, number), numbered(image, number)) for number in range(1, supervision.rephrases + 1)]
+
+
+def made_wordings(record: RawRecord, given: Mapping[str, str], supervision: Supervision) -> dict[str, str]:
+    """Built-in wordings of a record's question by slot; further slots than there are wordings have none.
+
+    Args:
+        given: Prompts of the rephrases that the record gives, by slot.
+    """
+    question = record.fields["src"]
+    used = scored_prompts(record)
+    wordings: dict[str, str] = {}
+    for slot, _ in _numbered_rephrases(supervision):
+        if slot in given:
+            used.add(normal(given[slot]))
+            continue
+        wording = reword(question, record.task, seeded(record.edit_id, slot, supervision.seed), used)
+        # Without another wording the first rephrase has the question's own, in another picture.
+        if slot == REPHRASE_SLOTS[0] or normal(wording) != normal(question):
+            wordings[slot] = wording
+            used.add(normal(wording))
+    return wordings
 
 
 def augmentation(record: RawRecord, seed: int, slot: str = REPHRASE_SLOTS[1]) -> Augmentation:

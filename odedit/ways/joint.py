@@ -42,7 +42,7 @@ from odedit.ways.common.sequences import about, edited_states, flat
 
 _WARMUP_STEPS = 20
 """Steps over which the learning rate rises to its full value; then it falls by a cosine."""
-_LEAST_STEPS, _LOOKS = 400, 100
+_LEAST_STEPS, _LOOKS = 400, 200
 """`steps: auto`: least number of steps, and times that each record is read."""
 _SHARE_OF_CHANGE = 0.5
 """Share of these steps that a changed model takes: it starts from trained parameters."""
@@ -54,7 +54,7 @@ class JointConfig(WayConfig):
     """Settings of joint training.
 
     Attributes:
-        steps: Largest number of steps; `auto`: so many that each record is read 100 times, at least 400; half of them
+        steps: Largest number of steps; `auto`: so many that each record is read 200 times, at least 400; half of them
             for a model that is changed.
         records: Records that a step reads, all workers together.
         negatives: Questions about other pictures that a step reads for each of its records.
@@ -132,6 +132,7 @@ class Joint(PlainWay):
             "learning_rate": 2e-3,
         },
         "objective": {"name": "contrast"},
+        "supervision": {"rephrases": 4},
     }
 
     def check(self, editor: Editor, name: str) -> None:
@@ -310,15 +311,17 @@ class _Trainer:
             return items[int(torch.randint(len(items), (1,), generator=generator))] if items else None
 
         first, *rephrases = record.wordings
+        text_rephrase = one(rephrases) or first
         is_same = bool(record.same) and float(torch.rand((), generator=generator)) < 0.5
         other = one(record.same if is_same else record.other)
         text, image = REPHRASE_SLOTS
         cells: _Cells = {
             EDIT: about(first, one(record.own)),
-            text: about(one(rephrases) or first, one(record.own)),
+            text: about(text_rephrase, one(record.own)),
             image: about(first, other),
             **{slot: record.supervision.get(slot) for slot in ("text_locality", "image_locality", "near_locality")},
-            REPHRASE: about(one(record.wordings), other),
+            # Half of the other pictures are asked about in the record's own words, however many rephrases there are.
+            REPHRASE: about(one((first, text_rephrase)), other),
         }
         weights = torch.tensor(record.nearness)
         number = min(self._config.negatives, len(record.negatives))

@@ -75,6 +75,7 @@ def check(path: Path) -> list[RawRecord] | None:
     values=st.lists(JSON | RECORD | SHORT | st.builds(lambda full, more: full | more, RECORD, OF_A_LAYOUT), max_size=4)
 )
 @example([{"probes": {"x\ud800": {}}} | record()])
+@example([record() | {"ie_edit_input_idx": 0, "images": ["a.png"], "consistency": [None]}])
 def test_any_json_value_is_a_record_or_a_problem(tmp_path, values):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(value) for value in values))
     records = check(tmp_path / "a.jsonl")

@@ -73,11 +73,23 @@ def test_as_many_rephrases_as_asked_those_of_the_record_first(tmp_path):
     assert len(pictures) == 4 and not pictures & {p.picture.key for p in four.probes.values() if p.picture}
     noisy = files.request(rephrases=4, rephrase_noise=0.5)
     assert all(noisy.supervision[slot].prompt != four.supervision[slot].prompt for slot in rephrase_slots(4)[::2])
-    many = len(QUESTION_WORDINGS) + 3
-    with pytest.raises(InputError, match=f"vqa_eval.json, record 0.*supervision.rephrases is {many}, and there are"):
-        files.request(rephrases=many)
-    with pytest.raises(ValueError, match="rephrases: got 2, but a record has one scored rephrase of each kind"):
-        Supervision(rephrases=2, rephrase_source="record")
+
+
+def test_a_question_has_no_more_text_rephrases_than_wordings(tmp_path):
+    files = Files(tmp_path, [record(0)], [record(number) for number in range(10, 14)])
+    built_in = len(QUESTION_WORDINGS)
+    many = files.request(rephrases=built_in + 3)
+    assert {f"text_rephrase_{number}" for number in (built_in, built_in + 1)} & set(many.supervision) == {
+        f"text_rephrase_{built_in}"
+    }
+    assert many.num_rephrases == built_in + 3 and many.rephrase(built_in + 3).prompt == many.edit.prompt
+
+
+def test_further_rephrases_of_a_scored_one_are_made(tmp_path):
+    files = Files(tmp_path, [record(0)], [record(number) for number in range(10, 14)])
+    request = files.request(rephrases=2, rephrase_source="record")
+    assert request.supervision["text_rephrase"].prompt == request.probes["t_gen"].prompt
+    assert len({request.supervision[slot].prompt for slot in ("text_rephrase", "text_rephrase_2")}) == 2
 
 
 def test_a_thing_whose_answer_is_scored_does_not_supervise(tmp_path):
