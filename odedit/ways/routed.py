@@ -71,14 +71,13 @@ class Routed(PlainWay):
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "editor": {
             "name": "lora",
-            "rank": 8,
-            "sites": (
-                "layers.25%.ffn.in", "layers.25%.ffn.out", "layers.>25%.attention.q", "layers.>25%.attention.v",
-            ),
+            "rank": 1,
+            "sites": ("layers.25%.ffn.in", "layers.25%.ffn.out"),
         },
         "objective": {"name": "contrast", "locality_weight": 0.3},
         "stopping": {"max_steps": 150, "worst_token_nll": 0.05},
-    }  # fmt: skip
+        "supervision": {"rephrases": 4},
+    }
     uses_edits: ClassVar[bool] = True
     needs_pool: ClassVar[bool] = True
     is_plain: ClassVar[bool] = False

@@ -17,7 +17,7 @@ from tests.support.committing import Whole, finish, requests_of, task_of
 from tests.support.requests import TEMPLATE
 
 WAY = Routed(RoutedConfig(steps=60, batch_size=24, negatives=3))
-SITES = Routed.defaults["editor"]["sites"]
+SITES = ("layers.25%.ffn.in", "layers.25%.ffn.out", "layers.>25%.attention.q", "layers.>25%.attention.v")
 KEY = WAY.config.key
 
 
@@ -52,7 +52,18 @@ def unedited(backbone, serving, batch):
     return backbone.suffix(backbone.prefix(batch, *serving.sites, positionwise=serving.positionwise))
 
 
-def test_default_sites_fit_any_depth(backbone):
+def test_an_edit_of_a_model_of_three_billion_takes_less_than_100_kilobytes(backbone, task):
+    settings = dict(Routed.defaults["editor"])
+    editor = load_editor(settings.pop("name"), settings)
+    batch, _ = encode_requests(backbone, task.requests[:1], TEMPLATE)
+    rank, shapes = editor.config.rank, [backbone.site(name).weight.shape for name in editor.config.sites]
+    assert sum(value.numel() for value in editor.init(backbone, batch).values()) == sum(rank * sum(s) for s in shapes)
+    hidden, inner = 2560, 10240  # of OPT-2.7B
+    keys = len(KEY_SLOTS) * WAY.config.width * torch.float32.itemsize
+    assert len(shapes) * rank * (hidden + inner) * torch.float16.itemsize + keys < 100_000
+
+
+def test_sites_fit_any_depth(backbone):
     assert resolve(backbone, SITES) == [
         *(f"layers.1.ffn.{part}" for part in ("in", "out")),
         *(f"layers.{layer}.attention.{part}" for part in "qv" for layer in (2, 3)),
