@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +267,13 @@ def _authentication() -> dict[str, str]:
 
         if not is_token_auth_enabled():
             return {"RAY_AUTH_MODE": "disabled"}
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or _own_token()}
+
+
+@cache
+def _own_token() -> str:
+    """Secret token of every Ray that this process starts: Ray's client keeps the first one that it reads."""
+    return secrets.token_hex(32)
 
 
 @contextmanager

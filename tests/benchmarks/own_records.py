@@ -23,6 +23,7 @@ from odedit import world
 from odedit.data.fields import FACTS, FIELDS
 from pipeline.config.run import from_dict
 from pipeline.driver.run import run
+from pipeline.workers import ray_session
 
 METRICS = ("rel", "t_gen", "m_gen", "t_loc", "m_loc_far", "m_loc_near", "steps")
 _KEPT = ("edit_id", "task", "probes", *FACTS, *(name for name in FIELDS if name != "pred"))
@@ -71,11 +72,12 @@ def main() -> None:
     }
     options.out.mkdir(parents=True)
     print(f"| | {' | '.join(METRICS)} |\n|---|{'--:|' * len(METRICS)}")
-    for number, (name, sections) in enumerate(arms(options.out, options.edits).items()):
-        config = from_dict(common | sections | {"out": str(options.out / f"run-{number}")})
-        means = run(config, Console(stderr=True)).summary["metrics"]
-        figures = [format(means[metric]["mean"], ".3f") for metric in METRICS]
-        print(f"| {name} | {' | '.join(figures)} |", flush=True)
+    with ray_session.shared():
+        for number, (name, sections) in enumerate(arms(options.out, options.edits).items()):
+            config = from_dict(common | sections | {"out": str(options.out / f"run-{number}")})
+            means = run(config, Console(stderr=True)).summary["metrics"]
+            figures = [format(means[metric]["mean"], ".3f") for metric in METRICS]
+            print(f"| {name} | {' | '.join(figures)} |", flush=True)
 
 
 if __name__ == "__main__":

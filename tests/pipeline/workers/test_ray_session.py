@@ -39,6 +39,9 @@ with connected(PipelineConfig(actors=1, preparers=1), BackboneConfig(), 1):
         done = subprocess.run(stranger, env=kept | login, capture_output=True, text=True, timeout=120)
         print("stranger", done.returncode, done.stdout.strip(), (done.stderr.splitlines() or [""])[-1])
 print("left", os.path.exists(closed[0]), session)
+if os.environ.get("RAY_AUTH_MODE") != "disabled":
+    with connected(PipelineConfig(actors=1, preparers=1), BackboneConfig(), 1):
+        print("again", ray.get(ray.remote(lambda: 2).remote()))
 """
 
 
@@ -59,8 +62,11 @@ def owner(mode: dict[str, str], *tokens: str) -> list[str]:
 def test_a_runs_own_ray_refuses_other_clients() -> None:
     with TemporaryDirectory(prefix="x", dir="/tmp") as home:
         base = Path(home, "y" * (ray_session._LONGEST_BASE - len(home) - 1))  # the longest path that Ray can use
-        mode, session, *strangers, left = owner({"RAY_TMPDIR": str(base)}, "", "a-token-that-is-not-its-own-00000")
+        mode, session, *strangers, left, again = owner(
+            {"RAY_TMPDIR": str(base)}, "", "a-token-that-is-not-its-own-00000"
+        )
         assert left.startswith(f"left False {base}/") and not list(base.iterdir()), "the folder is deleted with the run"
+    assert again == "again 2", "one process may start several, one after another"
     assert session == "session True True", "the folder is closed to other users"
     assert mode.startswith("mode token 1 127.0.0.1:")
     assert len(strangers) == 2
