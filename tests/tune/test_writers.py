@@ -29,7 +29,7 @@ def write(uri: str, writer: int) -> None:
             search.log_rungs(key, {edits: {"edits": edits, "score": writer + trial / 10 + edits / 1000}})
         search.close_trial(key, "complete", {}, {}, {"rel": [(step, float(step)) for step in range(50)]})
     search.log_search([], {"best": float(writer)}, {"best.trial": "0"})
-    search.end("FINISHED")
+    search.end()
     assert search.failed is None, search.failed
 
 
@@ -81,7 +81,7 @@ def test_a_trial_whose_end_was_interrupted_is_not_closed_yet(tmp_path: Path, mon
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(search.store.client, "set_terminated", interrupt)
             search.close_trial(key, state, {}, {}, {})
-        search.end("KILLED")
+        search.end(KeyboardInterrupt())
         assert search.store.run(search.trials[key].run_id).info.status == "KILLED" and not search.is_closed(key)
         search.open_trial(key, number, {}, {})
         search.close_trial(key, state, {}, {}, {})
