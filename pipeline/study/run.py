@@ -225,7 +225,7 @@ def _write(
     blocks[:0] = comparisons.attributed(study, every, rows)
     markdown = _markdown(study, blocks, outcomes, command)
     (out / "table.md").write_text(markdown)
-    (out / "table.csv").write_text(tables.to_csv(tables.to_table(study, cells)))
+    (out / "table.csv").write_text(tables.to_csv(study, cells))
     if not any(cell.n for cell in cells):
         raise NothingUsable(
             f"No record was edited:\n{_reasons(rows)}\nThe rows under {out / 'arms'} say why, arm by arm."

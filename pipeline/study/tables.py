@@ -123,8 +123,9 @@ def baseline_of(study: StudyConfig, arm: Arm, arms: Sequence[Arm]) -> Arm | None
     return next((other for other in arms if other.labels == wanted), None)
 
 
-def to_csv(table: Table) -> str:
-    """The table as CSV."""
+def to_csv(study: StudyConfig, cells: Sequence[Cell]) -> str:
+    """`to_table` as CSV."""
+    table = to_table(study, cells)
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows([table.columns, *table.rows])
     return stream.getvalue()
