@@ -29,7 +29,7 @@ WORST = 50
 MAX_PICTURE_BYTES = 1_000_000
 _LONGEST = 300
 _PICTURES = "table_images/worst_edits"
-_TEXTS = ("picture", "edit_id", "question", "old answer", "wanted", "new answer", "holds")
+_TEXTS = ("picture", "question", "wanted", "new answer", "old answer", "holds")
 
 
 def overview(
@@ -67,7 +67,10 @@ def _description(config: RunConfig, summary: Mapping[str, Any]) -> str:
         if name in means:
             estimate, label = Estimate(**means[name]), LABELS.get(name, "other answers kept")
             table.append(f"| `{name}` | {label} | {interval(estimate)} | {estimate.n} |")
-    blocks = [f"**{SCORE} {names.of_scores(summary)[SCORE]:.3f}**, {counts(summary)}: {made}.", "\n".join(table)]
+    # MLflow folds what does not fit into a few lines.
+    scores = ", ".join(f"`{name}` {means[name]['mean']:.3f}" for name in (*SHOWN, *names.KEPT) if name in means)
+    score = names.of_scores(summary)[SCORE]
+    blocks = [f"**{SCORE} {score:.3f}**: {scores}", f"{counts(summary)}: {made}", "\n".join(table)]
     if reasons:
         blocks.append("Not edited:\n\n" + "\n".join(f"- {reason}" for reason in reasons))
     blocks.append(
@@ -104,8 +107,8 @@ def _worst_edits(workspace: Workspace, reader: ImageReader | None) -> tuple[Tabl
     for each in outcomes:
         index = thumbnails.index(each.probes[0].image) if each.probes else None
         picture = picture_cell(f"{_PICTURES}/{'none' if index is None else index}.webp")
-        rows.append([picture, *_texts(each), *(_short(scores[each.edit_id].get(name)) for name in shown)])
-    columns = (*_TEXTS, *shown)
+        rows.append([picture, *_texts(each), *(_short(scores[each.edit_id].get(name)) for name in shown), each.edit_id])
+    columns = (*_TEXTS, *shown, "edit_id")
     if not known:
         return Table(columns[1:], [row[1:] for row in rows]), {}
     # MLflow shows a column as pictures only if its first cell is one.
@@ -116,7 +119,7 @@ def _texts(each: EditOutcome) -> list[Any]:
     own = each.probes[0] if each.probes else None
     texts = (None, None, None) if own is None else (own.prompt, own.target, own.after)
     question, wanted, answer = (None if text is None else text[:_LONGEST] for text in texts)
-    return [each.edit_id, question, (each.old_answer or "")[:_LONGEST], wanted, answer, each.holds]
+    return [question, wanted, answer, (each.old_answer or "")[:_LONGEST], each.holds]
 
 
 def _blank() -> bytes:

@@ -34,11 +34,14 @@ Point = tuple[str, float, int]
 
 
 def of_scores(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Score and main scores of a run, which are also those of its committed model."""
+    """Score and main scores of a run, which are also those of its committed model.
+
+    The score is first: comparisons of runs draw the metric that was logged first.
+    """
     means = summary["metrics"] | {name: summary[name] for name in KEPT if name in summary}
-    scores = {METRICS + name: float(means[name]["mean"]) for name in (*SHOWN, *KEPT) if name in means}
     total = score_of_means(summary["metrics"], summary["failed"])
-    return scores | {SCORE: total} if math.isfinite(total) else scores
+    scores = {SCORE: total} if math.isfinite(total) else {}
+    return scores | {METRICS + name: float(means[name]["mean"]) for name in (*SHOWN, *KEPT) if name in means}
 
 
 def of_run(summary: Mapping[str, Any]) -> dict[str, float]:

@@ -107,7 +107,9 @@ def test_what_a_team_sees_of_a_run(tracked: dict[str, Any], inline: Callable[...
     assert (tags["mlflow.source.name"], tags["mlflow.source.type"]) == ("odedit edit", "LOCAL")
     assert tags["mlflow.user"] == getpass.getuser() and tags.get("mlflow.source.git.commit", "") == commit()
     note = tags["mlflow.note.content"]
-    assert note.startswith(f"**score {outcome.summary['score']:.3f}**, 5 edits, 0 failed, 0 skipped: `wise`")
+    rel = outcome.summary["metrics"]["rel"]["mean"]
+    assert note.startswith(f"**score {outcome.summary['score']:.3f}**: `rel` {rel:.3f}, `t_gen` ")
+    assert "\n\n5 edits, 0 failed, 0 skipped: `wise` under" in note
     assert "| `m_gen` | image generality |" in note
     (used,) = run.inputs.dataset_inputs
     assert used.dataset.source_type == "local" and json.loads(used.dataset.profile) == {"usable": 5, "problems": 0}
