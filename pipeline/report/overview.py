@@ -74,7 +74,7 @@ def _description(config: RunConfig, summary: Mapping[str, Any]) -> str:
     if reasons:
         blocks.append("Not edited:\n\n" + "\n".join(f"- {reason}" for reason in reasons))
     blocks.append(
-        "Under *Artifacts*: `report.html` has every edit with its pictures and answers, `worst_edits.json` the worst, "
+        "Artifacts of the run: `report.html` has every edit with pictures and answers, `worst_edits.json` the worst, "
         "`scores.json` every number with its interval, `figures` bars and curves."
     )
     return "\n\n".join(blocks)

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from odedit.errors import Explained, InputError, in_words, one_sentence
-from odedit.evaluation.score import SCORE
 from odedit.runtime.addresses import masked
 from odedit.storage.location import Location, LocationLike, at
 from pipeline.config.reachable import check_server
 from pipeline.config.run import TrackingConfig
 from pipeline.config.values import masked_values
 from pipeline.run_folder.workspace import check_access
+from pipeline.tracking import experiments
 from pipeline.tracking.locks import creation_lock, patiently
 from pipeline.variables import environment
 
@@ -38,12 +38,6 @@ PARAMETERS_PER_CALL = 100
 PARENT_TAG = "mlflow.parentRunId"
 NOTE_TAG = "mlflow.note.content"
 TABLES_TAG = "mlflow.loggedArtifacts"
-_EXPERIMENT_TAGS = {
-    # Without it, MLflow guesses, and opens an experiment without metrics yet as one of language model agents.
-    "mlflow.experimentKind": "custom_model_development",
-    "mlflow.experiment.primaryMetric.name": SCORE,
-    "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
-}
 _RUNS_PER_PAGE = 1000
 LONGEST_TAG = 5000
 _CHECK_TIMEOUT_S = 6
@@ -111,7 +105,7 @@ def _short_timeouts() -> AbstractContextManager[None]:
 def open_command(uri: str) -> str:
     """The shell command that shows the store in a browser."""
     if uri.startswith("http"):
-        return shlex.join(["open", masked(uri)])
+        return shlex.join(["open", f"{masked(uri).rstrip('/')}/#/experiments?{experiments.MODEL_TRAINING}"])
     program = Path(sys.executable).with_name("mlflow")
     name = os.path.relpath(program) if program.exists() else "mlflow"
     if name.startswith(os.pardir):
@@ -207,7 +201,7 @@ class Store:
         experiment = self.client.get_experiment_by_name(name)
         if experiment is not None:
             _check_experiment(experiment, name)
-            for tag, value in _EXPERIMENT_TAGS.items():
+            for tag, value in experiments.TAGS.items():
                 if tag not in experiment.tags:
                     patiently(self.client.set_experiment_tag, experiment.experiment_id, tag, value)
             return str(experiment.experiment_id)
@@ -216,7 +210,7 @@ class Store:
         artifacts = None if database is None else (database.absolute().parent / "mlartifacts").as_uri()
         try:
             created = patiently(
-                self.client.create_experiment, name, artifact_location=artifacts, tags=dict(_EXPERIMENT_TAGS)
+                self.client.create_experiment, name, artifact_location=artifacts, tags=dict(experiments.TAGS)
             )
             return str(created)
         except Exception:

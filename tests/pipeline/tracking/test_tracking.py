@@ -96,6 +96,14 @@ def test_what_a_team_sees_of_a_run(tracked: dict[str, Any], inline: Callable[...
     run = client.get_run(outcome.run_id)
     experiment = client.get_experiment(run.info.experiment_id)
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    view = json.loads(json.loads(experiment.tags["mlflow.sharedViewState.odedit"])["state"])
+    columns = [column.rstrip("`").split(".`") for column in (view["orderByKey"], *view["selectedColumns"])]
+    assert columns[0] == ["metrics", "score"]
+    assert {name for kind, name in columns if kind == "params"} <= run.data.params.keys()
+    shown = {name for kind, name in columns if kind == "metrics"}
+    assert shown - {"metrics/m_loc_near", "metrics/m_loc_far"} <= run.data.metrics.keys(), (
+        "records without a near probe"
+    )
 
     groups = [name.rpartition("/")[0] for name in sorted(run.data.metrics)]
     assert list(dict.fromkeys(groups)) == ["metrics", "records", "", "time", "training/curves"], "as pages sort them"
@@ -216,6 +224,8 @@ def test_the_command_that_opens_a_store_can_be_pasted(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'my runs' / 'mlflow.db'}"
     command = shlex.split(open_command(uri))
     assert command[1:] == ["ui", "--backend-store-uri", uri]
+    address = "https://tracking.test/#/experiments?workflowType=machine_learning"
+    assert shlex.split(open_command("https://tracking.test/")) == ["open", address]
 
 
 def test_a_store_that_cannot_be_used_is_an_error_before_any_work(
