@@ -66,7 +66,9 @@ def _curve(losses: Sequence[Mapping[str, Sequence[float]]], name: str) -> Curve 
         return None
     length = max(map(len, known))
     steps = np.arange(0, length, max(1, length // POINTS))
-    drawn = np.array([[each[min(step, len(each) - 1)] for step in steps] for each in known], dtype=np.float64)  # [E, S]
+    drawn = np.array(
+        [[each[min(step, len(each) - 1)] for step in steps.tolist()] for each in known], dtype=np.float64
+    )  # [E, S]
     drawn[~np.isfinite(drawn)] = np.nan
     is_known = np.isfinite(drawn).any(axis=0)
     drawn, steps = drawn[:, is_known], steps[is_known]
