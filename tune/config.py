@@ -11,11 +11,11 @@ from annotated_types import Ge
 
 from odedit.errors import InputError, unknown_name
 from odedit.evaluation import columns
+from odedit.evaluation.score import SCORE
 from odedit.evaluation.statistics import MAIN
 from odedit.settings import Settings
 from pipeline.config import strict
 from pipeline.config.run import AUTO, RunConfig, apply_override, from_dict, read_yaml
-from pipeline.report.differences import SCORE
 from pipeline.study.spec import merged
 from tune.space import Space
 

@@ -19,6 +19,7 @@ from pipeline.report.differences import Difference, corrected, means
 from pipeline.report.formatting import change, number, p_value
 from pipeline.report.page import Arm
 from pipeline.run_folder.workspace import write_json
+from pipeline.tracking import names
 from tune import importance, plots, points
 from tune.config import SCORE, Search
 from tune.importance import Spread
@@ -111,16 +112,16 @@ def _metrics(
     runs: Mapping[str, Mapping[str, Estimate]],
     tests: Mapping[str, Difference] | None,
 ) -> dict[str, float]:
-    """Figures of the search's parent run in MLflow."""
-    metrics = {f"trials_{state}": float(count) for state, count in counts.items()}
-    metrics |= {f"validation_{name}": float((best.last or {}).get(name, 0.0)) for name in (SCORE, *MAIN)}
-    for run, of_run in runs.items():
-        metrics |= {f"evaluation_{run}_{name}": value.mean for name, value in of_run.items()}
-    for name, test in (tests or {}).items():
-        metrics[f"evaluation_difference_{name}"] = test.mean
-        if test.p_holm == test.p_holm:
-            metrics[f"evaluation_p_{name}"] = test.p_holm
-    return metrics
+    """Metrics of the search's parent run in MLflow: those of the best settings on the evaluation records come first.
+
+    Intervals and p are in `summary.md`, its description.
+    """
+    found = runs.get("best", runs["defaults"])
+    metrics = {names.METRICS + name: found[name].mean for name in SHOWN if name in found} | {SCORE: found[SCORE].mean}
+    metrics |= {f"over_defaults/{name}": test.mean for name, test in (tests or {}).items()}
+    metrics |= {f"trials/{state}": float(count) for state, count in counts.items()}
+    metrics |= {f"validation/{name}": float((best.last or {}).get(name, 0.0)) for name in (SCORE, *MAIN)}
+    return {name: value for name, value in metrics.items() if value == value}
 
 
 def _finite(value: Any) -> Any:

@@ -88,7 +88,7 @@ def run(config: SearchConfig, out: Path | str, console: Console, *, resume: bool
             return _run(search, folder, job, groups, asked, tracker, console)
         except BaseException as error:
             if tracker is not None:
-                tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                tracker.end(error)
             raise
 
 
@@ -134,7 +134,7 @@ def _run(
         tracker.failed = None
         running.catch_up()
         tracker.check()
-        tracker.end("FINISHED")
+        tracker.end()
     return finished
 
 
@@ -361,7 +361,10 @@ def _log(
     settings = {f"best.{path}": str(value) for path, value in search.space.settings(best.point).items()}
     run_id = tracker.trials[best.key].run_id if best.key in tracker.trials else ""
     tracker.log_search(
-        finished.files, finished.metrics, settings | {"best.trial": str(best.number), "best.run_id": run_id}
+        finished.files,
+        finished.metrics,
+        settings | {"best.trial": str(best.number), "best.run_id": run_id},
+        finished.markdown,
     )
     for trial in every:
         if trial.key in tracker.trials and trial in finished.front:

@@ -12,9 +12,8 @@ from odedit.evaluation.statistics import MAIN
 from pipeline.run_folder.rows import EDITED, FAILED, Row
 from tune.config import COMBINED, SCORE
 
-CURVE_POINTS = 50
 Report = dict[str, Any]
-"""Figures of a trial at a rung: edits, metrics and losses."""
+"""Figures of a trial at a rung: edits and metrics."""
 
 
 def report(rows: Sequence[Row], edits: int) -> Report:
@@ -34,14 +33,12 @@ def report(rows: Sequence[Row], edits: int) -> Report:
         if any(part in metrics for part in parts)
     }
     done = [row for row in rows if row["status"] == EDITED]
-    last = {name: _mean([row["losses"] for row in done], name, last=True) for name in _loss_names(done)}
     figures = {
         "edits": edits,
         "failed": sum(row["status"] == FAILED for row in rows),
         SCORE: score(judged),
         **metrics,
         **combined,
-        **{f"loss/{name}": value for name, value in last.items()},
         **{name: _mean(done, name) for name in ("steps", "seconds", "worst_nll")},
     }
     return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
@@ -51,25 +48,7 @@ def _counts(row: Row) -> bool:
     return row["status"] in (EDITED, FAILED)
 
 
-def _loss_names(rows: Sequence[Row]) -> list[str]:
-    return sorted({name for row in rows for name, values in (row.get("losses") or {}).items() if values})
-
-
-def _mean(rows: Sequence[Mapping[str, Any]], name: str, *, last: bool = False) -> float | None:
-    values = [row.get(name) for row in rows if row]
-    numbers = [float(value[-1] if last else value) for value in values if value is not None and value != []]
+def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    numbers = [float(value) for row in rows if (value := row.get(name)) is not None]
     finite = [number for number in numbers if math.isfinite(number)]
     return fmean(finite) if finite else None
-
-
-def curves(rows: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:
-    """Mean of each loss over all edits at about 50 steps; an edit that has stopped keeps its last value."""
-    done = [row for row in rows if row["status"] == EDITED and row.get("losses")]
-    by_loss: dict[str, list[tuple[int, float]]] = {}
-    for name in _loss_names(done):
-        columns = [values for row in done if (values := row["losses"].get(name))]
-        length = max(map(len, columns))
-        steps = range(0, length, max(1, length // CURVE_POINTS))
-        points = [(step, fmean(values[min(step, len(values) - 1)] for values in columns)) for step in steps]
-        by_loss[name] = [(step, value) for step, value in points if math.isfinite(value)]
-    return by_loss

@@ -29,8 +29,9 @@ from pipeline.console import say
 from pipeline.interrupts import raise_if_interrupted
 from pipeline.report.formatting import number
 from pipeline.run_folder import rows as results
+from pipeline.run_folder.curves import mean_curves
 from pipeline.tracking.searches import SearchRun
-from tune import points, scoring
+from tune import points
 from tune.config import SCORE, Search
 from tune.points import COMPLETE, FAILED, PRUNED, Points, Trial
 from tune.rungs import TrialWorkspace
@@ -137,7 +138,7 @@ class Running:
         workspace = TrialWorkspace(self._folder / "trials" / trial.key, self._folder / "validation")
         rows = list(results.read_rows(results.parts(workspace), ("status", "losses")))
         tags = {"odedit.edits": str(max(trial.reports, default=0))} | ({"odedit.error": error} if error else {})
-        self._tracker.close_trial(trial.key, state, trial.reports, tags, scoring.curves(rows))
+        self._tracker.close_trial(trial.key, state, trial.reports, tags, mean_curves(rows), error)
 
     def catch_up(self) -> None:
         """Logs finished trials that are missing in MLflow, after a resumption or an outage of the store."""

@@ -11,6 +11,8 @@ from typing import Any
 
 from odedit.evaluation.statistics import MAIN, PairedDifference
 
+SCORE = "score"
+"""Name of the score beside the names of the metrics."""
 Rows = Mapping[str, Mapping[str, Any]]
 
 
@@ -28,6 +30,20 @@ def harmonic_mean(values: Sequence[float]) -> float:
 def score(rows: Sequence[Mapping[str, Any]]) -> float:
     """Harmonic mean of the means of the five metrics, each over the rows that have it; NaN without any."""
     return harmonic_mean([mean for metric in MAIN if (mean := _mean(rows, metric)) is not None])
+
+
+def score_of_means(means: Mapping[str, Mapping[str, float]], failed: int) -> float:
+    """`score` of a run from its means: a failed record counts as 0 in every metric, so that no run wins by failing.
+
+    Args:
+        means: `mean` over `n` edited records by column.
+        failed: Number of failed records.
+
+    >>> score_of_means({"rel": {"mean": 1.0, "n": 3}, "t_loc": {"mean": 1.0, "n": 3}}, failed=1)
+    0.75
+    """
+    known = (means[metric] for metric in MAIN if metric in means)
+    return harmonic_mean([each["mean"] * each["n"] / (each["n"] + failed) for each in known])
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], metric: str) -> float | None:

@@ -186,7 +186,7 @@ class TrackingConfig(Settings):
             address.
         experiment: Name of the experiment, a group of comparable runs.
         run_name: Name of the run; null: the last part of `out`.
-        curves: Number of edits whose loss curves are logged step by step.
+        curves: Number of edits, the first, whose losses are averaged into curves; 0: no curves.
         edits_gib: GiB of edits logged as artifacts, in order; `out/edits` has all edits.
         register: Name in the store's model registry that a committed model becomes a new version of. Null: the model is
             logged and not registered.
@@ -197,7 +197,7 @@ class TrackingConfig(Settings):
     uri: str | None = None
     experiment: str = "odedit"
     run_name: str | None = None
-    curves: Annotated[int, Ge(0)] = 8
+    curves: Annotated[int, Ge(0)] = 1000
     edits_gib: Annotated[float, Ge(0)] = 2.0
     register: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][^/:@]*$")] | None = None
     alias: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")] = "committed"

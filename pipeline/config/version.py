@@ -9,6 +9,7 @@ from pathlib import Path
 
 SENT = "VERSION"
 """File beside this one with the version of code sent to a cluster, where git and package metadata are missing."""
+_ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("odedit", "pipeline", "tune", "cluster")
 
 
@@ -21,14 +22,16 @@ def code_version() -> str:
         version = importlib.metadata.version("odedit")
     except importlib.metadata.PackageNotFoundError:
         version = "source"
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
+    revision = commit()
+    if not revision:
         return version
-    commit = _git(root, "rev-parse", "--short=12", "HEAD")
-    if not commit:
-        return version
-    changes = "+changes" if _git(root, "status", "--porcelain", "--", *_PACKAGES) else ""
-    return f"{version} ({commit}{changes})"
+    changes = "+changes" if _git(_ROOT, "status", "--porcelain", "--", *_PACKAGES) else ""
+    return f"{version} ({revision[:12]}{changes})"
+
+
+def commit() -> str:
+    """Commit of the code in a git working tree; empty elsewhere."""
+    return _git(_ROOT, "rev-parse", "HEAD") if (_ROOT / ".git").exists() else ""
 
 
 def software() -> dict[str, str]:

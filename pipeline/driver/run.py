@@ -16,6 +16,7 @@ from odedit.errors import InputError, counted
 from odedit.storage.location import delete_all
 from pipeline.config.run import RunConfig
 from pipeline.console import say
+from pipeline.driver import tracked
 from pipeline.driver.preflight import Ready, prepare, update
 from pipeline.driver.progress import Progress
 from pipeline.interrupts import raise_if_interrupted, terminate_as_interrupt
@@ -25,7 +26,7 @@ from pipeline.run_folder.rows import PROGRESS_COLUMNS, digest, parts, read_rows,
 from pipeline.run_folder.summary import summarize_kept, summarize_results
 from pipeline.run_folder.workspace import Workspace, read_json, write_json
 from pipeline.tracking import models
-from pipeline.tracking.client import store_uri
+from pipeline.tracking.client import status_after, store_uri
 from pipeline.tracking.runs import EditRun
 from pipeline.workers import kept, ray_session
 from pipeline.workers.plan import Job, Plan, ScoredModel
@@ -217,7 +218,7 @@ class _OpenRun:
             self._store_time()
             update(self.ready.workspace, ended=True)
         if self._tracker is not None and self._outcome is None:
-            self._tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            self._tracker.finish(status_after(error), error)
 
     def start(self) -> None:
         """Creates or resumes the MLflow run; later calls do nothing."""
@@ -236,8 +237,9 @@ class _OpenRun:
             "problems": ready.staged.problems,
         }
         self._tracker = EditRun.start(
-            ready.config, ready.workspace, state.get("run_id"), ready.code, dataset, self._parent_run
-        )
+            ready.config, ready.workspace, state.get("run_id"), ready.code, dataset, self._parent_run,
+            tracked.command(ready.config, is_scored=ready.scored is not None),
+        )  # fmt: skip
         if ready.scored is not None:
             self._tracker.set_tags({f"odedit.{name}": value for name, value in ready.scored.columns.items()})
         update(ready.workspace, run_id=self._tracker.run_id)
@@ -341,16 +343,12 @@ def _finish(ready: Ready, tracker: EditRun | None, console: Console | None) -> O
     )
     write_json(workspace.summary, summary)
     write_run_report(workspace, summary, ready.sources.reader)
-    has_model = models.is_committed(workspace)
-    if has_model:
+    if models.is_committed(workspace):
         write_edits(workspace)
         write_model_card(workspace, config, summary)
     if tracker is not None:
         if console is not None:
             console.print("Logging to MLflow ...", highlight=False)
-        tracker.log_results(config, workspace, summary)
-        if has_model:
-            models.log_committed(tracker, config, workspace, summary)
-        update(workspace, logged=True)
+        tracked.log(tracker, config, workspace, summary, ready.sources.reader)
     uri = store_uri(config.tracking, workspace.out) if config.tracking.enabled else None
     return Outcome(workspace, summary, uri, (read_json(workspace.run) or {}).get("run_id"))

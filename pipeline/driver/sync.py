@@ -7,10 +7,12 @@ from dataclasses import replace
 from odedit.errors import InputError
 from odedit.runtime.addresses import masked
 from pipeline.config.run import RunConfig, load
+from pipeline.driver import tracked
 from pipeline.driver.preflight import update
 from pipeline.run_folder import rows
+from pipeline.run_folder.sources import resolve
 from pipeline.run_folder.workspace import Workspace, read_json
-from pipeline.tracking import models, runs
+from pipeline.tracking import runs
 
 
 def sync(folder: str, uri: str | None = None) -> str:
@@ -35,21 +37,21 @@ def sync(folder: str, uri: str | None = None) -> str:
         return f"{folder} is logged already, as run {state['run_id']}."
     config = _reachable(load(workspace.config), folder, uri)
     dataset = {
-        "path": config.data.path,
+        "path": _records_path(config, workspace),
         "digest": rows.digest(workspace.records),
         "usable": summary["n"] + summary["failed"],
         "problems": summary["skipped"],
     }
-    tracker = runs.EditRun.start(config, workspace, state.get("run_id"), state["code"], dataset)
+    tracker = runs.EditRun.start(
+        config, workspace, state.get("run_id"), state["code"], dataset,
+        command=tracked.command(config, is_scored="model" in summary),
+    )  # fmt: skip
     update(workspace, run_id=tracker.run_id)
     try:
-        tracker.log_results(config, workspace, summary)
-        if models.is_committed(workspace):
-            models.log_committed(tracker, config, workspace, summary)
+        tracked.log(tracker, config, workspace, summary)
     except BaseException:
         tracker.finish("FAILED")
         raise
-    update(workspace, logged=True)
     tracker.finish_with(summary)
     return f"{folder} is logged, as run {tracker.run_id}."
 
@@ -67,3 +69,11 @@ def _reachable(config: RunConfig, folder: str, uri: str | None) -> RunConfig:
     if "***" in (config.tracking.uri or ""):
         raise InputError(f"{folder}: the password of {config.tracking.uri} is not kept. Give the address with --uri.")
     return config
+
+
+def _records_path(config: RunConfig, workspace: Workspace) -> str:
+    """Path or address of the records; the embedded benchmark's file lies where the run wrote it."""
+    try:
+        return resolve(config.data, workspace.out.text, config.supervision.rephrases).path
+    except (InputError, OSError):
+        return config.data.path

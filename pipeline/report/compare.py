@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from odedit.errors import InputError
-from odedit.evaluation.score import score
+from odedit.evaluation.score import SCORE, score
 from odedit.evaluation.statistics import SHOWN, Estimate
 from odedit.runtime.addresses import masked, reason
 from odedit.storage.location import Location, locate
 from pipeline.config.run import read_yaml
 from pipeline.config.values import flatten
-from pipeline.report.differences import SCORE, Difference, differences, means
+from pipeline.report.differences import Difference, differences, means
 from pipeline.report.formatting import LABELS, change, number, p_value, plus_minus, sign
 from pipeline.report.templates import environment
 from pipeline.run_folder import rows as results

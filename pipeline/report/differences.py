@@ -6,12 +6,10 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
-from odedit.evaluation.score import paired_score
+from odedit.evaluation.score import SCORE, paired_score
 from odedit.evaluation.statistics import SIGNIFICANT, Estimate, PairedDifference, holm, paired, summarize
 from pipeline.run_folder.rows import EDITED, Row
 
-SCORE = "score"
-"""Harmonic mean of the five metrics, compared like a column."""
 Rows = Mapping[str, Row]
 """Edited records by id, or by whatever identifies a record in all runs."""
 Key = TypeVar("Key", bound=Hashable)

@@ -56,14 +56,14 @@ def write_model_card(workspace: Workspace, config: RunConfig, summary: Mapping[s
     return file
 
 
-def cell(value: object) -> str:
-    r"""A text from records in a cell of a Markdown table: one line, cut to 160 characters, without markup.
+def cell(value: object, longest: int = _LONGEST) -> str:
+    r"""A text from records in a cell of a Markdown table: one line, cut to 160 characters by default, without markup.
 
     >>> cell("a | [b](c)\n<d>")
     'a \\| \\[b\\](c) \\<d\\>'
     """
     text = " ".join("".join(each if each.isprintable() else " " for each in str(value or "")).split())
-    return _SPECIAL.sub(r"\\\1", text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…")
+    return _SPECIAL.sub(r"\\\1", text if len(text) <= longest else text[: longest - 1] + "…")
 
 
 def _view(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import pyarrow
 from pyarrow import compute
 
 from odedit.errors import InputError
+from odedit.evaluation.score import SCORE, score_of_means
 from odedit.evaluation.statistics import SHOWN, Estimate, estimate_column
 from odedit.runtime.addresses import masked
 from odedit.storage.location import Location, LocationLike, at
@@ -41,21 +43,20 @@ def summarize_results(workspace: Workspace, config: RunConfig) -> dict[str, Any]
             reasons.add(row)
     estimates = _estimates(paths, np.unique(facts, return_inverse=True)[1])
     names = [*SHOWN, *sorted(estimates.keys() - set(SHOWN))]
+    metrics = {name: asdict(estimates[name]) for name in names if name in estimates}
+    total = score_of_means(metrics, counts[FAILED])
     return {
         "n": counts[EDITED],
         "failed": counts[FAILED],
         "skipped": counts[SKIPPED],
+        SCORE: total if math.isfinite(total) else None,
         "editor": config.editor.name,
         "objective": config.objective.name,
         "backbone": f"{config.backbone.family}:{config.backbone.checkpoint}",
         "supervision": supervision_name(config),
         "stop_reasons": dict(stop_reasons.most_common()),
         "reasons": reasons.commonest(),
-        "metrics": {
-            name: {"mean": e.mean, "low": e.low, "high": e.high, "n": e.n}
-            for name in names
-            if (e := estimates.get(name)) is not None
-        },
+        "metrics": metrics,
     }
 
 

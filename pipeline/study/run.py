@@ -28,7 +28,7 @@ from pipeline.run_folder.sources import absolute
 from pipeline.run_folder.workspace import Workspace, check_access, new_local_folder, read_json, write_json
 from pipeline.study import comparisons, data, fronts, plots, states, tables
 from pipeline.study.spec import SEED, Arm, StudyConfig, run_config, runs
-from pipeline.tracking.client import open_command, store_uri
+from pipeline.tracking.client import open_command, status_after, store_uri
 from pipeline.tracking.studies import StudyRun
 from pipeline.training import many
 from pipeline.workers import ray_session
@@ -97,10 +97,10 @@ def run(
             of_arms = [arm for _, arm in every]
             finished = _write(study, of_arms, outcomes, folder, console, command or f"odedit study {name}")
             if parent is not None:
-                parent.log_study(finished.files, metrics_of(finished.cells))
+                parent.log_study(finished.files, tables.to_table(study, finished.cells), finished.markdown)
         except BaseException as error:
             if parent is not None:
-                parent.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                parent.finish(status_after(error), error)
             raise
         if parent is not None:
             parent.finish("FINISHED")
@@ -254,13 +254,6 @@ def _reasons(rows: Mapping[str, Sequence[results.Row]]) -> str:
     for row in chain.from_iterable(rows.values()):
         reasons.add(row)
     return lines(reasons.commonest())
-
-
-def metrics_of(cells: Sequence[tables.Cell]) -> Mapping[str, float]:
-    """`<arm>/<task>/<column>` -> mean: metrics of the parent run in MLflow."""
-    return {
-        f"{cell.arm.folder}/{cell.task}/{column}": mean.mean for cell in cells for column, mean in cell.means.items()
-    }
 
 
 def describe(finished: Finished, out: Location) -> list[str]:

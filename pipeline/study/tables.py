@@ -16,6 +16,7 @@ from pipeline.report.differences import Difference, differences, edited, fact, m
 from pipeline.report.formatting import plus_minus, sign
 from pipeline.run_folder.rows import FAILED, SKIPPED, Row, read_table
 from pipeline.study.spec import Arm, StudyConfig
+from pipeline.tracking.client import Table
 
 TASKS = {"vqa": "E-VQA", "caption": "E-IC"}
 _BOTH = {"all": "E-VQA and E-IC"}
@@ -123,12 +124,19 @@ def baseline_of(study: StudyConfig, arm: Arm, arms: Sequence[Arm]) -> Arm | None
 
 
 def to_csv(study: StudyConfig, cells: Sequence[Cell]) -> str:
-    """One CSV line per arm, task and column: mean, interval, difference to the baseline, its interval, p, p_holm."""
+    """`to_table` as CSV."""
+    table = to_table(study, cells)
     stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
+    csv.writer(stream, lineterminator="\n").writerows([table.columns, *table.rows])
+    return stream.getvalue()
+
+
+def to_table(study: StudyConfig, cells: Sequence[Cell]) -> Table:
+    """A row per arm, task and column: mean, interval, difference to the baseline, its interval, p, p_holm."""
     heads = ("task", "column", "n", "failed", "skipped", "share_at_stop", "mean", "low", "high")
     tests = ("baseline_difference", "difference_low", "difference_high", "p", "p_holm")
-    writer.writerow([*study.axes, *heads, *tests])
+    columns = (*study.axes, *heads, *tests)
+    rows: list[list[Any]] = []
     for cell in cells:
         # An arm without a single edit keeps its lines: its failures must show.
         for column in dict.fromkeys([*study.columns, *cell.means]):
@@ -139,8 +147,8 @@ def to_csv(study: StudyConfig, cells: Sequence[Cell]) -> str:
             line += ["", "", ""] if mean is None else [f"{v:.6g}" for v in (mean.mean, mean.low, mean.high)]
             if change is not None:
                 line += [f"{v:.6g}" for v in (change.mean, change.low, change.high, change.p, change.p_holm)]
-            writer.writerow(line + [""] * (len(study.axes) + len(heads) + len(tests) - len(line)))
-    return stream.getvalue()
+            rows.append(line + [""] * (len(columns) - len(line)))
+    return Table(columns, rows)
 
 
 def to_markdown(study: StudyConfig, cells: Sequence[Cell], columns: Sequence[str]) -> str:

@@ -11,31 +11,35 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
-from odedit.errors import Explained, InputError, in_words
+from odedit.errors import Explained, InputError, in_words, one_sentence
 from odedit.runtime.addresses import masked
 from odedit.storage.location import Location, LocationLike, at
 from pipeline.config.reachable import check_server
 from pipeline.config.run import TrackingConfig
 from pipeline.config.values import masked_values
 from pipeline.run_folder.workspace import check_access
+from pipeline.tracking import experiments
 from pipeline.tracking.locks import creation_lock, patiently
 from pipeline.variables import environment
 
 METRICS_PER_CALL = 1000
 PARAMETERS_PER_CALL = 100
 PARENT_TAG = "mlflow.parentRunId"
+NOTE_TAG = "mlflow.note.content"
+TABLES_TAG = "mlflow.loggedArtifacts"
 _RUNS_PER_PAGE = 1000
-_LONGEST_TAG = 5000
+LONGEST_TAG = 5000
 _CHECK_TIMEOUT_S = 6
 _SQLITE = "sqlite:///"
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -101,7 +105,7 @@ def _short_timeouts() -> AbstractContextManager[None]:
 def open_command(uri: str) -> str:
     """The shell command that shows the store in a browser."""
     if uri.startswith("http"):
-        return shlex.join(["open", masked(uri)])
+        return shlex.join(["open", f"{masked(uri).rstrip('/')}/#/experiments?{experiments.MODEL_TRAINING}"])
     program = Path(sys.executable).with_name("mlflow")
     name = os.path.relpath(program) if program.exists() else "mlflow"
     if name.startswith(os.pardir):
@@ -193,16 +197,22 @@ class Store:
         return cls(uri, connect(uri))
 
     def experiment(self, name: str) -> str:
-        """Id of an experiment, which is created if there is none. Raises InputError if it was deleted."""
+        """Id of an experiment of model training, created if there is none. Raises InputError if it was deleted."""
         experiment = self.client.get_experiment_by_name(name)
         if experiment is not None:
             _check_experiment(experiment, name)
+            for tag, value in experiments.TAGS.items():
+                if tag not in experiment.tags:
+                    patiently(self.client.set_experiment_tag, experiment.experiment_id, tag, value)
             return str(experiment.experiment_id)
         database = database_file(self.uri)
         # MLflow's default is the working directory of the first writer.
         artifacts = None if database is None else (database.absolute().parent / "mlartifacts").as_uri()
         try:
-            return str(patiently(self.client.create_experiment, name, artifact_location=artifacts))
+            created = patiently(
+                self.client.create_experiment, name, artifact_location=artifacts, tags=dict(experiments.TAGS)
+            )
+            return str(created)
         except Exception:
             # Another run may have created it in the meantime.
             experiment = self.client.get_experiment_by_name(name)
@@ -241,6 +251,27 @@ class Store:
     def download(self, run_id: str, path: str, folder: Path) -> Path:
         """Copies an artifact into a local folder; returns the copy."""
         return Path(self.client.download_artifacts(run_id, path, str(folder)))
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table, as MLflow's pages show it: a column whose first cell is a `picture_cell` has pictures."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+def picture_cell(path: str) -> dict[str, str]:
+    """A table's cell with the picture in an artifact."""
+    return {"type": "image", "filepath": path, "compressed_filepath": path}
+
+
+FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
+
+
+def status_after(error: BaseException | None) -> str:
+    """Status of a run that was ended by an exception, an interrupt or nothing."""
+    return FINISHED if error is None else KILLED if isinstance(error, KeyboardInterrupt) else FAILED
 
 
 @dataclass(frozen=True)
@@ -297,10 +328,6 @@ class Tracker:
         while chunk := [Metric(name, value, now, step) for name, value, step in islice(remaining, METRICS_PER_CALL)]:
             self._write(self.store.client.log_batch, metrics=chunk)
 
-    def log_curves(self, curves: Mapping[str, Iterable[tuple[int, float]]], prefix: str = "") -> None:
-        """Logs metrics over steps, given as steps and values by name."""
-        self.log_points((prefix + name, value, step) for name, curve in curves.items() for step, value in curve)
-
     def logged_steps(self, metric: str) -> set[int]:
         """Steps at which a metric has a value."""
         return {point.step for point in self.store.client.get_metric_history(self.run_id, metric)}
@@ -311,26 +338,43 @@ class Tracker:
 
         self._write(
             self.store.client.log_batch,
-            tags=[RunTag(key, masked(value)[:_LONGEST_TAG]) for key, value in tags.items()],
+            tags=[RunTag(key, masked(value)[:LONGEST_TAG]) for key, value in tags.items()],
         )
 
-    def log_dataset(self, path: str, digest: str, profile: Mapping[str, Any]) -> None:
-        """Logs the file of records as the run's input.
+    def describe(self, markdown: str) -> None:
+        """Sets the run's description, cut at the end of a line to what MLflow accepts."""
+        if len(markdown) > LONGEST_TAG:
+            markdown = markdown[: LONGEST_TAG - 4].rpartition("\n")[0] + "\n\n..."
+        self.set_tags({NOTE_TAG: markdown})
 
-        Args:
-            profile: Counts of its records.
-        """
-        from mlflow.entities import Dataset, DatasetInput, InputTag
+    def log_dataset(self, dataset: Any) -> None:
+        """Logs an MLflow data set as the run's input."""
+        from mlflow.entities import DatasetInput, InputTag
 
-        entity = Dataset(
-            name=Path(path).name[:490],
-            digest=digest[:36],
-            source_type="local",
-            source=json.dumps({"uri": masked(path)}),
-            profile=json.dumps(profile),
-        )
         tag = InputTag(key="mlflow.data.context", value="evaluation")
-        self._write(self.store.client.log_inputs, datasets=[DatasetInput(dataset=entity, tags=[tag])])
+        self._write(self.store.client.log_inputs, datasets=[DatasetInput(dataset=dataset, tags=[tag])])
+
+    def log_tables(self, tables: Mapping[str, Table]) -> None:
+        """Logs tables by the names of their artifacts; MLflow's pages know by a tag that these are tables.
+
+        MLflow's own `log_table` would append to the table of an earlier call.
+        """
+        for name, table in tables.items():
+            self.log_json({"columns": list(table.columns), "data": [list(row) for row in table.rows]}, name)
+        known = json.loads(self.store.run(self.run_id).data.tags.get(TABLES_TAG, "[]"))
+        names = dict.fromkeys((*(each["path"] for each in known), *tables))
+        self.set_tags({TABLES_TAG: json.dumps([{"path": name, "type": "table"} for name in names])})
+
+    def log_files(self, files: Mapping[str, bytes]) -> None:
+        """Logs artifacts by their paths, in one call."""
+        if not files:
+            return
+        with tempfile.TemporaryDirectory(prefix="odedit-artifacts-") as folder:
+            for name, content in files.items():
+                path = Path(folder) / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            self._write(self.store.client.log_artifacts, local_dir=folder)
 
     def log_json(self, values: Mapping[str, Any], name: str) -> None:
         """Logs values as a JSON artifact."""
@@ -349,9 +393,15 @@ class Tracker:
         """Closes the run as FINISHED, FAILED or KILLED."""
         self._write(self.store.client.set_terminated, status=status)
 
-    def finish(self, status: str) -> None:
-        """Closes the run; a store that cannot be reached is a warning, since the results do not depend on it."""
+    def finish(self, status: str, error: BaseException | None = None) -> None:
+        """Closes the run; a store that cannot be reached is a warning, since the results do not depend on it.
+
+        Args:
+            error: Why the run has failed, which becomes its description.
+        """
         try:
+            if error is not None and status == FAILED:
+                self.describe(one_sentence(error))
             self.close(status)
         except Exception as error:
             _log.warning("MLflow run %s could not be closed: %s", self.run_id, in_words(error))

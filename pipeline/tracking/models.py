@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import importlib.metadata
 import io
-import json
 import tempfile
 import time
 import warnings
@@ -30,7 +29,8 @@ from pipeline.config.run import RunConfig
 from pipeline.run_folder.committed import MODEL, plain_use, read_edits
 from pipeline.run_folder.rows import digest
 from pipeline.run_folder.workspace import Workspace
-from pipeline.tracking.client import METRICS_PER_CALL, Tracker, TrackingError
+from pipeline.tracking import names
+from pipeline.tracking.client import LONGEST_TAG, NOTE_TAG, Table, Tracker, TrackingError
 from pipeline.tracking.locks import patiently
 from pipeline.variables import environment
 
@@ -50,12 +50,15 @@ def is_committed(workspace: Workspace) -> bool:
     return (workspace.committed).exists() and (workspace.model).is_folder()
 
 
-def log_committed(tracker: Tracker, config: RunConfig, workspace: Workspace, summary: Mapping[str, Any]) -> str:
+def log_committed(
+    tracker: Tracker, config: RunConfig, workspace: Workspace, summary: Mapping[str, Any], description: str = ""
+) -> str:
     """Logs the model of a run, and registers it if `tracking.register` names it; returns the logged model's id.
 
     Args:
         tracker: The run, which holds the results already.
         summary: Content of `summary.json`.
+        description: Markdown, shown with the model and its version.
 
     Raises:
         TrackingError: The store refused; calling again is safe, and continues a model that is logged already.
@@ -63,11 +66,12 @@ def log_committed(tracker: Tracker, config: RunConfig, workspace: Workspace, sum
     try:
         info = read_committed_info(workspace.committed)
         facts = _facts(config, workspace, info, summary)
-        scores = {name: figure["mean"] for name, figure in summary["metrics"].items()}
-        _log_table(tracker, workspace)
-        model_id = log_model(tracker, workspace.model, info, MODEL_NAME, facts, scores)
+        tracker.log_tables({TABLE: _table(workspace)})
+        model_id = log_model(tracker, workspace.model, info, MODEL_NAME, facts, names.of_scores(summary))
+        if description:
+            patiently(tracker.store.client.set_logged_model_tags, model_id, {NOTE_TAG: description[:LONGEST_TAG]})
         if config.tracking.register is not None:
-            register(tracker, model_id, config.tracking.register, config.tracking.alias, facts)
+            register(tracker, model_id, config.tracking.register, config.tracking.alias, facts, description)
         return model_id
     except Exception as error:
         raise TrackingError(
@@ -108,7 +112,9 @@ def log_model(
     return model_id
 
 
-def register(run: Tracker, model_id: str, name: str, alias: str, facts: Mapping[str, str]) -> str:
+def register(
+    run: Tracker, model_id: str, name: str, alias: str, facts: Mapping[str, str], description: str = ""
+) -> str:
     """Registers a logged model as a new version, unless it is one already, and sets the alias; returns the version."""
     client = run.store.client
     try:
@@ -123,8 +129,9 @@ def register(run: Tracker, model_id: str, name: str, alias: str, facts: Mapping[
         # A registry in a database looks the model up in the store of the environment, whatever the client's is.
         with environment({"MLFLOW_TRACKING_URI": run.store.uri}):
             version = patiently(
-                client.create_model_version, name, source, run_id=run.run_id, tags=dict(facts), model_id=model_id
-            )
+                client.create_model_version, name, source, run_id=run.run_id, tags=dict(facts), model_id=model_id,
+                description=description[:LONGEST_TAG],
+            )  # fmt: skip
     patiently(client.set_registered_model_alias, name, alias, version.version)
     return str(version.version)
 
@@ -241,15 +248,14 @@ def _log_scores(run: Tracker, model_id: str, scores: Mapping[str, float]) -> Non
     """Logs metrics of the run that MLflow shows as the model's own."""
     from mlflow.entities import Metric
 
-    now = int(time.time() * 1000)
-    metrics = [Metric(name, value, now, 0, model_id=model_id, run_id=run.run_id) for name, value in scores.items()]
-    for start in range(0, len(metrics), METRICS_PER_CALL):
-        patiently(run.store.client.log_batch, run.run_id, metrics=metrics[start : start + METRICS_PER_CALL])
+    now, inputs = int(time.time() * 1000), run.store.run(run.run_id).inputs.dataset_inputs
+    about = {"dataset_name": inputs[0].dataset.name, "dataset_digest": inputs[0].dataset.digest} if inputs else {}
+    metrics = [
+        Metric(name, value, now, 0, model_id=model_id, run_id=run.run_id, **about) for name, value in scores.items()
+    ]
+    patiently(run.store.client.log_batch, run.run_id, metrics=metrics)
 
 
-def _log_table(run: Tracker, workspace: Workspace) -> None:
-    """Logs the edits as a table, in MLflow's format: its `log_table` would append to the table of an earlier call."""
+def _table(workspace: Workspace) -> Table:
     listed = read_edits(workspace.model)[:_TABLE_ROWS]
-    data = [[entry[name] for name in _COLUMNS] for entry in listed]
-    run.log_json({"columns": list(_COLUMNS), "data": data}, TABLE)
-    run.set_tags({"mlflow.loggedArtifacts": json.dumps([{"path": TABLE, "type": "table"}])})
+    return Table(_COLUMNS, [[entry[name] for name in _COLUMNS] for entry in listed])

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Self
 
 from odedit.errors import in_words
-from odedit.evaluation.columns import HIGH, LOW, column
 from odedit.evaluation.statistics import SHOWN
 from odedit.runtime.addresses import masked
 from odedit.storage.location import Location
+from odedit.ways.common.files import read_committed_info
 from pipeline.config.run import RunConfig
 from pipeline.config.values import flatten
-from pipeline.run_folder.reasons import sentences
+from pipeline.run_folder.curves import mean_curves
 from pipeline.run_folder.rows import EDITED, parts, read_rows, supervision_name
 from pipeline.run_folder.workspace import Workspace
-from pipeline.tracking.client import Store, Tracker, TrackingError, store_uri
+from pipeline.tracking import names, origin
+from pipeline.tracking.client import Store, Table, Tracker, TrackingError, store_uri
 
 _TABLE_ROWS = 1000
+_MOST_POINTS = 500
+"""Points of a curve of a training."""
 _TABLE_COLUMNS = (
     "edit_id",
     "status",
@@ -33,6 +37,21 @@ _TABLE_COLUMNS = (
 )
 
 
+@dataclass(frozen=True)
+class Overview:
+    """What a team sees of a run first.
+
+    Attributes:
+        description: Markdown.
+        tables: Tables by the names of their artifacts.
+        files: Further artifacts by their paths, such as pictures.
+    """
+
+    description: str
+    tables: Mapping[str, Table]
+    files: Mapping[str, bytes]
+
+
 class EditRun(Tracker):
     """The MLflow run of an `odedit edit` run; a resumed run continues its MLflow run."""
 
@@ -45,6 +64,7 @@ class EditRun(Tracker):
         code: str,
         dataset: Mapping[str, Any],
         parent_run: str | None = None,
+        command: str = "edit",
     ) -> Self:
         """Continues the run of that id, or creates one with its parameters and data set.
 
@@ -52,6 +72,7 @@ class EditRun(Tracker):
             code: Version of the code.
             dataset: `path` and `digest` of the file of records, and the counts `usable` and `problems`.
             parent_run: Id of the run that a new one is nested in.
+            command: Command that makes the run.
 
         Raises:
             InputError: The store cannot be reached.
@@ -60,30 +81,32 @@ class EditRun(Tracker):
         if (resumed := cls.resume(store, run_id)) is not None:
             return resumed
         experiment = store.experiment(config.tracking.experiment)
-        run = cls.create(store, experiment, config.name, _tags(config, code), parent_run)
+        run = cls.create(store, experiment, config.name, _tags(config, code, command), parent_run)
         run.log_values(flatten(config.to_dict()))
         counts = {name: dataset[name] for name in ("usable", "problems")}
-        run.log_dataset(str(dataset["path"]), str(dataset["digest"]), counts)
+        run.log_dataset(origin.dataset(str(dataset["path"]), str(dataset["digest"]), counts))
         return run
 
-    def log_results(self, config: RunConfig, workspace: Workspace, summary: Mapping[str, Any]) -> None:
-        """Logs metrics and intervals, loss curves of the first edits, tables and files.
+    def log_results(
+        self, config: RunConfig, workspace: Workspace, summary: Mapping[str, Any], overview: Overview
+    ) -> None:
+        """Logs metrics, curves, description, tables and files.
 
         Raises:
             TrackingError: The store refused; calling again is safe.
         """
         try:
             self._log_metrics(summary)
-            self._log_losses(workspace, config.tracking.curves)
-            self._log_table(workspace)
+            self.log_points(_curves(workspace, config.tracking.curves))
+            self.describe(overview.description)
+            self.log_files(overview.files)
+            self.log_tables({**overview.tables, "edits_table.json": _edits_table(workspace)})
             for file in (workspace.config, workspace.summary, workspace.calibration, workspace.report):
                 if file.exists():
                     self.log_file(file)
             for part in parts(workspace):
                 self.log_file(part, "results")
             logged, left_out = self._log_edits(workspace, config.tracking.edits_gib)
-            if reasons := sentences(summary.get("reasons", [])):
-                self.set_tags({"odedit.reasons": "\n".join(reasons)})
             self.set_tags({"odedit.edits_logged": str(logged), "odedit.edits_left_out": str(left_out)})
         except Exception as error:
             raise TrackingError(
@@ -93,33 +116,7 @@ class EditRun(Tracker):
             ) from error
 
     def _log_metrics(self, summary: Mapping[str, Any]) -> None:
-        values: dict[str, float] = {name: float(summary[name]) for name in ("n", "failed", "skipped")}
-        kept = {name: summary[name] for name in ("kept", "kept_text") if name in summary}
-        for name, figure in (summary["metrics"] | kept).items():
-            values |= {
-                name: figure["mean"],
-                column(name, LOW): figure["low"],
-                column(name, HIGH): figure["high"],
-            }
-        self.log_points((name, value, 0) for name, value in values.items())
-
-    def _log_losses(self, workspace: Workspace, num_edits: int) -> None:
-        """Logs the loss curves of the first edits that worked."""
-        columns = ("edit_id", "status", "losses")
-        rows = read_rows(parts(workspace), columns)
-        edited = (row for row in rows if row["status"] == EDITED and row.get("losses"))
-        self.log_points(
-            (f"curves/{row['edit_id']}/{name}", value, step)
-            for row in islice(edited, num_edits)
-            for name, values in row["losses"].items()
-            for step, value in enumerate(values)
-        )
-
-    def _log_table(self, workspace: Workspace) -> None:
-        rows = list(islice(read_rows(parts(workspace), _TABLE_COLUMNS), _TABLE_ROWS))
-        # In the format of MLflow's `log_table`, which cannot be used: it appends to the table of an earlier call.
-        data = [[row.get(name) for name in _TABLE_COLUMNS] for row in rows]
-        self.log_json({"columns": list(_TABLE_COLUMNS), "data": data}, "edits_table.json")
+        self.log_points(names.at_step(names.of_run(summary)))
 
     def _log_edits(self, workspace: Workspace, max_gib: float) -> tuple[int, int]:
         """Logs the first edits, up to `max_gib` together; returns how many were logged and how many left out."""
@@ -163,9 +160,9 @@ def log_training(
         store = Store.open(uri)
         experiment = store.experiment(config.tracking.experiment)
         name = config.tracking.run_name or f"train-{out.stem}"
-        run = Tracker.create(store, experiment, name, _tags(config, code) | dict(notes))
+        run = Tracker.create(store, experiment, name, _tags(config, code, "train") | dict(notes))
         run.log_values(flatten(config.to_dict()))
-        run.log_curves(curves)
+        run.log_points((name, value, step) for name, curve in curves.items() for step, value in _thinned(curve))
         run.finish("FINISHED")
     except Exception as error:
         raise TrackingError(
@@ -174,8 +171,31 @@ def log_training(
     return uri
 
 
-def _tags(config: RunConfig, code: str) -> dict[str, str]:
-    return {
+def _curves(workspace: Workspace, max_edits: int) -> Iterator[names.Point]:
+    """Losses over the first edits, or of the training of a committed model."""
+    if max_edits:
+        rows = read_rows(parts(workspace), ("status", "losses"), (EDITED,))
+        yield from names.of_curves(mean_curves(rows, max_edits, names.MOST_TERMS))
+    if workspace.committed.exists():
+        trained = read_committed_info(workspace.committed).details.get("curves") or {}
+        for name, values in islice(trained.items(), names.MOST_TERMS):
+            if any(values):
+                yield from ((names.CURVES + name, value, step) for step, value in _thinned(list(enumerate(values))))
+
+
+def _thinned(curve: Sequence[tuple[int, float]]) -> Iterable[tuple[int, float]]:
+    """At most `_MOST_POINTS` points of a curve, the last one included."""
+    stride = -(-len(curve) // _MOST_POINTS)
+    return [*curve[: -1 : max(1, stride)], *curve[-1:]]
+
+
+def _edits_table(workspace: Workspace) -> Table:
+    rows = islice(read_rows(parts(workspace), _TABLE_COLUMNS), _TABLE_ROWS)
+    return Table(_TABLE_COLUMNS, [[row.get(name) for name in _TABLE_COLUMNS] for row in rows])
+
+
+def _tags(config: RunConfig, code: str, command: str) -> dict[str, str]:
+    return origin.tags(command) | {
         "odedit.version": code,
         "odedit.editor": config.editor.name,
         "odedit.objective": config.objective.name,

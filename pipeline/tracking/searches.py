@@ -7,15 +7,18 @@ their tags, so a killed search continues its existing runs.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from odedit.errors import in_words
 from odedit.runtime.addresses import masked
 from odedit.storage.location import Location
-from pipeline.tracking.client import Store, Tracker, TrackingError
+from pipeline.run_folder.curves import Curve
+from pipeline.tracking import names, origin
+from pipeline.tracking.client import Store, Tracker, TrackingError, status_after
 
+_COMMAND = "tune"
 KIND, SEARCH, POINT, NUMBER, STATE = "odedit.kind", "odedit.search", "odedit.point", "odedit.trial", "odedit.state"
 Rungs = Mapping[int, Mapping[str, float]]
 """Edits -> metric -> value."""
@@ -73,7 +76,8 @@ class SearchRun:
             matches = _runs_of(store, experiment_id, search_id, "search")
             parent = Tracker.resume(store, matches[0].info.run_id if matches else None)
         if parent is None:
-            parent = Tracker.create(store, experiment_id, name, dict(tags) | {KIND: "search", SEARCH: search_id})
+            own = origin.tags(_COMMAND) | {KIND: "search", SEARCH: search_id}
+            parent = Tracker.create(store, experiment_id, name, dict(tags) | own)
         parent.log_missing_values(parameters)
         children = _runs_of(store, experiment_id, search_id, "trial")
         trials = {run.data.tags[POINT]: Tracker(store, run.info.run_id) for run in children}
@@ -96,7 +100,7 @@ class SearchRun:
                 self.trials[key].reopen()
                 self.trials[key].log_missing_values(parameters)
                 return
-            own = {KIND: "trial", SEARCH: self.search_id, POINT: key, NUMBER: str(number)}
+            own = origin.tags(_COMMAND) | {KIND: "trial", SEARCH: self.search_id, POINT: key, NUMBER: str(number)}
             self.trials[key] = Tracker.create(
                 self.store, self.experiment, f"trial {number}", dict(tags) | own, self.parent.run_id
             )
@@ -109,13 +113,10 @@ class SearchRun:
         self._try(lambda: self._log_rungs(key, rungs))
 
     def _log_rungs(self, key: str, rungs: Rungs) -> None:
-        logged = self.trials[key].logged_steps("edits")
-        self.trials[key].log_points(
-            (name, value, edits)
-            for edits, values in rungs.items()
-            if edits not in logged
-            for name, value in values.items()
-        )
+        logged = self.trials[key].logged_steps(names.TRIED)
+        for edits, values in rungs.items():
+            if edits not in logged:
+                self.trials[key].log_points(names.at_step(names.of_trial(values), edits))
 
     def close_trial(
         self,
@@ -123,19 +124,23 @@ class SearchRun:
         state: str,
         rungs: Rungs,
         tags: Mapping[str, str],
-        curves: Mapping[str, Sequence[tuple[int, float]]],
+        curves: Mapping[str, Curve],
+        error: str = "",
     ) -> None:
         """Ends a trial's run: FAILED if its state is `failed`, else FINISHED.
 
         Args:
             rungs: All rungs of the trial; the missing ones are logged.
-            curves: Steps and values by name.
+            curves: Losses by name.
+            error: Reason of a failure.
         """
 
         def call() -> None:
             self._log_rungs(key, rungs)
             run = self.trials[key]
-            run.log_curves(curves, "curves/")
+            run.log_points(names.of_curves(curves))
+            if error:
+                run.describe(error)
             run.set_tags({STATE: state} | dict(tags))
             run.close(_status(state))
 
@@ -167,24 +172,28 @@ class SearchRun:
         if run_id is not None:
             self._try(lambda: Tracker(self.store, run_id).set_tags({SEARCH: self.search_id} | dict(tags)))
 
-    def log_search(self, files: Iterable[Location], metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
+    def log_search(
+        self, files: Iterable[Location], metrics: Mapping[str, float], tags: Mapping[str, str], markdown: str
+    ) -> None:
         """Logs the results of the search to its parent run.
 
         Raises:
             TrackingError: The store refused; calling again is safe.
         """
         try:
-            self.parent.log_points((name, value, 0) for name, value in metrics.items())
+            self.parent.log_points(names.at_step(metrics))
+            self.parent.describe(markdown)
             self.parent.set_tags(tags)
             for file in files:
                 self.parent.log_file(file)
         except Exception as error:
             raise self._error(in_words(error)) from error
 
-    def end(self, status: str) -> None:
-        """Closes the parent run and, unless FINISHED, the open trials, with the status FINISHED, FAILED or KILLED."""
-        self.parent.finish(status)
-        if status == "FINISHED":
+    def end(self, error: BaseException | None = None) -> None:
+        """Closes the parent run and, after an error, the open trials, as FINISHED, FAILED or KILLED."""
+        status = status_after(error)
+        self.parent.finish(status, error)
+        if error is None:
             return
 
         def close() -> None:

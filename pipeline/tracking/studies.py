@@ -8,11 +8,12 @@ from typing import Any, Self
 from odedit.errors import in_words
 from odedit.storage.location import Location
 from pipeline.config.values import masked_values
-from pipeline.tracking.client import Store, Tracker, TrackingError
+from pipeline.tracking import origin
+from pipeline.tracking.client import Store, Table, Tracker, TrackingError
 
 
 class StudyRun(Tracker):
-    """A study's run: its specification, tables, plot and metrics."""
+    """A study's run: its specification, tables and plot."""
 
     @classmethod
     def start(
@@ -31,19 +32,20 @@ class StudyRun(Tracker):
         store = Store.open(uri)
         if (resumed := cls.resume(store, run_id)) is not None:
             return resumed
-        tags = {"odedit.version": code, "odedit.study": name}
+        tags = origin.tags("study") | {"odedit.version": code, "odedit.study": name}
         run = cls.create(store, store.experiment(experiment), name, tags)
         run.log_json(masked_values(study), "study.json")
         return run
 
-    def log_study(self, files: Sequence[Location], metrics: Mapping[str, float]) -> None:
-        """Logs the study's files and metrics.
+    def log_study(self, files: Sequence[Location], table: Table, markdown: str) -> None:
+        """Logs the study's files, its table and its description; the metrics are those of its arms' runs.
 
         Raises:
             TrackingError: The store refused; calling again is safe.
         """
         try:
-            self.log_points((name, value, 0) for name, value in metrics.items())
+            self.describe(markdown)
+            self.log_tables({"study_table.json": table})
             for file in files:
                 self.log_file(file)
         except Exception as error:

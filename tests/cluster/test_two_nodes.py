@@ -147,7 +147,7 @@ def test_an_edit_job_loses_a_worker_and_leaves_what_an_undisturbed_run_leaves(
     client = connect(site.mlflow)
     (logged,) = client.search_runs([client.get_experiment_by_name("jobs").experiment_id])
     assert logged.info.status == "FINISHED"
-    assert logged.data.metrics["rel"] == pytest.approx(summary["metrics"]["rel"]["mean"])
+    assert logged.data.metrics["metrics/rel"] == pytest.approx(summary["metrics"]["rel"]["mean"])
 
 
 def test_a_search_is_a_job_as_well(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,7 +147,7 @@ def mlflow_gone(bench: Bench, out: Path) -> Faced:
         synced = bench.odedit("mlflow", "sync", out).expect(0, "is logged, as run")
         client = connect(server.uri)
         run = client.get_run(json.loads((out / "run.json").read_text())["run_id"])
-        assert run.info.status == "FINISHED" and run.data.metrics["n"] == EDITS
+        assert run.info.status == "FINISHED" and run.data.metrics["records/edited"] == EDITS
         assert len(client.list_artifacts(run.info.run_id, "edits")) == EDITS
     finally:
         server.stop()

@@ -30,7 +30,7 @@ class Search:
         self.running = Running(self.search, self.asked, out, self.tracker, console)
 
     def report(self, trial_id: str, edits: int, score: float) -> None:
-        said = {"edits": edits, "score": score, "loss/rel": 1 - score, "failed": 0}
+        said = {"edits": edits, "score": score, "failed": 0}
         self.running.report(trial_id, {"report": json.dumps(said)})
 
     def runs(self) -> list[Any]:
@@ -95,6 +95,7 @@ def test_a_trial_that_breaks_off_is_handed_out_again_so_often(values: dict[str, 
     assert (trial.state, trial.error, list(trial.reports)) == ("failed", "its worker died", [2])
     (run,) = search.runs()
     assert run.info.status == "FAILED" and run.data.tags["odedit.error"] == "its worker died"
+    assert run.data.tags["mlflow.note.content"] == "its worker died"
     assert len(search.tracker.store.client.get_metric_history(run.info.run_id, "score")) == 1
 
 

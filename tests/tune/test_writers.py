@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.run_folder.curves import Curve
 from pipeline.tracking.client import PARENT_TAG, connect
 from pipeline.tracking.searches import POINT, SearchRun
 from tests.support.services import PATIENCE_S, database, server
@@ -22,14 +23,16 @@ def write(uri: str, writer: int) -> None:
     """Logs a search whose figures depend on the writer's number."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     search = SearchRun.start(uri, "together", f"search {writer}", f"id-{writer}", {"writer": writer}, {}, None)
+    values = list(map(float, range(50)))
+    curve = Curve(range(50), values, values, values)
     for trial in range(TRIALS):
         key = f"{writer}-{trial}"
         search.open_trial(key, trial, {f"setting.{name}": trial for name in range(20)}, {})
         for edits in RUNGS:
             search.log_rungs(key, {edits: {"edits": edits, "score": writer + trial / 10 + edits / 1000}})
-        search.close_trial(key, "complete", {}, {}, {"rel": [(step, float(step)) for step in range(50)]})
-    search.log_search([], {"best": float(writer)}, {"best.trial": "0"})
-    search.end("FINISHED")
+        search.close_trial(key, "complete", {}, {}, {"rel": curve})
+    search.log_search([], {"best": float(writer)}, {"best.trial": "0"}, "")
+    search.end()
     assert search.failed is None, search.failed
 
 
@@ -57,7 +60,7 @@ def check_together(uri: str) -> None:
         assert len(run.data.params) == 20
         points = {point.step: point.value for point in client.get_metric_history(run.info.run_id, "score")}
         assert points == {edits: pytest.approx(writer + trial / 10 + edits / 1000) for edits in RUNGS}
-        assert len(client.get_metric_history(run.info.run_id, "curves/rel")) == 50
+        assert len(client.get_metric_history(run.info.run_id, "training/curves/rel")) == 50
 
 
 def test_eight_writers_of_a_file_that_is_not_there_yet(tmp_path: Path) -> None:
@@ -81,7 +84,7 @@ def test_a_trial_whose_end_was_interrupted_is_not_closed_yet(tmp_path: Path, mon
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(search.store.client, "set_terminated", interrupt)
             search.close_trial(key, state, {}, {}, {})
-        search.end("KILLED")
+        search.end(KeyboardInterrupt())
         assert search.store.run(search.trials[key].run_id).info.status == "KILLED" and not search.is_closed(key)
         search.open_trial(key, number, {}, {})
         search.close_trial(key, state, {}, {}, {})

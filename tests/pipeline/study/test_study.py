@@ -118,9 +118,18 @@ def test_a_study_from_the_command_line_is_interrupted_resumed_and_finished_in_ml
         "table.md",
         "table.csv",
         "plot.png",
+        "study_table.json",
     }
     rows = [row for row in read_rows(parts(Workspace.of(out / "arms" / "none"))) if row["task"] == "vqa"]
-    assert again.data.metrics["none/vqa/m_gen"] == pytest.approx(rows[0]["m_gen"])
+    summary = json.loads((out / "arms" / "none" / "summary.json").read_text())
+    assert children["none"].data.metrics["metrics/m_gen"] == pytest.approx(summary["metrics"]["m_gen"]["mean"])
+    assert again.data.tags["mlflow.note.content"].startswith("# Table 4") and not again.data.metrics
+    table = json.loads(Path(client.download_artifacts(again.info.run_id, "study_table.json")).read_text())
+    (line,) = [
+        entry for row in table["data"] if (entry := dict(zip(table["columns"], row, strict=True)))["column"] == "m_gen"
+        and entry["task"] == "vqa" and "none" in entry.values()
+    ]  # fmt: skip
+    assert float(line["mean"]) == pytest.approx(rows[0]["m_gen"], abs=1e-5)
     assert children["none"].data.params["objective.generality_weight"] == "0.0"
 
     assert (out / "table.md").read_text() == done.stdout.removesuffix("\n")
@@ -330,7 +339,7 @@ def test_models_of_each_size_and_way_are_made_once_and_resumed(
     assert children.keys() == {"joint, 1", "joint, 2", "sum, 1", "sum, 2"}
     assert {run.data.tags[PARENT_TAG] for run in children.values()} == {parent.info.run_id}
     assert {run.info.status for run in every} == {"FINISHED"}
-    assert parent.data.metrics["sum_2/all/rel"] == pytest.approx(finished.cells[3].means["rel"].mean)
+    assert children["sum, 2"].data.metrics["metrics/rel"] == pytest.approx(finished.cells[3].means["rel"].mean)
     runner.run("scale", study_of(values), out, QUIET)
     assert len(made) == 5
 

@@ -23,7 +23,7 @@ from odedit.ways.common.files import read_committed_info
 from pipeline.config.run import RunConfig, TrackingConfig, from_dict
 from pipeline.driver.sync import sync
 from pipeline.run_folder.committed import write_edits
-from pipeline.tracking import client, models
+from pipeline.tracking import client, models, names
 from pipeline.tracking.client import Store, TrackingError
 from pipeline.tracking.models import MODEL_NAME, log_committed
 from pipeline.tracking.runs import EditRun
@@ -101,7 +101,8 @@ def test_the_logged_model_tells_of_itself(made: Model, tmp_path: Path) -> None:
     assert str(logged.status) == "READY" and logged.source_run_id == run.run_id
     assert logged.params["odedit.editor"] == "ftl" and logged.params["odedit.fingerprint"] == made.backbone.fingerprint
     scores = {metric.key: metric.value for metric in logged.metrics}
-    assert scores == {name: figure["mean"] for name, figure in made.outcome.summary["metrics"].items()}
+    assert scores == names.of_scores(made.outcome.summary) and "score" in scores
+    assert {metric.dataset_name for metric in logged.metrics} == {"records.json"}
     assert [output.model_id for output in store.get_run(run.run_id).outputs.model_outputs] == [model_id]
     version = store.get_model_version_by_alias("digits", "best")
     assert (str(version.version), version.source, version.run_id) == ("1", f"models:/{model_id}", run.run_id)

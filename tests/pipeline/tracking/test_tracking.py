@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from odedit.__main__ import app
 from odedit.backbones import Backbone, encode_requests
-from odedit.data.records import RawRecord
 from odedit.editing.files import load_edits
 from odedit.errors import InputError
 from odedit.evaluation.scores import evaluate
@@ -21,13 +23,15 @@ from odedit.evaluation.statistics import MAIN
 from odedit.inputs.prompts import find_template
 from pipeline import commands
 from pipeline.config.run import from_dict
+from pipeline.config.version import commit
 from pipeline.driver.run import Outcome
 from pipeline.driver.sync import sync
 from pipeline.run_folder import rows as results
 from pipeline.run_folder.sources import resolve
-from pipeline.run_folder.workspace import Workspace
-from pipeline.tracking.client import Store, TrackingError, connect, open_command
+from pipeline.tracking import origin
+from pipeline.tracking.client import TrackingError, connect, open_command
 from pipeline.tracking.fetch import fetch_edit
+from pipeline.tracking.names import MOST
 from pipeline.tracking.runs import EditRun
 from pipeline.workers.plan import Job
 from pipeline.workers.preparer import Preparer
@@ -54,17 +58,17 @@ def test_a_run_is_logged_once_and_its_edits_reproduce_their_scores(
 
     assert run.info.status == "FINISHED"
     assert run.data.params["editor.max_steps"] == "2"
-    assert run.data.metrics["n"] == 5
+    logged = run.data.metrics
+    assert (logged["records/edited"], logged["score"]) == (5, outcome.summary["score"])
     for metric in MAIN:
-        figure = outcome.summary["metrics"][metric]
-        stored = [run.data.metrics[name] for name in (metric, f"{metric}_low", f"{metric}_high")]
-        assert stored == pytest.approx([figure["mean"], figure["low"], figure["high"]])
-    assert json.loads(run.inputs.dataset_inputs[0].dataset.profile) == {"usable": 5, "problems": 0}
+        assert logged[f"metrics/{metric}"] == pytest.approx(outcome.summary["metrics"][metric]["mean"])
     rows = list(results.read_rows(results.parts(outcome.workspace)))
-    curve = client.get_metric_history(outcome.run_id, f"curves/{rows[0]['edit_id']}/rel")
-    assert [point.value for point in sorted(curve, key=lambda p: p.step)] == pytest.approx(rows[0]["losses"]["rel"])
+    curve = client.get_metric_history(outcome.run_id, "training/curves/rel")
+    losses = [row["losses"]["rel"] for row in rows[:2]]
+    assert [point.value for point in sorted(curve, key=lambda p: p.step)] == pytest.approx(np.mean(losses, axis=0))
     names = {item.path for item in client.list_artifacts(outcome.run_id)}
-    assert {"config.yaml", "summary.json", "report.html", "results", "edits", "edits_table.json"} <= names
+    expected = {"config.yaml", "summary.json", "report.html", "results", "edits", "figures", "table_images"}
+    assert expected | {"edits_table.json", "scores.json", "worst_edits.json"} <= names
     assert run.info.artifact_uri.startswith((tmp_path / "mlartifacts").as_uri())
 
     # Repeating the run adds nothing.
@@ -86,6 +90,68 @@ def test_a_run_is_logged_once_and_its_edits_reproduce_their_scores(
     assert {name: scores[name] for name in MAIN} == {name: row[name] for name in MAIN}
 
 
+def test_what_a_team_sees_of_a_run(tracked: dict[str, Any], inline: Callable[..., Outcome], tmp_path: Path) -> None:
+    outcome = inline(from_dict(tracked))
+    client = connect(str(outcome.tracking_uri))
+    run = client.get_run(outcome.run_id)
+    experiment = client.get_experiment(run.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    view = json.loads(json.loads(experiment.tags["mlflow.sharedViewState.odedit"])["state"])
+    columns = [column.rstrip("`").split(".`") for column in (view["orderByKey"], *view["selectedColumns"])]
+    assert columns[0] == ["metrics", "score"]
+    assert {name for kind, name in columns if kind == "params"} <= run.data.params.keys()
+    shown = {name for kind, name in columns if kind == "metrics"}
+    assert shown - {"metrics/m_loc_near", "metrics/m_loc_far"} <= run.data.metrics.keys(), (
+        "records without a near probe"
+    )
+
+    groups = [name.rpartition("/")[0] for name in sorted(run.data.metrics)]
+    assert list(dict.fromkeys(groups)) == ["metrics", "records", "", "time", "training/curves"], "as pages sort them"
+    assert len(groups) <= MOST and {f"training/curves/rel_p{part}" for part in (10, 90)} <= run.data.metrics.keys()
+    histories = {name: client.get_metric_history(outcome.run_id, name) for name in run.data.metrics}
+    assert all(any(point.value for point in each) for name, each in histories.items() if "curves" in name)
+
+    tags = run.data.tags
+    assert (tags["mlflow.source.name"], tags["mlflow.source.type"]) == ("odedit edit", "LOCAL")
+    assert tags["mlflow.user"] == getpass.getuser() and tags.get("mlflow.source.git.commit", "") == commit()
+    note = tags["mlflow.note.content"]
+    rel = outcome.summary["metrics"]["rel"]["mean"]
+    assert note.startswith(f"**score {outcome.summary['score']:.3f}**: `rel` {rel:.3f}, `t_gen` ")
+    assert "\n\n5 edits, 0 failed, 0 skipped: `wise` under" in note
+    assert "| `m_gen` | image generality |" in note
+    (used,) = run.inputs.dataset_inputs
+    assert used.dataset.source_type == "local" and json.loads(used.dataset.profile) == {"usable": 5, "problems": 0}
+    assert json.loads(used.dataset.source) == {"uri": tracked["data"]["path"]}
+
+    listed = {each["path"] for each in json.loads(tags["mlflow.loggedArtifacts"]) if each["type"] == "table"}
+    assert listed == {"edits_table.json", "scores.json", "worst_edits.json"}
+    folder = Path(run.info.artifact_uri.removeprefix("file://"))
+    worst = json.loads((folder / "worst_edits.json").read_text())
+    rows = [dict(zip(worst["columns"], row, strict=True)) for row in worst["data"]]
+    assert len(rows) == 5 and rows[0]["holds"] <= rows[-1]["holds"]
+    for row in rows:
+        assert row["picture"]["type"] == "image" and Image.open(folder / row["picture"]["filepath"]).format == "WEBP"
+    for name in ("scores", "curves"):
+        assert (folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    scores = json.loads((folder / "scores.json").read_text())["data"]
+    assert [row[0] for row in scores][: len(MAIN)] == list(MAIN) and len(scores) == len(outcome.summary["metrics"])
+
+
+@pytest.mark.parametrize(
+    ("path", "source_type", "source"),
+    [
+        ("/data/a.json", "local", {"uri": "/data/a.json"}),
+        ("s3://bucket/a.json?region=eu", "s3", {"uri": "s3://bucket/a.json?region=eu"}),
+        ("gs://bucket/a.json", "gs", {"uri": "gs://bucket/a.json"}),
+        ("https://host/a.json", "http", {"url": "https://host/a.json"}),
+    ],
+)
+def test_a_data_set_has_its_true_source(path: str, source_type: str, source: dict[str, str]) -> None:
+    found = origin.dataset(path, "0" * 40, {"usable": 1})
+    assert (found.name, found.source_type, json.loads(found.source)) == ("a.json", source_type, source)
+    assert len(found.digest) == 36
+
+
 def test_a_run_whose_store_was_away_at_the_end_is_logged_later(
     tracked: dict[str, Any], inline: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -104,12 +170,12 @@ def test_a_run_whose_store_was_away_at_the_end_is_logged_later(
     rows = {path: path.stat().st_mtime_ns for path in out.glob("results/*")}
     client = connect(f"sqlite:///{tmp_path}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
-    assert run.info.status == "FAILED" and "rel" not in run.data.metrics
+    assert run.info.status == "FAILED" and not run.data.metrics
     assert CliRunner().invoke(app, ["mlflow", "sync", str(out)]).stdout.strip() == (
         f"{out} is logged, as run {run.info.run_id}."
     )
     run = client.get_run(run.info.run_id)
-    assert run.info.status == "FINISHED" and run.data.metrics["n"] == 5
+    assert run.info.status == "FINISHED" and run.data.metrics["records/edited"] == 5
     assert {item.path for item in client.list_artifacts(run.info.run_id)} >= {"results", "edits", "edits_table.json"}
     assert {path: path.stat().st_mtime_ns for path in rows} == rows
     assert "is logged already" in sync(str(out))
@@ -134,7 +200,9 @@ def test_a_run_without_an_edit_has_failed_and_says_why(
     assert outcome.summary["n"] == 0 and reasons == [("skipped", 3), ("skipped", 1)]
     run = connect(outcome.tracking_uri or "").get_run(outcome.run_id)
     assert run.info.status == "FAILED" and run.info.run_name == "nothing"
-    assert "3 skipped, the first: vqa_eval.json, record 0: wrong type" in run.data.tags["odedit.reasons"]
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith(r"**Nothing was edited**: 3 skipped, the first: vqa\_eval.json, record 0: wrong type")
+    assert "score" not in run.data.metrics and run.data.metrics["records/skipped"] == 4
     assert "3 skipped, the first: vqa_eval.json, record 0" in outcome.workspace.report.read_text()
 
 
@@ -156,6 +224,8 @@ def test_the_command_that_opens_a_store_can_be_pasted(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'my runs' / 'mlflow.db'}"
     command = shlex.split(open_command(uri))
     assert command[1:] == ["ui", "--backend-store-uri", uri]
+    address = "https://tracking.test/#/experiments?workflowType=machine_learning"
+    assert shlex.split(open_command("https://tracking.test/")) == ["open", address]
 
 
 def test_a_store_that_cannot_be_used_is_an_error_before_any_work(
@@ -171,22 +241,3 @@ def test_a_missing_edit_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be fetched"):
         fetch_edit(f"sqlite:///{tmp_path}/mlflow.db", "0" * 32, "edit", tmp_path)
     assert not list(tmp_path.iterdir()), "a mistyped address creates no database"
-
-
-def test_only_edits_that_worked_count_as_logged_curves(tmp_path: Path) -> None:
-    workspace = Workspace.of(str(tmp_path))
-    workspace.create()
-    rows = [
-        results.base_row(RawRecord("f.json", index, f"edit-{index}", "vqa", {}), from_dict({}), status)
-        | {"losses": {"rel": [1.0]}}
-        for index, status in enumerate([results.FAILED, results.EDITED, results.EDITED])
-    ]
-    results.write_part(workspace.part(0), rows)
-    logged: list[str] = []
-
-    class Client:
-        def log_batch(self, run_id: str, metrics: list[Any]) -> None:
-            logged.extend(metric.key for metric in metrics)
-
-    EditRun(Store("uri", Client()), "run")._log_losses(workspace, 1)
-    assert logged == ["curves/edit-1/rel"]
