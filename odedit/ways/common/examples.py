@@ -300,9 +300,7 @@ class _Maker:
             ]
             self._features.add([*pictures, *copies])
             keys[name] = tuple(picture.key for picture in [*pictures, *copies])
-        rest = {
-            slot: probe for slot, probe in request.supervision.items() if unnumbered(slot) not in REPHRASE_SLOTS
-        }
+        rest = {slot: probe for slot, probe in request.supervision.items() if unnumbered(slot) not in REPHRASE_SLOTS}
         self._features.add(probe.picture for probe in rest.values() if probe.picture is not None)
         blind = self.sequence(replace(request.edit, picture=None)) if request.edit.picture is not None else None
         return Example(

@@ -110,6 +110,20 @@ def test_the_baseline_s_difference_is_over_the_common_edits(tmp_path: Path) -> N
     assert edits["vqa-000000"]["base"] == pytest.approx(edits["vqa-000000"]["mean"] + 0.2)
 
 
+def test_whole_numbers_are_shown_as_such(tmp_path: Path) -> None:
+    def equal(row: Row) -> None:
+        if row["status"] == EDITED:
+            row["steps"] = 400
+
+    text = report(write_run(tmp_path / "run", 12, equal))
+    assert "<dt>Steps per edit</dt><dd>400</dd>" in text and "400.000" not in text
+    text = report(write_run(tmp_path / "other", 12))
+    # 10 to 16 steps, of 12 edits.
+    assert re.search(r"<dd>12\.5 \[[\d.]+, [\d.]+\]</dd>", text)
+    assert 'aria-label="Edits by steps: 10: 2, 11: 2, 12: 2, 13: 2, 14: 2, 15: 1, 16: 1"' in text
+    assert "Edits by reliability: 0 to 0.1: 3, 0.1 to 0.2: 0" in text
+
+
 def test_a_run_without_an_edit_has_a_report(tmp_path: Path) -> None:
     def skip(row: Row) -> None:
         error = row.get("error") or f"vqa.json, record {row['index']}: image 'x.png' is not there."
@@ -137,7 +151,12 @@ def test_an_answer_that_another_record_edits_is_under_its_own_name(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("name", "label"),
-    [("rel", "reliability"), ("m_loc_near", "image locality, near"), ("tm_gen", "generality (tm)"), ("odd", "odd")],
+    [
+        ("rel", "reliability"),
+        ("m_loc_near", "image locality, near"),
+        ("tm_gen", "text and image generality"),
+        ("odd", "odd"),
+    ],
 )
 def test_labels_of_probes(name: str, label: str) -> None:
     assert probe_label(name) == label
