@@ -304,6 +304,10 @@ def report(
     baseline: Annotated[
         str | None, typer.Option(metavar="RUN", help="Run that the scores are compared with, edit by edit.")
     ] = None,
+    states: Annotated[
+        bool,
+        typer.Option("--states", help="Also load the model, and draw where the worst edits and their rephrases lie."),
+    ] = False,
 ) -> None:
     """Writes RUN/report.html again: scores, and every edit with its pictures and answers, worst first.
 
@@ -314,7 +318,7 @@ def report(
     with _explained():
         from pipeline import commands
 
-        commands.report(run, baseline)
+        commands.report(run, baseline, with_states=states)
 
 
 @app.command()

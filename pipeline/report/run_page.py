@@ -24,6 +24,7 @@ from odedit.evaluation.statistics import SHOWN, SIGNIFICANT, Estimate
 from odedit.inputs.batch import is_locality
 from odedit.storage.location import Location
 from pipeline.report import differences
+from pipeline.report.cloud import HiddenStates, drawing
 from pipeline.report.figures import MEASURED, NAMES, histograms, loss_curves, short, training_curves
 from pipeline.report.formatting import LABELS, counts_interval, interval, number
 from pipeline.report.one_model import one_model, single_edits
@@ -80,6 +81,7 @@ def write_run_report(
     summary: Mapping[str, Any],
     reader: ImageReader | None = None,
     baseline: Baseline | None = None,
+    states: HiddenStates | None = None,
 ) -> Location:
     """Writes `report.html` of a finished run and returns it.
 
@@ -89,6 +91,7 @@ def write_run_report(
             more are left out.
         baseline: Run that the scores are compared with, over the edits that both have; None: of a committed model the
             single edits that it was made from, else none.
+        states: Hidden states of some edits, which are drawn.
     """
     from markupsafe import Markup
 
@@ -106,6 +109,9 @@ def write_run_report(
         headline=_headline(workspace, summary, baseline),
         baseline=None if baseline is None else baseline.name,
         reasons=sentences(whole.reasons),
+        cloud=None
+        if states is None
+        else drawing(states, read_outcomes(workspace, states.edit_ids, without=("losses",))),
         histograms=histograms(whole.values),
         model=model,
         training=training_curves(model.curves, model.steps) if model else [],

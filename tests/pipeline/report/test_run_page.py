@@ -119,7 +119,7 @@ def test_whole_numbers_are_shown_as_such(tmp_path: Path) -> None:
     assert "<dt>Steps per edit</dt><dd>400</dd>" in text and "400.000" not in text
     text = report(write_run(tmp_path / "other", 12))
     # 10 to 16 steps, of 12 edits.
-    assert re.search(r"<dd>12\.5 \[[\d.]+, [\d.]+\]</dd>", text)
+    assert re.search(r"<dd>12\.6 \[[\d.]+, [\d.]+\]</dd>", text)
     assert 'aria-label="Edits by steps: 10: 2, 11: 2, 12: 2, 13: 2, 14: 2, 15: 1, 16: 1"' in text
     assert "Edits by reliability: 0 to 0.1: 3, 0.1 to 0.2: 0" in text
 
