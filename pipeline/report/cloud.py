@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from odedit.evaluation.columns import METRICS
 from odedit.runtime.brief import brief
-from pipeline.report.formatting import LABELS
 from pipeline.run_folder.outcomes import EditOutcome
 
 SHOWN_EDITS = 100
@@ -78,7 +78,7 @@ def drawing(states: HiddenStates, outcomes: Sequence[EditOutcome]) -> dict[str, 
             ("after", states.after, after, True),
         )
     ]
-    labels = {name: "edit" if name == states.probes[0] else LABELS[name] for name in states.probes}
+    labels = {name: METRICS[name].prompt for name in states.probes}
     return {"panels": panels, "share": share, "probes": labels, "count": len(states.edit_ids)}
 
 

@@ -109,9 +109,7 @@ def write_run_report(
         headline=_headline(workspace, summary, baseline),
         baseline=None if baseline is None else baseline.name,
         reasons=sentences(whole.reasons),
-        cloud=None
-        if states is None
-        else drawing(states, read_outcomes(workspace, states.edit_ids, without=("losses",))),
+        cloud=None if states is None else drawing(states, read_outcomes(workspace, states.edit_ids)),
         histograms=histograms(whole.values),
         model=model,
         training=training_curves(model.curves, model.steps) if model else [],
@@ -240,11 +238,10 @@ def _gallery(
     images = [probe.image for outcome in outcomes for probe in outcome.probes if probe.image is not None]
     thumbnails = Thumbnails.read(images, reader, MAX_PICTURE_BYTES)
     names = list(dict.fromkeys(probe.name for outcome in outcomes for probe in outcome.probes))
-    edits: list[dict[str, Any]] = []
     curves = _curves(workspace, edit_ids[:MAX_CURVES])
-    text_bytes = bare = 0
-    for outcome in outcomes:
-        entry = _edit(outcome, baseline)
+    edits = [_edit(outcome, baseline) for outcome in outcomes]
+    text_bytes, bare = len(json.dumps(edits, ensure_ascii=False).encode()), 0
+    for outcome, entry in zip(outcomes, edits, strict=True):
         probes = [_probe(probe, outcome.probes[0], names, thumbnails) for probe in outcome.probes]
         size = len(json.dumps(probes, ensure_ascii=False).encode())
         if text_bytes + size <= MAX_TEXT_BYTES:
@@ -252,7 +249,6 @@ def _gallery(
             entry["probes"] = probes
         else:
             bare += 1
-        edits.append(entry)
     notes = []
     if images and not thumbnails.texts:
         notes.append("The pictures were not there when the page was written.")
@@ -290,8 +286,8 @@ def _edit(outcome: EditOutcome, baseline: Baseline | None) -> dict[str, Any]:
     row = outcome.row
     entry = {
         "id": outcome.edit_id, "index": row.get("index"), "status": row["status"], "task": row.get("task"),
-        "fact": row.get("fact"), "error": row.get("error"), "old": _cut(outcome.old_answer), "holds": outcome.holds,
-        "mean": short(outcome.mean_score), "steps": row.get("steps"), "seconds": short(row.get("seconds")),
+        "fact": _cut(row.get("fact")), "error": _cut(row.get("error")), "old": _cut(outcome.old_answer),
+        "holds": outcome.holds, "mean": short(outcome.mean_score), "steps": row.get("steps"), "seconds": short(row.get("seconds")),
         "nll": short(row.get("worst_nll")),
     }  # fmt: skip
     if baseline is not None and outcome.edit_id in baseline.rows:

@@ -21,18 +21,18 @@ from tests.support.browser import chromium
 
 FILE = Path(demo.__file__).parent / "report" / "example.png"
 EDITS, WIDTH, COLOURS = 12, 1280, 128
+PROBES = 4
+"""Questions of the first edit that are in the picture."""
 
 
 def photograph(page_file: Path, width: int = WIDTH) -> bytes:
-    """A PNG of a report from its top to the end of its first edit."""
+    """A PNG of a report from its top to the first questions of its first edit."""
     with chromium() as browser:
-        page = browser.new_page(viewport={"width": width, "height": 2000}, color_scheme="light")
+        page = browser.new_page(viewport={"width": width, "height": 2400}, color_scheme="light")
         page.goto(page_file.as_uri())
-        first = page.locator(".edit").first
-        first.locator("img").first.wait_for()
         page.wait_for_function("[...document.querySelector('.edit').querySelectorAll('img')].every(i => i.complete)")
-        box = first.bounding_box()
-        picture = page.screenshot(clip={"x": 0, "y": 0, "width": width, "height": box["y"] + box["height"] + 16})
+        box = page.locator(".edit").first.locator(".probes tbody tr").nth(PROBES - 1).bounding_box()
+        picture = page.screenshot(clip={"x": 0, "y": 0, "width": width, "height": box["y"] + box["height"]})
     with Image.open(io.BytesIO(picture)) as image:
         buffer = io.BytesIO()
         image.convert("RGB").quantize(COLOURS).save(buffer, "PNG", optimize=True)

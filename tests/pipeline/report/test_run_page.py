@@ -94,6 +94,19 @@ def test_a_large_run_has_its_worst_edits(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(data["curves"]) == [edit["id"] for edit in data["edits"][:2]]
 
 
+def test_long_texts_of_a_record_are_cut(tmp_path: Path) -> None:
+    def lengthen(row: Row) -> None:
+        row["fact"] = "fact " * 200
+        row["answer_after"] = "after " * 200
+        if row["status"] != EDITED:
+            row["error"] = "error " * 200
+
+    data = data_of(report(write_run(tmp_path / "run", 2, lengthen)))
+    first, last = data["edits"][0], data["edits"][-1]
+    assert {len(first["fact"]), len(first["probes"][0][6]), len(last["error"])} == {300}
+    assert first["fact"].endswith(" ...")
+
+
 def test_the_baseline_s_difference_is_over_the_common_edits(tmp_path: Path) -> None:
     def better(row: Row) -> None:
         if row["status"] == EDITED:
