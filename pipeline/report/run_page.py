@@ -287,8 +287,8 @@ def _edit(outcome: EditOutcome, baseline: Baseline | None) -> dict[str, Any]:
     entry = {
         "id": outcome.edit_id, "index": row.get("index"), "status": row["status"], "task": row.get("task"),
         "fact": _cut(row.get("fact")), "error": _cut(row.get("error")), "old": _cut(outcome.old_answer),
-        "holds": outcome.holds, "mean": short(outcome.mean_score), "steps": row.get("steps"), "seconds": short(row.get("seconds")),
-        "nll": short(row.get("worst_nll")),
+        "holds": outcome.holds, "mean": short(outcome.mean_score), "steps": row.get("steps"),
+        "seconds": short(row.get("seconds")), "nll": short(row.get("worst_nll")),
     }  # fmt: skip
     if baseline is not None and outcome.edit_id in baseline.rows:
         entry["base"] = short(mean_score(baseline.rows[outcome.edit_id]))
