@@ -7,12 +7,12 @@ BIN    := $(VENV)/bin
 DIVIDED := -n 2 --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test bench faults lint format clean
+.PHONY: help demo check test bench faults picture lint format clean
 
 help:      ## This list.
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/.ready      ## Edits the embedded model, prints the result, leaves results and an MLflow store in demo/.
+demo: $(VENV)/.ready      ## Edits the embedded model, opens a report, leaves results and an MLflow store in demo/.
 	@$(BIN)/odedit demo --out demo
 
 check: $(VENV)/.ready-dev lint      ## Style, types, and the tests that take no time (a minute).
@@ -31,6 +31,9 @@ bench: $(VENV)/.ready-dev      ## What an edit and the pipeline cost; tables, JS
 
 faults: $(VENV)/.ready-dev      ## Kills, fills, cuts off and damages what a run needs; a table of what that costs (a quarter of an hour).
 	$(BIN)/python -m tests.faults.table --out bench
+
+picture: $(VENV)/.ready-dev      ## The README's picture of a report, from a run of its own (a minute; needs Chromium).
+	$(BIN)/python -m tests.support.report_picture
 
 lint: $(VENV)/.ready-dev      ## Style and types.
 	$(BIN)/ruff check .

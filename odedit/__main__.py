@@ -93,16 +93,18 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder of the results and the MLflow store.")] = Path("demo"),
     edits: Annotated[int, typer.Option(min=2, help="Number of evaluation edits.")] = 48,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the results of an earlier demo first.")] = False,
+    no_open: Annotated[bool, typer.Option("--no-open", help="Do not open the report in a browser.")] = False,
 ) -> None:
     """Edits the embedded model with WISE alone, under ODEdit and under the contrast objective, and compares them.
 
     Then commits the same facts to one model, beside the sum of single edits, and prints a command that asks it.
-    Needs no network; a few minutes on two cores. The same command resumes an interrupted demo.
+    Ends by opening its report in a browser where there is a desktop. Needs no network; a few minutes on two cores. The
+    same command resumes an interrupted demo.
     """
     with _explained():
         from pipeline import demo
 
-        demo.main(out, edits, fresh=fresh)
+        demo.main(out, edits, fresh=fresh, opens=not no_open)
 
 
 @app.command()
@@ -302,6 +304,10 @@ def report(
     baseline: Annotated[
         str | None, typer.Option(metavar="RUN", help="Run that the scores are compared with, edit by edit.")
     ] = None,
+    states: Annotated[
+        bool,
+        typer.Option("--states", help="Also load the model, and draw where the worst edits and their rephrases lie."),
+    ] = False,
 ) -> None:
     """Writes RUN/report.html again: scores, and every edit with its pictures and answers, worst first.
 
@@ -312,7 +318,7 @@ def report(
     with _explained():
         from pipeline import commands
 
-        commands.report(run, baseline)
+        commands.report(run, baseline, with_states=states)
 
 
 @app.command()

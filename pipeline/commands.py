@@ -23,6 +23,7 @@ from pipeline.console import say
 from pipeline.driver.preflight import Ready, preview
 from pipeline.driver.run import Outcome, run
 from pipeline.report import page
+from pipeline.report.cloud import HiddenStates
 from pipeline.run_folder import rows
 from pipeline.run_folder.reasons import lines
 from pipeline.run_folder.summary import finished_run
@@ -208,8 +209,12 @@ def compare(names: Sequence[str], uri: str | None, html: str | None) -> None:
             say(Console(stderr=True), f"Page: {target.text}")
 
 
-def report(folder: str, baseline: str | None) -> None:
-    """`odedit report`: writes the pages of a run, of all runs directly below a folder, or of a study or search."""
+def report(folder: str, baseline: str | None, *, with_states: bool = False) -> None:
+    """`odedit report`: writes the pages of a run, of all runs directly below a folder, or of a study or search.
+
+    Args:
+        with_states: Whether the model is loaded and the hidden states of the worst edits are drawn.
+    """
     from pipeline.report.compare import runs_in
     from pipeline.report.run_page import Baseline, write_run_report
 
@@ -220,7 +225,19 @@ def report(folder: str, baseline: str | None) -> None:
     for out in below or [out for _, out in runs_in(location)]:
         workspace, summary = finished_run(out, "RUN")
         is_baseline = other is not None and str(other.out) == str(workspace.out)
-        print(write_run_report(workspace, summary, baseline=None if is_baseline else compared))
+        states = _states_of_the_worst(workspace) if with_states else None
+        print(write_run_report(workspace, summary, baseline=None if is_baseline else compared, states=states))
+
+
+def _states_of_the_worst(workspace: Workspace) -> HiddenStates:
+    import torch
+
+    from pipeline.edits.states import hidden_states
+    from pipeline.report.cloud import SHOWN_EDITS
+    from pipeline.run_folder.outcomes import RANKED, worst_ids
+
+    worst = worst_ids(rows.read_rows(rows.parts(workspace), RANKED, (rows.EDITED,)), SHOWN_EDITS)
+    return hidden_states(workspace, worst, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def show(folder: str, edit_id: str | None) -> None:

@@ -16,7 +16,7 @@ from odedit.errors import counted
 from odedit.evaluation.statistics import Estimate
 from odedit.storage.location import at, locate
 from pipeline.config.run import RunConfig, commit_from_dict, from_dict, read_yaml
-from pipeline.console import say
+from pipeline.console import open_page, say
 from pipeline.driver.commit import commit_many
 from pipeline.driver.run import Outcome, run
 from pipeline.interrupts import terminate_as_interrupt
@@ -70,8 +70,12 @@ def records_section(out: Path) -> dict[str, Any]:
     return {"path": str(file)} | {name: str(world / part) for name, part in roots.items()}
 
 
-def main(out: Path, edits: int, *, fresh: bool) -> None:
-    """Runs or resumes the arms and the models, prints the comparisons, and the locations of the results."""
+def main(out: Path, edits: int, *, fresh: bool, opens: bool = True) -> None:
+    """Runs or resumes the arms and the models, prints the comparisons, and the locations of the results.
+
+    Args:
+        opens: Whether the report is opened in a browser where there is a desktop.
+    """
     errors, console = Console(stderr=True), Console()
     section = records_section(out.absolute()) | {"limit": edits}
     arms, uri = [], None
@@ -83,7 +87,8 @@ def main(out: Path, edits: int, *, fresh: bool) -> None:
             uri = outcome.tracking_uri
         errors.print("[bold]One model of all facts[/bold]", highlight=False)
         models = commit_many([arm_config(file, out, section) for file in MODELS.values()], errors, fresh=fresh)
-    report = page.write_comparison(locate(str(out), "--out"), arms)
+    of_models = {f"one model, {name}": outcome.workspace for name, outcome in zip(MODELS, models, strict=True)}
+    report = page.write_comparison(locate(str(out), "--out"), arms, of_models)
     rows = {arm.name: arm.rows() for arm in arms}
     for line in attribution.sentences(rows, NATIVE, CONTROL, (ODEDIT, CONTRAST)):
         say(console, line)
@@ -92,11 +97,14 @@ def main(out: Path, edits: int, *, fresh: bool) -> None:
     for arm in arms:
         console.print(f"{arm.name}: {page.counts(arm.summary)}", highlight=False)
     console.print(_table(dict(zip(MODELS, models, strict=True))))
-    lines = [f"Report:  {report}", f"Results: {', '.join(str(arm.workspace.out) for arm in arms)}"]
+    lines = [f"Report:  {report}", *(f"         {each.report} ({name})" for name, each in of_models.items())]
+    lines.append(f"Results: {', '.join(str(arm.workspace.out) for arm in arms)}")
     if uri is not None:
         lines.append(f"MLflow:  {open_command(uri)}")
     for line in (*lines, *_asking(models[0], Path(section["image_root"]))):
         say(console, line)
+    if opens:
+        open_page(str(report))
 
 
 def _table(models: Mapping[str, Outcome]) -> Table:

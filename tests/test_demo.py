@@ -57,10 +57,21 @@ def quick(worlds: dict[int, dict[str, Path]], monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_demo_ends_with_one_model_of_its_facts_and_a_command_that_asks_it(
-    quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "demo"), "--edits", str(EDITS)])
+    opened: list[str] = []
+    monkeypatch.setattr(demo, "open_page", opened.append)
+    arguments = ["demo", "--out", str(tmp_path / "demo"), "--edits", str(EDITS)]
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, (result.output, result.exception)
+    report = tmp_path / "demo" / "report.html"
+    assert opened == [str(report)] and f"Report:  {report}" in result.stdout
+    pages = re.findall(r'<a href="([\w-]+/report.html)">', report.read_text())
+    assert [str(tmp_path / "demo" / page) for page in pages[len(demo.ARMS) :]] == re.findall(
+        r"^ {9}(\S+) \(one model, ", result.stdout, re.MULTILINE
+    )
+    assert len(pages) == 7 and all((tmp_path / "demo" / page).is_file() for page in pages)
+    assert CliRunner().invoke(app, [*arguments, "--no-open"]).exit_code == 0 and len(opened) == 1
     folders = [tmp_path / "demo" / name.removeprefix("demo-") for name in (*demo.ARMS.values(), *demo.MODELS.values())]
     of_arms = [
         [row["edit_id"] for row in read_rows(parts(Workspace.of(folder))) if row["status"] == "edited"]

@@ -24,6 +24,11 @@ def number(value: float) -> str:
     return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
 
 
+def plain(value: float) -> str:
+    """`400` for a whole number, `0.25` and `12.5` for others: three significant digits."""
+    return f"{value:,.0f}" if value == round(value) or abs(value) >= 1000 else f"{value:.3g}"
+
+
 def plus_minus(value: Estimate | PairedDifference) -> str:
     """`.830 ±.027`: a mean and half its interval, the longer half."""
     return f"{number(value.mean)} ±{number(max(value.high - value.mean, value.mean - value.low))}"
@@ -32,6 +37,12 @@ def plus_minus(value: Estimate | PairedDifference) -> str:
 def interval(value: Estimate) -> str:
     """`0.913 [0.880, 0.946]`: a mean and its interval."""
     return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def counts_interval(value: Estimate) -> str:
+    """`400`, `19.5 [17.2, 21.8]`: a mean of whole numbers and its interval, which equal numbers do not have."""
+    mean, low, high = (f"{each:,.1f}".removesuffix(".0") for each in (value.mean, value.low, value.high))
+    return mean if low == high else f"{mean} [{low}, {high}]"
 
 
 def change(difference: PairedDifference, digits: int = 3) -> str:

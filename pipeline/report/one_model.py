@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from odedit.data.pool import normal
+from odedit.storage.location import at
+from odedit.ways.common.files import read_committed_info
 from pipeline.run_folder.committed import SINGLE
 from pipeline.run_folder.outcomes import RANKED, rank
 from pipeline.run_folder.rows import EDITED, SKIPPED, Row, parts, read_rows
-from pipeline.run_folder.workspace import Workspace
+from pipeline.run_folder.workspace import Workspace, read_json
 
 _SHOWN = 20
 _HOLDS = 1.0
+_TABLE, _PLOT, _STUDY = "table.md", "plot.png", "study.json"
+_STEP = "step"
 
 
 @dataclass(frozen=True)
@@ -22,52 +26,89 @@ class OneModel:
     """Edits of a committed model.
 
     Attributes:
+        way: Name of the way that made it.
         count: Number of edits in the model.
         held: Number of them that hold.
         instead: What the others answer, and how many.
-        alone: Number of them that held as single edits; None: there are no single edits of them.
+        num_alone: Number of the edits that were scored as single edits too; 0: none.
+        alone: Number of those that held.
         lost: Ids of the first edits that held alone and do not hold in the model.
         num_lost: Number of those.
+        unlearned: Number of edits that do not hold, and of whose answer a token had a probability below one half at the
+            end of the training; None: not measured.
         contradictions: Reasons of the first records that were left out because they contradict others.
+        num_contradictions: Number of those.
+        curves: Figures of the training by name.
+        steps: Steps of the training that the curves' points are of; empty: not known.
+        study: Links to table and plot of the study that the model is an arm of, by name; empty: it is of none.
     """
 
+    way: str
     count: int
     held: int
-    instead: dict[str, int]
-    alone: int | None
-    lost: list[str]
+    instead: Mapping[str, int]
+    num_alone: int
+    alone: int
+    lost: Sequence[str]
     num_lost: int
-    contradictions: list[str]
+    unlearned: int | None
+    contradictions: Sequence[str]
+    num_contradictions: int
+    curves: Mapping[str, Sequence[float]]
+    steps: Sequence[float]
+    study: Mapping[str, str]
 
 
 def one_model(workspace: Workspace) -> OneModel | None:
     """The edits of the model in a run's folder; None if the run committed none."""
     if not workspace.committed.exists():
         return None
-    columns = (*RANKED, "target", "answer_before", "answer_after")
+    info = read_committed_info(workspace.committed)
+    columns = (*RANKED, "target", "answer_before", "answer_after", "worst_nll")
     rows = list(read_rows(parts(workspace), columns, (EDITED,)))
     failing = [row for row in rows if not _holds(row)]
     targets = {normal(row["target"]) for row in rows if row.get("target")}
-    single = Workspace(workspace.out / SINGLE)
-    alone = _held_ids(single) if single.results.is_folder() else None
-    lost = [row["edit_id"] for row in failing if alone is not None and row["edit_id"] in alone]
+    single = single_edits(workspace)
+    known = {} if single is None else {row["edit_id"]: _holds(row) for row in _ranked(single)}
+    alone = [known[row["edit_id"]] for row in rows if row["edit_id"] in known]
+    lost = [row["edit_id"] for row in failing if known.get(row["edit_id"])]
+    contradictions = _contradictions(workspace)
+    curves = dict(info.details.get("curves") or {})
+    steps = curves.pop(_STEP, [])
+    worst = [row["worst_nll"] for row in failing if row.get("worst_nll") is not None]
     return OneModel(
+        way=info.way,
         count=len(rows),
         held=len(rows) - len(failing),
         instead=dict(Counter(_instead(row, targets) for row in failing).most_common()),
-        alone=None if alone is None else sum(row["edit_id"] in alone for row in rows),
+        num_alone=len(alone),
+        alone=sum(alone),
         lost=lost[:_SHOWN],
         num_lost=len(lost),
-        contradictions=list(islice(_contradictions(workspace), _SHOWN)),
+        unlearned=sum(value > math.log(2) for value in worst) if worst else None,
+        contradictions=contradictions[:_SHOWN],
+        num_contradictions=len(contradictions),
+        curves=curves,
+        steps=steps,
+        study=_study(workspace),
     )
+
+
+def single_edits(workspace: Workspace) -> Workspace | None:
+    """The run of the single edits that a model was made from; None if there was none, or it is not there any more."""
+    given = ((read_json(workspace.run) or {}).get("settings") or {}).get("--from")
+    # The setting ends with a digest of the edits.
+    out = workspace.out / SINGLE if given is None else at(given.rpartition(" (")[0])
+    single = Workspace(out)
+    return single if workspace.committed.exists() and single.results.is_folder() else None
+
+
+def _ranked(workspace: Workspace) -> Iterable[Row]:
+    return read_rows(parts(workspace), RANKED, (EDITED,))
 
 
 def _holds(row: Row) -> bool:
     return rank(row)[0] == _HOLDS
-
-
-def _held_ids(single: Workspace) -> set[str]:
-    return {row["edit_id"] for row in read_rows(parts(single), RANKED, (EDITED,)) if _holds(row)}
 
 
 def _instead(row: Row, targets: set[str]) -> str:
@@ -82,7 +123,14 @@ def _instead(row: Row, targets: set[str]) -> str:
     return "something else"
 
 
-def _contradictions(workspace: Workspace) -> Iterator[str]:
-    for row in read_rows(parts(workspace), ("edit_id", "status", "error"), (SKIPPED,)):
-        if "contradicts" in (row["error"] or ""):
-            yield row["error"]
+def _contradictions(workspace: Workspace) -> list[str]:
+    rows = read_rows(parts(workspace), ("edit_id", "status", "error"), (SKIPPED,))
+    return [row["error"] for row in rows if "contradicts" in (row["error"] or "")]
+
+
+def _study(workspace: Workspace) -> dict[str, str]:
+    """Links from the run's folder, `STUDY/arms/ARM`."""
+    out = workspace.out.parent.parent
+    if workspace.out.parent.name != "arms" or not (out / _STUDY).exists():
+        return {}
+    return {"table": f"../../{_TABLE}", "plot": f"../../{_PLOT}"}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 from rich.table import Table
@@ -22,19 +21,7 @@ from pipeline.run_folder import rows as results
 from pipeline.run_folder.workspace import Workspace
 
 _COMPARED = (*SHOWN, "seconds")
-_COLUMNS = (
-    "edit_id",
-    "fact",
-    "status",
-    "error",
-    "prompt",
-    "target",
-    "answer_before",
-    "answer_after",
-    *_COMPARED,
-    "stop_reason",
-)
-_MAX_PROBLEMS, _MAX_EDITS = 100, 20
+_COLUMNS = ("edit_id", "fact", "status", *_COMPARED)
 # The first two hues stay distinct for colour-blind readers and in greyscale print.
 _COLOURS = ("#7b8794", "#0b6bcb", "#d97706", "#7c3aed", "#0f766e")
 
@@ -145,50 +132,64 @@ def draw(arms: Sequence[Arm]) -> bytes:
     return buffer.getvalue()
 
 
-def write_comparison(folder: Location, arms: Sequence[Arm]) -> Location:
-    """Writes `comparison.png` and `report.html` of several runs against the first; returns the page."""
+def write_comparison(
+    folder: Location, arms: Sequence[Arm], others: Mapping[str, Workspace] = MappingProxyType({})
+) -> Location:
+    """Writes `comparison.png` and `report.html` of several runs against the first; returns the page.
+
+    Args:
+        others: Further runs by name, whose reports the page links to.
+    """
+    from markupsafe import Markup
+
     (folder / "comparison.png").write_bytes(draw(arms))
-    path = folder / "report.html"
-    text = (
-        environment()
-        .get_template("comparison.html.j2")
-        .render(
-            title=" against ".join(arm.name for arm in arms),
-            arms=[_arm_view(arm, folder) for arm in arms],
-            comparisons=[_comparison_view(arms[0], arm) for arm in arms[1:]],
-            metrics=SHOWN,
-            labels=LABELS,
-            image=base64.b64encode(draw(arms)).decode(),
-        )
+    path, templates = folder / "report.html", environment()
+    runs = {arm.name: arm.workspace for arm in arms} | dict(others)
+    text = templates.get_template("comparison.html.j2").render(
+        title=" against ".join(arm.name for arm in arms),
+        pages={name: link for name, run in runs.items() if (link := _link(run, folder)) is not None},
+        columns=_columns(arms),
+        arms=[_arm_view(arm) for arm in arms],
+        style=Markup(templates.get_template("report.css").render()),
     )
     path.write_text(text)
     return path
 
 
-def _comparison_view(first: Arm, second: Arm) -> dict[str, Any]:
-    a, b = first.rows(), second.rows()
-    lines = [
-        {"label": LABELS.get(entry.column, "seconds per edit"), "entry": entry, "p": _tested(entry)}
-        for entry in differences.compare(a, b, _COMPARED)
-    ]
-    return {"first": first.name, "second": second.name, "lines": lines, "shared": len(a.keys() & b.keys())}
+def _columns(arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """Every compared column with its mean in each run, and the difference to the first run."""
+    first = arms[0].rows()
+    compared: list[dict[str, differences.Comparison]] = [{}]
+    for arm in arms[1:]:
+        compared.append({entry.column: entry for entry in differences.compare(first, arm.rows(), _COMPARED)})
+    means = [estimates(arm.summary) for arm in arms]
+    columns = []
+    for column in _COMPARED:
+        lines = []
+        for arm, of_arm, entries in zip(arms, means, compared, strict=True):
+            if column in of_arm:
+                entry = entries.get(column)
+                p = None if entry is None else _tested(entry)
+                lines.append({"name": arm.name, "mean": of_arm[column], "entry": entry, "p": p,
+                              "is_clear": p is not None and p < SIGNIFICANT})  # fmt: skip
+        if lines:
+            is_share = column in SHOWN
+            label = LABELS[column] if is_share else "seconds per edit"
+            columns.append({"name": column, "label": label, "is_share": is_share, "lines": lines})
+    return columns
 
 
-def _arm_view(arm: Arm, folder: Location) -> dict[str, Any]:
-    out = arm.workspace.out
+def _arm_view(arm: Arm) -> dict[str, Any]:
     return {
         "name": arm.name,
-        "page": f"{out.name}/{arm.workspace.report.name}" if str(out.parent) == str(folder) else None,
-        "means": estimates(arm.summary),
         "counts": counts(arm.summary),
         "stop_reasons": ", ".join(f"{name} {count}" for name, count in arm.summary["stop_reasons"].items()),
         "reasons": reasons.sentences(arm.summary.get("reasons", [])),
-        "edits": _first_rows(arm, _MAX_EDITS, results.EDITED),
-        "problems": _first_rows(arm, _MAX_PROBLEMS, results.FAILED, results.SKIPPED),
         "config": arm.workspace.config.read_text() if arm.workspace.config.exists() else "",
     }
 
 
-def _first_rows(arm: Arm, count: int, *statuses: str) -> list[results.Row]:
-    rows = islice(results.read_rows(results.parts(arm.workspace), _COLUMNS, statuses), count)
-    return [{name: row.get(name) for name in _COLUMNS} for row in rows]
+def _link(workspace: Workspace, folder: Location) -> str | None:
+    """A run's report as a page in the folder links to it; None if the run is elsewhere."""
+    out = workspace.out
+    return f"{out.name}/{workspace.report.name}" if str(out.parent) == str(folder) else None

@@ -24,8 +24,10 @@ from odedit.evaluation.statistics import SHOWN, SIGNIFICANT, Estimate
 from odedit.inputs.batch import is_locality
 from odedit.storage.location import Location
 from pipeline.report import differences
-from pipeline.report.formatting import LABELS, interval, number
-from pipeline.report.one_model import one_model
+from pipeline.report.cloud import HiddenStates, drawing
+from pipeline.report.figures import MEASURED, NAMES, histograms, loss_curves, short, training_curves
+from pipeline.report.formatting import LABELS, counts_interval, interval, number
+from pipeline.report.one_model import one_model, single_edits
 from pipeline.report.page import counts
 from pipeline.report.templates import environment
 from pipeline.report.thumbnails import Thumbnails
@@ -49,13 +51,12 @@ MAX_TEXT_BYTES, MAX_PICTURE_BYTES = 8_000_000, 9_000_000
 """Sizes of the parts of a page; what does not fit is left out of its last edits."""
 MAX_CURVES = 300
 """Edits with loss curves on a page, the worst."""
-_MAX_CHARACTERS, _MAX_POINTS, _REASONS, _BINS = 300, 60, 30, 10
+_MAX_CHARACTERS, _REASONS = 300, 30
 _PROBE = re.compile(r"([a-z]+)_(gen|loc)(?:_(\w+))?")
+_BOTH = {"tm_gen": "text and image generality"}
 _HEADLINE = (*SHOWN, "seconds")
 COMPARED = ("edit_id", "fact", "status", *_HEADLINE)
 """Columns that a baseline is compared by."""
-_MEASURED = (*SHOWN, "steps", "seconds", "worst_nll")
-_NAMES = LABELS | {"seconds": "seconds per edit", "steps": "steps", "worst_nll": "worst token's NLL at the end"}
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def write_run_report(
     summary: Mapping[str, Any],
     reader: ImageReader | None = None,
     baseline: Baseline | None = None,
+    states: HiddenStates | None = None,
 ) -> Location:
     """Writes `report.html` of a finished run and returns it.
 
@@ -87,13 +89,18 @@ def write_run_report(
         summary: Content of `summary.json`.
         reader: Reader of the records' pictures; None: that of the run's configuration. Pictures that are not there any
             more are left out.
-        baseline: Run that the scores are compared with, over the edits that both have.
+        baseline: Run that the scores are compared with, over the edits that both have; None: of a committed model the
+            single edits that it was made from, else none.
+        states: Hidden states of some edits, which are drawn.
     """
     from markupsafe import Markup
 
+    if baseline is None and (single := single_edits(workspace)) is not None:
+        # What the edits lose in one model is the difference to each of them alone.
+        baseline = Baseline.of("alone", single)
     templates = environment()
     style, script = (templates.get_template(name).render() for name in ("report.css", "report.js"))
-    whole = _Whole.of(workspace)
+    whole, model = _Whole.of(workspace), one_model(workspace)
     gallery = _gallery(workspace, whole.worst, reader or picture_reader(workspace), baseline)
     text = templates.get_template("report.html.j2").render(
         title=_name(workspace),
@@ -102,8 +109,10 @@ def write_run_report(
         headline=_headline(workspace, summary, baseline),
         baseline=None if baseline is None else baseline.name,
         reasons=sentences(whole.reasons),
-        histograms=whole.histograms(),
-        model=one_model(workspace),
+        cloud=None if states is None else drawing(states, read_outcomes(workspace, states.edit_ids)),
+        histograms=histograms(whole.values),
+        model=model,
+        training=training_curves(model.curves, model.steps) if model else [],
         resources=_resources(workspace, summary),
         config=workspace.config.read_text() if workspace.config.exists() else "",
         gallery=gallery,
@@ -143,7 +152,7 @@ class _Whole:
     count: int = 0
     worst: list[str] = field(default_factory=list)
     reasons: list[dict[str, Any]] = field(default_factory=list)
-    values: dict[str, array[float]] = field(default_factory=lambda: {name: array("d") for name in _MEASURED})
+    values: dict[str, array[float]] = field(default_factory=lambda: {name: array("d") for name in MEASURED})
 
     @classmethod
     def of(cls, workspace: Workspace) -> _Whole:
@@ -159,21 +168,10 @@ class _Whole:
                         values.append(value)
                 yield row
 
-        columns = tuple(dict.fromkeys((*RANKED, *_MEASURED, "error", "file", "index")))
+        columns = tuple(dict.fromkeys((*RANKED, *MEASURED, "error", "file", "index")))
         whole.worst = worst_ids(counting(read_rows(parts(workspace), columns)), MAX_EDITS)
         whole.reasons = reasons.commonest(_REASONS)
         return whole
-
-    def histograms(self) -> list[dict[str, Any]]:
-        """Counts of each column's values in ten equal bins; shares from 0 to 1."""
-        drawn = []
-        for name, values in self.values.items():
-            if len(values) < 2 or (name not in SHOWN and min(values) == max(values)):
-                continue
-            low, high = (0.0, 1.0) if name in SHOWN else (min(values), max(values))
-            counts = np.histogram(values, bins=_BINS, range=(low, high))[0].tolist()
-            drawn.append({"name": name, "label": _NAMES[name], "low": low, "high": high, "counts": counts})
-        return drawn
 
 
 def _headline(workspace: Workspace, summary: Mapping[str, Any], baseline: Baseline | None) -> list[dict[str, Any]]:
@@ -192,7 +190,7 @@ def _headline(workspace: Workspace, summary: Mapping[str, Any], baseline: Baseli
         label = {"kept": "other answers kept", "kept_text": "other answers kept, without picture"}.get(name)
         is_clear = p is not None and p < SIGNIFICANT
         lines.append(
-            {"name": name, "label": label or _NAMES[name], "mean": Estimate(**figures), "is_share": name != "seconds",
+            {"name": name, "label": label or NAMES[name], "mean": Estimate(**figures), "is_share": name != "seconds",
              "entry": entry, "p": p, "is_clear": is_clear}
         )  # fmt: skip
     return lines
@@ -209,7 +207,7 @@ def _resources(workspace: Workspace, summary: Mapping[str, Any]) -> list[tuple[s
     if "peak_bytes" in metrics:
         lines.append(("Peak memory per edit", f"{metrics['peak_bytes']['mean'] / 2**20:,.1f} MiB"))
     if "steps" in metrics:
-        lines.append(("Steps per edit", interval(Estimate(**metrics["steps"]))))
+        lines.append(("Steps per edit", counts_interval(Estimate(**metrics["steps"]))))
     if stops := summary.get("stop_reasons"):
         lines.append(("Stopped by", ", ".join(f"{name} {count}" for name, count in stops.items())))
     for kind, stages in ((read_json(workspace.profile) or {}).get("seconds") or {}).items():
@@ -240,11 +238,10 @@ def _gallery(
     images = [probe.image for outcome in outcomes for probe in outcome.probes if probe.image is not None]
     thumbnails = Thumbnails.read(images, reader, MAX_PICTURE_BYTES)
     names = list(dict.fromkeys(probe.name for outcome in outcomes for probe in outcome.probes))
-    edits: list[dict[str, Any]] = []
     curves = _curves(workspace, edit_ids[:MAX_CURVES])
-    text_bytes = bare = 0
-    for outcome in outcomes:
-        entry = _edit(outcome, baseline)
+    edits = [_edit(outcome, baseline) for outcome in outcomes]
+    text_bytes, bare = len(json.dumps(edits, ensure_ascii=False).encode()), 0
+    for outcome, entry in zip(outcomes, edits, strict=True):
         probes = [_probe(probe, outcome.probes[0], names, thumbnails) for probe in outcome.probes]
         size = len(json.dumps(probes, ensure_ascii=False).encode())
         if text_bytes + size <= MAX_TEXT_BYTES:
@@ -252,7 +249,6 @@ def _gallery(
             entry["probes"] = probes
         else:
             bare += 1
-        edits.append(entry)
     notes = []
     if images and not thumbnails.texts:
         notes.append("The pictures were not there when the page was written.")
@@ -271,14 +267,16 @@ def _gallery(
 def probe_label(name: str) -> str:
     """What a probe is, in words.
 
-    >>> probe_label("m_loc_near"), probe_label("rel"), probe_label("tm_gen")
-    ('image locality, near', 'reliability', 'generality (tm)')
+    >>> probe_label("m_loc_near"), probe_label("rel"), probe_label("far_gen")
+    ('image locality, near', 'reliability', 'generality (far)')
     """
     if name.startswith(EDITED_PROBE):
         return f"what another record edits ({name.removeprefix(EDITED_PROBE)})"
     match = _PROBE.fullmatch(name)
     if match is None:
         return LABELS.get(name, name)
+    if name in _BOTH:
+        return _BOTH[name]
     who, kind, detail = match.groups()
     label = LABELS.get(f"{who}_{kind}") or f"{'generality' if kind == 'gen' else 'locality'} ({who})"
     return f"{label}, {detail.replace('_', ' ')}" if detail else label
@@ -288,12 +286,12 @@ def _edit(outcome: EditOutcome, baseline: Baseline | None) -> dict[str, Any]:
     row = outcome.row
     entry = {
         "id": outcome.edit_id, "index": row.get("index"), "status": row["status"], "task": row.get("task"),
-        "fact": row.get("fact"), "error": row.get("error"), "old": _cut(outcome.old_answer), "holds": outcome.holds,
-        "mean": _short(outcome.mean_score), "steps": row.get("steps"), "seconds": _short(row.get("seconds")),
-        "nll": _short(row.get("worst_nll")),
+        "fact": _cut(row.get("fact")), "error": _cut(row.get("error")), "old": _cut(outcome.old_answer),
+        "holds": outcome.holds, "mean": short(outcome.mean_score), "steps": row.get("steps"),
+        "seconds": short(row.get("seconds")), "nll": short(row.get("worst_nll")),
     }  # fmt: skip
     if baseline is not None and outcome.edit_id in baseline.rows:
-        entry["base"] = _short(mean_score(baseline.rows[outcome.edit_id]))
+        entry["base"] = short(mean_score(baseline.rows[outcome.edit_id]))
     return {name: value for name, value in entry.items() if value is not None}
 
 
@@ -308,7 +306,7 @@ def _probe(probe: ProbeOutcome, own: ProbeOutcome, names: Sequence[str], thumbna
         None if probe.image is None else picture_name(probe.image)[-60:],
         _cut(probe.before),
         _cut(probe.after),
-        _short(probe.score),
+        short(probe.score),
         probe.is_right,
         probe.was_right,
     ]
@@ -317,27 +315,11 @@ def _probe(probe: ProbeOutcome, own: ProbeOutcome, names: Sequence[str], thumbna
 def _curves(workspace: Workspace, edit_ids: Sequence[str]) -> dict[str, dict[str, list[float]]]:
     """The curves of some edits by edit id."""
     rows = read_rows(parts(workspace), ("edit_id", "losses"), edit_ids=frozenset(edit_ids))
-    drawn = {row["edit_id"]: _shortened(row.get("losses") or {}) for row in rows}
+    drawn = {row["edit_id"]: loss_curves(row.get("losses") or {}) for row in rows}
     return {edit_id: curves for edit_id, curves in drawn.items() if curves}
-
-
-def _shortened(losses: Mapping[str, Sequence[float | None]]) -> dict[str, list[float]]:
-    """The curves that are not zero throughout, at most 60 points each."""
-    drawn = {}
-    for name, values in losses.items():
-        finite = [value for value in values if value is not None and np.isfinite(value)]
-        if len(finite) > 1 and any(finite):
-            chosen = np.linspace(0, len(finite) - 1, min(len(finite), _MAX_POINTS)).round().astype(int)
-            drawn[name] = [_short(finite[index]) for index in chosen]
-    return drawn
 
 
 def _cut(text: str | None) -> str | None:
     if text is None or len(text) <= _MAX_CHARACTERS:
         return text
     return f"{text[: _MAX_CHARACTERS - 4]} ..."
-
-
-def _short(value: float | None) -> Any:
-    """The value with four digits; None if it is missing or not finite."""
-    return None if value is None or not np.isfinite(value) else float(f"{value:.4g}")

@@ -94,6 +94,19 @@ def test_a_large_run_has_its_worst_edits(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(data["curves"]) == [edit["id"] for edit in data["edits"][:2]]
 
 
+def test_long_texts_of_a_record_are_cut(tmp_path: Path) -> None:
+    def lengthen(row: Row) -> None:
+        row["fact"] = "fact " * 200
+        row["answer_after"] = "after " * 200
+        if row["status"] != EDITED:
+            row["error"] = "error " * 200
+
+    data = data_of(report(write_run(tmp_path / "run", 2, lengthen)))
+    first, last = data["edits"][0], data["edits"][-1]
+    assert {len(first["fact"]), len(first["probes"][0][6]), len(last["error"])} == {300}
+    assert first["fact"].endswith(" ...")
+
+
 def test_the_baseline_s_difference_is_over_the_common_edits(tmp_path: Path) -> None:
     def better(row: Row) -> None:
         if row["status"] == EDITED:
@@ -108,6 +121,20 @@ def test_the_baseline_s_difference_is_over_the_common_edits(tmp_path: Path) -> N
     edits = {edit["id"]: edit for edit in data_of(text)["edits"]}
     assert "base" not in edits["vqa-000005"]
     assert edits["vqa-000000"]["base"] == pytest.approx(edits["vqa-000000"]["mean"] + 0.2)
+
+
+def test_whole_numbers_are_shown_as_such(tmp_path: Path) -> None:
+    def equal(row: Row) -> None:
+        if row["status"] == EDITED:
+            row["steps"] = 400
+
+    text = report(write_run(tmp_path / "run", 12, equal))
+    assert "<dt>Steps per edit</dt><dd>400</dd>" in text and "400.000" not in text
+    text = report(write_run(tmp_path / "other", 12))
+    # 10 to 16 steps, of 12 edits.
+    assert re.search(r"<dd>12\.6 \[[\d.]+, [\d.]+\]</dd>", text)
+    assert 'aria-label="Edits by steps: 10: 2, 11: 2, 12: 2, 13: 2, 14: 2, 15: 1, 16: 1"' in text
+    assert "Edits by reliability: 0 to 0.1: 3, 0.1 to 0.2: 0" in text
 
 
 def test_a_run_without_an_edit_has_a_report(tmp_path: Path) -> None:
@@ -137,7 +164,12 @@ def test_an_answer_that_another_record_edits_is_under_its_own_name(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("name", "label"),
-    [("rel", "reliability"), ("m_loc_near", "image locality, near"), ("tm_gen", "generality (tm)"), ("odd", "odd")],
+    [
+        ("rel", "reliability"),
+        ("m_loc_near", "image locality, near"),
+        ("tm_gen", "text and image generality"),
+        ("odd", "odd"),
+    ],
 )
 def test_labels_of_probes(name: str, label: str) -> None:
     assert probe_label(name) == label

@@ -6,8 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from odedit.storage.location import at
+from pipeline.report.cloud import HiddenStates
+from pipeline.report.page import Arm, write_comparison
 from pipeline.report.run_page import Baseline, write_run_report
 from pipeline.run_folder.rows import EDITED, Row
 from pipeline.run_folder.workspace import Workspace, read_json
@@ -21,6 +25,10 @@ def browser() -> Iterator[Any]:
         yield started
 
 
+_CLOUD = np.random.default_rng(0).normal(size=(3, 5, 16))
+STATES = HiddenStates(tuple(f"vqa-{number:06d}" for number in range(5)), ("rel", "t_gen", "m_gen"), _CLOUD, _CLOUD + 1)
+
+
 def hostile(row: Row) -> None:
     if row["status"] == EDITED:
         row["answers"]["t_gen"]["after"] = SCRIPT
@@ -32,11 +40,11 @@ def hostile(row: Row) -> None:
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     baseline = Baseline.of("base", write_run(folder / "base", 60))
-    return written(write_run(folder / "run", 60, hostile), baseline)
+    return written(write_run(folder / "run", 60, hostile), baseline=baseline, states=STATES)
 
 
-def written(workspace: Workspace, baseline: Baseline | None = None) -> Path:
-    return Path(write_run_report(workspace, read_json(workspace.summary), baseline=baseline))
+def written(workspace: Workspace, **drawn: Any) -> Path:
+    return Path(write_run_report(workspace, read_json(workspace.summary), **drawn))
 
 
 @pytest.fixture
@@ -129,6 +137,16 @@ def test_all_edits_come_into_view_and_each_has_a_link(page: Any, page_file: Path
     assert len(ids(page)) > 3 and ids(page)[-3] == last
 
 
+def test_a_hidden_state_leads_to_its_edit_and_settings_unfold(page: Any) -> None:
+    assert page.locator(".clouds svg").count() == 2 and page.locator(".clouds circle").count() == 10
+    page.locator(".clouds svg").nth(1).locator("a circle").nth(3).click()
+    page.wait_for_function("document.activeElement.id === 'edit-vqa-000003'")
+    assert not page.locator("#resources pre").is_visible()
+    page.locator("#resources summary").click()
+    assert "name: ftl" in page.locator("#resources pre").text_content()
+    assert page.locator("#resources pre").is_visible()
+
+
 def test_pictures_load_and_have_texts_and_curves_open(page: Any) -> None:
     first = page.locator(".edit").first
     first.scroll_into_view_if_needed()
@@ -155,6 +173,26 @@ def test_contrast_is_enough_and_a_phone_needs_no_scrolling_sideways(page: Any, s
         "[...document.querySelectorAll('.edit')].every(e => e.getBoundingClientRect().right <= innerWidth)"
     )
     assert page.evaluate(CONTRAST) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_of_several_runs_is_readable_and_leads_to_their_edits(
+    browser: Any, tmp_path: Path, scheme: str
+) -> None:
+    arms = []
+    for name in ("one", "another"):
+        workspace = write_run(tmp_path / name, 8, hostile)
+        written(workspace)
+        arms.append(Arm(name, workspace, read_json(workspace.summary)))
+    context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme=scheme, offline=True)
+    page, problems = context.new_page(), []
+    page.on("console", lambda message: problems.append(message.text))
+    page.goto(Path(write_comparison(at(tmp_path), arms)).as_uri())
+    assert page.evaluate(CONTRAST) == [] and page.title() == "one against another"
+    assert not page.evaluate("document.documentElement.scrollWidth > innerWidth")
+    page.click("nav a:has-text('another')")
+    assert page.title() == "another: report" and page.locator(".edit").count() == 10 and not problems
+    context.close()
 
 
 def test_ten_thousand_edits_open_at_once(browser: Any, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from odedit import InputError
 from odedit.__main__ import app
 from odedit.errors import NothingUsable
 from pipeline.config import strict
+from pipeline.report.cloud import HiddenStates
 from pipeline.run_folder.rows import parts, read_rows
 from pipeline.run_folder.workspace import Workspace
 from pipeline.study import data, plots, spec, states
@@ -253,18 +254,19 @@ def test_the_picture_of_states_has_a_panel_before_and_one_after_each_arm(
     inline_pipeline.install(monkeypatch)
     pictures: list[Any] = []
     clouds: list[tuple[np.ndarray, np.ndarray]] = []
-    original_png, original_states = plots.to_png, states._states
+    original_png, original_states = plots.to_png, states.hidden_states
 
     def to_png(picture: Any) -> bytes:
         pictures.append(picture)
         return original_png(picture)
 
-    def of_outcome(outcome: Any) -> tuple[np.ndarray, np.ndarray]:
-        clouds.append(original_states(outcome))
-        return clouds[-1]
+    def of_run(workspace: Workspace) -> HiddenStates:
+        found = original_states(workspace)
+        clouds.append((found.before, found.after))
+        return found
 
     monkeypatch.setattr(plots, "to_png", to_png)
-    monkeypatch.setattr(states, "_states", of_outcome)
+    monkeypatch.setattr(states, "hidden_states", of_run)
     small["settings"]["data"]["limit"] = 3  # in two groups
     small["plot"] = {"kind": "states"}
     found = runner.run("fig3", study_of(small), tmp_path / "study", QUIET)
@@ -279,15 +281,8 @@ def test_the_picture_of_states_has_a_panel_before_and_one_after_each_arm(
     assert not np.allclose(before, after) and not np.allclose(after, after_too)
 
     small["settings"]["keep_edits"] = False
-    with pytest.raises(InputError, match="settings.keep_edits"):
+    with pytest.raises(InputError, match="keep_edits=true"):
         runner.run("fig3", study_of(small), tmp_path / "without", QUIET)
-
-
-def test_distances_are_relative_to_those_between_edits() -> None:
-    # Edits at 0, 6 and 12 on a line, rephrases 1 and 3 away: (1 + 3) / 2 over (6 + 12 + 6) / 3.
-    edits = np.array([[0.0], [6.0], [12.0]])
-    assert states._distance(np.stack([edits, edits + 1, edits - 3])) == pytest.approx(2 / 8)
-    assert np.isnan(states._distance(np.ones((3, 1, 4))))
 
 
 def test_models_of_each_size_and_way_are_made_once_and_resumed(
