@@ -63,7 +63,7 @@ class RouterConfig(Settings):
     batch_size: Annotated[int, Ge(2)] = 96
     learning_rate: Annotated[float, Gt(0)] = 2e-3
     weight_decay: Annotated[float, Ge(0)] = 1e-2
-    false_firing_weight: Annotated[float, Ge(0)] = 0.1
+    false_firing_weight: Annotated[float, Ge(0)] = 0.2
 
 
 @dataclass(frozen=True)
