@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -21,6 +22,7 @@ from odedit.errors import InputError
 from odedit.evaluation.scores import evaluate
 from odedit.evaluation.statistics import MAIN
 from odedit.inputs.prompts import find_template
+from odedit.ways.common.files import CommittedInfo, save_committed
 from pipeline import commands
 from pipeline.config.run import from_dict
 from pipeline.config.version import commit
@@ -28,11 +30,12 @@ from pipeline.driver.run import Outcome
 from pipeline.driver.sync import sync
 from pipeline.run_folder import rows as results
 from pipeline.run_folder.sources import resolve
+from pipeline.run_folder.workspace import Workspace
 from pipeline.tracking import origin
 from pipeline.tracking.client import TrackingError, connect, open_command
 from pipeline.tracking.fetch import fetch_edit
 from pipeline.tracking.names import MOST
-from pipeline.tracking.runs import EditRun
+from pipeline.tracking.runs import EditRun, _curves
 from pipeline.workers.plan import Job
 from pipeline.workers.preparer import Preparer
 from tests.support.mmedit_files import record, write_array
@@ -241,3 +244,16 @@ def test_a_missing_edit_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be fetched"):
         fetch_edit(f"sqlite:///{tmp_path}/mlflow.db", "0" * 32, "edit", tmp_path)
     assert not list(tmp_path.iterdir()), "a mistyped address creates no database"
+
+
+def test_a_committed_model_has_the_curves_of_its_training(tmp_path: Path) -> None:
+    workspace = Workspace.of(str(tmp_path))
+    workspace.create()
+    curves = {"nothing": [0.0, 0.0], "loss": [float(step + 1) for step in range(1201)]}
+    info = CommittedInfo(
+        "joint", {}, "lora", {}, "blip2", "embedded", "0", "float32", "mmedit", ("edit-1",), details={"curves": curves}
+    )
+    save_committed(workspace.committed, {"weight": torch.zeros(1, 1)}, info)
+    points = list(_curves(workspace, max_edits=0))
+    assert {name for name, _, _ in points} == {"training/curves/loss"} and len(points) <= 500
+    assert (points[0][1:], points[-1][1:]) == ((1.0, 0), (1201.0, 1200))
