@@ -123,11 +123,9 @@ def test_filters_and_edits_by_keyboard(page: Any) -> None:
 
 
 def test_all_edits_come_into_view_and_each_has_a_link(page: Any, page_file: Path) -> None:
-    for _ in range(20):
+    while (count := len(ids(page))) < 62:
         page.mouse.wheel(0, 100_000)
-        page.wait_for_timeout(50)
-        if len(ids(page)) == 62:
-            break
+        page.wait_for_function("count => document.querySelectorAll('.edit').length > count", arg=count)
     assert len(set(ids(page))) == len(ids(page)) == 62 and page.locator("#more").is_hidden()
     last = ids(page)[-3]
     page.goto(f"{page_file.as_uri()}#edit={last}")
