@@ -69,17 +69,19 @@ class Picture:
         key: Hash of the file's content; equal pictures are encoded once.
         pixels: RGB `uint8 (height, width, 3)` as read, or `float32 (3, height, width)` after a backbone's image
             processor.
+        size: Height and width as read, if a backbone's image processor has changed the pixels.
     """
 
     key: str
     pixels: np.ndarray
+    size: tuple[int, int] | None = None
 
     __repr__ = brief
 
     @classmethod
-    def without_pixels(cls, key: str) -> Picture:
-        """A picture that only carries its key, for features that are computed already."""
-        return cls(key, np.zeros((0, 0, 3), dtype=np.uint8))
+    def without_pixels(cls, key: str, size: tuple[int, int] | None = None) -> Picture:
+        """A picture that only carries its key and size, for features that are computed already."""
+        return cls(key, np.zeros((0, 0, 3), dtype=np.uint8), size)
 
     @property
     def is_processed(self) -> bool:
