@@ -130,6 +130,11 @@ class Backbone(ABC):
         """Width of the output of `tower`."""
         return int(self.model.config.vision_config.hidden_size)
 
+    @property
+    def feature_width(self) -> int:
+        """Width of the features of an image position."""
+        return self.hidden_size
+
     # Loading.
 
     @classmethod
@@ -138,7 +143,8 @@ class Backbone(ABC):
         checkpoints.check_dtype(dtype)
         empty = cls.inspect(checkpoint, dtype=dtype)
         fingerprint = empty.fingerprint  # computed first: a checkpoint with broken values is not loaded
-        model = checkpoints.load_model(cls._source_and_config(checkpoint)[0], checkpoint, cls.architecture, dtype)
+        source, config = cls._source_and_config(checkpoint)
+        model = checkpoints.load_model(source, checkpoint, cls.architecture_of(config), dtype)
         return cls(model.to(device), empty.processor, checkpoint, lambda: fingerprint)
 
     @classmethod
@@ -150,7 +156,7 @@ class Backbone(ABC):
         """
         checkpoints.check_dtype(dtype)
         source, config = cls._source_and_config(checkpoint)
-        model = checkpoints.empty_model(source, checkpoint, config, cls.architecture, dtype)
+        model = checkpoints.empty_model(source, checkpoint, config, cls.architecture_of(config), dtype)
         fingerprint = partial(checkpoints.fingerprint, source, checkpoint, config, dtype)
         empty = cls(model, cls.Processor(source), checkpoint, fingerprint)
         empty._check_tokenizer()
@@ -167,6 +173,11 @@ class Backbone(ABC):
         """The attribute `fingerprint` without loading the model."""
         source, config = cls._source_and_config(checkpoint)
         return checkpoints.fingerprint(source, checkpoint, config, dtype)
+
+    @classmethod
+    def architecture_of(cls, config: Any) -> Architecture:
+        """Architecture of the model with this configuration."""
+        return cls.architecture
 
     @cached_property
     def fingerprint(self) -> str:
@@ -302,7 +313,7 @@ class Backbone(ABC):
                         f"{edit_id}, {slot}: its {len(cell.tokens):,} tokens are more than the {self.max_positions:,} "
                         "positions that the text model takes."
                     )
-        width = self.vision_width if before_connector else self.hidden_size
+        width = self.vision_width if before_connector else self.feature_width
         batch = assemble(edit_ids, slots, cells, features, self.padding, width, self.device, self._is_white)
         return replace(batch, before_connector=before_connector)
 
@@ -329,6 +340,8 @@ class Backbone(ABC):
         if not is_connector(name):
             return self._decoder.site(name)
         if name not in self._connector_linears:
+            if not self._connector_linears:
+                raise InputError(f"Unknown site {name!r}: this model has no site between image tower and text model.")
             near = difflib.get_close_matches(name, self._connector_linears, n=1, cutoff=0.3)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             sites = self.connector_sites()

@@ -213,7 +213,7 @@ def _paligemma() -> Parts:
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     config = PaliGemmaConfig(
-        text_config=GemmaConfig(**{**_TEXT, "head_dim": 8}).to_dict(), vision_config=_SIGLIP, image_token_index=IMAGE,
+        text_config=GemmaConfig(**{**_TEXT, "head_dim": 8, "vocab_size": 2048}).to_dict(), vision_config=_SIGLIP, image_token_index=IMAGE,
         projection_dim=32, hidden_size=32,
     )  # fmt: skip
     images = SiglipImageProcessorPil(size={"height": 32, "width": 32})

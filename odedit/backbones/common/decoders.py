@@ -117,8 +117,10 @@ class Decoder(ABC):
         """
         normed_RSD = self._norm_before_attention(layer)(hidden_RSD)
         if read_RT is None:
-            return hidden_RSD + self._attention(layer, normed_RSD, rotary, kv_cache)
-        return gather_positions(hidden_RSD, read_RT) + self._attention_at(layer, normed_RSD, rotary, read_RT, kv_cache)
+            attended = self._attention(layer, normed_RSD, rotary, kv_cache)
+            return hidden_RSD + self._after_attention(layer, attended)
+        attended = self._attention_at(layer, normed_RSD, rotary, read_RT, kv_cache)
+        return gather_positions(hidden_RSD, read_RT) + self._after_attention(layer, attended)
 
     def attention_half_cached(
         self, layer: int, hidden_RTD: Tensor, rotary: LayerInputs | None, last_R: Tensor, kv_cache: KVCache, kept: int
@@ -131,7 +133,8 @@ class Decoder(ABC):
             kept: Number of positions of earlier calls between `last_R` and the T new positions.
         """
         normed_RTD = self._norm_before_attention(layer)(hidden_RTD)
-        return hidden_RTD + self._attention_cached(layer, normed_RTD, rotary, last_R, kv_cache, kept)
+        attended = self._attention_cached(layer, normed_RTD, rotary, last_R, kv_cache, kept)
+        return hidden_RTD + self._after_attention(layer, attended)
 
     @abstractmethod
     def ffn_half(self, layer: int, hidden_RSD: Tensor) -> Tensor:
@@ -149,7 +152,11 @@ class Decoder(ABC):
     def _nonlinearity(self, layer: int) -> Callable[[Tensor], Tensor]: ...
 
     @abstractmethod
-    def _norm_before_attention(self, layer: int) -> nn.Module: ...
+    def _norm_before_attention(self, layer: int) -> Callable[[Tensor], Tensor]: ...
+
+    def _after_attention(self, layer: int, attended: Tensor) -> Tensor:
+        """What is added to the residual stream, from attention's output."""
+        return attended
 
     def _attention(self, layer: int, normed_RSD: Tensor, rotary: LayerInputs | None, kv_cache: KVCache | None) -> Tensor:
         """Causal attention at every position, `(R, S, D)`, by the library's own module."""
@@ -168,6 +175,8 @@ class Decoder(ABC):
             kv_cache.update(k, v, layer)
         read_rotary = None if rotary is None else rotary.at(read_RT)
         q = self._heads(layer, "q", gather_positions(normed_RSD, read_RT), read_rotary)
+        if rotary is not None and rotary.mask_RSS is not None:
+            return self._attend(layer, q, k, v, rotary.mask_at(read_RT))
         before_RTS = torch.arange(normed_RSD.shape[1], device=read_RT.device) <= read_RT.unsqueeze(-1)
         return self._attend(layer, q, k, v, before_RTS)
 
@@ -257,8 +266,8 @@ class OPTDecoder(Decoder):
     def _nonlinearity(self, layer: int) -> Callable[[Tensor], Tensor]:
         return cast(Callable[[Tensor], Tensor], self._layers[layer].activation_fn)
 
-    def _norm_before_attention(self, layer: int) -> nn.Module:
-        return cast(nn.Module, self._layers[layer].self_attn_layer_norm)
+    def _norm_before_attention(self, layer: int) -> Callable[[Tensor], Tensor]:
+        return cast(Callable[[Tensor], Tensor], self._layers[layer].self_attn_layer_norm)
 
 
 class LlamaDecoder(Decoder):
@@ -313,5 +322,5 @@ class LlamaDecoder(Decoder):
     def _nonlinearity(self, layer: int) -> Callable[[Tensor], Tensor]:
         return cast(Callable[[Tensor], Tensor], self._layers[layer].mlp.act_fn)
 
-    def _norm_before_attention(self, layer: int) -> nn.Module:
-        return cast(nn.Module, self._layers[layer].input_layernorm)
+    def _norm_before_attention(self, layer: int) -> Callable[[Tensor], Tensor]:
+        return cast(Callable[[Tensor], Tensor], self._layers[layer].input_layernorm)

@@ -44,6 +44,11 @@ class LayerInputs:
         read = [tuple(gather_positions(part.expand(count, -1, -1), positions_RT) for part in pair) for pair in self.rotary]
         return LayerInputs(tuple((cos, sin) for cos, sin in read))
 
+    def mask_at(self, positions_RT: Tensor) -> Tensor:
+        """Rows of the mask at these positions, `(R, T, S)`."""
+        assert self.mask_RSS is not None
+        return gather_positions(self.mask_RSS.expand(len(positions_RT), -1, -1), positions_RT)
+
     def after(self, layer: int, hidden_RSD: Tensor) -> Tensor:
         """The residual stream that the next layer reads."""
         added_RSD = self.added.get(layer)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from odedit.backbones.common.checkpoints import PretrainedProcessor
+from odedit.backbones.common.structure import Unsupported
 from odedit.errors import InputError, in_words
 from odedit.inputs.batch import Picture, Probe
 from odedit.inputs.encoding import TokenSequence
@@ -25,6 +26,8 @@ _TEXT = "\ue000"
 _SAMPLE = "What is it?"
 _FILES = ("processor_config.json", "chat_template.json", "chat_template.jinja")
 _LAYOUTS = 4096
+PER_POSITION = ("token_type_ids", "mm_token_type_ids")
+"""Inputs with a value for each position of a prompt."""
 Size = tuple[int, int]
 
 
@@ -46,9 +49,15 @@ class Layout:
     written: str
     inputs: Mapping[str, np.ndarray]
 
+    image_in_lead: int = 0
+
     @property
     def num_positions(self) -> int:
-        return sum(self.runs)
+        return self.image_in_lead + sum(self.runs)
+
+    def pictures(self, per_position: Sequence[str]) -> dict[str, np.ndarray]:
+        """The inputs that belong to pictures."""
+        return {name: value for name, value in self.inputs.items() if name not in per_position}
 
 
 class LibraryProcessor(PretrainedProcessor):
@@ -99,7 +108,7 @@ class LibraryProcessor(PretrainedProcessor):
         """Layout of prompts about pictures of that height and width; None: without picture."""
         if size is not None and self.side is not None:
             size = self.side, self.side
-        layout = self._layouts.get(size)
+        layout: Layout | None = self._layouts.get(size)
         if layout is None:
             layout = self._made(size)
             self._layouts.put(size, layout, 1)
@@ -124,6 +133,39 @@ class LibraryProcessor(PretrainedProcessor):
                 added += count - 1
         picture = None if probe.picture is None else probe.picture.key
         return TokenSequence(expanded, first_target + added, image, picture)
+
+    def types(self) -> dict[str, tuple[int, int]]:
+        """Types of text and of image positions, by the name of the input. Raises InputError for further types."""
+        layout = self.layout((64, 64))
+        found = {}
+        for name in PER_POSITION:
+            if name not in layout.inputs:
+                continue
+            types = layout.inputs[name].reshape(-1)
+            is_image = np.asarray(self._marker_tokens(layout)) == self.image_token
+            at_text, at_image = set(types[~is_image].tolist()), set(types[is_image].tolist())
+            if len(at_text) != 1 or len(at_image) != 1:
+                raise InputError(
+                    f"backbone.checkpoint {self._source!r}: its processor gives text positions the types "
+                    f"{sorted(at_text)} and image positions {sorted(at_image)} ({name}), expected one each."
+                )
+            found[name] = at_text.pop(), at_image.pop()
+        return found
+
+    def check_text_independent(self) -> None:
+        """Raises Unsupported if what the model reads of a picture depends on the prompt's text."""
+        short = self.layout((64, 64))
+        longer = self._made((64, 64), _TEXT + _SAMPLE * 3)
+        for name, value in short.pictures(PER_POSITION).items():
+            if value.shape != longer.inputs[name].shape:
+                raise Unsupported(
+                    f"its pictures' features depend on the prompt's text ({name}), and are computed once per picture"
+                )
+
+    def _marker_tokens(self, layout: Layout) -> list[int]:
+        text = layout.frame.before + _TEXT + layout.frame.after
+        tokens = self.tokenizer(text, add_special_tokens=layout.frame.begins)["input_ids"]
+        return [*layout.lead, *self._expanded(tokens, layout.runs)]
 
     def save_pretrained(self, directory: str | Path) -> None:
         super().save_pretrained(directory)
@@ -157,7 +199,7 @@ class LibraryProcessor(PretrainedProcessor):
         written: str = self.library.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         return written
 
-    def _made(self, size: Size | None) -> Layout:
+    def _made(self, size: Size | None, text: str = _TEXT) -> Layout:
         from PIL import Image
 
         where = f"backbone.checkpoint {self._source!r}"
@@ -168,7 +210,7 @@ class LibraryProcessor(PretrainedProcessor):
             bos = self.tokenizer.bos_token
             settings = {"add_special_tokens": False} if bos and prompt.startswith(bos) else {}
             image = None if size is None else self._resized(Image.new("RGB", size[::-1]))
-            calls, made = self._recorded(image, prompt, settings)
+            calls, made = self._recorded(image, prompt.replace(_TEXT, text), settings)
         except InputError:
             raise
         except Exception as error:  # what the library raises depends on template and processor
@@ -179,7 +221,7 @@ class LibraryProcessor(PretrainedProcessor):
                 "and the chat template from the original model."
             ) from error
         handed, added = next((call for call in calls if _TEXT in call[0]), ("", True))
-        before, _, after = handed.partition(_TEXT)
+        before, _, after = handed.partition(text)
         token = str(self.tokenizer.convert_ids_to_tokens(self.image_token))
         run = re.compile(f"(?:{re.escape(token)})+")
         runs = tuple(len(match) // len(token) for match in run.findall(before + after))
@@ -188,7 +230,7 @@ class LibraryProcessor(PretrainedProcessor):
         frame = Frame(before, after, added, spaced)
         # The processor's tokens of the marker itself; some put tokens before those of the text.
         whole = [int(value) for value in np.asarray(made["input_ids"]).reshape(-1)]
-        own = self._expanded(self.tokenizer(before + _TEXT + after, add_special_tokens=added)["input_ids"], runs)
+        own = self._expanded(self.tokenizer(before + text + after, add_special_tokens=added)["input_ids"], runs)
         lead = tuple(whole[: len(whole) - len(own)])
         if not handed or list(lead) + own != whole:
             raise InputError(
@@ -206,7 +248,7 @@ class LibraryProcessor(PretrainedProcessor):
             for name, value in made.items()
             if name not in ("input_ids", "attention_mask", "pixel_values", "labels")
         }
-        return Layout(lead, frame, runs, prompt.replace(_TEXT, "{text}"), inputs)
+        return Layout(lead, frame, runs, prompt.replace(_TEXT, "{text}"), inputs, lead.count(self.image_token))
 
     def _without_picture(self) -> Layout:
         """The layout with a picture, without its image tokens."""
