@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -74,6 +75,14 @@ class Auto(Backbone):
     # Loading.
 
     @classmethod
+    def at_size(cls, side: int) -> type[Self]:
+        """The class with a processor that resizes every picture to a square first."""
+        processor = type(
+            "LibraryProcessor", (LibraryProcessor,), {"side": side, "__module__": LibraryProcessor.__module__}
+        )
+        return type(cls.__name__, (cls,), {"Processor": processor, "__module__": cls.__module__})
+
+    @classmethod
     def architecture_of(cls, config: Any) -> Architecture:
         from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -107,10 +116,10 @@ class Auto(Backbone):
         except Unsupported as error:
             raise refusal(self.checkpoint, error) from error
 
-    @property
+    @cached_property
     def fixed_size(self) -> Size | None:
         """A size that stands for all pictures, if all are treated alike; None: their numbers of positions differ."""
-        layouts = [self.processor.layout(size) for size in _SIZES]
+        layouts = [self.processor.layout(size) for size in _SIZES[: 1 if self.processor.side else None]]
         first = layouts[0]
         alike = all(
             layout.runs == first.runs and _same(layout.pictures(PER_POSITION), first.pictures(PER_POSITION))
@@ -141,7 +150,9 @@ class Auto(Backbone):
             at_once = max(1, budgets(self.device).tower_pixels // group[0].pixels.size)
             for start in range(0, len(group), at_once):
                 part = group[start : start + at_once]
-                made |= dict(zip((picture.key for picture in part), self._features_of(part, before_connector), strict=True))
+                made |= dict(
+                    zip((picture.key for picture in part), self._features_of(part, before_connector), strict=True)
+                )
         return {key: made[key] for key in distinct}
 
     def _features_of(self, group: Sequence[Picture], before_connector: bool) -> Sequence[Tensor]:
@@ -173,9 +184,7 @@ class Auto(Backbone):
 
     def _joined(self, named: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
         names = named[0] if named else {}
-        return {
-            name: torch.from_numpy(np.concatenate([one[name] for one in named])).to(self.device) for name in names
-        }
+        return {name: torch.from_numpy(np.concatenate([one[name] for one in named])).to(self.device) for name in names}
 
     def _alike(self, pictures: Sequence[Picture]) -> list[list[Picture]]:
         """Processed pictures, grouped by their shape and by what the model reads of their size."""
@@ -236,8 +245,26 @@ class Auto(Backbone):
         features: Mapping[str, Tensor],
         before_connector: bool = False,
     ) -> EditBatch:
+        if self.fixed_size is None:
+            cells = [[None if cell is None else self._refitted(cell) for cell in row] for row in cells]
         batch = super().assemble(edit_ids, slots, cells, features, before_connector)
         return replace(batch, sizes=tuple(self._sizes.get(key, _SIZES[0]) for key in features))
+
+    def note_sizes(self, pictures: Sequence[Picture]) -> None:
+        """Remembers the sizes of pictures whose features are not computed here."""
+        self._sizes |= {picture.key: self._size_of(picture) for picture in pictures if picture.key not in self._sizes}
+
+    def _refitted(self, cell: TokenSequence) -> TokenSequence:
+        """A sequence whose picture may have been exchanged, with as many positions as its picture has."""
+        if cell.picture is None or not len(cell.image):
+            return cell
+        head = self.processor.head(self._sizes.get(cell.picture, _SIZES[0]))
+        kept = cell.tokens[cell.image[-1] + 1 :]
+        if cell.tokens[: cell.image[-1] + 1] == head:
+            return cell
+        shift = len(head) + len(kept) - len(cell.tokens)
+        image = [index for index, token in enumerate(head) if token == self.processor.image_token]
+        return replace(cell, tokens=[*head, *kept], first_target=cell.first_target + shift, image=image)
 
     def marks(self) -> Mapping[str, int | None]:
         token = self.processor.image_token
@@ -250,7 +277,9 @@ class Auto(Backbone):
 
     # Running.
 
-    def forward_inputs(self, tokens_RS: Tensor, image_RS: Tensor, prompt_RS: Tensor, sizes: Sequence[Size]) -> dict[str, Any]:
+    def forward_inputs(
+        self, tokens_RS: Tensor, image_RS: Tensor, prompt_RS: Tensor, sizes: Sequence[Size]
+    ) -> dict[str, Any]:
         """Arguments of the library's forward but the pixel values, for the sequences' pictures in order."""
         accepted = self.model.forward
         named: dict[str, Any] = {"input_ids": tokens_RS, "attention_mask": torch.ones_like(tokens_RS)}
@@ -262,7 +291,14 @@ class Auto(Backbone):
         joined = self._joined([self.processor.layout(size).pictures(PER_POSITION) for size in sizes])
         return named | {name: value for name, value in joined.items() if takes(accepted, name)}
 
-    def handed_over(self, tokens_RS: Tensor, image_RS: Tensor, prompt_RS: Tensor, sizes: Sequence[Size], features: Tensor | None = None) -> Any:
+    def handed_over(
+        self,
+        tokens_RS: Tensor,
+        image_RS: Tensor,
+        prompt_RS: Tensor,
+        sizes: Sequence[Size],
+        features: Tensor | None = None,
+    ) -> Any:
         """What the library hands to the layers; image features are zeros unless given."""
         named = self.forward_inputs(tokens_RS, image_RS, prompt_RS, sizes)
         assert self.features is not None

@@ -83,6 +83,11 @@ class Picture:
         """A picture that only carries its key and size, for features that are computed already."""
         return cls(key, np.zeros((0, 0, 3), dtype=np.uint8), size)
 
+    def without_its_pixels(self) -> Picture:
+        """The same picture's key and size, for features that are computed already."""
+        height, width = self.pixels.shape[:2] if self.size is None else self.size
+        return Picture.without_pixels(self.key, (height, width))
+
     @property
     def is_processed(self) -> bool:
         return bool(self.pixels.dtype == np.float32)

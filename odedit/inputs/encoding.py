@@ -92,7 +92,7 @@ def assemble(
     def on_device(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device)
 
-    stacked = _stacked(list(features.values())) if features else torch.zeros(0, 1, feature_width, device=device)
+    stacked = stacked_features(list(features.values())) if features else torch.zeros(0, 1, feature_width, device=device)
     return EditBatch(
         edit_ids=tuple(edit_ids),
         slots=tuple(slots),
@@ -111,7 +111,7 @@ def assemble(
     )
 
 
-def _stacked(features: Sequence[Tensor]) -> Tensor:
+def stacked_features(features: Sequence[Tensor]) -> Tensor:
     """Features `(N, L, D)` of pictures, those with fewer positions filled up with zeros."""
     longest = max(len(feature) for feature in features)
     if all(len(feature) == longest for feature in features):

@@ -47,7 +47,7 @@ def summarize_results(workspace: Workspace, config: RunConfig) -> dict[str, Any]
         "skipped": counts[SKIPPED],
         "editor": config.editor.name,
         "objective": config.objective.name,
-        "backbone": f"{config.backbone.family}:{config.backbone.checkpoint}",
+        "backbone": config.backbone.name,
         "supervision": supervision_name(config),
         "stop_reasons": dict(stop_reasons.most_common()),
         "reasons": reasons.commonest(),

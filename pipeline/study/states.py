@@ -50,7 +50,8 @@ def _states(outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
         InputError: The run did not keep its edits.
     """
     config = from_dict(read_yaml(outcome.workspace.config))
-    backbone = load_backbone(config.backbone.family, config.backbone.checkpoint, dtype=config.backbone.dtype)
+    model = config.backbone
+    backbone = load_backbone(model.family, model.checkpoint, dtype=model.dtype, image_size=model.image_size)
     before: list[np.ndarray] = []
     after: list[np.ndarray] = []
     job = Job(config, resolve(config.data, config.out, config.supervision.rephrases), outcome.workspace)

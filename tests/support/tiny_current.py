@@ -115,9 +115,7 @@ def _blip2_t5() -> Parts:
         image_token_index=IMAGE,
     )  # fmt: skip
     images = BlipImageProcessorPil(size={"height": 32, "width": 32})
-    return Parts(
-        Blip2ForConditionalGeneration(config), images, "Blip2Processor", {"num_query_tokens": 3}, begins=True
-    )
+    return Parts(Blip2ForConditionalGeneration(config), images, "Blip2Processor", {"num_query_tokens": 3}, begins=True)
 
 
 def _instructblip() -> Parts:

@@ -158,7 +158,9 @@ class Decoder(ABC):
         """What is added to the residual stream, from attention's output."""
         return attended
 
-    def _attention(self, layer: int, normed_RSD: Tensor, rotary: LayerInputs | None, kv_cache: KVCache | None) -> Tensor:
+    def _attention(
+        self, layer: int, normed_RSD: Tensor, rotary: LayerInputs | None, kv_cache: KVCache | None
+    ) -> Tensor:
         """Causal attention at every position, `(R, S, D)`, by the library's own module."""
         tables = None if rotary is None else rotary.rotary[0]
         attended, _ = self._layers[layer].self_attn(

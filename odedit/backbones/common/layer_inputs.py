@@ -41,7 +41,9 @@ class LayerInputs:
     def at(self, positions_RT: Tensor) -> LayerInputs:
         """Rotary embeddings of these positions alone."""
         count = len(positions_RT)
-        read = [tuple(gather_positions(part.expand(count, -1, -1), positions_RT) for part in pair) for pair in self.rotary]
+        read = [
+            tuple(gather_positions(part.expand(count, -1, -1), positions_RT) for part in pair) for pair in self.rotary
+        ]
         return LayerInputs(tuple((cos, sin) for cos, sin in read))
 
     def mask_at(self, positions_RT: Tensor) -> Tensor:

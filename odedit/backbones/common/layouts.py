@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -68,11 +68,13 @@ class LibraryProcessor(PretrainedProcessor):
         side: Width and height to which pictures are resized first; None: the processor alone resizes them.
     """
 
-    def __init__(self, checkpoint: str, side: int | None = None) -> None:
+    side: ClassVar[int | None] = None
+
+    def __init__(self, checkpoint: str) -> None:
         """Raises InputError if the checkpoint lacks files of its processor, or they do not say where a picture is."""
         from transformers import AutoConfig
 
-        self._source, self.side = checkpoint, side
+        self._source = checkpoint
         self._layouts: LRU[Layout] = LRU(_LAYOUTS)
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
         token = getattr(config, "image_token_id", None)
@@ -107,12 +109,18 @@ class LibraryProcessor(PretrainedProcessor):
     def layout(self, size: Size | None) -> Layout:
         """Layout of prompts about pictures of that height and width; None: without picture."""
         if size is not None and self.side is not None:
-            size = self.side, self.side
+            size = self.side, self.side  # also the size that the library's processor sees
         layout: Layout | None = self._layouts.get(size)
         if layout is None:
             layout = self._made(size)
             self._layouts.put(size, layout, 1)
         return layout
+
+    def head(self, size: Size) -> list[int]:
+        """Tokens of a prompt up to the last one of the picture."""
+        tokens = self._marker_tokens(self.layout(size))
+        last = max(index for index, token in enumerate(tokens) if token == self.image_token)
+        return tokens[: last + 1]
 
     def sequence(self, probe: Probe, template: Template, size: Size | None) -> TokenSequence:
         """A probe's tokens. Raises InputError and ValueError as `Backbone.sequence`."""
@@ -174,7 +182,7 @@ class LibraryProcessor(PretrainedProcessor):
                 shutil.copyfile(Path(self._source) / name, Path(directory) / name)
 
     def _resized(self, image: Any) -> Any:
-        return image if self.side is None else image.resize((self.side, self.side), 3)
+        return image if self.side is None else image.resize((self.side, self.side), self._images.resample)
 
     def _processed(self, image: Any, text: str | None = None) -> Mapping[str, Any]:
         """What the library's processor makes of a picture, as arrays."""

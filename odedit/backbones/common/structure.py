@@ -136,9 +136,7 @@ class Structure:
             if isinstance(call.made, tuple) and len(call.made) == 2 and "rotary" in type(call.module).__name__.lower():
                 tables.append(call)
         of_tables = [table.made[0] for table in tables]
-        layers = tuple(
-            _layer(f"layers.{index}", module, calls, of_tables) for index, module in enumerate(stack.layers)
-        )
+        layers = tuple(_layer(f"layers.{index}", module, calls, of_tables) for index, module in enumerate(stack.layers))
         if len({tuple(layer.sites) for layer in layers}) != 1:
             raise Unsupported("its layers do not all have the same matrices")
         ended = next(index for index, call in enumerate(calls) if call.module is stack.layers[-1])
@@ -275,4 +273,6 @@ def _linears(module: nn.Module) -> list[nn.Linear]:
 
 def refusal(checkpoint: str, error: Unsupported) -> InputError:
     """The error of a model that cannot be run in halves, with its checkpoint."""
-    return InputError(f"backbone.checkpoint {checkpoint!r} cannot be split into a frozen part and an edited one: {error}.")
+    return InputError(
+        f"backbone.checkpoint {checkpoint!r} cannot be split into a frozen part and an edited one: {error}."
+    )

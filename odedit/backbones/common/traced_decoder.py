@@ -96,7 +96,9 @@ class TracedDecoder(Decoder):
     def _after_attention(self, layer: int, attended: Tensor) -> Tensor:
         return self._run(layer, self.structure.layers[layer].after, attended)
 
-    def _attention(self, layer: int, normed_RSD: Tensor, rotary: LayerInputs | None, kv_cache: KVCache | None) -> Tensor:
+    def _attention(
+        self, layer: int, normed_RSD: Tensor, rotary: LayerInputs | None, kv_cache: KVCache | None
+    ) -> Tensor:
         mask = None if rotary is None or rotary.mask_RSS is None else rotary.mask_RSS.unsqueeze(1)
         named: dict[str, Any] = {"attention_mask": mask, "past_key_values": kv_cache}
         table = self.structure.layers[layer].table

@@ -27,9 +27,7 @@ def connector_of(owner: Any, decoder: nn.Module) -> dict[str, nn.Module]:
     beside = {name: child for name, child in children.items() if name != tower and not isinstance(child, nn.Embedding)}
     if not beside:
         layers = tower_layers(children[tower])
-        beside = {
-            f"{tower}.{name}": child for name, child in children[tower].named_children() if child is not layers
-        }
+        beside = {f"{tower}.{name}": child for name, child in children[tower].named_children() if child is not layers}
     called = {}
     for name, child in beside.items():
         parts = {name: child} if not isinstance(child, nn.ModuleList) else {
