@@ -210,9 +210,10 @@ def _paligemma() -> Parts:
     from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+    text = {**_TEXT, "head_dim": 8, "vocab_size": 2048}  # the processor adds more than a thousand tokens
     config = PaliGemmaConfig(
-        text_config=GemmaConfig(**{**_TEXT, "head_dim": 8, "vocab_size": 2048}).to_dict(), vision_config=_SIGLIP, image_token_index=IMAGE,
-        projection_dim=32, hidden_size=32,
+        text_config=GemmaConfig(**text).to_dict(), vision_config=_SIGLIP, image_token_index=IMAGE, projection_dim=32,
+        hidden_size=32,
     )  # fmt: skip
     images = SiglipImageProcessorPil(size={"height": 32, "width": 32})
     images.image_seq_length = 16

@@ -84,7 +84,7 @@ def _measure(backbone: Auto, prompt: TokenSequence, picture: Picture) -> None:
     if any(not torch.equal(mask, given[0]) for mask in given):
         raise Unsupported("its layers attend to different positions of a short prompt")
     backbone.is_causal = bool(torch.equal(given[0][0], square.tril()))
-    main, *later = feature.chunk(backbone.features.parts, dim=-1)
+    _, *later = feature.chunk(backbone.features.parts, dim=-1)
     layers = []
     for part in later:
         layers += [

@@ -81,7 +81,7 @@ class Vision:
         first, second = (self._reads(*picture) for picture in pictures)
         self._fed = []
         kept: dict[str, Tensor] = {}
-        for name, module in self.connector.items():
+        for name in self.connector:
             differ = [
                 at for at in first.get(name, {})
                 if isinstance(first[name][at], Tensor) and not torch.equal(first[name][at], second[name][at])

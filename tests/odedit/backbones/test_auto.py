@@ -1,4 +1,4 @@
-"""Models of many families through `auto`, on tiny random weights, against the library's own processor and `generate`."""
+"""Tiny models of many families through `auto`, against the library's own processor and `generate`."""
 
 from __future__ import annotations
 
