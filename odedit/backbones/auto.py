@@ -57,13 +57,13 @@ class Auto(Backbone):
         except Unsupported as error:
             raise refusal(checkpoint, error) from error
         self._sizes: dict[str, Size] = {}
-        # Found by the check against the library.
+        # Found by the check against the library. `sample` is a picture that stands for all of them, if there is one.
         self.features: Features | None = None
         self.added_after: tuple[int, ...] = ()
         self.answer_types: dict[str, int] = {}
         self.follows_rule = True
         self.is_causal = True
-        self._sample: tuple[Tensor, dict[str, Tensor]] | None = None
+        self.sample: tuple[Tensor, dict[str, Tensor]] | None = None
         super().__init__(model, processor, checkpoint, fingerprint)
 
     def make_decoder(self) -> Decoder:
@@ -139,7 +139,7 @@ class Auto(Backbone):
 
     @torch.no_grad()
     def image_features(self, pictures: Sequence[Picture], before_connector: bool = False) -> Mapping[str, Tensor]:
-        if before_connector and pictures and self._sample is None:
+        if before_connector and pictures and self.sample is None:
             raise InputError(
                 "a site of the connector is to be edited, and the model's pictures have different numbers of "
                 "positions: set backbone.image_size, so that all are resized to a square of that many pixels."
@@ -202,8 +202,8 @@ class Auto(Backbone):
         raise NotImplementedError("pictures pass the tower in image_features")
 
     def connect(self, vision: Tensor) -> Tensor:
-        assert self._sample is not None
-        pixels, inputs = self._sample
+        assert self.sample is not None
+        pixels, inputs = self.sample
         count = len(vision)
         repeated = {name: value.repeat(count, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
         output = self.vision.connect(vision, pixels.repeat(count, *[1] * (pixels.dim() - 1)), repeated)
@@ -216,11 +216,11 @@ class Auto(Backbone):
         if self.fixed_size is None or not self.vision.find_split([first, second]):
             self._connector_linears = {} if self.fixed_size is not None else self._connector_linears
             return
-        self._sample = torch.ones_like(first[0]), first[1]
+        self.sample = torch.ones_like(first[0]), first[1]
         whole = self.flat_features(self.vision.features(*first))
         split = self.connect(self.vision.tower(*first, 1))[0]
         if split.shape != whole.shape or not torch.allclose(split, whole, rtol=1e-3, atol=1e-3):
-            self._sample, self._connector_linears = None, {}
+            self.sample, self._connector_linears = None, {}
 
     # Prompts.
 
@@ -252,7 +252,10 @@ class Auto(Backbone):
 
     def note_sizes(self, pictures: Sequence[Picture]) -> None:
         """Remembers the sizes of pictures whose features are not computed here."""
-        self._sizes |= {picture.key: self._size_of(picture) for picture in pictures if picture.key not in self._sizes}
+        for picture in pictures:
+            size = self._size_of(picture)
+            if size is not None and picture.key not in self._sizes:
+                self._sizes[picture.key] = size
 
     def _refitted(self, cell: TokenSequence) -> TokenSequence:
         """A sequence whose picture may have been exchanged, with as many positions as its picture has."""

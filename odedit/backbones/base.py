@@ -444,9 +444,11 @@ class Backbone(ABC):
         """A prefix whose rotary table also covers the positions that `EditBatch.with_room` adds."""
         if prefix.inputs is None or not batch.room:
             return prefix
-        names = ("tokens_EKS", "image_EKS", "prompt_EKS")
-        padded = {name: functional.pad(getattr(batch, name), (0, batch.room)) for name in names}
-        return replace(prefix, inputs=self._inputs(replace(batch, **padded)))
+        tokens_EKS, image_EKS, prompt_EKS = (
+            functional.pad(part, (0, batch.room)) for part in (batch.tokens_EKS, batch.image_EKS, batch.prompt_EKS)
+        )
+        longer = replace(batch, tokens_EKS=tokens_EKS, image_EKS=image_EKS, prompt_EKS=prompt_EKS)
+        return replace(prefix, inputs=self._inputs(longer))
 
     @torch.no_grad()
     def target_states(

@@ -326,10 +326,9 @@ def _for_pictures(kind: Any) -> Any:
     """A processor's class that takes None for its video processor."""
 
     def check(self: Any, name: str, part: Any) -> Any:
-        return None if name == "video_processor" else super(made, self).check_argument_for_proper_class(name, part)
+        return None if name == "video_processor" else kind.check_argument_for_proper_class(self, name, part)
 
-    made = type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})
-    return made
+    return type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})
 
 
 @contextmanager

@@ -26,6 +26,15 @@ class TracedDecoder(Decoder):
         scale: Factor of the logits, which the final states are multiplied by.
     """
 
+    structure: Structure
+    first_position: int
+    axes: int
+    scale: float
+    _embeddings: Any
+    _added_positions: Any
+    _width: list[int]
+    _rotate: list[Callable[[Tensor, Tensor, Tensor], Tensor]]
+
     def __init__(self, model: Any) -> None:
         """Raises Unsupported for a text model that does not run in halves, or whose head is not linear."""
         self.structure = Structure.of(model)
@@ -35,8 +44,8 @@ class TracedDecoder(Decoder):
         if getattr(config, "final_logit_softcapping", None):
             raise Unsupported("its head caps logits (final_logit_softcapping), so its gradients have no closed form")
         self._embeddings = model.get_input_embeddings()
-        self.MODULES = self.structure.layers[0].sites  # type: ignore[misc]
-        self.BEFORE_NONLINEARITY = self.structure.layers[0].before_nonlinearity  # type: ignore[misc]
+        self.MODULES = self.structure.layers[0].sites
+        self.BEFORE_NONLINEARITY = self.structure.layers[0].before_nonlinearity
         super().__init__(self.structure.stack, head, _longest(config))
         self.hidden_size = int(config.hidden_size)
         self.first_position, self.axes, self.scale = 0, 1, 1.0

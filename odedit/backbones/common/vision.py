@@ -28,7 +28,7 @@ def connector_of(owner: Any, decoder: nn.Module) -> dict[str, nn.Module]:
     if not beside:
         layers = tower_layers(children[tower])
         beside = {f"{tower}.{name}": child for name, child in children[tower].named_children() if child is not layers}
-    called = {}
+    called: dict[str, nn.Module] = {}
     for name, child in beside.items():
         parts = {name: child} if not isinstance(child, nn.ModuleList) else {
             f"{name}.{index}": part for index, part in enumerate(child)
@@ -152,7 +152,9 @@ class Vision:
 
         def hook(name: str) -> Any:
             def record(module: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-                reads[name] = {**dict(enumerate(arguments)), **named}
+                read: dict[int | str, Any] = dict(enumerate(arguments))
+                read.update(named)
+                reads[name] = read
                 if stop and name == last:
                     raise _Done
 

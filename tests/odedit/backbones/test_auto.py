@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
@@ -9,11 +10,29 @@ import pytest
 import torch
 from PIL import Image
 
-from odedit import EditRequest, InputError, Picture, Probe, load_backbone
+from odedit import (
+    EditRequest,
+    InputError,
+    Objective,
+    ObjectiveConfig,
+    Picture,
+    Probe,
+    Stopping,
+    edit,
+    load_backbone,
+    load_editor,
+    stack_params,
+    world,
+)
 from odedit.backbones import encode_requests, inspect_backbone, is_connector
+from odedit.backbones.common.feature_cache import with_feature_cache
+from odedit.backbones.common.feature_store import FeatureStore
 from odedit.backbones.common.generation import EXTRA_TOKENS, generate, until_end
+from odedit.backbones.common.traced_decoder import TracedDecoder
+from odedit.editing.merging import export
 from odedit.runtime.kv_cache import KVCache
-from tests.support import reading, tiny_current
+from odedit.ways.common.sequences import about
+from tests.support import reading, tiny_current, tiny_models
 from tests.support.requests import TEMPLATE
 
 SERVED = (
@@ -147,7 +166,7 @@ def test_every_linear_of_the_connector_is_a_site_that_runs(model, requests):
     if model.fixed_size is None:
         with pytest.raises(InputError, match=r"set backbone\.image_size"):
             encode_requests(model, requests, TEMPLATE, sites)
-        return
+        model = load_backbone("auto", model.checkpoint, image_size=64)
     assert all(map(is_connector, sites))
     before = encode_requests(model, requests, TEMPLATE, sites)[1]
     after = encode_requests(model, requests, TEMPLATE)[1]
@@ -167,3 +186,131 @@ def test_a_model_that_cannot_be_split_is_refused_in_a_sentence(name, folder):
     with pytest.raises(InputError, match=f"cannot be split .*{re.escape(REFUSED[name])}") as refusal:
         inspect_backbone("auto", directory)
     assert str(refusal.value).count("\n") == 0 and str(refusal.value).endswith(".")
+
+
+QWEN_CHAT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    "{% for part in messages[0].content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+@pytest.mark.parametrize("family", ["blip2", "minigpt4", "llava", "qwen2_5_vl"])
+def test_the_named_families_are_the_same_through_auto(family, folder, requests):
+    """Tokens, states, an edit's figures: at the named family's size, from the text model or the connector on."""
+    if family == "qwen2_5_vl":
+        path = tiny_models.write(family, folder / "named")
+        (path / "chat_template.jinja").write_text(QWEN_CHAT)
+        (path / "processor_config.json").write_text('{"processor_class": "Qwen2_5_VLProcessor"}')
+    else:
+        path = world.checkpoint_path(family)
+    named, auto = load_backbone(family, str(path)), load_backbone(
+        "auto", str(path), image_size=448 if family == "qwen2_5_vl" else None
+    )  # fmt: skip
+    assert auto.fingerprint == named.fingerprint and auto.connector_sites() == named.connector_sites()
+    asked_few = [dataclasses.replace(request, probes=dict(list(request.probes.items())[:2])) for request in requests]
+    for site in ("layers.-1.ffn.out", named.connector_sites()[-1]):
+        rows, states = [], []
+        for model in (named, auto):
+            name = "ftv" if is_connector(site) else "ftl"
+            editor = load_editor(name, {"sites": (site,), "learning_rate": 1e-3})
+            supervision, evaluation = encode_requests(model, asked_few, TEMPLATE, editor.sites)
+            states.append(model.suffix(model.prefix(evaluation, site), evaluation.predict_EKT))
+            results = edit(model, editor, Objective(ObjectiveConfig(name="native")), supervision, Stopping(max_steps=3))
+            rows.append([result.curves["rel"] for result in results])
+            if model is named:
+                tokens = evaluation.tokens_EKS
+        assert torch.equal(evaluation.tokens_EKS, tokens)
+        torch.testing.assert_close(*states, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(*map(torch.tensor, rows), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_next", "gemma3"])
+def test_an_exported_edit_answers_in_plain_transformers(name, folder, requests, tmp_path):
+    """At the size at which the model is served, with and without a picture."""
+    from transformers import AutoModelForImageTextToText
+
+    model = load_backbone("auto", str(tiny_current.write(name, folder / name)))
+    editor = load_editor("ftl", {"learning_rate": 1e-2})
+    supervision, evaluation = encode_requests(model, requests, TEMPLATE, editor.sites)
+    (result, *_) = edit(model, editor, Objective(ObjectiveConfig(name="native")), supervision, Stopping(max_steps=4))
+    export(model, editor, result.params, tmp_path / "edited")
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "edited").eval()
+    params = stack_params([result.params] * len(requests))
+    with editor.applied(model, params, evaluation):
+        found = model.head(model.suffix(model.prefix(evaluation, *editor.sites), evaluation.predict_EKT))
+    for k, slot in enumerate(evaluation.slots):
+        probe = {"rel": requests[1].edit, **requests[1].probes}[slot]
+        mask = evaluation.target_mask_EKT[1, k]
+        tokens = evaluation.target_EKT[1, k][mask].tolist()
+        before, after = (library_logits(told, probe, tokens) for told in (model, Told(plain, model.processor)))
+        torch.testing.assert_close(found[1, k][mask], after, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(before, after, atol=1e-2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """A plain model with the processor that asks it."""
+
+    model: object
+    processor: object
+
+
+def test_a_question_about_a_picture_of_another_size_has_its_positions(folder):
+    """A sequence whose picture is exchanged, a picture without its pixels, and features from a store."""
+    model = load_backbone("auto", str(tiny_current.write("idefics3", folder / "idefics3")))
+    first, second = (Probe("whose is it?", "ruby", picture(number)) for number in (0, 2))
+    features = model.image_features([first.picture, second.picture])
+    swapped = about(model.sequence(first, TEMPLATE), second.picture.key)
+    wanted = model.sequence(second, TEMPLATE)
+    assert len(wanted.image) != len(model.sequence(first, TEMPLATE).image)
+    batches = [model.assemble(["e"], ["rel"], [[cell]], features) for cell in (swapped, wanted)]
+    assert torch.equal(batches[0].tokens_EKS, batches[1].tokens_EKS)
+    assert torch.equal(batches[0].predict_EKT, batches[1].predict_EKT)
+    bare = dataclasses.replace(second, picture=second.picture.without_its_pixels())
+    assert model.sequence(bare, TEMPLATE) == wanted
+
+
+def test_features_of_unlike_sizes_are_cached_and_stored(folder, tmp_path):
+    model = load_backbone("auto", str(tiny_current.write("qwen2_vl", folder / "qwen2_vl")))
+    pictures = [picture(number) for number in range(3)]
+    expected = model.image_features(pictures)
+    for _ in range(2):
+        cached = with_feature_cache(model, FeatureStore.at(str(tmp_path)))
+        for _ in range(2):
+            made = cached.image_features(pictures)
+            assert all(torch.equal(made[key], expected[key]) for key in expected)
+    fresh = with_feature_cache(load_backbone("auto", model.checkpoint), FeatureStore.at(str(tmp_path)))
+    made = fresh.image_features(pictures)
+    cells = [[model.sequence(Probe("w?", "ruby", one), TEMPLATE) for one in pictures]]
+    batches = [one.assemble(["e"], ["a", "b", "c"], cells, made) for one in (model, fresh)]
+    states = [
+        one.suffix(one.prefix(batch, "layers.1.ffn.in")) for one, batch in zip((model, fresh), batches, strict=True)
+    ]
+    torch.testing.assert_close(*states)
+
+
+def test_a_deviation_is_refused_with_the_point_where_it_begins(folder, monkeypatch):
+    directory = str(tiny_current.write("llava", folder / "llava"))
+    half = TracedDecoder.ffn_half
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            TracedDecoder, "ffn_half", lambda self, layer, x: half(self, layer, x) + (x.tanh() if layer == 0 else 0)
+        )
+        with pytest.raises(InputError, match=r"its logits with a picture differ .* layers\.0 is the first"):
+            load_backbone("auto", directory)
+    monkeypatch.setattr(TracedDecoder, "embed_positions", lambda self, x, _=None: x + 1)
+    with pytest.raises(InputError, match="the states that enter layer 0 are not the embedded tokens"):
+        load_backbone("auto", directory)
+
+
+def test_a_family_with_an_image_size_of_its_own_takes_no_other():
+    with pytest.raises(InputError, match=r"backbone\.image_size: got 64, but the family 'blip2' has an image size"):
+        load_backbone("blip2", "embedded", image_size=64)
+
+
+def test_all_pictures_can_have_one_size(folder, requests):
+    model = load_backbone("auto", str(tiny_current.write("internvl", folder / "internvl")), image_size=64)
+    features = model.image_features([picture(number) for number in range(3)])
+    assert len({feature.shape for feature in features.values()}) == 1 and model.fixed_size is not None
+    assert model.plain_use().side == 64
