@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from odedit.backbones.base import Backbone, _connector_input, _insert
+from odedit.backbones.base import Backbone, connector_input, insert_features
 from odedit.backbones.common.checkpoints import Architecture
 from odedit.backbones.common.decoders import Decoder
 from odedit.backbones.common.layer_inputs import LayerInputs
@@ -286,7 +286,7 @@ class Auto(Backbone):
         """Arguments of the library's forward but the pixel values, for the sequences' pictures in order."""
         accepted = self.model.forward
         named: dict[str, Any] = {"input_ids": tokens_RS, "attention_mask": torch.ones_like(tokens_RS)}
-        for name, (at_text, at_image) in self.processor.types().items():
+        for name, (at_text, at_image) in self.processor.types.items():
             if takes(accepted, name):
                 answer = self.answer_types.get(name, at_text)
                 text_RS = torch.where(prompt_RS, at_text, answer)
@@ -328,15 +328,15 @@ class Auto(Backbone):
         self, embedded_RSD: Tensor, features_RLD: Tensor, image_RS: Tensor
     ) -> tuple[Tensor, Mapping[int, Tensor]]:
         main, *later = features_RLD.chunk(1 + len(self.added_after), dim=-1)
-        hidden_RSD = self.decoder.embed_positions(_insert(embedded_RSD, main, image_RS))
+        hidden_RSD = self.decoder.embed_positions(insert_features(embedded_RSD, main, image_RS))
         zeros = torch.zeros_like(hidden_RSD) if later else hidden_RSD
         added = zip(self.added_after, later, strict=True)
-        return hidden_RSD, {layer: _insert(zeros, part, image_RS) for layer, part in added}
+        return hidden_RSD, {layer: insert_features(zeros, part, image_RS) for layer, part in added}
 
     def _added(self, batch: EditBatch, layer: int) -> Mapping[int, Tensor]:
         if not any(after >= layer for after in self.added_after):
             return {}
-        before = _connector_input(batch, slice(None))
+        before = connector_input(batch, slice(None))
         features_RLD = self.connect(before.vision_RPW) if batch.before_connector else before.vision_RPW
         embedded_RSD = self.decoder.embed_tokens(batch.tokens_EKS.flatten(0, 1))
         added = self._placed(embedded_RSD, features_RLD, before.image_RS)[1]

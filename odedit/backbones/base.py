@@ -399,7 +399,7 @@ class Backbone(ABC):
                     "encode it with sites=editor.sites."
                 )
             embedded_RSD = self._decoder.embed_tokens(batch.tokens_EKS.flatten(0, 1))
-            before = _connector_input(batch, slice(None))
+            before = connector_input(batch, slice(None))
             return Prefix(0, False, embedded_RSD, shape, whole_layer, inputs, before)
         located = [self._decoder.locate(site) for site in sites]
         layer = min(layer for layer, _ in located)
@@ -526,7 +526,7 @@ class Backbone(ABC):
         kv_cache: KVCache | None,
     ) -> Tensor:
         """`_below` for some rows of a batch's sequences."""
-        before = _connector_input(batch, rows)
+        before = connector_input(batch, rows)
         features_RLD = self.connect(before.vision_RPW) if batch.before_connector else before.vision_RPW
         embedded_RSD = self._decoder.embed_tokens(batch.tokens_EKS.flatten(0, 1)[rows])
         hidden_RSD, added = self._placed(embedded_RSD, features_RLD, before.image_RS)
@@ -545,7 +545,7 @@ class Backbone(ABC):
         self, embedded_RSD: Tensor, features_RLD: Tensor, image_RS: Tensor
     ) -> tuple[Tensor, Mapping[int, Tensor]]:
         """The residual stream that enters layer 0, and what features add to it after later layers."""
-        return self._decoder.embed_positions(_insert(embedded_RSD, features_RLD, image_RS)), {}
+        return self._decoder.embed_positions(insert_features(embedded_RSD, features_RLD, image_RS)), {}
 
     def _added(self, batch: EditBatch, layer: int) -> Mapping[int, Tensor]:
         """What image features add to the residual stream after a layer and those above, `(R, S, D)`, by layer."""
@@ -580,7 +580,7 @@ def _on_device(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
     return stacked.to(device, non_blocking=True)
 
 
-def _connector_input(batch: EditBatch, rows: slice) -> BeforeConnector:
+def connector_input(batch: EditBatch, rows: slice) -> BeforeConnector:
     """Each sequence's image features, as the batch holds them, and their positions."""
     picture_R, image_RS = batch.picture_EK.flatten()[rows], batch.image_EKS.flatten(0, 1)[rows]
     if len(batch.features_NLD):
@@ -590,7 +590,7 @@ def _connector_input(batch: EditBatch, rows: slice) -> BeforeConnector:
     return BeforeConnector(features_RLD, image_RS)
 
 
-def _insert(embedded_RSD: Tensor, features_RLD: Tensor, image_RS: Tensor) -> Tensor:
+def insert_features(embedded_RSD: Tensor, features_RLD: Tensor, image_RS: Tensor) -> Tensor:
     """Embedded tokens with each sequence's image features, in order, at its image positions."""
     # Indices instead of a boolean mask: the size of a masked result is known only after waiting for the GPU.
     feature_RS = (image_RS.cumsum(1) - 1).clamp_min(0)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -79,7 +80,7 @@ class LibraryProcessor(PretrainedProcessor):
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
         token = getattr(config, "image_token_id", None)
         try:
-            with _quiet():
+            with quiet():
                 self.library = _assembled(checkpoint, config.model_type)
         except Exception as error:  # what the library raises depends on what is wrong with the files
             raise InputError(
@@ -142,6 +143,7 @@ class LibraryProcessor(PretrainedProcessor):
         picture = None if probe.picture is None else probe.picture.key
         return TokenSequence(expanded, first_target + added, image, picture)
 
+    @cached_property
     def types(self) -> dict[str, tuple[int, int]]:
         """Types of text and of image positions, by the name of the input. Raises InputError for further types."""
         layout = self.layout((64, 64))
@@ -187,7 +189,7 @@ class LibraryProcessor(PretrainedProcessor):
     def _processed(self, image: Any, text: str | None = None) -> Mapping[str, Any]:
         """What the library's processor makes of a picture, as arrays."""
         text = self._prompt(True).replace(_TEXT, _SAMPLE) if text is None else text
-        with _quiet():
+        with quiet():
             made: Mapping[str, Any] = self.library(images=[image], text=[text], return_tensors="np")
         if "pixel_values" not in made:
             raise InputError(
@@ -277,7 +279,7 @@ class LibraryProcessor(PretrainedProcessor):
         recorder = _Recorder(self.tokenizer)
         self.library.tokenizer = recorder
         try:
-            with _quiet():
+            with quiet():
                 pictures = {} if image is None else {"images": [image]}
                 made = self.library(**pictures, text=[prompt], return_tensors="np", **settings)
         finally:
@@ -332,7 +334,7 @@ def _for_pictures(kind: Any) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silences the library's warnings about how it was called."""
     logger = logging.getLogger("transformers")
     level = logger.level

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from odedit.backbones.common.layouts import quiet
 from odedit.backbones.common.library_forward import requires_pictures
 from odedit.backbones.common.structure import Unsupported, watched
 from odedit.inputs.batch import Picture, Probe
@@ -111,10 +112,11 @@ def _compare(backbone: Auto, prompt: TokenSequence, picture: Picture | None) -> 
         named["pixel_values"] = backbone.tensors([picture])[0]
     elif requires_pictures(model):
         model, named = model.language_model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    made = model.generate(
-        **named, max_new_tokens=_NEW_TOKENS, min_new_tokens=_NEW_TOKENS, do_sample=False, num_beams=1,
-        output_logits=True, return_dict_in_generate=True,
-    )  # fmt: skip
+    with quiet():
+        made = model.generate(
+            **named, max_new_tokens=_NEW_TOKENS, min_new_tokens=_NEW_TOKENS, do_sample=False, num_beams=1,
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
     expected = torch.stack([step[0].float() for step in made.logits])
     chosen = made.sequences[0, -_NEW_TOKENS:].tolist()
     cell = TokenSequence([*prompt.tokens, *chosen], len(prompt.tokens), prompt.image, prompt.picture)
@@ -130,7 +132,7 @@ def _compare(backbone: Auto, prompt: TokenSequence, picture: Picture | None) -> 
     for answer_type in (1, 0):
         if _share(found, expected) <= TOLERANCE[backbone.model.dtype]:
             return
-        kinds = backbone.processor.types()
+        kinds = backbone.processor.types
         backbone.answer_types = dict.fromkeys(kinds, answer_type)
         found = _logits(backbone, cell, features)
     backbone.answer_types = {}
