@@ -191,7 +191,7 @@ def _tags(config: RunConfig) -> dict[str, str]:
     return {
         "odedit.editor": config.editor.name,
         "odedit.objective": config.objective.name,
-        "odedit.backbone": f"{config.backbone.family}:{config.backbone.checkpoint}",
+        "odedit.backbone": config.backbone.name,
         "odedit.supervision": results.supervision_name(config),
     }
 

@@ -13,6 +13,7 @@ from odedit.backbones.base import Backbone, Prefix, is_connector
 from odedit.backbones.common.checkpoints import PretrainedProcessor
 from odedit.backbones.common.same_things import of_pool, with_pool_features, with_same_things
 from odedit.data.negatives import NegativePool
+from odedit.errors import InputError
 from odedit.inputs.batch import (
     EDIT,
     RELIABILITY,
@@ -51,7 +52,9 @@ def names() -> tuple[str, ...]:
     return plugins.names(sys.modules[__name__])
 
 
-def load_backbone(family: str, checkpoint: str, *, dtype: str = "float32", device: str = "cpu") -> Backbone:
+def load_backbone(
+    family: str, checkpoint: str, *, dtype: str = "float32", device: str = "cpu", image_size: int | None = None
+) -> Backbone:
     """Loads a frozen model of a family.
 
     Args:
@@ -59,15 +62,19 @@ def load_backbone(family: str, checkpoint: str, *, dtype: str = "float32", devic
         checkpoint: Folder in the Hugging Face layout, hub id, or `embedded` for the small model in the package.
         dtype: `float32`, `bfloat16` or `float16`; losses are always computed in float32.
         device: Torch device such as `cpu` or `cuda:0`.
+        image_size: Width and height to which every picture is resized first; None: the model's own processing alone.
 
     Raises:
-        InputError: The family is unknown, or the checkpoint is missing or does not fit it.
+        InputError: The family is unknown or has an image size of its own, or the checkpoint is missing or does not fit
+            it.
     """
-    backbone: Backbone = find(family).load(checkpoint, dtype=dtype, device=device)
+    backbone: Backbone = _sized(family, image_size).load(checkpoint, dtype=dtype, device=device)
     return backbone
 
 
-def inspect_backbone(family: str, checkpoint: str, *, dtype: str = "float32") -> Backbone:
+def inspect_backbone(
+    family: str, checkpoint: str, *, dtype: str = "float32", image_size: int | None = None
+) -> Backbone:
     """The model without weights, on the meta device: its sites, shapes, tokenizer and fingerprint.
 
     Reads the configuration and headers of the weight files; the attribute `fingerprint` reads the weights.
@@ -76,7 +83,7 @@ def inspect_backbone(family: str, checkpoint: str, *, dtype: str = "float32") ->
         InputError: The family is unknown, the checkpoint is missing or does not fit it, or its files do not fit
             together.
     """
-    backbone: Backbone = find(family).inspect(checkpoint, dtype=dtype)
+    backbone: Backbone = _sized(family, image_size).inspect(checkpoint, dtype=dtype)
     return backbone
 
 
@@ -85,9 +92,9 @@ def can_inspect(family: str) -> bool:
     return hasattr(find(family), "inspect")
 
 
-def load_processor(family: str, checkpoint: str) -> PretrainedProcessor:
+def load_processor(family: str, checkpoint: str, *, image_size: int | None = None) -> PretrainedProcessor:
     """The tokenizer and image processor of a checkpoint, which need no weights."""
-    processor: PretrainedProcessor = find(family).load_processor(checkpoint)
+    processor: PretrainedProcessor = _sized(family, image_size).load_processor(checkpoint)
     return processor
 
 
@@ -100,6 +107,19 @@ def fingerprint(family: str, checkpoint: str, *, dtype: str = "float32") -> str:
 def find(family: str) -> Any:
     """Class of a family. Raises InputError for an unknown name."""
     return plugins.find(sys.modules[__name__], "backbone", family, "BACKBONE")
+
+
+def _sized(family: str, image_size: int | None) -> Any:
+    """Class of a family that resizes pictures to a square first."""
+    kind = find(family)
+    if image_size is None:
+        return kind
+    if not hasattr(kind, "at_size"):
+        raise InputError(
+            f"backbone.image_size: got {image_size}, but the family {family!r} has an image size of its own; leave it "
+            "out, or set backbone.family=auto."
+        )
+    return kind.at_size(image_size)
 
 
 def encode_requests(

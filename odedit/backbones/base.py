@@ -20,7 +20,8 @@ from torch.nn import functional
 
 from odedit.backbones.common import checkpoints
 from odedit.backbones.common.checkpoints import Architecture, PretrainedProcessor
-from odedit.backbones.common.decoders import Decoder, Rotary
+from odedit.backbones.common.decoders import Decoder
+from odedit.backbones.common.layer_inputs import LayerInputs
 from odedit.backbones.common.prefix import CONNECTOR, BeforeConnector, Prefix, is_connector
 from odedit.errors import InputError, in_words
 from odedit.inputs.batch import EditBatch, Picture, Probe
@@ -129,6 +130,11 @@ class Backbone(ABC):
         """Width of the output of `tower`."""
         return int(self.model.config.vision_config.hidden_size)
 
+    @property
+    def feature_width(self) -> int:
+        """Width of the features of an image position."""
+        return self.hidden_size
+
     # Loading.
 
     @classmethod
@@ -137,7 +143,8 @@ class Backbone(ABC):
         checkpoints.check_dtype(dtype)
         empty = cls.inspect(checkpoint, dtype=dtype)
         fingerprint = empty.fingerprint  # computed first: a checkpoint with broken values is not loaded
-        model = checkpoints.load_model(cls._source_and_config(checkpoint)[0], checkpoint, cls.architecture, dtype)
+        source, config = cls._source_and_config(checkpoint)
+        model = checkpoints.load_model(source, checkpoint, cls.architecture_of(config), dtype)
         return cls(model.to(device), empty.processor, checkpoint, lambda: fingerprint)
 
     @classmethod
@@ -149,7 +156,7 @@ class Backbone(ABC):
         """
         checkpoints.check_dtype(dtype)
         source, config = cls._source_and_config(checkpoint)
-        model = checkpoints.empty_model(source, checkpoint, config, cls.architecture, dtype)
+        model = checkpoints.empty_model(source, checkpoint, config, cls.architecture_of(config), dtype)
         fingerprint = partial(checkpoints.fingerprint, source, checkpoint, config, dtype)
         empty = cls(model, cls.Processor(source), checkpoint, fingerprint)
         empty._check_tokenizer()
@@ -166,6 +173,11 @@ class Backbone(ABC):
         """The attribute `fingerprint` without loading the model."""
         source, config = cls._source_and_config(checkpoint)
         return checkpoints.fingerprint(source, checkpoint, config, dtype)
+
+    @classmethod
+    def architecture_of(cls, config: Any) -> Architecture:
+        """Architecture of the model with this configuration."""
+        return cls.architecture
 
     @cached_property
     def fingerprint(self) -> str:
@@ -301,7 +313,7 @@ class Backbone(ABC):
                         f"{edit_id}, {slot}: its {len(cell.tokens):,} tokens are more than the {self.max_positions:,} "
                         "positions that the text model takes."
                     )
-        width = self.vision_width if before_connector else self.hidden_size
+        width = self.vision_width if before_connector else self.feature_width
         batch = assemble(edit_ids, slots, cells, features, self.padding, width, self.device, self._is_white)
         return replace(batch, before_connector=before_connector)
 
@@ -328,6 +340,8 @@ class Backbone(ABC):
         if not is_connector(name):
             return self._decoder.site(name)
         if name not in self._connector_linears:
+            if not self._connector_linears:
+                raise InputError(f"Unknown site {name!r}: this model has no site between image tower and text model.")
             near = difflib.get_close_matches(name, self._connector_linears, n=1, cutoff=0.3)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             sites = self.connector_sites()
@@ -376,7 +390,7 @@ class Backbone(ABC):
         Raises:
             ValueError: A connector site, and a batch whose features are outputs of the connector.
         """
-        shape, rotary = (batch.num_edits, len(batch.slots)), self._rotary(batch)
+        shape, inputs = (batch.num_edits, len(batch.slots)), self._inputs(batch)
         whole_layer = self._whole_layer(sites, positionwise)
         if any(is_connector(site) for site in sites):
             if not batch.before_connector:
@@ -385,14 +399,16 @@ class Backbone(ABC):
                     "encode it with sites=editor.sites."
                 )
             embedded_RSD = self._decoder.embed_tokens(batch.tokens_EKS.flatten(0, 1))
-            before = _connector_input(batch, slice(None))
-            return Prefix(0, False, embedded_RSD, shape, whole_layer, rotary, before)
+            before = connector_input(batch, slice(None))
+            return Prefix(0, False, embedded_RSD, shape, whole_layer, inputs, before)
         located = [self._decoder.locate(site) for site in sites]
         layer = min(layer for layer, _ in located)
         at_ffn = all(part.startswith("ffn") for at, part in located if at == layer)
         is_read = read_EKT is not None and at_ffn and whole_layer < layer == self.num_layers - 1
-        hidden_RSD = self._below(layer, at_ffn, batch, rotary, read_EKT if is_read else None, kv_cache)
-        return Prefix(layer, at_ffn, hidden_RSD, shape, whole_layer, rotary, is_read=is_read)
+        hidden_RSD = self._below(layer, at_ffn, batch, inputs, read_EKT if is_read else None, kv_cache)
+        if inputs is not None:
+            inputs = inputs.with_added(self._added(batch, layer))
+        return Prefix(layer, at_ffn, hidden_RSD, shape, whole_layer, inputs, is_read=is_read)
 
     def suffix(self, prefix: Prefix, read_EKT: Tensor | None = None, kv_cache: KVCache | None = None) -> Tensor:
         """Final hidden states `(E, K, S, D)`, after the last norm, computed from a prefix.
@@ -406,17 +422,19 @@ class Backbone(ABC):
         last = self.num_layers - 1
         # After the last layer's keys and values no position depends on another.
         early_RT = read_RT if prefix.whole_layer < last else None
-        hidden = prefix.hidden_RSD
+        hidden, inputs = prefix.hidden_RSD, prefix.inputs
         if prefix.connector is not None:
             features_RLD = self.connect(prefix.connector.vision_RPW)
-            hidden = self._decoder.embed_positions(_insert(hidden, features_RLD, prefix.connector.image_RS))
+            hidden, added = self._placed(hidden, features_RLD, prefix.connector.image_RS)
+            inputs = inputs.with_added(added) if inputs is not None else None
         for index in range(prefix.layer, self.num_layers):
             read = early_RT if index == last else None
             if index > prefix.layer or not prefix.at_ffn:
-                hidden = self._decoder.attention_half(index, hidden, prefix.rotary, read, kv_cache)
+                hidden = self._decoder.attention_half(index, hidden, inputs, read, kv_cache)
             elif read is not None:
                 hidden = gather_positions(hidden, read)
             hidden = self._decoder.ffn_half(index, hidden)
+            hidden = hidden if inputs is None else inputs.after(index, hidden)
         if read_RT is not None and early_RT is None:
             hidden = gather_positions(hidden, read_RT)
         hidden = self._decoder.finish(hidden)
@@ -424,10 +442,13 @@ class Backbone(ABC):
 
     def with_room(self, prefix: Prefix, batch: EditBatch) -> Prefix:
         """A prefix whose rotary table also covers the positions that `EditBatch.with_room` adds."""
-        if prefix.rotary is None or not batch.room:
+        if prefix.inputs is None or not batch.room:
             return prefix
-        tokens_EKS, image_EKS = (functional.pad(part, (0, batch.room)) for part in (batch.tokens_EKS, batch.image_EKS))
-        return replace(prefix, rotary=self._rotary(replace(batch, tokens_EKS=tokens_EKS, image_EKS=image_EKS)))
+        tokens_EKS, image_EKS, prompt_EKS = (
+            functional.pad(part, (0, batch.room)) for part in (batch.tokens_EKS, batch.image_EKS, batch.prompt_EKS)
+        )
+        longer = replace(batch, tokens_EKS=tokens_EKS, image_EKS=image_EKS, prompt_EKS=prompt_EKS)
+        return replace(prefix, inputs=self._inputs(longer))
 
     @torch.no_grad()
     def target_states(
@@ -445,14 +466,11 @@ class Backbone(ABC):
         # A token stands at the position that predicts the next one; the prompt predicts the first.
         at_RT = batch.predict_EKT[..., 1 + first : tokens_EKT.shape[-1]].flatten(0, 1)
         last_R = batch.predict_EKT[..., 0].flatten()
-        rotary = None
-        if prefix.rotary is not None:
-            cos, sin = (gather_positions(part.expand(len(at_RT), -1, -1), at_RT) for part in prefix.rotary)
-            rotary = cos, sin
+        inputs = None if prefix.inputs is None else prefix.inputs.at(at_RT)
         embedded_RTD = self._decoder.embed_tokens(tokens_EKT[..., first:-1].flatten(0, 1))
         hidden_RTD = self._decoder.embed_positions(embedded_RTD, at_RT)
         for layer in range(self.num_layers):
-            hidden_RTD = self._decoder.attention_half_cached(layer, hidden_RTD, rotary, last_R, kv_cache, first)
+            hidden_RTD = self._decoder.attention_half_cached(layer, hidden_RTD, inputs, last_R, kv_cache, first)
             hidden_RTD = self._decoder.ffn_half(layer, hidden_RTD)
         return self._decoder.finish(hidden_RTD).unflatten(0, prefix.shape)
 
@@ -465,7 +483,7 @@ class Backbone(ABC):
         layer: int,
         at_ffn: bool,
         batch: EditBatch,
-        rotary: Rotary | None,
+        inputs: LayerInputs | None,
         read_EKT: Tensor | None,
         kv_cache: KVCache | None,
     ) -> Tensor:
@@ -482,12 +500,12 @@ class Backbone(ABC):
             columns_K = torch.tensor([batch.slots.index(slot) for slot in part.slots], device=device)
             row_R = (torch.arange(batch.num_edits, device=device).unsqueeze(1) * num_slots + columns_K).flatten()
             read_RT = None if read_EKT is None else read_EKT.flatten(0, 1)[row_R]
-            part_rotary = rotary if part is batch else self._rotary(part)
+            part_inputs = inputs if part is batch else self._inputs(part)
             num_rows, length = len(row_R), part.tokens_EKS.shape[2]
             size = num_rows if kv_cache is not None else max(1, at_once // length)
             for start in range(0, num_rows, size):
                 rows = slice(start, start + size)
-                states = self._layers_below(layer, at_ffn, part, rows, part_rotary, read_RT, kv_cache)
+                states = self._layers_below(layer, at_ffn, part, rows, part_inputs, read_RT, kv_cache)
                 if len(states) == batch.num_edits * num_slots:
                     return states
                 if whole_RSD is None:
@@ -503,27 +521,38 @@ class Backbone(ABC):
         at_ffn: bool,
         batch: EditBatch,
         rows: slice,
-        rotary: Rotary | None,
+        inputs: LayerInputs | None,
         read_RT: Tensor | None,
         kv_cache: KVCache | None,
     ) -> Tensor:
         """`_below` for some rows of a batch's sequences."""
-        before = _connector_input(batch, rows)
-        if rotary is not None:
-            rotary = _rows(rotary[0], rows), _rows(rotary[1], rows)
+        before = connector_input(batch, rows)
         features_RLD = self.connect(before.vision_RPW) if batch.before_connector else before.vision_RPW
         embedded_RSD = self._decoder.embed_tokens(batch.tokens_EKS.flatten(0, 1)[rows])
-        hidden_RSD = self._decoder.embed_positions(_insert(embedded_RSD, features_RLD, before.image_RS))
+        hidden_RSD, added = self._placed(embedded_RSD, features_RLD, before.image_RS)
+        if inputs is not None:
+            inputs = inputs.rows(rows).with_added(added)
         for index in range(layer):
-            hidden_RSD = self._decoder.attention_half(index, hidden_RSD, rotary, kv_cache=kv_cache)
+            hidden_RSD = self._decoder.attention_half(index, hidden_RSD, inputs, kv_cache=kv_cache)
             hidden_RSD = self._decoder.ffn_half(index, hidden_RSD)
+            hidden_RSD = hidden_RSD if inputs is None else inputs.after(index, hidden_RSD)
         if not at_ffn:
             return hidden_RSD
         read = None if read_RT is None else read_RT[rows]
-        return self._decoder.attention_half(layer, hidden_RSD, rotary, read, kv_cache)
+        return self._decoder.attention_half(layer, hidden_RSD, inputs, read, kv_cache)
 
-    def _rotary(self, batch: EditBatch) -> Rotary | None:
-        """Rotary table of a batch's sequences; one row if all have the same positions."""
+    def _placed(
+        self, embedded_RSD: Tensor, features_RLD: Tensor, image_RS: Tensor
+    ) -> tuple[Tensor, Mapping[int, Tensor]]:
+        """The residual stream that enters layer 0, and what features add to it after later layers."""
+        return self._decoder.embed_positions(insert_features(embedded_RSD, features_RLD, image_RS)), {}
+
+    def _added(self, batch: EditBatch, layer: int) -> Mapping[int, Tensor]:
+        """What image features add to the residual stream after a layer and those above, `(R, S, D)`, by layer."""
+        return {}
+
+    def _inputs(self, batch: EditBatch) -> LayerInputs | None:
+        """Inputs of the layers for a batch's sequences; one row if all have the same positions."""
         tokens_RS, image_RS = batch.tokens_EKS.flatten(0, 1), batch.image_EKS.flatten(0, 1)
         return self._decoder.rotary(self._decoder.embed_tokens(tokens_RS[:1]), self.positions(tokens_RS, image_RS))
 
@@ -551,12 +580,7 @@ def _on_device(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
     return stacked.to(device, non_blocking=True)
 
 
-def _rows(part_RSd: Tensor, rows: slice) -> Tensor:
-    """Some rows of a rotary table, which may have a single row for all sequences."""
-    return part_RSd if len(part_RSd) == 1 else part_RSd[rows]
-
-
-def _connector_input(batch: EditBatch, rows: slice) -> BeforeConnector:
+def connector_input(batch: EditBatch, rows: slice) -> BeforeConnector:
     """Each sequence's image features, as the batch holds them, and their positions."""
     picture_R, image_RS = batch.picture_EK.flatten()[rows], batch.image_EKS.flatten(0, 1)[rows]
     if len(batch.features_NLD):
@@ -566,7 +590,7 @@ def _connector_input(batch: EditBatch, rows: slice) -> BeforeConnector:
     return BeforeConnector(features_RLD, image_RS)
 
 
-def _insert(embedded_RSD: Tensor, features_RLD: Tensor, image_RS: Tensor) -> Tensor:
+def insert_features(embedded_RSD: Tensor, features_RLD: Tensor, image_RS: Tensor) -> Tensor:
     """Embedded tokens with each sequence's image features, in order, at its image positions."""
     # Indices instead of a boolean mask: the size of a masked result is known only after waiting for the GPU.
     feature_RS = (image_RS.cumsum(1) - 1).clamp_min(0)

@@ -38,6 +38,7 @@ class EditInfo:
         picture: Key of the prompt's picture (`Picture.key`); empty: no picture; None: unknown, in files of older
             versions.
         image, image_root: Path of that picture as in the record, and its root folder or packed folder.
+        image_size: Width and height to which pictures were resized first; None: not resized.
     """
 
     edit_id: str
@@ -54,6 +55,7 @@ class EditInfo:
     picture: str | None = None
     image: str = ""
     image_root: str = ""
+    image_size: int | None = None
 
 
 def save_edit(path: LocationLike, params: EditParams, info: EditInfo) -> None:

@@ -35,7 +35,7 @@ def windows(backbone: Backbone, text: str, sites: Sequence[str] = ()) -> Iterato
     cells = [TokenSequence(sequence, first_target=1) for sequence in sequences if len(sequence) > 1]
     at_once = max(1, _TOKENS_AT_ONCE // length)
     before = any(map(is_connector, sites))
-    width = backbone.vision_width if before else backbone.hidden_size
+    width = backbone.vision_width if before else getattr(backbone, "feature_width", backbone.hidden_size)
     pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
     for start in range(0, len(cells), at_once):
         rows = [[cell] for cell in cells[start : start + at_once]]

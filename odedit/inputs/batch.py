@@ -69,17 +69,24 @@ class Picture:
         key: Hash of the file's content; equal pictures are encoded once.
         pixels: RGB `uint8 (height, width, 3)` as read, or `float32 (3, height, width)` after a backbone's image
             processor.
+        size: Height and width as read, if a backbone's image processor has changed the pixels.
     """
 
     key: str
     pixels: np.ndarray
+    size: tuple[int, int] | None = None
 
     __repr__ = brief
 
     @classmethod
-    def without_pixels(cls, key: str) -> Picture:
-        """A picture that only carries its key, for features that are computed already."""
-        return cls(key, np.zeros((0, 0, 3), dtype=np.uint8))
+    def without_pixels(cls, key: str, size: tuple[int, int] | None = None) -> Picture:
+        """A picture that only carries its key and size, for features that are computed already."""
+        return cls(key, np.zeros((0, 0, 3), dtype=np.uint8), size)
+
+    def without_its_pixels(self) -> Picture:
+        """The same picture's key and size, for features that are computed already."""
+        height, width = self.pixels.shape[:2] if self.size is None else self.size
+        return Picture.without_pixels(self.key, (height, width))
 
     @property
     def is_processed(self) -> bool:
@@ -339,6 +346,7 @@ class EditBatch:
             trained and generated, but not scored.
         before_connector: Whether features are inputs of the connector, because an editor changes it.
         room: Positions after the longest sequence that a generated answer may take, see `with_room`.
+        sizes: Height and width of the pictures of `features_NLD`, for models that treat them differently; else empty.
         lengths: Length of each slot's longest sequence, known without waiting for a GPU; an upper bound after edits
             were removed. Empty if unknown.
     """
@@ -359,6 +367,7 @@ class EditBatch:
     before_connector: bool = False
     room: int = 0
     lengths: tuple[int, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
     _answers: dict[tuple[str, ...], Answers] = field(default_factory=dict, init=False, repr=False, compare=False)
     _state_indices: dict[tuple[tuple[str, ...], ...], tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False

@@ -52,7 +52,7 @@ def assemble(
     """Right-pads an E x K grid of sequences (None: absent), with masks of prompts, images and targets.
 
     Args:
-        features: Image features of the distinct pictures, by key.
+        features: Image features of the distinct pictures, by key; their numbers of positions may differ.
         feature_width: Width of `features`, for a batch without pictures.
         is_white: Whether a token is only white space.
     """
@@ -92,7 +92,7 @@ def assemble(
     def on_device(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device)
 
-    stacked = torch.stack(list(features.values())) if features else torch.zeros(0, 1, feature_width, device=device)
+    stacked = stacked_features(list(features.values())) if features else torch.zeros(0, 1, feature_width, device=device)
     return EditBatch(
         edit_ids=tuple(edit_ids),
         slots=tuple(slots),
@@ -109,3 +109,11 @@ def assemble(
         white_EK=on_device(white),
         lengths=tuple(int(real[:, k].sum(-1).max(initial=1)) for k in range(len(slots))),
     )
+
+
+def stacked_features(features: Sequence[Tensor]) -> Tensor:
+    """Features `(N, L, D)` of pictures, those with fewer positions filled up with zeros."""
+    longest = max(len(feature) for feature in features)
+    if all(len(feature) == longest for feature in features):
+        return torch.stack(list(features))
+    return torch.stack([torch.nn.functional.pad(feature, (0, 0, 0, longest - len(feature))) for feature in features])

@@ -12,7 +12,7 @@ from odedit.backbones import encode_supervision, is_connector
 from odedit.backbones.base import Backbone
 from odedit.backbones.common.same_things import with_same_things
 from odedit.data.negatives import NegativePool
-from odedit.inputs.batch import EditBatch, EditRequest, Picture, Probe
+from odedit.inputs.batch import EditBatch, EditRequest, Probe
 from odedit.inputs.prompts import Template
 
 
@@ -81,7 +81,8 @@ class EncodedRequests:
 
 def _without_pixels(request: EditRequest) -> EditRequest:
     def bare(probe: Probe) -> Probe:
-        return probe if probe.picture is None else replace(probe, picture=Picture.without_pixels(probe.picture.key))
+        picture = probe.picture
+        return probe if picture is None else replace(probe, picture=picture.without_its_pixels())
 
     supervision = {slot: bare(probe) for slot, probe in request.supervision.items()}
     return replace(request, edit=bare(request.edit), supervision=supervision)

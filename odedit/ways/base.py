@@ -144,6 +144,7 @@ class CommittedInfo:
         template: Prompt template of training and scoring.
         edit_ids: Records in the model, in the order of the parameters' first axis where that is the edit.
         details: Further values of JSON that describe the model.
+        image_size: Width and height to which pictures were resized first; None: not resized.
     """
 
     way: str
@@ -157,6 +158,7 @@ class CommittedInfo:
     template: str
     edit_ids: tuple[str, ...] = ()
     details: dict[str, Any] = field(default_factory=dict)
+    image_size: int | None = None
 
 
 class Way(Protocol):

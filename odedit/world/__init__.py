@@ -21,7 +21,7 @@ def checkpoint_path(family: str = "blip2") -> Path:
     """Directory of a shipped checkpoint.
 
     Args:
-        family: Model family: `blip2`, `minigpt4` or `llava`.
+        family: Model family: `blip2`, `minigpt4` or `llava`; `auto` has the first one's.
 
     Raises:
         InputError: No checkpoint of that family is shipped, or `ODEDIT_WORLD` is not 0.
@@ -31,6 +31,7 @@ def checkpoint_path(family: str = "blip2") -> Path:
             f"backbone.checkpoint: got 'embedded', but the models that ship know world 0, and ODEDIT_WORLD is {WORLD}. "
             "Train one with: odedit world train FOLDER."
         )
+    family = "blip2" if family == "auto" else family
     shipped = sorted(path.parent.name for path in CHECKPOINTS.glob("*/config.json"))
     if family not in shipped:
         raise unknown_name("embedded checkpoint", family, shipped)

@@ -42,7 +42,7 @@ def fitted(config: RunConfig, *, trains: bool = False) -> tuple[RunConfig, list[
         InputError: The model cannot be loaded, or settings of the editor do not fit it.
     """
     if not can_inspect(config.backbone.family):
-        load_processor(config.backbone.family, config.backbone.checkpoint)
+        load_processor(config.backbone.family, config.backbone.checkpoint, image_size=config.backbone.image_size)
         return config, []
     model = _inspected(config.backbone, _state(config.backbone.checkpoint))
     kind, choice = editors.find(config.editor.name), config.editor
@@ -77,7 +77,8 @@ def _in_words(value: Any) -> str:
 @lru_cache(maxsize=4)
 def _inspected(backbone: BackboneConfig, state: tuple[tuple[str, int, int], ...]) -> Backbone:
     """The model without weights, cached until its files change."""
-    return inspect_backbone(backbone.family, backbone.checkpoint, dtype=backbone.dtype)
+    size = backbone.image_size
+    return inspect_backbone(backbone.family, backbone.checkpoint, dtype=backbone.dtype, image_size=size)
 
 
 def _state(checkpoint: str) -> tuple[tuple[str, int, int], ...]:

@@ -47,11 +47,20 @@ class BackboneConfig:
         family: Name of a file in `odedit/backbones`, or a dotted module.
         checkpoint: Folder, hub id, or `embedded`.
         dtype: Type of weights and activations; losses are always float32.
+        image_size: Width and height to which every picture is resized first (family `auto`). Null: pictures as the
+            model's own processor makes them, at the size at which it is served.
     """
 
     family: str = "blip2"
     checkpoint: str = EMBEDDED
     dtype: Dtype = "float32"
+    image_size: Annotated[int, Ge(1)] | None = None
+
+    @property
+    def name(self) -> str:
+        """Family, checkpoint and fixed image size, for tables."""
+        size = "" if self.image_size is None else f"@{self.image_size}"
+        return f"{self.family}:{self.checkpoint}{size}"
 
 
 @dataclass(frozen=True)

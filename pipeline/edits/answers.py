@@ -111,4 +111,5 @@ def load_backbone_of(
             f"edit {masked(edit.edit_id)!r}: unknown model family {edit.family!r}; known: {', '.join(names())}."
         )
     logging.disable_progress_bar()
-    return load_backbone(edit.family, checkpoint or edit.checkpoint, dtype=dtype, device=device)
+    name, size = checkpoint or edit.checkpoint, edit.image_size
+    return load_backbone(edit.family, name, dtype=dtype, device=device, image_size=size)

@@ -48,8 +48,9 @@ def hidden_states(workspace: Workspace, edit_ids: Collection[str] | None = None,
             f"{workspace.out}: hidden states are those of the run's single edits, and their files are not there. "
             "Run `odedit edit` with keep_edits=true."
         )
+    model = config.backbone
     backbone = load_backbone(
-        config.backbone.family, config.backbone.checkpoint, dtype=config.backbone.dtype, device=device
+        model.family, model.checkpoint, dtype=model.dtype, device=device, image_size=model.image_size
     )
     ids: list[str] = []
     before: list[np.ndarray] = []

@@ -49,7 +49,7 @@ def plain_use(info: CommittedInfo) -> PlainUse | None:
     """
     if not can_inspect(info.family):
         return None
-    backbone: Any = inspect_backbone(info.family, info.checkpoint, dtype=info.dtype)
+    backbone: Any = inspect_backbone(info.family, info.checkpoint, dtype=info.dtype, image_size=info.image_size)
     use: PlainUse | None = getattr(backbone, "plain_use", lambda: None)()
     return use
 

@@ -86,7 +86,7 @@ def base_row(record: RawRecord, config: RunConfig, status: str, error: str | Non
         "target": _text(fields.get("alt")),
         "editor": config.editor.name,
         "objective": config.objective.name,
-        "backbone": f"{config.backbone.family}:{config.backbone.checkpoint}",
+        "backbone": config.backbone.name,
         "supervision": supervision_name(config),
         "trained_with": _trained_with(config),
         "template": config.data.template,

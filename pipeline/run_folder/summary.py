@@ -52,7 +52,7 @@ def summarize_results(workspace: Workspace, config: RunConfig) -> dict[str, Any]
         SCORE: total if math.isfinite(total) else None,
         "editor": config.editor.name,
         "objective": config.objective.name,
-        "backbone": f"{config.backbone.family}:{config.backbone.checkpoint}",
+        "backbone": config.backbone.name,
         "supervision": supervision_name(config),
         "stop_reasons": dict(stop_reasons.most_common()),
         "reasons": reasons.commonest(),

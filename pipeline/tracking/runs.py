@@ -199,6 +199,6 @@ def _tags(config: RunConfig, code: str, command: str) -> dict[str, str]:
         "odedit.version": code,
         "odedit.editor": config.editor.name,
         "odedit.objective": config.objective.name,
-        "odedit.backbone": f"{config.backbone.family}:{config.backbone.checkpoint}",
+        "odedit.backbone": config.backbone.name,
         "odedit.supervision": supervision_name(config),
     }

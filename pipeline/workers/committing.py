@@ -179,6 +179,7 @@ class _Worker:
             template=config.data.template,
             edit_ids=edit_ids,
             details=details,
+            image_size=config.backbone.image_size,
         )
 
     def _task(self) -> tuple[Task, dict[str, str]]:

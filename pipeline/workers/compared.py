@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from odedit.backbones import Backbone, encode_evaluation, is_connector
 from odedit.editors.base import Editor
 from odedit.errors import InputError
 from odedit.evaluation import perplexity
 from odedit.evaluation.scores import TOP_SITE, EvaluationConfig, Row, evaluate_model, evaluate_together
 from odedit.inputs.batch import EditParams, EditRequest
+from odedit.inputs.encoding import stacked_features
 from odedit.inputs.prompts import Template
 from odedit.runtime.brief import brief
 from odedit.runtime.stages import stage
@@ -83,7 +82,7 @@ class Compared:
         own = None
         if self.own_features and features:
             with stage("image features"):
-                own = torch.stack(list(self.edited.image_features(pictures).values()))
+                own = stacked_features(list(self.edited.image_features(pictures).values()))
         with stage("evaluation"):
             return evaluate_model(self.unedited, self.edited, batch, own, config)
 

@@ -38,7 +38,8 @@ def load_with_feature_cache(backbone: BackboneConfig, device: str, store: str | 
     """
     # The driver has tested the store before the run, so a failure now is transient.
     opened = None if store is None else FeatureStore.at(store, SETTING, warn, must_answer=False)
-    loaded = load_backbone(backbone.family, backbone.checkpoint, dtype=backbone.dtype, device=device)
+    size = backbone.image_size
+    loaded = load_backbone(backbone.family, backbone.checkpoint, dtype=backbone.dtype, device=device, image_size=size)
     return with_feature_cache(loaded, opened)
 
 

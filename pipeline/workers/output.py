@@ -72,6 +72,7 @@ def save(
         picture="" if picture is None else picture.key,
         image="" if image is None else image.path,
         image_root=masked(root or ""),
+        image_size=config.backbone.image_size,
     )
     try:
         save_edit(job.workspace.edit(record.edit_id), result.params, info)

@@ -186,7 +186,7 @@ def machine_gpus() -> int:
 def weights_bytes(backbone: BackboneConfig) -> int:
     """Bytes of a local checkpoint's weight files; `SMALL_MODEL_BYTES` for an id of the Hugging Face hub."""
     if backbone.checkpoint == EMBEDDED:
-        path = world.CHECKPOINTS / backbone.family
+        path = world.checkpoint_path(backbone.family)
     else:
         path = Path(backbone.checkpoint).expanduser()
     if not path.is_dir():

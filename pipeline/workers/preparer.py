@@ -63,8 +63,10 @@ class Preparer:
             self._locality,
             config.backbone.family,
             config.backbone.checkpoint,
+            config.backbone.image_size,
         )
-        self._processor = load_processor(job.config.backbone.family, job.config.backbone.checkpoint)
+        family, checkpoint, size = config.backbone.family, config.backbone.checkpoint, config.backbone.image_size
+        self._processor = load_processor(family, checkpoint, image_size=size)
         self._pool = staging.read_pool(job.workspace, job.sources)
         self._read_group = staging.GroupReader(job.workspace.records)
 

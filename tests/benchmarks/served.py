@@ -48,7 +48,7 @@ def main() -> None:
     (out / "records.json").write_text(json.dumps(records))
     print("| model | records | held | agree |\n|---|--:|--:|--:|")
     for family in options.families:
-        is_embedded = (world.CHECKPOINTS / family).is_dir()
+        is_embedded = family == "auto" or (world.CHECKPOINTS / family).is_dir()
         checkpoint = "embedded" if is_embedded else str(tiny_models.write(family, out / f"{family}-random"))
         images = out / "world/images"
         config = commit_from_dict(

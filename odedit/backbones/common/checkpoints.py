@@ -31,7 +31,7 @@ class Architecture:
 
     Attributes:
         model_class: Class of `transformers` that reads the checkpoint.
-        model_type: Required `model_type` of the model.
+        model_type: Required `model_type` of the model; empty: any of the class.
         text_types: Allowed `model_type` values of the text model.
         text_name: Text model in words, for messages.
         example: Hub id of such a checkpoint; None if none is published.
@@ -82,6 +82,9 @@ def read_config(source: str, family: str, architecture: Architecture) -> Any:
         raise InputError(f"backbone.checkpoint {source!r}: config.json cannot be read: {in_words(error)}.") from error
     values = config.to_dict()
     text_type = (values.get("text_config") or {}).get("model_type")
+    if not architecture.model_type:
+        _check_plain(values, source)
+        return config
     if values.get("model_type") != architecture.model_type or text_type not in architecture.text_types:
         got = ", ".join([*(values.get("architectures") or []), f"model_type {values.get('model_type')!r}"])
         raise InputError(

@@ -13,14 +13,12 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from odedit.backbones.common.layer_inputs import LayerInputs
 from odedit.errors import InputError
 from odedit.runtime.gather import gather_positions
 from odedit.runtime.kv_cache import KVCache
 
 _SITE = re.compile(r"layers\.(?:(-?\d+)|(\d{1,2})%)\.([a-z.]+)")
-
-Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines `(1 or R, S, head width)`."""
 
 
 class Decoder(ABC):
@@ -96,7 +94,7 @@ class Decoder(ABC):
         return embedded
 
     @abstractmethod
-    def rotary(self, embedded_RSD: Tensor, positions: Tensor | None) -> Rotary | None:
+    def rotary(self, embedded_RSD: Tensor, positions: Tensor | None) -> LayerInputs | None:
         """Rotary embeddings of given positions, or of 0, 1, 2, ...; None for a model that adds its positions."""
 
     @abstractmethod
@@ -107,7 +105,7 @@ class Decoder(ABC):
         self,
         layer: int,
         hidden_RSD: Tensor,
-        rotary: Rotary | None,
+        rotary: LayerInputs | None,
         read_RT: Tensor | None = None,
         kv_cache: KVCache | None = None,
     ) -> Tensor:
@@ -119,11 +117,13 @@ class Decoder(ABC):
         """
         normed_RSD = self._norm_before_attention(layer)(hidden_RSD)
         if read_RT is None:
-            return hidden_RSD + self._attention(layer, normed_RSD, rotary, kv_cache)
-        return gather_positions(hidden_RSD, read_RT) + self._attention_at(layer, normed_RSD, rotary, read_RT, kv_cache)
+            attended = self._attention(layer, normed_RSD, rotary, kv_cache)
+            return hidden_RSD + self._after_attention(layer, attended)
+        attended = self._attention_at(layer, normed_RSD, rotary, read_RT, kv_cache)
+        return gather_positions(hidden_RSD, read_RT) + self._after_attention(layer, attended)
 
     def attention_half_cached(
-        self, layer: int, hidden_RTD: Tensor, rotary: Rotary | None, last_R: Tensor, kv_cache: KVCache, kept: int
+        self, layer: int, hidden_RTD: Tensor, rotary: LayerInputs | None, last_R: Tensor, kv_cache: KVCache, kept: int
     ) -> Tensor:
         """The residual stream after attention, `(R, T, D)`, of T positions that continue cached sequences.
 
@@ -133,7 +133,8 @@ class Decoder(ABC):
             kept: Number of positions of earlier calls between `last_R` and the T new positions.
         """
         normed_RTD = self._norm_before_attention(layer)(hidden_RTD)
-        return hidden_RTD + self._attention_cached(layer, normed_RTD, rotary, last_R, kv_cache, kept)
+        attended = self._attention_cached(layer, normed_RTD, rotary, last_R, kv_cache, kept)
+        return hidden_RTD + self._after_attention(layer, attended)
 
     @abstractmethod
     def ffn_half(self, layer: int, hidden_RSD: Tensor) -> Tensor:
@@ -151,34 +152,38 @@ class Decoder(ABC):
     def _nonlinearity(self, layer: int) -> Callable[[Tensor], Tensor]: ...
 
     @abstractmethod
-    def _norm_before_attention(self, layer: int) -> nn.Module: ...
+    def _norm_before_attention(self, layer: int) -> Callable[[Tensor], Tensor]: ...
 
-    def _attention(self, layer: int, normed_RSD: Tensor, rotary: Rotary | None, kv_cache: KVCache | None) -> Tensor:
+    def _after_attention(self, layer: int, attended: Tensor) -> Tensor:
+        """What is added to the residual stream, from attention's output."""
+        return attended
+
+    def _attention(
+        self, layer: int, normed_RSD: Tensor, rotary: LayerInputs | None, kv_cache: KVCache | None
+    ) -> Tensor:
         """Causal attention at every position, `(R, S, D)`, by the library's own module."""
+        tables = None if rotary is None else rotary.rotary[0]
         attended, _ = self._layers[layer].self_attn(
-            hidden_states=normed_RSD, position_embeddings=rotary, attention_mask=None, past_key_values=kv_cache
+            hidden_states=normed_RSD, position_embeddings=tables, attention_mask=None, past_key_values=kv_cache
         )
         return cast(Tensor, attended)
 
     def _attention_at(
-        self, layer: int, normed_RSD: Tensor, rotary: Rotary | None, read_RT: Tensor, kv_cache: KVCache | None
+        self, layer: int, normed_RSD: Tensor, rotary: LayerInputs | None, read_RT: Tensor, kv_cache: KVCache | None
     ) -> Tensor:
         """Causal attention at the positions `read_RT`, `(R, T, D)`: their queries, the keys of all positions."""
-        if rotary is not None:
-            cos, sin = (part.expand(len(normed_RSD), -1, -1) for part in rotary)
-            rotary = cos, sin
         k, v = self._heads(layer, "k", normed_RSD, rotary), self._heads(layer, "v", normed_RSD)
         if kv_cache is not None:
             kv_cache.update(k, v, layer)
-        read_rotary = (
-            None if rotary is None else (gather_positions(rotary[0], read_RT), gather_positions(rotary[1], read_RT))
-        )
+        read_rotary = None if rotary is None else rotary.at(read_RT)
         q = self._heads(layer, "q", gather_positions(normed_RSD, read_RT), read_rotary)
+        if rotary is not None and rotary.mask_RSS is not None:
+            return self._attend(layer, q, k, v, rotary.mask_at(read_RT))
         before_RTS = torch.arange(normed_RSD.shape[1], device=read_RT.device) <= read_RT.unsqueeze(-1)
         return self._attend(layer, q, k, v, before_RTS)
 
     def _attention_cached(
-        self, layer: int, normed_RTD: Tensor, rotary: Rotary | None, last_R: Tensor, kv_cache: KVCache, kept: int
+        self, layer: int, normed_RTD: Tensor, rotary: LayerInputs | None, last_R: Tensor, kv_cache: KVCache, kept: int
     ) -> Tensor:
         """Causal attention at T positions that follow cached position `last_R` and `kept` more, `(R, T, D)`."""
         q, k = (self._heads(layer, part, normed_RTD, rotary) for part in "qk")
@@ -190,12 +195,12 @@ class Decoder(ABC):
         mask_RTS = torch.cat([seen_RS.unsqueeze(1).expand(-1, num_next, -1), among_TN.expand(num_rows, -1, -1)], dim=-1)
         return self._attend(layer, q, k, v, mask_RTS)
 
-    def _heads(self, layer: int, part: str, states: Tensor, rotary: Rotary | None = None) -> Tensor:
+    def _heads(self, layer: int, part: str, states: Tensor, rotary: LayerInputs | None = None) -> Tensor:
         """Queries, keys or values `(R, heads, positions, head width)`, rotated if there are rotary embeddings."""
         module = self._layers[layer].get_submodule(self.MODULES[f"attention.{part}"])
         width = self._layers[layer].self_attn.head_dim
         split: Tensor = module(states).unflatten(-1, (-1, width)).transpose(1, 2)
-        return split if rotary is None else _rotated(split, *rotary)
+        return split if rotary is None else _rotated(split, *rotary.rotary[0])
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask_RTS: Tensor) -> Tensor:
         attended = nn.functional.scaled_dot_product_attention(
@@ -239,7 +244,7 @@ class OPTDecoder(Decoder):
             )
         super().__init__(model.model.decoder, model.lm_head, int(model.config.max_position_embeddings))
 
-    def rotary(self, embedded_RSD: Tensor, positions: Tensor | None) -> Rotary | None:
+    def rotary(self, embedded_RSD: Tensor, positions: Tensor | None) -> LayerInputs | None:
         return None
 
     def embed_positions(self, embedded_RSD: Tensor, positions_RS: Tensor | None = None) -> Tensor:
@@ -263,8 +268,8 @@ class OPTDecoder(Decoder):
     def _nonlinearity(self, layer: int) -> Callable[[Tensor], Tensor]:
         return cast(Callable[[Tensor], Tensor], self._layers[layer].activation_fn)
 
-    def _norm_before_attention(self, layer: int) -> nn.Module:
-        return cast(nn.Module, self._layers[layer].self_attn_layer_norm)
+    def _norm_before_attention(self, layer: int) -> Callable[[Tensor], Tensor]:
+        return cast(Callable[[Tensor], Tensor], self._layers[layer].self_attn_layer_norm)
 
 
 class LlamaDecoder(Decoder):
@@ -298,11 +303,11 @@ class LlamaDecoder(Decoder):
         window = getattr(config, "sliding_window", None) or config.max_position_embeddings
         super().__init__(model, head, min(int(config.max_position_embeddings), int(window)))
 
-    def rotary(self, embedded_RSD: Tensor, positions: Tensor | None) -> Rotary | None:
+    def rotary(self, embedded_RSD: Tensor, positions: Tensor | None) -> LayerInputs | None:
         if positions is None:
             positions = torch.arange(embedded_RSD.shape[1], device=embedded_RSD.device)[None]
         cos, sin = self._stack.rotary_emb(embedded_RSD, positions)
-        return cos, sin
+        return LayerInputs(((cos, sin),))
 
     def embed_positions(self, embedded_RSD: Tensor, positions_RS: Tensor | None = None) -> Tensor:
         return embedded_RSD
@@ -319,5 +324,5 @@ class LlamaDecoder(Decoder):
     def _nonlinearity(self, layer: int) -> Callable[[Tensor], Tensor]:
         return cast(Callable[[Tensor], Tensor], self._layers[layer].mlp.act_fn)
 
-    def _norm_before_attention(self, layer: int) -> nn.Module:
-        return cast(nn.Module, self._layers[layer].input_layernorm)
+    def _norm_before_attention(self, layer: int) -> Callable[[Tensor], Tensor]:
+        return cast(Callable[[Tensor], Tensor], self._layers[layer].input_layernorm)

@@ -6,7 +6,7 @@ import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import PIL
@@ -21,6 +21,13 @@ from odedit.runtime.lru import LRU
 
 CACHE_BYTES = 256 * 2**20
 """Size of the cache: about 1,600 pictures of BLIP-2-2.7B in half precision, 57 of LLaVA-1.5-7B."""
+
+
+@runtime_checkable
+class RemembersSizes(Protocol):
+    """A backbone whose prompts depend on the sizes of pictures."""
+
+    def note_sizes(self, pictures: Sequence[Picture]) -> None: ...
 
 
 def with_feature_cache(
@@ -57,6 +64,8 @@ class _Cached:
     @torch.no_grad()
     def image_features(self, pictures: Sequence[Picture], before_connector: bool = False) -> Mapping[str, Tensor]:
         distinct = {picture.key: picture for picture in pictures}
+        if isinstance(self._backbone, RemembersSizes):
+            self._backbone.note_sizes(list(distinct.values()))
         features: dict[str, Tensor] = {}
         for key in distinct:
             feature = self._cache.get((key, before_connector))
@@ -70,9 +79,8 @@ class _Cached:
         if new:
             computed = self._backbone.image_features(new, before_connector)
             if self._store is not None:
-                host = torch.stack(list(computed.values())).cpu()  # one transfer, as each waits for the device
                 folder = self._folder(before_connector)
-                self._store.write(folder, dict(zip(computed, host, strict=True)), self._about)
+                self._store.write(folder, _moved(computed, torch.device("cpu")), self._about)
             # Copies, because a view keeps its whole batch alive.
             added |= {key: feature.clone() for key, feature in computed.items()}
         for key, feature in added.items():
@@ -83,13 +91,20 @@ class _Cached:
     def _on_device(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not features:
             return {}
-        stacked = torch.stack(list(features.values())).to(_any_weight(self._backbone).device)
-        return {key: feature.clone() for key, feature in zip(features, stacked, strict=True)}
+        moved = _moved(features, _any_weight(self._backbone).device)
+        return {key: feature.clone() for key, feature in moved.items()}
 
     def _folder(self, before_connector: bool) -> str:
         digest = hashlib.sha256("\n".join(f"{name}={self._about[name]}" for name in sorted(self._about)).encode())
         model = f"{self._about['family']}-{self._about['dtype']}-{digest.hexdigest()[:16]}"
         return f"{model}/{'tower' if before_connector else 'connected'}"
+
+
+def _moved(features: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Features on another device, in one transfer if they have one shape, as each transfer waits for the device."""
+    if len({feature.shape for feature in features.values()}) > 1:
+        return {key: feature.to(device) for key, feature in features.items()}
+    return dict(zip(features, torch.stack(list(features.values())).to(device), strict=True))
 
 
 def made_with(backbone: Backbone) -> dict[str, str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from odedit.backbones.common.layer_inputs import LayerInputs
 from odedit.runtime.brief import brief
 
 CONNECTOR = "connector."
@@ -47,7 +48,7 @@ class Prefix:
         hidden_RSD: Residual stream there, of R = E x K sequences; embedded tokens if `connector` is set.
         shape: (E, K).
         whole_layer: Highest layer in which an edit reads whole sequences; -1 if there is none.
-        rotary: Cosines and sines of the positions, for text models with rotary embeddings.
+        inputs: What the layers read besides, for text models with rotary embeddings.
         connector: Input of the connector, if the suffix starts there.
         is_read: Whether `hidden_RSD` holds only the positions that are read, `(R, T, D)`.
     """
@@ -57,7 +58,7 @@ class Prefix:
     hidden_RSD: Tensor
     shape: tuple[int, int]
     whole_layer: int
-    rotary: tuple[Tensor, Tensor] | None = None
+    inputs: LayerInputs | None = None
     connector: BeforeConnector | None = None
     is_read: bool = False
 
@@ -80,14 +81,10 @@ class Prefix:
 
     def _rows(self, rows_EK: Tensor) -> Prefix:
         rows = rows_EK.flatten()
-        rotary = None
-        if self.rotary is not None:
-            cos, sin = (part if part.shape[0] == 1 else part[rows] for part in self.rotary)
-            rotary = (cos, sin)
         return replace(
             self,
             hidden_RSD=self.hidden_RSD[rows],
             shape=(rows_EK.shape[0], rows_EK.shape[1]),
-            rotary=rotary,
+            inputs=None if self.inputs is None else self.inputs.rows(rows),
             connector=None if self.connector is None else self.connector.take(rows),
         )

@@ -55,21 +55,28 @@ def load_edited(folder: Path | str, device: str = "cpu", dtype: str | None = Non
     template = find_template(info.template if info else "mmedit")
     if not is_routed:
         family, stored = _family(path)
-        return EditedModel(_loaded(family, str(path), device, dtype or stored), template)
+        size = None if info is None else info.image_size
+        if info is not None and info.family == GENERIC:
+            family = GENERIC
+        return EditedModel(_loaded(family, str(path), device, dtype or stored, size), template)
     assert info is not None
     if info.family not in backbones.names():
         # A dotted name would import a module that the file chose.
         raise InputError(f"{str(folder)!r}: unknown model family {info.family!r}; known: {_known()}.")
-    backbone = _loaded(info.family, info.checkpoint, device, dtype or info.dtype)
+    backbone = _loaded(info.family, info.checkpoint, device, dtype or info.dtype, info.image_size)
     params, info = folders.read(path, str(backbone.device))
     return EditedModel(backbone, template, cast(RoutedEditor, serving_editor(info, backbone)), params)
 
 
-def _loaded(family: str, checkpoint: str, device: str, dtype: str) -> Backbone:
+GENERIC = "auto"
+"""Family of models that no other family reads."""
+
+
+def _loaded(family: str, checkpoint: str, device: str, dtype: str, image_size: int | None) -> Backbone:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return backbones.load_backbone(family, checkpoint, dtype=dtype, device=device)
+    return backbones.load_backbone(family, checkpoint, dtype=dtype, device=device, image_size=image_size)
 
 
 def _known() -> str:
@@ -80,17 +87,18 @@ def _family(path: Path) -> tuple[str, str]:
     """Family of a checkpoint folder, and the type of its weights."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        kind, text = config["model_type"], config["text_config"].get("model_type")
+        kind, text = config["model_type"], (config.get("text_config") or {}).get("model_type")
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise InputError(
             f"{str(path)!r} is neither a routed model ({folders.ROUTER}) nor a checkpoint with a readable config.json "
             f"({type(error).__name__}: {error})."
         ) from error
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     for family in backbones.names():
         architecture = backbones.find(family).architecture
         if kind == architecture.model_type and text in architecture.text_types:
-            return family, str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    raise InputError(f"{str(path)!r} is a model {kind!r} with text model {text!r}; known families: {_known()}.")
+            return family, stored
+    return GENERIC, stored
 
 
 class EditedModel:
