@@ -77,7 +77,10 @@ def main() -> None:
             cwd=out, env=environment, check=True,
         )  # fmt: skip
         (answers,) = json.loads(done.stdout)
-        agree = sum(map(str.__eq__, answers, expected)) / len(records)
+        # An answer that does not end is cut after a number of tokens, which differs.
+        pairs = zip(answers, expected, strict=True)
+        same = [own == row or (row.endswith(" ...") and own.startswith(row.removesuffix(" ..."))) for own, row in pairs]
+        agree = sum(same) / len(records)
         held = sum(answer == record["alt"] for answer, record in zip(expected, records, strict=True)) / len(records)
         print(f"| {family} | {len(records)} | {held:.3f} | {agree:.3f} |", flush=True)
 

