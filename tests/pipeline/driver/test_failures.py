@@ -111,17 +111,18 @@ def test_an_unexpected_exception_is_a_sentence_and_its_traceback_a_file(
 
 def test_a_full_disk_does_not_hide_why_a_run_ended(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """`run.json` cannot be written: the first error is still raised, and the MLflow run closed."""
-    closed: list[str] = []
+    closed: list[tuple[str, str]] = []
 
     def full(*arguments: Any, **values: Any) -> None:
         raise OSError(28, "No space left")
 
     ready = prepare(from_dict(settings))
     with pytest.raises(graph.GraphError, match="the first"), runner._OpenRun(ready, None) as opened_run:
-        opened_run._tracker = SimpleNamespace(finish=closed.append)  # type: ignore[assignment]
+        tracker = SimpleNamespace(finish=lambda status, error: closed.append((status, str(error))))
+        opened_run._tracker = tracker  # type: ignore[assignment]
         monkeypatch.setattr(runner, "update", full)
         raise graph.GraphError("the first")
-    assert closed == ["FAILED"]
+    assert closed == [("FAILED", "the first")]
 
 
 def test_settings_that_do_not_fit_the_model_are_the_users_error(settings: dict[str, Any]) -> None:
