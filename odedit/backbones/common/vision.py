@@ -148,14 +148,14 @@ class Vision:
     ) -> dict[str, dict[int | str, Any]]:
         """Arguments of the connector's modules, by module."""
         reads: dict[str, dict[int | str, Any]] = {}
-        last = self._fed[-1][0] if self._fed else None
+        wanted = {name for name, _ in self._fed}
 
         def hook(name: str) -> Any:
             def record(module: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
                 read: dict[int | str, Any] = dict(enumerate(arguments))
                 read.update(named)
                 reads[name] = read
-                if stop and name == last:
+                if stop and wanted <= reads.keys():  # not in the order in which they are defined
                     raise _Done
 
             return record
