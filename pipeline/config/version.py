@@ -9,7 +9,6 @@ from pathlib import Path
 
 SENT = "VERSION"
 """File beside this one with the version of code sent to a cluster, where git and package metadata are missing."""
-_ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("odedit", "pipeline", "tune", "cluster")
 
 
@@ -25,13 +24,17 @@ def code_version() -> str:
     revision = commit()
     if not revision:
         return version
-    changes = "+changes" if _git(_ROOT, "status", "--porcelain", "--", *_PACKAGES) else ""
+    changes = "+changes" if _git(_root(), "status", "--porcelain", "--", *_PACKAGES) else ""
     return f"{version} ({revision[:12]}{changes})"
 
 
 def commit() -> str:
     """Commit of the code in a git working tree; empty elsewhere."""
-    return _git(_ROOT, "rev-parse", "HEAD") if (_ROOT / ".git").exists() else ""
+    return _git(_root(), "rev-parse", "HEAD") if (_root() / ".git").exists() else ""
+
+
+def _root() -> Path:
+    return Path(__file__).resolve().parents[2]
 
 
 def software() -> dict[str, str]:
