@@ -20,6 +20,7 @@ from odedit.errors import InputError, in_words
 from odedit.inputs.batch import Picture, Probe
 from odedit.inputs.encoding import TokenSequence
 from odedit.inputs.prompts import Frame, Template, tokenize
+from odedit.runtime.brief import brief
 from odedit.runtime.lru import LRU
 
 _TEXT = "\ue000"
@@ -51,6 +52,8 @@ class Layout:
     inputs: Mapping[str, np.ndarray]
 
     image_in_lead: int = 0
+
+    __repr__ = brief
 
     @property
     def num_positions(self) -> int:

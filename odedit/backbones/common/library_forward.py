@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from odedit.backbones.common.structure import Structure, Unsupported
+from odedit.runtime.brief import brief
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class HandedOver:
     positions: Tensor | None
     masks: tuple[Tensor | None, ...]
     added: Mapping[int, Tensor]
+
+    __repr__ = brief
 
 
 class _Done(Exception):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from odedit.errors import InputError, in_words
+from odedit.runtime.brief import brief
 
 _LENGTH = 4
 
@@ -33,6 +34,8 @@ class Call:
     arguments: tuple[Any, ...]
     named: Mapping[str, Any]
     made: Any
+
+    __repr__ = brief
 
     @property
     def output(self) -> Any:

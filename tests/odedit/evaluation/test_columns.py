@@ -77,6 +77,7 @@ def test_the_metrics_are_named_once():
     from odedit.data.fields import STANDARD_PROBES
     from odedit.evaluation.columns import FURTHER
     from odedit.evaluation.statistics import MAIN, SHOWN
+    from pipeline.edits.states import PROBES
     from pipeline.report.page import LABELS
     from pipeline.study import states
     from tune.config import COMBINED
@@ -84,4 +85,4 @@ def test_the_metrics_are_named_once():
     assert tuple(METRICS) == MAIN == (RELIABILITY, *STANDARD_PROBES)
     assert tuple(LABELS) == SHOWN == (*MAIN, "m_loc_near", "m_loc_far", *FURTHER)
     assert [name for names in COMBINED.values() for name in names] == list(MAIN)
-    assert states._MARKERS.keys() == states._NAMES.keys() == set(states._SHOWN)
+    assert states._MARKERS.keys() == states._NAMES.keys() == set(PROBES)
