@@ -303,7 +303,9 @@ class Auto(Backbone):
         features: Tensor | None = None,
     ) -> Any:
         """What the library hands to the layers; image features are zeros unless given."""
-        named = self.forward_inputs(tokens_RS, image_RS, prompt_RS, sizes)
+        # An image token in an answer is a token like any other; the library would miss a picture.
+        is_word_RS = image_RS | (tokens_RS != self.processor.image_token)
+        named = self.forward_inputs(tokens_RS.where(is_word_RS, self.padding), image_RS, prompt_RS, sizes)
         assert self.features is not None
         if features is None:
             features = torch.zeros(int(image_RS.sum()), self.feature_width, device=self.device, dtype=self.model.dtype)

@@ -122,7 +122,7 @@ class Vision:
 
         def feed(name: str, at: Any) -> Any:
             def hook(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-                value = parts[name].reshape(-1, *shapes[name][1:])
+                value = parts[name].reshape(-1, *shapes[name][1:]).contiguous()
                 if isinstance(at, str):
                     return arguments, named | {at: value}
                 return (*arguments[:at], value, *arguments[at + 1 :]), named

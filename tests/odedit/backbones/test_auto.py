@@ -191,7 +191,7 @@ def test_a_model_that_cannot_be_split_is_refused_in_a_sentence(name, folder):
 QWEN_CHAT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
     "{% for part in messages[0].content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n<|im_start|>assistant\n"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n<|im_start|>assistant{{ '\\n' }}"
 )
 
 
