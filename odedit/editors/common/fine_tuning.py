@@ -69,8 +69,8 @@ def resolve(backbone: Backbone, sites: Sequence[str]) -> list[str]:
     for site in sites:
         matches = _matches(backbone, site)
         if not matches:
-            known = backbone.connector_sites()
-            raise InputError(f"editor.sites: {site!r} fits no site; there are e.g. layers.*.ffn.in and {known[-1]}.")
+            known = ("layers.*.ffn.in", *backbone.connector_sites()[-1:])
+            raise InputError(f"editor.sites: {site!r} fits no site; there are e.g. {' and '.join(known)}.")
         names += matches
     if len({backbone.site(name) for name in names}) < len(names):
         raise InputError(f"editor.sites: got {', '.join(sites)}, expected different matrices.")
