@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +42,8 @@ OBJECTIVES = {
     "odedit": Objective(ObjectiveConfig(warmup=0.0, ramp=0.0, sigma2_0=50.0)),
 }
 STEPS = Stopping(max_steps=3, worst_token_nll=1e-9)
+# Behind Gemma 3's norm after the feed-forward network, new neurons first make the answer less likely.
+LONGER = {("tpatcher", "gemma3"): Stopping(max_steps=60, worst_token_nll=1e-9)}
 FIGURES = EvaluationConfig(generate=False)
 
 
@@ -93,6 +96,10 @@ class Pair:
             return self.model.head(self.model.suffix(self.model.prefix(batch, *self.editor.sites)))
 
 
+def steps_of(name: str, model: Any) -> Stopping:
+    return LONGER.get((name, Path(model.checkpoint).name), STEPS)
+
+
 @pytest.fixture(scope="module", params=editors.names())
 def pair(request, model, encoded, tmp_path_factory):
     editor = ready_editor(request.param, model, tmp_path_factory.mktemp("weights"))
@@ -107,9 +114,10 @@ def pair(request, model, encoded, tmp_path_factory):
     before = plain.logits_of(supervision)
     edited = {}
     for name, objective in OBJECTIVES.items():
-        results = edit(model, editor, objective, supervision, STEPS)
+        steps = steps_of(request.param, model)
+        results = edit(model, editor, objective, supervision, steps)
         assert [result.error for result in results] == [None] * 3
-        assert {result.steps for result in results} == {3 if editor.max_steps else 0}
+        assert {result.steps for result in results} == {steps.max_steps if editor.max_steps else 0}
         edited[name] = stack_params([result.params for result in results])
     return dataclasses.replace(plain, logits=before, edited=edited)
 
@@ -145,8 +153,7 @@ def test_an_edit_lowers_its_nll_and_leaves_nothing_behind(pair, objective):
     if pair.editor.max_steps:  # else `init` is the whole edit, and the start is the model
         with pair.editor.applied(pair.model, pair.editor.init(pair.model, pair.supervision), pair.supervision):
             start = pair.logits_of(pair.supervision)
-    # The median: in three steps a single edit of a random model may rise.
-    assert nll_E(edited, pair.supervision).median() < nll_E(start, pair.supervision).median()
+    assert nll_E(edited, pair.supervision).mean() < nll_E(start, pair.supervision).mean()
     assert torch.equal(pair.logits_of(pair.supervision), pair.logits)
     assert all(torch.equal(value, weights[name]) for name, value in pair.model.model.state_dict().items())
 
@@ -154,7 +161,7 @@ def test_an_edit_lowers_its_nll_and_leaves_nothing_behind(pair, objective):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_an_edit_alone_is_the_edit_of_the_batch(pair, objective):
     supervision, _ = encode_requests(pair.model, REQUESTS[1:2], TEMPLATE, pair.editor.sites)
-    (alone,) = edit(pair.model, pair.editor, OBJECTIVES[objective], supervision, STEPS)
+    (alone,) = edit(pair.model, pair.editor, OBJECTIVES[objective], supervision, steps_of(pair.name, pair.model))
     batched = {name: value[1:2] for name, value in pair.edited[objective].items()}
     for name, both in stack_params([alone.params, batched]).items():
         # Adam amplifies gradients that consist of rounding errors.
