@@ -21,7 +21,7 @@ from odedit.backbones.base import Backbone, connector_input, insert_features
 from odedit.backbones.common.checkpoints import Architecture
 from odedit.backbones.common.decoders import Decoder
 from odedit.backbones.common.layer_inputs import LayerInputs
-from odedit.backbones.common.layouts import PER_POSITION, LibraryProcessor, Size
+from odedit.backbones.common.layouts import LibraryProcessor, Size
 from odedit.backbones.common.library_forward import Features, handed_over, owner_of, requires_pictures, takes
 from odedit.backbones.common.self_check import check_against_library
 from odedit.backbones.common.structure import Unsupported, refusal
@@ -99,7 +99,7 @@ class Auto(Backbone):
         """The model with its weights, compared with the library's own answers.
 
         Raises:
-            InputError: As `inspect`, or the model deviates from the library's.
+            InputError: The checkpoint is wrong, see `inspect`, or the model deviates from the library's.
         """
         backbone = super().load(checkpoint, dtype=dtype, device=device)
         try:
@@ -121,10 +121,7 @@ class Auto(Backbone):
         """A size that stands for all pictures, if all are treated alike; None: their numbers of positions differ."""
         layouts = [self.processor.layout(size) for size in _SIZES[: 1 if self.processor.side else None]]
         first = layouts[0]
-        alike = all(
-            layout.runs == first.runs and _same(layout.pictures(PER_POSITION), first.pictures(PER_POSITION))
-            for layout in layouts
-        )
+        alike = all(layout.runs == first.runs and _same(layout.pictures, first.pictures) for layout in layouts)
         return _SIZES[0] if alike else None
 
     # Pictures.
@@ -159,7 +156,7 @@ class Auto(Backbone):
         """Features of processed pictures that the model treats alike."""
         pixels, inputs = self.tensors(group)
         if before_connector:
-            return self.vision.tower(pixels, inputs, len(group)).unbind(0)
+            return self.tower(pixels).unbind(0)
         flat = self.flat_features(self.vision.features(pixels, inputs))
         whole = flat.reshape(len(group), -1, flat.shape[-1])
         expected = self.processor.layout(group[0].size).num_positions
@@ -179,7 +176,7 @@ class Auto(Backbone):
     def tensors(self, group: Sequence[Picture]) -> tuple[Tensor, dict[str, Tensor]]:
         """Pixel values of processed pictures, and what the model reads besides."""
         pixels = torch.from_numpy(np.concatenate([picture.pixels for picture in group]))
-        named = [self.processor.layout(picture.size).pictures(PER_POSITION) for picture in group]
+        named = [self.processor.layout(picture.size).pictures for picture in group]
         return pixels.to(self.device, self.model.dtype), self._joined(named)
 
     def _joined(self, named: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
@@ -193,22 +190,31 @@ class Auto(Backbone):
             processed = self.processor.process(picture)
             assert processed.size is not None
             self._sizes[picture.key] = processed.size
-            named = self.processor.layout(processed.size).pictures(PER_POSITION)
+            named = self.processor.layout(processed.size).pictures
             key = (processed.pixels.shape, *(value.tobytes() for value in named.values()))
             groups.setdefault(key, []).append(processed)
         return list(groups.values())
 
     def tower(self, pixels: Tensor) -> Tensor:
-        raise NotImplementedError("pictures pass the tower in image_features")
+        """What the connector reads, for pictures like `sample`: `(N, patches, width)`."""
+        assert self.sample is not None
+        count = len(pixels) // len(self.sample[0])
+        return self.vision.tower(pixels, self._repeated_sample(count)[1], count)
 
     def connect(self, vision: Tensor) -> Tensor:
+        count = len(vision)
+        flat = self.flat_features(self.vision.connect(vision, *self._repeated_sample(count)))
+        return flat.reshape(count, -1, flat.shape[-1])
+
+    def _repeated_sample(self, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pixels of as many pictures like `sample`, and what the model reads besides."""
         assert self.sample is not None
         pixels, inputs = self.sample
-        count = len(vision)
-        repeated = {name: value.repeat(count, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
-        output = self.vision.connect(vision, pixels.repeat(count, *[1] * (pixels.dim() - 1)), repeated)
-        flat = self.flat_features(output)
-        return flat.reshape(count, -1, flat.shape[-1])
+
+        def repeated(value: Tensor) -> Tensor:
+            return value.repeat(count, *[1] * (value.dim() - 1))
+
+        return repeated(pixels), {name: repeated(value) for name, value in inputs.items()}
 
     def split_connector(self, pictures: Sequence[Picture]) -> None:
         """Finds the connector's input from two processed pictures; without one, no site of it can be edited."""
@@ -291,7 +297,7 @@ class Auto(Backbone):
                 answer = self.answer_types.get(name, at_text)
                 text_RS = torch.where(prompt_RS, at_text, answer)
                 named[name] = torch.where(image_RS, at_image, text_RS).to(tokens_RS.dtype)
-        joined = self._joined([self.processor.layout(size).pictures(PER_POSITION) for size in sizes])
+        joined = self._joined([self.processor.layout(size).pictures for size in sizes])
         return named | {name: value for name, value in joined.items() if takes(accepted, name)}
 
     def handed_over(
@@ -324,7 +330,7 @@ class Auto(Backbone):
         inputs = self.decoder.rotary(embedded_RSD, None if self.follows_rule else handed.positions)
         if inputs is None or self.is_causal:
             return inputs
-        return replace(inputs, mask_RSS=as_bool(handed.masks[0]))
+        return replace(inputs, mask_RSS=handed.masks[0])
 
     def _placed(
         self, embedded_RSD: Tensor, features_RLD: Tensor, image_RS: Tensor
@@ -343,14 +349,6 @@ class Auto(Backbone):
         embedded_RSD = self.decoder.embed_tokens(batch.tokens_EKS.flatten(0, 1))
         added = self._placed(embedded_RSD, features_RLD, before.image_RS)[1]
         return {after: part for after, part in added.items() if after >= layer}
-
-
-def as_bool(mask: Tensor | None) -> Tensor | None:
-    """A mask of the library, True where attended, `(R, S, S)`."""
-    if mask is None:
-        return None
-    mask = mask[:, 0]
-    return mask if mask.dtype == torch.bool else mask == 0
 
 
 def _same(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from odedit.data.fields import held_out_texts, old_answer, probe_texts
 from odedit.data.records import RawRecord
 from odedit.data.supervision import Supervision, augmentation, given_slots, made_wordings
-from odedit.inputs.batch import EDIT, NEAR, REPHRASE_SLOTS, SUPERVISION_SLOTS, numbered, unnumbered
+from odedit.inputs.batch import EDIT, NEAR, SUPERVISION_SLOTS, rephrase_slots, unnumbered
 
 NEGATIVES, OLD_ANSWER = "negatives", "old_answer"
 """Supervision beside the slots: pictures for hard negatives, and the answer that the edit replaces."""
@@ -57,7 +57,7 @@ def origins(record: RawRecord, supervision: Supervision, wanted: Wanted) -> Orig
     """Origin of the supervision of a usable record."""
     probes, own = probe_texts(record.fields, record.task), held_out_texts(record.fields, record.task)
     known = given_slots(probes, own, supervision)
-    more = [numbered(slot, number) for number in range(2, supervision.rephrases + 1) for slot in REPHRASE_SLOTS]
+    more = rephrase_slots(supervision.rephrases)[2:]
     slots = [slot for slot in (*SUPERVISION_SLOTS, *more, NEGATIVES) if unnumbered(slot) in wanted.slots]
     given = [slot for slot in slots if slot in known]
     wordings = made_wordings(record, {slot: known[slot].prompt for slot in given}, supervision)

@@ -37,7 +37,7 @@ from odedit.inputs.batch import (
     EditRequest,
     Picture,
     Probe,
-    numbered,
+    rephrase_slots,
     unnumbered,
 )
 from odedit.settings import Settings
@@ -195,17 +195,14 @@ def _rephrases(
         return replace(edit, picture=augmentation(record, supervision.seed, slot).of(edit.picture))
 
     slots: dict[str, Probe] = {}
-    for text, image in _numbered_rephrases(supervision):
-        if text in given or text in wordings:
-            slots[text] = given[text] if text in given else replace(edit, prompt=wordings[text])
-        slots[image] = given[image] if image in given else augmented(image)
+    for slot in rephrase_slots(supervision.rephrases):
+        if slot in given:
+            slots[slot] = given[slot]
+        elif slot in wordings:
+            slots[slot] = replace(edit, prompt=wordings[slot])
+        elif unnumbered(slot) == REPHRASE_SLOTS[1]:
+            slots[slot] = augmented(slot)
     return slots
-
-
-def _numbered_rephrases(supervision: Supervision) -> list[tuple[str, str]]:
-    """Slots of the text and of the image rephrase of each number."""
-    text, image = REPHRASE_SLOTS
-    return [(numbered(text, number), numbered(image, number)) for number in range(1, supervision.rephrases + 1)]
 
 
 def made_wordings(record: RawRecord, given: Mapping[str, str], supervision: Supervision) -> dict[str, str]:
@@ -217,7 +214,9 @@ def made_wordings(record: RawRecord, given: Mapping[str, str], supervision: Supe
     question = record.fields["src"]
     used = scored_prompts(record)
     wordings: dict[str, str] = {}
-    for slot, _ in _numbered_rephrases(supervision):
+    for slot in rephrase_slots(supervision.rephrases):
+        if unnumbered(slot) != REPHRASE_SLOTS[0]:
+            continue
         if slot in given:
             used.add(normal(given[slot]))
             continue

@@ -316,27 +316,6 @@ MODELS: dict[str, Callable[[], Parts]] = {
 """Makers of models by name."""
 
 
-def tokenizer(begins: bool, named: dict[str, str]) -> Any:
-    """The byte-level tokenizer of `tiny_models` with further special tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    made = Tokenizer(models.BPE(unk_token=None))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - 100, special_tokens=list(SPECIAL), show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )  # fmt: skip
-    made.train_from_iterator(["Question: who owns this digit? Short answer: anna hill###Assistant:"] * 9, trainer)
-    if begins:
-        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
-        extra_special_tokens=named,
-    )  # fmt: skip
-
-
 def write(name: str, directory: Path, seed: int = 0) -> Path:
     """Writes a checkpoint, and returns its folder."""
     torch.manual_seed(seed)
@@ -346,7 +325,8 @@ def write(name: str, directory: Path, seed: int = 0) -> Path:
         if parameter.dim() > 1 and float(parameter.detach().std()) < 0.05:
             torch.nn.init.normal_(parameter, std=0.2)
     parts.model.save_pretrained(directory)
-    tokenizer(parts.begins, parts.named).save_pretrained(directory)
+    made = tiny_models.tokenizer(parts.begins, SPECIAL, VOCABULARY - 100, parts.named)
+    made.save_pretrained(directory)
     parts.images.save_pretrained(directory)
     settings = {"processor_class": parts.processor, **parts.settings}
     (directory / "processor_config.json").write_text(json.dumps(settings))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,14 @@ _QFORMER: dict[str, Any] = {
 }  # fmt: skip
 
 
-def tokenizer(begins: bool) -> Any:
-    """A byte-level BPE tokenizer, with or without `<s>` at the beginning of a text."""
+def tokenizer(
+    begins: bool, special: Sequence[str] = SPECIAL, size: int = VOCABULARY, named: Mapping[str, str] | None = None
+) -> Any:
+    """A byte-level BPE tokenizer of `size` tokens, with or without `<s>` at the beginning of a text.
+
+    Args:
+        named: Special tokens by the names of the tokenizer's attributes.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -38,15 +45,16 @@ def tokenizer(begins: bool) -> Any:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=list(SPECIAL), show_progress=False,
+        vocab_size=size, special_tokens=list(special), show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )  # fmt: skip
     made.train_from_iterator(["Question: who owns this digit? Short answer: anna hill###Assistant:"] * 9, trainer)
     if begins:
         made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        extra_special_tokens=dict(named or {}),
+    )  # fmt: skip
 
 
 def pieces() -> Any:

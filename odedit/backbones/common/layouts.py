@@ -43,6 +43,7 @@ class Layout:
         runs: Number of image positions of each run.
         written: Text around the prompt before the processor writes out the picture, with `{text}`.
         inputs: What the model reads besides tokens and pixel values, such as the grid of patches.
+        image_in_lead: Number of image positions in `lead`.
     """
 
     lead: tuple[int, ...]
@@ -50,7 +51,6 @@ class Layout:
     runs: tuple[int, ...]
     written: str
     inputs: Mapping[str, np.ndarray]
-
     image_in_lead: int = 0
 
     __repr__ = brief
@@ -59,9 +59,10 @@ class Layout:
     def num_positions(self) -> int:
         return self.image_in_lead + sum(self.runs)
 
-    def pictures(self, per_position: Sequence[str]) -> dict[str, np.ndarray]:
+    @property
+    def pictures(self) -> dict[str, np.ndarray]:
         """The inputs that belong to pictures."""
-        return {name: value for name, value in self.inputs.items() if name not in per_position}
+        return {name: value for name, value in self.inputs.items() if name not in PER_POSITION}
 
 
 class LibraryProcessor(PretrainedProcessor):
@@ -130,21 +131,10 @@ class LibraryProcessor(PretrainedProcessor):
         """A probe's tokens. Raises InputError and ValueError as `Backbone.sequence`."""
         layout = self.layout(size)
         tokens, first_target = tokenize(self.tokenizer, template, probe, layout.frame)
-        runs = iter(layout.runs)
-        expanded, image, added = list(layout.lead), [], len(layout.lead)
-        expanded_lead = [index for index, token in enumerate(expanded) if token == self.image_token]
-        image += expanded_lead
-        for index, token in enumerate(tokens):
-            if token != self.image_token:
-                expanded.append(token)
-                continue
-            count = next(runs)
-            image += range(len(expanded), len(expanded) + count)
-            expanded += [token] * count
-            if index < first_target:
-                added += count - 1
+        before = [*layout.lead, *self._expanded(tokens[:first_target], layout.runs)]
+        image = [index for index, token in enumerate(before) if token == self.image_token]
         picture = None if probe.picture is None else probe.picture.key
-        return TokenSequence(expanded, first_target + added, image, picture)
+        return TokenSequence([*before, *tokens[first_target:]], len(before), image, picture)
 
     @cached_property
     def types(self) -> dict[str, tuple[int, int]]:
@@ -169,7 +159,7 @@ class LibraryProcessor(PretrainedProcessor):
         """Raises Unsupported if what the model reads of a picture depends on the prompt's text."""
         short = self.layout((64, 64))
         longer = self._made((64, 64), _TEXT + _SAMPLE * 3)
-        for name, value in short.pictures(PER_POSITION).items():
+        for name, value in short.pictures.items():
             if value.shape != longer.inputs[name].shape:
                 raise Unsupported(
                     f"its pictures' features depend on the prompt's text ({name}), and are computed once per picture"
@@ -189,9 +179,9 @@ class LibraryProcessor(PretrainedProcessor):
     def _resized(self, image: Any) -> Any:
         return image if self.side is None else image.resize((self.side, self.side), self._images.resample)
 
-    def _processed(self, image: Any, text: str | None = None) -> Mapping[str, Any]:
+    def _processed(self, image: Any) -> Mapping[str, Any]:
         """What the library's processor makes of a picture, as arrays."""
-        text = self._prompt(True).replace(_TEXT, _SAMPLE) if text is None else text
+        text = self._prompt(True).replace(_TEXT, _SAMPLE)
         with quiet():
             made: Mapping[str, Any] = self.library(images=[image], text=[text], return_tensors="np")
         if "pixel_values" not in made:

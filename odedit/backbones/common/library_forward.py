@@ -23,7 +23,7 @@ class HandedOver:
     Attributes:
         hidden_RSD: Residual stream that enters layer 0.
         positions: Positions that the rotary modules read, `(R or 1, S)` or `(axes, R, S)`; None without any.
-        masks: Attention mask of every layer.
+        masks: True where a layer attends to a position, `(R, S, S)`; None: to itself and all before it.
         added: What is added to the residual stream after a layer, by layer.
     """
 
@@ -75,7 +75,7 @@ def handed_over(model: Any, structure: Structure, named: Mapping[str, Any], feat
         def forward(*arguments: Any, **others: Any) -> Any:
             states = arguments[0] if arguments else others["hidden_states"]
             hidden.append(states)
-            masks.append(others.get("attention_mask"))
+            masks.append(_as_bool(others.get("attention_mask")))
             if index == len(layers) - 1:
                 raise _Done
             made.append(torch.zeros_like(states))
@@ -106,6 +106,14 @@ def handed_over(model: Any, structure: Structure, named: Mapping[str, Any], feat
                 handle.remove()
     added = {index: hidden[index + 1] for index, zeros in enumerate(made) if hidden[index + 1] is not zeros}
     return HandedOver(hidden[0], positions[0] if positions else None, tuple(masks), added)
+
+
+def _as_bool(mask: Tensor | None) -> Tensor | None:
+    """A mask of the library, `(R, 1, S, S)`, as bool `(R, S, S)`."""
+    if mask is None:
+        return None
+    mask = mask[:, 0]
+    return mask if mask.dtype == torch.bool else mask == 0
 
 
 @contextmanager

@@ -78,10 +78,7 @@ def _measure(backbone: Auto, prompt: TokenSequence, picture: Picture) -> None:
         counted = torch.arange(tokens.shape[1], device=tokens.device) + decoder.first_position
         backbone.follows_rule = bool((positions == counted).all())
     square = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device)
-    masks = [
-        None if mask is None else (mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0) for mask in handed.masks
-    ]
-    given = [square.tril()[None] if mask is None else mask for mask in masks]
+    given = [square.tril()[None] if mask is None else mask for mask in handed.masks]
     if any(not torch.equal(mask, given[0]) for mask in given):
         raise Unsupported("its layers attend to different positions of a short prompt")
     backbone.is_causal = bool(torch.equal(given[0][0], square.tril()))
