@@ -560,12 +560,15 @@ def data_check(
     task: Task = "auto",
     images: Annotated[bool, typer.Option(help="Also read every picture.")] = True,
     column: Columns = None,
+    prints_all: Annotated[
+        bool, typer.Option("--all", help="Print every record that would be skipped, not the first ten of each kind.")
+    ] = False,
 ) -> None:
     """Prints the records that a run would skip, with reasons, and what it sees in the others."""
     with _explained():
         from pipeline import commands
 
-        commands.check_data(path, image_root, rephrase_root, task, images, column or [])
+        commands.check_data(path, image_root, rephrase_root, task, images, column or [], prints_all=prints_all)
 
 
 @data_app.command("template")

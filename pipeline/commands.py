@@ -123,7 +123,7 @@ def show_plan(ready: Ready, config: RunConfig) -> None:
     if not num_usable:
         raise NothingUsable(
             f"None of {counted(ready.staged.problems, 'record')} can be used:\n{lines(ready.staged.reasons)}\n"
-            "`odedit data check` names every one."
+            "`odedit data check --all` names every one."
         )
     for note in ready.notes:
         say(Console(stderr=True), f"Note: {note}")
@@ -425,18 +425,28 @@ def data_template() -> None:
 
 
 def check_data(
-    path: str, image_root: str | None, rephrase_root: str | None, task: str, images: bool, column: Sequence[str]
+    path: str,
+    image_root: str | None,
+    rephrase_root: str | None,
+    task: str,
+    images: bool,
+    column: Sequence[str],
+    *,
+    prints_all: bool = False,
 ) -> None:
     """`odedit data check`."""
-    from odedit.data.check import CheckReport, check_records
+    from odedit.data.check import CheckReport, FirstFindings, check_records
 
-    report = CheckReport()
+    report, first = CheckReport(), FirstFindings(prints_all)
     with _named_by_flags():
         columns = parse_columns(column)
         for finding in check_records(
             path, image_root, rephrase_root, report, task=task, read_images=images, columns=columns
         ):
-            print(_with_flags(str(finding)))
+            if first.takes(finding):
+                print(_with_flags(str(finding)))
+    if rest := first.rest():
+        print(f"And more of the same kind: {rest}. --all prints each.")
     for line in report.lines():
         print(_with_flags(line))
     skipped = ", ".join(f"{count} {kind}" for kind, count in report.skipped.most_common())
@@ -452,16 +462,20 @@ def pack_data(
     path: str, out: str, image_root: str | None, rephrase_root: str | None, task: str, column: Sequence[str]
 ) -> None:
     """`odedit data pack`."""
+    from odedit.data.check import Finding, FirstFindings
     from odedit.data.pack import pack
 
-    errors = Console(stderr=True)
+    errors, first = Console(stderr=True), FirstFindings()
 
-    def show(finding: object) -> None:
-        say(errors, _with_flags(str(finding)))
+    def show(finding: Finding) -> None:
+        if first.takes(finding):
+            say(errors, _with_flags(str(finding)))
 
     with _named_by_flags():
         columns = parse_columns(column)
         done = pack(path, image_root, rephrase_root, out, task=task, columns=columns, on_problem=show)
+    if rest := first.rest():
+        say(errors, f"And more of the same kind: {rest}. `odedit data check --all` names each.")
     print(f"{out}: {counted(done.num_records, 'record')} ({done.num_problems} unusable), "
           f"{counted(done.num_images, 'picture')}, "
           f"{done.num_image_bytes / 2**20:.1f} MiB, {done.num_unreadable} unreadable.")  # fmt: skip

@@ -323,6 +323,19 @@ def test_a_traceback_shows_no_secret(files: dict[str, Any], monkeypatch: pytest.
     assert "Traceback" in result.output and "pa55word" not in result.output
 
 
+def test_check_prints_the_first_ten_of_a_kind_or_all(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(picture(0)))
+    values = [{"image": "a.png", "question": "what?", "answer": "" if number else "x"} for number in range(31)]
+    path = write_array(tmp_path / "a.json", values)
+    few, every = odedit("data", "check", path), odedit("data", "check", path, "--all")
+    expect(few, 0, "And more of the same kind: 20 not an edit. --all prints each.", "1 of 31 records can be used")
+    assert (few.output.count("field 'answer' is empty"), every.output.count("field 'answer' is empty")) == (10, 30)
+    assert "--all" not in every.output
+    packed = odedit("data", "pack", path, tmp_path / "packed")
+    expect(packed, 0, "And more of the same kind: 20 not an edit. `odedit data check --all` names each.")
+    assert packed.output.count("field 'answer' is empty") == 10
+
+
 def test_an_output_that_was_closed_from_the_start_changes_nothing() -> None:
     for arguments, code in (("study list", 0), ("data check none.json", 2)):
         command = f'exec "{sys.executable}" -m odedit {arguments} >&-'
@@ -334,7 +347,7 @@ def test_an_output_that_is_closed_ends_the_command_quietly(files: dict[str, Any]
     path = write_array(files["folder"] / "many.json", [record(number, src=number) for number in range(3000)])
     data = files["values"]["data"]
     roots = ["--image-root", data["image_root"], "--rephrase-root", data["rephrase_root"]]
-    command = [sys.executable, "-m", "odedit", "data", "check", str(path), *roots]
+    command = [sys.executable, "-m", "odedit", "data", "check", str(path), "--all", *roots]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.readline()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from types import MappingProxyType
 
-from odedit.data.fields import FIELDS, REQUIRED, has, probe_texts, request_images
+from odedit.data.fields import FIELDS, REQUIRED, has, probe_texts, request_images, shorten
 from odedit.data.ids import Digests
 from odedit.data.images import MAX_BYTES, MAX_PIXELS, ImageError, ImageReader
 from odedit.data.layouts import layout_of
@@ -24,6 +24,9 @@ from odedit.storage.location import locate
 _LOOKED_AT = 200
 """Records whose keys show the layout of a file."""
 _SHOWN = 8
+_KEYS = 1000
+"""Most keys without a reader that are counted."""
+_OF_EACH_KIND = 10
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,28 @@ class Finding:
 
 
 @dataclass
+class FirstFindings:
+    """Choice of the findings that are printed: the first ten of each kind, or all.
+
+    Attributes:
+        counts: Number of findings by kind.
+    """
+
+    prints_all: bool = False
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def takes(self, finding: Finding) -> bool:
+        """Counts a finding; whether it is printed."""
+        self.counts[finding.kind] += 1
+        return self.prints_all or self.counts[finding.kind] <= _OF_EACH_KIND
+
+    def rest(self) -> str:
+        """Number of the findings that are not printed by kind; empty if there is none."""
+        hidden = {kind: count - _OF_EACH_KIND for kind, count in self.counts.most_common() if count > _OF_EACH_KIND}
+        return "" if self.prints_all else ", ".join(f"{count} {kind}" for kind, count in hidden.items())
+
+
+@dataclass
 class CheckReport:
     """Totals of a check.
 
@@ -55,7 +80,7 @@ class CheckReport:
         layouts: Number of the first records by layout.
         image_root: Folder of the pictures; None: they are packed, or were not looked for.
         given: Number of records by field that they give, and by probe.
-        unread: Number of records by key without a reader.
+        unread: Number of records by key without a reader, of the first 1,000 such keys.
         num_pictures, num_questions: Number of distinct pictures and questions.
         repeated: Number of records that repeat an earlier one: its picture, question and answer.
         contradicting: Number of records that ask an earlier record's question about its picture for another answer.
@@ -79,6 +104,10 @@ class CheckReport:
     _questions: Digests = field(default_factory=Digests, repr=False)
     _asked: Digests = field(default_factory=Digests, repr=False)
     _answered: Digests = field(default_factory=Digests, repr=False)
+
+    def add_unread(self, keys: Iterable[str]) -> None:
+        """Adds the keys of one record that nobody reads."""
+        self.unread.update(key for key in keys if key in self.unread or len(self.unread) < _KEYS)
 
     def add(self, record: RawRecord) -> None:
         """Adds a usable record. Pictures are told apart by their paths."""
@@ -104,9 +133,11 @@ class CheckReport:
         if self.image_root is not None:
             yield f"Pictures: under {self.image_root} (data.image_root)."
         if self.unread:
-            hints = {key: f" (did you mean {near!r}?)" if (near := nearest(key)) else "" for key in self.unread}
-            named = [f"{key!r}{hints[key]} in {count}" for key, count in self.unread.most_common(_SHOWN)]
-            more = f", and {len(self.unread) - _SHOWN} more" if len(self.unread) > _SHOWN else ""
+            shown = self.unread.most_common(_SHOWN)
+            hints = {key: f" (did you mean {near!r}?)" if (near := nearest(key)) else "" for key, _ in shown}
+            named = [f"{shorten(key)!r}{hints[key]} in {count}" for key, count in shown]
+            beyond = "at least " if len(self.unread) == _KEYS else ""
+            more = f", and {beyond}{len(self.unread) - _SHOWN} more" if len(self.unread) > _SHOWN else ""
             yield f"Fields that nobody reads: {', '.join(named)}{more}."
         if not self.num_usable:
             return
@@ -151,7 +182,8 @@ def check_records(
 ) -> Iterator[Finding]:
     """Yields every record that would be skipped.
 
-    Memory grows by about 80 bytes per record, for repeated and contradictory ones.
+    Memory does not grow with the file: what tells repeated and contradictory records lies in temporary files, some
+    80 bytes per record in all.
 
     Args:
         records_path: File of records or packed folder; see `read_records`.
@@ -177,7 +209,7 @@ def check_records(
     read_by_layout = _look_at(records_path, report)
     for record in read_records(records_path, task=task, columns=columns):
         if "unparsed" not in record.fields:
-            report.unread.update(unread(record.fields, columns, (NAMED, *read_by_layout(record))))
+            report.add_unread(unread(record.fields, columns, (NAMED, *read_by_layout(record))))
         finding = _finding(record, reader)
         report.num_records += 1
         if finding is None:

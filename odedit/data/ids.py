@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from array import array
+import sqlite3
 from collections.abc import Mapping
 from typing import Any
 
 from odedit.data.cells import cell_name
 from odedit.data.fields import FIELDS, REQUIRED, shorten, type_name
+from odedit.errors import StorageError, in_words
 from odedit.inputs.batch import EditRequest, Probe
 
 _DIGITS = 10
@@ -28,7 +29,6 @@ class EditIds:
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", re.sub(r"(\.[A-Za-z]+)?(\.gz)?$", "", file)).lstrip("._-")
         self._stem = stem[:100] or "record"
         self._seen = Digests()
-        self._has_default = bytearray()  # one byte per record: cheaper than digests for files without edit ids
 
     def assign(self, index: int, fields: Mapping[str, Any]) -> tuple[str, str]:
         """The record's edit id, and the problem of the id that it asks for."""
@@ -41,7 +41,7 @@ class EditIds:
             EditRequest(wanted, Probe("", ""))  # owns the rule for edit ids
         except ValueError as error:
             return self.fallback(index), f"invalid edit_id: {shorten(str(error), 300)}"
-        if not self._claim(wanted):
+        if not self._seen.add(wanted):
             return self.fallback(index), f"repeated edit_id: {wanted!r} was given to an earlier record"
         return wanted, ""
 
@@ -49,31 +49,28 @@ class EditIds:
         content = [str(fields[name]) for name in REQUIRED if isinstance(fields.get(name), str) and fields[name]]
         if len(content) < len(REQUIRED) or all(fields.get(name) is not None for name in FIELDS):
             return self.fallback(index)
-        name = base = content_id(*content)
-        number = 1
-        while not self._claim(name):  # the same record again
-            number += 1
-            name = f"{base}-{number}"
+        name = content_id(*content)
+        if not self._seen.add(name):  # the same record again
+            name = f"{name}-{self._free_number(name)}"
+            self._seen.add(name)
         return name
+
+    def _free_number(self, name: str) -> int:
+        """The number of a record's next copy, found by bisection, since copies are numbered without gaps from 2."""
+        taken, free = 1, 2
+        while f"{name}-{free}" in self._seen:
+            taken, free = free, 2 * free
+        while free - taken > 1:
+            middle = (taken + free) // 2
+            taken, free = (middle, free) if f"{name}-{middle}" in self._seen else (taken, middle)
+        return free
 
     def fallback(self, index: int) -> str:
         """File and number."""
         name = f"{self._stem}-{index:06d}"
-        self._has_default.extend(bytes(index - len(self._has_default)) + b"\x01")
-        if name not in self._seen:
-            return name
-        self._has_default[index] = 0
-        while not self._claim(name):  # an earlier record has this name as its own edit id
+        while not self._seen.add(name):  # an earlier record has this name as its own edit id
             name += "a"
         return name
-
-    def _claim(self, name: str) -> bool:
-        stem, _, number = name.rpartition("-")
-        if stem == self._stem and re.fullmatch(r"[0-9]{6,9}", number):
-            index = int(number)
-            if name == f"{stem}-{index:06d}" and index < len(self._has_default) and self._has_default[index]:
-                return False
-        return self._seen.add(name)
 
 
 def content_id(image: str, question: str, answer: str) -> str:
@@ -89,45 +86,45 @@ def content_id(image: str, question: str, answer: str) -> str:
 
 
 class Digests:
-    """Set of names as digests of eight bytes in one table, about 20 bytes for a name.
+    """Set of names as digests of eight bytes, in SQLite.
 
-    Two of a million names have the same digest with a probability of 3e-8; the later one then counts as repeated.
+    Names beyond `memory` lie in a temporary file, some 16 bytes each, which SQLite makes in the folder of
+    `SQLITE_TMPDIR` or `TMPDIR`, else in `/var/tmp`, and deletes with the set. Two of a million names have the same
+    digest with a probability of 3e-8; the later one then counts as repeated.
+
+    Args:
+        memory: Most memory of the set in KiB; 2 MiB hold some 130,000 names.
+
+    Raises:
+        StorageError: The temporary file cannot be written or read; raised by `add` and `in`.
     """
 
-    def __init__(self) -> None:
-        self._table = array("Q", bytes(8 * 1024))
-        self._count = 0
+    def __init__(self, memory: int = 2048) -> None:
+        # The empty name: a database of its own, which gets a file when it outgrows the memory.
+        self._database = sqlite3.connect("", check_same_thread=False)
+        self._ask(f"PRAGMA cache_size = -{memory}")
+        self._ask("PRAGMA journal_mode = OFF")
+        self._ask("CREATE TABLE names (digest INTEGER PRIMARY KEY)")
+
+    def __del__(self) -> None:
+        self._database.close()
 
     def __contains__(self, name: str) -> bool:
-        digest = self._digest(name)
-        return self._table[self._slot(digest)] == digest
+        return self._ask("SELECT 1 FROM names WHERE digest = ?", _digest(name)).fetchone() is not None
 
     def add(self, name: str) -> bool:
         """Adds a name; False if it is there already."""
-        digest = self._digest(name)
-        slot = self._slot(digest)
-        if self._table[slot] == digest:
-            return False
-        self._table[slot] = digest
-        self._count += 1
-        if 2 * self._count > len(self._table):
-            self._grow()
-        return True
+        return self._ask("INSERT OR IGNORE INTO names VALUES (?)", _digest(name)).rowcount == 1
 
-    def _slot(self, digest: int) -> int:
-        """Slot that holds the digest, or the free one where it belongs."""
-        table, mask = self._table, len(self._table) - 1
-        slot = digest & mask
-        while table[slot] not in (0, digest):
-            slot = (slot + 1) & mask
-        return slot
+    def _ask(self, command: str, *values: int) -> sqlite3.Cursor:
+        try:
+            return self._database.execute(command, values)
+        except sqlite3.OperationalError as error:
+            raise StorageError(
+                f"The temporary file of the names of records cannot be used ({in_words(error)}). A million records "
+                "take about 100 MB: make room, or set SQLITE_TMPDIR to a folder that has it."
+            ) from error
 
-    def _grow(self) -> None:
-        before, self._table = self._table, array("Q", bytes(16 * len(self._table)))
-        for digest in before:
-            if digest:
-                self._table[self._slot(digest)] = digest
 
-    @staticmethod
-    def _digest(name: str) -> int:
-        return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) or 1
+def _digest(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), signed=True)

@@ -95,8 +95,7 @@ def read_records(
 ) -> Iterator[RawRecord]:
     """Streams the records of a file or of a folder, bad ones included.
 
-    Memory grows with the file only by the detection of repeated edit ids: about 20 bytes per record, one byte per
-    record with all fields of MMEdit.
+    Memory does not grow with the file; the ids of many records lie in a temporary file, see `odedit.data.ids.Digests`.
 
     Args:
         path: File (see `odedit.data.readers.ENDINGS`), folder of Parquet files, data set saved on disk, or folder

@@ -27,6 +27,7 @@ from odedit import editors
 from odedit.backbones import load_processor
 from odedit.data import made
 from odedit.data.fields import control_token_problem
+from odedit.data.ids import Digests
 from odedit.data.origins import NEGATIVES, Wanted
 from odedit.data.origins import counted as counted_origins
 from odedit.data.packed import RECORDS_SCHEMA
@@ -214,16 +215,15 @@ def _records(config: RunConfig, sources: Sources, check: Check) -> Iterator[RawR
     if not added:
         yield from records
         return
-    seen: set[str] = set()
+    seen = Digests()
     count = 0
     for path in (None, *added):
         first = count
         for record in records if path is None else read(path):
             count = max(count, first + record.index + 1)
             problem = record.problem
-            if record.edit_id in seen and not problem:
+            if not seen.add(record.edit_id) and not problem:
                 problem = f"repeated edit id: {record.edit_id!r} is that of a record in another file"
-            seen.add(record.edit_id)
             yield replace(record, index=first + record.index, problem=problem)
 
 

@@ -1,6 +1,11 @@
+import json
+import random
+from collections import Counter
+
 import pytest
 
-from odedit.data.check import CheckReport, check_records
+from odedit.data.check import CheckReport, FirstFindings, check_records
+from odedit.data.ids import Digests
 from odedit.data.pack import pack
 from odedit.errors import InputError
 from tests.support.mmedit_files import record, write_array, write_images
@@ -50,3 +55,56 @@ def test_a_pack_is_checked_like_its_files(source, tmp_path):
 def test_wrong_roots_are_said_once(source):
     with pytest.raises(InputError, match="image_root"):
         list(check_records(source[0], source[1] + "x", source[2], CheckReport()))
+
+
+def plain_counts(values):
+    """Distinct pictures and questions, repeated and contradicting records and the first of those, by sets."""
+    asked, answered, repeated, contradicting = set(), set(), 0, []
+    for index, value in enumerate(values):
+        question = (value["image"], value["question"].casefold())
+        answer = (*question, value["answer"].casefold())
+        repeated += answer in answered
+        contradicting += [index] if question in asked and answer not in answered else []
+        asked.add(question)
+        answered.add(answer)
+    pictures, questions = len({key[0] for key in asked}), len({key[1] for key in asked})
+    return pictures, questions, repeated, len(contradicting), contradicting[0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_counts_are_those_of_sets_in_memory(tmp_path, monkeypatch, seed):
+    monkeypatch.setattr(Digests.__init__, "__defaults__", (32,))
+    rng = random.Random(seed)
+    values = [
+        {
+            "image": f"{rng.randrange(40)}.png",
+            "question": rng.choice("Ww") + f"hat is {rng.randrange(20)}?",
+            "answer": rng.choice("Dd") + f"og {rng.randrange(3)}",
+        }
+        for _ in range(1000)
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, values)))
+    report = CheckReport()
+    assert not list(check_records(str(tmp_path / "a.jsonl"), None, None, report, read_images=False))
+    counts = (report.num_pictures, report.num_questions, report.repeated, report.contradicting)
+    assert (*counts, int(report.first_contradicting.split()[2])) == plain_counts(values)
+
+
+def test_the_first_findings_of_each_kind_are_printed_and_the_others_counted(tmp_path):
+    values = [{"image": "a.png", "question": "what?", "answer": ""}] * 25 + [{}] * 3 + [{"image": 1}] * 11
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, values)))
+    findings = list(check_records(str(tmp_path / "a.jsonl"), None, None, CheckReport(), read_images=False))
+    first, every = FirstFindings(), FirstFindings(prints_all=True)
+    assert Counter(item.kind for item in findings if first.takes(item)) == {"not an edit": 10, "missing fields": 10}
+    assert first.rest() == "15 not an edit, 4 missing fields"
+    assert all(every.takes(item) for item in findings) and every.rest() == ""
+    assert first.counts == every.counts == {"not an edit": 25, "missing fields": 14}
+
+
+def test_keys_that_nobody_reads_are_counted_up_to_a_thousand(tmp_path):
+    values = [{"image": "a.png", "question": "what?", "answer": "x", f"key {n}": 1, "often": 1} for n in range(1200)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, values)))
+    report = CheckReport()
+    list(check_records(str(tmp_path / "a.jsonl"), None, None, report, read_images=False))
+    assert len(report.unread) == 1000 and report.unread["often"] == 1200
+    assert any("'often' in 1200" in line and "and at least 992 more." in line for line in report.lines())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,13 @@ from typing import Any
 import pytest
 
 from odedit.data.fields import probe_texts, request_images
-from odedit.data.ids import Digests
+from odedit.data.ids import Digests, content_id
 from odedit.data.images import ImageError, ImageReader
 from odedit.data.pack import pack
 from odedit.data.records import RawRecord, read_records
 from odedit.data.roots import root_of
 from odedit.data.template import TEMPLATE
-from odedit.errors import InputError
+from odedit.errors import InputError, StorageError
 from tests.support.mmedit_files import encoded, picture, record, write_array
 
 PLAIN = {"image": "a.png", "question": "what is this?", "answer": "a dog"}
@@ -99,14 +101,68 @@ def test_an_id_is_made_from_the_content(tmp_path: Path) -> None:
     assert [item.edit_id for item in full] == ["vqa_eval-000000", "vqa_eval-000001"]
 
 
-def test_digests_hold_what_was_added_as_they_grow() -> None:
-    digests, names = Digests(), [f"name {number}" for number in range(5000)]
-    assert all(digests.add(name) for name in names)
-    assert not any(digests.add(name) for name in names)
-    assert "name 4999" in digests and "name 5000" not in digests
+def file_bytes(digests: Digests) -> int:
+    pages, size = (digests._ask(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
+    return int(pages * size)
 
 
-def test_memory_grows_by_a_few_bytes_per_record(tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory", [32, 2048])
+def test_digests_are_a_set_in_memory_and_in_a_file(memory: int) -> None:
+    rng, digests, names = random.Random(memory), Digests(memory), set[str]()
+    for _ in range(12_000):
+        name = f"name {rng.randrange(9000)}"
+        assert (name in digests) == (name in names)
+        assert digests.add(name) == (name not in names)
+        names.add(name)
+    assert (file_bytes(digests) > 2 * 1024 * memory) == (memory == 32)
+
+
+def test_digests_without_room_say_so() -> None:
+    digests = Digests()
+    digests._ask("PRAGMA max_page_count = 4")
+    with pytest.raises(StorageError, match=r"database or disk is full.*set SQLITE_TMPDIR"):
+        for number in range(5000):
+            digests.add(str(number))
+
+
+def plain_ids(file: str, values: list[dict[str, str]]) -> list[tuple[str, bool]]:
+    """The id of each record and whether the one that it asks for is taken, by a set in memory."""
+    seen: set[str] = set()
+    ids = []
+    for index, value in enumerate(values):
+        wanted, numbers = value.get("edit_id"), itertools.count(2)
+        is_taken = wanted in seen
+        name = wanted or content_id(value["image"], value["question"], value["answer"])
+        base = name
+        if is_taken:
+            base = name = f"{file}-{index:06d}"
+        while name in seen:
+            name = f"{name}a" if is_taken else f"{base}-{next(numbers)}"
+        seen.add(name)
+        ids.append((name, is_taken))
+    return ids
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ids_are_those_of_a_set_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    rng = random.Random(seed)
+    own = [f"a-{number:06d}" for number in range(0, 400, 7)] + [f"own-{number}" for number in range(60)]
+    values = [
+        PLAIN | {"answer": f"dog {rng.randrange(150)}"} | ({"edit_id": rng.choice(own)} if rng.random() < 0.3 else {})
+        for _ in range(600)
+    ]
+    monkeypatch.setattr(Digests.__init__, "__defaults__", (32,))
+    found = [(item.edit_id, bool(item.problem)) for item in read(tmp_path / "a.jsonl", values)]
+    assert found == plain_ids("a", values)
+    assert len({name for name, _ in found}) == len(values)
+
+
+def test_many_copies_of_a_record_are_numbered_in_order(tmp_path: Path) -> None:
+    ids = [item.edit_id for item in read(tmp_path / "a.jsonl", [PLAIN] * 3000)]
+    assert ids[1:] == [f"{ids[0]}-{number}" for number in range(2, 3001)]
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     peaks = []
     for count in (1000, 6000):
         path = tmp_path / f"{count}.jsonl"
@@ -115,7 +171,7 @@ def test_memory_grows_by_a_few_bytes_per_record(tmp_path: Path) -> None:
         assert sum(not item.problem for item in read_records(str(path))) == count
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] - peaks[0] < 300_000  # the table of ids; the files hold 0.1 MB and 0.4 MB
+    assert peaks[1] - peaks[0] < 60_000  # the files hold 0.1 MB and 0.4 MB; the memory of SQLite is bounded by itself
 
 
 def write_pictures(folder: Path, *names: str) -> None:
