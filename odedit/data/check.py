@@ -131,7 +131,12 @@ class CheckReport:
         if self.layouts:
             yield f"Layout: {', '.join(self.layouts)}." + "".join(f" {note}" for note in self.notes)
         if self.image_root is not None:
-            yield f"Pictures: under {self.image_root} (data.image_root)."
+            hint = (
+                " Pictures not found: set it to a folder that holds all of them, and name each by its path from there."
+                if self.skipped["image not found"]
+                else ""
+            )
+            yield f"Pictures: under {self.image_root} (data.image_root).{hint}"
         if self.unread:
             shown = self.unread.most_common(_SHOWN)
             hints = {key: f" (did you mean {near!r}?)" if (near := nearest(key)) else "" for key, _ in shown}
@@ -139,6 +144,11 @@ class CheckReport:
             beyond = "at least " if len(self.unread) == _KEYS else ""
             more = f", and {beyond}{len(self.unread) - _SHOWN} more" if len(self.unread) > _SHOWN else ""
             yield f"Fields that nobody reads: {', '.join(named)}{more}."
+            if self.skipped["missing field"] or self.skipped["missing fields"]:
+                yield (
+                    "Fields have names, in a table those of its first line. To name one otherwise: --column FIELD=NAME "
+                    "(data.columns), such as --column answer=Label."
+                )
         if not self.num_usable:
             return
         total = self.num_usable

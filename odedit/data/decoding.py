@@ -82,7 +82,8 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
         ) from error
     except Image.UnidentifiedImageError as error:
         raise ImageError(
-            f"{name}: not an image of a known kind. Allowed: {', '.join(FORMATS)}.", "not an image"
+            f"{name}: not an image of a known kind. Allowed: {', '.join(FORMATS)}. Save it as one of these.",
+            "not an image",
         ) from error
     except Exception as error:  # Pillow raises any exception for a damaged header, too
         raise ImageError(

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import unicodedata
+from contextlib import suppress
 from typing import Any
 
 from pyarrow.fs import FileType
@@ -35,6 +38,7 @@ __all__ = ["ImageError", "ImageReader"]
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 64 * 2**20
 KEY_LENGTH = 32
+_ENDINGS = (".jpg", ".jpeg", ".png")
 
 
 class ImageReader:
@@ -113,6 +117,16 @@ class ImageReader:
         """Location of an unpacked image. Opens no file; raises ImageError if the path is not allowed."""
         return self._resolve(path, root, image_name(path))
 
+    def similar(self, path: str, root: Root = "image") -> str | None:
+        """Path of a local file that differs in its ending or in white space around it; None: there is none."""
+        stem, ending = os.path.splitext(path.strip())
+        for end in dict.fromkeys((ending, ending.lower(), ending.upper(), *_ENDINGS, *map(str.upper, _ENDINGS))):
+            with suppress(ImageError):  # a path that is not allowed
+                location = self.location(stem + end, root)
+                if stem + end != path and location.is_local and os.path.isfile(location.path):
+                    return stem + end
+        return None
+
     def read(self, path: str, root: Root = "image") -> Picture:
         """Reads and decodes one image.
 
@@ -184,13 +198,17 @@ class ImageReader:
         parts = path.split("/")
         if "\0" in path or "\\" in path or "://" in path or path.startswith(("/", "~")) or path[1:2] == ":":
             raise ImageError(
-                f"{name}: expected a path under {self.settings[root]} ({base.text!r}), with forward slashes.",
+                f"{name}: expected a path under {self.settings[root]} ({base.text!r}), with forward slashes, such as "
+                f"{shorten(_as_relative(masked(path[:1000])))!r}.",
                 "forbidden path",
             )
         if ".." in parts:
             raise ImageError(f"{name}: '..' would leave {self.settings[root]}.", "forbidden path")
         location = base.child(path)
         if base.is_local:
+            # Systems and spreadsheets write an umlaut as one character or as a letter and its dots.
+            forms = () if path.isascii() else (path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD")))
+            location = next((found for found in map(base.child, forms) if os.path.lexists(found.path)), location)
             inside = os.path.realpath(base.path)
             if os.path.commonpath([inside, os.path.realpath(location.path)]) != inside:
                 raise ImageError(
@@ -205,6 +223,8 @@ class ImageReader:
         hint = ""
         if path.split("/", 1)[0] == base.name and "/" in path:
             hint = f" Set it to the folder that holds {base.name!r}."
+        elif similar := self.similar(path, root):
+            hint = f" The file there is named {shorten(similar)!r}: write it so."
         return ImageError(f"{name} is not under {setting} ({base.text!r}).{hint}", "image not found")
 
     def _too_many_bytes(self, name: str, num_bytes: int) -> ImageError:
@@ -218,6 +238,13 @@ class ImageReader:
 def _reason(error: OSError) -> str:
     """The error's message, shortened: it repeats the path, whose length a record decides."""
     return shorten(masked(str(error)[:1000]), 500)
+
+
+def _as_relative(path: str) -> str:
+    """An allowed path in place of one that is not: the name alone of a full path."""
+    parts = [part for part in re.split(r"[\\/]+", path.replace("\0", "")) if part not in ("", ".", "..")]
+    is_full = bool(re.match(r"[\\/~]|.:|.*://", path))
+    return parts[-1] if is_full and parts else "/".join(parts)
 
 
 def image_name(path: str) -> str:

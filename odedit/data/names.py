@@ -31,15 +31,18 @@ _ONE_NAME = ("image", "rephrase", "image_rephrase", "edit_id", "task", "fact", "
              "held_out")  # fmt: skip
 KNOWN = (*_ONE_NAME, *PLAIN, *_PLAIN_OF)
 """All names under which a field is read."""
+_ANY_CASE = frozenset((*PLAIN, "image", "rephrase", "image_rephrase"))
+"""Names that are also read in other cases and with spaces, as the header of a spreadsheet writes them."""
 
 
 def canonical(name: str) -> str:
     """MMEdit's name of a field.
 
-    >>> canonical("question"), canonical("src"), canonical("rephrase")
-    ('src', 'src', 'rephrase')
+    >>> canonical("question"), canonical("src"), canonical("Old answer"), canonical("Category")
+    ('src', 'src', 'pred', 'Category')
     """
-    return PLAIN.get(name, name)
+    plain = "_".join(str(name).casefold().split())
+    return PLAIN.get(plain, plain) if plain in _ANY_CASE else name
 
 
 def unknown_column(name: str) -> str:

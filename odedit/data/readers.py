@@ -51,7 +51,7 @@ def read_entries(location: Location) -> Iterator[Entry]:
         raise InputError(
             f"{location.text}: not a file of records by its name. Allowed: .json (an array of objects), "
             ".jsonl (one object per line), .csv, .tsv, each also with .gz; .parquet, a folder of Parquet files, a data "
-            "set saved on disk, or a folder written by `odedit data pack`."
+            "set saved on disk, or a folder written by `odedit data pack`. Save a spreadsheet as CSV, in UTF-8."
         )
     check_is_file(location)
     if ending == ".arrow":

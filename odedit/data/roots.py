@@ -63,10 +63,11 @@ def _found(path: str, location: Location, columns: Mapping[str, str], task: str)
     if not location.is_local:
         return home
     home = (location if location.is_folder() else location.parent).path
-    for folder in _candidates(home):
-        reader = ImageReader(folder)
-        if any(_is_there(reader, name) for name in paths):
-            return folder
+    for is_exact in (True, False):
+        for folder in _candidates(home):
+            reader = ImageReader(folder)
+            if any(_is_there(reader, name, is_exact=is_exact) for name in paths):
+                return folder
     return home
 
 
@@ -86,8 +87,9 @@ def _folders(home: str) -> list[str]:
         return []
 
 
-def _is_there(reader: ImageReader, path: str) -> bool:
+def _is_there(reader: ImageReader, path: str, *, is_exact: bool) -> bool:
+    """Whether the file is there, or one of a similar name, which the message about the missing file then tells."""
     try:
-        return reader.location(path).is_file()
+        return reader.location(path).is_file() if is_exact else reader.similar(path) is not None
     except (ValueError, OSError):
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,8 @@ def shards(folder: Location) -> list[Location]:
 def read_delimited(stream: Any, text: str, delimiter: str | None) -> Iterator[Entry]:
     """Records of a CSV file; an empty cell means that the record lacks the field.
 
+    A first line such as `sep=;`, which spreadsheets write, names the character between cells.
+
     Args:
         stream: Binary stream.
         text: Name of the file in messages.
@@ -64,13 +67,15 @@ def read_delimited(stream: Any, text: str, delimiter: str | None) -> Iterator[En
     csv.field_size_limit(MAX_RECORD_BYTES)
     try:
         first = next(lines, "")
+        if named := re.fullmatch(rf"sep=([{_DELIMITERS}])\s*", first):
+            delimiter, first = named[1], next(lines, "")
         chosen = delimiter or max(_DELIMITERS, key=lambda character: (first.count(character), character == ","))
         rows = csv.reader(lines, delimiter=chosen)
         header = [name.strip() for name in next(csv.reader([first], delimiter=chosen), [])]
         _check_header(header, text)
         for row in rows:
             if any(cell.strip() for cell in row):
-                yield _from_row(row, header, lines.number)
+                yield _from_row(row, header, lines.number, chosen)
     except (csv.Error, OSError, UnicodeError) as error:
         raise InputError(
             f"{text}: line {lines.number} cannot be read as a table ({in_words(error)}). A quote that is opened and "
@@ -108,10 +113,12 @@ def _check_header(header: Sequence[str], text: str) -> None:
         raise InputError(f"{text}: the first line names the column {twice[0]!r} twice.")
 
 
-def _from_row(row: Sequence[str], header: Sequence[str], line: int) -> Entry:
-    if len(row) > len(header):
+def _from_row(row: Sequence[str], header: Sequence[str], line: int, delimiter: str) -> Entry:
+    if any(cell.strip() for cell in row[len(header) :]):
         return Entry(
-            "\t".join(row), f"wrong number of cells: line {line} has {len(row)}, and the first line names {len(header)}"
+            "\t".join(row),
+            f"wrong number of cells: line {line} has {len(row)}, and the first line names {len(header)}; a cell with "
+            f"{delimiter!r} in it needs quotes",
         )
     return Entry(from_columns({name: cell for name, cell in zip(header, row, strict=False) if name and cell != ""}))
 

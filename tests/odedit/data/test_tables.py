@@ -53,7 +53,7 @@ def test_a_bad_line_costs_one_record(tmp_path: Path) -> None:
     records = read(tmp_path / "a.csv", "\n".join(lines).encode("utf-8", "surrogateescape"))
     assert [item.problem.split(" holds")[0] for item in records] == [
         "",
-        "wrong number of cells: line 3 has 5, and the first line names 4",
+        "wrong number of cells: line 3 has 5, and the first line names 4; a cell with ',' in it needs quotes",
         "missing field: field 'answer' is not there",
         "invalid text: field 'answer'",
         "",
