@@ -101,10 +101,12 @@ class Digests:
 
     def __init__(self, memory: int = 2048) -> None:
         # The empty name: a database of its own, which gets a file when it outgrows the memory.
-        self._database = sqlite3.connect("", check_same_thread=False)
+        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._cursor = self._database.cursor()
         self._ask(f"PRAGMA cache_size = -{memory}")
         self._ask("PRAGMA journal_mode = OFF")
         self._ask("CREATE TABLE names (digest INTEGER PRIMARY KEY)")
+        self._ask("BEGIN")
 
     def __del__(self) -> None:
         self._database.close()
@@ -118,7 +120,7 @@ class Digests:
 
     def _ask(self, command: str, *values: int) -> sqlite3.Cursor:
         try:
-            return self._database.execute(command, values)
+            return self._cursor.execute(command, values)
         except sqlite3.OperationalError as error:
             raise StorageError(
                 f"The temporary file of the names of records cannot be used ({in_words(error)}). A million records "
