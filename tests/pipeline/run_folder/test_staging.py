@@ -161,6 +161,19 @@ def test_repeated_edit_ids_become_problems(settings: dict[str, Any]) -> None:
     assert "same" in staging.GroupReader(workspace.records)(0)[1].problem
 
 
+def test_edit_ids_of_another_file_become_problems(settings: dict[str, Any], tmp_path: Path) -> None:
+    added = write_array(tmp_path / "more.json", [record(4, edit_id="b"), record(5, edit_id="c")])
+    records = [record(number, edit_id=name) for number, name in enumerate("ab")]
+    config = with_records(settings | {"commit": {"way": "sum", "add": [str(added)]}}, records)
+    read = staging._records(config, sources.resolve(config.data, Workspace.of(config.out).out), lambda fields: "")
+    assert [(item.index, item.edit_id, item.problem) for item in read] == [
+        (0, "a", ""),
+        (1, "b", ""),
+        (2, "b", "repeated edit id: 'b' is that of a record in another file"),
+        (3, "c", ""),
+    ]
+
+
 def test_a_group_is_found_among_several_row_groups_in_any_order(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
