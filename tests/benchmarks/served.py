@@ -35,6 +35,14 @@ def chosen(path: Path, count: int) -> list[dict[str, str]]:
     return list(first.values())[:count]
 
 
+def agrees(own: str, row: str) -> bool:
+    """Whether two answers are equal, or, if the row's does not end, as far as both go: it is cut elsewhere."""
+    if own == row or not row.endswith(" ..."):
+        return own == row
+    shorter, longer = sorted((own.rstrip("\ufffd"), row.removesuffix(" ...").rstrip("\ufffd")), key=len)
+    return bool(shorter) and longer.startswith(shorter)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--facts", type=int, default=24)
@@ -77,9 +85,7 @@ def main() -> None:
             cwd=out, env=environment, check=True,
         )  # fmt: skip
         (answers,) = json.loads(done.stdout)
-        # An answer that does not end is cut after a number of tokens, which differs.
-        pairs = zip(answers, expected, strict=True)
-        same = [own == row or (row.endswith(" ...") and own.startswith(row.removesuffix(" ..."))) for own, row in pairs]
+        same = [agrees(own, row) for own, row in zip(answers, expected, strict=True)]
         agree = sum(same) / len(records)
         held = sum(answer == record["alt"] for answer, record in zip(expected, records, strict=True)) / len(records)
         print(f"| {family} | {len(records)} | {held:.3f} | {agree:.3f} |", flush=True)
