@@ -78,7 +78,7 @@ def main() -> None:
         after = {row["edit_id"]: row["answer_after"] for row in rows.read_rows(rows.parts(workspace))}
         expected = [after[record["edit_id"]] for record in records]
         questions = [[record["src"], str(images / record["image"])] for record in records]
-        task = {"family": family, "checkpoint": str(workspace.model), "questions": questions}
+        task = {"family": family, "checkpoint": str(workspace.model), "questions": questions, "max_tokens": 32}
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         done = subprocess.run(
             [sys.executable, plain_answers.__file__], input=json.dumps([task]), capture_output=True, text=True,
