@@ -109,8 +109,11 @@ def demo(
 
 @app.command()
 def edit(
-    config: Annotated[Path, typer.Option(help="YAML file of the settings that differ from the defaults.")],
     overrides: Overrides = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of the settings that differ from the defaults. Without it, data.path=FILE."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print settings and plan, and write nothing.")
     ] = False,
@@ -189,8 +192,13 @@ def score(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Folder or hub id of a checkpoint, or folder of a committed model.")
     ],
-    config: Annotated[Path, typer.Option(help="YAML file as for `odedit edit`; backbone is the unedited model.")],
     overrides: Overrides = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file as for `odedit edit`; backbone is the unedited model. Without it, data.path=FILE."
+        ),
+    ] = None,
     text: Annotated[
         str | None, typer.Option(metavar="FILE", help="Also measure the perplexity of this text, before and after.")
     ] = None,

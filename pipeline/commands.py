@@ -33,8 +33,15 @@ from pipeline.tracking.fetch import fetch_edit
 from pipeline.workers.profile import Profile
 
 
-def edit(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: bool, profile: bool = False) -> None:
+def has_records(path: Path | None, overrides: Sequence[str]) -> bool:
+    """Whether a command has a configuration, which may name records, or is told them."""
+    return path is not None or any(text.startswith("data.path=") for text in overrides)
+
+
+def edit(path: Path | None, overrides: Sequence[str], *, dry_run: bool, fresh: bool, profile: bool = False) -> None:
     """`odedit edit`."""
+    if not has_records(path, overrides):
+        raise InputError("Give --config FILE or data.path=FILE.")
     config = replace(load(path, overrides), commit=None)
     errors = Console(stderr=True)
     if dry_run:
@@ -72,8 +79,7 @@ def commit(
     """`odedit commit`."""
     from pipeline.driver import commit as driver
 
-    has_records = path is not None or any(text.startswith("data.path=") for text in overrides)
-    if (path is not None and change is not None) or (change is None and not has_records):
+    if (path is not None and change is not None) or (change is None and not has_records(path, overrides)):
         raise InputError("Give --config FILE or data.path=FILE for a new model, or --change RUN for a changed one.")
     if change is None and (remove or add is not None):
         raise InputError("--remove and --add change a model that exists; name its run with --change RUN.")

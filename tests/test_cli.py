@@ -55,6 +55,23 @@ def expect(result: Result, code: int, *parts: str) -> None:
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize("command", [["edit"], ["score", "model"], ["commit"]], ids=lambda command: command[0])
+def test_records_are_named_by_a_file_or_on_the_command_line(command: list[str]) -> None:
+    expect(odedit(*command, "backbone.checkpoint=embedded"), 2, "Give --config FILE or data.path=FILE")
+
+
+def test_a_run_needs_no_configuration_file(files: dict[str, Any]) -> None:
+    data = files["values"]["data"]
+    settings = [f"data.{name}={value}" for name, value in data.items()]
+    settings += [
+        "editor.name=ftl",
+        "objective.name=native",
+        "backbone.checkpoint=embedded",
+        f"out={files['folder']}/out",
+    ]
+    expect(odedit("edit", *settings, "--dry-run"), 0, "3 usable records")
+
+
 @pytest.mark.parametrize(
     "command",
     [[], ["demo"], ["edit"], ["train"], ["apply"], ["fetch"], ["merge"], ["world"],

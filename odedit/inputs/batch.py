@@ -14,7 +14,7 @@ Every edit has the same number K of sequences, absent ones masked, so that a hoo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -171,6 +171,11 @@ class EditRequest:
         if image is None:
             return text
         return replace(text or self.edit, picture=image.picture)
+
+    def reading(self, slots: Collection[str]) -> EditRequest:
+        """The request with the supervision of these slots alone, those of the first rephrases for all of them."""
+        kept = {slot: probe for slot, probe in self.supervision.items() if unnumbered(slot) in slots}
+        return replace(self, supervision=kept)
 
     def kept_things(self) -> frozenset[str]:
         """Facts and entities of the scored probes whose answers must stay; supervision must not show them."""

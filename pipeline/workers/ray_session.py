@@ -21,7 +21,7 @@ import psutil
 from rich.console import Console
 
 from cluster import login
-from odedit.errors import InputError
+from odedit.errors import Explained, InputError
 from odedit.runtime.addresses import masked
 from pipeline.config.run import BackboneConfig, PipelineConfig
 from pipeline.variables import environment
@@ -154,7 +154,7 @@ def _remove_session() -> None:
 def _start(ray: Any, plan: Plan) -> None:
     global _session
     _session = _new_session()
-    with _held_back_stderr():
+    with _held_back_stderr(), _explained():
         ray.init(
             address="local",
             num_cpus=max(plan.num_cpus, machine_cpus()),
@@ -166,6 +166,20 @@ def _start(ray: Any, plan: Plan) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turns Ray's exception for a late start, which has no type of its own, into a sentence."""
+    try:
+        yield
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        raise Explained(
+            "Ray did not start on this machine within its 30 seconds: the machine is too busy. Start the command again "
+            "when less else runs."
+        ) from error
 
 
 def _new_session() -> Path:

@@ -35,6 +35,14 @@ def chosen(path: Path, count: int) -> list[dict[str, str]]:
     return list(first.values())[:count]
 
 
+def agrees(own: str, row: str) -> bool:
+    """Whether two answers are equal, or, if the row's does not end, as far as both go: it is cut elsewhere."""
+    if own == row or not row.endswith(" ..."):
+        return own == row
+    shorter, longer = sorted((own.rstrip("\ufffd"), row.removesuffix(" ...").rstrip("\ufffd")), key=len)
+    return bool(shorter) and longer.startswith(shorter)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--facts", type=int, default=24)
@@ -70,16 +78,14 @@ def main() -> None:
         after = {row["edit_id"]: row["answer_after"] for row in rows.read_rows(rows.parts(workspace))}
         expected = [after[record["edit_id"]] for record in records]
         questions = [[record["src"], str(images / record["image"])] for record in records]
-        task = {"family": family, "checkpoint": str(workspace.model), "questions": questions}
+        task = {"family": family, "checkpoint": str(workspace.model), "questions": questions, "max_tokens": 32}
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         done = subprocess.run(
             [sys.executable, plain_answers.__file__], input=json.dumps([task]), capture_output=True, text=True,
             cwd=out, env=environment, check=True,
         )  # fmt: skip
         (answers,) = json.loads(done.stdout)
-        # An answer that does not end is cut after a number of tokens, which differs.
-        pairs = zip(answers, expected, strict=True)
-        same = [own == row or (row.endswith(" ...") and own.startswith(row.removesuffix(" ..."))) for own, row in pairs]
+        same = [agrees(own, row) for own, row in zip(answers, expected, strict=True)]
         agree = sum(same) / len(records)
         held = sum(answer == record["alt"] for answer, record in zip(expected, records, strict=True)) / len(records)
         print(f"| {family} | {len(records)} | {held:.3f} | {agree:.3f} |", flush=True)

@@ -1,7 +1,7 @@
 """Answers of checkpoints without odedit: the library's automatic classes, `generate`, and the picture.
 
 Run as a program: reads a list of `{family, checkpoint, questions: [[text, image], ...]}` as JSON from standard input,
-and writes the answers.
+and writes the answers, of at most `max_tokens` tokens (default 8).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PartsOfQwen:
         return made
 
 
-def answer(family: str, processor: Any, model: Any, text: str, path: str) -> str:
+def answer(family: str, processor: Any, model: Any, text: str, path: str, max_tokens: int) -> str:
     from PIL import Image
 
     text = f"Question: {text} Short answer:"
@@ -54,7 +54,7 @@ def answer(family: str, processor: Any, model: Any, text: str, path: str) -> str
         text = f"{TURN}{VISION}{text}<|im_end|>\n<|im_start|>assistant\n"
         picture = picture.resize((SIDE, SIDE), processor.image_processor.resample)
     inputs = processor(images=picture, text=text, return_tensors="pt")
-    made = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)[0, inputs["input_ids"].shape[1] :]
+    made = model.generate(**inputs, do_sample=False, max_new_tokens=max_tokens)[0, inputs["input_ids"].shape[1] :]
     return str(processor.tokenizer.decode(made, skip_special_tokens=True)).strip()
 
 
@@ -71,7 +71,8 @@ def main() -> None:
         processor = load(task["checkpoint"])
         # odedit's type; by default the model is loaded in its stored type.
         model = AutoModelForImageTextToText.from_pretrained(task["checkpoint"], dtype=torch.float32).eval()
-        answers.append([answer(task["family"], processor, model, *question) for question in task["questions"]])
+        count = task.get("max_tokens", MAX_TOKENS)
+        answers.append([answer(task["family"], processor, model, *question, count) for question in task["questions"]])
     print(json.dumps(answers))
 
 
