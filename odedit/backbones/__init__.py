@@ -53,7 +53,13 @@ def names() -> tuple[str, ...]:
 
 
 def load_backbone(
-    family: str, checkpoint: str, *, dtype: str = "float32", device: str = "cpu", image_size: int | None = None
+    family: str,
+    checkpoint: str,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    image_size: int | None = None,
+    gpus: int = 1,
 ) -> Backbone:
     """Loads a frozen model of a family.
 
@@ -63,12 +69,14 @@ def load_backbone(
         dtype: `float32`, `bfloat16` or `float16`; losses are always computed in float32.
         device: Torch device such as `cpu` or `cuda:0`.
         image_size: Width and height to which every picture is resized first; None: the model's own processing alone.
+        gpus: Number of GPUs that hold the model, from `device` on.
 
     Raises:
-        InputError: The family is unknown or has an image size of its own, or the checkpoint is missing or does not fit
-            it.
+        InputError: The family is unknown or has an image size of its own, the checkpoint is missing or does not fit
+            it, or there are fewer GPUs.
     """
-    backbone: Backbone = _sized(family, image_size).load(checkpoint, dtype=dtype, device=device)
+    more = {} if gpus == 1 else {"gpus": gpus}  # a class from outside the package need not take it
+    backbone: Backbone = _sized(family, image_size).load(checkpoint, dtype=dtype, device=device, **more)
     return backbone
 
 

@@ -181,15 +181,19 @@ class LibraryProcessor(PretrainedProcessor):
 
     def _processed(self, image: Any) -> Mapping[str, Any]:
         """What the library's processor makes of a picture, as arrays."""
-        text = self._prompt(True).replace(_TEXT, _SAMPLE)
         with quiet():
-            made: Mapping[str, Any] = self.library(images=[image], text=[text], return_tensors="np")
+            made: Mapping[str, Any] = self.library(images=[image], text=[self._sample_prompt], return_tensors="np")
         if "pixel_values" not in made:
             raise InputError(
                 f"backbone.checkpoint {self._source!r}: its processor makes {', '.join(made)} of a picture, and no "
                 "pixel_values."
             )
         return made
+
+    @cached_property
+    def _sample_prompt(self) -> str:
+        """Any prompt with a picture."""
+        return self._prompt(True).replace(_TEXT, _SAMPLE)
 
     def _prompt(self, with_picture: bool) -> str:
         """The chat template with a user's turn; the text alone if the processor places the picture by itself."""
