@@ -40,6 +40,9 @@ _debug = False
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that override the file.")
 ]
+Preset = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Settings for this model; `odedit presets` lists them.")
+]
 MovedCheckpoint = Annotated[str | None, typer.Option(help="Model, if it has moved since the edit was made.")]
 
 
@@ -88,6 +91,20 @@ def _explained() -> AbstractContextManager[None]:
     return exit_on_error(debug=_debug)
 
 
+def _with_preset(preset: str | None, overrides: list[str] | None, section: str = "") -> list[str]:
+    """The overrides with the preset's name before them."""
+    return [*([] if preset is None else [f"{section}preset={preset}"]), *(overrides or [])]
+
+
+@app.command()
+def presets() -> None:
+    """Lists settings by model: checkpoint, family, and what the settings of the editors come from."""
+    with _explained():
+        from pipeline import commands
+
+        commands.list_presets()
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the results and the MLflow store.")] = Path("demo"),
@@ -109,8 +126,11 @@ def demo(
 
 @app.command()
 def edit(
-    config: Annotated[Path, typer.Option(help="YAML file of the settings that differ from the defaults.")],
     overrides: Overrides = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of the settings that differ from the defaults.")
+    ] = None,
+    preset: Preset = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print settings and plan, and write nothing.")
     ] = False,
@@ -129,7 +149,7 @@ def edit(
     with _explained():
         from pipeline import commands
 
-        commands.edit(config, overrides or [], dry_run=dry_run, fresh=fresh, profile=profile)
+        commands.edit(config, _with_preset(preset, overrides), dry_run=dry_run, fresh=fresh, profile=profile)
 
 
 @app.command()
@@ -141,6 +161,7 @@ def commit(
             help="YAML file as for `odedit edit`; its section `commit` names the way. Without it, data.path=FILE."
         ),
     ] = None,
+    preset: Preset = None,
     edits_from: Annotated[
         str | None,
         typer.Option(
@@ -174,7 +195,7 @@ def commit(
 
         commands.commit(
             config,
-            overrides or [],
+            _with_preset(preset, overrides),
             edits_from=edits_from,
             change=change,
             remove=remove or [],
@@ -213,8 +234,11 @@ def score(
 @app.command()
 def train(
     editor: Annotated[str, typer.Argument(metavar="EDITOR", help="mend or unike.")],
-    config: Annotated[Path, typer.Option(help="YAML file as for `odedit edit`; training.path is the file of records.")],
     overrides: Overrides = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file as for `odedit edit`; training.path is the file of records.")
+    ] = None,
+    preset: Preset = None,
     out: Annotated[
         str | None, typer.Option(help="File or address of the weights; default: beside the folder `out`.")
     ] = None,
@@ -229,7 +253,7 @@ def train(
     with _explained():
         from pipeline import commands
 
-        print(commands.train(editor, config, overrides or [], out, fresh=fresh))
+        print(commands.train(editor, config, _with_preset(preset, overrides), out, fresh=fresh))
 
 
 @app.command()
@@ -259,6 +283,7 @@ def study(
 def tune(
     overrides: Overrides = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of the search; default: the shipped demo.")] = None,
+    preset: Preset = None,
     out: Annotated[str | None, typer.Option(help="Folder or address; default: searches/NAME-OF-THE-FILE.")] = None,
     resume: Annotated[str | None, typer.Option(metavar="DIR", help="Resume the search in this folder.")] = None,
 ) -> None:
@@ -272,7 +297,7 @@ def tune(
     with _explained():
         from tune import commands
 
-        commands.tune(config, overrides or [], out, resume)
+        commands.tune(config, _with_preset(preset, overrides, "settings."), out, resume)
 
 
 @app.command()

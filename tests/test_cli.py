@@ -181,7 +181,14 @@ def test_a_checkpoint_of_another_class_exits_with_2(files: dict[str, Any]) -> No
 
 def test_a_dry_run_prints_the_configuration_and_the_plan_and_writes_nothing(files: dict[str, Any]) -> None:
     result = odedit("edit", "--config", files["config"], "editor.clamp=0.5", "--dry-run")
-    expect(result, 0, "clamp: 0.5", "# input: 3 usable records in 1 group of 8, 0 skipped", "# plan: 1 actor on")
+    expect(
+        result,
+        0,
+        "clamp: 0.5",
+        "# input: 3 usable records in 1 group of 8, 0 skipped",
+        "# plan: 1 actor on",
+        "# memory of a worker, about ",
+    )
     assert yaml.safe_load(result.stdout)["editor"]["clamp"] == 0.5
     assert not Path(files["values"]["out"]).exists()
 

@@ -29,7 +29,7 @@ from odedit.inputs.prompts import find_template
 from odedit.runtime.addresses import reason
 from odedit.settings import Settings
 from odedit.storage.location import LocationLike, at
-from pipeline.config import strict
+from pipeline.config import presets, strict
 
 EMBEDDED = "embedded"
 SPLITS = ("train", "validation", "evaluation")
@@ -49,12 +49,15 @@ class BackboneConfig:
         dtype: Type of weights and activations; losses are always float32.
         image_size: Width and height to which every picture is resized first (family `auto`). Null: pictures as the
             model's own processor makes them, at the size at which it is served.
+        gpus: GPUs of one node that each worker's model is divided over, layer by layer; for models that one GPU cannot
+            hold. More than 1 takes precedence over `pipeline.gpus_per_actor`.
     """
 
     family: str = "blip2"
     checkpoint: str = EMBEDDED
     dtype: Dtype = "float32"
     image_size: Annotated[int, Ge(1)] | None = None
+    gpus: Annotated[int, Ge(1), Le(64)] = 1
 
     @property
     def name(self) -> str:
@@ -301,6 +304,7 @@ class RunConfig:
         keep_edits: True writes every edit to `out/edits`. A comparison of settings may need the scores only.
         out: Folder or address of the results.
         commit: Way of making one model of all records; None: every record is an edit of its own.
+        preset: Settings by model (`odedit presets`), which stand where the file and the command line give none.
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -317,6 +321,7 @@ class RunConfig:
     seed: int = 0
     keep_edits: bool = True
     out: str = "out"
+    preset: str | None = None
 
     @property
     def name(self) -> str:
@@ -403,6 +408,7 @@ def _with_defaults(section: Any, defaults: Mapping[str, Any]) -> Any:
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
     """The run described by a mapping from YAML. Raises InputError with a line for each mistake."""
+    values = presets.completed(values, _PLUGINS["editor"].default)
     problems: list[str] = []
     sections = {key: value for key, value in values.items() if key not in _PLUGINS}
     accepted: dict[str, Any] = {
