@@ -26,7 +26,8 @@ _QUESTION, _ANSWER = "What is the person on the left of the picture holding?", "
 
 
 def with_absolute_checkpoints(config: RunConfig) -> RunConfig:
-    """The run with full paths of its local checkpoints, valid in any current folder."""
+    """The run with the family of its checkpoint, and full paths of local ones, valid in any current folder."""
+    config = replace(config, backbone=config.backbone.with_family)
     path = Path(config.backbone.checkpoint).expanduser()
     if config.backbone.checkpoint != EMBEDDED and path.is_dir():
         config = replace(config, backbone=replace(config.backbone, checkpoint=str(path.absolute())))
