@@ -40,6 +40,9 @@ _debug = False
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that override the file.")
 ]
+Preset = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Settings for this model; `odedit presets` lists them.")
+]
 MovedCheckpoint = Annotated[str | None, typer.Option(help="Model, if it has moved since the edit was made.")]
 
 
@@ -88,6 +91,20 @@ def _explained() -> AbstractContextManager[None]:
     return exit_on_error(debug=_debug)
 
 
+def _with_preset(preset: str | None, overrides: list[str] | None, section: str = "") -> list[str]:
+    """The overrides with the preset's name before them."""
+    return [*([] if preset is None else [f"{section}preset={preset}"]), *(overrides or [])]
+
+
+@app.command()
+def presets() -> None:
+    """Lists settings by model: checkpoint, family, and what the settings of the editors come from."""
+    with _explained():
+        from pipeline import commands
+
+        commands.list_presets()
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the results and the MLflow store.")] = Path("demo"),
@@ -114,6 +131,7 @@ def edit(
         Path | None,
         typer.Option(help="YAML file of the settings that differ from the defaults. Without it, data.path=FILE."),
     ] = None,
+    preset: Preset = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print settings and plan, and write nothing.")
     ] = False,
@@ -132,7 +150,7 @@ def edit(
     with _explained():
         from pipeline import commands
 
-        commands.edit(config, overrides or [], dry_run=dry_run, fresh=fresh, profile=profile)
+        commands.edit(config, _with_preset(preset, overrides), dry_run=dry_run, fresh=fresh, profile=profile)
 
 
 @app.command()
@@ -144,6 +162,7 @@ def commit(
             help="YAML file as for `odedit edit`; its section `commit` names the way. Without it, data.path=FILE."
         ),
     ] = None,
+    preset: Preset = None,
     edits_from: Annotated[
         str | None,
         typer.Option(
@@ -177,7 +196,7 @@ def commit(
 
         commands.commit(
             config,
-            overrides or [],
+            _with_preset(preset, overrides),
             edits_from=edits_from,
             change=change,
             remove=remove or [],
@@ -199,6 +218,7 @@ def score(
             help="YAML file as for `odedit edit`; backbone is the unedited model. Without it, data.path=FILE."
         ),
     ] = None,
+    preset: Preset = None,
     text: Annotated[
         str | None, typer.Option(metavar="FILE", help="Also measure the perplexity of this text, before and after.")
     ] = None,
@@ -215,14 +235,17 @@ def score(
     with _explained():
         from pipeline import score
 
-        score.score(model, config, overrides or [], text, dry_run=dry_run, fresh=fresh)
+        score.score(model, config, _with_preset(preset, overrides), text, dry_run=dry_run, fresh=fresh)
 
 
 @app.command()
 def train(
     editor: Annotated[str, typer.Argument(metavar="EDITOR", help="mend or unike.")],
-    config: Annotated[Path, typer.Option(help="YAML file as for `odedit edit`; training.path is the file of records.")],
     overrides: Overrides = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file as for `odedit edit`; training.path is the file of records.")
+    ] = None,
+    preset: Preset = None,
     out: Annotated[
         str | None, typer.Option(help="File or address of the weights; default: beside the folder `out`.")
     ] = None,
@@ -237,7 +260,7 @@ def train(
     with _explained():
         from pipeline import commands
 
-        print(commands.train(editor, config, overrides or [], out, fresh=fresh))
+        print(commands.train(editor, config, _with_preset(preset, overrides), out, fresh=fresh))
 
 
 @app.command()
@@ -267,6 +290,7 @@ def study(
 def tune(
     overrides: Overrides = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of the search; default: the shipped demo.")] = None,
+    preset: Preset = None,
     out: Annotated[str | None, typer.Option(help="Folder or address; default: searches/NAME-OF-THE-FILE.")] = None,
     resume: Annotated[str | None, typer.Option(metavar="DIR", help="Resume the search in this folder.")] = None,
 ) -> None:
@@ -280,7 +304,7 @@ def tune(
     with _explained():
         from tune import commands
 
-        commands.tune(config, overrides or [], out, resume)
+        commands.tune(config, _with_preset(preset, overrides, "settings."), out, resume)
 
 
 @app.command()

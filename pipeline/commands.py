@@ -18,6 +18,7 @@ from odedit.editing.files import EditInfo
 from odedit.errors import InputError, NothingUsable, counted
 from odedit.runtime.addresses import masked
 from odedit.storage.location import Location, locate
+from pipeline.config import checkpoints, presets
 from pipeline.config.run import Dtype, RunConfig, apply_override, from_dict, load, load_commit, read_yaml
 from pipeline.console import say
 from pipeline.driver.preflight import Ready, preview
@@ -33,15 +34,9 @@ from pipeline.tracking.fetch import fetch_edit
 from pipeline.workers.profile import Profile
 
 
-def has_records(path: Path | None, overrides: Sequence[str]) -> bool:
-    """Whether a command has a configuration, which may name records, or is told them."""
-    return path is not None or any(text.startswith("data.path=") for text in overrides)
-
-
 def edit(path: Path | None, overrides: Sequence[str], *, dry_run: bool, fresh: bool, profile: bool = False) -> None:
     """`odedit edit`."""
-    if not has_records(path, overrides):
-        raise InputError("Give --config FILE or data.path=FILE.")
+    check_given(path, overrides)
     config = replace(load(path, overrides), commit=None)
     errors = Console(stderr=True)
     if dry_run:
@@ -79,8 +74,10 @@ def commit(
     """`odedit commit`."""
     from pipeline.driver import commit as driver
 
-    if (path is not None and change is not None) or (change is None and not has_records(path, overrides)):
+    if path is not None and change is not None:
         raise InputError("Give --config FILE or data.path=FILE for a new model, or --change RUN for a changed one.")
+    if change is None:
+        check_given(path, overrides, " for a new model, or --change RUN for a changed one")
     if change is None and (remove or add is not None):
         raise InputError("--remove and --add change a model that exists; name its run with --change RUN.")
     config = load_commit(path, overrides) if change is None else driver.changed(change, remove, add, overrides)
@@ -96,12 +93,30 @@ def commit(
     check_any(outcome)
 
 
-def train(editor: str, path: Path, overrides: Sequence[str], out: str | None, *, fresh: bool) -> Location:
+def check_given(path: Path | None, overrides: Sequence[str], otherwise: str = "") -> None:
+    """Raises InputError if nothing says what is to be edited."""
+    if path is None and not any(text.startswith(("data.path=", "preset=")) for text in overrides):
+        raise InputError(f"Give --config FILE, data.path=FILE or --preset NAME{otherwise}.")
+
+
+def list_presets() -> None:
+    """`odedit presets`."""
+    table = Table("preset", "backbone.checkpoint", "family", "layers", "settings of editors")
+    for name in presets.names():
+        preset = presets.find(name)
+        checkpoint = preset.backbone.get("checkpoint", "(a folder of yours)")
+        origin = f"{preset.origin}: {preset.source}"
+        table.add_row(name, checkpoint, preset.backbone["family"], str(preset.layers), origin)
+    Console().print(table)
+
+
+def train(editor: str, path: Path | None, overrides: Sequence[str], out: str | None, *, fresh: bool) -> Location:
     """`odedit train`."""
     from pipeline.training.train import run as run_training
 
     errors = Console(stderr=True)
-    values = read_yaml(path)
+    check_given(path, overrides)
+    values = {} if path is None else read_yaml(path)
     section = values.get("editor")
     named = section.get("name") if isinstance(section, dict) else None
     if named not in (None, editor):
@@ -142,6 +157,8 @@ def show_plan(ready: Ready, config: RunConfig) -> None:
         print(f"# plan: {make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), num_groups)}")
     else:
         print(f"# plan: on the cluster at {address}")
+    if (memory := checkpoints.memory(ready.config)) is not None:
+        print(f"# memory of a worker, about {memory} ({config.backbone.dtype})")
     done = len(rows.finished_groups(ready.workspace))
     print(f"# results: {out}" + (f" (finished groups there: {done})" if done else ""))
     if config.tracking.enabled:

@@ -12,7 +12,7 @@ from rich.console import Console
 from odedit.backbones import Backbone, can_inspect, fingerprint, inspect_backbone
 from odedit.errors import InputError
 from odedit.ways.common.files import CommittedInfo, read_committed_info, serving_editor
-from pipeline.commands import check_any, has_records, show_outcome, show_plan
+from pipeline.commands import check_any, check_given, show_outcome, show_plan
 from pipeline.config.run import BackboneConfig, RunConfig, from_dict, load
 from pipeline.console import say
 from pipeline.driver.preflight import prepare, preview
@@ -67,8 +67,7 @@ def score(
     model: str, path: Path | None, overrides: Sequence[str], text: str | None, *, dry_run: bool, fresh: bool
 ) -> None:
     """`odedit score`."""
-    if not has_records(path, overrides):
-        raise InputError("Give --config FILE or data.path=FILE.")
+    check_given(path, overrides)
     config = without_method(load(path, overrides))
     if text is not None:
         text = absolute(text)

@@ -57,7 +57,7 @@ def expect(result: Result, code: int, *parts: str) -> None:
 
 @pytest.mark.parametrize("command", [["edit"], ["score", "model"], ["commit"]], ids=lambda command: command[0])
 def test_records_are_named_by_a_file_or_on_the_command_line(command: list[str]) -> None:
-    expect(odedit(*command, "backbone.checkpoint=embedded"), 2, "Give --config FILE or data.path=FILE")
+    expect(odedit(*command, "backbone.checkpoint=embedded"), 2, "Give --config FILE, data.path=FILE or --preset NAME")
 
 
 def test_a_run_needs_no_configuration_file(files: dict[str, Any]) -> None:
@@ -193,12 +193,19 @@ def test_a_checkpoint_of_another_class_exits_with_2(files: dict[str, Any]) -> No
     other.mkdir()
     (other / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
     result = odedit("edit", "--config", files["config"], f"backbone.checkpoint={other}")
-    expect(result, 2, "BertModel", "family 'blip2' takes")
+    expect(result, 2, "'bert' is no image-text-to-text model")
 
 
 def test_a_dry_run_prints_the_configuration_and_the_plan_and_writes_nothing(files: dict[str, Any]) -> None:
     result = odedit("edit", "--config", files["config"], "editor.clamp=0.5", "--dry-run")
-    expect(result, 0, "clamp: 0.5", "# input: 3 usable records in 1 group of 8, 0 skipped", "# plan: 1 actor on")
+    expect(
+        result,
+        0,
+        "clamp: 0.5",
+        "# input: 3 usable records in 1 group of 8, 0 skipped",
+        "# plan: 1 actor on",
+        "# memory of a worker, about ",
+    )
     assert yaml.safe_load(result.stdout)["editor"]["clamp"] == 0.5
     assert not Path(files["values"]["out"]).exists()
 

@@ -46,6 +46,7 @@ TESTED_ELSEWHERE = {
 ADDED = {
     "odedit commit": ["commit.steps=2", "commit.copies=1", "pipeline.actors=1"],
     "odedit commit data.path": ["backbone.checkpoint=embedded", "tracking.enabled=false", "evaluation.generate=false"],
+    "odedit commit --preset": ["backbone.checkpoint=embedded", "tracking.enabled=false", "evaluation.generate=false"],
     "odedit train mend": ["editor.training_steps=2", "editor.validate_every=2", "editor.batch_size=2"],
     "odedit edit --config run.yaml data.path=records.json": ["out=runs/records"],
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from odedit import plugins
 from odedit.backbones.base import Backbone, Prefix, is_connector
+from odedit.backbones.common import checkpoints
 from odedit.backbones.common.checkpoints import PretrainedProcessor
 from odedit.backbones.common.same_things import of_pool, with_pool_features, with_same_things
 from odedit.data.negatives import NegativePool
@@ -37,6 +38,7 @@ __all__ = [
     "encode_evaluation",
     "encode_requests",
     "encode_supervision",
+    "family_of",
     "find",
     "fingerprint",
     "inspect_backbone",
@@ -47,13 +49,44 @@ __all__ = [
 ]
 
 
+_WITH_OWN_LAYOUT = ("minigpt4", "blip2")
+"""Families whose checkpoints need no chat template: the layout of their prompts is that of their publications."""
+
+
 def names() -> tuple[str, ...]:
     """Names of the families in this folder, sorted."""
     return plugins.names(sys.modules[__name__])
 
 
+def family_of(checkpoint: str) -> str:
+    """Family of a checkpoint for which none is named: `blip2` or `minigpt4` where it is one, else `auto`.
+
+    Reads its configuration only.
+
+    Raises:
+        InputError: The checkpoint is missing, or its configuration cannot be read.
+    """
+    auto = find("auto")
+    if checkpoint == "embedded":
+        return "blip2"
+    source = checkpoints.resolve(checkpoint, auto.family, auto.architecture, weights=False)
+    values = checkpoints.read_config(source, auto.family, auto.architecture).to_dict()
+    kind, text = values.get("model_type"), (values.get("text_config") or {}).get("model_type")
+    for name in _WITH_OWN_LAYOUT:
+        architecture = find(name).architecture
+        if kind == architecture.model_type and text in architecture.text_types:
+            return name
+    return str(auto.family)
+
+
 def load_backbone(
-    family: str, checkpoint: str, *, dtype: str = "float32", device: str = "cpu", image_size: int | None = None
+    family: str,
+    checkpoint: str,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    image_size: int | None = None,
+    gpus: int = 1,
 ) -> Backbone:
     """Loads a frozen model of a family.
 
@@ -63,12 +96,14 @@ def load_backbone(
         dtype: `float32`, `bfloat16` or `float16`; losses are always computed in float32.
         device: Torch device such as `cpu` or `cuda:0`.
         image_size: Width and height to which every picture is resized first; None: the model's own processing alone.
+        gpus: Number of GPUs that hold the model, from `device` on.
 
     Raises:
-        InputError: The family is unknown or has an image size of its own, or the checkpoint is missing or does not fit
-            it.
+        InputError: The family is unknown or has an image size of its own, the checkpoint is missing or does not fit
+            it, or there are fewer GPUs.
     """
-    backbone: Backbone = _sized(family, image_size).load(checkpoint, dtype=dtype, device=device)
+    more = {} if gpus == 1 else {"gpus": gpus}  # a class from outside the package need not take it
+    backbone: Backbone = _sized(family, image_size).load(checkpoint, dtype=dtype, device=device, **more)
     return backbone
 
 

@@ -95,13 +95,13 @@ class Auto(Backbone):
         return replace(cls.architecture, model_class=found.__name__)
 
     @classmethod
-    def load(cls, checkpoint: str, *, dtype: str = "float32", device: str = "cpu") -> Self:
+    def load(cls, checkpoint: str, *, dtype: str = "float32", device: str = "cpu", gpus: int = 1) -> Self:
         """The model with its weights, compared with the library's own answers.
 
         Raises:
             InputError: The checkpoint is wrong, see `inspect`, or the model deviates from the library's.
         """
-        backbone = super().load(checkpoint, dtype=dtype, device=device)
+        backbone = super().load(checkpoint, dtype=dtype, device=device, gpus=gpus)
         try:
             check_against_library(backbone)
         except Unsupported as error:

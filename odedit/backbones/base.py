@@ -22,6 +22,7 @@ from odedit.backbones.common import checkpoints
 from odedit.backbones.common.checkpoints import Architecture, PretrainedProcessor
 from odedit.backbones.common.decoders import Decoder
 from odedit.backbones.common.layer_inputs import LayerInputs
+from odedit.backbones.common.placement import Placement, devices_of
 from odedit.backbones.common.prefix import CONNECTOR, BeforeConnector, Prefix, is_connector
 from odedit.errors import InputError, in_words
 from odedit.inputs.batch import EditBatch, Picture, Probe
@@ -138,14 +139,29 @@ class Backbone(ABC):
     # Loading.
 
     @classmethod
-    def load(cls, checkpoint: str, *, dtype: str = "float32", device: str = "cpu") -> Self:
-        """The model with its weights. Raises InputError as `inspect` and `checkpoints.fingerprint` do."""
+    def load(cls, checkpoint: str, *, dtype: str = "float32", device: str = "cpu", gpus: int = 1) -> Self:
+        """The model with its weights.
+
+        Args:
+            gpus: Number of GPUs that hold the model, from `device` on; see `common.placement`.
+
+        Raises:
+            InputError: As `inspect` and `checkpoints.fingerprint` do, or there are fewer GPUs.
+        """
         checkpoints.check_dtype(dtype)
+        devices = devices_of(device, gpus)
         empty = cls.inspect(checkpoint, dtype=dtype)
         fingerprint = empty.fingerprint  # computed first: a checkpoint with broken values is not loaded
         source, config = cls._source_and_config(checkpoint)
-        model = checkpoints.load_model(source, checkpoint, cls.architecture_of(config), dtype)
-        return cls(model.to(device), empty.processor, checkpoint, lambda: fingerprint)
+        placement = Placement.of(empty.model, empty._decoder.layers, devices)
+        is_split = bool(placement.layers)
+        first = torch.device("cpu") if is_split else placement.home
+        model = checkpoints.load_model(source, checkpoint, config, cls.architecture_of(config), dtype, first)
+        if is_split:
+            placement.spread(model)
+        backbone = cls(model, empty.processor, checkpoint, lambda: fingerprint)
+        backbone._decoder.devices = tuple(placement.layers.values())
+        return backbone
 
     @classmethod
     def inspect(cls, checkpoint: str, *, dtype: str = "float32") -> Self:
@@ -238,9 +254,14 @@ class Backbone(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
-        device: torch.device = self.model.device
+        """Device of batches and edits, where the embeddings lie."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
         return device
+
+    @property
+    def is_split(self) -> bool:
+        """Whether layers lie on several devices."""
+        return bool(self._decoder.devices)
 
     # Encoding.
 
@@ -350,6 +371,11 @@ class Backbone(ABC):
             )
         return self._connector_linears[name]
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts of a layer that are sites, such as `ffn.in`."""
+        return tuple(self._decoder.MODULES)
+
     def layer_of(self, site: str) -> int:
         """Layer of a site of the text model, from 0. Raises InputError as `site` does."""
         return self._decoder.locate(site)[0]
@@ -429,12 +455,14 @@ class Backbone(ABC):
             inputs = inputs.with_added(added) if inputs is not None else None
         for index in range(prefix.layer, self.num_layers):
             read = early_RT if index == last else None
+            hidden, inputs, read = self._decoder.handed_to(index, hidden, inputs, read)
             if index > prefix.layer or not prefix.at_ffn:
                 hidden = self._decoder.attention_half(index, hidden, inputs, read, kv_cache)
             elif read is not None:
                 hidden = gather_positions(hidden, read)
             hidden = self._decoder.ffn_half(index, hidden)
             hidden = hidden if inputs is None else inputs.after(index, hidden)
+        hidden = self._decoder.handed_home(hidden)
         if read_RT is not None and early_RT is None:
             hidden = gather_positions(hidden, read_RT)
         hidden = self._decoder.finish(hidden)
@@ -470,9 +498,10 @@ class Backbone(ABC):
         embedded_RTD = self._decoder.embed_tokens(tokens_EKT[..., first:-1].flatten(0, 1))
         hidden_RTD = self._decoder.embed_positions(embedded_RTD, at_RT)
         for layer in range(self.num_layers):
+            hidden_RTD, inputs, last_R = self._decoder.handed_to(layer, hidden_RTD, inputs, last_R)
             hidden_RTD = self._decoder.attention_half_cached(layer, hidden_RTD, inputs, last_R, kv_cache, first)
             hidden_RTD = self._decoder.ffn_half(layer, hidden_RTD)
-        return self._decoder.finish(hidden_RTD).unflatten(0, prefix.shape)
+        return self._decoder.finish(self._decoder.handed_home(hidden_RTD)).unflatten(0, prefix.shape)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Float32 logits `(..., V)` of final hidden states `(..., D)`. The head has no bias."""
@@ -533,13 +562,15 @@ class Backbone(ABC):
         if inputs is not None:
             inputs = inputs.rows(rows).with_added(added)
         for index in range(layer):
+            hidden_RSD, inputs, _ = self._decoder.handed_to(index, hidden_RSD, inputs)
             hidden_RSD = self._decoder.attention_half(index, hidden_RSD, inputs, kv_cache=kv_cache)
             hidden_RSD = self._decoder.ffn_half(index, hidden_RSD)
             hidden_RSD = hidden_RSD if inputs is None else inputs.after(index, hidden_RSD)
-        if not at_ffn:
-            return hidden_RSD
-        read = None if read_RT is None else read_RT[rows]
-        return self._decoder.attention_half(layer, hidden_RSD, inputs, read, kv_cache)
+        if at_ffn:
+            read = None if read_RT is None else read_RT[rows]
+            hidden_RSD, inputs, read = self._decoder.handed_to(layer, hidden_RSD, inputs, read)
+            hidden_RSD = self._decoder.attention_half(layer, hidden_RSD, inputs, read, kv_cache)
+        return self._decoder.handed_home(hidden_RSD)
 
     def _placed(
         self, embedded_RSD: Tensor, features_RLD: Tensor, image_RS: Tensor

@@ -361,6 +361,7 @@ class _Run:
         self._is_worth_recording = (
             self._max_steps > 0
             and cuda_graphs.are_used(self._device)
+            and not getattr(self._backbone, "is_split", False)
             and is_small(self._backbone, self._editor, self._objective, self._batch, self._prefix, self._params)
         )
 

@@ -213,6 +213,34 @@ class Mergeable(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class EditSize:
+    """Numbers of values of one edit.
+
+    Attributes:
+        trained: Values that steps move, float32.
+        fixed: Values that no step moves, float32.
+        dense: Values of matrices that a forward makes of them, in the model's type.
+    """
+
+    trained: int
+    fixed: int = 0
+    dense: int = 0
+
+
+@runtime_checkable
+class Sized(Protocol):
+    """An editor that knows the size of an edit before it is made; read by `odedit.editing.memory`."""
+
+    def size(self, backbone: Backbone, positions: int) -> EditSize:
+        """Size of an edit whose sequences have that many positions.
+
+        Args:
+            backbone: Model, possibly without weights.
+        """
+        ...
+
+
 @runtime_checkable
 class Measuring(Protocol):
     """An editor that measures unedited records once, before the first edit (T-Patcher's memory states).

@@ -18,6 +18,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix
+from odedit.editors.base import EditSize
 from odedit.editors.common.fine_tuning import FineTuning, FineTuningConfig, resolve
 from odedit.inputs.batch import EditBatch, EditParams
 
@@ -61,6 +62,10 @@ class LoRA(FineTuning):
             params[name + _A] = torch.stack(drawn).to(device)
             params[name + _B] = torch.zeros(batch.num_edits, width_out, rank, device=device)
         return params
+
+    def size(self, backbone: Backbone, positions: int) -> EditSize:
+        widths = sum(sum(backbone.site(name).weight.shape) for name in resolve(backbone, self.config.sites))
+        return EditSize(self.config.rank * widths)
 
     def _draw(self, edit_id: str, site: str, width_in: int) -> Tensor:
         """`A` of one edit, `(rank, in)`; drawn on the CPU, so that it is the same on every device."""

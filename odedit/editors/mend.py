@@ -246,7 +246,7 @@ class MEND(Plain):
 
     def initial_weights(self, backbone: Backbone, seed: int) -> dict[str, Tensor]:
         """A hypernetwork that is the identity: its factors u, biases and shifts are 0, nothing is normalised."""
-        device = backbone.site(self.sites[0]).weight.device
+        device = backbone.device
         return {name: value.to(device) for name, value in self._drawn(backbone, seed).items()}
 
     def _drawn(self, backbone: Backbone, seed: int) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix
-from odedit.editors.base import OptimizerSettings, Plain, Trace, prefix_of_edit
+from odedit.editors.base import EditSize, OptimizerSettings, Plain, Trace, prefix_of_edit
 from odedit.editors.common.hooks import rewritten
 from odedit.inputs.batch import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_locality
 from odedit.runtime.gather import gather_positions
@@ -148,6 +148,10 @@ class TPatcher(Plain):
         return other
 
     @torch.no_grad()
+    def size(self, backbone: Backbone, positions: int) -> EditSize:
+        width = self.config.max_neurons * backbone.hidden_size
+        return EditSize(3 * width + self.config.max_neurons, fixed=width)
+
     def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:
         """A neuron for each wrong token, or for the least likely token: `k = h / |h|^2`, so that its input is 1."""
         prefix = prefix_of_edit(backbone, self.sites, batch, prefix)

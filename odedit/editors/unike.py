@@ -246,7 +246,7 @@ class Unike(Plain):
         return token_right_E & (loss_E < self.config.stop_loss)
 
     def initial_weights(self, backbone: Backbone, seed: int) -> dict[str, Tensor]:
-        device = backbone.site(self.sites[0]).weight.device
+        device = backbone.device
         return {name: value.to(device) for name, value in self._drawn(backbone, seed).items()}
 
     def _drawn(self, backbone: Backbone, seed: int) -> dict[str, Tensor]:
@@ -267,7 +267,7 @@ class Unike(Plain):
     def _learned(self, backbone: Backbone) -> Mapping[str, Tensor]:
         if self._weights is not None:
             return self._weights
-        return self._loaded(backbone, str(backbone.site(self.sites[0]).weight.device))
+        return self._loaded(backbone, str(backbone.device))
 
     def _loaded(self, backbone: Backbone, device: str) -> dict[str, Tensor]:
         return load_weights(self.config.checkpoint, "unike", self.weight_settings, backbone.fingerprint, device)

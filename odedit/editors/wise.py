@@ -37,7 +37,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix
-from odedit.editors.base import OptimizerSettings, Plain, Trace, fitting_site
+from odedit.editors.base import EditSize, OptimizerSettings, Plain, Trace, fitting_site
 from odedit.editors.common.hooks import rewritten
 from odedit.inputs.batch import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_locality
 from odedit.runtime.gather import inverse_index, spread
@@ -134,6 +134,12 @@ class Wise(Plain):
             ROWS: torch.zeros(batch.num_edits, positions, slots * shape[0], device=device),
             PRESENT: batch.real_EKS.transpose(1, 2).float(),
         }
+
+    def size(self, backbone: Backbone, positions: int) -> EditSize:
+        weight = backbone.site(self.config.site).weight
+        if self.is_factored:
+            return EditSize(positions * len(weight), fixed=positions * weight.shape[1])
+        return EditSize(round(self.config.mask_ratio * weight.numel()), dense=weight.numel())
 
     @contextmanager
     def applied(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> Iterator[Trace]:

@@ -8,17 +8,26 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from odedit import editors
 from odedit.backbones import Backbone, can_inspect, fingerprint, inspect_backbone, load_processor
+from odedit.editing.memory import Needed, needed
 from odedit.editors.base import Trainable
 from odedit.editors.common.weights import load_weights
 from odedit.errors import InputError
+from odedit.inputs.batch import Picture, Probe
+from odedit.inputs.prompts import find_template
 from odedit.storage.location import locate
-from pipeline.config.run import EMBEDDED, BackboneConfig, RunConfig
+from pipeline.config.run import AUTO, EMBEDDED, BackboneConfig, RunConfig
+
+_SIZE = (480, 640)
+_QUESTION, _ANSWER = "What is the person on the left of the picture holding?", "a red umbrella"
 
 
 def with_absolute_checkpoints(config: RunConfig) -> RunConfig:
-    """The run with full paths of its local checkpoints, valid in any current folder."""
+    """The run with the family of its checkpoint, and full paths of local ones, valid in any current folder."""
+    config = replace(config, backbone=config.backbone.with_family)
     path = Path(config.backbone.checkpoint).expanduser()
     if config.backbone.checkpoint != EMBEDDED and path.is_dir():
         config = replace(config, backbone=replace(config.backbone, checkpoint=str(path.absolute())))
@@ -64,6 +73,32 @@ def fitted(config: RunConfig, *, trains: bool = False) -> tuple[RunConfig, list[
             raise
         # An outside editor may read weights, which this model lacks; the workers check it again.
     return config, notes
+
+
+def memory(config: RunConfig) -> Needed | None:
+    """Memory of one worker of a fitted run, for prompts of a usual length; None for a family that cannot be inspected.
+
+    Joint training has one edit, and reads the records of a step together.
+    """
+    if not can_inspect(config.backbone.family):
+        return None
+    model = _inspected(config.backbone, _state(config.backbone.checkpoint))
+    picture = Picture("", np.zeros((*_SIZE, 3), dtype=np.uint8))
+    cell = model.sequence(Probe(_QUESTION, _ANSWER, picture), find_template(config.data.template))
+    at_once, sequences = config.pipeline.at_once, None
+    edits = config.pipeline.batch_size if at_once == AUTO else min(at_once, config.pipeline.batch_size)
+    if config.commit is not None and config.commit.name == "joint":
+        joint = config.commit.settings
+        edits, sequences = 1, joint.records * (2 + joint.negatives) + joint.kept
+    return needed(
+        model,
+        editors.find(config.editor.name)(config.editor.settings),
+        config.objective.settings,
+        edits=edits,
+        positions=len(cell.tokens),
+        tokens=len(cell.tokens) - cell.first_target,
+        sequences=sequences,
+    )
 
 
 def _nothing(num_layers: int) -> dict[str, Any]:

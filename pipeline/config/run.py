@@ -29,7 +29,7 @@ from odedit.inputs.prompts import find_template
 from odedit.runtime.addresses import reason
 from odedit.settings import Settings
 from odedit.storage.location import LocationLike, at
-from pipeline.config import strict
+from pipeline.config import presets, strict
 
 EMBEDDED = "embedded"
 SPLITS = ("train", "validation", "evaluation")
@@ -44,17 +44,30 @@ class BackboneConfig:
     """The model that is edited.
 
     Attributes:
-        family: Name of a file in `odedit/backbones`, or a dotted module.
+        family: Name of a file in `odedit/backbones`, or a dotted module. Empty: `blip2` or `minigpt4` where the
+            checkpoint is one, else `auto`.
         checkpoint: Folder, hub id, or `embedded`.
         dtype: Type of weights and activations; losses are always float32.
         image_size: Width and height to which every picture is resized first (family `auto`). Null: pictures as the
             model's own processor makes them, at the size at which it is served.
+        gpus: GPUs of one node that each worker's model is divided over, layer by layer; for models that one GPU cannot
+            hold. More than 1 takes precedence over `pipeline.gpus_per_actor`.
     """
 
-    family: str = "blip2"
+    family: str = ""
     checkpoint: str = EMBEDDED
     dtype: Dtype = "float32"
     image_size: Annotated[int, Ge(1)] | None = None
+    gpus: Annotated[int, Ge(1), Le(64)] = 1
+
+    def __post_init__(self) -> None:
+        if not self.family and self.checkpoint == EMBEDDED:
+            object.__setattr__(self, "family", backbones.family_of(EMBEDDED))
+
+    @property
+    def with_family(self) -> BackboneConfig:
+        """The same with the family of the checkpoint, where none is named. Raises InputError as `family_of`."""
+        return self if self.family else replace(self, family=backbones.family_of(self.checkpoint))
 
     @property
     def name(self) -> str:
@@ -301,6 +314,7 @@ class RunConfig:
         keep_edits: True writes every edit to `out/edits`. A comparison of settings may need the scores only.
         out: Folder or address of the results.
         commit: Way of making one model of all records; None: every record is an edit of its own.
+        preset: Settings by model (`odedit presets`), which stand where the file and the command line give none.
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -317,6 +331,7 @@ class RunConfig:
     seed: int = 0
     keep_edits: bool = True
     out: str = "out"
+    preset: str | None = None
 
     @property
     def name(self) -> str:
@@ -360,7 +375,8 @@ def load(path: LocationLike | None, overrides: Sequence[str] = ()) -> RunConfig:
     values = {} if path is None else read_yaml(path)
     for text in overrides:
         apply_override(values, text)
-    return from_dict(values)
+    config = from_dict(values)
+    return replace(config, backbone=config.backbone.with_family)
 
 
 def load_commit(path: LocationLike | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -372,7 +388,8 @@ def load_commit(path: LocationLike | None, overrides: Sequence[str] = ()) -> Run
     values = {} if path is None else read_yaml(path)
     for text in overrides:
         apply_override(values, text)
-    return commit_from_dict(values)
+    config = commit_from_dict(values)
+    return replace(config, backbone=config.backbone.with_family)
 
 
 def commit_from_dict(values: Mapping[str, Any]) -> RunConfig:
@@ -403,6 +420,7 @@ def _with_defaults(section: Any, defaults: Mapping[str, Any]) -> Any:
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
     """The run described by a mapping from YAML. Raises InputError with a line for each mistake."""
+    values = presets.completed(values, _PLUGINS["editor"].default)
     problems: list[str] = []
     sections = {key: value for key, value in values.items() if key not in _PLUGINS}
     accepted: dict[str, Any] = {
@@ -418,12 +436,14 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
         problems.extend(str(error).splitlines())
     strict.raise_problems(problems)
     run = RunConfig(**accepted)
+    if Path(run.backbone.checkpoint).expanduser().is_dir():  # an id of the hub may need a download: `load` asks for it
+        run = replace(run, backbone=run.backbone.with_family)
     run.objective.settings.check(editors.find(run.editor.name)(run.editor.settings))
     return run
 
 
 def _check_family(name: str, problems: list[str]) -> None:
-    if "." not in name and name not in backbones.names():
+    if name and "." not in name and name not in backbones.names():
         problems.append(f"backbone.family: {unknown_name('backbone', name, backbones.names())}")
 
 

@@ -22,7 +22,7 @@ from pipeline.run_folder import rows, staging
 from pipeline.run_folder.sources import Sources
 from pipeline.run_folder.workspace import CONFIG_HEADER, Workspace, read_json
 
-_NOT_COMPARED = ("tracking.", "training.", "out", "pipeline.")
+_NOT_COMPARED = ("tracking.", "training.", "out", "pipeline.", "backbone.gpus", "preset")
 _COMPARED_ANYWAY = ("pipeline.batch_size",)
 _WEIGHTS = "backbone.weights"
 

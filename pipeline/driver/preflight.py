@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from odedit.storage.location import at, delete_all
+from pipeline.config import presets
 from pipeline.config.checkpoints import fitted, with_absolute_checkpoints
 from pipeline.config.run import RunConfig
 from pipeline.config.values import masked_values
@@ -194,7 +195,8 @@ def check(
         ray_session.check_reachable(config.pipeline)
         client.check(config.tracking, workspace.out)
     config, notes = fitted(config, trains=trains)  # last, since a trained editor makes it read the model's weights
-    return config, workspace, (*notes, *_without_effect(config))
+    preset = () if config.preset is None else (f"{presets.find(config.preset)}.",)
+    return config, workspace, (*preset, *notes, *_without_effect(config))
 
 
 def _without_effect(config: RunConfig) -> Iterator[str]:

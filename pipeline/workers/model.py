@@ -38,8 +38,14 @@ def load_with_feature_cache(backbone: BackboneConfig, device: str, store: str | 
     """
     # The driver has tested the store before the run, so a failure now is transient.
     opened = None if store is None else FeatureStore.at(store, SETTING, warn, must_answer=False)
-    size = backbone.image_size
-    loaded = load_backbone(backbone.family, backbone.checkpoint, dtype=backbone.dtype, device=device, image_size=size)
+    loaded = load_backbone(
+        backbone.family,
+        backbone.checkpoint,
+        dtype=backbone.dtype,
+        device=device,
+        image_size=backbone.image_size,
+        gpus=backbone.gpus,
+    )
     return with_feature_cache(loaded, opened)
 
 

@@ -129,14 +129,20 @@ def make_plan(
     """The plan for `num_groups` groups of edits on `num_cpus` CPUs and `num_gpus` GPUs.
 
     Raises:
-        InputError: `pipeline.device` is "cuda", and there is no GPU.
+        InputError: `pipeline.device` is "cuda" and there is no GPU, or there are fewer than `backbone.gpus`.
     """
     if pipeline.device == "cuda" and not num_gpus:
         raise InputError("pipeline.device: got 'cuda', but no GPU is visible. Use 'auto' or 'cpu'.")
     on_gpu = pipeline.device != "cpu" and num_gpus > 0
+    if backbone.gpus > 1 and (not on_gpu or backbone.gpus > num_gpus):
+        where = f"there are {num_gpus:g}" if on_gpu or not num_gpus else "pipeline.device is 'cpu'"
+        raise InputError(
+            f"backbone.gpus: got {backbone.gpus}, but {where}; run on a node with as many GPUs, or leave it out."
+        )
+    per_actor = gpus_per_actor(pipeline, backbone)
     is_small = weights_bytes(backbone) < SMALL_MODEL_BYTES
     if on_gpu:
-        auto_actors, auto_threads = max(1, int(num_gpus / pipeline.gpus_per_actor)), 1
+        auto_actors, auto_threads = max(1, int(num_gpus / per_actor)), 1
     elif is_small:
         # One thread: small matrix products gain nothing from more, and results do not depend on the number of CPUs.
         auto_actors, auto_threads = min(num_cpus, -(-num_groups // GROUPS_PER_ACTOR)), 1
@@ -146,9 +152,14 @@ def make_plan(
         device="cuda" if on_gpu else "cpu",
         num_actors=auto_actors if pipeline.actors == AUTO else int(pipeline.actors),
         threads_per_actor=auto_threads if pipeline.threads_per_actor == AUTO else int(pipeline.threads_per_actor),
-        gpus_per_actor=pipeline.gpus_per_actor if on_gpu else 0.0,
+        gpus_per_actor=per_actor if on_gpu else 0.0,
         num_preparers=max(1, num_cpus // 2) if pipeline.preparers == AUTO else int(pipeline.preparers),
     )
+
+
+def gpus_per_actor(pipeline: PipelineConfig, backbone: BackboneConfig) -> float:
+    """GPUs that an actor on GPUs holds."""
+    return float(backbone.gpus) if backbone.gpus > 1 else pipeline.gpus_per_actor
 
 
 def shortage(plan: Plan, num_cpus: float, num_gpus: float) -> str:

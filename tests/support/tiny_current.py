@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,8 +92,8 @@ def _qwen(kind: str, **text: Any) -> Parts:
     )  # fmt: skip
 
 
-def _llava() -> Parts:
-    model, images = tiny_models._llava()
+def _llava(text: Mapping[str, int] | None = None) -> Parts:
+    model, images = tiny_models._llava(text or {})
     settings = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     return Parts(model, images, "LlavaProcessor", {**settings, "image_token": "<image>"}, _USER, begins=True)
 
@@ -316,15 +316,22 @@ MODELS: dict[str, Callable[[], Parts]] = {
 """Makers of models by name."""
 
 
-def write(name: str, directory: Path, seed: int = 0) -> Path:
-    """Writes a checkpoint, and returns its folder."""
+def write(
+    name: str, directory: Path, seed: int = 0, *, text: Mapping[str, int] | None = None, shards: str = "5GB"
+) -> Path:
+    """Writes a checkpoint, and returns its folder.
+
+    Args:
+        text: Sizes of a LLaVA's text model, where it is to be larger.
+        shards: Largest size of a weight file.
+    """
     torch.manual_seed(seed)
-    parts = MODELS[name]()
+    parts = MODELS[name]() if text is None else _llava(text)
     # The library initialises some weights to zero or very small values, which would hide a part that is left out.
     for parameter in parts.model.parameters():
         if parameter.dim() > 1 and float(parameter.detach().std()) < 0.05:
             torch.nn.init.normal_(parameter, std=0.2)
-    parts.model.save_pretrained(directory)
+    parts.model.save_pretrained(directory, max_shard_size=shards)
     made = tiny_models.tokenizer(parts.begins, SPECIAL, VOCABULARY - 100, parts.named)
     made.save_pretrained(directory)
     parts.images.save_pretrained(directory)

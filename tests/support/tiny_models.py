@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -105,12 +106,12 @@ def _blip2(embedding: int = 32) -> tuple[Any, Any]:
     return model, BlipImageProcessorPil(size={"height": 32, "width": 32})
 
 
-def _llava() -> tuple[Any, Any]:
+def _llava(text: Mapping[str, int] = MappingProxyType({})) -> tuple[Any, Any]:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     config = LlavaConfig(
-        text_config=LlamaConfig(**_TEXT, attention_bias=True), vision_config=CLIPVisionConfig(**_VISION),
+        text_config=LlamaConfig(**{**_TEXT, **text}, attention_bias=True), vision_config=CLIPVisionConfig(**_VISION),
         image_token_index=IMAGE, vision_feature_layer=-2, vision_feature_select_strategy="default",
     )  # fmt: skip
     images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})

@@ -6,13 +6,14 @@ import hashlib
 import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 
 from odedit.backbones.common import hub, weight_files
 from odedit.backbones.common.fingerprints import LENGTH, Fingerprint, earlier_fingerprint
@@ -21,6 +22,8 @@ from odedit.errors import InputError, in_words
 from odedit.inputs.batch import Picture
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_GENERATION = "generation_config.json"
 _POSITIONS = "position_ids"
 _IRRELEVANT = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
@@ -132,11 +135,34 @@ def check_dtype(dtype: str) -> None:
         raise InputError(f"backbone.dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}.")
 
 
-def load_model(source: str, checkpoint: str, architecture: Architecture, dtype: str) -> Any:
-    """The model on the CPU. Raises InputError if weights cannot be read, or do not match the model exactly."""
+def load_model(
+    source: str, checkpoint: str, config: Any, architecture: Architecture, dtype: str, device: torch.device
+) -> Any:
+    """The model on a device, without a copy in main memory: every tensor is read and converted by itself.
+
+    Raises:
+        InputError: Weights cannot be read, or do not match the model exactly.
+    """
+    from transformers import GenerationConfig
+
+    files = weight_files.find(Path(source))
+    stored = weight_files.read_headers(files)
+    # Mapped files are shared by the processes of a machine; where tensors are converted, their pages would stay.
+    types = {tensor.dtype for tensor in stored.values()} & weight_files.FLOATS
+    is_as_stored = device.type == "cpu" and types == {_STORED[dtype]}
     try:
-        model, report = _loaded(architecture, dtype, source, use_safetensors=True)
-    except OSError as error:
+        with ExitStack() as opened:
+            weights: dict[str, Any] = {}
+            for file in files:
+                backend = "mmap" if is_as_stored else "pread"
+                tensors = opened.enter_context(safe_open(file, framework="pt", backend=backend))
+                weights |= {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            model, report = _loaded(
+                architecture, dtype, None, config=config, state_dict=weights, device_map={"": device}
+            )
+            if (Path(source) / _GENERATION).is_file():
+                model.generation_config = GenerationConfig.from_pretrained(source)
+    except (OSError, SafetensorError) as error:
         raise InputError(f"backbone.checkpoint {checkpoint!r}: {in_words(error)}.") from error
     report.check(checkpoint)
     return model

@@ -33,8 +33,10 @@ class Decoder(ABC):
         hidden_size: Width of the residual stream.
         max_positions: Length of the longest sequence.
         vocabulary_size: Number of logits.
+        devices: Device of each layer, if they lie on several; else empty.
     """
 
+    devices: tuple[torch.device, ...] = ()
     MODULES: ClassVar[Mapping[str, str]]
     BEFORE_NONLINEARITY: ClassVar[str]
 
@@ -47,6 +49,28 @@ class Decoder(ABC):
         self.hidden_size = int(stack.config.hidden_size)
         self.max_positions = max_positions
         self.vocabulary_size = len(head.weight)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers, in order."""
+        return list(self._layers)
+
+    def handed_to(
+        self, layer: int, hidden: Tensor, inputs: LayerInputs | None, read: Tensor | None = None
+    ) -> tuple[Tensor, LayerInputs | None, Any]:
+        """States, inputs of the layers, and positions, on the device of a layer."""
+        if not self.devices:
+            return hidden, inputs, read
+        device = self.devices[layer]
+        return (
+            hidden.to(device),
+            None if inputs is None else inputs.to(device),
+            None if read is None else read.to(device),
+        )
+
+    def handed_home(self, hidden: Tensor) -> Tensor:
+        """States on the device of embeddings and head."""
+        return hidden.to(self._head.weight.device) if self.devices else hidden
 
     def layer_values(self) -> Iterator[Tensor]:
         """Weights and buffers of all layers."""

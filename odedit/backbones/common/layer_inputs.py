@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from odedit.runtime.brief import brief
@@ -36,6 +37,14 @@ class LayerInputs:
             tuple((_rows(cos, rows), _rows(sin, rows)) for cos, sin in self.rotary),
             None if self.mask_RSS is None else _rows(self.mask_RSS, rows),
             {layer: part[rows] for layer, part in self.added.items()},
+        )
+
+    def to(self, device: torch.device) -> LayerInputs:
+        """The same on a device."""
+        return LayerInputs(
+            tuple((cos.to(device), sin.to(device)) for cos, sin in self.rotary),
+            None if self.mask_RSS is None else self.mask_RSS.to(device),
+            {layer: part.to(device) for layer, part in self.added.items()},
         )
 
     def at(self, positions_RT: Tensor) -> LayerInputs:

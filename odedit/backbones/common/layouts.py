@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from torch.utils._pytree import tree_leaves, tree_map
 
 from odedit.backbones.common.checkpoints import PretrainedProcessor
 from odedit.backbones.common.structure import Unsupported
@@ -28,6 +29,8 @@ _TEXT = "\ue000"
 _SAMPLE = "What is it?"
 _FILES = ("processor_config.json", "chat_template.json", "chat_template.jinja")
 _LAYOUTS = 4096
+_PICTURE = Ellipsis
+"""Stands for the picture in a recorded call."""
 PER_POSITION = ("token_type_ids", "mm_token_type_ids")
 """Inputs with a value for each position of a prompt."""
 Size = tuple[int, int]
@@ -81,6 +84,7 @@ class LibraryProcessor(PretrainedProcessor):
 
         self._source = checkpoint
         self._layouts: LRU[Layout] = LRU(_LAYOUTS)
+        self._calls: LRU[Any] = LRU(_LAYOUTS)
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
         token = getattr(config, "image_token_id", None)
         try:
@@ -107,8 +111,7 @@ class LibraryProcessor(PretrainedProcessor):
         from PIL import Image
 
         image, height, width = Image.fromarray(picture.pixels).convert("RGB"), *picture.pixels.shape[:2]
-        made = self._processed(self._resized(image))
-        pixels = np.ascontiguousarray(made["pixel_values"], dtype=np.float32)
+        pixels = np.ascontiguousarray(self._processed(self._resized(image)), dtype=np.float32)
         return Picture(picture.key, pixels, (height, width))
 
     def layout(self, size: Size | None) -> Layout:
@@ -179,17 +182,39 @@ class LibraryProcessor(PretrainedProcessor):
     def _resized(self, image: Any) -> Any:
         return image if self.side is None else image.resize((self.side, self.side), self._images.resample)
 
-    def _processed(self, image: Any) -> Mapping[str, Any]:
-        """What the library's processor makes of a picture, as arrays."""
-        text = self._prompt(True).replace(_TEXT, _SAMPLE)
-        with quiet():
-            made: Mapping[str, Any] = self.library(images=[image], text=[text], return_tensors="np")
+    def _processed(self, image: Any) -> Any:
+        """Pixel values that the library's processor makes of a picture.
+
+        The whole processor also makes a prompt. Pictures of a size that it has seen, and whose pixel values it takes
+        from its image processor unchanged, go to that one alone, with the same arguments.
+        """
+        call = self._calls.get(image.size)
+        if call is not None:
+            arguments, named = tree_map(lambda leaf: image if leaf is _PICTURE else leaf, call)
+            return self._images(*arguments, **named)["pixel_values"]
+        recorder = _Recorder(self._images)
+        self.library.image_processor = recorder
+        try:
+            with quiet():
+                made = self.library(images=[image], text=[self._sample_prompt], return_tensors="np")
+        finally:
+            self.library.image_processor = self._images
         if "pixel_values" not in made:
             raise InputError(
                 f"backbone.checkpoint {self._source!r}: its processor makes {', '.join(made)} of a picture, and no "
                 "pixel_values."
             )
-        return made
+        pixels = made["pixel_values"]
+        for arguments, named, own in recorder.calls if len(recorder.calls) == 1 else ():
+            call = tree_map(lambda leaf: _PICTURE if leaf is image else leaf, (arguments, named))
+            if sum(leaf is _PICTURE for leaf in tree_leaves(call)) == 1 and np.array_equal(own["pixel_values"], pixels):
+                self._calls.put(image.size, call, 1)
+        return pixels
+
+    @cached_property
+    def _sample_prompt(self) -> str:
+        """Any prompt with a picture."""
+        return self._prompt(True).replace(_TEXT, _SAMPLE)
 
     def _prompt(self, with_picture: bool) -> str:
         """The chat template with a user's turn; the text alone if the processor places the picture by itself."""
@@ -277,26 +302,32 @@ class LibraryProcessor(PretrainedProcessor):
                 made = self.library(**pictures, text=[prompt], return_tensors="np", **settings)
         finally:
             self.library.tokenizer = self.tokenizer
-        return recorder.calls, made
+        texts = [
+            (one, bool(named.get("add_special_tokens", True)))
+            for arguments, named, _ in recorder.calls
+            for text in (arguments or (named["text"],))[:1]
+            for one in ([text] if isinstance(text, str) else text)
+        ]
+        return texts, made
 
 
 class _Recorder:
-    """A tokenizer that keeps the texts it is called with."""
+    """A tokenizer or image processor that keeps its calls: arguments, named arguments, result."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self.calls: list[tuple[str, bool]] = []
+    def __init__(self, part: Any) -> None:
+        self._part = part
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
+        return getattr(self._part, name)
 
     def __len__(self) -> int:
-        return len(self._tokenizer)
+        return len(self._part)
 
-    def __call__(self, text: Any, *arguments: Any, **settings: Any) -> Any:
-        for one in [text] if isinstance(text, str) else text:
-            self.calls.append((one, bool(settings.get("add_special_tokens", True))))
-        return self._tokenizer(text, *arguments, **settings)
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        made = self._part(*arguments, **named)
+        self.calls.append((arguments, named, made))
+        return made
 
 
 def _assembled(source: str, model_type: str) -> Any:

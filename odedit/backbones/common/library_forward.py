@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from odedit.backbones.common.placement import moved
 from odedit.backbones.common.structure import Structure, Unsupported
 from odedit.runtime.brief import brief
 
@@ -78,7 +79,7 @@ def handed_over(model: Any, structure: Structure, named: Mapping[str, Any], feat
             masks.append(_as_bool(others.get("attention_mask")))
             if index == len(layers) - 1:
                 raise _Done
-            made.append(torch.zeros_like(states))
+            made.append(torch.zeros_like(states, device=next(layers[index + 1].parameters()).device))
             return (made[-1],) if structure.layers[index].in_tuple else made[-1]
 
         return forward
@@ -105,7 +106,8 @@ def handed_over(model: Any, structure: Structure, named: Mapping[str, Any], feat
             for handle in handles:
                 handle.remove()
     added = {index: hidden[index + 1] for index, zeros in enumerate(made) if hidden[index + 1] is not zeros}
-    return HandedOver(hidden[0], positions[0] if positions else None, tuple(masks), added)
+    home = model.get_input_embeddings().weight.device
+    return HandedOver(*moved((hidden[0], positions[0] if positions else None, tuple(masks), added), home))
 
 
 def _as_bool(mask: Tensor | None) -> Tensor | None:

@@ -191,7 +191,7 @@ def _layer(name: str, layer: nn.Module, calls: Sequence[Call], tables: Sequence[
     given = attention[0].named.get("position_embeddings")
     table = None
     if isinstance(given, tuple):
-        table = next((index for index, own in enumerate(tables) if given[0] is own), None)
+        table = next((index for index, own in enumerate(tables) if _is_same(given[0], own)), None)
         if table is None:
             raise Unsupported(f"{name} reads rotary embeddings that no rotary module makes")
     return Layer(
@@ -208,6 +208,11 @@ def _layer(name: str, layer: nn.Module, calls: Sequence[Call], tables: Sequence[
         table,
         isinstance(whole.made, tuple),
     )
+
+
+def _is_same(given: Any, made: Any) -> bool:
+    """Whether a table is another one, perhaps handed to another device."""
+    return given is made or (given.device != made.device and torch.equal(given.to(made.device), made))
 
 
 def _projections(

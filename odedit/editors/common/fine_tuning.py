@@ -19,7 +19,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix, is_connector
-from odedit.editors.base import OptimizerSettings, Plain, Trace
+from odedit.editors.base import EditSize, OptimizerSettings, Plain, Trace
 from odedit.editors.common.hooks import Rewrite, rewritten
 from odedit.errors import InputError
 from odedit.inputs.batch import EditBatch, EditParams
@@ -162,6 +162,11 @@ class WeightDifferences(FineTuning):
             name: torch.zeros(batch.num_edits, *backbone.site(name).weight.shape, device=batch.tokens_EKS.device)
             for name in resolve(backbone, self.config.sites)
         }
+
+    def size(self, backbone: Backbone, positions: int) -> EditSize:
+        weights = [backbone.site(name).weight for name in resolve(backbone, self.config.sites)]
+        total = sum(weight.numel() for weight in weights)
+        return EditSize(total, dense=0 if weights[0].dtype == torch.float32 else total)
 
     def sites_of(self, params: EditParams) -> list[str]:
         return list(params)

@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
+from odedit.backbones.common.placement import home_of
+
 Rewrite = Callable[[Tensor, Tensor], Tensor]
 """Maps a module's input and output to its new output."""
 
@@ -15,11 +17,18 @@ Rewrite = Callable[[Tensor, Tensor], Tensor]
 def rewritten(rewrites: Mapping[nn.Module, Rewrite]) -> Iterator[None]:
     """Passes each module's output through its function inside the block; hooks are removed on any exit.
 
-    Weights are not changed: after the block the model is bit for bit what it was before.
+    The functions run where batches and edits are, if the module lies on another device. Weights are not changed: after
+    the block the model is bit for bit what it was before.
     """
 
     def hook_of(rewrite: Rewrite) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        return lambda module, args, output: rewrite(args[0], output)
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            home = home_of(module)
+            if home is None:
+                return rewrite(args[0], output)
+            return rewrite(args[0].to(home), output.to(home)).to(output.device)
+
+        return hook
 
     with ExitStack() as stack:
         for module, rewrite in rewrites.items():

@@ -31,6 +31,7 @@ from odedit.backbones.common.generation import EXTRA_TOKENS, generate, until_end
 from odedit.backbones.common.traced_decoder import TracedDecoder
 from odedit.editing.merging import export
 from odedit.runtime.kv_cache import KVCache
+from odedit.runtime.lru import LRU
 from odedit.ways.common.sequences import about
 from tests.support import reading, tiny_current, tiny_models
 from tests.support.requests import TEMPLATE
@@ -147,6 +148,18 @@ def test_greedy_answers_are_those_of_generate(model, requests, batch):
             tokens = told.generate(**inputs, max_new_tokens=count, do_sample=False, eos_token_id=sorted(model.ends))
             expected = tokens[0, -count:] if tokens.shape[1] == count else tokens[0, inputs["input_ids"].shape[1] :]
             assert until_end(made[e, k].tolist(), model.ends)[0] == until_end(expected.tolist(), model.ends)[0]
+
+
+def test_pictures_of_a_known_size_have_the_pixels_of_the_whole_processor(model):
+    """The second and third picture go to the image processor alone; of each model and size."""
+    known, fresh = (type(model.processor)(model.checkpoint) for _ in range(2))
+    fresh._calls = LRU(0)
+    for number in range(3):
+        made = [known.process(picture(number + 3 * turn)).pixels for turn in range(3)]
+        for turn, pixels in enumerate(made):
+            expected = fresh.process(picture(number + 3 * turn)).pixels
+            assert pixels.shape == expected.shape and np.array_equal(pixels, expected)
+    assert all(known._calls.get(size[::-1]) is not None for size in SIZES)
 
 
 @pytest.mark.parametrize("site", reading.SITES)

@@ -349,8 +349,9 @@ def test_weights_that_change_between_look_and_load_are_noticed(originals, tmp_pa
     folder = shutil.copytree(originals("llava")[0], tmp_path / "model")
     altered_one(lambda value: None)(folder)
     architecture = type(inspect_backbone("llava", str(originals("llava")[0]))).architecture
+    config = checkpoints.read_config(str(folder), "llava", architecture)
     with pytest.raises(InputError, match=r"1 tensor of \d+ missing"):
-        checkpoints.load_model(str(folder), "model", architecture, "float32")
+        checkpoints.load_model(str(folder), "model", config, architecture, "float32", torch.device("cpu"))
 
 
 def test_projected_embeddings_are_refused_for_what_they_are(tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from odedit import world
 from odedit.errors import InputError
 from pipeline.config.run import RunConfig, apply_override, from_dict, load
 from pipeline.config.values import masked_values
@@ -21,6 +22,16 @@ def message(values: dict) -> str:
 def test_the_defaults_are_wise_on_blip2_under_odedit() -> None:
     config = from_dict({})
     assert (config.editor.name, config.backbone.family, config.objective.name) == ("wise", "blip2", "odedit")
+
+
+@pytest.mark.parametrize(("checkpoint", "family"), [("blip2", "blip2"), ("minigpt4", "minigpt4"), ("llava", "auto")])
+def test_a_checkpoint_says_its_family_where_none_is_named(checkpoint: str, family: str) -> None:
+    path = str(world.checkpoint_path(checkpoint))
+    assert load(None, [f"backbone.checkpoint={path}"]).backbone.family == family
+    for named in ("auto", "my.module"):
+        assert from_dict({"backbone": {"checkpoint": path, "family": named}}).backbone.family == named
+    with pytest.raises(InputError, match="'nowhere/at/all' does not exist"):
+        load(None, ["backbone.checkpoint=nowhere/at/all"])
 
 
 def test_a_resolved_configuration_builds_itself_again(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from rich.console import Console
 
+from odedit.errors import InputError
 from odedit.runtime.stages import stage
 from pipeline.config.run import from_dict
 from pipeline.driver.progress import Progress
@@ -119,6 +120,18 @@ def test_an_edit_that_kills_its_worker_is_a_failed_row(
 def test_the_plan_fills_the_machine(settings_of_plan: dict, machine: tuple[int, int, int], expected: Plan) -> None:
     config = from_dict({"pipeline": settings_of_plan})
     assert make_plan(config.pipeline, config.backbone, *machine) == expected
+
+
+def test_a_model_over_several_gpus_takes_them_all_for_each_actor() -> None:
+    config = from_dict({"backbone": {"gpus": 2}})
+    assert make_plan(config.pipeline, config.backbone, 16, 5, 100) == Plan("cuda", 2, 1, 2.0, 8)
+    with pytest.raises(InputError, match=r"backbone\.gpus: got 2, but there are 1;"):
+        make_plan(config.pipeline, config.backbone, 16, 1, 100)
+    with pytest.raises(InputError, match=r"backbone\.gpus: got 2, but there are 0;"):
+        make_plan(config.pipeline, config.backbone, 16, 0, 100)
+    on_cpu = from_dict({"backbone": {"gpus": 2}, "pipeline": {"device": "cpu"}})
+    with pytest.raises(InputError, match=r"backbone\.gpus: got 2, but pipeline\.device is 'cpu'"):
+        make_plan(on_cpu.pipeline, on_cpu.backbone, 16, 4, 100)
 
 
 def test_stages_of_a_call_add_up_to_it_and_waiting_stands_apart() -> None:
