@@ -18,17 +18,21 @@ Inline = Callable[[RunConfig], Outcome]
 
 # Slots of supervision whose pictures are read, by editor and objective. Beside them the edit's and the probes'.
 READ = {
-    ("ftl", "native"): set(),
-    ("ftl", "rephrase"): {"text_rephrase", "image_rephrase"},
-    ("ftl", "native_kl"): {"text_locality", "image_locality", "near_locality"},
-    ("wise", "native"): {"text_locality", "image_locality", "near_locality"},
-    ("ftl", "odedit"): {"text_rephrase", "image_rephrase", "text_locality", "image_locality", "near_locality"},
+    ("ftl", "native"): (),
+    ("ftl", "rephrase"): ("text_rephrase", "image_rephrase"),
+    ("ftl", "native_kl"): ("text_locality", "image_locality", "near_locality"),
+    ("wise", "native"): ("text_locality", "image_locality", "near_locality"),
+    ("ftl", "odedit"): ("text_rephrase", "image_rephrase", "text_locality", "image_locality", "near_locality"),
 }
 
 
 @pytest.mark.parametrize(("names", "slots"), READ.items(), ids=lambda value: "-".join(value))
 def test_only_pictures_that_are_read_are_encoded(
-    names: tuple[str, str], slots: set[str], settings: dict[str, Any], inline: Inline, monkeypatch: pytest.MonkeyPatch
+    names: tuple[str, str],
+    slots: tuple[str, ...],
+    settings: dict[str, Any],
+    inline: Inline,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     encoded: list[set[str]] = []
     wanted: list[set[str]] = []
