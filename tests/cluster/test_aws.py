@@ -74,7 +74,7 @@ def test_every_machine_has_a_profile_of_its_own_with_its_role() -> None:
         for statement in statements(role):
             if any(action.startswith("s3:") for action in actions(statement)):
                 bucket = statement["Resource"].split(":::")[1].split("/")[0]
-                assert run.load(FOLDER / "run.yaml", []).out.startswith(f"s3://{bucket}/")
+                assert run.read_yaml(FOLDER / "run.yaml")["out"].startswith(f"s3://{bucket}/")
     assert {action.split(":")[0] for action in allowed("odedit-worker")} == {"s3"}
 
 
