@@ -188,7 +188,7 @@ def test_the_run_takes_as_many_gpu_workers_as_each_file_starts() -> None:
         (container,) = group["template"]["spec"]["containers"]
         assert container["resources"]["requests"] == container["resources"]["limits"]
         gpus[name] = group["replicas"] * container["resources"]["limits"]["nvidia.com/gpu"]
-    run = config.load(FOLDER / "run.yaml", [])
+    run = config.from_dict(config.read_yaml(FOLDER / "run.yaml"))
     assert set(gpus.values()) == {run.pipeline.actors}, gpus
 
 
