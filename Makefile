@@ -52,8 +52,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "odedit needs Python 3.11 or newer; got $$($(PYTHON) --version). Set PYTHON=..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing into $(VENV) (a few minutes, once) ..."
+	@echo "Installing into $(VENV), once: PyTorch (1 of 2, a few hundred MB to some GB) ..."
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	@echo "... Ray, transformers, MLflow and others (2 of 2, a few minutes) ..."
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 

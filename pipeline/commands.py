@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -90,6 +90,14 @@ def commit(
     outcome = driver.commit(config, Console(stderr=True), edits_from=edits_from, fresh=fresh)
     show_outcome(outcome)
     say(Console(), f"Model:   {outcome.workspace.model}")
+    tracking = config.tracking
+    if outcome.tracking_uri and tracking.register is not None:
+        say(Console(), f"Registry: models:/{tracking.register}@{tracking.alias} is this model now (tracking.register).")
+    say(
+        Console(),
+        f"Ask it:  python -c \"import odedit; print(odedit.load_edited('{outcome.workspace.model}')"
+        ".answer('PICTURE', 'QUESTION'))\"",
+    )
     check_any(outcome)
 
 
@@ -187,6 +195,8 @@ def show_outcome(outcome: Outcome, title: str | None = None, files: str = "resul
     out = Console()
     title = title or f"{outcome.summary['editor']}, {outcome.summary['objective']} objective"
     out.print(page.summary_table(outcome.summary, title))
+    for line in _of_other_questions(outcome.summary):
+        say(out, line)
     if outcome.summary["n"] and outcome.summary["reasons"]:
         say(out, f"Not edited:\n{lines(outcome.summary['reasons'])}")
     say(out, f"Report:  {outcome.workspace.report}")
@@ -196,6 +206,23 @@ def show_outcome(outcome: Outcome, title: str | None = None, files: str = "resul
     )
     if outcome.tracking_uri:
         say(out, f"MLflow:  {open_command(outcome.tracking_uri)}")
+
+
+def _of_other_questions(summary: Mapping[str, Any]) -> list[str]:
+    """Lines about the questions that are no record's, of a model with all records."""
+    lines = []
+    for name, what in (("kept", "their own question"), ("kept_text", "their text question")):
+        if name in summary:
+            e = summary[name]
+            lines.append(
+                f"{name}: {e['mean']:.3f} [{e['low']:.3f}, {e['high']:.3f}] of {e['n']} records of the pool answer "
+                f"{what} as before."
+            )
+    if "text" in summary:
+        e = summary["text"]
+        before, after = e["perplexity_before"], e["perplexity_after"]
+        lines.append(f"Perplexity of the text: {before:.4g} before, {after:.4g} after ({e['tokens']:,} tokens).")
+    return lines
 
 
 def study(name: str, config: Path | None, overrides: Sequence[str], out: str | None, *, fresh: bool) -> None:

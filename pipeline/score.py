@@ -14,7 +14,6 @@ from odedit.errors import InputError
 from odedit.ways.common.files import CommittedInfo, read_committed_info, serving_editor
 from pipeline.commands import check_any, check_given, show_outcome, show_plan
 from pipeline.config.run import BackboneConfig, RunConfig, from_dict, load
-from pipeline.console import say
 from pipeline.driver.preflight import prepare, preview
 from pipeline.driver.run import announce, score_into
 from pipeline.run_folder import staging
@@ -84,25 +83,7 @@ def score(
     edited = edited_by(records, ready.sources.reader, found.edit_ids)
     outcome = score_into(ready, errors, replace(found.scored(model, text), edited=edited))
     show_outcome(outcome, f"model {model}", "results/, kept.parquet")
-    for line in _beside_the_table(outcome.summary):
-        say(Console(), line)
     check_any(outcome)
-
-
-def _beside_the_table(summary: Mapping[str, Mapping[str, float]]) -> list[str]:
-    lines = []
-    for name, what in (("kept", "their own question"), ("kept_text", "their text question")):
-        if name in summary:
-            e = summary[name]
-            lines.append(
-                f"{name}: {e['mean']:.3f} [{e['low']:.3f}, {e['high']:.3f}] of {e['n']} pool records answer {what} as "
-                "before."
-            )
-    if "text" in summary:
-        e = summary["text"]
-        before, after = e["perplexity_before"], e["perplexity_after"]
-        lines.append(f"Perplexity of the text: {before:.4g} before, {after:.4g} after ({e['tokens']:,} tokens).")
-    return lines
 
 
 def without_method(config: RunConfig) -> RunConfig:

@@ -102,7 +102,11 @@ def _read(path: LocationLike, read: Callable[[Location], T]) -> T:
 def _info(path: LocationLike, metadata: Mapping[str, str]) -> EditInfo:
     name = repr(at(path, "edit").text)
     if metadata.get("format") != FORMAT:
-        raise InputError(f"edit {name}: format is {metadata.get('format')!r}, expected {FORMAT!r}.")
+        found = metadata.get("format")
+        hint = ""
+        if str(found).startswith("odedit-committed"):
+            hint = " It is a model of many records; odedit.load_edited(OUT/model).answer(picture, question) asks it."
+        raise InputError(f"edit {name}: format is {found!r}, expected {FORMAT!r}.{hint}")
     try:
         return EditInfo(**json.loads(metadata["info"]))
     except (KeyError, TypeError, ValueError) as error:

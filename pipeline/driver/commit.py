@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -85,7 +86,9 @@ def changed(run_folder: str, remove: Sequence[str], add: str | None, overrides: 
     section["remove"] = [*section.get("remove", ()), *remove]
     section["add"] = [*section.get("add", ()), *([absolute(add)] if add is not None else [])]
     section["start"] = absolute(run_folder)
-    config = from_dict_with(values | {"commit": section}, overrides)
+    # Who uses the registered model is not given another one unasked.
+    tracking = {name: value for name, value in (values.get("tracking") or {}).items() if name != "register"}
+    config = from_dict_with(values | {"commit": section, "tracking": tracking}, overrides)
     if Workspace.of(config.out).out.path == before.out.path:
         raise InputError(
             "out: the changed model goes to a folder of its own, so that the earlier one stays; set out=..."
@@ -384,6 +387,7 @@ def _make(
     """Makes the model and writes it, or goes on with both. The arguments are those of `CommitJob`."""
     from pipeline.workers import training_group
 
+    started = time.monotonic()
     workspace, config = ready.workspace, ready.config
     num_groups = len(ready.staged.usable)
     if not workspace.committed.exists() or workspace.model.exists():
@@ -407,7 +411,8 @@ def _make(
         training_group.train(CommitJob(job_of(ready, plan), left_out, edits, start), plan, num_workers, show)
     for file in (workspace.training, workspace.progress, workspace.problem):
         file.delete()
-    update(workspace, **{_IS_WRITTEN: True})
+    seconds = (read_json(workspace.run) or {}).get("seconds", 0.0) + time.monotonic() - started
+    update(workspace, seconds=seconds, **{_IS_WRITTEN: True})
 
 
 def _num_workers(ready: Ready, plan: Plan, num_left_out: int) -> int:

@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,8 @@ def address_of(pipeline: PipelineConfig) -> str | None:
     return None if address in ("", "local") or "://" in address else address
 
 
+_STARTS, _LATE = 3, "timed out during startup"
+"""Tries to start Ray, and the words of its exception for a late start."""
 _keep_running = False
 _session: Path | None = None
 """Folder of the Ray instance that this process started: sockets, logs and spilled objects."""
@@ -152,34 +154,42 @@ def _remove_session() -> None:
 
 
 def _start(ray: Any, plan: Plan) -> None:
+    """Starts Ray, again if it is late: Ray gives its first process 30 seconds, which a busy machine may not have.
+
+    Raises:
+        Explained: It was late every time.
+    """
     global _session
-    _session = _new_session()
-    with _held_back_stderr(), _explained():
-        ray.init(
-            address="local",
-            num_cpus=max(plan.num_cpus, machine_cpus()),
-            num_gpus=machine_gpus() if plan.device == "cuda" else 0,
-            include_dashboard=False,
-            _node_ip_address=_LOOPBACK,
-            _temp_dir=str(_session / "r"),
-            object_store_memory=_object_store_bytes(),
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Turns Ray's exception for a late start, which has no type of its own, into a sentence."""
-    try:
-        yield
-    except Exception as error:
-        if "timed out during startup" not in str(error):
-            raise
-        raise Explained(
-            "Ray did not start on this machine within its 30 seconds: the machine is too busy. Start the command again "
-            "when less else runs."
-        ) from error
+    for _ in range(_STARTS):
+        _session = _new_session()
+        before = psutil.Process().children()
+        try:
+            with _held_back_stderr():
+                ray.init(
+                    address="local",
+                    num_cpus=max(plan.num_cpus, machine_cpus()),
+                    num_gpus=machine_gpus() if plan.device == "cuda" else 0,
+                    include_dashboard=False,
+                    _node_ip_address=_LOOPBACK,
+                    _temp_dir=str(_session / "r"),
+                    object_store_memory=_object_store_bytes(),
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
+            return
+        except Exception as error:  # Ray's own has no type
+            if _LATE not in str(error):
+                raise
+            late = error
+        for process in psutil.Process().children():
+            if process not in before:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+        _remove_session()
+    raise Explained(
+        f"Ray did not start on this machine in {_STARTS} tries of 30 seconds: the machine is too busy. Start the "
+        "command again when less else runs."
+    ) from late
 
 
 def _new_session() -> Path:
