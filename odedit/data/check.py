@@ -161,7 +161,8 @@ class CheckReport:
         if self.contradicting:
             yield (
                 f"Contradicting: {self.contradicting} ask an earlier record's question about its picture for another "
-                f"answer, the first {self.first_contradicting}. One model cannot give both (commit.on_conflict)."
+                f"answer, the first {self.first_contradicting}. One model cannot give both: "
+                "`odedit commit` refuses them, unless commit.on_conflict says which to take, first or last."
             )
         scored = [f"{metric} {self.given[name]}" for name, metric in _SCORED.items() if self.given[name]]
         scored += [f"{name} {self.given[name]}" for name in sorted(self.given) if name not in FIELDS]

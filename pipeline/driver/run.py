@@ -177,6 +177,8 @@ def announce(ready: Ready, console: Console) -> None:
         text = f"{ready.workspace.out} is finished ({usable}{skipped}). Add --fresh to start over."
     elif len(pending) < len(ready.staged.usable):
         text = f"Resuming {ready.workspace.out}: {done} of {usable} done{skipped}."
+    elif ready.workspace.committed.exists() or ready.workspace.training.exists():
+        text = f"Resuming {ready.workspace.out}: the model is made or begun, none of {usable} scored{skipped}."
     else:
         text = f"New run in {ready.workspace.out}: {usable}{skipped}."
     say(console, text)
