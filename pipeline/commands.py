@@ -76,6 +76,8 @@ def commit(
 
     if path is not None and change is not None:
         raise InputError("Give --config FILE or data.path=FILE for a new model, or --change RUN for a changed one.")
+    if change is not None and any(text.startswith("preset=") for text in overrides):
+        raise InputError("--preset is for a new model; a changed one has the settings of its earlier run.")
     if change is None:
         check_given(path, overrides, " for a new model, or --change RUN for a changed one")
     if change is None and (remove or add is not None):
@@ -93,18 +95,15 @@ def commit(
     tracking = config.tracking
     if outcome.tracking_uri and tracking.register is not None:
         say(Console(), f"Registry: models:/{tracking.register}@{tracking.alias} is this model now (tracking.register).")
-    say(
-        Console(),
-        f"Ask it:  python -c \"import odedit; print(odedit.load_edited('{outcome.workspace.model}')"
-        ".answer('PICTURE', 'QUESTION'))\"",
-    )
+    asking = f"import odedit; print(odedit.load_edited({str(outcome.workspace.model)!r}).answer('PICTURE', 'QUESTION'))"
+    say(Console(), f"Ask it:  python -c {shlex.quote(asking)}")
     check_any(outcome)
 
 
 def check_given(path: Path | None, overrides: Sequence[str], otherwise: str = "") -> None:
     """Raises InputError if nothing says what is to be edited."""
-    if path is None and not any(text.startswith(("data.path=", "preset=")) for text in overrides):
-        raise InputError(f"Give --config FILE, data.path=FILE or --preset NAME{otherwise}.")
+    if path is None and not any(text.startswith("data.path=") for text in overrides):
+        raise InputError(f"Give --config FILE or data.path=FILE{otherwise}.")
 
 
 def list_presets() -> None:
@@ -137,11 +136,12 @@ def train(editor: str, path: Path | None, overrides: Sequence[str], out: str | N
     return run_training(config, out, errors, fresh=fresh)
 
 
-def show_plan(ready: Ready, config: RunConfig) -> None:
+def show_plan(ready: Ready, config: RunConfig, *, edits: bool = True) -> None:
     """Prints the resolved configuration and the plan of a checked run.
 
     Args:
         config: Configuration as the user gave it.
+        edits: Whether the run makes edits, whose memory is told.
     """
     from pipeline.workers import ray_session
     from pipeline.workers.plan import machine_cpus, machine_gpus, make_plan
@@ -165,7 +165,7 @@ def show_plan(ready: Ready, config: RunConfig) -> None:
         print(f"# plan: {make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), num_groups)}")
     else:
         print(f"# plan: on the cluster at {address}")
-    if (memory := checkpoints.memory(ready.config)) is not None:
+    if edits and (memory := checkpoints.memory(ready.config)) is not None:
         print(f"# memory of a worker, about {memory} ({config.backbone.dtype})")
     done = len(rows.finished_groups(ready.workspace))
     print(f"# results: {out}" + (f" (finished groups there: {done})" if done else ""))

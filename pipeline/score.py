@@ -74,7 +74,7 @@ def score(
     found = find_model(model, config.backbone)
     errors = Console(stderr=True)
     if dry_run:
-        show_plan(preview(config, fresh=fresh, identity=found.identity), config)
+        show_plan(preview(config, fresh=fresh, identity=found.identity), config, edits=False)
         print(f"# model: {found.checkpoint or found.committed}")
         return
     ready = prepare(config, fresh=fresh, identity=found.identity)

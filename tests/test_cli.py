@@ -57,7 +57,7 @@ def expect(result: Result, code: int, *parts: str) -> None:
 
 @pytest.mark.parametrize("command", [["edit"], ["score", "model"], ["commit"]], ids=lambda command: command[0])
 def test_records_are_named_by_a_file_or_on_the_command_line(command: list[str]) -> None:
-    expect(odedit(*command, "backbone.checkpoint=embedded"), 2, "Give --config FILE, data.path=FILE or --preset NAME")
+    expect(odedit(*command, "backbone.checkpoint=embedded"), 2, "Give --config FILE or data.path=FILE")
 
 
 def test_a_run_needs_no_configuration_file(files: dict[str, Any]) -> None:

@@ -63,7 +63,8 @@ def nearest(name: str, among: Iterable[str] = KNOWN) -> str:
 def renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """The record under MMEdit's names.
 
-    A field under two names has the value of its MMEdit name; the other stays as it is, unread.
+    A field under two names has the value of its MMEdit name, else of the one in lower case; the other stays as it is,
+    unread.
 
     Args:
         columns: Column of the file by field, which comes before the field's own names.
@@ -75,6 +76,9 @@ def renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
         name = canonical(key)
         if key in taken or key == NAMED:
             continue
+        if key not in KNOWN and name != key and _is_given(name, record):
+            fields.setdefault(key, value)
+            continue
         if name != key and name not in record and name not in fields:
             named[name] = key
         elif name != key:
@@ -82,6 +86,11 @@ def renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
         fields.setdefault(name, value)
     named = {name: key for name, key in named.items() if name != key}
     return fields | ({NAMED: named} if named else {})
+
+
+def _is_given(name: str, record: Mapping[str, Any]) -> bool:
+    """Whether a record has a field under a name that is written as listed."""
+    return any(key in KNOWN and canonical(key) == name for key in record)
 
 
 def shown(name: str, fields: Mapping[str, Any]) -> str:

@@ -147,11 +147,11 @@ class TPatcher(Plain):
         other._earlier = earlier
         return other
 
-    @torch.no_grad()
     def size(self, backbone: Backbone, positions: int) -> EditSize:
         width = self.config.max_neurons * backbone.hidden_size
         return EditSize(3 * width + self.config.max_neurons, fixed=width)
 
+    @torch.no_grad()
     def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:
         """A neuron for each wrong token, or for the least likely token: `k = h / |h|^2`, so that its input is 1."""
         prefix = prefix_of_edit(backbone, self.sites, batch, prefix)

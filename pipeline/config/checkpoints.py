@@ -22,6 +22,7 @@ from odedit.storage.location import locate
 from pipeline.config.run import AUTO, EMBEDDED, BackboneConfig, RunConfig
 
 _SIZE = (480, 640)
+_COUNTED = frozenset({"attention.q", "attention.k", "attention.v", "ffn.in"})
 _QUESTION, _ANSWER = "What is the person on the left of the picture holding?", "a red umbrella"
 
 
@@ -83,6 +84,8 @@ def memory(config: RunConfig) -> Needed | None:
     if not can_inspect(config.backbone.family):
         return None
     model = _inspected(config.backbone, _state(config.backbone.checkpoint))
+    if not _COUNTED.issubset(model.parts):  # a family from outside the package may name its parts otherwise
+        return None
     picture = Picture("", np.zeros((*_SIZE, 3), dtype=np.uint8))
     cell = model.sequence(Probe(_QUESTION, _ANSWER, picture), find_template(config.data.template))
     at_once, sequences = config.pipeline.at_once, None

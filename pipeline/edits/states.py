@@ -50,8 +50,9 @@ def hidden_states(workspace: Workspace, edit_ids: Collection[str] | None = None,
         )
     model = config.backbone
     backbone = load_backbone(
-        model.family, model.checkpoint, dtype=model.dtype, device=device, image_size=model.image_size
-    )
+        model.family, model.checkpoint, dtype=model.dtype, device=device, image_size=model.image_size,
+        gpus=model.gpus if device.startswith("cuda") else 1,
+    )  # fmt: skip
     ids: list[str] = []
     before: list[np.ndarray] = []
     after: list[np.ndarray] = []

@@ -69,9 +69,10 @@ class EditActor(GroupWorker):
         if self._negatives is not None:
             requests = with_old_answers(self._backbone, self._template, requests)
         with stage("encode"):
-            # Pictures that nothing reads do not pass the image tower.
-            settings = config.objective.settings
-            read = [request.reading(settings.reads(self._editor)) for request in requests]
+            settings, read = config.objective.settings, requests
+            if self._negatives is None:  # hard negatives are none of the pictures that a request shows
+                # Pictures that nothing reads do not pass the image tower.
+                read = [request.reading(settings.reads(self._editor)) for request in requests]
             supervision, evaluation = self._encode(read, self._negatives, settings.joins_rephrases)
         width = self._width_limit.width(len(requests), lambda: self._peak_bytes(objective, supervision, 1))
         # If all edits fit the device at once, they stay there for the evaluation.

@@ -162,7 +162,6 @@ def _start(ray: Any, plan: Plan) -> None:
     global _session
     for _ in range(_STARTS):
         _session = _new_session()
-        before = psutil.Process().children()
         try:
             with _held_back_stderr():
                 ray.init(
@@ -181,15 +180,23 @@ def _start(ray: Any, plan: Plan) -> None:
             if _LATE not in str(error):
                 raise
             late = error
-        for process in psutil.Process().children():
-            if process not in before:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+        _end_processes_of(_session)
         _remove_session()
     raise Explained(
         f"Ray did not start on this machine in {_STARTS} tries of 30 seconds: the machine is too busy. Start the "
         "command again when less else runs."
     ) from late
+
+
+def _end_processes_of(session: Path) -> None:
+    """Kills what Ray has started for a session, and waits for it."""
+    killed = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if any(str(session) in word for word in process.cmdline()):
+                process.kill()
+                killed.append(process)
+    psutil.wait_procs(killed, timeout=10)
 
 
 def _new_session() -> Path:
@@ -240,6 +247,8 @@ def _cluster_plan(pipeline: PipelineConfig, backbone: BackboneConfig, num_groups
         resources = ray.cluster_resources()
         num_cpus, num_gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
         planned = num_gpus or (gpus_per_actor(pipeline, backbone) if pipeline.device == "cuda" else 0.0)
+        if backbone.gpus > 1:  # nodes with them may still join
+            planned = max(planned, backbone.gpus)
         plan = make_plan(pipeline, backbone, max(1, int(num_cpus)), planned, num_groups)
         return plan, shortage(plan, num_cpus, num_gpus) or lacking(plan, ray.nodes())
 

@@ -8,12 +8,19 @@ from pathlib import Path
 import pytest
 
 from odedit.data.check import CheckReport, check_records
+from odedit.data.names import renamed
 from odedit.errors import InputError
 from tests.support.mmedit_files import encoded, picture
 
 HEADER = "Image;Question;Answer"
 NAMES = ["1.jpg", "2.jpg"]
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 99
+
+
+@pytest.mark.parametrize("names", [("Answer", "answer"), ("answer", "Answer"), ("Answer", "alt"), ("alt", "Answer")])
+def test_a_name_as_listed_comes_before_the_same_in_another_case(names: tuple[str, str]) -> None:
+    record = {name: "listed" if name.islower() else "other" for name in names}
+    assert renamed({"image": "a.png", "Question": "what?"} | record, {})["alt"] == "listed"
 
 
 def table(names: list[str], header: str = HEADER, tail: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Pictures that neither the objective, nor the editor, nor a score reads do not are encoded."""
+"""Pictures that neither the objective, nor the editor, nor a score reads are not encoded."""
 
 from __future__ import annotations
 
