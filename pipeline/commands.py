@@ -102,7 +102,7 @@ def commit(
 
 def check_given(path: Path | None, overrides: Sequence[str], otherwise: str = "") -> None:
     """Raises InputError if nothing says what is to be edited."""
-    if path is None and not any(text.startswith("data.path=") for text in overrides):
+    if path is None and not any(text.startswith(("data.path=", "training.path=")) for text in overrides):
         raise InputError(f"Give --config FILE or data.path=FILE{otherwise}.")
 
 

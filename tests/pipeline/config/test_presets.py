@@ -71,7 +71,9 @@ def test_presets_are_listed_with_their_origin() -> None:
         assert presets.find(name).origin in line
 
 
-@pytest.mark.parametrize("command", [["edit"], ["commit", "data.path=embedded:validation"]])
+@pytest.mark.parametrize(
+    "command", [["edit", "data.path=embedded:validation"], ["commit", "data.path=embedded:validation"]]
+)
 def test_without_network_a_dry_run_stops_where_the_checkpoint_is_needed(command, tmp_path, monkeypatch) -> None:
     def no_network(hub_id: str) -> None:
         raise ConnectionError("no network")
