@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -95,7 +96,8 @@ def commit(
     tracking = config.tracking
     if outcome.tracking_uri and tracking.register is not None:
         say(Console(), f"Registry: models:/{tracking.register}@{tracking.alias} is this model now (tracking.register).")
-    asking = f"import odedit; print(odedit.load_edited({str(outcome.workspace.model)!r}).answer('PICTURE', 'QUESTION'))"
+    folder = json.dumps(str(outcome.workspace.model))
+    asking = f'import odedit; print(odedit.load_edited({folder}).answer("PICTURE", "QUESTION"))'
     say(Console(), f"Ask it:  python -c {shlex.quote(asking)}")
     check_any(outcome)
 
