@@ -75,14 +75,15 @@ def commit(
     """`odedit commit`."""
     from pipeline.driver import commit as driver
 
-    if path is not None and change is not None:
-        raise InputError("Give --config FILE or data.path=FILE for a new model, or --change RUN for a changed one.")
-    if change is not None and any(text.startswith("preset=") for text in overrides):
-        raise InputError("--preset is for a new model; a changed one has the settings of its earlier run.")
+    either = " for a new model, or --change RUN for a changed one"
     if change is None:
-        check_given(path, overrides, " for a new model, or --change RUN for a changed one")
-    if change is None and (remove or add is not None):
-        raise InputError("--remove and --add change a model that exists; name its run with --change RUN.")
+        check_given(path, overrides, otherwise=either)
+        if remove or add is not None:
+            raise InputError("--remove and --add change a model that exists; name its run with --change RUN.")
+    elif path is not None:
+        raise InputError(f"Give --config FILE or data.path=FILE{either}.")
+    elif any(text.startswith("preset=") for text in overrides):
+        raise InputError("--preset is for a new model; a changed one has the settings of its earlier run.")
     config = load_commit(path, overrides) if change is None else driver.changed(change, remove, add, overrides)
     if dry_run:
         config = driver.with_edits_of(config, edits_from)
@@ -102,10 +103,12 @@ def commit(
     check_any(outcome)
 
 
-def check_given(path: Path | None, overrides: Sequence[str], otherwise: str = "") -> None:
-    """Raises InputError if nothing says what is to be edited."""
-    if path is None and not any(text.startswith(("data.path=", "training.path=")) for text in overrides):
-        raise InputError(f"Give --config FILE or data.path=FILE{otherwise}.")
+def check_given(
+    path: Path | None, overrides: Sequence[str], *, setting: str = "data.path", otherwise: str = ""
+) -> None:
+    """Raises InputError unless a configuration file, or the setting on the command line, names the records."""
+    if path is None and not any(text.startswith(f"{setting}=") for text in overrides):
+        raise InputError(f"Give --config FILE or {setting}=FILE{otherwise}.")
 
 
 def list_presets() -> None:
@@ -124,7 +127,7 @@ def train(editor: str, path: Path | None, overrides: Sequence[str], out: str | N
     from pipeline.training.train import run as run_training
 
     errors = Console(stderr=True)
-    check_given(path, overrides)
+    check_given(path, overrides, setting="training.path")
     values = {} if path is None else read_yaml(path)
     section = values.get("editor")
     named = section.get("name") if isinstance(section, dict) else None
@@ -213,7 +216,7 @@ def show_outcome(outcome: Outcome, title: str | None = None, files: str = "resul
 def _of_other_questions(summary: Mapping[str, Any]) -> list[str]:
     """Lines about the questions that are no record's, of a model with all records."""
     lines = []
-    for name, what in (("kept", "their own question"), ("kept_text", "their text question")):
+    for name, what in zip(rows.KEPT, ("their own question", "their text question"), strict=True):
         if name in summary:
             e = summary[name]
             lines.append(

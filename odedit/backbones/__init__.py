@@ -66,9 +66,9 @@ def family_of(checkpoint: str) -> str:
     Raises:
         InputError: The checkpoint is missing, or its configuration cannot be read.
     """
-    auto = find("auto")
     if checkpoint == "embedded":
         return "blip2"
+    auto = find("auto")
     source = checkpoints.resolve(checkpoint, auto.family, auto.architecture, weights=False)
     values = checkpoints.read_config(source, auto.family, auto.architecture).to_dict()
     kind, text = values.get("model_type"), (values.get("text_config") or {}).get("model_type")

@@ -146,7 +146,7 @@ class Backbone(ABC):
             gpus: Number of GPUs that hold the model, from `device` on; see `common.placement`.
 
         Raises:
-            InputError: As `inspect` and `checkpoints.fingerprint` do, or there are fewer GPUs.
+            InputError: The checkpoint is wrong, see `inspect` and `checkpoints.fingerprint`, or there are fewer GPUs.
         """
         checkpoints.check_dtype(dtype)
         devices = devices_of(device, gpus)

@@ -106,7 +106,7 @@ class CheckReport:
     _answered: Digests = field(default_factory=Digests, repr=False)
 
     def add_unread(self, keys: Iterable[str]) -> None:
-        """Adds the keys of one record that nobody reads."""
+        """Counts those keys of one record that have no reader."""
         self.unread.update(key for key in keys if key in self.unread or len(self.unread) < _KEYS)
 
     def add(self, record: RawRecord) -> None:

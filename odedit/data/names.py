@@ -31,6 +31,7 @@ _ONE_NAME = ("image", "rephrase", "image_rephrase", "edit_id", "task", "fact", "
              "held_out")  # fmt: skip
 KNOWN = (*_ONE_NAME, *PLAIN, *_PLAIN_OF)
 """All names under which a field is read."""
+_LISTED = frozenset(KNOWN)
 _ANY_CASE = frozenset((*PLAIN, "image", "rephrase", "image_rephrase"))
 """Names that are also read in other cases and with spaces, as the header of a spreadsheet writes them."""
 
@@ -72,13 +73,13 @@ def renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
     named = {canonical(name): column for name, column in columns.items()}
     fields = {name: record[column] for name, column in named.items() if column in record}
     taken = {column for column in named.values() if column in record}
+    listed = {canonical(key) for key in record if key in _LISTED}
     for key, value in record.items():
         name = canonical(key)
         if key in taken or key == NAMED:
             continue
-        if key not in KNOWN and name != key and _is_given(name, record):
-            fields.setdefault(key, value)
-            continue
+        if name in listed and key not in _LISTED:
+            name = key
         if name != key and name not in record and name not in fields:
             named[name] = key
         elif name != key:
@@ -86,11 +87,6 @@ def renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
         fields.setdefault(name, value)
     named = {name: key for name, key in named.items() if name != key}
     return fields | ({NAMED: named} if named else {})
-
-
-def _is_given(name: str, record: Mapping[str, Any]) -> bool:
-    """Whether a record has a field under a name that is written as listed."""
-    return any(key in KNOWN and canonical(key) == name for key in record)
 
 
 def shown(name: str, fields: Mapping[str, Any]) -> str:

@@ -101,8 +101,8 @@ def _read(path: LocationLike, read: Callable[[Location], T]) -> T:
 
 def _info(path: LocationLike, metadata: Mapping[str, str]) -> EditInfo:
     name = repr(at(path, "edit").text)
-    if metadata.get("format") != FORMAT:
-        found = metadata.get("format")
+    found = metadata.get("format")
+    if found != FORMAT:
         hint = ""
         if str(found).startswith("odedit-committed"):
             hint = " It is a model of many records; odedit.load_edited(OUT/model).answer(picture, question) asks it."

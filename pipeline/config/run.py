@@ -65,6 +65,11 @@ class BackboneConfig:
             object.__setattr__(self, "family", backbones.family_of(EMBEDDED))
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that results depend on: all but the number of GPUs."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "gpus"}
+
+    @property
     def with_family(self) -> BackboneConfig:
         """The same with the family of the checkpoint, where none is named. Raises InputError as `family_of`."""
         return self if self.family else replace(self, family=backbones.family_of(self.checkpoint))

@@ -20,13 +20,11 @@ from odedit.ways.common.files import CommittedInfo, read_committed_info
 from pipeline.config.run import RunConfig
 from pipeline.report.formatting import LABELS, interval
 from pipeline.run_folder.committed import Entry, is_plain, plain_use, read_edits, shareable_values
-from pipeline.run_folder.rows import digest
+from pipeline.run_folder.rows import KEPT, digest
 from pipeline.run_folder.workspace import Workspace
 
 CARD = "README.md"
 _SHOWN = 10
-_KEPT = "kept"
-"""Answers of the pool; `kept_text` without its pictures."""
 _LONGEST = 160
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~&$])")
 _MAX_TOKENS = 16
@@ -87,9 +85,7 @@ def _view(
         "question": repr(_question(listed)),
         "scores": scores,
         "locality": [
-            (label or f"`{name}`", estimate)
-            for name, label, estimate in scores
-            if is_locality(name) or name.startswith(_KEPT)
+            (label or f"`{name}`", estimate) for name, label, estimate in scores if is_locality(name) or name in KEPT
         ],
         "settings": _settings(info, config),
     }
@@ -108,7 +104,7 @@ def _front_matter(base: str, info: CommittedInfo, plain: bool) -> str:
 def _scores(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, Estimate]]:
     """Name, label and estimate of every probe's plain score, the main ones first."""
     variants = words()
-    kept = {name: summary[name] for name in (_KEPT, f"{_KEPT}_text") if name in summary}
+    kept = {name: summary[name] for name in KEPT if name in summary}
     for name, figure in (summary["metrics"] | kept).items():
         is_probe = re.fullmatch(r"[a-z]+_(gen|loc)(_[a-z0-9]+)*", name) and not set(name.split("_")[2:]) & variants
         if name in LABELS or is_probe or name in kept:

@@ -18,7 +18,7 @@ from pipeline.report.thumbnails import Thumbnails
 from pipeline.run_folder.curves import HIGH, LOW, Curve, mean_curves
 from pipeline.run_folder.outcomes import RANKED, EditOutcome, picture_reader, read_outcomes, worst_ids
 from pipeline.run_folder.reasons import sentences
-from pipeline.run_folder.rows import EDITED, parts, read_rows
+from pipeline.run_folder.rows import EDITED, KEPT, parts, read_rows
 from pipeline.run_folder.workspace import Workspace
 from pipeline.tracking import names
 from pipeline.tracking.client import Table, picture_cell
@@ -61,14 +61,14 @@ def _description(config: RunConfig, summary: Mapping[str, Any]) -> str:
         first, *others = reasons or ["no record was given."]
         lines = [f"**Nothing was edited**: {first}", *(f"- {reason}" for reason in others)]
         return "\n\n".join((lines[0], "\n".join(lines[1:]), made)).strip()
-    means = summary["metrics"] | {name: summary[name] for name in names.KEPT if name in summary}
+    means = summary["metrics"] | {name: summary[name] for name in KEPT if name in summary}
     table = ["| | | mean [95% interval] | n |", "|---|---|---|--:|"]
-    for name in (*SHOWN, *names.KEPT):
+    for name in (*SHOWN, *KEPT):
         if name in means:
             estimate, label = Estimate(**means[name]), LABELS.get(name, "other answers kept")
             table.append(f"| `{name}` | {label} | {interval(estimate)} | {estimate.n} |")
     # MLflow folds what does not fit into a few lines.
-    scores = ", ".join(f"`{name}` {means[name]['mean']:.3f}" for name in (*SHOWN, *names.KEPT) if name in means)
+    scores = ", ".join(f"`{name}` {means[name]['mean']:.3f}" for name in (*SHOWN, *KEPT) if name in means)
     score = names.of_scores(summary)[SCORE]
     blocks = [f"**{SCORE} {score:.3f}**: {scores}", f"{counts(summary)}: {made}", "\n".join(table)]
     if reasons:
@@ -82,10 +82,10 @@ def _description(config: RunConfig, summary: Mapping[str, Any]) -> str:
 
 def _scores(summary: Mapping[str, Any]) -> Table:
     """Every number of the summary with its interval, the main scores first."""
-    means = summary["metrics"] | {name: summary[name] for name in names.KEPT if name in summary}
+    means = summary["metrics"] | {name: summary[name] for name in KEPT if name in summary}
     rows = [
         [name, LABELS.get(name, ""), *(_short(means[name][key]) for key in ("mean", "low", "high")), means[name]["n"]]
-        for name in sorted(means, key=lambda name: name not in (*SHOWN, *names.KEPT))
+        for name in sorted(means, key=lambda name: name not in (*SHOWN, *KEPT))
     ]
     return Table(("metric", "label", "mean", "low", "high", "n"), rows)
 

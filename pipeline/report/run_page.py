@@ -42,7 +42,7 @@ from pipeline.run_folder.outcomes import (
     worst_ids,
 )  # fmt: skip
 from pipeline.run_folder.reasons import Reasons, sentences
-from pipeline.run_folder.rows import EDITED, Row, parts, read_rows
+from pipeline.run_folder.rows import EDITED, KEPT, Row, parts, read_rows
 from pipeline.run_folder.workspace import Workspace, read_json
 
 MAX_EDITS = 10_000
@@ -181,7 +181,7 @@ def _headline(workspace: Workspace, summary: Mapping[str, Any], baseline: Baseli
         own = differences.edited(read_rows(parts(workspace), COMPARED))
         compared = {entry.column: entry for entry in differences.compare(baseline.rows, own, _HEADLINE)}
     lines = []
-    for name in (*_HEADLINE, "kept", "kept_text"):
+    for name in (*_HEADLINE, *KEPT):
         figures = summary["metrics"].get(name) if name in _HEADLINE else summary.get(name)
         if figures is None:
             continue

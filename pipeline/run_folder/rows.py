@@ -56,6 +56,8 @@ FIXED_COLUMNS: dict[str, pyarrow.DataType] = {
     "answers": ANSWERS,
 }
 """Columns of every result file, in order. Further measurements follow, sorted by name."""
+KEPT = ("kept", "kept_text")
+"""Columns of `kept.parquet`: whether the pool's questions are answered as before, with and without a picture."""
 NOT_REPRODUCIBLE = ("seconds",)
 """Columns that differ when a run is repeated."""
 

@@ -21,7 +21,7 @@ from odedit.runtime.addresses import masked
 from odedit.storage.location import Location, LocationLike, at
 from pipeline.config.run import RunConfig
 from pipeline.run_folder.reasons import Reasons
-from pipeline.run_folder.rows import EDITED, FAILED, SKIPPED, parts, read_rows, read_table, supervision_name
+from pipeline.run_folder.rows import EDITED, FAILED, KEPT, SKIPPED, parts, read_rows, read_table, supervision_name
 from pipeline.run_folder.workspace import Workspace, read_json, read_schema
 
 _VALUES_AT_ONCE = 2**19
@@ -65,7 +65,7 @@ def summarize_kept(workspace: Workspace) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     if workspace.kept.exists():
         columns = read_table(workspace.kept).to_pydict()
-        for name in ("kept", "kept_text"):
+        for name in KEPT:
             known = [index for index, value in enumerate(columns[name]) if value is not None]
             if known:
                 values, facts = ([columns[key][index] for index in known] for key in (name, "fact"))

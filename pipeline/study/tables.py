@@ -14,15 +14,13 @@ from odedit.evaluation.statistics import Estimate
 from odedit.storage.location import Location
 from pipeline.report.differences import Difference, differences, edited, fact, means
 from pipeline.report.formatting import plus_minus, sign
-from pipeline.run_folder.rows import FAILED, SKIPPED, Row, read_table
+from pipeline.run_folder.rows import FAILED, KEPT, SKIPPED, Row, read_table
 from pipeline.study.spec import Arm, StudyConfig
 from pipeline.tracking.client import Table
 
 TASKS = {"vqa": "E-VQA", "caption": "E-IC"}
 _BOTH = {"all": "E-VQA and E-IC"}
 """Tasks of a study of models, which hold the records of both."""
-KEPT = ("kept", "kept_text")
-"""Shares of the pool's own answers that a model keeps."""
 _ALWAYS = ("worst_nll", "steps", "seconds")
 
 

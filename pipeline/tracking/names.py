@@ -18,13 +18,13 @@ from typing import Any
 from odedit.evaluation.score import SCORE, score_of_means
 from odedit.evaluation.statistics import SHOWN
 from pipeline.run_folder.curves import Curve
+from pipeline.run_folder.rows import KEPT
 
 MOST = 40
 """Metrics of a run, at most."""
 MOST_TERMS = 6
 """Losses with curves, three metrics each."""
 METRICS, RECORDS, TIME, CURVES = "metrics/", "records/", "time/", "training/curves/"
-KEPT = ("kept", "kept_text")
 TRIED = f"{RECORDS}tried"
 """Number of records of a trial at a rung, failed ones included."""
 _COUNTS = {"n": "edited", "failed": "failed", "skipped": "skipped"}

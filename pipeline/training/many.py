@@ -105,11 +105,9 @@ def _training(config: RunConfig, name: str, folder: str) -> Training | None:
     if not hasattr(kind, "native_training_loss") or settings.checkpoint is not None:
         return None
     config = replace(config, data=_training_data(config), backbone=config.backbone.with_family)
-    backbone = asdict(config.backbone)
-    del backbone["gpus"]
     depends_on = {
         "editor": asdict(settings),
-        "backbone": backbone,
+        "backbone": config.backbone.identity,
         "training": asdict(config.training),
         "supervision": asdict(config.supervision),
         "objective": config.objective.own_values() if kind.trains_with_objective else None,

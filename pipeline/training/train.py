@@ -220,7 +220,7 @@ def _identity(config: RunConfig, inputs: dict[str, Sources]) -> dict[str, Any]:
     """Settings and files that the weights depend on."""
     values = config.to_dict()
     values["editor"].pop("checkpoint", None)
-    values["backbone"].pop("gpus")  # weights do not depend on it
+    values["backbone"] = config.backbone.identity
     flat = flatten({name: values[name] for name in _COMPARED})
     flat |= {f"data.{name}": values["data"][name] for name in _COMPARED_DATA}
     for part, files in inputs.items():

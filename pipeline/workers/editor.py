@@ -70,7 +70,7 @@ class EditActor(GroupWorker):
             requests = with_old_answers(self._backbone, self._template, requests)
         with stage("encode"):
             settings, read = config.objective.settings, requests
-            if self._negatives is None:  # hard negatives are none of the pictures that a request shows
+            if self._negatives is None:  # all pictures of a request are excluded from its hard negatives
                 # Pictures that nothing reads do not pass the image tower.
                 read = [request.reading(settings.reads(self._editor)) for request in requests]
             supervision, evaluation = self._encode(read, self._negatives, settings.joins_rephrases)

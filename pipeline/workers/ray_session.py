@@ -26,7 +26,7 @@ from odedit.runtime.addresses import masked
 from pipeline.config.run import BackboneConfig, PipelineConfig
 from pipeline.variables import environment
 from pipeline.workers import joining, nodes
-from pipeline.workers.plan import Plan, gpus_per_actor, lacking, machine_cpus, machine_gpus, make_plan, shortage
+from pipeline.workers.plan import Plan, lacking, machine_cpus, machine_gpus, make_plan, shortage
 
 _OBJECT_STORE_BYTES = 2 * 2**30
 _LOOPBACK = "127.0.0.1"
@@ -246,7 +246,7 @@ def _cluster_plan(pipeline: PipelineConfig, backbone: BackboneConfig, num_groups
     def look() -> tuple[Plan, str]:
         resources = ray.cluster_resources()
         num_cpus, num_gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-        planned = num_gpus or (gpus_per_actor(pipeline, backbone) if pipeline.device == "cuda" else 0.0)
+        planned = num_gpus or (pipeline.gpus_per_actor if pipeline.device == "cuda" else 0.0)
         if backbone.gpus > 1:  # nodes with them may still join
             planned = max(planned, backbone.gpus)
         plan = make_plan(pipeline, backbone, max(1, int(num_cpus)), planned, num_groups)
