@@ -610,9 +610,9 @@ def data_template() -> None:
     Example: odedit data template > records.csv
     """
     with _explained():
-        from pipeline import commands
+        from odedit.data.template import TEMPLATE
 
-        commands.data_template()
+        print(TEMPLATE, end="")
 
 
 @data_app.command("pack")

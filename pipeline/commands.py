@@ -472,13 +472,6 @@ def parse_columns(pairs: Sequence[str]) -> dict[str, str]:
     return columns
 
 
-def data_template() -> None:
-    """`odedit data template`."""
-    from odedit.data.template import TEMPLATE
-
-    print(TEMPLATE, end="")
-
-
 def check_data(
     path: str,
     image_root: str | None,

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from odedit.errors import counted
 from odedit.evaluation.statistics import Estimate
@@ -88,7 +87,8 @@ def main(out: Path, edits: int, *, fresh: bool, opens: bool = True) -> None:
         errors.print("[bold]One model of all facts[/bold]", highlight=False)
         models = commit_many([arm_config(file, out, section) for file in MODELS.values()], errors, fresh=fresh)
     of_models = {f"one model, {name}": outcome.workspace for name, outcome in zip(MODELS, models, strict=True)}
-    report = page.write_comparison(locate(str(out), "--out"), arms, of_models)
+    block = _block(dict(zip(MODELS, models, strict=True)))
+    report = page.write_comparison(locate(str(out), "--out"), arms, of_models, block)
     rows = {arm.name: arm.rows() for arm in arms}
     for line in attribution.sentences(rows, NATIVE, CONTROL, (ODEDIT, CONTRAST)):
         say(console, line)
@@ -96,7 +96,7 @@ def main(out: Path, edits: int, *, fresh: bool, opens: bool = True) -> None:
         console.print(page.comparison_table(arms[0], arm))
     for arm in arms:
         console.print(f"{arm.name}: {page.counts(arm.summary)}", highlight=False)
-    console.print(_table(dict(zip(MODELS, models, strict=True))))
+    console.print(page.block_table(block))
     lines = [f"Report:  {report}", *(f"         {each.report} ({name})" for name, each in of_models.items())]
     lines.append(f"Results: {', '.join(str(arm.workspace.out) for arm in arms)}")
     if uri is not None:
@@ -107,23 +107,21 @@ def main(out: Path, edits: int, *, fresh: bool, opens: bool = True) -> None:
         open_page(str(report))
 
 
-def _table(models: Mapping[str, Outcome]) -> Table:
+def _block(models: Mapping[str, Outcome]) -> page.Block:
     """The models of one set of facts, one per line."""
-    facts = counted(next(iter(models.values())).summary["n"], "fact")
-    table = Table(
-        title=f"One model of {facts}, by way",
-        title_justify="left",
-        caption="Edits that hold: whole generated answers. Mean \u00b1 half its 95% interval.",
-        caption_justify="left",
-    )
-    for head in ("way", "edits that hold", *_SHOWN.values()):
-        table.add_column(head, justify="left" if head == "way" else "right")
+    lines = []
     for name, outcome in models.items():
         edits = read_edits(outcome.workspace.model)
         figures = outcome.summary["metrics"] | {"kept": outcome.summary.get("kept")}
         cells = [plus_minus(Estimate(**figures[column])) if figures.get(column) else "-" for column in _SHOWN]
-        table.add_row(name, f"{sum(edit['holds'] for edit in edits)} of {len(edits)}", *cells)
-    return table
+        lines.append([name, f"{sum(edit['holds'] for edit in edits)} of {len(edits)}", *cells])
+    facts = counted(next(iter(models.values())).summary["n"], "fact")
+    return page.Block(
+        title=f"One model of {facts}, by way",
+        heads=("way", "edits that hold", *_SHOWN.values()),
+        lines=lines,
+        caption="Edits that hold: whole generated answers. Mean \u00b1 half its 95% interval.",
+    )
 
 
 def _asking(model: Outcome, image_root: Path) -> list[str]:

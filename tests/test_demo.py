@@ -68,7 +68,7 @@ def test_the_demo_ends_with_one_model_of_its_facts_and_a_command_that_asks_it(
     report = tmp_path / "demo" / "report.html"
     assert opened == [str(report)] and f"Report:  {report}" in result.stdout
     pages = re.findall(r'<a href="([\w-]+/report.html)">', report.read_text())
-    assert [str(tmp_path / "demo" / page) for page in pages[len(demo.ARMS) :]] == re.findall(
+    assert [str(tmp_path / "demo" / page) for page in pages[: len(demo.MODELS)]] == re.findall(
         r"^ {9}(\S+) \(one model, ", result.stdout, re.MULTILINE
     )
     assert len(pages) == 7 and all((tmp_path / "demo" / page).is_file() for page in pages)
@@ -84,9 +84,13 @@ def test_the_demo_ends_with_one_model_of_its_facts_and_a_command_that_asks_it(
     assert first.startswith("WISE + ODEdit against WISE: m_gen") and second.startswith("WISE + contrast against WISE: ")
     assert "is due to the rephrase (WISE + rephrase against WISE) and" in first and "; m_loc_near" in first
     models = folders[len(demo.ARMS) :]
+    head, _ = report.read_text().split("Single edits, one per record", 1)
+    assert f"<h1>One model of {EDITS} facts, by way</h1>" in head
     for name, folder in zip(demo.MODELS, models, strict=True):
         edits = read_edits(Workspace.of(folder).model)
-        assert re.search(rf"{name} .*{sum(edit['holds'] for edit in edits)} of {EDITS}", result.stdout)
+        held = f"{sum(edit['holds'] for edit in edits)} of {EDITS}"
+        assert re.search(rf"{name} .*{held}", result.stdout)
+        assert f'<th scope="row">{name}</th><td class="number">{held}</td>' in head
         kept = json.loads((folder / "summary.json").read_text())["kept"]
         assert f"{kept['mean']:.3f}".removeprefix("0") in result.stdout
     (line,) = [line for line in result.stdout.splitlines() if "load_edited" in line]

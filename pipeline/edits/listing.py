@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import posixpath
 from collections.abc import Sequence
 
 from rich.box import SIMPLE
@@ -13,8 +14,8 @@ from rich.table import Table
 from odedit.evaluation.statistics import SHOWN
 from pipeline.report.formatting import number
 from pipeline.run_folder.committed import Entry
+from pipeline.run_folder.outcomes import mean_score
 
-_TEXTS = ("edit_id", "prompt", "answer_before", "target", "answer_after")
 _FIELDS = (
     "edit_id", "holds", "status", "error", "fact", "file", "index", "task", "prompt", "image", "answer_before",
     "target", "answer_after",
@@ -22,19 +23,38 @@ _FIELDS = (
 
 
 def table(listed: Sequence[Entry]) -> Table:
-    """A line per edit: question, answers, whether it holds, and the main scores."""
+    """A line per edit: picture, question, answers, whether it holds, and the mean of its scores.
+
+    A question that all edits share is in the title.
+    """
     held = sum(entry["holds"] for entry in listed)
-    made = Table(box=SIMPLE, pad_edge=False, caption=f"{held} of {len(listed)} hold.", caption_justify="left")
-    for name in ("edit", "question", "old answer", "new answer", "answer now", "holds"):
+    shared = shared_question([entry["prompt"] for entry in listed])
+    made = Table(
+        box=SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,
+        title=shared and f"Question: {escape(shared)}",
+        title_justify="left",
+        caption=f"{held} of {len(listed)} hold.",
+        caption_justify="left",
+    )
+    made.add_column("edit", no_wrap=True, overflow="ignore")
+    question = ["question"] if shared is None else []
+    for name in ("picture", *question, "old answer", "new answer", "answer now", "holds"):
         made.add_column(name, overflow="fold")
-    shown = [name for name in SHOWN if any(name in entry["scores"] for entry in listed)]
-    for name in shown:
-        made.add_column(name, justify="right", no_wrap=True)
+    made.add_column("mean", justify="right")
     for entry in listed:
-        texts = [_plain(entry[name]) for name in _TEXTS]
-        scores = [number(entry["scores"][name]) if name in entry["scores"] else "" for name in shown]
-        made.add_row(*texts, "yes" if entry["holds"] else "no", *scores)
+        texts = [entry["edit_id"], posixpath.basename(entry["image"] or "")]
+        texts += [entry["prompt"]] if shared is None else []
+        texts += [entry[name] for name in ("answer_before", "target", "answer_after")]
+        mean = mean_score(entry["scores"])
+        made.add_row(*map(_plain, texts), "yes" if entry["holds"] else "no", "" if mean is None else number(mean))
     return made
+
+
+def shared_question(questions: Sequence[str | None]) -> str | None:
+    """The question of all edits; None if there are several, or a single edit."""
+    return questions[0] if len(questions) > 1 and len(set(questions)) == 1 else None
 
 
 def _plain(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Iterator
 
 from PIL import Image
@@ -14,6 +15,7 @@ from odedit.data.images import ImageError, ImageReader
 from odedit.errors import StorageError
 from odedit.evaluation.statistics import SHOWN
 from odedit.inputs.batch import is_locality
+from pipeline.edits.listing import shared_question
 from pipeline.report.formatting import number
 from pipeline.run_folder.outcomes import (
     RANKED,
@@ -34,18 +36,29 @@ _PICTURE_COLUMNS = 40
 def worst(workspace: Workspace) -> Table:
     """The edits of a run that are worst, one per line."""
     outcomes = read_outcomes(workspace, worst_ids(read_rows(parts(workspace), RANKED), LISTED), without=("losses",))
-    caption = f"odedit show {workspace.out} EDIT_ID shows one of them."
-    table = Table(box=SIMPLE, pad_edge=False, show_edge=False, caption=caption, caption_justify="left")
+    owns = [outcome.probes[0] if outcome.probes else None for outcome in outcomes]
+    shared = shared_question([None if own is None else own.prompt for own in owns])
+    table = Table(
+        box=SIMPLE,
+        pad_edge=False,
+        show_edge=False,
+        title=None if shared is None else Text(f"Question: {shared}"),
+        title_justify="left",
+        caption=f"odedit show {workspace.out} EDIT_ID shows one of them.",
+        caption_justify="left",
+    )
     table.add_column("edit", no_wrap=True, overflow="ignore")
-    for name in ("question", "old answer", "wanted", "new answer"):
+    question = ["question"] if shared is None else []
+    for name in ("picture", *question, "old answer", "wanted", "new answer"):
         table.add_column(name, overflow="fold")
     table.add_column("mean", justify="right")
-    for outcome in outcomes:
-        own = outcome.probes[0] if outcome.probes else None
+    for outcome, own in zip(outcomes, owns, strict=True):
         mean = outcome.mean_score
+        picture = posixpath.basename(picture_name(own.image)) if own is not None and own.image is not None else ""
         table.add_row(
             outcome.edit_id,
-            Text((own and own.prompt) or ""),
+            Text(picture),
+            *([Text((own and own.prompt) or "")] if shared is None else []),
             Text(outcome.old_answer or ""),
             Text((own and own.target) or ""),
             _answer(own, after=True) if own is not None and outcome.row["status"] == EDITED else _state(outcome),

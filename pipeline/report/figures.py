@@ -14,9 +14,13 @@ from pipeline.report.formatting import LABELS, plain
 STEPS = "steps"
 MEASURED = (*SHOWN, STEPS, "seconds", "worst_nll")
 """Columns whose values have a histogram."""
-NAMES = LABELS | {"seconds": "seconds per edit", STEPS: "steps", "worst_nll": "worst token's NLL at the end"}
+NAMES = LABELS | {
+    "seconds": "seconds per edit",
+    STEPS: "steps",
+    "worst_nll": "least likely token's NLL at the end",
+}
 """Columns of a page spelled out."""
-_CURVES = {"worst_nll": "worst token's NLL over all records", "loss": "loss"}
+_CURVES = {"worst_nll": "least likely token's NLL over all records", "loss": "loss"}
 _MAX_POINTS, _BINS = 60, 10
 _HEIGHT = 40
 """Height of a drawing; its width is 100."""

@@ -39,6 +39,33 @@ class Arm:
         return differences.edited(results.read_rows(results.parts(self.workspace), _COLUMNS))
 
 
+@dataclass(frozen=True)
+class Block:
+    """A table at the head of a comparison.
+
+    Attributes:
+        title: Heading of table and page.
+        heads: Heads of the columns; the first column names the line, the others are numbers.
+        lines: Cells of each line.
+        caption: What the numbers are.
+    """
+
+    title: str
+    heads: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    caption: str
+
+
+def block_table(block: Block) -> Table:
+    """The same in the terminal."""
+    table = Table(title=block.title, title_justify="left", caption=block.caption, caption_justify="left")
+    for index, head in enumerate(block.heads):
+        table.add_column(head, justify="right" if index else "left")
+    for line in block.lines:
+        table.add_row(*line)
+    return table
+
+
 def estimates(summary: Mapping[str, Any]) -> dict[str, Estimate]:
     """Mean and interval of every column in a run's summary."""
     return {name: Estimate(**values) for name, values in summary["metrics"].items()}
@@ -133,20 +160,25 @@ def draw(arms: Sequence[Arm]) -> bytes:
 
 
 def write_comparison(
-    folder: Location, arms: Sequence[Arm], others: Mapping[str, Workspace] = MappingProxyType({})
+    folder: Location,
+    arms: Sequence[Arm],
+    others: Mapping[str, Workspace] = MappingProxyType({}),
+    block: Block | None = None,
 ) -> Location:
     """Writes `comparison.png` and `report.html` of several runs against the first; returns the page.
 
     Args:
-        others: Further runs by name, whose reports the page links to.
+        others: Further runs by name, whose reports the page links to before the compared ones.
+        block: Table at the head of the page, about the further runs.
     """
     from markupsafe import Markup
 
     (folder / "comparison.png").write_bytes(draw(arms))
     path, templates = folder / "report.html", environment()
-    runs = {arm.name: arm.workspace for arm in arms} | dict(others)
+    runs = dict(others) | {arm.name: arm.workspace for arm in arms}
     text = templates.get_template("comparison.html.j2").render(
-        title=" against ".join(arm.name for arm in arms),
+        title=block.title if block is not None else " against ".join(arm.name for arm in arms),
+        block=block,
         pages={name: link for name, run in runs.items() if (link := _link(run, folder)) is not None},
         columns=_columns(arms),
         arms=[_arm_view(arm) for arm in arms],

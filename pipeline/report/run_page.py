@@ -42,7 +42,7 @@ from pipeline.run_folder.outcomes import (
     worst_ids,
 )  # fmt: skip
 from pipeline.run_folder.reasons import Reasons, sentences
-from pipeline.run_folder.rows import EDITED, KEPT, Row, parts, read_rows
+from pipeline.run_folder.rows import EDITED, KEPT, Row, parts, read_kept, read_rows
 from pipeline.run_folder.workspace import Workspace, read_json
 
 MAX_EDITS = 10_000
@@ -66,14 +66,20 @@ class Baseline:
     Attributes:
         name: Name on the page.
         rows: Edited records by edit id, with the columns `COMPARED`.
+        kept: Records of the pool by edit id, with the columns `KEPT`; empty: not measured.
     """
 
     name: str
     rows: Mapping[str, Row]
+    kept: Mapping[str, Row]
 
     @classmethod
     def of(cls, name: str, workspace: Workspace) -> Baseline:
-        return cls(name, differences.edited(read_rows(parts(workspace), COMPARED)))
+        return cls(name, differences.edited(read_rows(parts(workspace), COMPARED)), _kept(workspace))
+
+
+def _kept(workspace: Workspace) -> dict[str, Row]:
+    return {row["edit_id"]: row for row in read_kept(workspace)}
 
 
 def write_run_report(
@@ -179,14 +185,16 @@ def _headline(workspace: Workspace, summary: Mapping[str, Any], baseline: Baseli
     compared = {}
     if baseline is not None:
         own = differences.edited(read_rows(parts(workspace), COMPARED))
-        compared = {entry.column: entry for entry in differences.compare(baseline.rows, own, _HEADLINE)}
+        entries = differences.compare(baseline.rows, own, _HEADLINE)
+        entries += differences.compare(baseline.kept, _kept(workspace), KEPT)
+        compared = {entry.column: entry for entry in entries}
     lines = []
     for name in (*_HEADLINE, *KEPT):
         figures = summary["metrics"].get(name) if name in _HEADLINE else summary.get(name)
         if figures is None:
             continue
         entry = compared.get(name)
-        p = None if entry is None or name not in SHOWN else entry.difference.p
+        p = None if entry is None or name not in (*SHOWN, *KEPT) else entry.difference.p
         label = {"kept": "other answers kept", "kept_text": "other answers kept, without picture"}.get(name)
         is_clear = p is not None and p < SIGNIFICANT
         lines.append(

@@ -223,6 +223,12 @@ def read_table(location: Location, columns: Sequence[str] | None = None) -> pyar
         return file.read(columns)
 
 
+def read_kept(workspace: Workspace) -> list[Row]:
+    """Rows of `kept.parquet`, with shares in place of truth values; empty if nothing of the kind was measured."""
+    rows = read_table(workspace.kept).to_pylist() if workspace.kept.exists() else []
+    return [row | {name: float(row[name]) for name in KEPT if row[name] is not None} for row in rows]
+
+
 def to_pandas(workspace: Workspace, columns: Sequence[str] | None = None) -> pandas.DataFrame:
     """All rows of a run as a data frame, maps as dictionaries.
 

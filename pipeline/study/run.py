@@ -205,8 +205,7 @@ def _write(
     kept: dict[str, list[results.Row]] = {arm.folder: [] for arm in every}
     for arm, outcome in zip(of_arms, outcomes, strict=True):
         rows[arm.folder] += results.read_rows(results.parts(outcome.workspace))
-        if outcome.workspace.kept.exists():
-            kept[arm.folder] += tables.kept_rows(outcome.workspace.kept)
+        kept[arm.folder] += results.read_kept(outcome.workspace)
     cells = tables.cells(study, every, rows, kept)
     blocks = [tables.to_markdown(study, cells, columns) for columns in (study.columns, study.further) if columns]
     if study.correlate is not None:

@@ -11,10 +11,9 @@ from types import MappingProxyType
 from typing import Any
 
 from odedit.evaluation.statistics import Estimate
-from odedit.storage.location import Location
 from pipeline.report.differences import Difference, differences, edited, fact, means
 from pipeline.report.formatting import plus_minus, sign
-from pipeline.run_folder.rows import FAILED, KEPT, SKIPPED, Row, read_table
+from pipeline.run_folder.rows import FAILED, KEPT, SKIPPED, Row
 from pipeline.study.spec import Arm, StudyConfig
 from pipeline.tracking.client import Table
 
@@ -79,12 +78,6 @@ def cells(
             if of_task[arm.folder]
         ]
     return made
-
-
-def kept_rows(location: Location) -> list[Row]:
-    """Rows of a run's `kept.parquet`, with shares in place of truth values."""
-    rows: list[Row] = read_table(location).to_pylist()
-    return [row | {name: float(row[name]) for name in KEPT if row[name] is not None} for row in rows]
 
 
 def tasks(study: StudyConfig) -> Mapping[str, str]:

@@ -65,7 +65,7 @@
     ...Object.fromEntries(data.probes.map(({ name }, number) => [`probe ${number}`, [name, (edit) => scoreOf(edit, number)]])),
     steps: ["steps", (edit) => edit.steps],
     seconds: ["seconds", (edit) => edit.seconds],
-    nll: ["worst token's NLL", (edit) => edit.nll],
+    nll: ["least likely token's NLL", (edit) => edit.nll],
   };
   if (data.baseline) SORTS.change = [`change from ${data.baseline}`, (edit) => edit.mean - edit.base];
 

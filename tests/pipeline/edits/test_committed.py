@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from odedit import InputError
 from odedit.__main__ import app
 from odedit.storage.location import locate
 from odedit.ways.common.files import load_committed, save_committed
+from pipeline.edits import listing
 from pipeline.report.model_card import cell, write_model_card
 from pipeline.run_folder.committed import entry, read_edits, worst_first, write_edits
 from tests.support import committed
@@ -65,6 +67,18 @@ def test_the_command_lists_the_worst_first(made: Model, tmp_path: Path, monkeypa
     (tmp_path / "edits.json").write_text('{"format": "odedit-model-1", "edits": [1]}')
     with pytest.raises(InputError, match="damaged"):
         read_edits(locate(str(tmp_path), "MODEL"))
+
+
+def test_a_question_that_all_edits_share_is_said_once(made: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, _ = read_edits(locate(str(made.out / "model"), "MODEL"))
+    second = second | {"prompt": first["prompt"], "image": "deep/in/a/folder.png"}
+    console = Console(width=100, file=io.StringIO())
+    console.print(listing.table([first, second]))
+    console.print(listing.table([first]))
+    both, alone = console.file.getvalue().split("2 of 2 hold.")
+    assert f"Question: {first['prompt']}" in both and both.count(first["prompt"]) == 1
+    assert " folder.png " in both and "deep" not in both
+    assert "Question:" not in alone and "question" in alone
 
 
 def test_an_edit_without_its_answer_does_not_hold() -> None:

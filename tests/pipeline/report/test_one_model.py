@@ -96,7 +96,7 @@ def test_curves_of_the_training_are_drawn(tmp_path: Path) -> None:
     curves = {"step": [50.0, 100.0, 1200.0], "worst_nll": [6.5, 2.0, 0.03], "threshold": [0.4]}
     workspace = commit(write_run(tmp_path / "run", 4), curves=curves)
     text = report(workspace)
-    assert "worst token's NLL over all records: 6.5 → 0.03" in text.replace("&#39;", "'")
+    assert "least likely token's NLL over all records: 6.5 → 0.03" in text.replace("&#39;", "'")
     assert '<polyline points="0,2 ' in text and "step 50 to 1,200" in text
     assert "threshold: 0.4</figcaption>" in text
 

@@ -10,12 +10,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 
 from pipeline.report import run_page
 from pipeline.report.run_page import Baseline, probe_label, write_run_report
 from pipeline.run_folder.rows import EDITED, Row
-from pipeline.run_folder.workspace import Workspace, read_json
+from pipeline.run_folder.summary import summarize_kept
+from pipeline.run_folder.workspace import Workspace, read_json, write_json, write_table
 from tests.support.finished_runs import SCRIPT, write_run
 
 
@@ -121,6 +123,23 @@ def test_the_baseline_s_difference_is_over_the_common_edits(tmp_path: Path) -> N
     edits = {edit["id"]: edit for edit in data_of(text)["edits"]}
     assert "base" not in edits["vqa-000005"]
     assert edits["vqa-000000"]["base"] == pytest.approx(edits["vqa-000000"]["mean"] + 0.2)
+
+
+def test_kept_answers_are_compared_with_the_baseline_over_the_common_records(tmp_path: Path) -> None:
+    def write(name: str, answers: list[bool]) -> Workspace:
+        workspace = write_run(tmp_path / name, 4)
+        rows = [{"edit_id": f"pool-{at}", "fact": f"fact {at}", "kept": kept, "kept_text": None}
+                for at, kept in enumerate(answers)]  # fmt: skip
+        schema = pyarrow.schema([("edit_id", pyarrow.string()), ("fact", pyarrow.string()),
+                                 ("kept", pyarrow.bool_()), ("kept_text", pyarrow.bool_())])  # fmt: skip
+        write_table(workspace.kept, pyarrow.Table.from_pylist(rows, schema=schema))
+        write_json(workspace.summary, read_json(workspace.summary) | summarize_kept(workspace))
+        return workspace
+
+    base, own = write("base", [True, True, True, True, False]), write("run", [True, True, False, False])
+    text = report(own, baseline=Baseline.of("base", base))
+    line = text[text.index("other answers kept") :]
+    assert "-0.500 [" in line[: line.index("</tr>")], "two of the four records that both asked"
 
 
 def test_whole_numbers_are_shown_as_such(tmp_path: Path) -> None:
