@@ -28,6 +28,7 @@ from pipeline.report import page
 from pipeline.report.cloud import HiddenStates
 from pipeline.run_folder import rows
 from pipeline.run_folder.reasons import lines
+from pipeline.run_folder.staging import OWN_PICTURES, PICTURES
 from pipeline.run_folder.summary import finished_run
 from pipeline.run_folder.workspace import Workspace
 from pipeline.tracking.client import open_command, store_uri
@@ -213,16 +214,22 @@ def show_outcome(outcome: Outcome, title: str | None = None, files: str = "resul
         say(out, f"MLflow:  {open_command(outcome.tracking_uri)}")
 
 
+_KEPT_OF = {
+    PICTURES: "general questions about the pictures of data.pictures",
+    OWN_PICTURES: "general questions about the records' own pictures",
+}
+"""Questions of a pool that is made of pictures, by its source."""
+
+
 def _of_other_questions(summary: Mapping[str, Any]) -> list[str]:
     """Lines about the questions that are no record's, of a model with all records."""
+    about = _KEPT_OF.get(summary.get("kept_of", ""), "the pool's questions")
     lines = []
-    for name, what in zip(rows.KEPT, ("their own question", "their text question"), strict=True):
+    for name, what in zip(rows.KEPT, (about, "questions without a picture"), strict=True):
         if name in summary:
             e = summary[name]
-            lines.append(
-                f"{name}: {e['mean']:.3f} [{e['low']:.3f}, {e['high']:.3f}] of {e['n']} records of the pool answer "
-                f"{what} as before."
-            )
+            interval = f"{e['mean']:.3f} [{e['low']:.3f}, {e['high']:.3f}]"
+            lines.append(f"{name}: {interval} of {e['n']} answers to {what} are as before.")
     if "text" in summary:
         e = summary["text"]
         before, after = e["perplexity_before"], e["perplexity_after"]

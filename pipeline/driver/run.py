@@ -20,9 +20,9 @@ from pipeline.driver import tracked
 from pipeline.driver.preflight import Ready, prepare, update
 from pipeline.driver.progress import Progress
 from pipeline.interrupts import raise_if_interrupted, terminate_as_interrupt
-from pipeline.run_folder import repair
+from pipeline.run_folder import repair, staging
 from pipeline.run_folder.committed import write_edits
-from pipeline.run_folder.rows import PROGRESS_COLUMNS, digest, parts, read_rows, unify
+from pipeline.run_folder.rows import KEPT, PROGRESS_COLUMNS, digest, parts, read_rows, unify
 from pipeline.run_folder.summary import summarize_kept, summarize_results
 from pipeline.run_folder.workspace import Workspace, read_json, write_json
 from pipeline.tracking import models
@@ -319,7 +319,12 @@ def _edit(
 
 def _of_model(ready: Ready) -> dict[str, Any]:
     """Entries of the summary of a scored model."""
-    return {} if ready.scored is None else dict(ready.scored.columns) | summarize_kept(ready.workspace)
+    if ready.scored is None:
+        return {}
+    entries = dict(ready.scored.columns) | summarize_kept(ready.workspace)
+    if not entries.keys().isdisjoint(KEPT):
+        entries["kept_of"] = staging.pool_source(ready.workspace, ready.sources)
+    return entries
 
 
 def _finish(ready: Ready, tracker: EditRun | None, console: Console | None) -> Outcome:

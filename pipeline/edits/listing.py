@@ -16,6 +16,8 @@ from pipeline.report.formatting import number
 from pipeline.run_folder.committed import Entry
 from pipeline.run_folder.outcomes import mean_score
 
+QUESTION = 14
+"""Characters of a question in a line, at least."""
 _FIELDS = (
     "edit_id", "holds", "status", "error", "fact", "file", "index", "task", "prompt", "image", "answer_before",
     "target", "answer_after",
@@ -23,7 +25,7 @@ _FIELDS = (
 
 
 def table(listed: Sequence[Entry]) -> Table:
-    """A line per edit: picture, question, answers, whether it holds, and the mean of its scores.
+    """A line per edit: picture, question, answers, whether it holds (✓), and the mean of its scores.
 
     A question that all edits share is in the title.
     """
@@ -35,20 +37,21 @@ def table(listed: Sequence[Entry]) -> Table:
         collapse_padding=True,
         title=shared and f"Question: {escape(shared)}",
         title_justify="left",
-        caption=f"{held} of {len(listed)} hold.",
+        caption=f"{held} of {len(listed)} hold (✓).",
         caption_justify="left",
     )
     made.add_column("edit", no_wrap=True, overflow="ignore")
     question = ["question"] if shared is None else []
-    for name in ("picture", *question, "old answer", "new answer", "answer now", "holds"):
-        made.add_column(name, overflow="fold")
-    made.add_column("mean", justify="right")
+    for name in ("picture", *question, "old answer", "new answer", "answer now"):
+        made.add_column(name, overflow="fold", min_width=QUESTION if name == "question" else None)
+    made.add_column("mean", justify="right", no_wrap=True, min_width=5)
     for entry in listed:
         texts = [entry["edit_id"], posixpath.basename(entry["image"] or "")]
         texts += [entry["prompt"]] if shared is None else []
-        texts += [entry[name] for name in ("answer_before", "target", "answer_after")]
+        texts += [entry["answer_before"], entry["target"]]
+        now = "✓✗"[not entry["holds"]] + f" {_plain(entry['answer_after'])}"
         mean = mean_score(entry["scores"])
-        made.add_row(*map(_plain, texts), "yes" if entry["holds"] else "no", "" if mean is None else number(mean))
+        made.add_row(*map(_plain, texts), now, "" if mean is None else number(mean))
     return made
 
 

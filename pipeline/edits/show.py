@@ -15,7 +15,7 @@ from odedit.data.images import ImageError, ImageReader
 from odedit.errors import StorageError
 from odedit.evaluation.statistics import SHOWN
 from odedit.inputs.batch import is_locality
-from pipeline.edits.listing import shared_question
+from pipeline.edits.listing import QUESTION, shared_question
 from pipeline.report.formatting import number
 from pipeline.run_folder.outcomes import (
     RANKED,
@@ -42,6 +42,7 @@ def worst(workspace: Workspace) -> Table:
         box=SIMPLE,
         pad_edge=False,
         show_edge=False,
+        collapse_padding=True,
         title=None if shared is None else Text(f"Question: {shared}"),
         title_justify="left",
         caption=f"odedit show {workspace.out} EDIT_ID shows one of them.",
@@ -50,8 +51,8 @@ def worst(workspace: Workspace) -> Table:
     table.add_column("edit", no_wrap=True, overflow="ignore")
     question = ["question"] if shared is None else []
     for name in ("picture", *question, "old answer", "wanted", "new answer"):
-        table.add_column(name, overflow="fold")
-    table.add_column("mean", justify="right")
+        table.add_column(name, overflow="fold", min_width=QUESTION if name == "question" else None)
+    table.add_column("mean", justify="right", no_wrap=True, min_width=5)
     for outcome, own in zip(outcomes, owns, strict=True):
         mean = outcome.mean_score
         picture = posixpath.basename(picture_name(own.image)) if own is not None and own.image is not None else ""

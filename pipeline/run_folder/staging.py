@@ -134,9 +134,16 @@ def wanted(config: RunConfig, workspace: Workspace, sources: Sources) -> Wanted:
     if not workspace.pool.exists():
         return Wanted(slots)
     with parquet_file(workspace.pool) as file:
-        count, first = file.metadata.num_rows, file.read(["file"]).column("file")[0].as_py()
-    source = "data.pool" if sources.pool is not None else str(first)
-    return Wanted(slots, source, sources.pool is None, count)
+        count = file.metadata.num_rows
+    return Wanted(slots, pool_source(workspace, sources), sources.pool is None, count)
+
+
+def pool_source(workspace: Workspace, sources: Sources) -> str:
+    """What a staged pool is made of: `data.pool`, `PICTURES` or `OWN_PICTURES`."""
+    if sources.pool is not None:
+        return "data.pool"
+    with parquet_file(workspace.pool) as file:
+        return str(file.read(["file"]).column("file")[0].as_py())
 
 
 def origins(config: RunConfig, workspace: Workspace, sources: Sources) -> dict[str, Counter[str]]:

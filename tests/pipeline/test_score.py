@@ -127,6 +127,7 @@ def test_a_model_against_itself_keeps_everything(scored: Callable[..., tuple[Res
     for name in ("t_loc", "m_loc"):
         assert summary["metrics"][name]["mean"] == 1
     assert summary["kept"] == summary["kept_text"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 7}
+    assert summary["kept_of"] == "data.pool" and "of 7 answers to the pool's questions are as before" in done.stdout
     assert summary["text"]["nll_before"] == summary["text"]["nll_after"] > 0
     (tmp_path / "text.txt").write_text("which colour is it?\n" * 4)
     shutil.copy(tmp_path / "text.txt", tmp_path / "other.txt")

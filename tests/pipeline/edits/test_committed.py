@@ -75,7 +75,7 @@ def test_a_question_that_all_edits_share_is_said_once(made: Model, monkeypatch: 
     console = Console(width=100, file=io.StringIO())
     console.print(listing.table([first, second]))
     console.print(listing.table([first]))
-    both, alone = console.file.getvalue().split("2 of 2 hold.")
+    both, alone = console.file.getvalue().split("2 of 2 hold")
     assert f"Question: {first['prompt']}" in both and both.count(first["prompt"]) == 1
     assert " folder.png " in both and "deep" not in both
     assert "Question:" not in alone and "question" in alone
