@@ -16,7 +16,7 @@ from pipeline.report.formatting import number
 from pipeline.run_folder.committed import Entry
 from pipeline.run_folder.outcomes import mean_score
 
-QUESTION = 14
+QUESTION = 9
 """Characters of a question in a line, at least."""
 _FIELDS = (
     "edit_id", "holds", "status", "error", "fact", "file", "index", "task", "prompt", "image", "answer_before",
