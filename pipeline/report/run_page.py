@@ -209,7 +209,9 @@ def _resources(workspace: Workspace, summary: Mapping[str, Any]) -> list[tuple[s
     metrics, wall, n = summary["metrics"], summary.get("wall_seconds"), summary["n"]
     lines = []
     if wall:
-        lines += [("Time of the run", f"{number(wall)} s"), ("Edits per second", number(n / wall))]
+        lines.append(("Time of the run", f"{number(wall)} s"))
+        if not workspace.committed.exists():  # making one model is no rate of edits
+            lines.append(("Edits per second", number(n / wall)))
     if "seconds" in metrics:
         lines.append(("Seconds per edit (optimisation)", interval(Estimate(**metrics["seconds"]))))
     if "peak_bytes" in metrics:

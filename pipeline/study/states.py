@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from pipeline.report.cloud import distance
 from pipeline.study import plots
 from pipeline.study.spec import Arm, StudyConfig
 
-_MARKERS = dict(zip(PROBES, "os^Dvp", strict=False))
+_MARKERS = dict(zip(PROBES, cycle("os^Dvp"), strict=False))
 _NAMES = {name: METRICS[name].prompt for name in PROBES}
 _SEED = 0
 
