@@ -7,10 +7,12 @@ BIN    := $(VENV)/bin
 DIVIDED := -n 2 --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test bench faults picture lint format clean
+.PHONY: help install demo check test bench faults picture lint format clean
 
 help:      ## This list.
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.ready      ## odedit in .venv.
 
 demo: $(VENV)/.ready      ## Edits the embedded model, opens a report, leaves results and an MLflow store in demo/.
 	@$(BIN)/odedit demo --out demo
