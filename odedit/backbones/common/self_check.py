@@ -41,6 +41,7 @@ def check_against_library(backbone: Auto) -> None:
     with_picture = Probe(_QUESTION, "a", pictures[0])
     prompt = _prompt(backbone, with_picture)
     _measure(backbone, prompt, pictures[0])
+    _find_split(backbone, prompt)
     _compare(backbone, prompt, pictures[0])
     _compare(backbone, _prompt(backbone, Probe(_QUESTION, "a")), None)
 
@@ -97,6 +98,23 @@ def _measure(backbone: Auto, prompt: TokenSequence, picture: Picture) -> None:
     backbone.added_after = tuple(layers)
     hidden, _ = backbone._placed(decoder.embed_tokens(tokens), feature[None], image)
     _same_states(backbone, hidden, handed.hidden_RSD, "the states that enter layer 0")
+
+
+def _find_split(backbone: Auto, prompt: TokenSequence) -> None:
+    """Sets how one matrix for queries, keys and values is split: as attention's own output results."""
+    decoder = backbone.decoder
+    if "attention.qkv" not in backbone.parts:
+        return
+    tokens = torch.tensor([prompt.tokens], device=backbone.device)
+    hidden = decoder.embed_positions(decoder.embed_tokens(tokens))
+    every, rotary = torch.arange(tokens.shape[1], device=tokens.device)[None], decoder.rotary(hidden, None)
+    expected, shares = decoder.attention_half(0, hidden, rotary) - hidden, {}
+    for decoder.grouped in (False, True):
+        shares[decoder.grouped] = _share(decoder.attention_half(0, hidden, rotary, every) - hidden, expected)
+    decoder.grouped = min(shares, key=shares.__getitem__)
+    if shares[decoder.grouped] > TOLERANCE[backbone.model.dtype]:
+        path = decoder.structure.layers[0].sites["attention.qkv"]
+        raise Unsupported(f"layers.0.{path} holds queries, keys and values neither one after the other nor by heads")
 
 
 def _compare(backbone: Auto, prompt: TokenSequence, picture: Picture | None) -> None:
@@ -165,7 +183,7 @@ def _first_difference(backbone: Auto, prompt: TokenSequence, features: Any, name
     batch = backbone.assemble(["probe"], ["rel"], [[cell]], features)
     length = len(prompt.tokens)
     for index, call in enumerate(calls[:-1]):
-        found = backbone.prefix(batch, f"layers.{index + 1}.attention.q").hidden_RSD[:, :length]
+        found = backbone.prefix(batch, f"layers.{index + 1}.attention.out").hidden_RSD[:, :length]
         expected = call.output + batch.features_NLD.new_zeros(())
         if index in backbone.added_after:
             continue

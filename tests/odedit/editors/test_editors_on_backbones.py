@@ -42,13 +42,14 @@ OBJECTIVES = {
     "odedit": Objective(ObjectiveConfig(warmup=0.0, ramp=0.0, sigma2_0=50.0)),
 }
 STEPS = Stopping(max_steps=3, worst_token_nll=1e-9)
-# Behind Gemma 3's norm after the feed-forward network, new neurons first make the answer less likely.
-LONGER = {("tpatcher", "gemma3"): Stopping(max_steps=60, worst_token_nll=1e-9)}
+# New neurons start at random values, and can first make the answer less likely.
+LONGER = {("tpatcher", name): Stopping(max_steps=60, worst_token_nll=1e-9) for name in ("gemma3", "llava_phi3")}
 FIGURES = EvaluationConfig(generate=False)
 
 
-CURRENT = ("qwen3_vl", "gemma3")
-"""Models that `auto` reads: features in several layers and three position axes; pictures attended to both ways."""
+CURRENT = ("qwen3_vl", "gemma3", "glm4v", "llava_phi3")
+"""Models that `auto` reads: features in several layers and three position axes; pictures attended to both ways; one
+matrix for gate and input; the same and one for queries, keys and values."""
 
 
 @pytest.fixture(scope="module", params=[*backbones.names(), *CURRENT])
