@@ -115,10 +115,6 @@ class Backbone(ABC):
         """Ids of the special tokens that `sequence` writes, by description."""
         return {}
 
-    def positions(self, tokens_RS: Tensor, image_RS: Tensor) -> Tensor | None:
-        """Position ids; None for 0, 1, 2, ..."""
-        return None
-
     def plain_use(self) -> PlainUse | None:
         """How a program without odedit asks the model; None: not known."""
         return None
@@ -585,8 +581,7 @@ class Backbone(ABC):
 
     def _inputs(self, batch: EditBatch) -> LayerInputs | None:
         """Inputs of the layers for a batch's sequences; one row if all have the same positions."""
-        tokens_RS, image_RS = batch.tokens_EKS.flatten(0, 1), batch.image_EKS.flatten(0, 1)
-        return self._decoder.rotary(self._decoder.embed_tokens(tokens_RS[:1]), self.positions(tokens_RS, image_RS))
+        return self._decoder.rotary(self._decoder.embed_tokens(batch.tokens_EKS.flatten(0, 1)[:1]), None)
 
     def _whole_layer(self, sites: Sequence[str], positionwise: bool) -> int:
         if positionwise:

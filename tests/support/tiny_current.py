@@ -353,6 +353,14 @@ MODELS: dict[str, Callable[[], Parts]] = {
     "qwen3_vl_moe": lambda: _qwen("Qwen3VLMoe", moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2),
 }  # fmt: skip
 """Makers of models by name."""
+FAMILIES = (*tiny_models.FAMILIES, "auto")
+SIDES = {"auto": 112}
+"""Image size of a family that has none of its own."""
+
+
+def write_family(family: str, directory: Path, seed: int = 0) -> Path:
+    """Writes a checkpoint of a family, for `auto` a Qwen2.5-VL, and returns its folder."""
+    return write("qwen2_5_vl", directory, seed) if family == "auto" else tiny_models.write(family, directory, seed)
 
 
 def write(

@@ -315,7 +315,7 @@ class LlamaDecoder(Decoder):
     and share heads (Mistral). A sliding window limits the length of sequences, so that all of them fit into it.
     """
 
-    TYPES = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")
+    TYPES = ("llama", "mistral", "qwen2")
     BEFORE_NONLINEARITY = "ffn.gate"
     MODULES: ClassVar[Mapping[str, str]] = {
         "attention.q": "self_attn.q_proj",

@@ -34,7 +34,7 @@ from odedit.editing.merging import export
 from odedit.runtime.kv_cache import KVCache
 from odedit.runtime.lru import LRU
 from odedit.ways.common.sequences import about
-from tests.support import reading, tiny_current, tiny_models
+from tests.support import reading, tiny_current
 from tests.support.requests import TEMPLATE
 
 SERVED = (
@@ -202,25 +202,10 @@ def test_a_model_that_cannot_be_split_is_refused_in_a_sentence(name, folder):
     assert str(refusal.value).count("\n") == 0 and str(refusal.value).endswith(".")
 
 
-QWEN_CHAT = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-    "{% for part in messages[0].content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n<|im_start|>assistant{{ '\\n' }}"
-)
-
-
-@pytest.mark.parametrize("family", ["blip2", "minigpt4", "llava", "qwen2_5_vl"])
-def test_the_named_families_are_the_same_through_auto(family, folder, requests):
-    """Tokens, states, an edit's figures: at the named family's size, from the text model or the connector on."""
-    if family == "qwen2_5_vl":
-        path = tiny_models.write(family, folder / "named")
-        (path / "chat_template.jinja").write_text(QWEN_CHAT)
-        (path / "processor_config.json").write_text('{"processor_class": "Qwen2_5_VLProcessor"}')
-    else:
-        path = world.checkpoint_path(family)
-    named, auto = load_backbone(family, str(path)), load_backbone(
-        "auto", str(path), image_size=448 if family == "qwen2_5_vl" else None
-    )  # fmt: skip
+@pytest.mark.parametrize("family", ["blip2", "minigpt4", "llava"])
+def test_the_named_families_are_the_same_through_auto(family, requests):
+    """Tokens, states, an edit's figures: from the text model or the connector on."""
+    named, auto = (load_backbone(name, str(world.checkpoint_path(family))) for name in (family, "auto"))
     assert auto.fingerprint == named.fingerprint and auto.connector_sites() == named.connector_sites()
     asked_few = [dataclasses.replace(request, probes=dict(list(request.probes.items())[:2])) for request in requests]
     for site in ("layers.-1.ffn.out", named.connector_sites()[-1]):
