@@ -347,9 +347,7 @@ MODELS: dict[str, Callable[[], Parts]] = {
     "internvl": _internvl, "gemma3": _gemma3, "paligemma": _paligemma, "idefics3": _idefics3, "smolvlm": _smolvlm,
     "instructblip": _instructblip, "blip2_t5": _blip2_t5, "mllama": _mllama, "vipllava": _vipllava, "aya": _aya,
     "glm4v": _glm4v, "llava_phi3": lambda: _llava_of("Phi3"), "llava_of_llama": lambda: _llava_of("Llama"),
-    "llava_persimmon": lambda: _llava_of(
-        "Persimmon", rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
-    ),
+    "llava_persimmon": lambda: _llava_of("Persimmon"),
     "qwen3_vl_moe": lambda: _qwen("Qwen3VLMoe", moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2),
 }  # fmt: skip
 """Makers of models by name."""

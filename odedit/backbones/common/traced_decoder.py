@@ -27,6 +27,7 @@ class TracedDecoder(Decoder):
         scale: Factor of the logits, which the final states are multiplied by.
         grouped: Whether one matrix for queries, keys and values has them in turns, for each head of the keys, instead
             of all queries first, then all keys and all values.
+        partly: Whether attention rotates only the first dimensions of a head, as many as the rotary tables have.
     """
 
     structure: Structure
@@ -34,6 +35,7 @@ class TracedDecoder(Decoder):
     axes: int
     scale: float
     grouped: bool
+    partly: bool
     _embeddings: Any
     _added_positions: Any
     _width: list[int]
@@ -52,7 +54,8 @@ class TracedDecoder(Decoder):
         self.BEFORE_NONLINEARITY = self.structure.layers[0].before_nonlinearity
         super().__init__(self.structure.stack, head, _longest(config))
         self.hidden_size = int(config.hidden_size)
-        self.first_position, self.axes, self.scale, self.grouped = 0, 1, 1.0, False
+        self.first_position, self.axes, self.scale = 0, 1, 1.0
+        self.grouped = self.partly = False
         self._rotate = [self._rotation(layer) for layer in range(self.num_layers)]
         self._width = [self._head_width(layer) for layer in range(self.num_layers)]
         self._added_positions = self._position_table()
@@ -179,8 +182,16 @@ class TracedDecoder(Decoder):
         apply: Any = getattr(module, "apply_rotary_pos_emb", None)
         if apply is None and self.structure.layers[layer].table is not None:
             raise Unsupported(f"{module.__name__} has no apply_rotary_pos_emb")
-        # It rotates queries and keys: here one of them, and no head of the other.
-        return lambda heads, cos, sin: cast(Tensor, apply(heads, heads[:, :0], cos, sin)[0])
+
+        def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            # The function rotates queries and keys: here one of them, and no head of the other.
+            turned, kept = heads, heads[..., :0]
+            if self.partly:
+                turned, kept = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
+            turned = cast(Tensor, apply(turned, turned[:, :0], cos, sin)[0])
+            return torch.cat([turned, kept], dim=-1) if self.partly else turned
+
+        return rotated
 
     def _head_width(self, layer: int) -> int:
         width = getattr(self.attention(layer), "head_dim", None)

@@ -339,7 +339,7 @@ def test_one_matrix_for_queries_keys_and_values_is_split_as_attention_splits_it(
     torch.testing.assert_close(decoder.attention_half(0, hidden, inputs, every), expected)
     split = TracedDecoder._split
     monkeypatch.setattr(TracedDecoder, "_split", lambda *given: [part.flip(-1) for part in split(*given)])
-    with pytest.raises(InputError, match=r"layers\.0\.self_attn\.qkv_proj holds queries, keys and values neither"):
+    with pytest.raises(InputError, match=r"layers\.0 is not what its matrices \(self_attn\.qkv_proj, "):
         load_backbone("auto", directory)
 
 
