@@ -141,6 +141,11 @@ def fingerprint(family: str, checkpoint: str, *, dtype: str = "float32") -> str:
 
 def find(family: str) -> Any:
     """Class of a family. Raises InputError for an unknown name."""
+    if family == "qwen2_5_vl":  # a family of its own once
+        raise InputError(
+            "'qwen2_5_vl' is no family of its own any more: leave it out, or name 'auto', which makes the same edits "
+            "with backbone.image_size=448."
+        )
     return plugins.find(sys.modules[__name__], "backbone", family, "BACKBONE")
 
 

@@ -158,6 +158,12 @@ class Auto(Backbone):
         if before_connector:
             return self.tower(pixels).unbind(0)
         flat = self.flat_features(self.vision.features(pixels, inputs))
+        if flat.shape[-1] != self.feature_width:
+            raise InputError(
+                f"backbone.checkpoint {self.checkpoint!r}: a picture becomes features of width {flat.shape[-1]}, and "
+                f"the text model takes width {self.feature_width}. Take config.json from the model that the weights "
+                "belong to."
+            )
         whole = flat.reshape(len(group), -1, flat.shape[-1])
         expected = self.processor.layout(group[0].size).num_positions
         if whole.shape[1] != expected:

@@ -7,6 +7,7 @@ path of a picture through image tower and connector.
 from __future__ import annotations
 
 import difflib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from torch.nn import functional
 
 from odedit.backbones.common import checkpoints
 from odedit.backbones.common.checkpoints import Architecture, PretrainedProcessor
-from odedit.backbones.common.decoders import Decoder
+from odedit.backbones.common.decoders import FUSED, Decoder
 from odedit.backbones.common.layer_inputs import LayerInputs
 from odedit.backbones.common.placement import Placement, devices_of
 from odedit.backbones.common.prefix import CONNECTOR, BeforeConnector, Prefix, is_connector
@@ -33,7 +34,7 @@ from odedit.runtime.budgets import budgets
 from odedit.runtime.gather import gather_positions
 from odedit.runtime.kv_cache import KVCache
 
-__all__ = ["CONNECTOR", "Backbone", "BeforeConnector", "Prefix", "ends_of", "is_connector"]
+__all__ = ["CONNECTOR", "Backbone", "BeforeConnector", "Prefix", "ends_of", "holding", "is_connector"]
 
 _PROCESSED_TOGETHER = 64
 """Pictures processed, and held as pixels, at a time."""
@@ -113,10 +114,6 @@ class Backbone(ABC):
     def marks(self) -> Mapping[str, int | None]:
         """Ids of the special tokens that `sequence` writes, by description."""
         return {}
-
-    def positions(self, tokens_RS: Tensor, image_RS: Tensor) -> Tensor | None:
-        """Position ids; None for 0, 1, 2, ..."""
-        return None
 
     def plain_use(self) -> PlainUse | None:
         """How a program without odedit asks the model; None: not known."""
@@ -584,13 +581,21 @@ class Backbone(ABC):
 
     def _inputs(self, batch: EditBatch) -> LayerInputs | None:
         """Inputs of the layers for a batch's sequences; one row if all have the same positions."""
-        tokens_RS, image_RS = batch.tokens_EKS.flatten(0, 1), batch.image_EKS.flatten(0, 1)
-        return self._decoder.rotary(self._decoder.embed_tokens(tokens_RS[:1]), self.positions(tokens_RS, image_RS))
+        return self._decoder.rotary(self._decoder.embed_tokens(batch.tokens_EKS.flatten(0, 1)[:1]), None)
 
     def _whole_layer(self, sites: Sequence[str], positionwise: bool) -> int:
         if positionwise:
             return -1
         return max((self._decoder.locate(site)[0] for site in sites if not is_connector(site)), default=-1)
+
+
+def holding(backbone: Backbone, site: str) -> str:
+    """The site; where the model has one matrix for it and others (`FUSED`), the site of that matrix."""
+    match = re.fullmatch(r"(layers\.[^.]+)\.(.+)", site)
+    parts = getattr(backbone, "parts", ())  # a class from outside the package need not name them
+    if match is None or match[2] in parts or FUSED.get(match[2]) not in parts:
+        return site
+    return f"{match[1]}.{FUSED[match[2]]}"
 
 
 def ends_of(backbone: Backbone) -> frozenset[int]:

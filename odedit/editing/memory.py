@@ -122,11 +122,14 @@ def _saved(backbone: Backbone, first: int, at_ffn: bool, positions: int, tokens:
     frozen matrix keeps nothing. After its keys and values, the last layer runs only where an answer is read.
     """
     last = backbone.num_layers - 1
-    parts = set(backbone.parts)
-    rows = {part: len(backbone.site(f"layers.{last}.{part}").weight) for part in parts}
-    width, shared = backbone.hidden_size, rows["attention.k"] + rows["attention.v"]
-    inner = (3 if "ffn.gate" in parts else 2) * rows["ffn.in"]
-    whole = 2 * width + 2 * rows["attention.q"] + shared + inner
+    queries, within = (backbone.site(f"layers.{last}.{part}").in_features for part in ("attention.out", "ffn.out"))
+    rows = [
+        len(backbone.site(f"layers.{last}.{part}").weight)
+        for part in backbone.parts if part.startswith("attention.") and part != "attention.out"
+    ]  # fmt: skip
+    width, shared = backbone.hidden_size, sum(rows) - queries
+    inner = (3 if {"ffn.gate", "ffn.gate_in"}.intersection(backbone.parts) else 2) * within
+    whole = 2 * width + 2 * queries + shared + inner
     total = 0
     for layer in range(first, last + 1):
         if layer == first and at_ffn:

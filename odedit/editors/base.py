@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from odedit.backbones.base import Backbone, Prefix
+from odedit.backbones.base import Backbone, Prefix, holding
 from odedit.inputs.batch import EDIT, EditBatch, EditParams
 from odedit.runtime.brief import brief
 
@@ -127,8 +127,12 @@ class Editor(Protocol):
         """
         ...
 
-    def fitted(self, num_layers: int) -> Mapping[str, Any]:
-        """Settings that name layers beyond a text model's `num_layers`, with values that fit; empty if all fit."""
+    def fitted(self, backbone: Backbone) -> Mapping[str, Any]:
+        """Settings that name layers or matrices which the model lacks, with values that fit; empty if all fit.
+
+        Args:
+            backbone: Model, possibly without weights.
+        """
         ...
 
     def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:
@@ -188,7 +192,7 @@ class Plain:
     positionwise: bool = False
     length_varies: bool = False
 
-    def fitted(self, num_layers: int) -> Mapping[str, Any]:
+    def fitted(self, backbone: Backbone) -> Mapping[str, Any]:
         return {}
 
     def own_risk(self, params: EditParams, trace: Trace, batch: EditBatch) -> Tensor:
@@ -304,6 +308,12 @@ def prefix_of_edit(backbone: Backbone, sites: Sequence[str], batch: EditBatch, p
     if prefix is not None:
         return prefix.column(batch.slots.index(EDIT))
     return backbone.prefix(batch.select((EDIT,)), *sites, positionwise=True)
+
+
+def fitting_sites(backbone: Backbone, sites: Sequence[str]) -> tuple[str, ...]:
+    """The sites by `fitting_site`, and the matrices that hold them (`holding`); each once."""
+    fitting = (holding(backbone, fitting_site(site, backbone.num_layers)) for site in sites)
+    return tuple(dict.fromkeys(fitting))
 
 
 def fitting_site(site: str, num_layers: int) -> str:

@@ -37,7 +37,7 @@ from odedit.editors.base import (
     Plain,
     Trace,
     TrainingSettings,
-    fitting_site,
+    fitting_sites,
     prefix_of_edit,
 )
 from odedit.editors.common.hooks import Rewrite, rewritten
@@ -156,8 +156,8 @@ class MEND(Plain):
                 expected = self._drawn(backbone, 0)
             check_tensors(self.config.checkpoint, self._loaded(backbone, "cpu"), expected)
 
-    def fitted(self, num_layers: int) -> Mapping[str, Any]:
-        sites = tuple(dict.fromkeys(fitting_site(site, num_layers) for site in self.sites))
+    def fitted(self, backbone: Backbone) -> Mapping[str, Any]:
+        sites = fitting_sites(backbone, self.sites)
         return {} if sites == self.sites else {"sites": sites}
 
     def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:

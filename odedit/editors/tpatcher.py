@@ -26,7 +26,7 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
-from odedit.backbones.base import Backbone, Prefix
+from odedit.backbones.base import Backbone, Prefix, holding
 from odedit.editors.base import EditSize, OptimizerSettings, Plain, Trace, prefix_of_edit
 from odedit.editors.common.hooks import rewritten
 from odedit.inputs.batch import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_locality
@@ -101,7 +101,8 @@ class TPatcher(Plain):
 
     def __init__(self, config: TPatcherConfig) -> None:
         self.config = config
-        self.sites = (f"layers.{config.layer}.ffn.in", f"layers.{config.layer}.ffn.out")
+        self.sites = (f"layers.{config.layer}.ffn.out",)
+        self._entrance = f"layers.{config.layer}.ffn.in"
         # Without `measured`, memory states are those of the record's own locality prompts.
         self.own_slots: tuple[str, ...] = (EDIT, *LOCALITY_SLOTS)
         self.max_steps = config.max_steps
@@ -111,7 +112,7 @@ class TPatcher(Plain):
         self._earlier: EditParams | None = None
 
     def check(self, backbone: Backbone) -> None:
-        for site in self.sites:
+        for site in (holding(backbone, self._entrance), *self.sites):
             backbone.site(site)
 
     @torch.no_grad()
@@ -252,7 +253,8 @@ class TPatcher(Plain):
             return y
 
         inputs: list[Tensor] = []
-        with rewritten({backbone.site(self.sites[0]): read, backbone.site(self.sites[1]): add}):
+        entrance = backbone.site(holding(backbone, self._entrance))
+        with rewritten({entrance: read, backbone.site(self.sites[0]): add}):
             yield
 
     def _activation_loss(self, own_EN: Tensor, used_EN: Tensor) -> Tensor:

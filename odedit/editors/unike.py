@@ -52,7 +52,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 from torch.nn import functional as F
 
-from odedit.backbones.base import Backbone, Prefix
+from odedit.backbones.base import Backbone, Prefix, holding
 from odedit.backbones.common.generation import greedy
 from odedit.editors.base import OptimizerSettings, Plain, Trace, TrainingSettings, prefix_of_edit
 from odedit.editors.common.contrastive import encode, encoder_weights, info_nce, truthfulness_loss
@@ -127,9 +127,7 @@ class Unike(Plain):
         self.config = config
         self._weights = weights
         self._layers = tuple(f"layers.{-n}" for n in range(config.num_layers, 0, -1))
-        self.sites = tuple(
-            f"{layer}.{part}" for layer in self._layers for part in ("attention.out", "ffn.in", "ffn.out")
-        )
+        self.sites = tuple(f"{layer}.{part}" for layer in self._layers for part in ("attention.out", "ffn.out"))
         self.max_steps = config.max_steps
         self.frozen = frozenset(f"{layer}.{STATES}" for layer in self._layers)
         self.optimizer = OptimizerSettings("sgd", config.learning_rate, clip_norm=config.clip_norm)
@@ -161,8 +159,8 @@ class Unike(Plain):
                 expected = self._drawn(backbone, 0)
             check_tensors(self.config.checkpoint, self._loaded(backbone, "cpu"), expected)
 
-    def fitted(self, num_layers: int) -> Mapping[str, Any]:
-        return {"num_layers": num_layers} if self.config.num_layers > num_layers else {}
+    def fitted(self, backbone: Backbone) -> Mapping[str, Any]:
+        return {"num_layers": backbone.num_layers} if self.config.num_layers > backbone.num_layers else {}
 
     def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:
         demonstration = batch.select((EDIT,))
@@ -216,7 +214,8 @@ class Unike(Plain):
         for layer in self._layers:
             stored_GMD, semantic = params[f"{layer}.{STATES}"], _part(weights, f"{layer}.{SEMANTIC}")
             rewrites[backbone.site(f"{layer}.attention.out")] = self._external(layer, stored_GMD, semantic, recorded)
-            rewrites[backbone.site(f"{layer}.ffn.in")] = _recording(f"{layer}.ffn.in", recorded)
+            entrance = backbone.site(holding(backbone, f"{layer}.ffn.in"))
+            rewrites[entrance] = _recording(f"{layer}.ffn.in", recorded)
             if f"{layer}.{KEYS}" in params:
                 rewrites[backbone.site(f"{layer}.ffn.out")] = _intrinsic(layer, params, recorded)
         with rewritten(rewrites):

@@ -37,7 +37,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix
-from odedit.editors.base import EditSize, OptimizerSettings, Plain, Trace, fitting_site
+from odedit.editors.base import EditSize, OptimizerSettings, Plain, Trace, fitting_sites
 from odedit.editors.common.hooks import rewritten
 from odedit.inputs.batch import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_locality
 from odedit.runtime.gather import inverse_index, spread
@@ -120,8 +120,8 @@ class Wise(Plain):
         backbone.site(self.config.site)
         backbone.activation(self.config.site)
 
-    def fitted(self, num_layers: int) -> Mapping[str, Any]:
-        site = fitting_site(self.config.site, num_layers)
+    def fitted(self, backbone: Backbone) -> Mapping[str, Any]:
+        (site,) = fitting_sites(backbone, self.sites)
         return {} if site == self.config.site else {"site": site}
 
     def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams:

@@ -22,7 +22,7 @@ from odedit.storage.location import locate
 from pipeline.config.run import AUTO, EMBEDDED, BackboneConfig, RunConfig
 
 _SIZE = (480, 640)
-_COUNTED = frozenset({"attention.q", "attention.k", "attention.v", "ffn.in"})
+_COUNTED = frozenset({"attention.out", "ffn.out"})
 _QUESTION, _ANSWER = "What is the person on the left of the picture holding?", "a red umbrella"
 
 
@@ -56,11 +56,11 @@ def fitted(config: RunConfig, *, trains: bool = False) -> tuple[RunConfig, list[
         return config, []
     model = _inspected(config.backbone, _state(config.backbone.checkpoint))
     kind, choice = editors.find(config.editor.name), config.editor
-    replaced = getattr(kind(choice.settings), "fitted", _nothing)(model.num_layers)
+    replaced = getattr(kind(choice.settings), "fitted", _nothing)(model)
     changed = {name: value for name, value in replaced.items() if name not in choice.given}
     notes = [
         f"editor.{name}: the default {_in_words(getattr(choice.settings, name))} is for other models; this one has "
-        f"{model.num_layers} layers, and {_in_words(value)} is used."
+        f"{model.num_layers} layers of {', '.join(model.parts)}, and {_in_words(value)} is used."
         for name, value in changed.items()
     ]
     config = replace(config, editor=replace(choice, settings=replace(choice.settings, **changed)))
@@ -104,7 +104,7 @@ def memory(config: RunConfig) -> Needed | None:
     )
 
 
-def _nothing(num_layers: int) -> dict[str, Any]:
+def _nothing(backbone: Backbone) -> dict[str, Any]:
     return {}
 
 

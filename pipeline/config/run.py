@@ -448,8 +448,11 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
 
 
 def _check_family(name: str, problems: list[str]) -> None:
-    if name and "." not in name and name not in backbones.names():
-        problems.append(f"backbone.family: {unknown_name('backbone', name, backbones.names())}")
+    if name and "." not in name:
+        try:
+            backbones.find(name)
+        except InputError as error:
+            problems.append(f"backbone.family: {error}")
 
 
 def _choice(kind: str, section: Any, problems: list[str]) -> Choice:

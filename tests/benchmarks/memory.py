@@ -94,10 +94,10 @@ def shapes(size: Size) -> Auto:
     return Auto(model, SimpleNamespace(tokenizer=tokenizer), name, lambda: "")
 
 
-def fitted(name: str, num_layers: int) -> Editor:
+def fitted(name: str, model: Auto) -> Editor:
     """An editor with its defaults, fitted to a model."""
     editor = load_editor(name)
-    return load_editor(name, dict(editor.fitted(num_layers)))
+    return load_editor(name, dict(editor.fitted(model)))
 
 
 def table(objective: str) -> str:
@@ -111,7 +111,7 @@ def table(objective: str) -> str:
         cells = []
         for editor_name in EDITORS:
             need = needed(
-                model, fitted(editor_name, model.num_layers), ObjectiveConfig(objective), edits=EDITS,
+                model, fitted(editor_name, model), ObjectiveConfig(objective), edits=EDITS,
                 positions=size.positions + TEXT + ANSWER, tokens=ANSWER,
             )  # fmt: skip
             cells.append(f"{need.total / GIB:.1f}")

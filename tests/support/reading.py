@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from odedit.backbones.base import holding
 from odedit.editors.base import Editor
 from odedit.editors.common.hooks import rewritten
 from odedit.inputs.batch import EditBatch, EditParams
@@ -18,7 +19,10 @@ SITES = ("layers.0.attention.q", "layers.0.ffn.in", "layers.-1.attention.q", "la
 
 
 def check(model: Any, batch: EditBatch, site: str, positionwise: bool) -> None:
-    """Checks states and an edit's gradient with and without the last layer's other positions."""
+    """Checks states and an edit's gradient with and without the last layer's other positions, at a site or the matrix
+    that holds it.
+    """
+    site = holding(model, site)
     prefix = model.prefix(batch, site, positionwise=positionwise)
     kept = model.prefix(batch, site, positionwise=positionwise, read_EKT=batch.predict_EKT)
     shift = torch.zeros(model.site(site).weight.shape[0], requires_grad=True)
@@ -37,9 +41,10 @@ def check(model: Any, batch: EditBatch, site: str, positionwise: bool) -> None:
         torch.testing.assert_close(states[0], states[some], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(gradients[0], gradients[some], rtol=1e-3, atol=1e-3)
     whole, read_alone = batch.tokens_EKS.shape[-1], batch.predict_EKT.shape[-1]
-    reads = read_alone if positionwise and site.startswith("layers.-1") else whole
+    # One matrix for queries, keys and values is run where keys are read.
+    reads = read_alone if positionwise and site.startswith("layers.-1") and not site.endswith("qkv") else whole
     assert widths == [whole, reads, reads]
-    assert kept.hidden_RSD.shape[1] == (read_alone if positionwise and site == "layers.-1.ffn.in" else whole)
+    assert kept.hidden_RSD.shape[1] == (read_alone if positionwise and site.startswith("layers.-1.ffn") else whole)
 
 
 @torch.no_grad()

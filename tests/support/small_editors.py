@@ -26,7 +26,10 @@ def settings_for(name: str, backbone: Backbone) -> dict[str, Any]:
     depth = backbone.num_layers
     if name == "wise":
         # As published: the matrix before the nonlinearity in OPT, the one after it in a gated layer.
-        return {**SMALL[name], "site": f"layers.{depth // 2}.{'ffn.in' if backbone.family == 'blip2' else 'ffn.out'}"}
+        part = (
+            "ffn.in" if backbone.family == "blip2" else "ffn.gate_in" if "ffn.gate_in" in backbone.parts else "ffn.out"
+        )
+        return {**SMALL[name], "site": f"layers.{depth // 2}.{part}"}
     if name == "mend" and depth < 3:
         return {**SMALL[name], "sites": ("layers.-1.ffn.in", "layers.-1.ffn.out")}
     return SMALL.get(name, {})
@@ -35,6 +38,7 @@ def settings_for(name: str, backbone: Backbone) -> dict[str, Any]:
 def ready_editor(name: str, backbone: Backbone, folder: Path, **settings: Any) -> Any:
     """A loaded editor; a trainable one gets its initial weights, which must satisfy the contract too."""
     settings = {**settings_for(name, backbone), **settings}
+    settings |= load_editor(name, settings).fitted(backbone)
     editor = load_editor(name, settings)
     if not isinstance(editor, Trainable):
         return editor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -96,6 +97,40 @@ def _llava(text: Mapping[str, int] | None = None) -> Parts:
     model, images = tiny_models._llava(text or {})
     settings = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     return Parts(model, images, "LlavaProcessor", {**settings, "image_token": "<image>"}, _USER, begins=True)
+
+
+def _llava_of(kind: str, **text: Any) -> Parts:
+    """A LLaVA with another text model, whose matrices of queries, keys and values, and perhaps of gate and input, are
+    one."""
+    import transformers
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    config = LlavaConfig(
+        text_config=getattr(transformers, f"{kind}Config")(**{**_TEXT, **text}),
+        vision_config=CLIPVisionConfig(**_VISION), image_token_index=IMAGE, vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )  # fmt: skip
+    return dataclasses.replace(_llava(), model=LlavaForConditionalGeneration(config))
+
+
+def _glm4v() -> Parts:
+    from transformers import Glm4vConfig, Glm4vForConditionalGeneration
+    from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
+    vision = {
+        "depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 40, "out_hidden_size": 32,
+        "image_size": 56, "initializer_range": 0.2,
+    }  # fmt: skip
+    config = Glm4vConfig(
+        text_config={**_TEXT, "num_hidden_layers": 3, "rope_parameters": rope}, vision_config=vision,
+        image_token_id=IMAGE, video_token_id=VIDEO_PAD, image_start_token_id=7, image_end_token_id=8,
+    )  # fmt: skip
+    images = Glm4vImageProcessorPil(size={"shortest_edge": 112 * 112, "longest_edge": 280 * 280})
+    return Parts(
+        Glm4vForConditionalGeneration(config), images, "Glm4vProcessor",
+        chat=_CHAT.replace("IMAGE", "<|vision_start|><image><|vision_end|>"), named={"image_token": "<image>"},
+    )  # fmt: skip
 
 
 def _blip2() -> Parts:
@@ -311,9 +346,19 @@ MODELS: dict[str, Callable[[], Parts]] = {
     "qwen3_vl": lambda: _qwen("Qwen3VL"), "llava_next": _llava_next, "llava_onevision": _llava_onevision,
     "internvl": _internvl, "gemma3": _gemma3, "paligemma": _paligemma, "idefics3": _idefics3, "smolvlm": _smolvlm,
     "instructblip": _instructblip, "blip2_t5": _blip2_t5, "mllama": _mllama, "vipllava": _vipllava, "aya": _aya,
+    "glm4v": _glm4v, "llava_phi3": lambda: _llava_of("Phi3"), "llava_of_llama": lambda: _llava_of("Llama"),
+    "llava_persimmon": lambda: _llava_of("Persimmon"),
     "qwen3_vl_moe": lambda: _qwen("Qwen3VLMoe", moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2),
 }  # fmt: skip
 """Makers of models by name."""
+FAMILIES = (*tiny_models.FAMILIES, "auto")
+SIDES = {"auto": 112}
+"""Image size of a family that has none of its own."""
+
+
+def write_family(family: str, directory: Path, seed: int = 0) -> Path:
+    """Writes a checkpoint of a family, for `auto` a Qwen2.5-VL, and returns its folder."""
+    return write("qwen2_5_vl", directory, seed) if family == "auto" else tiny_models.write(family, directory, seed)
 
 
 def write(

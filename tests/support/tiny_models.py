@@ -118,27 +118,10 @@ def _llava(text: Mapping[str, int] = MappingProxyType({})) -> tuple[Any, Any]:
     return LlavaForConditionalGeneration(config), images
 
 
-def _qwen2_5_vl() -> tuple[Any, Any]:
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
-    vision = {
-        "depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 40, "out_hidden_size": 32,
-        "fullatt_block_indexes": [1], "initializer_range": 0.2,
-    }  # fmt: skip
-    config = Qwen2_5_VLConfig(
-        text_config={**_TEXT, "rope_parameters": rope}, vision_config=vision, image_token_id=IMAGE_PAD,
-        vision_start_token_id=7, vision_end_token_id=8, video_token_id=VOCABULARY - 1,
-    )  # fmt: skip
-    return Qwen2_5_VLForConditionalGeneration(config), Qwen2VLImageProcessorPil()
-
-
 _MAKE = {
     "blip2": _blip2, "blip2, projected": lambda: _blip2(16), "minigpt4": _minigpt4, "llava": _llava,
-    "qwen2_5_vl": _qwen2_5_vl,
 }  # fmt: skip
-FAMILIES = ("minigpt4", "llava", "qwen2_5_vl")
+FAMILIES = ("minigpt4", "llava")
 """Families with a LLaMA or relative as text model. `write` also makes `blip2`, and `blip2, projected`, whose embeddings
 are narrower than its layers."""
 
@@ -152,7 +135,7 @@ def write(family: str, directory: Path, seed: int = 0, *, with_pieces: bool = Fa
     torch.manual_seed(seed)
     model, images = _MAKE[family]()
     model.save_pretrained(directory)
-    made = pieces() if with_pieces else tokenizer(begins=family != "qwen2_5_vl")
+    made = pieces() if with_pieces else tokenizer(begins=True)
     made.save_pretrained(directory)
     images.save_pretrained(directory)
     return directory

@@ -309,13 +309,8 @@ class PretrainedProcessor:
             return picture
         from PIL import Image
 
-        pixels = self.pixels(Image.fromarray(picture.pixels))
+        pixels = self._images(Image.fromarray(picture.pixels), return_tensors="np")["pixel_values"][0]
         return Picture(picture.key, np.ascontiguousarray(pixels, dtype=np.float32))
-
-    def pixels(self, image: Any) -> np.ndarray:
-        """Pixel values `(3, height, width)` of a PIL image."""
-        pixels: np.ndarray = self._images(image, return_tensors="np")["pixel_values"][0]
-        return pixels
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes tokenizer and image processor to a folder."""

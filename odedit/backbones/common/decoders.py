@@ -18,7 +18,12 @@ from odedit.errors import InputError
 from odedit.runtime.gather import gather_positions
 from odedit.runtime.kv_cache import KVCache
 
-_SITE = re.compile(r"layers\.(?:(-?\d+)|(\d{1,2})%)\.([a-z.]+)")
+FUSED: Mapping[str, str] = {
+    **{f"attention.{part}": "attention.qkv" for part in "qkv"},
+    **{f"ffn.{part}": "ffn.gate_in" for part in ("gate", "in")},
+}
+"""Part that holds another one where the model has one matrix for both."""
+_SITE = re.compile(r"layers\.(?:(-?\d+)|(\d{1,2})%)\.([a-z_.]+)")
 
 
 class Decoder(ABC):
@@ -196,11 +201,9 @@ class Decoder(ABC):
         self, layer: int, normed_RSD: Tensor, rotary: LayerInputs | None, read_RT: Tensor, kv_cache: KVCache | None
     ) -> Tensor:
         """Causal attention at the positions `read_RT`, `(R, T, D)`: their queries, the keys of all positions."""
-        k, v = self._heads(layer, "k", normed_RSD, rotary), self._heads(layer, "v", normed_RSD)
+        q, k, v = self._projected(layer, normed_RSD, rotary, read_RT)
         if kv_cache is not None:
             kv_cache.update(k, v, layer)
-        read_rotary = None if rotary is None else rotary.at(read_RT)
-        q = self._heads(layer, "q", gather_positions(normed_RSD, read_RT), read_rotary)
         if rotary is not None and rotary.mask_RSS is not None:
             return self._attend(layer, q, k, v, rotary.mask_at(read_RT))
         before_RTS = torch.arange(normed_RSD.shape[1], device=read_RT.device) <= read_RT.unsqueeze(-1)
@@ -210,14 +213,23 @@ class Decoder(ABC):
         self, layer: int, normed_RTD: Tensor, rotary: LayerInputs | None, last_R: Tensor, kv_cache: KVCache, kept: int
     ) -> Tensor:
         """Causal attention at T positions that follow cached position `last_R` and `kept` more, `(R, T, D)`."""
-        q, k = (self._heads(layer, part, normed_RTD, rotary) for part in "qk")
-        k, v = kv_cache.extended(layer, k, self._heads(layer, "v", normed_RTD), kept)
+        q, k, v = self._projected(layer, normed_RTD, rotary)
+        k, v = kv_cache.extended(layer, k, v, kept)
         num_rows, num_next = normed_RTD.shape[:2]
         num_before = k.shape[2] - num_next - kept
         seen_RS = torch.arange(num_before, device=last_R.device) <= last_R.unsqueeze(-1)
         among_TN = torch.ones(num_next, kept + num_next, dtype=torch.bool, device=last_R.device).tril(kept)
         mask_RTS = torch.cat([seen_RS.unsqueeze(1).expand(-1, num_next, -1), among_TN.expand(num_rows, -1, -1)], dim=-1)
         return self._attend(layer, q, k, v, mask_RTS)
+
+    def _projected(
+        self, layer: int, states: Tensor, rotary: LayerInputs | None, read_RT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, at the positions `read_RT` if these are given, keys and values, as `_heads`."""
+        k, v = self._heads(layer, "k", states, rotary), self._heads(layer, "v", states)
+        if read_RT is not None:
+            states, rotary = gather_positions(states, read_RT), None if rotary is None else rotary.at(read_RT)
+        return self._heads(layer, "q", states, rotary), k, v
 
     def _heads(self, layer: int, part: str, states: Tensor, rotary: LayerInputs | None = None) -> Tensor:
         """Queries, keys or values `(R, heads, positions, head width)`, rotated if there are rotary embeddings."""
@@ -303,7 +315,7 @@ class LlamaDecoder(Decoder):
     and share heads (Mistral). A sliding window limits the length of sequences, so that all of them fit into it.
     """
 
-    TYPES = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")
+    TYPES = ("llama", "mistral", "qwen2")
     BEFORE_NONLINEARITY = "ffn.gate"
     MODULES: ClassVar[Mapping[str, str]] = {
         "attention.q": "self_attn.q_proj",

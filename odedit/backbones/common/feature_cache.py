@@ -128,7 +128,7 @@ def made_with(backbone: Backbone) -> dict[str, str]:
 
 
 def _any_weight(backbone: Backbone) -> Tensor:
-    return backbone.site("layers.0.ffn.in").weight
+    return backbone.site("layers.0.ffn.out").weight
 
 
 def _processing(backbone: Backbone) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,6 +43,7 @@ def check_against_library(backbone: Auto) -> None:
     with_picture = Probe(_QUESTION, "a", pictures[0])
     prompt = _prompt(backbone, with_picture)
     _measure(backbone, prompt, pictures[0])
+    _find_heads(backbone, prompt)
     _compare(backbone, prompt, pictures[0])
     _compare(backbone, _prompt(backbone, Probe(_QUESTION, "a")), None)
 
@@ -97,6 +100,31 @@ def _measure(backbone: Auto, prompt: TokenSequence, picture: Picture) -> None:
     backbone.added_after = tuple(layers)
     hidden, _ = backbone._placed(decoder.embed_tokens(tokens), feature[None], image)
     _same_states(backbone, hidden, handed.hidden_RSD, "the states that enter layer 0")
+
+
+def _find_heads(backbone: Auto, prompt: TokenSequence) -> None:
+    """Sets how one matrix for queries, keys and values is split, and heads are rotated, by attention's own output."""
+    decoder = backbone.decoder
+    tokens = torch.tensor([prompt.tokens], device=backbone.device)
+    hidden = decoder.embed_positions(decoder.embed_tokens(tokens))
+    every = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    hidden, rotary, every = decoder.handed_to(0, hidden, decoder.rotary(hidden, None), every)
+    if rotary is not None and not backbone.is_causal:
+        rotary = replace(rotary, mask_RSS=every.unsqueeze(-1) >= every)
+    expected, shares = decoder.attention_half(0, hidden, rotary) - hidden, {}
+    is_fused = "attention.qkv" in backbone.parts
+    for decoder.partly, decoder.grouped in product((False, True), (False, True) if is_fused else (False,)):
+        try:
+            found = decoder.attention_half(0, hidden, rotary, every) - hidden
+        except RuntimeError:  # the tables' width is not that of a head
+            continue
+        shares[decoder.partly, decoder.grouped] = _share(found, expected)
+    best = min(shares, key=shares.__getitem__, default=None)
+    if best is None or shares[best] > TOLERANCE[backbone.model.dtype]:
+        layer = decoder.structure.layers[0]
+        names = ", ".join(path for part, path in layer.sites.items() if part.startswith("attention"))
+        raise Unsupported(f"attention of layers.0 is not what its matrices ({names}) give by any known order of heads")
+    decoder.partly, decoder.grouped = best
 
 
 def _compare(backbone: Auto, prompt: TokenSequence, picture: Picture | None) -> None:
@@ -165,7 +193,7 @@ def _first_difference(backbone: Auto, prompt: TokenSequence, features: Any, name
     batch = backbone.assemble(["probe"], ["rel"], [[cell]], features)
     length = len(prompt.tokens)
     for index, call in enumerate(calls[:-1]):
-        found = backbone.prefix(batch, f"layers.{index + 1}.attention.q").hidden_RSD[:, :length]
+        found = backbone.prefix(batch, f"layers.{index + 1}.attention.out").hidden_RSD[:, :length]
         expected = call.output + batch.features_NLD.new_zeros(())
         if index in backbone.added_after:
             continue

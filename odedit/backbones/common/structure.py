@@ -70,12 +70,13 @@ class Layer:
         before, after: Modules of the attention half before attention and after it, before the sum.
         attention: Attention.
         accepts: Names of the arguments that attention is called with.
-        projections: Queries, keys, values and output of attention, by part (`q`, `k`, `v`, `out`).
+        projections: Queries, keys, values and output of attention, by part: `q`, `k`, `v` or one for all, `qkv`; `out`.
         norms: Norms of queries, keys and values, by part, each with whether it reads single heads.
         ffn: Modules of the feed-forward half, in order.
         sites: Path of every linear module, by part of a layer as sites name it.
         nonlinearity: Path of the feed-forward nonlinearity.
         before_nonlinearity: Part whose output it reads.
+        gate: First column of that output that it reads, and the one after the last; None: it reads all.
         table: Which rotary table attention reads; None: none.
         in_tuple: Whether the layer returns its states in a tuple.
     """
@@ -90,6 +91,7 @@ class Layer:
     sites: Mapping[str, str]
     nonlinearity: str
     before_nonlinearity: str
+    gate: tuple[int, int] | None
     table: int | None
     in_tuple: bool
 
@@ -187,7 +189,7 @@ def _layer(name: str, layer: nn.Module, calls: Sequence[Call], tables: Sequence[
     paths = [[call.name.removeprefix(f"{name}.") for call in chain] for chain in chains]
     projections, norms = _projections(name, attention[0], inside)
     sites = {f"attention.{part}": f"{paths[0][at]}.{path}" for part, path in projections.items()}
-    ffn, nonlinearity, before = _feed_forward(name, chains[1], inside)
+    ffn, nonlinearity, before, gate = _feed_forward(name, chains[1], inside)
     given = attention[0].named.get("position_embeddings")
     table = None
     if isinstance(given, tuple):
@@ -205,6 +207,7 @@ def _layer(name: str, layer: nn.Module, calls: Sequence[Call], tables: Sequence[
         sites | ffn,
         nonlinearity,
         before,
+        gate,
         table,
         isinstance(whole.made, tuple),
     )
@@ -224,14 +227,20 @@ def _projections(
     linears = [call for call in below if isinstance(call.module, nn.Linear)]
     first = [call for call in linears if call.read is attention.read]
     last = [call for call in linears if call.output is attention.output]
-    if len(first) != 3 or len(last) != 1 or len(linears) != 4:
+    if len(first) not in (1, 3) or len(last) != 1 or len(linears) != len(first) + 1:
         words = ", ".join(path[id(call)] for call in linears) or "none"
         raise Unsupported(
-            f"{name}.{attention.name.rsplit('.', 1)[1]} has not one matrix each for queries, keys, values and output "
-            f"(its matrices: {words})"
+            f"{name}.{attention.name.rsplit('.', 1)[1]} has not one matrix for queries, keys and values, or one each, "
+            f"and one for its output (its matrices: {words})"
         )
-    projections = {part: path[id(call)] for part, call in zip("qkv", first, strict=True)}
-    if first[1].output.shape != first[2].output.shape:
+    is_fused = len(first) == 1
+    projections = {part: path[id(call)] for part, call in zip(["qkv"] if is_fused else "qkv", first, strict=True)}
+    if is_fused:
+        (into,), (out,) = _linears(first[0].module), _linears(last[0].module)
+        shared = into.out_features - out.in_features
+        if shared <= 0 or shared % 2:
+            raise Unsupported(f"{first[0].name} does not hold queries, keys and values")
+    elif first[1].output.shape != first[2].output.shape:
         raise Unsupported(f"{attention.name} has keys and values of different widths")
     norms: dict[str, tuple[str, bool]] = {}
     for call in below:
@@ -240,13 +249,17 @@ def _projections(
         part = path[id(call)][0]
         if part not in "qkv" or part in norms:
             raise Unsupported(f"{call.name} inside attention is neither a projection nor a norm of its heads")
-        whole = first["qkv".index(part)].output
-        norms[part] = path[id(call)], call.read.shape[-1] != whole.shape[-1] or call.read.dim() == 4
+        by_head = call.read.dim() == 4
+        if not is_fused:
+            by_head = by_head or call.read.shape[-1] != first["qkv".index(part)].output.shape[-1]
+        norms[part] = path[id(call)], by_head
     return {**projections, "out": path[id(last[0])]}, norms
 
 
-def _feed_forward(name: str, chain: Sequence[Call], inside: Sequence[Call]) -> tuple[dict[str, str], str, str]:
-    """Sites of the feed-forward half, its nonlinearity, and the part that it reads."""
+def _feed_forward(
+    name: str, chain: Sequence[Call], inside: Sequence[Call]
+) -> tuple[dict[str, str], str, str, tuple[int, int] | None]:
+    """Sites of the feed-forward half, its nonlinearity, and the part that it reads, with the columns of a fused one."""
     names = {call.name for call in chain}
     own = [call for call in inside if any(call.name == part or call.name.startswith(f"{part}.") for part in names)]
     linears = [call for call in own if isinstance(call.module, nn.Linear)]
@@ -260,13 +273,25 @@ def _feed_forward(name: str, chain: Sequence[Call], inside: Sequence[Call]) -> t
         )
     read = acts[0].read
     gate = next((call for call in first if read is call.output), None)
-    into = next((call for call in first if call is not gate), gate)
-    if gate is None or into is None:
-        raise Unsupported(f"{name}: its nonlinearity does not read one matrix's output (a fused gate)")
+    columns = _half(read, first[0].output) if len(first) == 1 else None
+    if gate is None and columns is None:
+        raise Unsupported(f"{name}: its nonlinearity reads neither one matrix's output nor a half of it")
+    before = "ffn.gate" if len(first) == 2 else "ffn.in" if columns is None else "ffn.gate_in"
+    ordered = sorted(first, key=lambda call: call is not gate)
     last = next(call for call in linears if call not in first)
-    parts = {"ffn.in": into, "ffn.out": last} if into is gate else {"ffn.gate": gate, "ffn.in": into, "ffn.out": last}
+    parts = dict(zip((before, "ffn.in"), ordered, strict=False)) | {"ffn.out": last}
     sites = {part: call.name.removeprefix(f"{name}.") for part, call in parts.items()}
-    return sites, acts[0].name.removeprefix(f"{name}."), "ffn.in" if into is gate else "ffn.gate"
+    return sites, acts[0].name.removeprefix(f"{name}."), before, columns
+
+
+def _half(part: Tensor | None, whole: Tensor) -> tuple[int, int] | None:
+    """First column of a half of a matrix's output, and the one after the last; None if it is no half."""
+    origin = whole if whole._base is None else whole._base
+    if part is None or part._base is not origin or part.stride() != whole.stride():
+        return None
+    start, width = int(part.storage_offset() - whole.storage_offset()), int(part.shape[-1])
+    is_half = part.shape[:-1] == whole.shape[:-1] and 2 * width == whole.shape[-1] and start in (0, width)
+    return (start, start + width) if is_half else None
 
 
 def _is_nonlinearity(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from odedit.backbones.common.decoders import Decoder
 from odedit.backbones.common.layer_inputs import LayerInputs
 from odedit.backbones.common.structure import Structure, Unsupported
+from odedit.runtime.gather import gather_positions
 from odedit.runtime.kv_cache import KVCache
 
 
@@ -24,12 +25,17 @@ class TracedDecoder(Decoder):
         first_position: Position of the first token.
         axes: Number of axes of rotary positions; 1 for a number per token.
         scale: Factor of the logits, which the final states are multiplied by.
+        grouped: Whether one matrix for queries, keys and values has them in turns, for each head of the keys, instead
+            of all queries first, then all keys and all values.
+        partly: Whether attention rotates only the first dimensions of a head, as many as the rotary tables have.
     """
 
     structure: Structure
     first_position: int
     axes: int
     scale: float
+    grouped: bool
+    partly: bool
     _embeddings: Any
     _added_positions: Any
     _width: list[int]
@@ -49,6 +55,7 @@ class TracedDecoder(Decoder):
         super().__init__(self.structure.stack, head, _longest(config))
         self.hidden_size = int(config.hidden_size)
         self.first_position, self.axes, self.scale = 0, 1, 1.0
+        self.grouped = self.partly = False
         self._rotate = [self._rotation(layer) for layer in range(self.num_layers)]
         self._width = [self._head_width(layer) for layer in range(self.num_layers)]
         self._added_positions = self._position_table()
@@ -95,9 +102,12 @@ class TracedDecoder(Decoder):
         return states
 
     def _nonlinearity(self, layer: int) -> Callable[[Tensor], Tensor]:
-        return cast(
-            Callable[[Tensor], Tensor], self._layers[layer].get_submodule(self.structure.layers[layer].nonlinearity)
-        )
+        found = self.structure.layers[layer]
+        function = cast(Callable[[Tensor], Tensor], self._layers[layer].get_submodule(found.nonlinearity))
+        if found.gate is None:
+            return function
+        start, end = found.gate
+        return lambda x: torch.cat([x[..., :start], function(x[..., start:end]), x[..., end:]], dim=-1)
 
     def _norm_before_attention(self, layer: int) -> Callable[[Tensor], Tensor]:
         return partial(self._run, layer, self.structure.layers[layer].before)
@@ -116,9 +126,36 @@ class TracedDecoder(Decoder):
         attended = self.attention(layer)(hidden_states=normed_RSD, **named)
         return cast(Tensor, attended[0] if isinstance(attended, tuple) else attended)
 
+    def _projected(
+        self, layer: int, states: Tensor, rotary: LayerInputs | None, read_RT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        projections = self.structure.layers[layer].projections
+        if "qkv" not in projections:
+            return super()._projected(layer, states, rotary, read_RT)
+        # One call at all positions: an editor that rewrites the matrix's output sees it as in the library's attention.
+        q, k, v = self._split(layer, self.attention(layer).get_submodule(projections["qkv"])(states))
+        k, v = self._as_heads(layer, "k", k, rotary), self._as_heads(layer, "v", v)
+        if read_RT is not None:
+            q, rotary = gather_positions(q, read_RT), None if rotary is None else rotary.at(read_RT)
+        return self._as_heads(layer, "q", q, rotary), k, v
+
+    def _split(self, layer: int, projected: Tensor) -> list[Tensor]:
+        """Queries, keys and values of one matrix's output, each `(..., heads x head width)`."""
+        out = self.attention(layer).get_submodule(self.structure.layers[layer].projections["out"])
+        queries = out.in_features
+        shared = (projected.shape[-1] - queries) // 2
+        if not self.grouped:
+            return list(projected.split([queries, shared, shared], dim=-1))
+        width = self._width[layer]
+        by_group = projected.unflatten(-1, (shared // width, -1))
+        return [part.flatten(-2) for part in by_group.split([queries * width // shared, width, width], dim=-1)]
+
     def _heads(self, layer: int, part: str, states: Tensor, rotary: LayerInputs | None = None) -> Tensor:
+        path = self.structure.layers[layer].projections[part]
+        return self._as_heads(layer, part, self.attention(layer).get_submodule(path)(states), rotary)
+
+    def _as_heads(self, layer: int, part: str, projected: Tensor, rotary: LayerInputs | None = None) -> Tensor:
         found, attention = self.structure.layers[layer], self.attention(layer)
-        projected = attention.get_submodule(found.projections[part])(states)
         path, by_head = found.norms.get(part, ("", False))
         if path and not by_head:
             projected = attention.get_submodule(path)(projected)
@@ -145,8 +182,16 @@ class TracedDecoder(Decoder):
         apply: Any = getattr(module, "apply_rotary_pos_emb", None)
         if apply is None and self.structure.layers[layer].table is not None:
             raise Unsupported(f"{module.__name__} has no apply_rotary_pos_emb")
-        # It rotates queries and keys: here one of them, and no head of the other.
-        return lambda heads, cos, sin: cast(Tensor, apply(heads, heads[:, :0], cos, sin)[0])
+
+        def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            # The function rotates queries and keys: here one of them, and no head of the other.
+            turned, kept = heads, heads[..., :0]
+            if self.partly:
+                turned, kept = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
+            turned = cast(Tensor, apply(turned, turned[:, :0], cos, sin)[0])
+            return torch.cat([turned, kept], dim=-1) if self.partly else turned
+
+        return rotated
 
     def _head_width(self, layer: int) -> int:
         width = getattr(self.attention(layer), "head_dim", None)

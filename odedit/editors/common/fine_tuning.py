@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,7 +18,7 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from odedit.backbones.base import Backbone, Prefix, is_connector
+from odedit.backbones.base import Backbone, Prefix, holding, is_connector
 from odedit.editors.base import EditSize, OptimizerSettings, Plain, Trace
 from odedit.editors.common.hooks import Rewrite, rewritten
 from odedit.errors import InputError
@@ -69,7 +69,7 @@ def resolve(backbone: Backbone, sites: Sequence[str]) -> list[str]:
     for site in sites:
         matches = _matches(backbone, site)
         if not matches:
-            known = " and ".join(["layers.*.ffn.in", *backbone.connector_sites()[-1:]])
+            known = " and ".join([holding(backbone, "layers.*.ffn.in"), *backbone.connector_sites()[-1:]])
             among = "" if backbone.connector_sites() else "; the model has no site of the connector"
             raise InputError(f"editor.sites: {site!r} fits no site; there are e.g. {known}{among}.")
         names += matches
@@ -110,6 +110,10 @@ class FineTuning(Plain, ABC):
 
     def check(self, backbone: Backbone) -> None:
         resolve(backbone, self.config.sites)
+
+    def fitted(self, backbone: Backbone) -> Mapping[str, Any]:
+        sites = tuple(dict.fromkeys(holding(backbone, site) for site in self.config.sites))
+        return {} if sites == self.config.sites else {"sites": sites}
 
     @abstractmethod
     def init(self, backbone: Backbone, batch: EditBatch, prefix: Prefix | None = None) -> EditParams: ...

@@ -34,7 +34,7 @@ def calibrate(
     """
     supervision, _ = encode_requests(backbone, requests, template)
     batch = supervision.select((EDIT, *REPHRASE_SLOTS))
-    prefix = backbone.prefix(batch, f"layers.{backbone.num_layers - 1}.ffn.in", positionwise=True)
+    prefix = backbone.prefix(batch, f"layers.{backbone.num_layers - 1}.ffn.out", positionwise=True)
     if positions == "target":
         states = backbone.suffix(prefix, batch.predict_EKT)[batch.target_mask_EKT]
     else:

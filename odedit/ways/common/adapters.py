@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from odedit.backbones.base import Backbone, Prefix, is_connector
+from odedit.backbones.base import Backbone, Prefix, holding, is_connector
 from odedit.editors.base import Plain, Trace
 from odedit.editors.common.fine_tuning import FineTuning, FineTuningConfig, resolve
 from odedit.editors.common.hooks import Rewrite, rewritten
@@ -51,21 +51,21 @@ class RoutedEditor(Plain):
     """The editor of a committed model; `together` routes, `applied` gives every edit its own sequences.
 
     Attributes:
-        key: Feed-forward site whose input the router reads.
+        key: Feed-forward site whose input the router reads; the matrix that holds it reads the same.
     """
 
     Config: ClassVar[type] = FineTuningConfig
 
     def __init__(self, editor: FineTuning, key: str) -> None:
         self.config = editor.config
-        self.sites: Sequence[str] = (key,)
+        self.sites: Sequence[str] = (key.replace("ffn.in", "ffn.out"),)  # every model has it, at the same place
         self.optimizer, self.max_steps = editor.optimizer, editor.max_steps
         self.key, self._editor = key, editor
 
     def check(self, backbone: Backbone) -> None:
         """Raises InputError as the editor's, and for a site below the router's state."""
         self._editor.check(backbone)
-        layer, part = backbone.layer_of(self.key), self.key.split(".", 2)[2]
+        layer, part = backbone.layer_of(holding(backbone, self.key)), self.key.split(".", 2)[2]
         if part != "ffn.in":
             raise InputError(f"commit.key: got {self.key!r}, expected layers.<n>.ffn.in, whose input the router reads.")
         for site in resolve(backbone, self.config.sites):
@@ -101,7 +101,7 @@ class RoutedEditor(Plain):
         edited: dict[nn.Module, Rewrite] = {
             backbone.site(site): self._rewrite(adapters, site, trace) for site in self._editor.sites_of(adapters)
         }
-        key = backbone.site(self.key)
+        key = backbone.site(holding(backbone, self.key))
 
         def at_key(x: Tensor, y: Tensor) -> Tensor:
             at_R1 = positions(x)
@@ -143,7 +143,7 @@ def _by_row(backbone: Backbone, key: str, rewrites: Mapping[nn.Module, Rewrite])
 
         return flat
 
-    attention = backbone.site(key.replace("ffn.in", "attention.q"))
+    attention = backbone.site(holding(backbone, key.replace("ffn.in", "attention.q")))
     handle = attention.register_forward_pre_hook(count)
     try:
         with rewritten({module: by_row(rewrite) for module, rewrite in rewrites.items()}):

@@ -110,7 +110,7 @@ def own_answers(features: Features, sequences: Sequence[TokenSequence], extra: i
     for start in range(0, len(order), ASKED_AT_ONCE):
         batch = features.row([sequences[number] for number in order[start : start + ASKED_AT_ONCE]])
         kv_cache = KVCache()
-        prefix = backbone.prefix(batch, "layers.0.attention.q", kv_cache=kv_cache)
+        prefix = backbone.prefix(batch, "layers.0.attention.out", kv_cache=kv_cache)
         branch = kv_cache.branch()
         read_EKT = batch.with_room(1, 0, backbone.max_positions).predict_EKT
         states_EKTD = backbone.suffix(prefix, read_EKT, branch)

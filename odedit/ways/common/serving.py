@@ -154,7 +154,7 @@ class EditedModel:
         probe = Probe(question, _PLACEHOLDER, read, is_caption)
         features = backbone.image_features([] if read is None else [read])
         batch = backbone.encode(["question"], ["rel"], [[probe]], features, self.template)
-        sites = ("layers.0.ffn.in",) if self._editor is None else self._editor.sites
+        sites = ("layers.0.ffn.out",) if self._editor is None else self._editor.sites
         prefix = backbone.prefix(batch, *sites, kv_cache=kv_cache)
         with self._together(batch):
             read_EKT = batch.with_room(1, 0, backbone.max_positions).predict_EKT

@@ -25,6 +25,7 @@ from odedit import (
     world,
 )
 from odedit.backbones import encode_requests, inspect_backbone, is_connector
+from odedit.backbones.common.decoders import FUSED
 from odedit.backbones.common.feature_cache import with_feature_cache
 from odedit.backbones.common.feature_store import FeatureStore
 from odedit.backbones.common.generation import EXTRA_TOKENS, generate, until_end
@@ -33,12 +34,12 @@ from odedit.editing.merging import export
 from odedit.runtime.kv_cache import KVCache
 from odedit.runtime.lru import LRU
 from odedit.ways.common.sequences import about
-from tests.support import reading, tiny_current, tiny_models
+from tests.support import reading, tiny_current
 from tests.support.requests import TEMPLATE
 
 SERVED = (
     "llava", "blip2", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava_next", "llava_onevision", "internvl", "gemma3",
-    "paligemma", "idefics3", "vipllava",
+    "paligemma", "idefics3", "vipllava", "glm4v", "llava_phi3", "llava_persimmon",
 )  # fmt: skip
 REFUSED = {
     "instructblip": "features depend on the prompt's text (qformer_input_ids)",
@@ -119,7 +120,7 @@ def library_logits(model, probe, answer):
 
 
 def test_logits_are_the_librarys_in_a_batch_of_unlike_sizes(model, requests, batch):
-    sites = ["layers.0.attention.q", "layers.1.ffn.out"]
+    sites = ["layers.0.attention.out", "layers.1.ffn.out"]
     found = [model.head(model.suffix(model.prefix(batch, site), batch.predict_EKT)) for site in sites]
     lengths = set()
     for e, request in enumerate(requests):
@@ -189,7 +190,7 @@ def test_every_linear_of_the_connector_is_a_site_that_runs(model, requests):
     for handle in handles:
         handle.remove()
     assert set(seen) == set(sites)
-    expected = model.suffix(model.prefix(after, "layers.0.attention.q"), after.predict_EKT)
+    expected = model.suffix(model.prefix(after, "layers.0.attention.out"), after.predict_EKT)
     torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -201,25 +202,10 @@ def test_a_model_that_cannot_be_split_is_refused_in_a_sentence(name, folder):
     assert str(refusal.value).count("\n") == 0 and str(refusal.value).endswith(".")
 
 
-QWEN_CHAT = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-    "{% for part in messages[0].content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n<|im_start|>assistant{{ '\\n' }}"
-)
-
-
-@pytest.mark.parametrize("family", ["blip2", "minigpt4", "llava", "qwen2_5_vl"])
-def test_the_named_families_are_the_same_through_auto(family, folder, requests):
-    """Tokens, states, an edit's figures: at the named family's size, from the text model or the connector on."""
-    if family == "qwen2_5_vl":
-        path = tiny_models.write(family, folder / "named")
-        (path / "chat_template.jinja").write_text(QWEN_CHAT)
-        (path / "processor_config.json").write_text('{"processor_class": "Qwen2_5_VLProcessor"}')
-    else:
-        path = world.checkpoint_path(family)
-    named, auto = load_backbone(family, str(path)), load_backbone(
-        "auto", str(path), image_size=448 if family == "qwen2_5_vl" else None
-    )  # fmt: skip
+@pytest.mark.parametrize("family", ["blip2", "minigpt4", "llava"])
+def test_the_named_families_are_the_same_through_auto(family, requests):
+    """Tokens, states, an edit's figures: from the text model or the connector on."""
+    named, auto = (load_backbone(name, str(world.checkpoint_path(family))) for name in (family, "auto"))
     assert auto.fingerprint == named.fingerprint and auto.connector_sites() == named.connector_sites()
     asked_few = [dataclasses.replace(request, probes=dict(list(request.probes.items())[:2])) for request in requests]
     for site in ("layers.-1.ffn.out", named.connector_sites()[-1]):
@@ -238,13 +224,14 @@ def test_the_named_families_are_the_same_through_auto(family, folder, requests):
         torch.testing.assert_close(*map(torch.tensor, rows), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_next", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_next", "gemma3", "glm4v", "llava_phi3"])
 def test_an_exported_edit_answers_in_plain_transformers(name, folder, requests, tmp_path):
     """At the size at which the model is served, with and without a picture."""
     from transformers import AutoModelForImageTextToText
 
     model = load_backbone("auto", str(tiny_current.write(name, folder / name)))
-    editor = load_editor("ftl", {"learning_rate": 1e-2})
+    rate = {"learning_rate": 1e-2}
+    editor = load_editor("ftl", {**rate, **load_editor("ftl", rate).fitted(model)})
     supervision, evaluation = encode_requests(model, requests, TEMPLATE, editor.sites)
     (result, *_) = edit(model, editor, Objective(ObjectiveConfig(name="native")), supervision, Stopping(max_steps=4))
     export(model, editor, result.params, tmp_path / "edited")
@@ -267,6 +254,93 @@ class Told:
 
     model: object
     processor: object
+
+
+def test_one_matrix_for_gate_and_input_feeds_the_models_own_activation(folder):
+    model = load_backbone("auto", str(tiny_current.write("glm4v", folder / "glm4v")))
+    entering = torch.randn(2, 3, model.hidden_size)
+    site = "layers.1.ffn.gate_in"
+    gate, into = model.activation(site)(model.site(site)(entering)).chunk(2, dim=-1)
+    whole = model.decoder.structure.stack.layers[1].mlp(entering)
+    torch.testing.assert_close(model.site("layers.1.ffn.out")(gate * into), whole)
+    with pytest.raises(
+        InputError, match=r"'layers\.1\.ffn\.in': .* attention\.v, attention\.out, ffn\.gate_in, ffn\.out\."
+    ):
+        model.site("layers.1.ffn.in")
+
+
+FUSED_ROWS = {"qkv_proj": {"q_proj": 32, "k_proj": 16, "v_proj": 16}, "gate_up_proj": {"gate_proj": 48, "up_proj": 48}}
+"""Rows of the parts of Phi-3's matrices, by their names in LLaMA."""
+
+
+@pytest.fixture(scope="module")
+def fused_and_parts(folder):
+    """A model with fused matrices, and the same model with a matrix for each part."""
+    from transformers import AutoModelForImageTextToText
+
+    fused = load_backbone("auto", str(tiny_current.write("llava_phi3", folder / "llava_phi3")))
+    plain = AutoModelForImageTextToText.from_pretrained(tiny_current.write("llava_of_llama", folder / "parts"))
+    weights = {}
+    for name, value in fused.model.state_dict().items():
+        module = name.split(".")[-2]
+        parts = FUSED_ROWS.get(module, {module: len(value)})
+        named = zip(parts, value.split(list(parts.values())), strict=True)
+        weights |= {name.replace(module, part): rows for part, rows in named}
+    plain.load_state_dict(weights)
+    plain.save_pretrained(folder / "parts")
+    return fused, load_backbone("auto", str(folder / "parts"))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("tpatcher", {"layer": 0}),
+        ("ftl", {"sites": ("layers.0.attention.qkv", "layers.1.attention.qkv", "layers.1.ffn.gate_in")}),
+        ("ftl", {"sites": ("layers.1.attention.qkv",)}),
+    ],
+)
+def test_an_edit_of_a_fused_matrix_is_that_of_its_parts(fused_and_parts, requests, name, settings):
+    """Phi-3's layers are LLaMA's with fused matrices."""
+    found = []
+    for model in fused_and_parts:
+        if model is fused_and_parts[1] and "sites" in settings:
+            parts = {whole: [part for part in FUSED if FUSED[part] == whole] for whole in set(FUSED.values())}
+            named = [site.split(".", 2) for site in settings["sites"]]
+            settings = {"sites": [f"layers.{layer}.{part}" for _, layer, whole in named for part in parts[whole]]}
+        editor = load_editor(name, settings)
+        supervision, evaluation = encode_requests(model, requests, TEMPLATE, editor.sites)
+        results = edit(model, editor, Objective(ObjectiveConfig(name="native")), supervision, Stopping(max_steps=4))
+        params = stack_params([result.params for result in results])
+        with torch.no_grad():
+            prefix = model.prefix(evaluation, *editor.sites)
+            before = model.suffix(prefix, evaluation.predict_EKT)
+            with editor.applied(model, params, evaluation):
+                change = model.suffix(prefix, evaluation.predict_EKT) - before
+        found.append((change, torch.tensor([result.curves["rel"] for result in results])))
+    (change, curves), (expected, expected_curves) = found
+    torch.testing.assert_close(curves, expected_curves, rtol=1e-3, atol=1e-3)
+    # Adam amplifies gradients that consist of rounding errors.
+    assert (change - expected).norm() < 1e-2 * expected.norm()
+
+
+@torch.no_grad()
+def test_one_matrix_for_queries_keys_and_values_is_split_as_attention_splits_it(folder, monkeypatch):
+    """In turns for each head of the keys, it is the matrix with all queries first in another order."""
+    directory = str(tiny_current.write("llava_phi3", folder / "llava_phi3"))
+    decoder = load_backbone("auto", directory).decoder
+    hidden, every = torch.randn(1, 5, decoder.hidden_size), torch.arange(5)[None]
+    inputs, weight = decoder.rotary(hidden, None), decoder.site("layers.0.attention.qkv").weight
+    expected = decoder.attention_half(0, hidden, inputs, every)
+    torch.testing.assert_close(decoder.attention_half(0, hidden, inputs), expected)
+    blocks = [rows.unflatten(0, (2, -1)) for rows in weight.split([32, 16, 16])]  # 4 heads share the keys of 2
+    weight.copy_(torch.cat(blocks, dim=1).flatten(0, 1))
+    assert not decoder.grouped
+    decoder.grouped = True
+    torch.testing.assert_close(decoder.attention_half(0, hidden, inputs, every), expected)
+    split = TracedDecoder._split
+    monkeypatch.setattr(TracedDecoder, "_split", lambda *given: [part.flip(-1) for part in split(*given)])
+    with pytest.raises(InputError, match=r"layers\.0 is not what its matrices \(self_attn\.qkv_proj, "):
+        load_backbone("auto", directory)
 
 
 def test_a_question_about_a_picture_of_another_size_has_its_positions(folder):

@@ -19,16 +19,17 @@ from odedit.runtime.kv_cache import KVCache
 from tests.support import reading, tiny_models
 from tests.support.limits import set_limits
 from tests.support.requests import TEMPLATE, make_picture, make_request
+from tests.support.tiny_current import FAMILIES, SIDES, write_family
 
 
-@pytest.fixture(scope="module", params=tiny_models.FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def directory(request, tmp_path_factory):
-    return tiny_models.write(request.param, tmp_path_factory.mktemp("models") / request.param)
+    return write_family(request.param, tmp_path_factory.mktemp("models") / request.param)
 
 
 @pytest.fixture(scope="module")
 def model(directory):
-    return load_backbone(directory.name, str(directory))
+    return load_backbone(directory.name, str(directory), image_size=SIDES.get(directory.name))
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +52,8 @@ def library_logits(model, ids, picture):
     if picture is None:
         text = model.model.language_model if model.family == "minigpt4" else model.model
         return text(input_ids=ids).logits[0]
-    if model.family == "qwen2_5_vl":
-        from odedit.backbones.qwen2_5_vl import SIDE
-
-        image = Image.fromarray(picture.pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    if model.family == "auto":
+        image = Image.fromarray(picture.pixels).resize((SIDES["auto"],) * 2, Image.Resampling.BICUBIC)
         seen = model.processor._images(image, return_tensors="pt")
         types = (ids == model.model.config.image_token_id).int()
         return model.model(input_ids=ids, **seen, mm_token_type_ids=types).logits[0]
@@ -171,15 +170,14 @@ def test_end_tokens_are_those_of_the_checkpoint_and_the_family(model, monkeypatc
 LAYOUT = {
     "minigpt4": ("<s>###Human: <Img>", "</Img> {}###Assistant:", "<s>###Human: {}###Assistant:", " "),
     "llava": ("<s>USER: ", "\n{} ASSISTANT:", "<s>USER: {} ASSISTANT:", " "),
-    "qwen2_5_vl": (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>",
+    "auto": (
+        "<|im_start|>user\n<|vision_start|>",
         "<|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n",
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-        "{}<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
         "",
     ),
 }
-POSITIONS = {"minigpt4": 3, "llava": 16, "qwen2_5_vl": 256}
+POSITIONS = {"minigpt4": 3, "llava": 16, "auto": 16}
 
 
 @pytest.mark.parametrize("is_caption", [False, True])
@@ -245,7 +243,7 @@ def test_sites_and_activations(model):
 def test_saved_again_the_processor_is_the_same(model, directory, tmp_path):
     model.processor.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text((directory / "config.json").read_text())
-    again = load_processor(directory.name, str(tmp_path))
+    again = load_processor(directory.name, str(tmp_path), image_size=SIDES.get(directory.name))
     picture, text = make_picture(3), "who owns this digit?"
     assert np.array_equal(again.process(picture).pixels, model.processor.process(picture).pixels)
     assert again.tokenizer(text)["input_ids"] == model.processor.tokenizer(text)["input_ids"]
@@ -253,10 +251,11 @@ def test_saved_again_the_processor_is_the_same(model, directory, tmp_path):
 
 def test_weights_and_wrong_classes_are_told_apart(model, directory, tmp_path):
     assert fingerprint(directory.name, str(directory)) == model.fingerprint
-    other = tiny_models.write(directory.name, tmp_path / "other", seed=1)
+    other = write_family(directory.name, tmp_path / "other", seed=1)
     assert fingerprint(directory.name, str(other)) != model.fingerprint
-    with pytest.raises(InputError, match=f"family '{directory.name}' takes {type(model.model).__name__}"):
-        load_backbone(directory.name, str(tmp_path_of_blip2()))
+    if model.family != "auto":
+        with pytest.raises(InputError, match=f"family '{directory.name}' takes {type(model.model).__name__}"):
+            load_backbone(directory.name, str(tmp_path_of_blip2()))
     with pytest.raises(InputError, match="family 'blip2' takes Blip2ForConditionalGeneration with an OPT text model"):
         load_backbone("blip2", str(directory))
 
@@ -339,7 +338,7 @@ def test_a_family_from_outside_the_package(tmp_path):
 
 def test_half_precision_follows_float32(model, directory, requests):
     """Every family takes float32 pixels and computes in the model's type, from the connector on too."""
-    half = load_backbone(directory.name, str(directory), dtype="bfloat16")
+    half = load_backbone(directory.name, str(directory), dtype="bfloat16", image_size=SIDES.get(directory.name))
     site = model.connector_sites()[-1]
     logits = []
     for backbone in (model, half):

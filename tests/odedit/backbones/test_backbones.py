@@ -112,6 +112,8 @@ def test_the_error_for_an_unknown_site_lists_the_valid_ones(backbone, site, mess
 
 
 def test_unknown_family_and_checkpoint(tmp_path):
+    with pytest.raises(InputError, match=r"name 'auto', which makes the same edits with backbone\.image_size=448\.$"):
+        load_backbone("qwen2_5_vl", "embedded")
     with pytest.raises(InputError, match=r"Unknown backbone 'blip3'. Did you mean 'blip2'\?"):
         load_backbone("blip3", "embedded")
     with pytest.raises(InputError, match="does not exist"):

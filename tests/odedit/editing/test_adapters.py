@@ -15,7 +15,7 @@ from odedit.editing.adapters import write_adapter
 from odedit.editing.merging import export
 from odedit.editors.base import Editor
 from odedit.inputs.batch import EditParams
-from tests.support import committed, tiny_models
+from tests.support import committed, tiny_current, tiny_models
 
 LOGITS = """
 import torch
@@ -37,7 +37,7 @@ SITES = {
     "blip2": ["layers.*.attention.q", "layers.-1.ffn.in", "layers.0.ffn.out", "connector.language_projection"],
     "minigpt4": ["layers.*.attention.v", "connector.qformer.*query", "layers.1.ffn.gate"],
     "llava": ["layers.*.attention.q", "layers.*.attention.v", "layers.*.ffn.gate", "connector.*"],
-    "qwen2_5_vl": ["layers.*.attention.k", "layers.*.attention.v", "layers.1.ffn.out", "connector.*"],
+    "auto": ["layers.*.attention.k", "layers.*.attention.v", "layers.1.ffn.out", "connector.*"],
 }
 """Sites of attention, with fewer key than query heads in the tiny models, of all three matrices of feed-forward halves,
 and of the connector."""
@@ -92,11 +92,11 @@ def test_peft_computes_what_the_merged_checkpoint_does(family: str, count: int, 
     assert (logits["merged"] - logits["source"]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
+@pytest.mark.parametrize("family", ["auto", "llava"])
 def test_target_modules_are_exactly_those_of_the_sites(family: str, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    source = tiny_models.write(family, tmp_path / "source")
+    source = tiny_current.write_family(family, tmp_path / "source")
     backbone = load_backbone(family, str(source))
     editor, params = random_edits(backbone, SITES[family], 1)
     write_adapter(backbone, editor, params, tmp_path / "adapter")

@@ -34,7 +34,7 @@ def model(request, tmp_path_factory):
 @pytest.mark.parametrize(("name", "objective", "edits"), CASES)
 def test_the_formula_is_within_a_third_of_the_measured_peak(model, name, objective, edits):
     editor = load_editor(name)
-    editor = load_editor(name, dict(editor.fitted(model.num_layers)))
+    editor = load_editor(name, dict(editor.fitted(model)))
     config = ObjectiveConfig(objective, **({} if objective == "native" else {"sigma2_0": 1.0}))
     batch = encode_requests(model, [make_request(number) for number in range(edits)], TEMPLATE, editor.sites)[0]
     need = needed(

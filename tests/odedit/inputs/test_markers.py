@@ -16,7 +16,7 @@ from odedit.data.pack import pack
 from odedit.data.packed import RECORDS_SCHEMA
 from odedit.data.records import RawRecord, read_records
 from odedit.inputs.markers import control_token_finder, image_marker, without_leading_marker
-from tests.support import tiny_models
+from tests.support import tiny_current, tiny_models
 from tests.support.mmedit_files import caption, record, write_array, write_images
 from tests.support.requests import TEMPLATE, make_picture
 
@@ -101,11 +101,11 @@ def test_a_folder_that_was_packed_with_markers_is_read_alike(tmp_path):
     assert second.problem.startswith("image marker: field 'loc' holds '<image>'")
 
 
-@pytest.fixture(scope="module", params=["blip2", *tiny_models.FAMILIES])
+@pytest.fixture(scope="module", params=["blip2", *tiny_current.FAMILIES])
 def model(request, tmp_path_factory):
     if request.param == "blip2":
         return load_backbone("blip2", "embedded")
-    return load_backbone(request.param, str(tiny_models.write(request.param, tmp_path_factory.mktemp("tiny"))))
+    return load_backbone(request.param, str(tiny_current.write_family(request.param, tmp_path_factory.mktemp("tiny"))))
 
 
 @pytest.mark.parametrize("text", ["<image>\nwho is it?", "<|image_pad|> who is it?", "who </s> is it?", "<s>"])

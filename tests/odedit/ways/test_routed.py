@@ -7,14 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from odedit import EvaluationConfig, InputError, encode_requests, evaluate, load_editor
+from odedit import EvaluationConfig, InputError, encode_requests, evaluate, load_backbone, load_editor
 from odedit.editors.common.fine_tuning import resolve
 from odedit.ways.common import router
 from odedit.ways.common.adapters import CHOICE, adapters_of, take, without
 from odedit.ways.common.prompt_states import KEY_SLOTS, prompt_states, states_of_edits
 from odedit.ways.routed import Routed, RoutedConfig
+from tests.support import tiny_current
 from tests.support.committing import Whole, finish, requests_of, task_of
-from tests.support.requests import TEMPLATE
+from tests.support.requests import TEMPLATE, make_request
 
 WAY = Routed(RoutedConfig(steps=60, batch_size=24, negatives=3))
 SITES = ("layers.25%.ffn.in", "layers.25%.ffn.out", "layers.>25%.attention.q", "layers.>25%.attention.v")
@@ -85,6 +86,30 @@ def test_a_chosen_edit_changes_a_sequence_as_it_does_alone(task, editor, committ
         with torch.no_grad(), editor.applied(backbone, for_all, evaluation):
             alone = backbone.suffix(backbone.prefix(evaluation, *serving.sites))
         torch.testing.assert_close(got[edit_EK == number], alone[edit_EK == number], atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(got[edit_EK == number], plain[edit_EK == number], atol=1e-3)
+
+
+def test_a_chosen_edit_changes_a_fused_matrix_as_it_does_alone(tmp_path, monkeypatch):
+    """The key reads the input of one matrix for gate and input, and one for queries, keys and values is edited."""
+    model = load_backbone("auto", str(tiny_current.write("llava_phi3", tmp_path)))
+    sites = ("layers.25%.ffn.gate_in", "layers.25%.ffn.out", "layers.>25%.attention.qkv")
+    editor = load_editor("lora", {"rank": 4, "sites": sites})
+    serving = WAY.serving(editor)
+    serving.check(model)
+    requests = [make_request(number) for number in range(3)]
+    _, batch = encode_requests(model, requests, TEMPLATE, serving.sites)
+    torch.manual_seed(0)
+    params = {name: torch.randn_like(value) / 4 for name, value in editor.init(model, batch).items()}
+    edit_EK = torch.arange(batch.present_EK.numel()).reshape(batch.present_EK.shape) % 4 - 1  # -1: none
+    monkeypatch.setattr("odedit.ways.common.adapters.choose", lambda params, states: edit_EK.flatten())
+    got, _ = states(model, serving, params, batch)
+    plain = unedited(model, serving, batch)
+    assert torch.equal(got[edit_EK == -1], plain[edit_EK == -1])
+    for number in range(3):
+        for_all = {name: value[[number] * batch.num_edits] for name, value in params.items()}
+        with torch.no_grad(), editor.applied(model, for_all, batch):
+            alone = model.suffix(model.prefix(batch, *serving.sites))
+        torch.testing.assert_close(got[edit_EK == number], alone[edit_EK == number], atol=1e-4, rtol=1e-4)
         assert not torch.allclose(got[edit_EK == number], plain[edit_EK == number], atol=1e-3)
 
 

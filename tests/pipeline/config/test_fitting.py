@@ -17,11 +17,11 @@ from odedit import InputError, load_backbone
 from odedit.__main__ import app
 from odedit.editors import find
 from odedit.editors.common.weights import save_weights
-from pipeline.config.checkpoints import fitted
-from pipeline.config.run import RunConfig, from_dict
+from pipeline.config.checkpoints import fitted, memory
+from pipeline.config.run import RunConfig, commit_from_dict, from_dict
 from pipeline.driver.preflight import prepare
 from pipeline.workers import ray_session
-from tests.support import tiny_models
+from tests.support import tiny_current, tiny_models
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,8 @@ def run_of(checkpoint: Path, **editor: Any) -> RunConfig:
 def test_a_default_site_moves_to_the_same_depth_and_a_given_one_is_refused(llava: Path) -> None:
     config, notes = fitted(from_dict({}))
     assert config.editor.settings.site == "layers.2.ffn.in" and len(notes) == 1
-    assert "the default layers.23.ffn.in is for other models; this one has 4 layers, and layers.2.ffn.in" in notes[0]
+    assert "the default layers.23.ffn.in is for other models; this one has 4 layers of attention.q, " in notes[0]
+    assert notes[0].endswith(", ffn.out, and layers.2.ffn.in is used.")
     assert fitted(run_of(llava))[0].editor.settings.site == "layers.1.ffn.in"
     with pytest.raises(InputError, match=r"'layers.23.ffn.in': expected layers.<0..3>.<part>"):
         fitted(from_dict({"editor": {"name": "wise", "site": "layers.23.ffn.in"}}))
@@ -72,6 +73,31 @@ def test_other_defaults_give_way_as_well(llava: Path) -> None:
     with pytest.raises(InputError, match="editor.num_layers: got 3, the text model has 2 layers"):
         fitted(run_of(llava, name="unike", num_layers=3), trains=True)
     assert fitted(run_of(llava, name="ftl"))[1] == []
+
+
+def test_a_default_site_moves_to_the_matrix_that_holds_it_and_a_given_one_is_refused(tmp_path: Path) -> None:
+    """Of a model with one matrix for queries, keys and values, and one for gate and input."""
+    checkpoint = tiny_current.write("llava_phi3", tmp_path)
+    backbone, last = {"family": "auto", "checkpoint": str(checkpoint)}, ("layers.-1.ffn.gate_in", "layers.-1.ffn.out")
+
+    def settings(**editor: Any) -> Any:
+        return fitted(from_dict({"backbone": backbone, "editor": editor}), trains=True)[0].editor.settings
+
+    assert settings(name="wise").site == "layers.1.ffn.gate_in"
+    assert settings(name="ftl").sites == last and set(settings(name="mend").sites) > set(last)
+    assert settings(name="lora").sites == ("layers.*.attention.qkv",)
+    for name in ("tpatcher", "unike"):
+        settings(name=name)
+    with pytest.raises(
+        InputError, match=r"'layers\.0\.attention\.q': .* one of attention\.qkv, attention\.out, ffn\.gate_in"
+    ):
+        settings(name="lora", sites=["layers.*.attention.q"])
+    joint = commit_from_dict({"backbone": backbone, "commit": {"way": "joint"}})
+    parts = ("attention.qkv", "attention.out", "ffn.gate_in", "ffn.out")
+    assert fitted(joint)[0].editor.settings.sites == tuple(f"layers.*.{part}" for part in parts)
+    assert memory(fitted(joint)[0]) is not None
+    routed = commit_from_dict({"backbone": backbone, "commit": {"way": "routed"}})
+    assert fitted(routed)[0].editor.settings.sites == ("layers.25%.ffn.gate_in", "layers.25%.ffn.out")
 
 
 def test_a_run_goes_on_with_the_site_that_it_has_found(settings: dict[str, Any]) -> None:
