@@ -250,7 +250,7 @@ def _evaluation_table(
         "| | " + " | ".join(heads) + " |",
         "|---|" + "--:|" * len(heads),
     ]
-    for metric in (SCORE, *SHOWN):
+    for metric in (name for name in (SCORE, *SHOWN) if any(name in of_run for of_run in runs.values())):
         cells = [_mean_text(metric, of_run.get(metric)) for of_run in runs.values()]
         if tests is not None:
             test = tests.get(metric)
