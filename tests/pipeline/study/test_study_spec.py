@@ -284,7 +284,7 @@ def test_the_pages_of_results_are_linked_and_name_studies_that_ship() -> None:
     readme = (folder / "README.md").read_text(encoding="utf-8")
     assert all(f"| `{name}` |" in readme for name in spec.names())
     pages = sorted((folder / "results").glob("*.md"))
-    assert [page.name for page in pages] == ["ablations.md", "fronts.md", "objective.md", "one-model.md", "table1.md"]
+    assert [page.name for page in pages] == ["ablations.md", "contrast.md", "fronts.md", "one-model.md", "table1.md"]
     for page in pages:
         assert f"(results/{page.name})" in readme
         commands = re.findall(r"^    odedit study (\w+)", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
