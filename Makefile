@@ -12,7 +12,7 @@ DIVIDED := -n 2 --dist loadgroup --no-loadscope-reorder
 help:      ## This list.
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-install: $(VENV)/.ready      ## odedit in .venv.
+install: $(VENV)/.ready      ## Installs odedit into .venv.
 
 demo: $(VENV)/.ready      ## Edits the embedded model, opens a report, leaves results and an MLflow store in demo/.
 	@$(BIN)/odedit demo --out demo

@@ -13,7 +13,9 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from odedit.__main__ import app
+from pipeline import commands
 from pipeline.driver import preflight
+from pipeline.run_folder.staging import OWN_PICTURES, PICTURES
 from pipeline.workers import joining, ray_session
 from tests.support import inline_pipeline
 from tests.support.mmedit_files import encoded, picture, record, write_array, write_images
@@ -58,6 +60,26 @@ def expect(result: Result, code: int, *parts: str) -> None:
 @pytest.mark.parametrize("command", [["edit"], ["score", "model"], ["commit"]], ids=lambda command: command[0])
 def test_records_are_named_by_a_file_or_on_the_command_line(command: list[str]) -> None:
     expect(odedit(*command, "backbone.checkpoint=embedded"), 2, "Give --config FILE or data.path=FILE")
+
+
+def test_a_training_names_its_own_records(tmp_path: Path) -> None:
+    command = ("train", "mend", "data.path=records.json", "--out", tmp_path / "mend.safetensors")
+    expect(odedit(*command), 2, "Give --config FILE or training.path=FILE")
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (OWN_PICTURES, "general questions about the records' own pictures"),
+        (PICTURES, "general questions about the pictures of data.pictures"),
+        ("data.pool", "the pool's questions"),
+    ],
+)
+def test_kept_answers_name_what_was_asked(source: str, words: str) -> None:
+    summary = {"kept": {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 8}, "kept_of": source}
+    assert commands._of_other_questions(summary) == [
+        f"kept: 0.500 [0.250, 0.750] of 8 answers to {words} are as before."
+    ]
 
 
 def test_a_run_needs_no_configuration_file(files: dict[str, Any]) -> None:

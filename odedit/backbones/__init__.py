@@ -35,6 +35,7 @@ __all__ = [
     "Prefix",
     "PretrainedProcessor",
     "can_inspect",
+    "current",
     "encode_evaluation",
     "encode_requests",
     "encode_supervision",
@@ -51,6 +52,19 @@ __all__ = [
 
 _WITH_OWN_LAYOUT = ("minigpt4", "blip2")
 """Families whose checkpoints need no chat template: the layout of their prompts is that of their publications."""
+
+
+_OF_AUTO, _SIDE_OF_AUTO = "qwen2_5_vl", 448
+"""A family that `auto` has replaced, and the width and height to which it resized every picture."""
+
+
+def current(family: str, image_size: int | None) -> tuple[str, int | None]:
+    """Family and image size by which edits of a stored family are read.
+
+    >>> current("qwen2_5_vl", None), current("blip2", None)
+    (('auto', 448), ('blip2', None))
+    """
+    return ("auto", image_size or _SIDE_OF_AUTO) if family == _OF_AUTO else (family, image_size)
 
 
 def names() -> tuple[str, ...]:
@@ -141,10 +155,10 @@ def fingerprint(family: str, checkpoint: str, *, dtype: str = "float32") -> str:
 
 def find(family: str) -> Any:
     """Class of a family. Raises InputError for an unknown name."""
-    if family == "qwen2_5_vl":  # a family of its own once
+    if family == _OF_AUTO:
         raise InputError(
-            "'qwen2_5_vl' is no family of its own any more: leave it out, or name 'auto', which makes the same edits "
-            "with backbone.image_size=448."
+            f"{_OF_AUTO!r} is no family any more: set backbone.family=auto, or leave it out, and "
+            f"backbone.image_size={_SIDE_OF_AUTO}, with which the same edits are made."
         )
     return plugins.find(sys.modules[__name__], "backbone", family, "BACKBONE")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from odedit.backbones import Backbone, is_connector, load_backbone, names
+from odedit.backbones import Backbone, current, is_connector, load_backbone, names
 from odedit.backbones.base import ends_of
 from odedit.backbones.common.generation import generate, until_end
 from odedit.data.images import ImageError, ImageReader
@@ -105,11 +105,11 @@ def load_backbone_of(
     """
     from transformers.utils import logging
 
-    if edit.family not in names():
+    family, size = current(edit.family, edit.image_size)
+    if family not in names():
         # A dotted name would import a module that an untrusted file chose.
         raise InputError(
-            f"edit {masked(edit.edit_id)!r}: unknown model family {edit.family!r}; known: {', '.join(names())}."
+            f"edit {masked(edit.edit_id)!r}: unknown model family {family!r}; known: {', '.join(names())}."
         )
     logging.disable_progress_bar()
-    name, size = checkpoint or edit.checkpoint, edit.image_size
-    return load_backbone(edit.family, name, dtype=dtype, device=device, image_size=size)
+    return load_backbone(family, checkpoint or edit.checkpoint, dtype=dtype, device=device, image_size=size)

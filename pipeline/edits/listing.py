@@ -16,8 +16,7 @@ from pipeline.report.formatting import number
 from pipeline.run_folder.committed import Entry
 from pipeline.run_folder.outcomes import mean_score
 
-QUESTION = 9
-"""Characters of a question in a line, at least."""
+_LONGEST_ID = 22
 _FIELDS = (
     "edit_id", "holds", "status", "error", "fact", "file", "index", "task", "prompt", "image", "answer_before",
     "target", "answer_after",
@@ -40,16 +39,16 @@ def table(listed: Sequence[Entry]) -> Table:
         caption=f"{held} of {len(listed)} hold (✓).",
         caption_justify="left",
     )
-    made.add_column("edit", no_wrap=True, overflow="ignore")
+    made.add_column("edit", no_wrap=True)
     question = ["question"] if shared is None else []
     for name in ("picture", *question, "old answer", "new answer", "answer now"):
-        made.add_column(name, overflow="fold", min_width=QUESTION if name == "question" else None)
-    made.add_column("mean", justify="right", no_wrap=True, min_width=5)
+        made.add_column(name, overflow="fold")
+    made.add_column("mean", justify="right", no_wrap=True)
     for entry in listed:
-        texts = [entry["edit_id"], posixpath.basename(entry["image"] or "")]
+        texts = [folded(entry["edit_id"]), posixpath.basename(entry["image"] or "")]
         texts += [entry["prompt"]] if shared is None else []
         texts += [entry["answer_before"], entry["target"]]
-        now = "✓✗"[not entry["holds"]] + f" {_plain(entry['answer_after'])}"
+        now = ("✓" if entry["holds"] else "✗") + f" {_plain(entry['answer_after'])}"
         mean = mean_score(entry["scores"])
         made.add_row(*map(_plain, texts), now, "" if mean is None else number(mean))
     return made
@@ -58,6 +57,11 @@ def table(listed: Sequence[Entry]) -> Table:
 def shared_question(questions: Sequence[str | None]) -> str | None:
     """The question of all edits; None if there are several, or a single edit."""
     return questions[0] if len(questions) > 1 and len(set(questions)) == 1 else None
+
+
+def folded(edit_id: str) -> str:
+    """An id in lines that leave room for the other columns of a narrow terminal."""
+    return "\n".join(edit_id[start : start + _LONGEST_ID] for start in range(0, len(edit_id), _LONGEST_ID))
 
 
 def _plain(value: object) -> str:

@@ -15,7 +15,7 @@ from odedit.data.images import ImageError, ImageReader
 from odedit.errors import StorageError
 from odedit.evaluation.statistics import SHOWN
 from odedit.inputs.batch import is_locality
-from pipeline.edits.listing import QUESTION, shared_question
+from pipeline.edits.listing import folded, shared_question
 from pipeline.report.formatting import number
 from pipeline.run_folder.outcomes import (
     RANKED,
@@ -48,16 +48,16 @@ def worst(workspace: Workspace) -> Table:
         caption=f"odedit show {workspace.out} EDIT_ID shows one of them.",
         caption_justify="left",
     )
-    table.add_column("edit", no_wrap=True, overflow="ignore")
+    table.add_column("edit", no_wrap=True)
     question = ["question"] if shared is None else []
     for name in ("picture", *question, "old answer", "wanted", "new answer"):
-        table.add_column(name, overflow="fold", min_width=QUESTION if name == "question" else None)
-    table.add_column("mean", justify="right", no_wrap=True, min_width=5)
+        table.add_column(name, overflow="fold")
+    table.add_column("mean", justify="right", no_wrap=True)
     for outcome, own in zip(outcomes, owns, strict=True):
         mean = outcome.mean_score
         picture = posixpath.basename(picture_name(own.image)) if own is not None and own.image is not None else ""
         table.add_row(
-            outcome.edit_id,
+            folded(outcome.edit_id),
             Text(picture),
             *([Text((own and own.prompt) or "")] if shared is None else []),
             Text(outcome.old_answer or ""),

@@ -57,7 +57,7 @@ class Block:
 
 
 def block_table(block: Block) -> Table:
-    """The same in the terminal."""
+    """The block as a table for the terminal."""
     table = Table(title=block.title, title_justify="left", caption=block.caption, caption_justify="left")
     for index, head in enumerate(block.heads):
         table.add_column(head, justify="right" if index else "left")

@@ -221,8 +221,8 @@ def legend(study: StudyConfig) -> str:
     text = "Mean ± half of its 95% interval, clustered by fact."
     if study.models is None:
         text += (
-            " `stop`: mean NLL of the worst answer token where the edit stopped, and the share of edits that reached "
-            "the stop if not all did."
+            " `stop`: mean NLL of the least likely answer token where the edit stopped, and the share of edits that "
+            "reached the stop if not all did."
         )
     if study.baseline:
         base = ", ".join(study.baseline.values())

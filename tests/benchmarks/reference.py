@@ -145,10 +145,10 @@ class Reference:
                 active = (inputs.pop() @ params["k"][0].T + params["b"][0]).relu()
                 return out + active @ (params["a"][0] * params["v"][0])
 
-            behind = self._backbone.site(self._editor.sites[1])
+            entrance = self._backbone.site(self._editor.sites[0].removesuffix("out") + "in")
             handles = [
-                site.register_forward_hook(lambda module, args, out: inputs.append(args[0])),
-                behind.register_forward_hook(patch),
+                entrance.register_forward_hook(lambda module, args, out: inputs.append(args[0])),
+                site.register_forward_hook(patch),
             ]
         try:
             yield

@@ -111,16 +111,20 @@ def _find_heads(backbone: Auto, prompt: TokenSequence) -> None:
     hidden, rotary, every = decoder.handed_to(0, hidden, decoder.rotary(hidden, None), every)
     if rotary is not None and not backbone.is_causal:
         rotary = replace(rotary, mask_RSS=every.unsqueeze(-1) >= every)
-    expected, shares = decoder.attention_half(0, hidden, rotary) - hidden, {}
+    # Without the residual stream, beside which half precision would lose attention's output.
+    states = decoder._norm_before_attention(0)(hidden)
+    expected, shares = decoder._attention(0, states, rotary, None).float(), {}
     is_fused = "attention.qkv" in backbone.parts
     for decoder.partly, decoder.grouped in product((False, True), (False, True) if is_fused else (False,)):
         try:
-            found = decoder.attention_half(0, hidden, rotary, every) - hidden
+            found = decoder._attention_at(0, states, rotary, every, None).float()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:  # the tables' width is not that of a head
             continue
         shares[decoder.partly, decoder.grouped] = _share(found, expected)
     best = min(shares, key=shares.__getitem__, default=None)
-    if best is None or shares[best] > TOLERANCE[backbone.model.dtype]:
+    if best is None or not shares[best] <= TOLERANCE[backbone.model.dtype]:  # NaN is no agreement
         layer = decoder.structure.layers[0]
         names = ", ".join(path for part, path in layer.sites.items() if part.startswith("attention"))
         raise Unsupported(f"attention of layers.0 is not what its matrices ({names}) give by any known order of heads")

@@ -55,15 +55,16 @@ def load_edited(folder: Path | str, device: str = "cpu", dtype: str | None = Non
     template = find_template(info.template if info else "mmedit")
     if not is_routed:
         family, stored = _family(path)
-        size = None if info is None else info.image_size
-        if info is not None and info.family == GENERIC:
+        made, size = (None, None) if info is None else backbones.current(info.family, info.image_size)
+        if made == GENERIC:
             family = GENERIC
         return EditedModel(_loaded(family, str(path), device, dtype or stored, size), template)
     assert info is not None
-    if info.family not in backbones.names():
+    family, size = backbones.current(info.family, info.image_size)
+    if family not in backbones.names():
         # A dotted name would import a module that the file chose.
-        raise InputError(f"{str(folder)!r}: unknown model family {info.family!r}; known: {_known()}.")
-    backbone = _loaded(info.family, info.checkpoint, device, dtype or info.dtype, info.image_size)
+        raise InputError(f"{str(folder)!r}: unknown model family {family!r}; known: {_known()}.")
+    backbone = _loaded(family, info.checkpoint, device, dtype or info.dtype, size)
     params, info = folders.read(path, str(backbone.device))
     return EditedModel(backbone, template, cast(RoutedEditor, serving_editor(info, backbone)), params)
 

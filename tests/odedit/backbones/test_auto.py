@@ -248,6 +248,12 @@ def test_an_exported_edit_answers_in_plain_transformers(name, folder, requests, 
         assert not torch.allclose(before, after, atol=1e-2)
 
 
+@pytest.mark.parametrize("name", ["gemma3", "llava_phi3"])
+def test_half_precision_hides_no_order_of_heads(name, folder):
+    model = load_backbone("auto", str(tiny_current.write(name, folder / name)), dtype="bfloat16")
+    assert model.decoder.grouped is False and model.decoder.partly is False
+
+
 @dataclasses.dataclass(frozen=True)
 class Told:
     """A plain model with the processor that asks it."""

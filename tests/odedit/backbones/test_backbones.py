@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from odedit import InputError, load_backbone
-from odedit.backbones import encode_requests
+from odedit.backbones import current, encode_requests
 from odedit.inputs.prompts import tokenize
 from tests.support import reading
 from tests.support.requests import TEMPLATE, make_request
@@ -111,8 +111,13 @@ def test_the_error_for_an_unknown_site_lists_the_valid_ones(backbone, site, mess
         backbone.site(site)
 
 
+def test_edits_of_a_replaced_family_are_read_at_its_picture_size():
+    assert current("qwen2_5_vl", None) == ("auto", 448) and current("qwen2_5_vl", 224) == ("auto", 224)
+    assert current("llava", None) == ("llava", None)
+
+
 def test_unknown_family_and_checkpoint(tmp_path):
-    with pytest.raises(InputError, match=r"name 'auto', which makes the same edits with backbone\.image_size=448\.$"):
+    with pytest.raises(InputError, match=r"set backbone\.family=auto, or leave it out, and backbone\.image_size=448"):
         load_backbone("qwen2_5_vl", "embedded")
     with pytest.raises(InputError, match=r"Unknown backbone 'blip3'. Did you mean 'blip2'\?"):
         load_backbone("blip3", "embedded")

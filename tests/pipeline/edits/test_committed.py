@@ -21,8 +21,10 @@ from odedit.__main__ import app
 from odedit.storage.location import locate
 from odedit.ways.common.files import load_committed, save_committed
 from pipeline.edits import listing
+from pipeline.report.formatting import number
 from pipeline.report.model_card import cell, write_model_card
 from pipeline.run_folder.committed import entry, read_edits, worst_first, write_edits
+from pipeline.run_folder.outcomes import mean_score
 from tests.support import committed
 from tests.support.committed import TARGETS, Model
 
@@ -79,6 +81,17 @@ def test_a_question_that_all_edits_share_is_said_once(made: Model, monkeypatch: 
     assert f"Question: {first['prompt']}" in both and both.count(first["prompt"]) == 1
     assert " folder.png " in both and "deep" not in both
     assert "Question:" not in alone and "question" in alone
+    assert listing.shared_question(["a", "b"]) is None and listing.shared_question([None, None]) is None
+    narrow = Console(width=80, file=io.StringIO())
+    missing = dict.fromkeys(("prompt", "image", "answer_after"))
+    bare = second | missing | {"edit_id": "the-name-of-a-long-answer-eff333d775"}
+    narrow.print(listing.table([first, bare]))
+    lines = narrow.file.getvalue().splitlines()
+    assert all(len(line.rstrip()) <= 80 for line in lines)
+    (whole,) = [line for line in lines if first["edit_id"] in line]
+    (folded,) = [line for line in lines if bare["edit_id"][:22] in line]
+    means = [number(mean_score(entry["scores"]) or 0.0) for entry in (first, bare)]
+    assert [line.split()[-1] for line in (whole, folded)] == means, "no column is cut off"
 
 
 def test_an_edit_without_its_answer_does_not_hold() -> None:
