@@ -286,9 +286,16 @@ class Auto(Backbone):
         return {f"of an image (id {token} by config.json)": token}
 
     def plain_use(self) -> PlainUse:
-        with_picture, without = self.processor.layout(_SIZES[0]).written, self.processor.layout(None).written
+        with_picture, without = (self._once_begun(self.processor.layout(size).written) for size in (_SIZES[0], None))
         alone = "language_model" if requires_pictures(self.model) else None
         return PlainUse(with_picture, without, side=self.processor.side, text_model=alone)
+
+    def _once_begun(self, written: str) -> str:
+        """A chat template's text without the start token that the tokenizer adds to every text (Gemma)."""
+        tokenizer = self.processor.tokenizer
+        start = tokenizer.bos_token
+        twice = start and tokenizer(written).input_ids[:2] == [tokenizer.bos_token_id] * 2
+        return written.removeprefix(start) if twice else written
 
     # Running.
 

@@ -248,6 +248,12 @@ def test_an_exported_edit_answers_in_plain_transformers(name, folder, requests, 
         assert not torch.allclose(before, after, atol=1e-2)
 
 
+def test_the_text_for_plain_use_is_begun_once(model):
+    tokenizer, use = model.processor.tokenizer, model.plain_use()
+    for text in (use.with_picture, use.without_picture):
+        assert tokenizer(text.replace("{text}", "what is this?")).input_ids[:2] != [tokenizer.bos_token_id] * 2
+
+
 @pytest.mark.parametrize("name", ["gemma3", "llava_phi3"])
 def test_half_precision_hides_no_order_of_heads(name, folder):
     model = load_backbone("auto", str(tiny_current.write(name, folder / name)), dtype="bfloat16")
