@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from odedit.evaluation.statistics import SHOWN
 from pipeline.report.formatting import number
@@ -30,20 +31,7 @@ def table(listed: Sequence[Entry]) -> Table:
     """
     held = sum(entry["holds"] for entry in listed)
     shared = shared_question([entry["prompt"] for entry in listed])
-    made = Table(
-        box=SIMPLE,
-        pad_edge=False,
-        collapse_padding=True,
-        title=shared and f"Question: {escape(shared)}",
-        title_justify="left",
-        caption=f"{held} of {len(listed)} hold (✓).",
-        caption_justify="left",
-    )
-    made.add_column("edit", no_wrap=True)
-    question = ["question"] if shared is None else []
-    for name in ("picture", *question, "old answer", "new answer", "answer now"):
-        made.add_column(name, overflow="fold")
-    made.add_column("mean", justify="right", no_wrap=True)
+    made = lines_of(shared, ("new answer", "answer now"), f"{held} of {len(listed)} hold (✓).")
     for entry in listed:
         texts = [folded(entry["edit_id"]), posixpath.basename(entry["image"] or "")]
         texts += [entry["prompt"]] if shared is None else []
@@ -51,6 +39,30 @@ def table(listed: Sequence[Entry]) -> Table:
         now = ("✓" if entry["holds"] else "✗") + f" {_plain(entry['answer_after'])}"
         mean = mean_score(entry["scores"])
         made.add_row(*map(_plain, texts), now, "" if mean is None else number(mean))
+    return made
+
+
+def lines_of(shared: str | None, answers: Sequence[str], caption: str, *, show_edge: bool = True) -> Table:
+    """An empty table of edits: id, picture, question, old answer, further answers, and the mean of the scores.
+
+    Args:
+        shared: The question of all edits, which is then the title and no column.
+        answers: Heads of the columns of further answers.
+    """
+    made = Table(
+        box=SIMPLE,
+        pad_edge=False,
+        show_edge=show_edge,
+        collapse_padding=True,
+        title=None if shared is None else Text(f"Question: {shared}"),
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+    )
+    made.add_column("edit", no_wrap=True)
+    for name in ("picture", *(["question"] if shared is None else []), "old answer", *answers):
+        made.add_column(name, overflow="fold")
+    made.add_column("mean", justify="right", no_wrap=True)
     return made
 
 

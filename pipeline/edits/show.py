@@ -15,7 +15,7 @@ from odedit.data.images import ImageError, ImageReader
 from odedit.errors import StorageError
 from odedit.evaluation.statistics import SHOWN
 from odedit.inputs.batch import is_locality
-from pipeline.edits.listing import folded, shared_question
+from pipeline.edits.listing import folded, lines_of, shared_question
 from pipeline.report.formatting import number
 from pipeline.run_folder.outcomes import (
     RANKED,
@@ -38,21 +38,8 @@ def worst(workspace: Workspace) -> Table:
     outcomes = read_outcomes(workspace, worst_ids(read_rows(parts(workspace), RANKED), LISTED), without=("losses",))
     owns = [outcome.probes[0] if outcome.probes else None for outcome in outcomes]
     shared = shared_question([None if own is None else own.prompt for own in owns])
-    table = Table(
-        box=SIMPLE,
-        pad_edge=False,
-        show_edge=False,
-        collapse_padding=True,
-        title=None if shared is None else Text(f"Question: {shared}"),
-        title_justify="left",
-        caption=f"odedit show {workspace.out} EDIT_ID shows one of them.",
-        caption_justify="left",
-    )
-    table.add_column("edit", no_wrap=True)
-    question = ["question"] if shared is None else []
-    for name in ("picture", *question, "old answer", "wanted", "new answer"):
-        table.add_column(name, overflow="fold")
-    table.add_column("mean", justify="right", no_wrap=True)
+    caption = f"odedit show {workspace.out} EDIT_ID shows one of them."
+    table = lines_of(shared, ("wanted", "new answer"), caption, show_edge=False)
     for outcome, own in zip(outcomes, owns, strict=True):
         mean = outcome.mean_score
         picture = posixpath.basename(picture_name(own.image)) if own is not None and own.image is not None else ""

@@ -19,7 +19,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix, holding, is_connector
-from odedit.editors.base import EditSize, OptimizerSettings, Plain, Trace
+from odedit.editors.base import EditSize, OptimizerSettings, Plain, Trace, fitting_sites
 from odedit.editors.common.hooks import Rewrite, rewritten
 from odedit.errors import InputError
 from odedit.inputs.batch import EditBatch, EditParams
@@ -112,7 +112,7 @@ class FineTuning(Plain, ABC):
         resolve(backbone, self.config.sites)
 
     def fitted(self, backbone: Backbone) -> Mapping[str, Any]:
-        sites = tuple(dict.fromkeys(holding(backbone, site) for site in self.config.sites))
+        sites = fitting_sites(backbone, self.config.sites)
         return {} if sites == self.config.sites else {"sites": sites}
 
     @abstractmethod

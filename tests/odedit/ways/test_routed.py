@@ -76,16 +76,21 @@ def test_sites_fit_any_depth(backbone):
 
 def test_a_chosen_edit_changes_a_sequence_as_it_does_alone(task, editor, committed, evaluation, monkeypatch):
     backbone, serving, params = task.backbone, WAY.serving(editor), committed[0].params
-    edit_EK = torch.arange(evaluation.present_EK.numel()).reshape(evaluation.present_EK.shape) % 6 - 1  # -1: none
+    check_chosen(monkeypatch, backbone, editor, serving, params, adapters_of(params), evaluation, 5, 1e-5)
+
+
+def check_chosen(monkeypatch, backbone, editor, serving, params, adapters, batch, count, tolerance):
+    """Gives every sequence one of `count` edits or none, and compares its states with those of the edit alone."""
+    edit_EK = torch.arange(batch.present_EK.numel()).reshape(batch.present_EK.shape) % (count + 1) - 1  # -1: none
     monkeypatch.setattr("odedit.ways.common.adapters.choose", lambda params, states: edit_EK.flatten())
-    got, _ = states(backbone, serving, params, evaluation)
-    plain = unedited(backbone, serving, evaluation)
+    got, _ = states(backbone, serving, params, batch)
+    plain = unedited(backbone, serving, batch)
     assert torch.equal(got[edit_EK == -1], plain[edit_EK == -1])
-    for number in range(5):
-        for_all = {name: value[[number] * evaluation.num_edits] for name, value in adapters_of(params).items()}
-        with torch.no_grad(), editor.applied(backbone, for_all, evaluation):
-            alone = backbone.suffix(backbone.prefix(evaluation, *serving.sites))
-        torch.testing.assert_close(got[edit_EK == number], alone[edit_EK == number], atol=1e-5, rtol=1e-5)
+    for number in range(count):
+        for_all = {name: value[[number] * batch.num_edits] for name, value in adapters.items()}
+        with torch.no_grad(), editor.applied(backbone, for_all, batch):
+            alone = backbone.suffix(backbone.prefix(batch, *serving.sites))
+        torch.testing.assert_close(got[edit_EK == number], alone[edit_EK == number], atol=tolerance, rtol=tolerance)
         assert not torch.allclose(got[edit_EK == number], plain[edit_EK == number], atol=1e-3)
 
 
@@ -100,17 +105,7 @@ def test_a_chosen_edit_changes_a_fused_matrix_as_it_does_alone(tmp_path, monkeyp
     _, batch = encode_requests(model, requests, TEMPLATE, serving.sites)
     torch.manual_seed(0)
     params = {name: torch.randn_like(value) / 4 for name, value in editor.init(model, batch).items()}
-    edit_EK = torch.arange(batch.present_EK.numel()).reshape(batch.present_EK.shape) % 4 - 1  # -1: none
-    monkeypatch.setattr("odedit.ways.common.adapters.choose", lambda params, states: edit_EK.flatten())
-    got, _ = states(model, serving, params, batch)
-    plain = unedited(model, serving, batch)
-    assert torch.equal(got[edit_EK == -1], plain[edit_EK == -1])
-    for number in range(3):
-        for_all = {name: value[[number] * batch.num_edits] for name, value in params.items()}
-        with torch.no_grad(), editor.applied(model, for_all, batch):
-            alone = model.suffix(model.prefix(batch, *serving.sites))
-        torch.testing.assert_close(got[edit_EK == number], alone[edit_EK == number], atol=1e-4, rtol=1e-4)
-        assert not torch.allclose(got[edit_EK == number], plain[edit_EK == number], atol=1e-3)
+    check_chosen(monkeypatch, model, editor, serving, params, params, batch, 3, 1e-4)
 
 
 def test_a_model_in_which_nothing_fires_is_the_unedited_one(task, editor, committed, evaluation):
