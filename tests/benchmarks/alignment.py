@@ -1,6 +1,6 @@
 """Cosines between the gradients of an objective's terms and those of the scored losses.
 
-    python -m tests.benchmarks.alignment [--editors wise,ftl] [--steps 0,5,10,20] [--edits 72] [--out DIR]
+    python -m tests.benchmarks.alignment [--editors wise,ftl] [--steps 0,5] [--edits 72] [--checkpoint DIR] [--out DIR]
 
 Edits of the embedded world's validation split take some steps on the editor's own loss. There, edit by edit, the
 gradient of every term with respect to the edited parameters is compared with the gradient of the NLL of the scored
@@ -70,8 +70,8 @@ Gradients = dict[str, Tensor]
 class Alignment:
     """Edits of the embedded world, and the gradients of terms at their parameters."""
 
-    def __init__(self, num_edits: int) -> None:
-        self.backbone: Any = load_backbone("blip2", "embedded")
+    def __init__(self, num_edits: int, checkpoint: str = "embedded") -> None:
+        self.backbone: Any = load_backbone("blip2", checkpoint)
         with tempfile.TemporaryDirectory() as folder:
             paths = world.build(folder)
             reader = ImageReader(str(paths["images"]), str(paths["images_rephrase"]))
@@ -218,9 +218,10 @@ def main() -> None:
     parser.add_argument("--editors", default=",".join(EDITORS))
     parser.add_argument("--steps", default="0,5,10,20")
     parser.add_argument("--edits", type=int, default=72)
+    parser.add_argument("--checkpoint", default="embedded", help="a BLIP-2 of another world")
     parser.add_argument("--out", type=Path, default=Path("bench"))
     chosen = parser.parse_args()
-    alignment = Alignment(chosen.edits)
+    alignment = Alignment(chosen.edits, chosen.checkpoint)
     steps = [int(step) for step in chosen.steps.split(",")]
     for name in chosen.editors.split(","):
         editor = alignment.editor(name)
