@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from odedit.errors import InputError
+from odedit.runtime import garbage
 from odedit.runtime.exit_codes import exit_on_error, is_output_closed, print_error
 
 app = typer.Typer(
@@ -674,10 +675,12 @@ def convert_minigpt4(
 
 def main() -> None:
     """Entry point of the `odedit` command."""
+    garbage.collect_rarely()
     try:
         app(prog_name="odedit")
     finally:
         is_output_closed()
+        garbage.end()
 
 
 if __name__ == "__main__":

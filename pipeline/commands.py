@@ -150,7 +150,7 @@ def show_plan(ready: Ready, config: RunConfig, *, edits: bool = True) -> None:
         edits: Whether the run makes edits, whose memory is told.
     """
     from pipeline.workers import ray_session
-    from pipeline.workers.plan import machine_cpus, machine_gpus, make_plan
+    from pipeline.workers.plan import local_plan
 
     num_groups, num_usable, out = len(ready.staged.usable), ready.staged.num_usable, ready.workspace.out
     groups = f"{counted(num_groups, 'group')} of {ready.config.pipeline.batch_size}"
@@ -168,7 +168,7 @@ def show_plan(ready: Ready, config: RunConfig, *, edits: bool = True) -> None:
         print(f"# {line}")
     address = ray_session.address_of(config.pipeline)
     if address is None:
-        print(f"# plan: {make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), num_groups)}")
+        print(f"# plan: {local_plan(config.pipeline, config.backbone, num_groups)}")
     else:
         print(f"# plan: on the cluster at {address}")
     if edits and (memory := checkpoints.memory(ready.config)) is not None:

@@ -78,9 +78,9 @@ def _num_clusters(values: Sequence[float], clusters: Sequence[Hashable] | None) 
 
 
 def _t_quantile(num_clusters: int) -> float:
-    from scipy import stats
+    from scipy.special import stdtrit  # Student's t; importing scipy.stats takes a third of a second
 
-    return float(stats.t.ppf(0.975, num_clusters - 1)) if num_clusters > 1 else 0.0
+    return float(stdtrit(num_clusters - 1, 0.975)) if num_clusters > 1 else 0.0
 
 
 def summarize(rows: Sequence[Mapping[str, Any]], facts: Sequence[str] | None = None) -> dict[str, Estimate]:
@@ -114,7 +114,7 @@ def paired(
 
     The test is the paired t-test, clustered by the column `fact` where rows have it.
     """
-    from scipy import stats
+    from scipy.special import stdtr
 
     result = {}
     for metric in metrics:
@@ -131,7 +131,7 @@ def paired(
         if error == 0.0:
             p = 1.0 if summary.mean == 0 else math.nan
         else:
-            p = float(2 * stats.t.sf(abs(summary.mean) / error, len(set(clusters)) - 1))
+            p = float(2 * stdtr(len(set(clusters)) - 1, -abs(summary.mean) / error))
         result[metric] = PairedDifference(summary.mean, summary.low, summary.high, p, summary.n)
     return result
 

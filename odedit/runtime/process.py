@@ -5,8 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+from odedit.runtime.garbage import collect_as_usual
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """`M_TRIM_THRESHOLD` and `M_MMAP_THRESHOLD` of malloc.h; see mallopt(3)."""
@@ -18,10 +22,11 @@ _OWN_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNA
 
 
 def configure_process(num_threads: int, device: str) -> None:
-    """Sets the number of CPU threads, deterministic algorithms, and on a CPU the reuse of freed memory.
+    """Sets the number of CPU threads, deterministic algorithms, collection of garbage, and on a CPU the reuse of memory.
 
     Call it before any work on the device.
     """
+    collect_as_usual()
     torch.set_num_threads(num_threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -29,6 +34,24 @@ def configure_process(num_threads: int, device: str) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if torch.device(device).type == "cpu":
         keep_freed_memory()
+
+
+@contextmanager
+def restored_process() -> Iterator[None]:
+    """Inside, `configure_process` may be called; afterwards threads and determinism are as before."""
+    threads, name = torch.get_num_threads(), "CUBLAS_WORKSPACE_CONFIG"
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    workspace = os.environ.get(name)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(is_deterministic, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
+        if workspace is None:
+            os.environ.pop(name, None)
 
 
 def keep_freed_memory() -> bool:

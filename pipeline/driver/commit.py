@@ -39,6 +39,8 @@ from pipeline.workers.committing import CommitJob, way_of
 from pipeline.workers.plan import Plan, ScoredModel
 
 _IS_WRITTEN = "model_written"
+TRAINED_GROUPS_PER_WORKER = 8
+"""Groups of records that one worker trains on a machine without GPU: training takes longer than single edits."""
 
 
 def with_edits_of(config: RunConfig, edits_from: str | None) -> RunConfig:
@@ -385,16 +387,20 @@ def _make(
     console: Console,
 ) -> None:
     """Makes the model and writes it, or goes on with both. The arguments are those of `CommitJob`."""
-    from pipeline.workers import training_group
+    from pipeline.workers import engine
 
     started = time.monotonic()
     workspace, config = ready.workspace, ready.config
-    num_groups = len(ready.staged.usable)
+    # A way that is not parallel has one worker, whatever the number of groups.
+    num_groups = len(ready.staged.usable) if way_of(config).is_parallel else 1
     if not workspace.committed.exists() or workspace.model.exists():
         for folder in workspace.written_models:
             folder.delete_folder()
     with ExitStack() as stack:
-        plan = stack.enter_context(ray_session.connected(config.pipeline, config.backbone, num_groups, console))
+        connected = ray_session.connected(
+            config.pipeline, config.backbone, num_groups, console, TRAINED_GROUPS_PER_WORKER
+        )
+        plan = stack.enter_context(connected)
         # Again, since Ray has installed a signal handler that exits the process at once.
         stack.enter_context(terminate_as_interrupt())
         num_workers = _num_workers(ready, plan, len(left_out))
@@ -408,7 +414,7 @@ def _make(
         def show(progress: Mapping[str, Any]) -> None:
             steps.observe(progress["doing"], progress["number"], progress["total"], progress["figures"])
 
-        training_group.train(CommitJob(job_of(ready, plan), left_out, edits, start), plan, num_workers, show)
+        engine.train(CommitJob(job_of(ready, plan), left_out, edits, start), plan, num_workers, show)
     for file in (workspace.training, workspace.progress, workspace.problem):
         file.delete()
     seconds = (read_json(workspace.run) or {}).get("seconds", 0.0) + time.monotonic() - started

@@ -280,10 +280,10 @@ def job_of(ready: Ready, plan: Plan, *, is_profiled: bool = False) -> Job:
 
 def _measure_kept(ready: Ready, plan: Plan, console: Console) -> None:
     """Asks the pool's own questions, and measures the text."""
-    from pipeline.workers import graph
+    from pipeline.workers import engine
 
     say(console, "Asking the pool's own questions ...")
-    graph.run_task(kept.measure, job_of(ready, plan), plan)
+    engine.run_task(kept.measure, job_of(ready, plan), plan)
 
 
 def _edit(
@@ -294,7 +294,7 @@ def _edit(
     profile: Profile | None,
 ) -> None:
     """Edits the pending groups. One of several runs is finished right after its last group."""
-    from pipeline.workers import graph
+    from pipeline.workers import engine
 
     say(console, f"Plan: {plan}.")
     ready = [run.ready for run in runs]
@@ -305,7 +305,7 @@ def _edit(
     with Progress(console, total, str(plan)) as progress:
         progress.include(read_rows(finished, PROGRESS_COLUMNS))
         last = time.monotonic()
-        for index, _, rows in graph.run_graph(jobs, plan, pending, profile):
+        for index, _, rows in engine.run_groups(jobs, plan, pending, profile):
             raise_if_interrupted()
             runs[index].start()
             now = time.monotonic()

@@ -75,7 +75,7 @@ def work(config: Mapping[str, CommitJob]) -> None:
     try:
         if job.device == "cuda":
             _use_own_gpu()
-        _Worker(commit_job).work()
+        commit(commit_job)
     except InputError as error:
         write_json(job.workspace.problem, {"problem": str(error)})
         # Other workers may wait for this one: Ray Train ends them all if it raises.
@@ -84,6 +84,15 @@ def work(config: Mapping[str, CommitJob]) -> None:
     except Exception:
         write_traceback(job, f"commit-{parallel.rank()}")
         raise
+
+
+def commit(commit_job: CommitJob) -> None:
+    """Makes the model and writes it, or goes on with both; as one of several workers, with its share of the records.
+
+    Raises:
+        InputError: The records or the settings do not allow the model.
+    """
+    _Worker(commit_job).work()
 
 
 def _use_own_gpu() -> None:

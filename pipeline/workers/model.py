@@ -61,3 +61,8 @@ def worker_backbone(backbone: BackboneConfig, device: str, store: str | None, wa
     elif (feature_store := getattr(_loaded[key], "store", None)) is not None:
         feature_store.warn_through(warn)  # writes to the files of this run
     return _loaded[key]
+
+
+def forget() -> None:
+    """Drops the model of the process's last run."""
+    _loaded.clear()

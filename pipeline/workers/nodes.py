@@ -127,7 +127,7 @@ def watched(plan: Plan, wait_s: float, console: Console | None) -> Iterator[None
     Raises:
         GraphError: No node could hold a worker for `wait_s`.
     """
-    from pipeline.workers.graph import GraphError
+    from pipeline.workers.stages import GraphError
 
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
         yield

@@ -22,8 +22,9 @@ CPUS_PER_THREAD = 0.75
 """CPUs that an actor requests from Ray per thread; the rest is for the workers that prepare pictures."""
 CPUS_PER_PREPARER = 0.25
 SMALL_MODEL_BYTES = 2**30
-GROUPS_PER_ACTOR = 8
-"""Groups of a small model per actor: starting an actor takes longer than editing a few groups."""
+GROUPS_PER_ACTOR = 24
+"""Groups of a small model per actor: starting an actor takes longer than editing a few groups. As many are edited in the
+command's own process."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Plan:
         threads_per_actor: CPU threads of each actor.
         gpus_per_actor: GPUs that Ray reserves for each actor.
         num_preparers: Number of workers that prepare pictures.
+        in_process: Whether the command's own process is the only worker, and Ray is not started.
     """
 
     device: str
@@ -100,6 +102,7 @@ class Plan:
     threads_per_actor: int
     gpus_per_actor: float
     num_preparers: int
+    in_process: bool = False
 
     @property
     def cpus_per_actor(self) -> float:
@@ -117,16 +120,38 @@ class Plan:
         return min(self.gpus_per_actor, 1.0) if self.device == "cuda" else 1 / self.num_actors
 
     def __str__(self) -> str:
-        actors = f"{counted(self.num_actors, 'actor')} on {self.device}"
-        threads = f" with {counted(self.threads_per_actor, 'thread')} each"
-        preparers = f"{counted(self.num_preparers, 'worker')} preparing pictures"
-        return f"{actors}{threads if self.device == 'cpu' else ''}, {preparers}"
+        threads = f" with {counted(self.threads_per_actor, 'thread')}" if self.device == "cpu" else ""
+        if self.in_process:
+            return f"this process on {self.device}{threads}"
+        actors = f"{counted(self.num_actors, 'actor')} on {self.device}{threads}{' each' if threads else ''}"
+        return f"{actors}, {counted(self.num_preparers, 'worker')} preparing pictures"
+
+
+def local_plan(
+    pipeline: PipelineConfig, backbone: BackboneConfig, num_groups: int, groups_per_actor: int = GROUPS_PER_ACTOR
+) -> Plan:
+    """The plan for this machine: the command's own process for few groups, unless a number of actors is set.
+
+    Raises:
+        InputError: See `make_plan`.
+    """
+    plan = make_plan(pipeline, backbone, machine_cpus(), machine_gpus(), num_groups, groups_per_actor)
+    is_small = plan.num_actors == 1 and num_groups <= groups_per_actor
+    return replace(plan, in_process=is_small and pipeline.actors == AUTO)
 
 
 def make_plan(
-    pipeline: PipelineConfig, backbone: BackboneConfig, num_cpus: int, num_gpus: float, num_groups: int
+    pipeline: PipelineConfig,
+    backbone: BackboneConfig,
+    num_cpus: int,
+    num_gpus: float,
+    num_groups: int,
+    groups_per_actor: int = GROUPS_PER_ACTOR,
 ) -> Plan:
     """The plan for `num_groups` groups of edits on `num_cpus` CPUs and `num_gpus` GPUs.
+
+    Args:
+        groups_per_actor: Groups of a small model for which one more actor is started.
 
     Raises:
         InputError: `pipeline.device` is "cuda" and there is no GPU, or there are fewer than `backbone.gpus`.
@@ -145,7 +170,7 @@ def make_plan(
         auto_actors, auto_threads = max(1, int(num_gpus / per_actor)), 1
     elif is_small:
         # One thread: small matrix products gain nothing from more, and results do not depend on the number of CPUs.
-        auto_actors, auto_threads = min(num_cpus, -(-num_groups // GROUPS_PER_ACTOR)), 1
+        auto_actors, auto_threads = min(num_cpus, -(-num_groups // groups_per_actor)), 1
     else:
         auto_actors, auto_threads = 1, num_cpus
     return Plan(

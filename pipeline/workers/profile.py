@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -48,15 +47,10 @@ class Profile:
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     records: int = 0
 
-    def add(self, report: str, records: int) -> None:
-        """Adds the report of a group.
-
-        Args:
-            report: JSON of kind of worker -> stage -> seconds.
-            records: Number of records in the group.
-        """
+    def add(self, seconds: Mapping[str, Mapping[str, float]], records: int) -> None:
+        """Adds the seconds of a group, by kind of worker and stage."""
         self.records += records
-        for kind, stages in json.loads(report).items():
+        for kind, stages in seconds.items():
             totals = self.seconds.setdefault(kind, {})
             for stage, value in stages.items():
                 totals[stage] = totals.get(stage, 0.0) + value

@@ -25,8 +25,8 @@ from odedit.errors import Explained, InputError
 from odedit.runtime.addresses import masked
 from pipeline.config.run import BackboneConfig, PipelineConfig
 from pipeline.variables import environment
-from pipeline.workers import joining, nodes
-from pipeline.workers.plan import Plan, lacking, machine_cpus, machine_gpus, make_plan, shortage
+from pipeline.workers import joining, model, nodes
+from pipeline.workers.plan import GROUPS_PER_ACTOR, Plan, lacking, local_plan, machine_cpus, machine_gpus, make_plan, shortage
 
 _OBJECT_STORE_BYTES = 2 * 2**30
 _LOOPBACK = "127.0.0.1"
@@ -39,9 +39,13 @@ _READ_AHEAD_S = 10.0
 
 @contextmanager
 def connected(
-    pipeline: PipelineConfig, backbone: BackboneConfig, num_groups: int, console: Console | None = None
+    pipeline: PipelineConfig,
+    backbone: BackboneConfig,
+    num_groups: int,
+    console: Console | None = None,
+    groups_per_actor: int = GROUPS_PER_ACTOR,
 ) -> Iterator[Plan]:
-    """Inside, Ray runs; yields the plan.
+    """Inside, Ray runs, unless the command's own process is the only worker; yields the plan.
 
     Without an address, Ray is started for this process only, reachable from this machine only and with a secret token;
     it ends with the block. A running cluster is left as it was. Inside a job of a cluster, no address means that
@@ -52,6 +56,7 @@ def connected(
         backbone: Model of the first run.
         num_groups: Number of groups to edit.
         console: Console for messages about resources that a cluster lacks and nodes that it loses.
+        groups_per_actor: Groups of a small model for which one more actor is started on this machine.
 
     Raises:
         InputError: The cluster cannot be reached, or lacks resources for longer than `pipeline.wait_s`.
@@ -59,8 +64,8 @@ def connected(
     """
     address = address_of(pipeline)
     if address is None:
-        plan = make_plan(pipeline, backbone, machine_cpus(), machine_gpus(), num_groups)
-        with environment(_local_environment() | _authentication()), _local(plan):
+        plan = local_plan(pipeline, backbone, num_groups, groups_per_actor)
+        with _own_process() if plan.in_process else _local(plan):
             yield plan
     else:
         with _cluster(address):
@@ -100,33 +105,46 @@ _session: Path | None = None
 
 @contextmanager
 def shared() -> Iterator[None]:
-    """Inside, runs on this machine share one Ray, started by the first run and stopped at the end of the block."""
+    """Inside, runs on this machine share one Ray, started by the first that needs it and stopped after the block."""
     global _keep_running
     before, _keep_running = _keep_running, True
     try:
         yield
     finally:
         _keep_running = before
-        if "ray" in sys.modules and not before:
-            _stop(sys.modules["ray"])
+        if not before:
+            model.forget()
+            if "ray" in sys.modules:
+                _stop(sys.modules["ray"])
 
 
 @contextmanager
 def _local(plan: Plan) -> Iterator[None]:
     """Inside, Ray runs on this machine."""
-    ray = _import_ray()
-    is_ours = _keep_running or not ray.is_initialized()
+    with environment(_local_environment() | _authentication()):
+        ray = _import_ray()
+        is_ours = _keep_running or not ray.is_initialized()
+        try:
+            if not ray.is_initialized():  # several runs in one process may share it
+                _start(ray, plan)
+            yield
+        except KeyboardInterrupt:
+            if is_ours:  # even if runs share Ray: workers must not write after the run has ended
+                _stop(ray)
+            raise
+        finally:
+            if is_ours and not _keep_running:
+                _stop(ray)
+
+
+@contextmanager
+def _own_process() -> Iterator[None]:
+    """Inside, this process is the worker; its model is freed at the end, unless further runs may need it."""
     try:
-        if not ray.is_initialized():  # several runs in one process may share it
-            _start(ray, plan)
         yield
-    except KeyboardInterrupt:
-        if is_ours:  # even if runs share Ray: workers must not write after the run has ended
-            _stop(ray)
-        raise
     finally:
-        if is_ours and not _keep_running:
-            _stop(ray)
+        if not _keep_running:
+            model.forget()
 
 
 def _stop(ray: Any) -> None:

@@ -11,8 +11,8 @@ from odedit.storage.location import Location
 from pipeline.run_folder.workspace import read_json
 from pipeline.variables import environment
 from pipeline.workers.committing import CommitJob, explained, failure, work
-from pipeline.workers.graph import GraphError
 from pipeline.workers.plan import Plan
+from pipeline.workers.stages import GraphError
 
 _POLL_S = 0.5
 _QUIET = {

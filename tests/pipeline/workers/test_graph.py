@@ -146,7 +146,7 @@ def test_stages_of_a_call_add_up_to_it_and_waiting_stands_apart() -> None:
         work = {name: seconds for name, seconds in account.seconds.items() if name != WAITING}
         assert set(work) == {"outer", "inner"} and work["inner"] >= 0.02 and work["outer"] >= 0.01
         assert sum(work.values()) == pytest.approx(elapsed, abs=5e-3)
-        profile.add(json.dumps({"edit": account.seconds}), 4)
+        profile.add({"edit": account.seconds}, 4)
         time.sleep(0.01)
     assert account.seconds[WAITING] >= 0.01
     assert profile.records == 8 and profile.seconds["edit"]["inner"] >= 0.04
