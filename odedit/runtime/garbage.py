@@ -19,7 +19,7 @@ def collect_rarely() -> None:
 
 
 def collect_as_usual() -> None:
-    """Restores Python's thresholds, since a cycle may hold a large tensor. Objects made so far are not looked at again."""
+    """Restores Python's thresholds, since a cycle may hold a large tensor. Present objects are not looked at again."""
     gc.freeze()
     gc.set_threshold(*_usual)
 

@@ -22,7 +22,7 @@ _OWN_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNA
 
 
 def configure_process(num_threads: int, device: str) -> None:
-    """Sets the number of CPU threads, deterministic algorithms, collection of garbage, and on a CPU the reuse of memory.
+    """Sets threads, deterministic algorithms, collection of garbage, and on a CPU the reuse of freed memory.
 
     Call it before any work on the device.
     """

@@ -170,7 +170,9 @@ class PipelineConfig(Settings):
     """Distribution of the work. Results depend on `batch_size` and `at_once` in their last bits, on the rest not.
 
     Attributes:
-        actors: Workers that hold the model; `auto`: one per GPU, else one per core for a small model.
+        actors: Workers that hold the model. `auto`: none for a run of few groups on this machine, which the command
+            edits in its own process, without Ray; else one per GPU, or one per core for a small model. A worker that
+            crashes is started again; if the command itself does, the same command goes on.
         batch_size: Edits per group: encoded, optimised and written together. A crash costs one group.
         at_once: Largest number of edits of a group that are optimised together (see `odedit.editing.width`).
             `auto`: the number that half of the free memory holds, from the measured use of one edit; small models:
@@ -179,7 +181,7 @@ class PipelineConfig(Settings):
         gpus_per_actor: GPUs per actor; 0.5 puts two actors on one GPU.
         threads_per_actor: Threads of an actor without GPU; `auto`: 1 for a small model, else the machine's cores.
         preparers: Workers that read and resize pictures; `auto`: half the cores.
-        ray_address: Address of a running cluster, e.g. `auto`. Null: a Ray on this machine, for this run only.
+        ray_address: Address of a running cluster, e.g. `auto`. Null: this machine, with a Ray for this run only.
         wait_s: Seconds to wait for missing nodes, at the start or after a node is lost.
         max_attempts: Number of crashes of its worker after which an edit becomes a failed row.
         measure_memory: True adds `peak_bytes` to every row: peak memory of the loop over the group's first edits, as

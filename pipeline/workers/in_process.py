@@ -84,7 +84,7 @@ def _shown(workspace: Workspace, show: Callable[[Mapping[str, Any]], None]) -> I
 
 @contextmanager
 def as_worker() -> Iterator[None]:
-    """Inside, the process may be set up as a worker; afterwards it is as before. Warnings of libraries are not shown."""
+    """Inside, the process may be set up as a worker, and warnings are not shown; afterwards it is as before."""
     with environment(_QUIET), restored_process(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

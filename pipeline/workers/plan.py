@@ -22,9 +22,9 @@ CPUS_PER_THREAD = 0.75
 """CPUs that an actor requests from Ray per thread; the rest is for the workers that prepare pictures."""
 CPUS_PER_PREPARER = 0.25
 SMALL_MODEL_BYTES = 2**30
-GROUPS_PER_ACTOR = 24
-"""Groups of a small model per actor: starting an actor takes longer than editing a few groups. As many are edited in the
-command's own process."""
+GROUPS_PER_ACTOR = 32
+"""Groups of a small model per actor: starting one takes longer than editing a few groups. The command's own process
+edits up to as many."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,16 @@ from odedit.runtime.addresses import masked
 from pipeline.config.run import BackboneConfig, PipelineConfig
 from pipeline.variables import environment
 from pipeline.workers import joining, model, nodes
-from pipeline.workers.plan import GROUPS_PER_ACTOR, Plan, lacking, local_plan, machine_cpus, machine_gpus, make_plan, shortage
+from pipeline.workers.plan import (
+    GROUPS_PER_ACTOR,
+    Plan,
+    lacking,
+    local_plan,
+    machine_cpus,
+    machine_gpus,
+    make_plan,
+    shortage,
+)
 
 _OBJECT_STORE_BYTES = 2 * 2**30
 _LOOPBACK = "127.0.0.1"

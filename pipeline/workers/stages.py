@@ -162,10 +162,11 @@ class Editing(Stage):
         After a failure the next group is not edited: of a block of groups, the driver sees the failure at the end.
         """
         worker = self._fatal or self._worker(index)
-        result = next((value for value in (worker, prepared) if isinstance(value, Fatal)), None)
-        if result is None:
-            assert isinstance(prepared, Prepared)
-            result = self._rows(worker, index, prepared)
+        result: list[Row] | Fatal
+        if isinstance(worker, Fatal):
+            result = worker
+        else:
+            result = prepared if isinstance(prepared, Fatal) else self._rows(worker, index, prepared)
         self._fatal = result if isinstance(result, Fatal) else None
         return result
 

@@ -6,7 +6,6 @@ watches, so rows and edits must equal those of the undisturbed run.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -17,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -25,8 +23,6 @@ import yaml
 from typer.testing import CliRunner
 
 from odedit.__main__ import app
-from pipeline.workers import graph
-from pipeline.workers.plan import Job, Plan
 from tests.faults.obedient import GROUP, HOLD
 from tests.support import inline_pipeline
 from tests.support.mmedit_files import record, write_array, write_images
@@ -146,7 +142,6 @@ class Bench:
     def _inline(self, out: Path, settings: Sequence[str]) -> Ended:
         with pytest.MonkeyPatch.context() as patch:
             inline_pipeline.install(patch)
-            patch.setattr(graph, "run_graph", run_stages)
             return odedit(*self._arguments(out, settings))
 
     def _arguments(self, out: Path, settings: Sequence[str]) -> list[str]:
@@ -202,17 +197,6 @@ def odedit(*arguments: object) -> Ended:
     begun = time.monotonic()
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     return Ended(result.exit_code, result.output, time.monotonic() - begun)
-
-
-def run_stages(
-    jobs: Sequence[Job], plan: Plan, pending: Sequence[tuple[int, int]], profile: Any = None
-) -> Iterator[tuple[int, int, list[dict[str, Any]]]]:
-    """Replacement of `pipeline.workers.graph.run_graph` that calls the stages in this process, one after the other."""
-    prepare, edit = graph.PrepareStage(tuple(jobs)), graph.EditStage(tuple(jobs))
-    for job, group in pending:
-        report = {name: values[0] for name, values in edit(prepare({"job": [job], "group": [group]})).items()}
-        graph.raise_fatal(report, jobs)
-        yield job, group, json.loads(report["rows"])
 
 
 @contextmanager

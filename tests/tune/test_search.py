@@ -34,8 +34,6 @@ from pipeline.run_folder.workspace import Workspace
 from pipeline.tracking.client import PARENT_TAG, connect
 from pipeline.tracking.names import MOST
 from pipeline.tracking.searches import KIND, POINT, STATE
-from pipeline.workers import graph
-from tests.support import inline_pipeline
 from tune import points
 from tune import run as runner
 from tune.config import from_values
@@ -134,7 +132,6 @@ def wait_until(condition: Any, what: str, running: subprocess.Popen[str] | None 
 def test_a_search_that_is_interrupted_and_killed_goes_on_to_as_many_trials_as_were_asked_for(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph, "run_graph", inline_pipeline.run_graph)  # the evaluation; trials have real workers
     values["settings"]["editor"] = FRAGILE | {"max_steps": 8, "pause_s": 0.05}
     values["space"] = {"editor.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}
     values["settings"]["objective"] = {"name": "native", "own_weight": 1.0}
@@ -224,7 +221,6 @@ def test_trials_that_crash_are_taken_up_again_and_then_fail_while_the_others_com
     values["settings"]["editor"] = FRAGILE | {"edit": "validation-000003", "marker": str(marker)}
     values["settings"]["objective"] = {"name": "native", "own_weight": 1.0}
     values["space"] = {"editor.mode": {"choices": ["well", "always", "once", "raise"]}}
-    monkeypatch.setattr(graph, "run_graph", inline_pipeline.run_graph)  # the evaluation; trials have real workers
     values["rungs"] = {"edits": 4, "factor": 2, "number": 2}
     values |= {"trials": 9, "retries": 1}
     out = tmp_path / "out"

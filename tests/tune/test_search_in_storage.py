@@ -10,8 +10,7 @@ import pytest
 from rich.console import Console
 
 from odedit import InputError
-from pipeline.workers import graph, ray_session
-from tests.support import inline_pipeline
+from pipeline.workers import ray_session
 from tests.support.object_store import ObjectStore
 from tune.config import from_values
 from tune.folder import Folder
@@ -24,7 +23,6 @@ OUT = "s3://odedit/searches/one"
 def test_a_search_goes_to_the_store_and_goes_on_there(
     values: dict[str, Any], bucket: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph, "run_graph", inline_pipeline.run_graph)  # the evaluation; trials have real workers
     values["settings"]["tracking"] = {"enabled": False}
     with pytest.raises(InputError, match=f"^storage: has to be given where a search is kept at an address .{OUT}."):
         run(from_values(values), OUT, Console(quiet=True))

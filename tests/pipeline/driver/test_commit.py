@@ -21,7 +21,7 @@ from pipeline.config.run import from_dict, load_commit
 from pipeline.driver import commit as driver
 from pipeline.driver.run import Outcome
 from pipeline.run_folder import rows as results
-from pipeline.workers import committing, training_group
+from pipeline.workers import committing, engine
 from tests.support import inline_pipeline
 from tests.support.mmedit_files import encoded, picture, record, write_array, write_images
 from tests.support.paths import ROOT
@@ -304,12 +304,12 @@ def test_added_records_of_a_sum_get_their_edits_and_more_workers_than_records_ar
     assert (Path(outcome.workspace.model) / "model.safetensors").exists()
 
     asked: list[int] = []
-    train = training_group.train
+    train = engine.train
 
     def counted(commit_job: Any, plan: Any, num_workers: int, show: Any) -> None:
         asked.append(num_workers)
         train(commit_job, plan, num_workers, show)
 
-    monkeypatch.setattr(training_group, "train", counted)
+    monkeypatch.setattr(engine, "train", counted)
     commit(plain, "pipeline.actors=9", f"out={tmp_path / 'nine'}")
     assert asked == [5]

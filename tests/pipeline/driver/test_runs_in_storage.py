@@ -30,6 +30,7 @@ from pipeline.run_folder.workspace import Workspace
 from pipeline.study import run as study_runner
 from pipeline.study.spec import StudyConfig
 from pipeline.training import train
+from pipeline.workers.stages import GraphError
 from tests.support import inline_pipeline
 from tests.support.object_store import ObjectStore
 from tests.support.paths import ROOT
@@ -179,7 +180,7 @@ def test_a_permanent_refusal_of_the_store_is_a_sentence_and_no_attempt(
         return 507 if method == "PUT" and "/edits/" in path else None
 
     bucket.answer = answer
-    with pytest.raises(OSError, match="HTTP status 507"):
+    with pytest.raises(GraphError, match="HTTP status 507"):
         inline(config)
     assert full == [1] and bucket.names("runs/one/attempts/") == bucket.names("runs/one/results/") == []
     bucket.answer = lambda method, path: None

@@ -26,7 +26,7 @@ from pipeline.study import run as runner
 from pipeline.study.spec import StudyConfig
 from pipeline.tracking.client import PARENT_TAG, connect
 from pipeline.workers import editor as actor
-from pipeline.workers import training_group
+from pipeline.workers import engine
 from tests.support import inline_pipeline
 
 QUIET = Console(quiet=True)
@@ -290,7 +290,7 @@ def test_models_of_each_size_and_way_are_made_once_and_resumed(
 ) -> None:
     inline_pipeline.install(monkeypatch)
     made: list[str] = []
-    original = training_group.train
+    original = engine.train
 
     def train(commit_job: Any, *rest: Any) -> None:
         made.append(commit_job.job.config.name)
@@ -298,7 +298,7 @@ def test_models_of_each_size_and_way_are_made_once_and_resumed(
             raise KeyboardInterrupt
         original(commit_job, *rest)
 
-    monkeypatch.setattr(training_group, "train", train)
+    monkeypatch.setattr(engine, "train", train)
     values = small | {
         "axes": {"way": {"joint": {"commit": {"steps": 2, "copies": 1}}}},
         "baseline": {},

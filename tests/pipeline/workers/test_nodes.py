@@ -18,8 +18,8 @@ from rich.console import Console
 from odedit.errors import InputError
 from pipeline.config.run import BackboneConfig, PipelineConfig, from_dict
 from pipeline.workers import nodes
-from pipeline.workers.graph import GraphError
 from pipeline.workers.plan import Plan, lacking, make_plan, shortage
+from pipeline.workers.stages import GraphError
 
 PLAN = Plan("cpu", 2, 4, 0.0, 1)
 GONE = "^The cluster has lost what the run needs: a worker takes 3 CPU, and no node of the cluster has as much; nothing"
