@@ -38,6 +38,7 @@ from odedit.evaluation.columns import (
     column,
     groups,
 )
+from odedit.evaluation.readout import Readout, UneditedAnswers
 from odedit.inputs.batch import RELIABILITY, EditBatch, EditParams, is_locality
 from odedit.runtime.brief import brief
 from odedit.runtime.budgets import budgets
@@ -70,27 +71,6 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class _Readout:
-    """Answers of one model to every probe of a batch.
-
-    Attributes:
-        top_EKTR: First `TOP_K` choices at the positions that predict the target; undefined at padding.
-        top_EKSR: First `TOP_K` choices at every position of the locality probes; None: not measured.
-        greedy_EKT: Answers as `generate` returns them; None: not measured.
-    """
-
-    top_EKTR: Tensor
-    top_EKSR: Tensor | None
-    greedy_EKT: Tensor | None
-
-    __repr__ = brief
-
-    def on_host(self) -> _Readout:
-        everywhere, generated = (None if value is None else value.cpu() for value in (self.top_EKSR, self.greedy_EKT))
-        return _Readout(self.top_EKTR.cpu(), everywhere, generated)
-
-
-@dataclass(frozen=True)
 class _Asked:
     """Probes of a batch at one model, computed up to the lowest edited site.
 
@@ -116,7 +96,7 @@ class _Asked:
         prefix = backbone.prefix(batch, *sites, positionwise=positionwise, kv_cache=kv_cache)
         return cls(backbone, batch, prefix, kv_cache, config.mmedit)
 
-    def answers(self) -> _Readout:
+    def answers(self) -> Readout:
         """Answers of the model with the currently applied edits."""
         backbone, batch = self.backbone, self.batch
         branch = None if self.kv_cache is None else self.kv_cache.branch()
@@ -130,7 +110,7 @@ class _Asked:
         else:
             top_EKTR = gather_positions(everywhere, read_EKT)
         greedy_EKT = None if branch is None else generate(backbone, batch, self.prefix, branch, top_EKTR[..., 0])
-        return _Readout(top_EKTR[..., :num_targets, :], everywhere, greedy_EKT)
+        return Readout(top_EKTR[..., :num_targets, :], everywhere, greedy_EKT)
 
 
 def _read_everywhere(batch: EditBatch, extended: EditBatch) -> Tensor:
@@ -140,7 +120,7 @@ def _read_everywhere(batch: EditBatch, extended: EditBatch) -> Tensor:
     return mask_EKS.scatter_reduce(-1, extended.predict_EKT, extended.target_mask_EKT.int(), "amax").bool()
 
 
-_Readouts = tuple[_Readout, _Readout]
+_Readouts = tuple[Readout, Readout]
 """Answers of the unedited and of the edited model."""
 
 
@@ -151,11 +131,13 @@ def evaluate(
     params: EditParams,
     batch: EditBatch,
     config: EvaluationConfig = EvaluationConfig(),
+    known: UneditedAnswers | None = None,
 ) -> list[Row]:
     """Scores E finished edits on the probes of an evaluation batch, before and after.
 
     Args:
         params: Results of `Editor.finished`, stacked over the edits of `batch`; on any device.
+        known: Store of the unedited model's answers; None: they are computed.
 
     Returns:
         One row per edit: `rel`, `<probe>` and, for each, `_exact`, `_generated`, `_generated_exact` and `_before`
@@ -168,7 +150,7 @@ def evaluate(
     rows: list[Row] = []
     for rows_E, part in _fitting(backbone, batch):
         own = params if part is batch else {name: value[rows_E.to(value.device)] for name, value in params.items()}
-        rows += _rows(backbone, part, _around(backbone, editor, editor.applied, own, config))
+        rows += _rows(backbone, part, _around(backbone, editor, editor.applied, own, config, known))
     return rows
 
 
@@ -179,19 +161,21 @@ def evaluate_together(
     params: EditParams,
     batch: EditBatch,
     config: EvaluationConfig = EvaluationConfig(),
+    known: UneditedAnswers | None = None,
 ) -> list[Row]:
     """Scores one committed model, all of whose edits are applied at once, on the probes of any requests.
 
     Args:
         editor: Editor that serves the model, see `odedit.ways.base.Way.serving`.
         params: Parameters of the model, not one row per request.
+        known: See `evaluate`.
 
     Returns:
         Rows as of `evaluate`, one per request.
     """
     rows: list[Row] = []
     for _, part in _fitting(backbone, batch):
-        rows += _rows(backbone, part, _around(backbone, editor, editor.together, params, config))
+        rows += _rows(backbone, part, _around(backbone, editor, editor.together, params, config, known))
     return rows
 
 
@@ -202,6 +186,7 @@ def evaluate_model(
     batch: EditBatch,
     features_NLD: Tensor | None = None,
     config: EvaluationConfig = EvaluationConfig(),
+    known: UneditedAnswers | None = None,
 ) -> list[Row]:
     """Scores another checkpoint of the same architecture against the unedited model.
 
@@ -209,6 +194,7 @@ def evaluate_model(
         batch: Evaluation batch of any requests, encoded by `unedited`.
         features_NLD: Image features of the batch's pictures by `edited`, in the batch's order; None: the same as those
             of `unedited`, see `Backbone.has_features_of`.
+        known: See `evaluate`.
 
     Returns:
         Rows as of `evaluate`, one per request.
@@ -216,11 +202,11 @@ def evaluate_model(
 
     def both(part: EditBatch) -> _Readouts:
         other = part if features_NLD is None else replace(part, features_NLD=features_NLD)
-        before, after = (
-            _Asked.at(model, sequences, config, TOP_SITE, positionwise=True).answers()
-            for model, sequences in ((unedited, part), (edited, other))
-        )
-        return before, after
+
+        def answers(model: Backbone, sequences: EditBatch) -> Readout:
+            return _Asked.at(model, sequences, config, TOP_SITE, positionwise=True).answers()
+
+        return _before(known, part, config, lambda: answers(unedited, part)), answers(edited, other)
 
     return [row for _, part in _fitting(unedited, batch) for row in _rows(unedited, part, both)]
 
@@ -246,6 +232,7 @@ def _around(
     apply: Callable[[Backbone, EditParams, EditBatch], AbstractContextManager[Trace]],
     params: EditParams,
     config: EvaluationConfig,
+    known: UneditedAnswers | None,
 ) -> Callable[[EditBatch], _Readouts]:
     """Function that answers a batch without and with edits.
 
@@ -256,11 +243,18 @@ def _around(
     def both(part: EditBatch) -> _Readouts:
         own = {name: value.to(part.tokens_EKS.device) for name, value in params.items()}
         asked = _Asked.at(backbone, part, config, editor.sites, editor.positionwise)
-        before = asked.answers()
+        before = _before(known, part, config, asked.answers)
         with apply(backbone, own, part):
             return before, asked.answers()
 
     return both
+
+
+def _before(
+    known: UneditedAnswers | None, batch: EditBatch, config: EvaluationConfig, ask: Callable[[], Readout]
+) -> Readout:
+    """Answers of the unedited model, from the store if it has them."""
+    return ask() if known is None else known.readout(batch, config, ask)
 
 
 def _rows(backbone: Backbone, batch: EditBatch, before_and_after: Callable[[EditBatch], _Readouts]) -> list[Row]:
@@ -327,12 +321,12 @@ def decoded(backbone: Backbone, tokens: Sequence[int]) -> str:
     return str(backbone.processor.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
-def _generated(readout: _Readout, e: int, k: int) -> list[int] | None:
+def _generated(readout: Readout, e: int, k: int) -> list[int] | None:
     """Tokens generated for a probe, its end and the tokens after it included; None: not generated."""
     return None if readout.greedy_EKT is None else list(readout.greedy_EKT[e, k].tolist())
 
 
-def _columns(backbone: Backbone, batch: EditBatch, before: _Readout, after: _Readout, e: int, k: int) -> Row:
+def _columns(backbone: Backbone, batch: EditBatch, before: Readout, after: Readout, e: int, k: int) -> Row:
     """Columns of one probe of one edit."""
     name = batch.slots[k]
     unedited, edited = (_answer(backbone, batch, readout, e, k) for readout in (before, after))
@@ -344,7 +338,7 @@ def _columns(backbone: Backbone, batch: EditBatch, before: _Readout, after: _Rea
     return {name: value for name, value in scores.items() if value is not None}
 
 
-def _answer(backbone: Backbone, batch: EditBatch, readout: _Readout, e: int, k: int) -> Answer:
+def _answer(backbone: Backbone, batch: EditBatch, readout: Readout, e: int, k: int) -> Answer:
     probe, target_T = batch.slots[k], batch.target_EKT[e, k]
     top_SR = None if readout.top_EKSR is None else readout.top_EKSR[e, k][batch.real_EKS[e, k]]
     answer = Answer(probe, readout.top_EKTR[e, k], target_T, batch.counted_EKT[e, k], top_SR)
@@ -357,7 +351,7 @@ def _answer(backbone: Backbone, batch: EditBatch, readout: _Readout, e: int, k: 
     return replace(answer, generated=generated, has_ended=has_ended, is_target=is_target)
 
 
-def _answers(backbone: Backbone, batch: EditBatch, before: _Readout, after: _Readout, e: int, k: int) -> Answers:
+def _answers(backbone: Backbone, batch: EditBatch, before: Readout, after: Readout, e: int, k: int) -> Answers:
     """Texts generated for one probe of one edit; empty if nothing was generated."""
     texts = {
         name: answer_text(backbone, tokens)

@@ -352,6 +352,7 @@ class EditBatch:
         before_connector: Whether features are inputs of the connector, because an editor changes it.
         room: Positions after the longest sequence that a generated answer may take, see `with_room`.
         sizes: Height and width of the pictures of `features_NLD`, for models that treat them differently; else empty.
+        pictures: Keys of the pictures of `features_NLD`.
         lengths: Length of each slot's longest sequence, known without waiting for a GPU; an upper bound after edits
             were removed. Empty if unknown.
     """
@@ -373,6 +374,7 @@ class EditBatch:
     room: int = 0
     lengths: tuple[int, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
+    pictures: tuple[str, ...] = ()
     _answers: dict[tuple[str, ...], Answers] = field(default_factory=dict, init=False, repr=False, compare=False)
     _state_indices: dict[tuple[tuple[str, ...], ...], tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False

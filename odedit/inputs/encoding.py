@@ -107,6 +107,7 @@ def assemble(
         picture_EK=on_device(picture),
         image_EKS=on_device(image),
         white_EK=on_device(white),
+        pictures=tuple(features),
         lengths=tuple(int(real[:, k].sum(-1).max(initial=1)) for k in range(len(slots))),
     )
 

@@ -33,7 +33,8 @@ class KVCache:
         The result is a view that the next call overwrites.
 
         Args:
-            kept: Number of positions from earlier calls to keep between the S cached and the T new ones.
+            kept: Number of positions from earlier calls to keep between the S cached and the T new ones. Positions
+                after the new ones keep their content for later calls.
 
         Raises:
             KeyError: No forward has filled the layer.
@@ -46,7 +47,8 @@ class KVCache:
             # attention.
             wholes = [part.new_empty(*part.shape[:2], size + keys.shape[2] + _SPARE, part.shape[3]) for part in before]
             for new, old in zip(wholes, whole, strict=True):
-                new[:, :, :size] = old[:, :, :size]
+                # Positions after these may be read again, after calls that continue fewer.
+                new[:, :, : old.shape[2]] = old
             whole = self._extended[layer] = wholes[0], wholes[1]
         for part, added in zip(whole, (keys, values), strict=True):
             part[:, :, size : size + added.shape[2]] = added

@@ -17,7 +17,7 @@ from odedit.runtime.brief import brief
 from odedit.runtime.stages import stage
 from odedit.ways.common.files import load_committed, serving_editor
 from pipeline.config.run import BackboneConfig
-from pipeline.workers.model import Warn, load_with_feature_cache, worker_backbone
+from pipeline.workers.model import Warn, load_with_feature_cache, unedited_answers, worker_backbone
 from pipeline.workers.plan import ScoredModel
 
 
@@ -78,13 +78,15 @@ class Compared:
         if self.edited is None:
             assert self.editor is not None and self.params is not None
             with stage("evaluation"):
-                return evaluate_together(self.unedited, self.editor, self.params, batch, config)
+                return evaluate_together(
+                    self.unedited, self.editor, self.params, batch, config, unedited_answers(self.unedited)
+                )
         own = None
         if self.own_features and features:
             with stage("image features"):
                 own = stacked_features(list(self.edited.image_features(pictures).values()))
         with stage("evaluation"):
-            return evaluate_model(self.unedited, self.edited, batch, own, config)
+            return evaluate_model(self.unedited, self.edited, batch, own, config, unedited_answers(self.unedited))
 
     def text_nll(self, text: str) -> tuple[float, float, int]:
         """Mean NLL per token of a text before and after, without a picture, and the number of tokens.

@@ -33,7 +33,7 @@ from pipeline.workers.asked import with_old_answers
 from pipeline.workers.calibration import Calibration
 from pipeline.workers.device_errors import unless_out_of_memory
 from pipeline.workers.group import GroupWorker
-from pipeline.workers.model import worker_backbone
+from pipeline.workers.model import unedited_answers, worker_backbone
 from pipeline.workers.negatives import negative_pool
 from pipeline.workers.plan import Job
 from pipeline.workers.preparer import write_note
@@ -102,7 +102,8 @@ class EditActor(GroupWorker):
         def evaluated() -> list[Any]:
             params = stack_params([edited[row].params for row in rows_E.tolist()])
             part = evaluation.take(rows_E.to(evaluation.tokens_EKS.device))
-            return evaluate(self._backbone, self._editor, params, part, self._job.config.evaluation)
+            known = unedited_answers(self._backbone)
+            return evaluate(self._backbone, self._editor, params, part, self._job.config.evaluation, known)
 
         scores = unless_out_of_memory(evaluated, len(rows_E))
         if scores is not None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 from odedit.backbones import Backbone, load_backbone
 from odedit.backbones.common.feature_cache import with_feature_cache
 from odedit.backbones.common.feature_store import FeatureStore, Warn
+from odedit.evaluation.readout import UneditedAnswers
 from pipeline.config.run import BackboneConfig, RunConfig
 
 SETTING = "pipeline.feature_store"
 _loaded: dict[tuple[BackboneConfig, str, str | None], Backbone] = {}
 """The model of this process's last run, if it is an editing worker."""
+_answers: WeakKeyDictionary[Backbone, UneditedAnswers] = WeakKeyDictionary()
 
 
 def with_checked_store(config: RunConfig) -> RunConfig:
@@ -61,6 +64,11 @@ def worker_backbone(backbone: BackboneConfig, device: str, store: str | None, wa
     elif (feature_store := getattr(_loaded[key], "store", None)) is not None:
         feature_store.warn_through(warn)  # writes to the files of this run
     return _loaded[key]
+
+
+def unedited_answers(backbone: Backbone) -> UneditedAnswers:
+    """Store of the answers of a model without edits, which lives as long as the model."""
+    return _answers.setdefault(backbone, UneditedAnswers())
 
 
 def forget() -> None:

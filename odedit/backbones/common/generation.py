@@ -64,8 +64,10 @@ def greedy(
     """Greedily generated tokens of every probe, as many as its target has, `(E, K, T)`.
 
     Fixed-point iteration: feed a draft, replace it by the model's choices, repeat. A token is final as soon as all
-    tokens before it are, so T rounds give exactly the tokens of one-by-one decoding, and two or three usually suffice.
-    A round computes only the target's positions, which attend to the prompt through the KV cache.
+    tokens before it are, so at most T rounds give exactly the tokens of one-by-one decoding, and two or three usually
+    suffice. A round computes only the target's positions, which attend to the prompt through the KV cache. Where two
+    rounds do not suffice, the draft is poor, and what follows a token that changes is computed for nothing: further
+    rounds compute a `_Window`.
 
     Args:
         kv_cache: Keys and values of a forward of `prefix` and suffix; for an edited model filled, and used here,
@@ -75,27 +77,52 @@ def greedy(
     """
     mask_EKT, num_targets = batch.target_mask_EKT, batch.target_EKT.shape[-1]
     end_N = torch.tensor(sorted(ends), dtype=torch.long, device=mask_EKT.device)
-    draft_EKT, choice_EKT, has_run = batch.target_EKT, first_choice_EKT, False
-    for _ in range(num_targets):
-        changed = (choice_EKT != draft_EKT) & mask_EKT & _goes_on(draft_EKT, end_N)
+    draft_EKT, choice_EKT, window = batch.target_EKT, first_choice_EKT, _Window(num_targets)
+    # Choices that were made for other tokens before them than those of the draft.
+    stale_EKT = torch.zeros_like(mask_EKT)
+    while True:
+        changed = (choice_EKT != draft_EKT) & ~stale_EKT & mask_EKT & _goes_on(draft_EKT, end_N)
         draft_EKT = torch.where(changed, choice_EKT, draft_EKT)
-        # Choose a token anew if one before it has changed and the answer reaches it.
-        anew = torch.zeros_like(mask_EKT)
-        anew[..., 1:] = (changed.cumsum(dim=-1) > 0)[..., :-1]
-        anew &= mask_EKT & _goes_on(draft_EKT, end_N)
-        columns = anew.flatten(0, -2).any(dim=0).tolist()
+        stale_EKT[..., 1:] |= (changed.cumsum(dim=-1) > 0)[..., :-1]
+        stale_EKT &= mask_EKT & _goes_on(draft_EKT, end_N)
+        columns = stale_EKT.flatten(0, -2).any(dim=0).tolist()
         if True not in columns:
-            break
-        # Choices, keys and values depend only on the tokens before them, so a round starts at the first that changed.
-        # The first round has no keys and values of target tokens yet.
-        first = columns.index(True) - 1 if has_run else 0
-        stop = num_targets - columns[::-1].index(True)
+            return draft_EKT
+        first, stop = window.of(columns, bool(changed.any()))
         states = backbone.target_states(prefix, batch, draft_EKT[..., :stop], kv_cache, first)
-        has_run = True
-        chosen = anew[..., 1 + first : stop]
+        computed = slice(1 + first, stop)
+        chosen = stale_EKT[..., computed]
         choice_EKT = choice_EKT.clone()
-        choice_EKT[..., 1 + first : stop][chosen] = backbone.head(states[chosen]).argmax(dim=-1)
-    return draft_EKT
+        choice_EKT[..., computed][chosen] = backbone.head(states[chosen]).argmax(dim=-1)
+        stale_EKT[..., computed] = False
+
+
+class _Window:
+    """Columns of tokens that a round of `greedy` computes.
+
+    The first two rounds compute all that may change. Later ones compute one, and twice as many after each round that
+    has confirmed its draft.
+    """
+
+    def __init__(self, num_targets: int) -> None:
+        self._num_targets, self._rounds, self._size = num_targets, 0, 1
+
+    def of(self, stale: Sequence[bool], has_changed: bool) -> tuple[int, int]:
+        """First token to feed, and the end of the columns to choose.
+
+        Args:
+            stale: Whether a row needs the column's token chosen anew.
+            has_changed: Whether the last round's choices differ from the draft.
+        """
+        self._rounds += 1
+        # Keys and values depend only on the tokens before them, so a round starts at the first that changed. The first
+        # round has no keys and values of target tokens yet.
+        first = stale.index(True) - 1 if self._rounds > 1 else 0
+        stop = self._num_targets - list(reversed(stale)).index(True)
+        if self._rounds <= 2:
+            return first, stop
+        self._size = 1 if has_changed else 2 * self._size
+        return first, min(stop, first + 1 + self._size)
 
 
 def _goes_on(tokens_EKT: Tensor, end_N: Tensor) -> Tensor:
