@@ -10,7 +10,7 @@ IRM-TV code, both steps are taken at the phi_e before them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,6 +27,8 @@ from odedit.runtime.brief import brief
 
 _BETAS = (0.9, 0.999)
 _EPSILON = 1e-8
+_LARGE_VALUES = 2**18
+"""Values of one edit's tensor from which edits are moved in place, one after another."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,9 @@ class PrimalDual:
     ) -> tuple[EditParams, State]:
         """One primal step; edits that are not active keep parameters and moments bit for bit.
 
+        Large parameters on a CPU, and their moments, are moved in place: memory for new ones would be several times
+        theirs.
+
         Args:
             params: phi_e, the leaves that the objective was computed from.
             active_E: True for edits that still move; None: all.
@@ -183,16 +188,45 @@ class PrimalDual:
             name: torch.zeros_like(params[name]) if gradient is None else gradient
             for name, gradient in zip(names, gradients, strict=True)
         }
-        trained = {name: params[name] for name in names}
-        moved, moments = primal_step(self._editor.optimizer, trained, gradient_of, state)
-        moved = self._editor.constrain(params | moved)
+        taken_E = torch.ones_like(state.steps_E) if active_E is None else active_E.long()
+        if _is_large(params, names):
+            self._descend_in_place(params, state, gradient_of, active_E)
+            return params, replace(state, steps_E=state.steps_E + taken_E)
+        moved, moments = self._moved(params, gradient_of, state)
         params = params | {name: _where(active_E, moved[name], params[name]).requires_grad_() for name in names}
         moments = {
             name: (_where(active_E, first, state.moments[name][0]), _where(active_E, second, state.moments[name][1]))
             for name, (first, second) in moments.items()
         }
-        taken_E = torch.ones_like(state.steps_E) if active_E is None else active_E.long()
         return params, replace(state, steps_E=state.steps_E + taken_E, moments=moments)
+
+    def _moved(
+        self, params: EditParams, gradients: EditParams, state: State
+    ) -> tuple[EditParams, dict[str, tuple[Tensor, Tensor]]]:
+        """`primal_step` within the editor's constraint."""
+        trained = {name: params[name] for name in gradients}
+        moved, moments = primal_step(self._editor.optimizer, trained, gradients, state)
+        return self._editor.constrain(params | moved), moments
+
+    @torch.no_grad()
+    def _descend_in_place(
+        self, params: EditParams, state: State, gradients: EditParams, active_E: Tensor | None
+    ) -> None:
+        """Moves the active edits one after another, so that a step's intermediate results are those of one edit."""
+        rows = range(len(state.steps_E)) if active_E is None else active_E.nonzero().flatten().tolist()
+        for row in rows:
+            own = slice(row, row + 1)
+            one = {name: (first[own], second[own]) for name, (first, second) in state.moments.items()}
+            moved, moments = self._moved(
+                {name: value.detach()[own] for name, value in params.items()},
+                {name: value[own] for name, value in gradients.items()},
+                replace(state, steps_E=state.steps_E[own], moments=one),
+            )
+            for name in gradients:
+                params[name].detach()[own].copy_(moved[name])
+            for name, pair in moments.items():
+                for target, value in zip(one[name], pair, strict=True):
+                    target.copy_(value)
 
     def _schedule_on(self, device: torch.device) -> Tensor:
         if self._schedule.device != device:
@@ -224,6 +258,14 @@ class PrimalDual:
         ascended = dual_step.ascended(self._config, state.delta, gain, decay_E)
         delta = {name: _where(active_E, ascended[name], value).requires_grad_() for name, value in state.delta.items()}
         return replace(state, delta=delta, dual_steps_E=state.dual_steps_E + active_E.long())
+
+
+def _is_large(params: EditParams, names: Sequence[str]) -> bool:
+    """Whether one edit's tensors are so large that a loop over edits costs nothing."""
+    return any(
+        params[name].device.type == "cpu" and params[name].numel() >= _LARGE_VALUES * len(params[name])
+        for name in names
+    )
 
 
 def primal_step(

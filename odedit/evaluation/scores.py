@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix, ends_of
-from odedit.backbones.common.generation import generate, until_end
+from odedit.backbones.common.generation import EXTRA_TOKENS, generate, until_end
 from odedit.editors.base import Editor, Trace
 from odedit.evaluation.columns import (
     ANSWER_COLUMNS,
@@ -92,7 +92,7 @@ class _Asked:
     def at(
         cls, backbone: Backbone, batch: EditBatch, config: EvaluationConfig, sites: Sequence[str], positionwise: bool
     ) -> _Asked:
-        kv_cache = KVCache() if config.generate else None
+        kv_cache = KVCache(batch.target_EKT.shape[-1] + EXTRA_TOKENS) if config.generate else None
         prefix = backbone.prefix(batch, *sites, positionwise=positionwise, kv_cache=kv_cache)
         return cls(backbone, batch, prefix, kv_cache, config.mmedit)
 
@@ -222,7 +222,8 @@ def _fitting(backbone: Backbone, batch: EditBatch) -> Iterator[tuple[Tensor, Edi
     if batch.num_edits <= at_once:
         yield rows_E, batch
         return
-    for part_E in rows_E.split(at_once):
+    # Parts of like size, since a small rest costs as many steps as a whole part.
+    for part_E in rows_E.tensor_split(-(-batch.num_edits // at_once)):
         yield part_E, batch.take(part_E)
 
 

@@ -22,9 +22,10 @@ from pipeline.workers.plan import CPUS_PER_PREPARER, Job, Plan
 from pipeline.workers.profile import Profile
 from pipeline.workers.stages import Editing, Fatal, GraphError, Preparing, attempted, prefix_of
 
-MAX_BLOCKS = 512
-"""Blocks of a large run with few actors; the run reports its progress once per block."""
-MAX_BLOCKS_PER_ACTOR = 64
+MAX_BLOCKS = 256
+"""Blocks of a large run with few actors; the run reports its progress once per block. A block takes the driver some 35
+ms, however many records it has."""
+MAX_BLOCKS_PER_ACTOR = 32
 """More blocks when there are more actors, so that the tail, one actor busy and the others idle, stays short."""
 
 

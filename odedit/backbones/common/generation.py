@@ -9,6 +9,7 @@ from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix, ends_of
 from odedit.inputs.batch import EditBatch
+from odedit.runtime.budgets import budgets
 from odedit.runtime.kv_cache import KVCache
 
 EXTRA_TOKENS = 8
@@ -93,8 +94,14 @@ def greedy(
         computed = slice(1 + first, stop)
         chosen = stale_EKT[..., computed]
         choice_EKT = choice_EKT.clone()
-        choice_EKT[..., computed][chosen] = backbone.head(states[chosen]).argmax(dim=-1)
+        choice_EKT[..., computed][chosen] = _first_choices(backbone, states[chosen])
         stale_EKT[..., computed] = False
+
+
+def _first_choices(backbone: Backbone, states_MD: Tensor) -> Tensor:
+    """Most likely token at each of M states; the logits of some states at a time, which memory holds."""
+    at_once = max(1, budgets(states_MD.device).evaluated_logits // backbone.vocabulary_size)
+    return torch.cat([backbone.head(part).argmax(dim=-1) for part in states_MD.split(at_once)])
 
 
 class _Window:

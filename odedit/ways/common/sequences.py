@@ -109,7 +109,7 @@ def own_answers(features: Features, sequences: Sequence[TokenSequence], extra: i
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number].tokens))
     for start in range(0, len(order), ASKED_AT_ONCE):
         batch = features.row([sequences[number] for number in order[start : start + ASKED_AT_ONCE]])
-        kv_cache = KVCache()
+        kv_cache = KVCache(batch.target_EKT.shape[-1] + extra)
         prefix = backbone.prefix(batch, "layers.0.attention.out", kv_cache=kv_cache)
         branch = kv_cache.branch()
         read_EKT = batch.with_room(1, 0, backbone.max_positions).predict_EKT
