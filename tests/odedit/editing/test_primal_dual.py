@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from odedit.editing import primal_dual
 from odedit.editing.primal_dual import PrimalDual
 from odedit.editors.base import OptimizerSettings
 from odedit.errors import InputError
@@ -212,3 +213,29 @@ def test_a_flat_multiplier_needs_edits_of_one_length():
 def test_settings_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         ObjectiveConfig(**settings)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
+def test_large_edits_move_in_place_to_the_same_bits(kind, monkeypatch):
+    settings = OptimizerSettings(kind, 0.1, 0.01, clip_norm=0.7)
+    config = ObjectiveConfig(warmup=0.0, ramp=0.0)
+    for active in (None, torch.tensor([True, False, True])):
+        results = []
+        for least in (2**18, 1):
+            monkeypatch.setattr(primal_dual, "_LARGE_VALUES", least)
+            results.append(run(settings, config, active=active, penalty_weight=1.0))
+        (params, state, _), (moved, moved_state, _) = results
+        assert torch.equal(params["weight"], moved["weight"]) and moved["weight"].requires_grad
+        assert torch.equal(state.steps_E, moved_state.steps_E)
+        for name, pair in state.moments.items():
+            assert all(map(torch.equal, pair, moved_state.moments[name]))
+
+
+def test_an_edit_that_moves_in_place_keeps_its_memory(monkeypatch):
+    monkeypatch.setattr(primal_dual, "_LARGE_VALUES", 1)
+    optimizer = PrimalDual(PlainEditor(OptimizerSettings("adamw", 0.1)), ObjectiveConfig(name="native"), 6)
+    params = {"weight": torch.zeros(3, 2, 2, requires_grad=True)}
+    state = optimizer.init(params)
+    moved, after = optimizer.descend(params, state, terms_of(params).total, None)
+    assert moved["weight"].data_ptr() == params["weight"].data_ptr()
+    assert after.moments["weight"][0].data_ptr() == state.moments["weight"][0].data_ptr()
