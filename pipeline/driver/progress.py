@@ -30,12 +30,13 @@ class Progress:
         console: Console for the lines.
         total: Number of records in the whole run.
         workers: Number and kind of the workers, for the live view.
+        waits_for: Work before the first record, for the live view.
     """
 
-    def __init__(self, console: Console, total: int, workers: str = "") -> None:
+    def __init__(self, console: Console, total: int, workers: str = "", waits_for: str = "starting workers") -> None:
         self._console = console
         self._total = total
-        self._workers = workers
+        self._workers, self._waits_for = workers, waits_for
         self._done = self._before = 0
         self._left_out = {FAILED: 0, SKIPPED: 0}
         self._sums = dict.fromkeys(SHOWN, 0.0)
@@ -97,7 +98,7 @@ class Progress:
         for metric, mean in self._means().items():
             bar = ProgressBar(1.0, mean, width=_BAR_COLUMNS, finished_style="bar.complete")
             means.add_row(Text(metric), Text(f"{mean:.3f}"), bar, Text(LABELS[metric], "dim"))
-        speed = self._speed() or ("" if self._first else "starting workers")
+        speed = self._speed() or ("" if self._first else self._waits_for)
         return Group(head, means, *(Text(line) for line in (speed, self._workers) if line))
 
     def _means(self) -> dict[str, float]:

@@ -302,7 +302,8 @@ def _edit(
     num_left = Counter(index for index, _ in pending)
     total = sum(run.staged.num_usable + run.staged.problems for run in ready)
     finished = [part for run in ready for part in parts(run.workspace)]
-    with Progress(console, total, str(plan)) as progress:
+    waits_for = "loading the model" if plan.in_process else "starting workers"
+    with Progress(console, total, str(plan), waits_for) as progress:
         progress.include(read_rows(finished, PROGRESS_COLUMNS))
         last = time.monotonic()
         for index, _, rows in engine.run_groups(jobs, plan, pending, profile):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -177,10 +178,29 @@ def _build_local(folder: Path, seed: int, rephrases: int) -> None:
         return
     try:
         with folder_written_atomically(folder) as temporary:
-            world.build(temporary, seed, rephrases)
+            kept = _kept(seed, rephrases)
+            if kept is None:
+                world.build(temporary, seed, rephrases)
+            else:
+                # Copies, not links: a user may change a picture of the run's benchmark.
+                shutil.copytree(kept, temporary, dirs_exist_ok=True, copy_function=shutil.copyfile)
     except OSError:
         if not folder.is_dir():  # otherwise another run has just written the same content
             raise
+
+
+def _kept(seed: int, rephrases: int) -> Path | None:
+    """The benchmark in the user's cache, drawn by the first run that needs it; None if the cache cannot be written."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "odedit"
+    folder = cache / embedded_name(seed, rephrases)
+    try:
+        if not folder.is_dir():
+            cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with folder_written_atomically(folder) as temporary:
+                world.build(temporary, seed, rephrases)
+    except (OSError, RuntimeError):  # no home folder, a full or read-only disk, another run that has just written it
+        return folder if folder.is_dir() else None
+    return folder
 
 
 def with_absolute_paths(data: DataConfig) -> DataConfig:
