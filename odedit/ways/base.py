@@ -21,6 +21,7 @@ from odedit.objectives.base import Objective
 from odedit.runtime.brief import brief
 from odedit.settings import Settings
 from odedit.storage.location import Location
+from odedit.ways.common.activations import Moments
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Task:
         start_ids: Records in that model, in the order of its `CommittedInfo.edit_ids`.
         removed: Records of that model that the new one is to answer as the unedited model does.
         state: File of the state of unfinished work; None: none is kept.
+        moments: Second moments of unedited activations at the way's `measured_sites`; None: not measured.
     """
 
     backbone: Backbone
@@ -79,6 +81,7 @@ class Task:
     start_ids: Sequence[str] = ()
     removed: Sequence[EditRequest] = ()
     state: Location | None = None
+    moments: Moments | None = None
 
     __repr__ = brief
 
