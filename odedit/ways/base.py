@@ -175,6 +175,8 @@ class Way(Protocol):
         needs_pool: True when the way cannot work without records of a pool.
         is_parallel: True when several workers may share one task.
         is_plain: True when `write` makes a checkpoint that needs no odedit.
+        measures: True when the way reads second moments of unedited activations at its `measured_sites`. The run
+            measures them first.
     """
 
     Config: ClassVar[type]
@@ -184,6 +186,7 @@ class Way(Protocol):
     needs_pool: ClassVar[bool]
     is_parallel: ClassVar[bool]
     is_plain: ClassVar[bool]
+    measures: ClassVar[bool]
 
     def __init__(self, config: Any) -> None: ...
 
@@ -193,6 +196,10 @@ class Way(Protocol):
 
     def serving(self, editor: Editor) -> Editor:
         """The editor that applies `Committed.params` with `together`."""
+        ...
+
+    def measured_sites(self, backbone: Backbone, editor: Editor) -> tuple[str, ...]:
+        """Sites whose inputs are measured, the lowest first; empty unless `measures`."""
         ...
 
     def write(self, folder: Path, backbone: Backbone, editor: Editor, params: EditParams, info: CommittedInfo) -> None:
@@ -221,6 +228,7 @@ class PlainWay:
     needs_pool: ClassVar[bool] = False
     is_parallel: ClassVar[bool] = False
     is_plain: ClassVar[bool] = True
+    measures: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -230,6 +238,9 @@ class PlainWay:
 
     def serving(self, editor: Editor) -> Editor:
         return editor
+
+    def measured_sites(self, backbone: Backbone, editor: Editor) -> tuple[str, ...]:
+        return ()
 
     def write(self, folder: Path, backbone: Backbone, editor: Editor, params: EditParams, info: CommittedInfo) -> None:
         """A checkpoint with the parameters in its weights, which needs no odedit."""

@@ -98,6 +98,7 @@ class Bulk(PlainWay):
     }
     uses_edits: ClassVar[bool] = True
     is_parallel: ClassVar[bool] = True
+    measures: ClassVar[bool] = True
 
     def check(self, editor: Editor, name: str) -> None:
         if not isinstance(editor, Residual):
@@ -109,7 +110,7 @@ class Bulk(PlainWay):
     def serving(self, editor: Editor) -> WrittenMatrices:
         return WrittenMatrices()
 
-    def sites(self, backbone: Backbone, editor: Editor) -> tuple[str, ...]:
+    def measured_sites(self, backbone: Backbone, editor: Editor) -> tuple[str, ...]:
         """Sites that are written, the lowest first; the highest is the editor's.
 
         Raises:
@@ -127,7 +128,7 @@ class Bulk(PlainWay):
         return tuple(f"layers.{layer}.{part}" for layer in range(top + 1 - self.config.layers, top + 1))
 
     def commit(self, task: Task) -> Generator[Step, None, Committed]:
-        sites = self.sites(task.backbone, task.editor)
+        sites = self.measured_sites(task.backbone, task.editor)
         moments = task.moments
         if moments is None:
             moments = yield from _measured(task, sites)
@@ -176,9 +177,7 @@ class Bulk(PlainWay):
         config = self.config
         image_II, text_II = (moments.mean(site, kind).to(equations.gram_II) for kind in (IMAGE, TEXT))
         basis_IM = None if config.null_space is None else null_space(image_II + text_II, config.null_space)
-        return equations.solved(
-            config.image_weight * image_II + config.text_weight * text_II, config.ridge, basis_IM
-        )
+        return equations.solved(config.image_weight * image_II + config.text_weight * text_II, config.ridge, basis_IM)
 
     def _asked(
         self, examples: InParts, task: Task, vectors: Mapping[str, Tensor]
@@ -186,9 +185,14 @@ class Bulk(PlainWay):
         """Questions in parts, each with the number of records before it: those of the records, then of the pool."""
         config, count = self.config, 0
         for part in examples.parts(task.requests):
-            yield count, [
-                asked for example in part for asked in _of_record(example, vectors[example.edit_id], config.near_weight)
-            ]
+            yield (
+                count,
+                [
+                    asked
+                    for example in part
+                    for asked in _of_record(example, vectors[example.edit_id], config.near_weight)
+                ],
+            )
             count += len(part)
         if parallel.rank() == 0 and config.kept_weight:
             weight = config.kept_weight / max(1, len(examples.kept))
@@ -298,9 +302,7 @@ def _vectors(task: Task, examples: InParts) -> dict[str, Tensor]:
     stacked = edits_of(replace(task, start=start))[VECTOR].cpu()
     ids = [request.edit_id for request in task.requests]
     vectors = {
-        edit_id: vector_D
-        for edit_id, vector_D in zip(ids, stacked, strict=True)
-        if edit_id not in examples.problems
+        edit_id: vector_D for edit_id, vector_D in zip(ids, stacked, strict=True) if edit_id not in examples.problems
     }
     if not any(parallel.gathered(len(vectors))):
         raise InputError(

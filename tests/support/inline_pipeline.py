@@ -43,3 +43,4 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_session, "connected", connected)
     monkeypatch.setattr(graph, "run_graph", run_graph)
     monkeypatch.setattr(graph, "run_task", lambda work, job, plan: work(job))
+    monkeypatch.setattr(graph, "run_shares", lambda work, job, shares, plan: [work(job, share) for share in shares])

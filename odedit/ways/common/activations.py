@@ -70,6 +70,18 @@ class Moments:
         return cls(read_tensors(location, device)[0])
 
 
+def added_up(files: Sequence[Location], device: str) -> Moments | None:
+    """The sum of all shares, in their order; None without any."""
+    total: Moments | None = None
+    for file in files:
+        moments = Moments.read(file, device)
+        if total is None:
+            total = moments
+        else:
+            total.add(moments)
+    return total
+
+
 def measured(
     backbone: Backbone, template: Template, sites: Sequence[str], requests: Sequence[EditRequest]
 ) -> Iterator[int | Moments]:

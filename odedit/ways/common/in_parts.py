@@ -23,8 +23,8 @@ from odedit.ways.common.examples import (
     KnownStates,
     Maker,
     Near,
-    ReadPool,
     Reading,
+    ReadPool,
     Tokens,
     read_pool,
     still_kept,
@@ -127,9 +127,7 @@ class InParts:
         entries = [
             {
                 "same": example.same,
-                "negatives": [
-                    asdict(replace(sequence, image=list(sequence.image))) for sequence in example.negatives
-                ],
+                "negatives": [asdict(replace(sequence, image=list(sequence.image))) for sequence in example.negatives],
                 "nearness": example.nearness,
             }
             for example in examples
@@ -142,5 +140,3 @@ class InParts:
         features, answers = self._of_pool
         self.features.by_key = dict(features)
         self._maker.forget_all_but(answers)
-
-
