@@ -24,11 +24,10 @@ from torch import Tensor
 from odedit.backbones.base import Backbone, Prefix, holding, is_connector
 from odedit.editors.base import EditSize, OptimizerSettings, Plain, Trace, fitting_sites
 from odedit.editors.common.hooks import rewritten
+from odedit.editors.common.vectors import VECTOR
 from odedit.errors import InputError
 from odedit.inputs.batch import EditBatch, EditParams
 from odedit.settings import Settings
-
-VECTOR = "residual"
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Residual(Plain):
 
     def __init__(self, config: ResidualConfig) -> None:
         self.config = config
-        self.sites = (config.site,)
+        self.sites, self.vector_site = (config.site,), config.site
         self.max_steps = config.max_steps
         self.optimizer = OptimizerSettings("adamw", config.learning_rate, config.weight_decay)
 

@@ -34,9 +34,8 @@ from torch import Tensor
 
 from odedit.backbones.base import Backbone
 from odedit.editors.base import Editor
-from odedit.editors.common.fine_tuning import WeightDifferences
-from odedit.editors.ftl import FTLConfig
-from odedit.editors.residual import VECTOR, Residual
+from odedit.editors.common.fine_tuning import FineTuningConfig, WeightDifferences
+from odedit.editors.common.vectors import VECTOR, Vectors
 from odedit.errors import InputError
 from odedit.inputs.batch import EditParams
 from odedit.inputs.encoding import TokenSequence
@@ -101,7 +100,7 @@ class Bulk(PlainWay):
     measures: ClassVar[bool] = True
 
     def check(self, editor: Editor, name: str) -> None:
-        if not isinstance(editor, Residual):
+        if not isinstance(editor, Vectors):
             raise InputError(
                 f"editor.name: got {name!r}, but commit.way 'bulk' writes the vectors of the editor residual; leave "
                 "editor out, or choose another way."
@@ -202,10 +201,10 @@ class Bulk(PlainWay):
 class WrittenMatrices(WeightDifferences):
     """The editor of a committed model: differences of `ffn.out` matrices; the vectors are not applied."""
 
-    Config: ClassVar[type] = FTLConfig
+    Config: ClassVar[type] = FineTuningConfig
 
     def __init__(self) -> None:
-        super().__init__(FTLConfig(sites=("layers.*.ffn.out",)))
+        super().__init__(FineTuningConfig(sites=("layers.*.ffn.out",), learning_rate=1.0))
 
     def sites_of(self, params: EditParams) -> list[str]:
         return [name for name in params if name != VECTOR]

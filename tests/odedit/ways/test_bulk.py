@@ -15,7 +15,7 @@ from torch import Tensor, distributed
 
 from odedit import Objective, ObjectiveConfig, Stopping, edit, encode_requests, load_backbone, load_editor, stack_params
 from odedit.editors.common.hooks import rewritten
-from odedit.editors.residual import VECTOR
+from odedit.editors.common.vectors import VECTOR
 from odedit.errors import InputError
 from odedit.evaluation.scores import evaluate_together
 from odedit.inputs.batch import EditRequest
