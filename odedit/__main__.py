@@ -167,7 +167,7 @@ def commit(
     edits_from: Annotated[
         str | None,
         typer.Option(
-            "--from", metavar="RUN", help="Run whose finished edits are used (routed, sum); default: new ones."
+            "--from", metavar="RUN", help="Run whose finished edits are used (routed, bulk, sum); default: new ones."
         ),
     ] = None,
     change: Annotated[

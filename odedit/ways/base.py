@@ -21,6 +21,7 @@ from odedit.objectives.base import Objective
 from odedit.runtime.brief import brief
 from odedit.settings import Settings
 from odedit.storage.location import Location
+from odedit.ways.common.activations import Moments
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Task:
         start_ids: Records in that model, in the order of its `CommittedInfo.edit_ids`.
         removed: Records of that model that the new one is to answer as the unedited model does.
         state: File of the state of unfinished work; None: none is kept.
+        moments: Second moments of unedited activations at the way's `measured_sites`; None: not measured.
     """
 
     backbone: Backbone
@@ -79,6 +81,7 @@ class Task:
     start_ids: Sequence[str] = ()
     removed: Sequence[EditRequest] = ()
     state: Location | None = None
+    moments: Moments | None = None
 
     __repr__ = brief
 
@@ -172,6 +175,8 @@ class Way(Protocol):
         needs_pool: True when the way cannot work without records of a pool.
         is_parallel: True when several workers may share one task.
         is_plain: True when `write` makes a checkpoint that needs no odedit.
+        measures: True when the way reads second moments of unedited activations at its `measured_sites`. The run
+            measures them first.
     """
 
     Config: ClassVar[type]
@@ -181,6 +186,7 @@ class Way(Protocol):
     needs_pool: ClassVar[bool]
     is_parallel: ClassVar[bool]
     is_plain: ClassVar[bool]
+    measures: ClassVar[bool]
 
     def __init__(self, config: Any) -> None: ...
 
@@ -190,6 +196,10 @@ class Way(Protocol):
 
     def serving(self, editor: Editor) -> Editor:
         """The editor that applies `Committed.params` with `together`."""
+        ...
+
+    def measured_sites(self, backbone: Backbone, editor: Editor) -> tuple[str, ...]:
+        """Sites whose inputs are measured, the lowest first; empty unless `measures`."""
         ...
 
     def write(self, folder: Path, backbone: Backbone, editor: Editor, params: EditParams, info: CommittedInfo) -> None:
@@ -218,6 +228,7 @@ class PlainWay:
     needs_pool: ClassVar[bool] = False
     is_parallel: ClassVar[bool] = False
     is_plain: ClassVar[bool] = True
+    measures: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -227,6 +238,9 @@ class PlainWay:
 
     def serving(self, editor: Editor) -> Editor:
         return editor
+
+    def measured_sites(self, backbone: Backbone, editor: Editor) -> tuple[str, ...]:
+        return ()
 
     def write(self, folder: Path, backbone: Backbone, editor: Editor, params: EditParams, info: CommittedInfo) -> None:
         """A checkpoint with the parameters in its weights, which needs no odedit."""

@@ -202,7 +202,7 @@ def commit(
             start = _start(ready.config)
             left_out = frozenset(conflicts.left_out.reasons)
             edits = _finished_edits(ready, edits_from, left_out, console, fresh=fresh)
-            _make(ready, left_out, edits, None if start is None else start.committed, console)
+            _make(ready, left_out, edits, start, console)
         return score_into(ready, console, _scored(ready, conflicts.left_out), parent_run=parent_run)
 
 
@@ -383,11 +383,16 @@ def _make(
     ready: Ready,
     left_out: frozenset[int],
     edits: Mapping[str, Location] | None,
-    start: Location | None,
+    start: Workspace | None,
     console: Console,
 ) -> None:
-    """Makes the model and writes it, or goes on with both. The arguments are those of `CommitJob`."""
-    from pipeline.workers import engine
+    """Makes the model and writes it, or goes on with both.
+
+    Args:
+        left_out, edits: As in `CommitJob`.
+        start: Folder of the run whose model is changed.
+    """
+    from pipeline.workers import engine, moments
 
     started = time.monotonic()
     workspace, config = ready.workspace, ready.config
@@ -414,7 +419,10 @@ def _make(
         def show(progress: Mapping[str, Any]) -> None:
             steps.observe(progress["doing"], progress["number"], progress["total"], progress["figures"])
 
-        engine.train(CommitJob(job_of(ready, plan), left_out, edits, start), plan, num_workers, show)
+        job = job_of(ready, plan)
+        shares = () if workspace.committed.exists() else moments.measure(job, plan, start)
+        commit_job = CommitJob(job, left_out, edits, None if start is None else start.committed, shares)
+        engine.train(commit_job, plan, num_workers, show)
     for file in (workspace.training, workspace.progress, workspace.problem):
         file.delete()
     seconds = (read_json(workspace.run) or {}).get("seconds", 0.0) + time.monotonic() - started

@@ -153,7 +153,7 @@ def clear(workspace: Workspace) -> None:
             with suppress(OSError):  # missing, or not empty
                 os.rmdir(folder)
     if is_commit(read_json(workspace.run)):
-        for folder in workspace.written_models:
+        for folder in (*workspace.written_models, workspace.moments):
             folder.delete_folder()
     for name in (
         *(

@@ -84,8 +84,13 @@ class Workspace:
 
     @property
     def training(self) -> Location:
-        """State of unfinished joint training."""
+        """State of an unfinished model."""
         return self.out / "training.safetensors"
+
+    @property
+    def moments(self) -> Location:
+        """Folder of second moments of unedited activations, see `pipeline.workers.moments`."""
+        return self.out / "moments"
 
     @property
     def progress(self) -> Location:

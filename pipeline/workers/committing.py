@@ -30,6 +30,7 @@ from odedit.runtime import parallel
 from odedit.runtime.process import configure_process
 from odedit.storage.location import Location, copy_folder
 from odedit.ways.base import Committed, Step, Task, Way
+from odedit.ways.common.activations import added_up
 from odedit.ways.common.files import CommittedInfo, load_committed, save_committed
 from pipeline.run_folder import staging
 from pipeline.run_folder.workspace import read_json, write_json
@@ -53,12 +54,14 @@ class CommitJob:
         left_out: Positions of the records that do not go into the model.
         edits: Files of finished single edits by edit id, for a way that uses them.
         start: File of the committed model that is changed; None: there is none.
+        moments: Files of second moments, for a way that reads them; their sum counts.
     """
 
     job: Job
     left_out: frozenset[int] = frozenset()
     edits: Mapping[str, Location] | None = None
     start: Location | None = None
+    moments: Sequence[Location] = ()
 
 
 def way_of(config: Any) -> Way:
@@ -225,6 +228,7 @@ class _Worker:
                 start_ids=ids,
                 removed=removed,
                 state=self._workspace.training,
+                moments=added_up(self._commit_job.moments, self._job.device),
             ),
             problems,
         )

@@ -46,3 +46,19 @@ def train(commit_job: CommitJob, plan: Plan, num_workers: int, show: Callable[[M
         from pipeline.workers import training_group
 
         training_group.train(commit_job, plan, num_workers, show)
+
+
+def run_shares(work: Callable[[Job, int], None], job: Job, shares: Sequence[int], plan: Plan) -> None:
+    """Runs `work` for every share; see `pipeline.workers.graph.run_shares`."""
+    if plan.in_process:
+        from pipeline.workers import in_process
+
+        def every(job: Job) -> None:
+            for share in shares:
+                work(job, share)
+
+        in_process.run_task(every, job)
+    else:
+        from pipeline.workers import graph
+
+        graph.run_shares(work, job, shares, plan)

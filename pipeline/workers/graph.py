@@ -91,6 +91,43 @@ def run_task(work: Callable[[Job], None], job: Job, plan: Plan) -> None:
         raise fatal.error()
 
 
+def run_shares(work: Callable[[Job, int], None], job: Job, shares: Sequence[int], plan: Plan) -> None:
+    """Runs `work` for every share, as many at a time as there are actors.
+
+    Raises:
+        InputError: Raised by `work`.
+        GraphError: `work` failed otherwise, or a worker died again and again.
+    """
+    _quiet()
+    reports = ray.data.from_items([{"share": share} for share in shares], override_num_blocks=len(shares)).map_batches(
+        ShareStage,
+        fn_constructor_args=(work, job),
+        batch_size=1,
+        num_cpus=plan.cpus_per_actor,
+        num_gpus=plan.gpus_per_actor or None,
+        compute=ActorPoolStrategy(size=min(plan.num_actors, len(shares))),
+    )
+    for report in _rows(reports):
+        raise_fatal(report | {"job": 0}, (job,))
+
+
+class ShareStage:
+    """`{"share"}` -> the report of its work."""
+
+    def __init__(self, work: Callable[[Job, int], None], job: Job) -> None:
+        self._work, self._job = work, job
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        share = int(batch["share"][0])
+
+        def work(job: Job) -> None:
+            self._work(job, share)
+
+        work.__name__ = f"share-{share}"
+        fatal = attempted(work, self._job)
+        return {"fatal": ["" if fatal is None else fatal.message], "is_input": [fatal is not None and fatal.is_input]}
+
+
 def raise_fatal(report: Mapping[str, Any], jobs: Sequence[Job]) -> None:
     """Raises the failure of a report, if it holds one."""
     if report["fatal"]:

@@ -104,7 +104,7 @@ class FineTuning(Plain, ABC):
         self.config = config
         # Where a pattern over layers starts; a connector pattern lies below all layers.
         starts = (site.replace(_EVERY_LAYER, "layers.0.") for site in config.sites)
-        self.sites: tuple[str, ...] = tuple(_ABOVE.sub(r"layers.\1.ffn.out", site) for site in starts)
+        self.sites: Sequence[str] = tuple(_ABOVE.sub(r"layers.\1.ffn.out", site) for site in starts)
         self.max_steps: int = config.max_steps
         self.optimizer = OptimizerSettings("adamw", config.learning_rate, config.weight_decay, config.clip_norm)
 

@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,18 +122,14 @@ def read(
 ) -> Iterator[tuple[str, int, int] | Examples]:
     """Makes the examples: yields what is done, how many of how many, and at last the `Examples`."""
     features = Features(backbone, any(is_connector(site) for site in sites))
-    maker = _Maker(backbone, template, features, reading)
-    pool_keys: dict[str, None] = {}
-    asked: list[TokenSequence] = []
-    for number, request in enumerate(pool):
-        yield "pictures of the pool", number, len(pool)
-        sequences = maker.all_sequences(request)
-        pictures = {picture.key: picture for picture in _own_pictures(request)}
-        copies = {key: maker.altered(picture) for key, picture in pictures.items()}
-        asked += sequences + _about_copies(sequences, copies)
-        pool_keys |= dict.fromkeys([*pictures, *chain.from_iterable(copies.values())])
-    yield "answers of the pool", 0, len(asked)
-    kept = maker.answered(asked)
+    maker = Maker(backbone, template, features, reading, KnownStates())
+    pool_keys: list[str] = []
+    kept: list[TokenSequence] = []
+    for progress in read_pool(maker, pool):
+        if isinstance(progress, ReadPool):
+            pool_keys, kept = progress
+        else:
+            yield progress
     end = maker.end(kept, requests)
     drafts: list[Example] = []
     problems: dict[str, str] = {}
@@ -148,17 +145,44 @@ def read(
     edited = {
         base_key(key) for keys in parallel.gathered([draft.own[0] for draft in drafts if draft.own]) for key in keys
     }
-    near = _Near(features, list(pool_keys), frozenset(edited))
+    near = Near(features, pool_keys, frozenset(edited))
     for number, draft in enumerate(drafts):
         yield "negatives of the records", number, len(drafts)
         records.append(maker.with_negatives(draft, replaced[draft.edit_id], everywhere, near))
     restored = [maker.restored(request, end, everywhere, near) for request in removed]
-    # A pictured question whose unedited answer is replaced somewhere may ask about an edited fact.
-    kept = [sequence for sequence in kept if sequence.picture is None or _answer(sequence) not in everywhere]
-    yield Examples(records, restored, kept, features, maker.unedited, problems)
+    yield Examples(records, restored, still_kept(kept, everywhere), features, maker.unedited, problems)
 
 
-def _answer(sequence: TokenSequence) -> Tokens:
+class ReadPool(NamedTuple):
+    """The pool: keys of its pictures and of their copies, and its questions with the unedited answers."""
+
+    keys: list[str]
+    asked: list[TokenSequence]
+
+
+def read_pool(maker: Maker, pool: Sequence[EditRequest]) -> Iterator[tuple[str, int, int] | ReadPool]:
+    """Reads the pool: yields what is done, how many of how many, and at last the `ReadPool`."""
+    keys: dict[str, None] = {}
+    asked: list[TokenSequence] = []
+    for number, request in enumerate(pool):
+        yield "pictures of the pool", number, len(pool)
+        sequences = maker.all_sequences(request)
+        pictures = {picture.key: picture for picture in _own_pictures(request)}
+        copies = {key: maker.altered(picture) for key, picture in pictures.items()}
+        asked += sequences + _about_copies(sequences, copies)
+        keys |= dict.fromkeys([*pictures, *chain.from_iterable(copies.values())])
+    yield "answers of the pool", 0, len(asked)
+    yield ReadPool(list(keys), maker.answered(asked))
+
+
+def still_kept(asked: Sequence[TokenSequence], everywhere: Collection[Tokens]) -> list[TokenSequence]:
+    """The pool's questions whose answers stay: a pictured one whose unedited answer a record replaces may ask about an
+    edited fact.
+    """
+    return [sequence for sequence in asked if sequence.picture is None or answer_in(sequence) not in everywhere]
+
+
+def answer_in(sequence: TokenSequence) -> Tokens:
     return tuple(sequence.tokens[sequence.first_target :])
 
 
@@ -197,16 +221,17 @@ class KnownStates:
     Half precision rounds a sequence otherwise in every batch, so that only float32 states are kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None) -> None:
+        """Keeps at most `limit` bytes; None: a GiB."""
         self._states: dict[_Key, Tensor] = {}
-        self._bytes = 0
+        self._bytes, self._limit = 0, _KNOWN_BYTES if limit is None else limit
 
     __repr__ = brief
 
     def add(self, sequence: TokenSequence, states_TD: Tensor) -> None:
         """Keeps the states at a sequence's answer, if there is room."""
         size = states_TD.numel() * states_TD.element_size()
-        if states_TD.dtype == torch.float32 and self._bytes + size <= _KNOWN_BYTES:
+        if states_TD.dtype == torch.float32 and self._bytes + size <= self._limit:
             self._states[_key(sequence)] = states_TD
             self._bytes += size
 
@@ -227,14 +252,16 @@ def _key(sequence: TokenSequence) -> _Key:
     return tuple(sequence.tokens), sequence.first_target, sequence.picture
 
 
-class _Maker:
+class Maker:
     """Turns requests into examples."""
 
-    def __init__(self, backbone: Backbone, template: Template, features: Features, reading: Reading) -> None:
+    def __init__(
+        self, backbone: Backbone, template: Template, features: Features, reading: Reading, unedited: KnownStates
+    ) -> None:
         self._backbone, self._template, self._features, self._reading = backbone, template, features, reading
         self._answers: dict[tuple[Tokens, str | None], Tokens] = {}
         self._recent: deque[Picture] = deque(maxlen=_JOINED_WITH)
-        self.unedited = KnownStates()
+        self.unedited = unedited
 
     def altered(self, picture: Picture) -> list[str]:
         """Keys of the altered copies of a pool picture, some of them joined with pool pictures read before it."""
@@ -281,38 +308,51 @@ class _Maker:
         """The token with which the unedited model ends its answers to the pool; without a pool, to some records."""
         if not kept:
             kept = self.answered([seq for request in requests[:_ENDS_ASKED] for seq in self.all_sequences(request)])
-        return usual_end([_answer(sequence) for sequence in kept], ends_of(self._backbone))
+        return usual_end([answer_in(sequence) for sequence in kept], ends_of(self._backbone))
 
-    def draft(self, request: EditRequest, end: int | None) -> Example:
-        """The record's questions and pictures, without negatives."""
+    def known_answers(self) -> dict[tuple[Tokens, str | None], Tokens]:
+        """The unedited answers that are known, by question and picture."""
+        return dict(self._answers)
+
+    def forget_all_but(self, answers: Mapping[tuple[Tokens, str | None], Tokens]) -> None:
+        """Keeps only these unedited answers."""
+        self._answers = dict(answers)
+
+    def draft(self, request: EditRequest, end: int | None, *, copies: bool = True) -> Example:
+        """The record's questions and pictures, without negatives.
+
+        Args:
+            copies: Whether to make varied copies of the pictures.
+        """
+        count = self._reading.copies if copies else 0
         texts, others = (_rephrases(request, slot) for slot in REPHRASE_SLOTS)
         ending = () if end is None else (end,)
         wordings = [self.sequence(probe) for probe in (request.edit, *texts)]
         keys: dict[str, tuple[str, ...]] = {}
         for name, probes in {"own": [request.edit], "other": others}.items():
             pictures = [probe.picture for probe in probes if probe.picture is not None]
-            copies = [
+            varied = [
                 copy
                 for number, picture in enumerate(pictures)
                 for copy in variations(
-                    picture, _share(self._reading.copies, len(pictures), number), numbered(name, number + 1), self._seed
+                    picture, _share(count, len(pictures), number), numbered(name, number + 1), self._seed
                 )
             ]
-            self._features.add([*pictures, *copies])
-            keys[name] = tuple(picture.key for picture in [*pictures, *copies])
+            self._features.add([*pictures, *varied])
+            keys[name] = tuple(picture.key for picture in [*pictures, *varied])
         rest = {slot: probe for slot, probe in request.supervision.items() if unnumbered(slot) not in REPHRASE_SLOTS}
         self._features.add(probe.picture for probe in rest.values() if probe.picture is not None)
         blind = self.sequence(replace(request.edit, picture=None)) if request.edit.picture is not None else None
         return Example(
             request.edit_id,
-            tuple(with_answer(sequence, (*_answer(sequence), *ending)) for sequence in wordings),
+            tuple(with_answer(sequence, (*answer_in(sequence), *ending)) for sequence in wordings),
             keys["own"],
             keys["other"] or keys["own"],
             supervision={slot: self.sequence(probe) for slot, probe in rest.items()},
             negatives=() if blind is None else (blind,),
         )
 
-    def restored(self, request: EditRequest, end: int | None, everywhere: Collection[Tokens], near: _Near) -> Example:
+    def restored(self, request: EditRequest, end: int | None, everywhere: Collection[Tokens], near: Near) -> Example:
         """The example of a removed record: its questions about its pictures, with the unedited answers."""
         draft = self.draft(request, end)
         first, *rephrases = draft.wordings
@@ -329,7 +369,7 @@ class _Maker:
         self.answered([draft.wordings[0] for draft in drafts])
         return {draft.edit_id: self._answers[_question(draft.wordings[0])] for draft in drafts}
 
-    def with_negatives(self, draft: Example, replaced: Tokens, everywhere: Collection[Tokens], near: _Near) -> Example:
+    def with_negatives(self, draft: Example, replaced: Tokens, everywhere: Collection[Tokens], near: Near) -> Example:
         """The example with the pool's pictures of the same thing and its negatives.
 
         A picture about which the unedited answer is replaced by another record is neither, and a picture that another
@@ -340,12 +380,12 @@ class _Maker:
         keys, cosines = near.nearest({*draft.own, *draft.other}, (draft.own[0], draft.other[0]), self._reading)
         question = draft.wordings[0]
         asked = self.answered([*(about(question, key) for key in keys), *draft.negatives])
-        answer_of = {sequence.picture: _answer(sequence) for sequence in asked}
+        answer_of = {sequence.picture: answer_in(sequence) for sequence in asked}
         same = tuple(key for key in keys if answer_of.get(key) == replaced and base_key(key) not in near.edited)
         # The question without a picture is drawn as often as that about the nearest picture.
         nearness: dict[str | None, float] = {None: max(cosines, default=0.0)}
         nearness |= zip(keys, cosines, strict=True)
-        negatives = [sequence for sequence in asked if _answer(sequence) not in everywhere]
+        negatives = [sequence for sequence in asked if answer_in(sequence) not in everywhere]
         drawn = torch.tensor([nearness[sequence.picture] for sequence in negatives], dtype=torch.float64)
         return replace(
             draft,
@@ -359,7 +399,7 @@ def _question(sequence: TokenSequence) -> tuple[Tokens, str | None]:
     return tuple(sequence.tokens[: sequence.first_target]), sequence.picture
 
 
-class _Near:
+class Near:
     """Nearness of the pool's pictures: cosine of mean features, centred over the pool."""
 
     def __init__(self, features: Features, keys: Sequence[str], edited: frozenset[str] = frozenset()) -> None:

@@ -261,6 +261,61 @@ def test_a_routed_model_loses_exactly_the_removed_edit_and_answers_as_it_was_sco
         torch.testing.assert_close(back[name], value, atol=1e-5 if name.startswith("router") else 0, rtol=0)
 
 
+def test_a_bulk_model_answers_without_odedit_and_loses_a_record_as_if_it_never_had_it(
+    commit: Commit, worlds: dict[int, dict[str, Path]], tmp_path: Path
+) -> None:
+    paths = worlds[0]
+    facts: dict[str, Any] = {}
+    for fields in json.loads(paths["validation"].read_text()):
+        if fields["task"] == "vqa":
+            facts.setdefault(fields["fact"], fields)
+    chosen = list(facts.values())[:3]
+    write_array(tmp_path / "records.json", chosen)
+    write_array(tmp_path / "pool.json", json.loads(paths["train"].read_text())[:240:10])
+    settings = {
+        "data": {
+            "path": str(tmp_path / "records.json"),
+            "pool": str(tmp_path / "pool.json"),
+            "image_root": str(paths["images"]),
+            "rephrase_root": str(paths["images_rephrase"]),
+        },
+        "supervision": {"rephrases": 1},
+        "commit": {"way": "bulk", "copies": 2, "pool_copies": 0, "candidates": 16},
+        "pipeline": {"batch_size": 4},
+        "tracking": {"enabled": False},
+        "out": str(tmp_path / "before"),
+    }
+    before = commit(settings)
+    rows = rows_of(before)
+    assert [(row["status"], row["stop_reason"], row["editor"]) for row in rows] == [
+        ("edited", "written", "residual")
+    ] * 3
+    assert [row["answer_after"] for row in rows] == [fields["alt"] for fields in chosen]
+    questions = [[fields["src"], str(paths["images"] / fields["image"])] for fields in chosen]
+    asked = [{"family": "blip2", "checkpoint": str(before.workspace.model), "questions": questions}]
+    program = [sys.executable, "-m", "tests.support.plain_answers"]
+    done = subprocess.run(program, input=json.dumps(asked), capture_output=True, text=True, check=True, cwd=ROOT)
+    assert json.loads(done.stdout) == [[row["answer_after"] for row in rows]]
+
+    old, info = load_committed(before.workspace.committed)
+    after = commit(None, f"out={tmp_path / 'after'}", change=before.workspace.out, remove=[info.edit_ids[1]])
+    assert not (tmp_path / "after" / "moments").exists(), "those of the earlier run are read"
+    assert [row["answer_after"] for row in rows_of(after)] == [rows[0]["answer_after"], None, rows[2]["answer_after"]]
+    never = commit(
+        settings, f"out={tmp_path / 'never'}", f"commit.remove=[{info.edit_ids[1]}]",
+        edits_from=str(tmp_path / "before" / "single"),
+    )  # fmt: skip
+    assert (Path(after.workspace.model) / "model.safetensors").read_bytes() == (
+        Path(never.workspace.model) / "model.safetensors"
+    ).read_bytes()
+    again = commit(None, f"out={tmp_path / 'again'}", "commit.remove=[]", change=after.workspace.out)
+    back, returned = load_committed(again.workspace.committed)
+    assert returned.edit_ids == info.edit_ids
+    for name, value in old.items():
+        # Its vector is made alone here, in a batch before.
+        assert float((back[name] - value).norm()) < 0.1 * float(value.norm()), name
+
+
 def test_folders_of_others_are_not_replaced(plain: Settings, commit: Commit) -> None:
     model = Path(plain["out"]) / "model"
     model.mkdir(parents=True)

@@ -104,3 +104,22 @@ def test_a_killed_command_and_a_killed_worker_change_nothing(
     finished(process)
     assert result_of(tmp_path / "worker") == whole
     assert not (tmp_path / "worker" / ".ray-train").exists()
+
+
+def test_a_killed_bulk_commit_reads_no_share_of_the_pool_twice_and_ends_with_the_same_model(
+    command: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    bulk = ["commit={way: bulk, copies: 1, pool_copies: 0, candidates: 4}", "objective={name: native}"]
+    finished(started([*command("whole"), *bulk]))
+    whole = result_of(tmp_path / "whole")
+    (folder,) = (tmp_path / "whole" / "moments").iterdir()
+    assert sorted(file.name for file in folder.iterdir()) == [f"share-{n}-of-2.safetensors" for n in (0, 1)]
+
+    process = started([*command("killed"), *bulk])
+    share = tmp_path / "killed" / "moments" / folder.name / "share-0-of-2.safetensors"
+    wait_for(share, process)
+    end_with(process)
+    before = share.stat().st_mtime_ns
+    finished(started([*command("killed"), *bulk]))
+    assert share.stat().st_mtime_ns == before
+    assert result_of(tmp_path / "killed") == whole
