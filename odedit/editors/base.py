@@ -303,6 +303,33 @@ class Estimating(Protocol):
         ...
 
 
+@runtime_checkable
+class Continuing(Editor, Protocol):
+    """An editor whose edits follow one another in one model (`commit.way: sequential`).
+
+    The model is a set of parameters that the editor applies with `together`; {} before the first edit.
+    """
+
+    def following(self, model: EditParams) -> Continuing:
+        """A copy of the editor for the next edit of the model, whose earlier edits act in `init` and `applied`.
+
+        The model without any edit stays the one that objectives and scores compare with.
+        """
+        ...
+
+    def start(self, backbone: Backbone) -> EditParams:
+        """Values of phi_0 by name, axis 0 of length 1, where the next edit goes on from the model; {}: from `init`."""
+        ...
+
+    def extended(self, backbone: Backbone, params: EditParams) -> EditParams:
+        """The model with a further edit.
+
+        Args:
+            params: Finished edit that the copy of `following` has made.
+        """
+        ...
+
+
 def prefix_of_edit(backbone: Backbone, sites: Sequence[str], batch: EditBatch, prefix: Prefix | None) -> Prefix:
     """Prefix of each edit's own sequence: a column of the batch's prefix, or computed if that is None."""
     if prefix is not None:

@@ -90,8 +90,7 @@ class TPatcher(Plain):
     token is predicted. A neuron with state zero is padding: all its entries are zero and stay zero.
 
     Many edits in one model: `together` puts the neurons of edits side by side. To learn edits one after another,
-    `following` returns an editor whose model has the earlier neurons as constants; phi_e and edit files hold only the
-    new ones.
+    `following` returns an editor whose model has the earlier neurons as constants; phi_e holds only the new ones.
     """
 
     Config: ClassVar[type] = TPatcherConfig
@@ -133,20 +132,19 @@ class TPatcher(Plain):
         other.positionwise = True
         return other
 
-    def following(self, params: EditParams) -> TPatcher:
-        """A copy for learning further edits of one model: earlier neurons act, and their states are memory states.
-
-        For objectives and scores, the unedited model stays the one without any neuron.
-
-        Args:
-            params: Finished parameters of one or more edits, added to the earlier ones.
-        """
-        earlier = _joined({name: value.detach().clone() for name, value in params.items()})
-        if self._earlier is not None:
-            earlier = {name: torch.cat([self._earlier[name], value], dim=1) for name, value in earlier.items()}
+    def following(self, model: EditParams) -> TPatcher:
+        """A copy for the next edit: earlier neurons act and do not move, and their states are memory states."""
         other = copy.copy(self)
-        other._earlier = earlier
+        other._earlier = _joined({name: value.detach().clone() for name, value in model.items()}) if model else None
         return other
+
+    def start(self, backbone: Backbone) -> EditParams:
+        return {}
+
+    def extended(self, backbone: Backbone, params: EditParams) -> EditParams:
+        """The earlier neurons and the edit's, side by side as those of one edit."""
+        parts = self._with_earlier(_joined(params))
+        return {name: torch.cat([part[name] for part in parts], dim=1) for name in params}
 
     def size(self, backbone: Backbone, positions: int) -> EditSize:
         width = self.config.max_neurons * backbone.hidden_size

@@ -179,19 +179,21 @@ def evaluate_together(
     params: EditParams,
     batch: EditBatch,
     config: EvaluationConfig = EvaluationConfig(),
+    before: EditParams | None = None,
 ) -> list[Row]:
     """Scores one committed model, all of whose edits are applied at once, on the probes of any requests.
 
     Args:
         editor: Editor that serves the model, see `odedit.ways.base.Way.serving`.
         params: Parameters of the model, not one row per request.
+        before: Parameters of the model that it is compared with; None: the unedited model.
 
     Returns:
         Rows as of `evaluate`, one per request.
     """
     rows: list[Row] = []
     for _, part in _fitting(backbone, batch):
-        rows += _rows(backbone, part, _around(backbone, editor, editor.together, params, config))
+        rows += _rows(backbone, part, _around(backbone, editor, editor.together, params, config, before))
     return rows
 
 
@@ -246,19 +248,26 @@ def _around(
     apply: Callable[[Backbone, EditParams, EditBatch], AbstractContextManager[Trace]],
     params: EditParams,
     config: EvaluationConfig,
+    before: EditParams | None = None,
 ) -> Callable[[EditBatch], _Readouts]:
     """Function that answers a batch without and with edits.
 
     Args:
         apply: `Editor.applied` or `Editor.together`.
+        before: Parameters of the edits that the first answers are given with; None: without any.
     """
 
     def both(part: EditBatch) -> _Readouts:
-        own = {name: value.to(part.tokens_EKS.device) for name, value in params.items()}
         asked = _Asked.at(backbone, part, config, editor.sites, editor.positionwise)
-        before = asked.answers()
-        with apply(backbone, own, part):
-            return before, asked.answers()
+
+        def answers(edits: EditParams | None) -> _Readout:
+            if not edits:
+                return asked.answers()
+            own = {name: value.to(part.tokens_EKS.device) for name, value in edits.items()}
+            with apply(backbone, own, part):
+                return asked.answers()
+
+        return answers(before), answers(params)
 
     return both
 
