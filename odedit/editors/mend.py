@@ -30,7 +30,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from annotated_types import Ge, Gt
-from torch import Tensor, nn
+from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix
 from odedit.editors.base import (

@@ -87,7 +87,7 @@ class Task:
     carried: EditParams = field(default_factory=dict)
     removed: Sequence[EditRequest] = ()
     state: Location | None = None
-    stopping: Stopping = Stopping()
+    stopping: Stopping = field(default_factory=Stopping)
     negatives: NegativePool | None = None
 
     __repr__ = brief

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from annotated_types import Ge
 
 from odedit.backbones import encode_requests
@@ -301,9 +300,8 @@ def _aligned(params: EditParams) -> EditParams:
 
 
 def _write_state(location: Location, state: _State) -> None:
-    tensors = {
-        f"{group}/{name}": value for group in ("model", "delta") for name, value in getattr(state, group).items()
-    }
+    groups = {"model": state.model, "delta": state.delta}
+    tensors = {f"{group}/{name}": value for group, params in groups.items() for name, value in params.items()}
     info = {
         "edit_ids": state.edit_ids,
         "fits": {edit_id: asdict(fit) for edit_id, fit in state.fits.items()},

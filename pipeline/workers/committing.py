@@ -197,7 +197,8 @@ class _Worker:
         if self._way.makes_edits:
             self._prepare_edits(calibration)
         pool = [] if self._pool is None else self._pool_requests(self._pool)
-        start, info, carried, start_ids = None, None, {}, frozenset[str]()
+        start, info, start_ids = None, None, frozenset[str]()
+        carried: EditParams = {}
         if self._commit_job.start is not None:
             start, info, carried = load_with_carried(self._commit_job.start, self._job.device)
             start_ids = frozenset(info.edit_ids)
