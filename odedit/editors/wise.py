@@ -3,16 +3,15 @@
 References:
     WISE: Rethinking the Knowledge Memory for Lifelong Model Editing of Large Language Models (2024, arXiv 2405.14768),
     eq. 2 (routing activation), 3 (margin loss), 4 (masked gradient); sections 3.2 and 3.3 for the edits of a stream.
-    TIES-Merging: Resolving Interference When Merging Models (2023, arXiv 2306.01708), section 4, for
-    the merging of shards.
+    TIES-Merging: Resolving Interference When Merging Models (2023, arXiv 2306.01708), section 4, for merging shards.
 
 A stream of edits (`commit.way: sequential`) is divided into shards, as published. The edits of a shard move one side
 matrix after another, under a random mask of its own; the next shard starts at W. Full shards are merged into one side
 memory, and prompts are routed among memories and shards that are not merged yet (WISE-Retrieve).
 
-Differs from the paper: single edits, which are not of a stream, share one mask. The activation distance is averaged over
-the prompt's positions, not over prompt and answer, so that routing is the same with the answer in the input (teacher
-forcing) and without (generation).
+Differs from the paper: single edits, which are not of a stream, share one mask. The activation distance is averaged
+over the prompt's positions, not over prompt and answer, so that routing is the same with the answer in the input
+(teacher forcing) and without (generation).
 
 Differs from the public code (github.com/zjunlp/EasyEdit): when it answers, that code takes the largest distance of a
 token instead of the mean for sequences of more than 100 positions, as LLaVA's with their pictures are, against a

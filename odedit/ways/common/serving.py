@@ -41,7 +41,7 @@ def load_edited(folder: Path | str, device: str = "cpu", dtype: str | None = Non
     """Loads a model that `odedit commit` wrote, or any checkpoint of a supported family.
 
     Args:
-        folder: Folder of the model. One that is no checkpoint names the unedited one, which is loaded from where it was.
+        folder: Folder of the model. One that is no checkpoint names the unedited one, which is loaded from its place.
         device: Torch device such as `cpu` or `cuda:0`.
         dtype: `float32`, `bfloat16` or `float16`; None: the type of the run, or of the checkpoint's `config.json`.
 
