@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +143,10 @@ class Workspace:
         """Folders of the committed model: for serving, and as an adapter."""
         return self.model, self.adapter
 
+    def further_table(self, name: str) -> Location:
+        """A table that the way of a committed model writes (`odedit.ways.base.Committed.tables`)."""
+        return self.out / f"{name}.parquet"
+
     def part(self, group: int) -> Location:
         """File of the result rows of one group."""
         return self.results / f"part-{group:06d}.parquet"
@@ -220,6 +224,13 @@ def write_table(location: Location, table: pyarrow.Table) -> None:
     data = pyarrow.BufferOutputStream()
     parquet.write_table(table, data, write_page_checksum=True)
     location.write_bytes(data.getvalue())
+
+
+def write_rows(location: Location, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows as a Parquet file; a column that a row lacks is null there. No rows: no file."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    if names:
+        write_table(location, pyarrow.table({name: [row.get(name) for row in rows] for name in names}))
 
 
 @contextmanager
