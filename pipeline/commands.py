@@ -94,6 +94,7 @@ def commit(
         return
     outcome = driver.commit(config, Console(stderr=True), edits_from=edits_from, fresh=fresh)
     show_outcome(outcome)
+    show_retention(outcome)
     say(Console(), f"Model:   {outcome.workspace.model}")
     tracking = config.tracking
     if outcome.tracking_uri and tracking.register is not None:
@@ -212,6 +213,21 @@ def show_outcome(outcome: Outcome, title: str | None = None, files: str = "resul
     )
     if outcome.tracking_uri:
         say(out, f"MLflow:  {open_command(outcome.tracking_uri)}")
+
+
+def show_retention(outcome: Outcome) -> None:
+    """Prints what was left of earlier edits, of a model that was made one record after another."""
+    from odedit.ways.common.files import read_committed_info
+    from pipeline.run_folder.retention import checks
+
+    found = checks(read_committed_info(outcome.workspace.committed))
+    if not found:
+        return
+    names = list(found[-1].scores)
+    table = Table("edits", *names, title="earlier edits, scored again (retention.parquet has every edit)")
+    for check in found:
+        table.add_row(str(check.edits), *(f"{check.scores[n]:.3f}" if n in check.scores else "" for n in names))
+    Console().print(table)
 
 
 _KEPT_OF = {

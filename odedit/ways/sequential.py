@@ -36,6 +36,8 @@ from odedit.ways.base import Committed, CommittedInfo, Fit, PlainWay, Step, Task
 from odedit.ways.common.folder import write_parameters
 
 _CHECKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
+RETENTION = "retention_"
+"""Beginning of the names of the curves with the mean scores of the checks."""
 _SCORED = (*METRICS, column("rel", "exact"), *PARTS)
 """Scores of the tables, as in the rows of results."""
 _TEACHER_FORCED = EvaluationConfig(generate=False, mmedit=False)
@@ -285,7 +287,7 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     for row in rows:
         checks.setdefault(row["edits"], []).append(row)
     names = [name for name in _SCORED if any(name in row for row in rows)]
-    curves = {f"retention_{name}": [_mean(of_one, name) for of_one in checks.values()] for name in names}
+    curves = {RETENTION + name: [_mean(of_one, name) for of_one in checks.values()] for name in names}
     return {"step": [float(edits) for edits in checks], **curves} if checks else {}
 
 

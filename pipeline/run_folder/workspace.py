@@ -22,6 +22,8 @@ from odedit.storage.location import Location, LocationLike, at
 
 CONFIG_HEADER = "# odedit"
 """First words of a configuration that a run wrote; the code's version follows."""
+STEP = "step"
+"""Curve of a committed model that has the steps of the points of its other curves."""
 _PATIENCE_AT_START_S = 5.0
 
 
