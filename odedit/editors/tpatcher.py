@@ -27,6 +27,7 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix, holding
+from odedit.editing.widened import Neurons
 from odedit.editors.base import EditSize, OptimizerSettings, Plain, Trace, prefix_of_edit
 from odedit.editors.common.hooks import rewritten
 from odedit.inputs.batch import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_locality
@@ -145,6 +146,11 @@ class TPatcher(Plain):
         """The earlier neurons and the edit's, side by side as those of one edit."""
         parts = self._with_earlier(_joined(params))
         return {name: torch.cat([part[name] for part in parts], dim=1) for name in params}
+
+    def neurons(self, backbone: Backbone, params: EditParams) -> Neurons:
+        joined = {name: value[0] for name, value in _joined(params).items()}
+        layer = backbone.layer_of(self.sites[0])
+        return Neurons(layer, joined[KEYS], joined[BIASES], joined[SCALES] * joined[VALUES])
 
     def size(self, backbone: Backbone, positions: int) -> EditSize:
         width = self.config.max_neurons * backbone.hidden_size

@@ -208,16 +208,10 @@ class Way(Protocol):
         """The editor that applies `Committed.params` with `together`."""
         ...
 
-    def is_plain(self, editor: Editor) -> bool:
-        """Whether `write` makes a checkpoint that needs no odedit.
-
-        Args:
-            editor: Result of `serving`.
-        """
-        ...
-
     def write(self, folder: Path, backbone: Backbone, editor: Editor, params: EditParams, info: CommittedInfo) -> None:
         """Writes the model that people serve to a new folder, atomically.
+
+        A folder with `config.json` is a checkpoint that needs no odedit.
 
         Args:
             editor: Result of `serving`.
@@ -252,9 +246,6 @@ class PlainWay:
 
     def serving(self, editor: Editor) -> Editor:
         return editor
-
-    def is_plain(self, editor: Editor) -> bool:
-        return True
 
     def write(self, folder: Path, backbone: Backbone, editor: Editor, params: EditParams, info: CommittedInfo) -> None:
         """A checkpoint with the parameters in its weights, which needs no odedit."""

@@ -30,7 +30,7 @@ from pipeline.driver.progress import Steps
 from pipeline.driver.run import Outcome, announce, job_of, run, score_into
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.run_folder import rows, staging
-from pipeline.run_folder.committed import SINGLE
+from pipeline.run_folder.committed import SINGLE, is_plain
 from pipeline.run_folder.contradictions import LeftOut, OnConflict, find
 from pipeline.run_folder.sources import Sources, absolute, identity_of, with_absolute_paths
 from pipeline.run_folder.workspace import Workspace, read_json
@@ -301,9 +301,7 @@ def _scored(ready: Ready, left_out: LeftOut) -> ScoredModel:
         every = staging.usable_records(workspace.records)
         reasons |= {record.index: problems[record.edit_id] for record in every if record.edit_id in problems}
     # A checkpoint at an address cannot be loaded; its parameters act on the unedited model instead.
-    way = way_of(config)
-    editor = way.serving(editors.find(config.editor.name)(config.editor.settings))
-    is_checkpoint = way.is_plain(editor) and workspace.model.is_local
+    is_checkpoint = is_plain(workspace.model) and workspace.model.is_local
     return ScoredModel(
         checkpoint=str(workspace.model) if is_checkpoint else None,
         committed=None if is_checkpoint else str(workspace.committed),

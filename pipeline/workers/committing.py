@@ -34,6 +34,7 @@ from odedit.storage.location import Location, copy_folder
 from odedit.ways.base import Committed, Step, Task, Way
 from odedit.ways.common.files import CommittedInfo, load_committed, load_with_carried, save_committed
 from pipeline.run_folder import staging
+from pipeline.run_folder.committed import is_plain
 from pipeline.run_folder.workspace import read_json, write_json, write_rows
 from pipeline.workers.asked import with_old_answers
 from pipeline.workers.calibration import Calibration
@@ -316,7 +317,7 @@ class _Worker:
         for name, rows in info.details.get("tables", {}).items():
             write_rows(self._workspace.further_table(name), rows)
         _written(self._workspace.model, lambda path: self._way.write(path, self._backbone, editor, params, info))
-        if self._way.is_plain(editor) and is_adapter(editor):
+        if is_plain(self._workspace.model) and is_adapter(editor):
             _written(self._workspace.adapter, lambda path: write_adapter(self._backbone, editor, params, path))
 
 

@@ -23,8 +23,8 @@ from tests.support import inline_pipeline
 from tests.support.mmedit_files import record, write_array, write_images
 from tests.support.small_editors import ready_editor, settings_for
 
-SERVED = ("wise", "tpatcher", "unike")
-"""Editors whose edits are no plain weights."""
+SERVED = ("wise", "unike")
+"""Editors whose edits no checkpoint can hold."""
 
 
 @pytest.fixture
