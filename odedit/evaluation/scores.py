@@ -261,7 +261,7 @@ def _around(
         asked = _Asked.at(backbone, part, config, editor.sites, editor.positionwise)
 
         def answers(edits: EditParams | None) -> _Readout:
-            if not edits:
+            if edits is None:
                 return asked.answers()
             own = {name: value.to(part.tokens_EKS.device) for name, value in edits.items()}
             with apply(backbone, own, part):

@@ -266,7 +266,7 @@ class _Sequence:
                 for each in scored[start : start + _SCORED_AT_ONCE]
             ]
             _, evaluation = encode_requests(self._backbone, part, task.template, task.editor.sites)
-            rows += evaluate_together(self._backbone, task.editor, model, evaluation, _TEACHER_FORCED, before)
+            rows += evaluate_together(self._backbone, task.editor, model, evaluation, _TEACHER_FORCED, before or None)
         return [{name: row[name] for name in _SCORED if name in row} for row in rows]
 
     def save(self, state: _State) -> None:
