@@ -9,53 +9,25 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from odedit.backbones.base import Backbone
 from odedit.backbones.common import weight_files
 from odedit.backbones.common.checkpoints import resolve
 from odedit.backbones.common.hub import INDEX
 from odedit.editing.merging import other_files
+from odedit.editors.base import Neurons
 from odedit.errors import InputError
-from odedit.inputs.batch import EditParams
-from odedit.runtime.brief import brief
 from odedit.storage.atomic import check_new, folder_written_atomically
 
 _CONFIG = "config.json"
 _UNITS = re.compile(r"decoder\.layers\.(\d+)\.(fc1\.weight|fc1\.bias|fc2\.weight)$")
 """Stored names of OPT's feed-forward units."""
-
-
-@dataclass(frozen=True)
-class Neurons:
-    """Units beside one layer's feed-forward network: `relu(h keys^T + biases) values`.
-
-    Attributes:
-        layer: Number of the layer, from 0.
-    """
-
-    layer: int
-    keys_ND: Tensor
-    biases_N: Tensor
-    values_ND: Tensor
-
-    __repr__ = brief
-
-
-@runtime_checkable
-class Widening(Protocol):
-    """An editor whose finished edits are neurons beside one feed-forward network (T-Patcher)."""
-
-    def neurons(self, backbone: Backbone, params: EditParams) -> Neurons:
-        """The neurons of all E edits, without padding."""
-        ...
 
 
 def can_widen(backbone: Any) -> bool:

@@ -218,6 +218,31 @@ class Mergeable(Protocol):
 
 
 @dataclass(frozen=True)
+class Neurons:
+    """Units beside one layer's feed-forward network: `relu(h keys^T + biases) values`.
+
+    Attributes:
+        layer: Number of the layer, from 0.
+    """
+
+    layer: int
+    keys_ND: Tensor
+    biases_N: Tensor
+    values_ND: Tensor
+
+    __repr__ = brief
+
+
+@runtime_checkable
+class Widening(Protocol):
+    """An editor whose finished edits are neurons, which `odedit.editing.widened` writes into a wider network."""
+
+    def neurons(self, backbone: Backbone, params: EditParams) -> Neurons:
+        """The neurons of all E edits, without padding."""
+        ...
+
+
+@dataclass(frozen=True)
 class EditSize:
     """Numbers of values of one edit.
 

@@ -27,8 +27,7 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix, holding
-from odedit.editing.widened import Neurons
-from odedit.editors.base import EditSize, OptimizerSettings, Plain, Trace, prefix_of_edit
+from odedit.editors.base import EditSize, Neurons, OptimizerSettings, Plain, Trace, prefix_of_edit
 from odedit.editors.common.hooks import rewritten
 from odedit.inputs.batch import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_locality
 from odedit.runtime.gather import gather_positions

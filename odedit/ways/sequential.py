@@ -11,38 +11,33 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 
-from odedit.backbones import encode_requests
 from odedit.backbones.base import Backbone
-from odedit.data.pool import normal
 from odedit.editing.loop import Start, edit
-from odedit.editing.widened import Widening, can_widen, export_widened
-from odedit.editors.base import Continuing, Editor, Mergeable
+from odedit.editing.widened import can_widen, export_widened
+from odedit.editors.base import Continuing, Editor, Mergeable, Widening
 from odedit.errors import InputError
 from odedit.evaluation.columns import METRICS, PARTS, column
-from odedit.evaluation.edited import Edited, judged_by_edits
-from odedit.evaluation.scores import EvaluationConfig, evaluate_together
-from odedit.inputs.batch import EditBatch, EditParams, EditRequest, is_locality
+from odedit.inputs.batch import EditParams, EditRequest, is_locality
 from odedit.runtime.brief import brief
 from odedit.storage.atomic import folder_written_atomically
 from odedit.storage.location import Location
 from odedit.storage.tensors import read_tensors, write_tensors
 from odedit.ways.base import Committed, CommittedInfo, Fit, PlainWay, Step, Task, WayConfig
 from odedit.ways.common.folder import write_parameters
+from odedit.ways.common.single_edits import edited_by, scores_on, supervision_of
 
 _CHECKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 RETENTION = "retention_"
 """Beginning of the names of the curves with the mean scores of the checks."""
 _SCORED = (*METRICS, column("rel", "exact"), *PARTS)
 """Scores of the tables, as in the rows of results."""
-_TEACHER_FORCED = EvaluationConfig(generate=False, mmedit=False)
-_SCORED_AT_ONCE = 16
 _SAVE_EVERY_S = 10.0
 """Least time between two writings of the state: the parameters of some editors are gigabytes."""
 
@@ -103,8 +98,9 @@ class Sequential(PlainWay):
     # Chosen on the validation split of the embedded world: neurons that earlier edits keep for themselves forget least.
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "editor": {"name": "tpatcher"},
-        "objective": {"name": "contrast", "own_weight": 1.0, "locality_weight": 2.5},
+        "objective": {"name": "contrast", "own_weight": 1.0},
         "stopping": {"max_steps": 200, "worst_token_nll": 0.3},
+        "supervision": {"rephrases": 4},
     }
 
     def check(self, editor: Editor, name: str) -> None:
@@ -190,7 +186,7 @@ class _Sequence:
         """The state with a further edit, or with the reason why it could not be made."""
         started = time.perf_counter()
         try:
-            supervision = self._supervision(request)
+            supervision = supervision_of(self._task, request)
         except (InputError, ValueError) as error:
             return replace(state, problems={**state.problems, request.edit_id: str(error)})
         editor = self._editor.following(state.model)
@@ -224,14 +220,6 @@ class _Sequence:
             edits=(*state.edits, row),
         )
 
-    def _supervision(self, request: EditRequest) -> EditBatch:
-        """The batch of one record, as that of a single edit."""
-        task, settings = self._task, self._task.objective.config
-        if task.negatives is None:  # all pictures of a request are excluded from its hard negatives
-            request = request.reading(settings.reads(task.editor))
-        sites, joined = task.editor.sites, settings.joins_rephrases
-        return encode_requests(self._backbone, [request], task.template, sites, task.negatives, joined)[0]
-
     def _scores_of_edit(self, before: EditParams, model: EditParams, edit_ids: Sequence[str]) -> dict[str, float]:
         """Scores of the last edit, and its locality against the model before it."""
         (scores,) = self._scores(model, edit_ids, edit_ids[-1:])
@@ -258,33 +246,15 @@ class _Sequence:
             scored: Records that are scored.
             before: Parameters of the model that it is compared with; None or {}: the unedited model.
         """
-        task, rows = self._task, []
-        edited = _edited(task.requests[self._number[each]] for each in edit_ids if each in self._number)
-        for start in range(0, len(scored), _SCORED_AT_ONCE):
-            part = [
-                judged_by_edits(task.requests[self._number[each]], edited)
-                for each in scored[start : start + _SCORED_AT_ONCE]
-            ]
-            _, evaluation = encode_requests(self._backbone, part, task.template, task.editor.sites)
-            rows += evaluate_together(self._backbone, task.editor, model, evaluation, _TEACHER_FORCED, before or None)
+        requests = [self._task.requests[self._number[each]] for each in scored]
+        edited = edited_by(self._task.requests[self._number[each]] for each in edit_ids if each in self._number)
+        rows = scores_on(self._task, model, requests, edited, before or None)
         return [{name: row[name] for name in _SCORED if name in row} for row in rows]
 
     def save(self, state: _State) -> None:
         """Writes the state of the unfinished sequence."""
         if self._task.state is not None:
             _write_state(self._task.state, state)
-
-
-def _edited(requests: Iterable[EditRequest]) -> Edited:
-    """What the requests edit, by fact and by question; of two edits of one thing the later one counts."""
-    facts, questions = {}, {}
-    for request in requests:
-        new, probe = (request.edit_id, request.edit.target), request.edit
-        if probe.fact is not None:
-            facts[probe.fact] = new
-        if probe.picture is not None:
-            questions[probe.picture.key, normal(probe.prompt)] = new
-    return Edited(facts, questions)
 
 
 def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
