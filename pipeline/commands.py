@@ -226,7 +226,7 @@ def show_retention(outcome: Outcome) -> None:
     names = list(found[-1].scores)
     table = Table("edits", *names, title="earlier edits, scored again (retention.parquet has every edit)")
     for check in found:
-        table.add_row(str(check.edits), *(f"{check.scores[n]:.3f}" if n in check.scores else "" for n in names))
+        table.add_row(str(check.edits), *(f"{check.scores[name]:.3f}" for name in names))
     Console().print(table)
 
 

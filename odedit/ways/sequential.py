@@ -24,6 +24,7 @@ from odedit.editing.widened import can_widen, export_widened
 from odedit.editors.base import Continuing, Editor, Mergeable, Widening
 from odedit.errors import InputError
 from odedit.evaluation.columns import METRICS, PARTS, column
+from odedit.evaluation.edited import Edited
 from odedit.inputs.batch import EditParams, EditRequest, is_locality
 from odedit.runtime.brief import brief
 from odedit.storage.atomic import folder_written_atomically
@@ -160,6 +161,7 @@ class _Sequence:
         self._config, self._task = config, task
         self._editor: Continuing = task.editor
         self._backbone = task.backbone
+        self._changed = Edited()
         self._number = {request.edit_id: number for number, request in enumerate(task.requests)}
         task.editor.check(task.backbone)
 
@@ -167,13 +169,17 @@ class _Sequence:
         """The stored state, or that of the model that is changed, or the unedited model."""
         task = self._task
         if task.state is not None and task.state.exists():
-            return _read_state(task.state, str(self._backbone.device))
-        if task.start is None:
-            return _State({})
-        details = task.start_details
+            state = _read_state(task.state, str(self._backbone.device))
+        else:
+            state = _State({}) if task.start is None else self._of_model(task.start)
+        self._changed = edited_by(task.requests[self._number[each]] for each in state.edit_ids if each in self._number)
+        return state
+
+    def _of_model(self, model: EditParams) -> _State:
+        task, details = self._task, self._task.start_details
         tables = details.get("tables", {})
         return _State(
-            _aligned(task.start),
+            _aligned(model),
             _aligned(task.carried),
             tuple(task.start_ids),
             {edit_id: Fit(**fit) for edit_id, fit in details.get("fits", {}).items()},
@@ -205,11 +211,12 @@ class _Sequence:
             return replace(state, problems={**state.problems, request.edit_id: result.error})
         model = editor.extended(self._backbone, result.params)
         seconds = time.perf_counter() - started
+        self._changed = self._changed.with_later(edited_by([request]))
         edit_ids = (*state.edit_ids, request.edit_id)
         fit = Fit(result.steps, result.stop_reason, result.curves["worst_nll"][-1])
         row = {
             "position": len(edit_ids), "edit_id": request.edit_id, "steps": fit.steps, "stop_reason": fit.stop_reason,
-            "seconds": seconds, **self._scores_of_edit(state.model, model, edit_ids),
+            "seconds": seconds, **self._scores_of_edit(state.model, model, request.edit_id),
         }  # fmt: skip
         return replace(
             state,
@@ -220,16 +227,16 @@ class _Sequence:
             edits=(*state.edits, row),
         )
 
-    def _scores_of_edit(self, before: EditParams, model: EditParams, edit_ids: Sequence[str]) -> dict[str, float]:
+    def _scores_of_edit(self, before: EditParams, model: EditParams, edit_id: str) -> dict[str, float]:
         """Scores of the last edit, and its locality against the model before it."""
-        (scores,) = self._scores(model, edit_ids, edit_ids[-1:])
-        (since,) = self._scores(model, edit_ids, edit_ids[-1:], before)
+        (scores,) = self._scores(model, [edit_id])
+        (since,) = self._scores(model, [edit_id], before or None)
         return scores | {f"{name}_step": value for name, value in since.items() if is_locality(name)}
 
     def checked(self, state: _State) -> _State:
         """The state with a check: every edit that is in the model and among the records is scored again."""
         positions = {edit_id: position for position, edit_id in enumerate(state.edit_ids, 1) if edit_id in self._number}
-        scores = self._scores(state.model, state.edit_ids, list(positions))
+        scores = self._scores(state.model, list(positions))
         rows = [
             {"edits": len(state.edit_ids), "position": position, "edit_id": edit_id, **score}
             for (edit_id, position), score in zip(positions.items(), scores, strict=True)
@@ -237,18 +244,11 @@ class _Sequence:
         return replace(state, retention=(*state.retention, *rows))
 
     def _scores(
-        self, model: EditParams, edit_ids: Sequence[str], scored: Sequence[str], before: EditParams | None = None
+        self, model: EditParams, edit_ids: Sequence[str], before: EditParams | None = None
     ) -> list[dict[str, float]]:
-        """Teacher-forced scores of some edits of a model, each probe judged by what the model's records edit.
-
-        Args:
-            edit_ids: Records in the model.
-            scored: Records that are scored.
-            before: Parameters of the model that it is compared with; None or {}: the unedited model.
-        """
-        requests = [self._task.requests[self._number[each]] for each in scored]
-        edited = edited_by(self._task.requests[self._number[each]] for each in edit_ids if each in self._number)
-        rows = scores_on(self._task, model, requests, edited, before or None)
+        """Scores of some of the model's edits; `before` as of `scores_on`."""
+        requests = [self._task.requests[self._number[each]] for each in edit_ids]
+        rows = scores_on(self._task, model, requests, self._changed, before)
         return [{name: row[name] for name in _SCORED if name in row} for row in rows]
 
     def save(self, state: _State) -> None:
@@ -258,18 +258,19 @@ class _Sequence:
 
 
 def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Means of each check by score, and the number of edits as `step`."""
+    """Means of each check by score, of scores that every check has, and the number of edits as `step`."""
     checks: dict[int, list[Mapping[str, Any]]] = {}
     for row in rows:
         checks.setdefault(row["edits"], []).append(row)
-    names = [name for name in _SCORED if any(name in row for row in rows)]
+    in_every_check = [{name for row in of_one for name in row} for of_one in checks.values()]
+    names = [name for name in _SCORED if all(name in known for known in in_every_check)]
     curves = {RETENTION + name: [_mean(of_one, name) for of_one in checks.values()] for name in names}
     return {"step": [float(edits) for edits in checks], **curves} if checks else {}
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float:
     values = [row[name] for row in rows if name in row]
-    return sum(values) / len(values) if values else float("nan")
+    return float(sum(values) / len(values))
 
 
 def _aligned(params: EditParams) -> EditParams:

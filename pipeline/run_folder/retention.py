@@ -16,7 +16,7 @@ class Check:
 
     Attributes:
         edits: Number of edits in the model.
-        scores: Means by score; a score that no edit has is missing.
+        scores: Means by score.
     """
 
     edits: int
@@ -30,6 +30,6 @@ def checks(info: CommittedInfo) -> list[Check]:
     if not of_scores:
         return []
     return [
-        Check(int(edits), {name: each[index] for name, each in of_scores.items() if each[index] == each[index]})
+        Check(int(edits), {name: each[index] for name, each in of_scores.items()})
         for index, edits in enumerate(curves[STEP])
     ]
