@@ -20,7 +20,7 @@ from pipeline.driver import commit as driver
 from pipeline.run_folder import rows as results
 from pipeline.run_folder.workspace import Workspace
 from tests.support import inline_pipeline
-from tests.support.mmedit_files import record, write_array, write_images
+from tests.support.mmedit_files import encoded, picture, record, write_array, write_images
 from tests.support.small_editors import ready_editor, settings_for
 
 SERVED = ("wise", "unike")
@@ -133,3 +133,22 @@ def test_a_record_that_others_were_edited_on_top_of_cannot_be_removed(given, tmp
     with pytest.raises(InputError, match=r"commit.remove: .* cannot be taken out of the model .* on top of it"):
         driver.check(config, None)
     assert not (tmp_path / "less").exists()
+
+
+def test_three_fields_are_enough(given, tmp_path: Path) -> None:
+    """No pool, no other setting: the way's editor and objective, with supervision that is made."""
+    lines = ["image,question,answer"]
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(encoded(picture(number)))
+        lines.append(f"{number}.png,what is this?,dog {number}")
+    path = tmp_path / "records.csv"
+    path.write_text("\n".join(lines))
+    out = tmp_path / "few"
+    quick = ("stopping.max_steps=3", "tracking.enabled=false", "evaluation.generate=false")
+    odedit("commit", f"data.path={path}", "commit.way=sequential", f"out={out}", *quick)
+    rows = list(results.read_rows(results.parts(Workspace.of(str(out)))))
+    assert [(row["status"], row["editor"], row["objective"]) for row in rows] == [
+        ("edited", "tpatcher", "contrast")
+    ] * 3
+    config = json.loads((out / "model" / "config.json").read_text())
+    assert config["text_config"]["ffn_dim"] > 512, "neurons are units of a wider network"
