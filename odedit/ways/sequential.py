@@ -37,7 +37,7 @@ from odedit.ways.common.single_edits import edited_by, scores_on, supervision_of
 _CHECKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 RETENTION = "retention_"
 """Beginning of the names of the curves with the mean scores of the checks."""
-_SCORED = (*METRICS, column("rel", "exact"), *PARTS)
+SCORED = (*METRICS, column("rel", "exact"), *PARTS)
 """Scores of the tables, as in the rows of results."""
 _SAVE_EVERY_S = 10.0
 """Least time between two writings of the state: the parameters of some editors are gigabytes."""
@@ -249,7 +249,7 @@ class _Sequence:
         """Scores of some of the model's edits; `before` as of `scores_on`."""
         requests = [self._task.requests[self._number[each]] for each in edit_ids]
         rows = scores_on(self._task, model, requests, self._changed, before)
-        return [{name: row[name] for name in _SCORED if name in row} for row in rows]
+        return [{name: row[name] for name in SCORED if name in row} for row in rows]
 
     def save(self, state: _State) -> None:
         """Writes the state of the unfinished sequence."""
@@ -263,7 +263,7 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     for row in rows:
         checks.setdefault(row["edits"], []).append(row)
     in_every_check = [{name for row in of_one for name in row} for of_one in checks.values()]
-    names = [name for name in _SCORED if all(name in known for known in in_every_check)]
+    names = [name for name in SCORED if all(name in known for known in in_every_check)]
     curves = {RETENTION + name: [_mean(of_one, name) for of_one in checks.values()] for name in names}
     return {"step": [float(edits) for edits in checks], **curves} if checks else {}
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from odedit.ways.base import CommittedInfo
-from odedit.ways.sequential import RETENTION
+from odedit.ways.sequential import RETENTION, SCORED
 from pipeline.run_folder.workspace import STEP
 
 
@@ -26,7 +26,7 @@ class Check:
 def checks(info: CommittedInfo) -> list[Check]:
     """The checks of a model in order; none for one that was not made one record after another."""
     curves: Mapping[str, Sequence[float]] = info.details.get("curves") or {}
-    of_scores = {name.removeprefix(RETENTION): each for name, each in curves.items() if name.startswith(RETENTION)}
+    of_scores = {name: curves[RETENTION + name] for name in SCORED if RETENTION + name in curves}
     if not of_scores:
         return []
     return [
