@@ -17,6 +17,7 @@ from rich.table import Table
 
 from odedit.editing.files import EditInfo
 from odedit.errors import InputError, NothingUsable, counted
+from odedit.evaluation.columns import METRICS
 from odedit.runtime.addresses import masked
 from odedit.storage.location import Location, locate
 from pipeline.config import checkpoints, presets
@@ -94,6 +95,7 @@ def commit(
         return
     outcome = driver.commit(config, Console(stderr=True), edits_from=edits_from, fresh=fresh)
     show_outcome(outcome)
+    show_retention(outcome)
     say(Console(), f"Model:   {outcome.workspace.model}")
     tracking = config.tracking
     if outcome.tracking_uri and tracking.register is not None:
@@ -212,6 +214,25 @@ def show_outcome(outcome: Outcome, title: str | None = None, files: str = "resul
     )
     if outcome.tracking_uri:
         say(out, f"MLflow:  {open_command(outcome.tracking_uri)}")
+
+
+_RETAINED = (*METRICS, "m_loc_near")
+"""Scores of earlier edits that fit into a terminal."""
+
+
+def show_retention(outcome: Outcome) -> None:
+    """Prints what was left of earlier edits, of a model that was made one record after another."""
+    from odedit.ways.common.files import read_committed_info
+    from pipeline.run_folder.retention import checks
+
+    found = checks(read_committed_info(outcome.workspace.committed))
+    if not found:
+        return
+    names = [name for name in found[-1].scores if name in _RETAINED]
+    table = Table("edits", *names, title="earlier edits, scored again (retention.parquet has every edit)")
+    for check in found:
+        table.add_row(str(check.edits), *(f"{check.scores[name]:.3f}" for name in names))
+    Console().print(table)
 
 
 _KEPT_OF = {

@@ -26,6 +26,7 @@ class EditResult:
         seconds: Wall-clock time of the whole loop, divided by its edits.
         curves: Per evaluated step: rel, loc, gen, own, penalty, lambda, objective, worst_nll, g_<environment>.
         error: Reason of a failure, else None; do not use the params of a failed edit.
+        delta: Weights of the multiplier network at the end, of edits with a `Start`; {}: lambda is not learned.
     """
 
     edit_id: str
@@ -35,6 +36,7 @@ class EditResult:
     seconds: float
     curves: dict[str, list[float]] = field(default_factory=dict)
     error: str | None = None
+    delta: EditParams = field(default_factory=dict)
 
     __repr__ = brief
 

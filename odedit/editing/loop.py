@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, NamedTuple
 
 import torch
@@ -48,6 +48,21 @@ class Stopping(Settings):
     worst_token_nll: Annotated[float, Gt(0)] | None = None
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where edits start that go on from earlier ones.
+
+    Attributes:
+        params: Values of phi_0 by name, axis 0 of length 1, instead of those of `Editor.init`.
+        delta: Weights of the multiplier network, axis 0 of length 1, if they fit its input; {}: drawn by the seed.
+    """
+
+    params: EditParams = field(default_factory=dict)
+    delta: EditParams = field(default_factory=dict)
+
+    __repr__ = brief
+
+
 def edit(
     backbone: Backbone,
     editor: Editor,
@@ -57,6 +72,7 @@ def edit(
     seed: int = 0,
     width: int | None = None,
     results_on: torch.device | str = "cpu",
+    start: Start | None = None,
 ) -> list[EditResult]:
     """Optimises the E edits of `batch` independently of each other.
 
@@ -67,12 +83,13 @@ def edit(
             more memory than all edits under the base editor's own loss. None: no further bound.
         results_on: Device of the finished edits. On the CPU they take no memory from the active ones; on the model's
             device they need not be copied to be scored.
+        start: Where all edits start; None: as `Editor.init` and the seed say. With a start, results have `delta`.
 
     Returns:
         E results, in order. An edit whose objective is not finite is returned with `error`; it does not affect others.
     """
     started = time.perf_counter()
-    run = _Run(backbone, editor, objective, batch, stopping, seed, width or batch.num_edits, results_on)
+    run = _Run(backbone, editor, objective, batch, stopping, seed, width or batch.num_edits, results_on, start)
     while run.has_edits():
         run.step()
     seconds = (time.perf_counter() - started) / batch.num_edits
@@ -129,15 +146,19 @@ class _Run:
         seed: int,
         width: int,
         results_on: torch.device | str,
+        start: Start | None = None,
     ) -> None:
         max_steps = editor.max_steps if stopping.max_steps is None or editor.max_steps == 0 else stopping.max_steps
         self._backbone, self._editor = backbone, editor
         self._stopping, self._max_steps = stopping, max_steps
         self._results_on = results_on
+        self._start = start
         self._objective = objective.for_one_gradient()
-        self._optimizer = PrimalDual(editor, objective.config, max(max_steps, 1), seed)
+        delta = {} if start is None else start.delta
+        self._optimizer = PrimalDual(editor, objective.config, max(max_steps, 1), seed, delta)
         self._progress = Progress(batch.num_edits)
         self._finished: dict[int, EditParams] = {}
+        self._deltas: dict[int, EditParams] = {}
         # One more forward than steps: it evaluates the result of the last step.
         self._all = batch.select(objective.slots_within(objective.slots(editor, batch), max_steps + 1))
         with stage("edit: prefix"), torch.no_grad():
@@ -163,7 +184,12 @@ class _Run:
 
     def _init(self, batch: EditBatch, prefix: Prefix) -> EditParams:
         with stage("edit: start"):
-            return _detached(self._editor.init(self._backbone, batch, prefix))
+            initial = _detached(self._editor.init(self._backbone, batch, prefix))
+        given = {} if self._start is None else self._start.params
+        return {
+            name: given[name].to(value).expand_as(value).clone() if name in given else value
+            for name, value in initial.items()
+        }
 
     def has_edits(self) -> bool:
         return bool(self._progress.members)
@@ -304,6 +330,10 @@ class _Run:
                 self._finished[member] = {
                     name: value[row : row + 1].to(self._results_on, copy=True) for name, value in finished.items()
                 }
+                if self._start is not None:
+                    delta = self._state.delta or self._start.delta
+                    row_of = slice(row, row + 1) if self._state.delta else slice(None)
+                    self._deltas[member] = {name: value.detach()[row_of].clone() for name, value in delta.items()}
         stay = torch.tensor([row for row, active in enumerate(progress.is_active) if active], device=self._device)
         stay = stay.long()
         self._base_EKTD = None if self._base_EKTD is None else self._base_EKTD[stay]
@@ -372,7 +402,8 @@ class _Run:
         return self._all.tokens_EKS.device
 
     def results(self, edit_ids: tuple[str, ...], seconds: float) -> list[EditResult]:
-        return self._progress.results(edit_ids, self._finished, seconds)
+        results = self._progress.results(edit_ids, self._finished, seconds)
+        return [replace(result, delta=self._deltas.get(number, {})) for number, result in enumerate(results)]
 
 
 def _detached(params: EditParams) -> EditParams:

@@ -58,7 +58,7 @@ class Merged:
         """
         check_new(directory)
         with folder_written_atomically(directory) as folder:
-            for path in _other_files(self.source):
+            for path in other_files(self.source):
                 target = folder / path.relative_to(self.source)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
@@ -128,7 +128,7 @@ def _rounded(stored: Tensor, delta: Tensor, name: str) -> Tensor:
     return value
 
 
-def _other_files(source: Path) -> list[Path]:
+def other_files(source: Path) -> list[Path]:
     """Files to copy beside the weights, without an index of weights that are not copied."""
     has_index = not (source / WEIGHTS).is_file()
     return [

@@ -76,10 +76,16 @@ class State:
 class PrimalDual:
     """Primal and dual steps of E edits; pure: takes and returns parameters and state."""
 
-    def __init__(self, editor: Editor, config: BaseConfig, max_steps: int, seed: int = 0) -> None:
+    def __init__(
+        self, editor: Editor, config: BaseConfig, max_steps: int, seed: int = 0, delta: EditParams | None = None
+    ) -> None:
+        """
+        Args:
+            delta: Weights that every edit's network starts from, axis 0 of length 1; None or {}: drawn by the seed.
+        """
         self._editor = editor
         self._config = config.invariance
-        self._seed = seed
+        self._seed, self._first_delta = seed, delta or {}
         self._fixed = self._config.fixed
         config.check(editor)
         warmup, ramp = self._config.warmup, self._config.ramp
@@ -105,7 +111,7 @@ class PrimalDual:
         delta = {}
         if state.delta:
             num_new, width = len(new.steps_E), state.delta["weight_0"].shape[1]
-            first = MultiplierNetwork.init(self._config.multiplier, width, num_new, self._seed, new.steps_E.device)
+            first = self._new_delta(width, num_new, new.steps_E.device)
             delta = {
                 name: torch.cat([value, first[name]]).detach().requires_grad_() for name, value in state.delta.items()
             }
@@ -239,7 +245,14 @@ class PrimalDual:
 
     def _init_delta(self, context_EI: Tensor) -> EditParams:
         num_edits, width = context_EI.shape
-        return MultiplierNetwork.init(self._config.multiplier, width, num_edits, self._seed, context_EI.device)
+        return self._new_delta(width, num_edits, context_EI.device)
+
+    def _new_delta(self, width: int, num_edits: int, device: torch.device) -> EditParams:
+        drawn = MultiplierNetwork.init(self._config.multiplier, width, num_edits, self._seed, device)
+        first = self._first_delta
+        if any(name not in first or first[name].shape[1:] != value.shape[1:] for name, value in drawn.items()):
+            return drawn  # flat weights of another number, such as those of WISE's next shard
+        return {name: first[name].to(value).expand_as(value).clone().requires_grad_() for name, value in drawn.items()}
 
     def _dual_step(
         self, state: State, context_EI: Tensor, penalty_E: Tensor, active_E: Tensor, weight_E: Tensor, step_E: Tensor

@@ -218,6 +218,31 @@ class Mergeable(Protocol):
 
 
 @dataclass(frozen=True)
+class Neurons:
+    """Units beside one layer's feed-forward network: `relu(h keys^T + biases) values`.
+
+    Attributes:
+        layer: Number of the layer, from 0.
+    """
+
+    layer: int
+    keys_ND: Tensor
+    biases_N: Tensor
+    values_ND: Tensor
+
+    __repr__ = brief
+
+
+@runtime_checkable
+class Widening(Protocol):
+    """An editor whose finished edits are neurons, which `odedit.editing.widened` writes into a wider network."""
+
+    def neurons(self, backbone: Backbone, params: EditParams) -> Neurons:
+        """The neurons of all E edits, without padding."""
+        ...
+
+
+@dataclass(frozen=True)
 class EditSize:
     """Numbers of values of one edit.
 
@@ -300,6 +325,33 @@ class Estimating(Protocol):
         self, backbone: Backbone, weights: Mapping[str, Tensor], batches: Iterable[EditBatch]
     ) -> dict[str, Tensor]:
         """The weights, with statistics of the training records in `batches` filled in."""
+        ...
+
+
+@runtime_checkable
+class Continuing(Editor, Protocol):
+    """An editor whose edits follow one another in one model (`commit.way: sequential`).
+
+    The model is a set of parameters that the editor applies with `together`; {} before the first edit.
+    """
+
+    def following(self, model: EditParams) -> Continuing:
+        """A copy of the editor for the next edit of the model, whose earlier edits act in `init` and `applied`.
+
+        The model without any edit stays the one that objectives and scores compare with.
+        """
+        ...
+
+    def start(self, backbone: Backbone) -> EditParams:
+        """Values of phi_0 by name, axis 0 of length 1, where the next edit goes on from the model; {}: from `init`."""
+        ...
+
+    def extended(self, backbone: Backbone, params: EditParams) -> EditParams:
+        """The model with a further edit.
+
+        Args:
+            params: Finished edit that the copy of `following` has made.
+        """
         ...
 
 

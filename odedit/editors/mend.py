@@ -21,6 +21,7 @@ Differs from the paper:
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from annotated_types import Ge, Gt
-from torch import Tensor, nn
+from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix
 from odedit.editors.base import (
@@ -146,6 +147,19 @@ class MEND(Plain):
             rates={_RATE: config.rate_learning_rate},
         )
         self._weights = weights
+        self._model: EditParams = {}
+
+    def following(self, model: EditParams) -> MEND:
+        other = copy.copy(self)
+        other._model = dict(model)
+        return other
+
+    def start(self, backbone: Backbone) -> EditParams:
+        return {}
+
+    def extended(self, backbone: Backbone, params: EditParams) -> EditParams:
+        """The earlier difference of each matrix and the edit's, added up."""
+        return {name: delta.unsqueeze(0) for name, delta in self.merged({**self._model, **params}).items()}
 
     def check(self, backbone: Backbone) -> None:
         modules = {backbone.site(name) for name in self.sites}
@@ -186,7 +200,7 @@ class MEND(Plain):
             def rewrite(x: Tensor, y: Tensor) -> Tensor:
                 inputs[name] = x.detach()
                 shifts[name] = torch.zeros_like(y, requires_grad=True)
-                return y + shifts[name]
+                return self._added(self._model, name, x, y) + shifts[name]
 
             return rewrite
 
@@ -216,33 +230,44 @@ class MEND(Plain):
 
     @contextmanager
     def applied(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> Iterator[Trace]:
-        def rewrite_with(x_ETI: Tensor, delta_ETO: Tensor) -> Rewrite:
-            def rewrite(x: Tensor, y: Tensor) -> Tensor:
-                x_ENI = x.reshape(x_ETI.shape[0], -1, x.shape[-1])
-                shares_ENT = torch.bmm(x_ENI, x_ETI.to(x.dtype).transpose(1, 2))
-                return y + torch.bmm(shares_ENT, delta_ETO.to(x.dtype)).reshape(y.shape)
+        def rewrite_at(name: str) -> Rewrite:
+            return lambda x, y: self._added(params, name, x, self._added(self._model, name, x, y))
 
-            return rewrite
-
-        rewrites: dict[nn.Module, Rewrite] = {
-            backbone.site(name): rewrite_with(params[f"{name}.x"], params[f"{name}.delta"]) for name in self.sites
-        }
-        with rewritten(rewrites):
+        with rewritten({backbone.site(name): rewrite_at(name) for name in self.sites}):
             yield Trace()
+
+    def _added(self, params: EditParams, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """A module's output with the factors of E edits, or with the difference of a model, `name` itself."""
+        if name in params:
+            return y + x @ params[name][0].to(x.dtype).T
+        if f"{name}.x" not in params:
+            return y
+        x_ETI, delta_ETO = params[f"{name}.x"], params[f"{name}.delta"]
+        x_ENI = x.reshape(x_ETI.shape[0], -1, x.shape[-1])
+        shares_ENT = torch.bmm(x_ENI, x_ETI.to(x.dtype).transpose(1, 2))
+        return y + torch.bmm(shares_ENT, delta_ETO.to(x.dtype)).reshape(y.shape)
 
     @contextmanager
     def together(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> Iterator[Trace]:
+        """All edits' factors side by side, or the difference that `extended` has made of them."""
         for_all = {name: value.expand(batch.num_edits, -1, -1) for name, value in self.pooled(params).items()}
         with self.applied(backbone, for_all, batch) as trace:
             yield trace
 
     def pooled(self, params: EditParams) -> EditParams:
         """One set of factors (axis 0 has length 1) whose addition is the sum of all edits': tokens concatenated."""
-        return {name: value.flatten(0, 1).unsqueeze(0) for name, value in params.items()}
+        return {
+            name: value if name in self.sites else value.flatten(0, 1).unsqueeze(0) for name, value in params.items()
+        }
 
     def merged(self, params: EditParams) -> dict[str, Tensor]:
-        pooled = self.pooled(params)
-        return {name: pooled[f"{name}.delta"][0].T @ pooled[f"{name}.x"][0] for name in self.sites}
+        pooled, differences = self.pooled(params), {}
+        for name in self.sites:
+            parts = [pooled[name][0]] if name in pooled else []
+            if f"{name}.x" in pooled:
+                parts.append(pooled[f"{name}.delta"][0].T @ pooled[f"{name}.x"][0])
+            differences[name] = torch.stack(parts).sum(0)
+        return differences
 
     def initial_weights(self, backbone: Backbone, seed: int) -> dict[str, Tensor]:
         """A hypernetwork that is the identity: its factors u, biases and shifts are 0, nothing is normalised."""

@@ -27,7 +27,7 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from odedit.backbones.base import Backbone, Prefix, holding
-from odedit.editors.base import EditSize, OptimizerSettings, Plain, Trace, prefix_of_edit
+from odedit.editors.base import EditSize, Neurons, OptimizerSettings, Plain, Trace, prefix_of_edit
 from odedit.editors.common.hooks import rewritten
 from odedit.inputs.batch import EDIT, LOCALITY_SLOTS, EditBatch, EditParams, is_locality
 from odedit.runtime.gather import gather_positions
@@ -90,8 +90,7 @@ class TPatcher(Plain):
     token is predicted. A neuron with state zero is padding: all its entries are zero and stay zero.
 
     Many edits in one model: `together` puts the neurons of edits side by side. To learn edits one after another,
-    `following` returns an editor whose model has the earlier neurons as constants; phi_e and edit files hold only the
-    new ones.
+    `following` returns an editor whose model has the earlier neurons as constants; phi_e holds only the new ones.
     """
 
     Config: ClassVar[type] = TPatcherConfig
@@ -133,20 +132,24 @@ class TPatcher(Plain):
         other.positionwise = True
         return other
 
-    def following(self, params: EditParams) -> TPatcher:
-        """A copy for learning further edits of one model: earlier neurons act, and their states are memory states.
-
-        For objectives and scores, the unedited model stays the one without any neuron.
-
-        Args:
-            params: Finished parameters of one or more edits, added to the earlier ones.
-        """
-        earlier = _joined({name: value.detach().clone() for name, value in params.items()})
-        if self._earlier is not None:
-            earlier = {name: torch.cat([self._earlier[name], value], dim=1) for name, value in earlier.items()}
+    def following(self, model: EditParams) -> TPatcher:
+        """A copy for the next edit: earlier neurons act and do not move, and their states are memory states."""
         other = copy.copy(self)
-        other._earlier = earlier
+        other._earlier = _joined({name: value.detach().clone() for name, value in model.items()}) if model else None
         return other
+
+    def start(self, backbone: Backbone) -> EditParams:
+        return {}
+
+    def extended(self, backbone: Backbone, params: EditParams) -> EditParams:
+        """The earlier neurons and the edit's, side by side as those of one edit."""
+        parts = self._with_earlier(_joined(params))
+        return {name: torch.cat([part[name] for part in parts], dim=1) for name in params}
+
+    def neurons(self, backbone: Backbone, params: EditParams) -> Neurons:
+        joined = {name: value[0] for name, value in _joined(params).items()}
+        layer = backbone.layer_of(self.sites[0])
+        return Neurons(layer, joined[KEYS], joined[BIASES], joined[SCALES] * joined[VALUES])
 
     def size(self, backbone: Backbone, positions: int) -> EditSize:
         width = self.config.max_neurons * backbone.hidden_size

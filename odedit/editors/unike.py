@@ -42,6 +42,7 @@ Differs from the public code (github.com/beepkh/UniKE), which the paper takes pr
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -126,6 +127,7 @@ class Unike(Plain):
     def __init__(self, config: UnikeConfig, weights: Mapping[str, Tensor] | None = None) -> None:
         self.config = config
         self._weights = weights
+        self._earlier: EditParams = {}
         self._layers = tuple(f"layers.{-n}" for n in range(config.num_layers, 0, -1))
         self.sites = tuple(f"{layer}.{part}" for layer in self._layers for part in ("attention.out", "ffn.out"))
         self.max_steps = config.max_steps
@@ -173,7 +175,7 @@ class Unike(Plain):
                 for layer in self._layers
             }
             # Keys are made from inputs of the neurons that external knowledge has already changed.
-            with self._acting(backbone, params) as recorded:
+            with self._acting(backbone, self._with_earlier(params)) as recorded:
                 backbone.suffix(prefix)
         weights = self._learned(backbone)
         for layer in self._layers:
@@ -195,14 +197,36 @@ class Unike(Plain):
 
     @contextmanager
     def applied(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> Iterator[Trace]:
-        with self._acting(backbone, params) as recorded:
+        with self._acting(backbone, self._with_earlier(params)) as recorded:
             yield Trace(recorded)
+
+    def following(self, model: EditParams) -> Unike:
+        """A copy for the next edit: earlier neurons and stored states act and do not move."""
+        other = copy.copy(self)
+        other._earlier = {name: value.detach() for name, value in model.items()}
+        return other
+
+    def start(self, backbone: Backbone) -> EditParams:
+        return {}
+
+    def extended(self, backbone: Backbone, params: EditParams) -> EditParams:
+        """Earlier neurons and states and the edit's, side by side as those of one edit."""
+        return self._with_earlier({name: value.flatten(0, 1).unsqueeze(0) for name, value in params.items()})
+
+    def _with_earlier(self, params: EditParams) -> EditParams:
+        """Every edit's parameters beside those of the earlier edits."""
+        if not self._earlier:
+            return params
+        num_edits = len(next(iter(params.values())))
+        earlier = {name: value.expand(num_edits, *value.shape[1:]) for name, value in self._earlier.items()}
+        own = {name: torch.cat([earlier[name], value], dim=1) for name, value in params.items()}
+        return {**earlier, **own}
 
     @contextmanager
     def together(self, backbone: Backbone, params: EditParams, batch: EditBatch) -> Iterator[Trace]:
         """All neurons side by side; a position attends over the `memory` nearest states of all edits (eq. 2)."""
         concatenated = {name: value.flatten(0, 1).unsqueeze(0) for name, value in params.items()}
-        with self._acting(backbone, concatenated) as recorded:
+        with self._acting(backbone, self._with_earlier(concatenated)) as recorded:
             yield Trace(recorded)
 
     @contextmanager

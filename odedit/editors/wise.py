@@ -2,13 +2,16 @@
 
 References:
     WISE: Rethinking the Knowledge Memory for Lifelong Model Editing of Large Language Models (2024, arXiv 2405.14768),
-    eq. 2 (routing activation), 3 (margin loss), 4 (masked gradient).
-    TIES-Merging: Resolving Interference When Merging Models (2023, arXiv 2306.01708), section 4, for
-    `merged_side_matrix`.
+    eq. 2 (routing activation), 3 (margin loss), 4 (masked gradient); sections 3.2 and 3.3 for the edits of a stream.
+    TIES-Merging: Resolving Interference When Merging Models (2023, arXiv 2306.01708), section 4, for merging shards.
 
-Differs from the paper: the side matrices of all edits share one mask; the paper draws one per shard of a stream of
-edits. The activation distance is averaged over the prompt's positions, not over prompt and answer, so that routing is
-the same with the answer in the input (teacher forcing) and without (generation).
+A stream of edits (`commit.way: sequential`) is divided into shards, as published. The edits of a shard move one side
+matrix after another, under a random mask of its own; the next shard starts at W. Full shards are merged into one side
+memory, and prompts are routed among memories and shards that are not merged yet (WISE-Retrieve).
+
+Differs from the paper: single edits, which are not of a stream, share one mask. The activation distance is averaged
+over the prompt's positions, not over prompt and answer, so that routing is the same with the answer in the input
+(teacher forcing) and without (generation).
 
 Differs from the public code (github.com/zjunlp/EasyEdit): when it answers, that code takes the largest distance of a
 token instead of the mean for sequences of more than 100 positions, as LLaVA's with their pictures are, against a
@@ -25,6 +28,7 @@ BLIP2-OPT-2.7B. The multiplier network then reads A.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -46,6 +50,7 @@ from odedit.settings import Settings
 ROWS, INPUTS, PRESENT = "side_rows", "side_inputs", "side_there"
 LIVE = "side_live"
 THRESHOLD = "threshold"
+EDITS = "side_edits"
 _DISTANCE, _WINNER = "distance_EK", "winner_EK"
 _LONGEST_MEAN = 100
 """Number of positions above which the public code routes by the largest distance of a position."""
@@ -71,7 +76,9 @@ class WiseConfig(Settings):
         routing: Distance of a prompt when a finished edit answers: mean over its positions as in the `paper`, or as in
             the `public_code`, which takes the largest of a position for prompts of more than 100 positions.
         routing_ratio: Share of the edit's own distance above which a prompt uses the side matrix.
-        merge_density: Share of a side matrix's entries, the largest, that take part in merging side matrices.
+        shard_edits: Edits of a stream that move one side matrix, under one mask.
+        memory_shards: Full shards that are merged into one side memory; 1: none is merged.
+        merge_density: Share of the entries that a shard's mask lets change, the largest, that take part in merging.
         stop_change: Largest change of the loss since the last step for an edit to stop.
         stop_loss: Largest loss for an edit to stop; both conditions must hold.
     """
@@ -89,6 +96,8 @@ class WiseConfig(Settings):
     margin_gap: Annotated[float, Ge(0)] = 10.0
     routing: Literal["paper", "public_code"] = "paper"
     routing_ratio: Annotated[float, Gt(0), Le(1)] = 0.4
+    shard_edits: Annotated[int, Ge(1)] = 500
+    memory_shards: Annotated[int, Ge(1)] = 2
     merge_density: Annotated[float, Gt(0), Le(1)] = 0.53
     stop_change: Annotated[float, Ge(0)] = 1e-4
     stop_loss: Annotated[float, Ge(0)] = 0.02
@@ -102,6 +111,9 @@ class Wise(Plain):
 
     Factored, phi_e is `side_rows`, the factor A, and `side_there`, True at real positions. A finished edit has the rows
     of A that are not zero, and in `side_inputs` the masked inputs X m of these positions.
+
+    The model of a stream has whole differences `W' - W` in `side_live`, a row per side memory and shard, and in
+    `side_edits` the number of edits in each.
     """
 
     Config: ClassVar[type] = WiseConfig
@@ -115,6 +127,8 @@ class Wise(Plain):
         self.is_factored = config.clamp is None and (config.mask == "columns" or config.mask_ratio == 1.0)
         self.length_varies = self.is_factored
         self.frozen = frozenset({PRESENT}) if self.is_factored else frozenset()
+        self._mask_seed = config.mask_seed
+        self._model: EditParams = {}
 
     def check(self, backbone: Backbone) -> None:
         backbone.site(self.config.site)
@@ -232,17 +246,59 @@ class Wise(Plain):
             return _nonzero_rows(rows_ENO, trace.values[INPUTS]) | {THRESHOLD: threshold}
         return {LIVE: params[LIVE], THRESHOLD: threshold}
 
-    def merged_side_matrix(self, params: EditParams) -> EditParams:
-        """One side matrix (axis 0 has length 1) for all E finished edits in one model, merged by TIES.
+    def following(self, model: EditParams) -> Wise:
+        """A copy for the next edit: it goes on with the last shard, or begins a new one if that is full."""
+        other = copy.copy(self)
+        other._model = dict(model)
+        other.is_factored = other.length_varies = False
+        other.frozen = frozenset()
+        num_edits = int(model[EDITS].sum()) if model else 0
+        other._mask_seed = self.config.mask_seed + num_edits // self.config.shard_edits
+        return other
 
-        Its threshold is the edits' smallest, so that every prompt that uses one of their matrices uses the merged one.
-        `merge_density` is a share of the entries that the mask lets change.
+    @property
+    def _continues_shard(self) -> bool:
+        """Whether the next edit moves the model's last row."""
+        return bool(self._model) and int(self._model[EDITS].sum()) % self.config.shard_edits > 0
+
+    def start(self, backbone: Backbone) -> EditParams:
+        if not self._continues_shard:
+            return {}
+        live_N = self._live(backbone.site(self.config.site).weight.shape, self._model[LIVE].device)
+        return {LIVE: self._model[LIVE][-1:].index_select(1, live_N)}
+
+    def extended(self, backbone: Backbone, params: EditParams) -> EditParams:
+        """The model with the moved shard; with its last shards merged once there are enough full ones.
+
+        The threshold of a row is the smallest of its edits' (WISE, section 3.3).
         """
-        live_EN = params[LIVE] if LIVE in params else self._entries(params[ROWS].transpose(1, 2) @ params[INPUTS])
-        return {
-            LIVE: _ties(live_EN, self.config.merge_density).unsqueeze(0),
-            THRESHOLD: params[THRESHOLD].amin(dim=0, keepdim=True),
+        added = {
+            LIVE: self._side(backbone, params[LIVE]).flatten(1),
+            THRESHOLD: params[THRESHOLD],
+            EDITS: torch.ones(1, dtype=torch.long, device=params[LIVE].device),
         }
+        if not self._model:
+            return added
+        model = self._model
+        if self._continues_shard:
+            added[THRESHOLD] = torch.minimum(added[THRESHOLD], model[THRESHOLD][-1:])
+            added[EDITS] = model[EDITS][-1:] + 1
+            model = {name: value[:-1] for name, value in model.items()}
+        model = {name: torch.cat([model[name], value]) for name, value in added.items()}
+        return self._with_merged_shards(model)
+
+    def _with_merged_shards(self, model: EditParams) -> EditParams:
+        """The model with its last rows as one, if they are as many full shards as make a side memory."""
+        count = self.config.memory_shards
+        shards = {name: value[-count:] for name, value in model.items()}
+        if count == 1 or len(shards[EDITS]) < count or bool((shards[EDITS] != self.config.shard_edits).any()):
+            return model
+        memory = {
+            LIVE: _ties(shards[LIVE], self.config.merge_density * self.config.mask_ratio).unsqueeze(0),
+            THRESHOLD: shards[THRESHOLD].amin(dim=0, keepdim=True),
+            EDITS: shards[EDITS].sum(dim=0, keepdim=True),
+        }
+        return {name: torch.cat([value[:-count], memory[name]]) for name, value in model.items()}
 
     def _routing_distance(
         self, activation: Callable[[Tensor], Tensor], main: Tensor, side: Tensor, prompt_EKS: Tensor
@@ -294,11 +350,7 @@ class Wise(Plain):
     def _mask(self, shape: torch.Size, device: torch.device) -> tuple[tuple[int, ...], bool, float, int, str]:
         """Arguments that determine the mask: shape, whole columns or not, ratio, seed, device."""
         columns = self.config.mask == "columns"
-        return tuple(shape), columns, self.config.mask_ratio, self.config.mask_seed, str(device)
-
-    def _entries(self, side_EOI: Tensor) -> Tensor:
-        """The entries that the mask lets change, `(E, N)`."""
-        return side_EOI.flatten(1)[:, self._live(side_EOI.shape[-2:], side_EOI.device)]
+        return tuple(shape), columns, self.config.mask_ratio, self._mask_seed, str(device)
 
 
 class _Factored(torch.autograd.Function):

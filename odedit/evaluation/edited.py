@@ -33,6 +33,10 @@ class Edited:
         facts = {fact: edit for fact, edit in self.facts.items() if edit[0] in ids}
         return Edited(facts, {question: edit for question, edit in self.questions.items() if edit[0] in ids})
 
+    def with_later(self, other: Edited) -> Edited:
+        """What both edit; of one thing the other's answer."""
+        return Edited({**self.facts, **other.facts}, {**self.questions, **other.questions})
+
     def answer_to(self, probe: Probe) -> tuple[str, str] | None:
         """Edit id and new answer of the record that edits what a probe asks; None if no record does."""
         found = None if probe.fact is None else self.facts.get(probe.fact)

@@ -162,6 +162,7 @@ def evaluate_together(
     batch: EditBatch,
     config: EvaluationConfig = EvaluationConfig(),
     known: UneditedAnswers | None = None,
+    before: EditParams | None = None,
 ) -> list[Row]:
     """Scores one committed model, all of whose edits are applied at once, on the probes of any requests.
 
@@ -169,13 +170,15 @@ def evaluate_together(
         editor: Editor that serves the model, see `odedit.ways.base.Way.serving`.
         params: Parameters of the model, not one row per request.
         known: See `evaluate`.
+        before: Parameters of the model that it is compared with; None: the unedited model.
 
     Returns:
         Rows as of `evaluate`, one per request.
     """
     rows: list[Row] = []
     for _, part in _fitting(backbone, batch):
-        rows += _rows(backbone, part, _around(backbone, editor, editor.together, params, config, known))
+        around = _around(backbone, editor, editor.together, params, config, known, before)
+        rows += _rows(backbone, part, around)
     return rows
 
 
@@ -234,19 +237,27 @@ def _around(
     params: EditParams,
     config: EvaluationConfig,
     known: UneditedAnswers | None,
+    before: EditParams | None = None,
 ) -> Callable[[EditBatch], _Readouts]:
     """Function that answers a batch without and with edits.
 
     Args:
         apply: `Editor.applied` or `Editor.together`.
+        before: Parameters of the edits that the first answers are given with; None: without any.
     """
 
     def both(part: EditBatch) -> _Readouts:
-        own = {name: value.to(part.tokens_EKS.device) for name, value in params.items()}
         asked = _Asked.at(backbone, part, config, editor.sites, editor.positionwise)
-        before = _before(known, part, config, asked.answers)
-        with apply(backbone, own, part):
-            return before, asked.answers()
+
+        def answers(edits: EditParams | None) -> Readout:
+            if edits is None:
+                return asked.answers()
+            own = {name: value.to(part.tokens_EKS.device) for name, value in edits.items()}
+            with apply(backbone, own, part):
+                return asked.answers()
+
+        first = _before(known, part, config, asked.answers) if before is None else answers(before)
+        return first, answers(params)
 
     return both
 

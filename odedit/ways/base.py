@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 from odedit.backbones.base import Backbone
+from odedit.data.negatives import NegativePool
+from odedit.editing.loop import Stopping
 from odedit.editing.merging import export
 from odedit.editors.base import Editor
 from odedit.inputs.batch import EditParams, EditRequest
@@ -64,9 +66,13 @@ class Task:
             are none, and for a way that uses none.
         start: Parameters of the model that is changed; None: there is none.
         start_ids: Records in that model, in the order of its `CommittedInfo.edit_ids`.
+        start_details: `CommittedInfo.details` of that model.
+        carried: `Committed.carried` of that model.
         removed: Records of that model that the new one is to answer as the unedited model does.
         state: File of the state of unfinished work; None: none is kept.
         moments: Second moments of unedited activations at the way's `measured_sites`; None: not measured.
+        stopping: When a single edit stops, for a way that makes edits.
+        negatives: Hard negatives of the objective, for a way that makes edits; None: it uses none.
     """
 
     backbone: Backbone
@@ -79,9 +85,13 @@ class Task:
     edits: EditParams | None = None
     start: EditParams | None = None
     start_ids: Sequence[str] = ()
+    start_details: Mapping[str, Any] = field(default_factory=dict)
+    carried: EditParams = field(default_factory=dict)
     removed: Sequence[EditRequest] = ()
     state: Location | None = None
     moments: Moments | None = None
+    stopping: Stopping = field(default_factory=Stopping)
+    negatives: NegativePool | None = None
 
     __repr__ = brief
 
@@ -126,12 +136,16 @@ class Committed:
         fits: How each of the worker's records was learned, by edit id.
         curves: Figures of the training by name, one value per step that reports.
         problems: Reason per record that is not in the model, by edit id.
+        tables: Rows of tables that are written beside the model, by name.
+        carried: Further tensors with which a model that is changed later goes on.
     """
 
     params: EditParams
     fits: Mapping[str, Fit] = field(default_factory=dict)
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
     problems: Mapping[str, str] = field(default_factory=dict)
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    carried: EditParams = field(default_factory=dict)
 
     __repr__ = brief
 
@@ -172,9 +186,10 @@ class Way(Protocol):
         defaults: Sections of the run's configuration (`editor`, `objective`, `stopping`) that replace their defaults.
             Settings that the user gives come before them; a section that names another plug-in has none of them.
         uses_edits: True when the way takes finished single edits. The run makes them first, unless they are given.
+        makes_edits: True when the way makes single edits itself, as `odedit.editing.loop` does.
+        can_remove: True when records can be taken out of a model.
         needs_pool: True when the way cannot work without records of a pool.
         is_parallel: True when several workers may share one task.
-        is_plain: True when `write` makes a checkpoint that needs no odedit.
         measures: True when the way reads second moments of unedited activations at its `measured_sites`. The run
             measures them first.
     """
@@ -183,9 +198,10 @@ class Way(Protocol):
     config: Any
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]]
     uses_edits: ClassVar[bool]
+    makes_edits: ClassVar[bool]
+    can_remove: ClassVar[bool]
     needs_pool: ClassVar[bool]
     is_parallel: ClassVar[bool]
-    is_plain: ClassVar[bool]
     measures: ClassVar[bool]
 
     def __init__(self, config: Any) -> None: ...
@@ -204,6 +220,8 @@ class Way(Protocol):
 
     def write(self, folder: Path, backbone: Backbone, editor: Editor, params: EditParams, info: CommittedInfo) -> None:
         """Writes the model that people serve to a new folder, atomically.
+
+        A folder with `config.json` is a checkpoint that needs no odedit.
 
         Args:
             editor: Result of `serving`.
@@ -225,9 +243,10 @@ class PlainWay:
 
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     uses_edits: ClassVar[bool] = False
+    makes_edits: ClassVar[bool] = False
+    can_remove: ClassVar[bool] = True
     needs_pool: ClassVar[bool] = False
     is_parallel: ClassVar[bool] = False
-    is_plain: ClassVar[bool] = True
     measures: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:

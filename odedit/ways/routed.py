@@ -80,7 +80,6 @@ class Routed(PlainWay):
     }
     uses_edits: ClassVar[bool] = True
     needs_pool: ClassVar[bool] = True
-    is_plain: ClassVar[bool] = False
 
     def check(self, editor: Editor, name: str) -> None:
         if not isinstance(editor, FineTuning) or any(is_connector(site) for site in editor.config.sites):

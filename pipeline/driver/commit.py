@@ -30,7 +30,7 @@ from pipeline.driver.progress import Steps
 from pipeline.driver.run import Outcome, announce, job_of, run, score_into
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.run_folder import rows, staging
-from pipeline.run_folder.committed import SINGLE
+from pipeline.run_folder.committed import SINGLE, is_plain
 from pipeline.run_folder.contradictions import LeftOut, OnConflict, find
 from pipeline.run_folder.sources import Sources, absolute, identity_of, with_absolute_paths
 from pipeline.run_folder.workspace import Workspace, read_json
@@ -156,6 +156,12 @@ def _check_start(config: RunConfig) -> None:
                 f"{name}: got {value!r}, but the model in {start.out} was made with {then.get(name)!r}. A changed "
                 "model keeps the way and the editor; leave the setting out, or commit all records anew."
             )
+    removed = [edit_id for edit_id in config.commit.settings.remove if edit_id in info.edit_ids]
+    if removed and not way_of(config).can_remove:
+        raise InputError(
+            f"commit.remove: {removed[0]!r} cannot be taken out of the model in {start.out}: with commit.way "
+            f"{info.way!r} the later edits were made on top of it. Commit all records anew without it."
+        )
     found = fingerprint(model.family, model.checkpoint, dtype=model.dtype)
     if info.fingerprint != comparable(found, info.fingerprint):
         raise InputError(
@@ -297,7 +303,7 @@ def _scored(ready: Ready, left_out: LeftOut) -> ScoredModel:
         every = staging.usable_records(workspace.records)
         reasons |= {record.index: problems[record.edit_id] for record in every if record.edit_id in problems}
     # A checkpoint at an address cannot be loaded; its parameters act on the unedited model instead.
-    is_checkpoint = way_of(config).is_plain and workspace.model.is_local
+    is_checkpoint = is_plain(workspace.model) and workspace.model.is_local
     return ScoredModel(
         checkpoint=str(workspace.model) if is_checkpoint else None,
         committed=None if is_checkpoint else str(workspace.committed),

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from odedit.data.pool import normal
 from odedit.storage.location import at
 from odedit.ways.common.files import read_committed_info
+from odedit.ways.sequential import RETENTION
 from pipeline.run_folder.committed import SINGLE
 from pipeline.run_folder.outcomes import RANKED, rank
+from pipeline.run_folder.retention import Check, checks
 from pipeline.run_folder.rows import EDITED, SKIPPED, Row, parts, read_rows
-from pipeline.run_folder.workspace import Workspace, read_json
+from pipeline.run_folder.workspace import STEP, Workspace, read_json
 
 _SHOWN = 20
 _HOLDS = 1.0
 _TABLE, _PLOT, _STUDY = "table.md", "plot.png", "study.json"
-_STEP = "step"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class OneModel:
         num_contradictions: Number of those.
         curves: Figures of the training by name.
         steps: Steps of the training that the curves' points are of; empty: not known.
+        retention: What was left of earlier edits, of a model that was made one record after another.
         study: Links to table and plot of the study that the model is an arm of, by name; empty: it is of none.
     """
 
@@ -56,6 +58,7 @@ class OneModel:
     num_contradictions: int
     curves: Mapping[str, Sequence[float]]
     steps: Sequence[float]
+    retention: Sequence[Check]
     study: Mapping[str, str]
 
 
@@ -74,7 +77,9 @@ def one_model(workspace: Workspace) -> OneModel | None:
     lost = [row["edit_id"] for row in failing if known.get(row["edit_id"])]
     contradictions = _contradictions(workspace)
     curves = dict(info.details.get("curves") or {})
-    steps = curves.pop(_STEP, [])
+    steps = curves.pop(STEP, [])
+    retention = checks(info)
+    curves = {name: values for name, values in curves.items() if not name.startswith(RETENTION)}
     worst = [row["worst_nll"] for row in failing if row.get("worst_nll") is not None]
     return OneModel(
         way=info.way,
@@ -90,6 +95,7 @@ def one_model(workspace: Workspace) -> OneModel | None:
         num_contradictions=len(contradictions),
         curves=curves,
         steps=steps,
+        retention=retention,
         study=_study(workspace),
     )
 

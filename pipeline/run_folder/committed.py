@@ -61,7 +61,8 @@ def write_edits(workspace: Workspace) -> Location:
     """
     model = workspace.model
     info = read_committed_info(workspace.committed)
-    values = asdict(info) | {"details": {name: value for name, value in info.details.items() if name != "edits"}}
+    details = {name: value for name, value in info.details.items() if name not in ("edits", "tables")}
+    values = asdict(info) | {"details": details}
     if is_plain(model):
         values = shareable_values(values)
     write_json(model / EDITS, {"format": FORMAT, "info": values, "edits": list(entries(workspace))})

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ from odedit.storage.location import Location, LocationLike, at
 
 CONFIG_HEADER = "# odedit"
 """First words of a configuration that a run wrote; the code's version follows."""
+STEP = "step"
+"""Curve of a committed model that has the steps of the points of its other curves."""
 _PATIENCE_AT_START_S = 5.0
 
 
@@ -148,6 +150,10 @@ class Workspace:
         """Folders of the committed model: for serving, and as an adapter."""
         return self.model, self.adapter
 
+    def further_table(self, name: str) -> Location:
+        """A table that the way of a committed model writes (`odedit.ways.base.Committed.tables`)."""
+        return self.out / f"{name}.parquet"
+
     def part(self, group: int) -> Location:
         """File of the result rows of one group."""
         return self.results / f"part-{group:06d}.parquet"
@@ -225,6 +231,13 @@ def write_table(location: Location, table: pyarrow.Table) -> None:
     data = pyarrow.BufferOutputStream()
     parquet.write_table(table, data, write_page_checksum=True)
     location.write_bytes(data.getvalue())
+
+
+def write_rows(location: Location, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows as a Parquet file; a column that a row lacks is null there. No rows: no file."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    if names:
+        write_table(location, pyarrow.table({name: [row.get(name) for row in rows] for name in names}))
 
 
 @contextmanager

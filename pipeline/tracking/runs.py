@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from math import isfinite
 from typing import Any, Self
 
 from odedit.errors import in_words
@@ -16,7 +17,7 @@ from pipeline.config.run import RunConfig
 from pipeline.config.values import flatten
 from pipeline.run_folder.curves import mean_curves
 from pipeline.run_folder.rows import EDITED, parts, read_rows, supervision_name
-from pipeline.run_folder.workspace import Workspace
+from pipeline.run_folder.workspace import STEP, Workspace
 from pipeline.tracking import names, origin
 from pipeline.tracking.client import Store, Table, Tracker, TrackingError, store_uri
 
@@ -178,9 +179,12 @@ def _curves(workspace: Workspace, max_edits: int) -> Iterator[names.Point]:
         yield from names.of_curves(mean_curves(rows, max_edits, names.MOST_TERMS))
     if workspace.committed.exists():
         trained = read_committed_info(workspace.committed).details.get("curves") or {}
-        for name, values in islice(trained.items(), names.MOST_TERMS):
-            if any(values):
-                yield from ((names.CURVES + name, value, step) for step, value in _thinned(list(enumerate(values))))
+        steps = trained.get(STEP) or []
+        curves = {name: values for name, values in trained.items() if name != STEP and any(values)}
+        for name, values in islice(curves.items(), names.MOST_TERMS):
+            numbers = map(int, steps) if len(steps) == len(values) else range(len(values))
+            points = [pair for pair in zip(numbers, values, strict=True) if isfinite(pair[1])]
+            yield from ((names.CURVES + name, value, step) for step, value in _thinned(points))
 
 
 def _thinned(curve: Sequence[tuple[int, float]]) -> Iterable[tuple[int, float]]:

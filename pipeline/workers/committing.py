@@ -16,13 +16,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from odedit import editors, objectives, ways
-from odedit.backbones import Backbone
+from odedit.backbones import Backbone, encode_requests
 from odedit.data.images import ImageError
+from odedit.data.negatives import NegativePool
 from odedit.data.pool import Pool
 from odedit.data.records import RawRecord
 from odedit.data.supervision import build_request
 from odedit.editing.adapters import is_adapter, write_adapter
 from odedit.editing.files import load_edit
+from odedit.editors.base import Measuring
 from odedit.errors import InputError, listed, one_sentence
 from odedit.inputs.batch import EditParams, EditRequest, stack_params
 from odedit.inputs.prompts import find_template
@@ -31,11 +33,14 @@ from odedit.runtime.process import configure_process
 from odedit.storage.location import Location, copy_folder
 from odedit.ways.base import Committed, Step, Task, Way
 from odedit.ways.common.activations import added_up
-from odedit.ways.common.files import CommittedInfo, load_committed, save_committed
+from odedit.ways.common.files import CommittedInfo, load_committed, load_with_carried, save_committed
 from pipeline.run_folder import staging
-from pipeline.run_folder.workspace import read_json, write_json
+from pipeline.run_folder.committed import is_plain
+from pipeline.run_folder.workspace import read_json, write_json, write_rows
+from pipeline.workers.asked import with_old_answers
 from pipeline.workers.calibration import Calibration
 from pipeline.workers.model import worker_backbone
+from pipeline.workers.negatives import negative_pool
 from pipeline.workers.plan import Job
 from pipeline.workers.preparer import write_note, write_traceback
 from pipeline.workers.request_cache import RequestCache
@@ -148,6 +153,7 @@ class _Worker:
         )
         self._template = find_template(config.data.template)
         self._pool = staging.read_pool(self._workspace, self._job.sources)
+        self._negatives: NegativePool | None = None
         self._last_written = 0.0
 
     def work(self) -> None:
@@ -173,7 +179,10 @@ class _Worker:
             fits = {edit_id: asdict(fit) for _, part, _ in parts for edit_id, fit in part.items()}
             reasons = {edit_id: reason for *_, part in parts for edit_id, reason in part.items()}
             details = {"fits": fits, "problems": reasons, "curves": committed.curves}
-            save_committed(self._workspace.committed, committed.params, self._info(every, details))
+            if committed.tables:
+                details["tables"] = committed.tables
+            info = self._info(every, details)
+            save_committed(self._workspace.committed, committed.params, info, committed.carried)
 
     def _info(self, edit_ids: tuple[str, ...], details: dict[str, Any]) -> CommittedInfo:
         config = self._config
@@ -197,12 +206,15 @@ class _Worker:
     def _task(self) -> tuple[Task, dict[str, str]]:
         """The worker's task, and the reason per record that cannot be read."""
         config = self._config
+        calibration = Calibration(self._job, self._backbone, self._template)
+        if self._way.makes_edits:
+            self._prepare_edits(calibration)
         pool = [] if self._pool is None else self._pool_requests(self._pool)
-        start, start_ids = None, frozenset[str]()
-        ids: tuple[str, ...] = ()
+        start, info, start_ids = None, None, frozenset[str]()
+        carried: EditParams = {}
         if self._commit_job.start is not None:
-            start, info = load_committed(self._commit_job.start, self._job.device)
-            ids, start_ids = info.edit_ids, frozenset(info.edit_ids)
+            start, info, carried = load_with_carried(self._commit_job.start, self._job.device)
+            start_ids = frozenset(info.edit_ids)
         requests, problems = self._requests(lambda record: record.index not in self._commit_job.left_out)
         removed, _ = self._requests(
             lambda record: record.index in self._commit_job.left_out and record.edit_id in start_ids
@@ -211,9 +223,7 @@ class _Worker:
         if self._commit_job.edits is not None:
             edits, requests, missing = self._finished_edits(requests, start_ids)
             problems |= missing
-        objective = objectives.Objective(
-            config.objective.settings, Calibration(self._job, self._backbone, self._template).bandwidth()
-        )
+        objective = objectives.Objective(config.objective.settings, calibration.bandwidth())
         return (
             Task(
                 backbone=self._backbone,
@@ -225,13 +235,27 @@ class _Worker:
                 seed=config.seed,
                 edits=edits,
                 start=start,
-                start_ids=ids,
+                start_ids=() if info is None else info.edit_ids,
+                start_details={} if info is None else info.details,
+                carried=carried,
                 removed=removed,
                 state=self._workspace.training,
                 moments=added_up(self._commit_job.moments, self._job.device),
+                stopping=config.stopping,
+                negatives=self._negatives,
             ),
             problems,
         )
+
+    def _prepare_edits(self, calibration: Calibration) -> None:
+        """What single edits need before the first one: hard negatives, and the editor's own measurements."""
+        settings, sites = self._config.objective.settings, self._editor.sites
+        self._negatives = negative_pool(settings, self._backbone, lambda: self._pool, sites)
+        if isinstance(self._editor, Measuring):
+            unscored = calibration.unscored_requests()
+            if unscored:  # else the editor measures the supervision of each edit
+                batch, _ = encode_requests(self._backbone, unscored, self._template, sites)
+                self._editor = self._editor.measured(self._backbone, batch)
 
     def _requests(self, is_wanted: Callable[[RawRecord], bool]) -> tuple[Requests, dict[str, str]]:
         """The worker's share of these records, and the reason per record whose pictures cannot be read."""
@@ -241,7 +265,10 @@ class _Worker:
         mine = [record for number, record in enumerate(every) if number % parallel.count() == parallel.rank()]
 
         def build(record: RawRecord) -> EditRequest:
-            return build_request(record, reader, config.supervision, self._pool, locality=locality)
+            request = build_request(record, reader, config.supervision, self._pool, locality=locality)
+            if self._negatives is None:
+                return request
+            return with_old_answers(self._backbone, self._template, [request])[0]
 
         requests = Requests(mine, build)
         problems: dict[str, str] = {}
@@ -300,8 +327,10 @@ class _Worker:
         params, info = load_committed(self._workspace.committed, self._job.device)
         editor = self._way.serving(self._editor)
         self._show(Step(1, 1, doing="writing the model"))
+        for name, rows in info.details.get("tables", {}).items():
+            write_rows(self._workspace.further_table(name), rows)
         _written(self._workspace.model, lambda path: self._way.write(path, self._backbone, editor, params, info))
-        if self._way.is_plain and is_adapter(editor):
+        if is_plain(self._workspace.model) and is_adapter(editor):
             _written(self._workspace.adapter, lambda path: write_adapter(self._backbone, editor, params, path))
 
 

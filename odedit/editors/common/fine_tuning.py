@@ -6,6 +6,7 @@ are defined here.
 
 from __future__ import annotations
 
+import copy
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,6 +107,7 @@ class FineTuning(Plain, ABC):
         starts = (site.replace(_EVERY_LAYER, "layers.0.") for site in config.sites)
         self.sites: Sequence[str] = tuple(_ABOVE.sub(r"layers.\1.ffn.out", site) for site in starts)
         self.max_steps: int = config.max_steps
+        self._model: EditParams = {}
         self.optimizer = OptimizerSettings("adamw", config.learning_rate, config.weight_decay, config.clip_norm)
 
     def check(self, backbone: Backbone) -> None:
@@ -151,6 +153,17 @@ class FineTuning(Plain, ABC):
         for_all = {name: value.expand(batch.num_edits, *value.shape[1:]) for name, value in self.pooled(params).items()}
         with self.applied(backbone, for_all, batch) as trace:
             yield trace
+
+    def following(self, model: EditParams) -> FineTuning:
+        other = copy.copy(self)
+        other._model = dict(model)
+        return other
+
+    def start(self, backbone: Backbone) -> EditParams:
+        return self._model
+
+    def extended(self, backbone: Backbone, params: EditParams) -> EditParams:
+        return params
 
     def converged(self, loss_E: Tensor, previous_E: Tensor, token_right_E: Tensor, trace: Trace) -> Tensor:
         if self.config.stop_loss is None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
+from types import MappingProxyType
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from odedit import editors, ways
 from odedit.backbones.base import Backbone
@@ -22,12 +25,26 @@ from odedit.ways.base import CommittedInfo
 
 FORMAT = "odedit-committed-1"
 
-__all__ = ["CommittedInfo", "load_committed", "read_committed_info", "save_committed", "serving_editor"]
+__all__ = [
+    "CommittedInfo",
+    "load_committed",
+    "load_with_carried",
+    "read_committed_info",
+    "save_committed",
+    "serving_editor",
+]
 
 
-def save_committed(path: LocationLike, params: EditParams, info: CommittedInfo) -> None:
+_CARRIED = "carried/"
+"""Prefix of tensors that are no parameters of the model, see `Committed.carried`."""
+
+
+def save_committed(
+    path: LocationLike, params: EditParams, info: CommittedInfo, carried: Mapping[str, Tensor] = MappingProxyType({})
+) -> None:
     """Writes a committed model atomically."""
-    stored = {name: value.detach().cpu().contiguous() for name, value in params.items()}
+    named = {**params, **{_CARRIED + name: value for name, value in carried.items()}}
+    stored = {name: value.detach().cpu().contiguous() for name, value in named.items()}
     write_tensors(at(path), stored, {"format": FORMAT, "info": json.dumps(asdict(info), sort_keys=True)})
 
 
@@ -56,8 +73,20 @@ def read_committed_info(path: LocationLike) -> CommittedInfo:
 
 def load_committed(path: LocationLike, device: str = "cpu") -> tuple[EditParams, CommittedInfo]:
     """Parameters and metadata of a committed model. Raises InputError as `read_committed_info`."""
+    params, info, _ = load_with_carried(path, device)
+    return params, info
+
+
+def load_with_carried(path: LocationLike, device: str = "cpu") -> tuple[EditParams, CommittedInfo, EditParams]:
+    """As `load_committed`, with the tensors that a model that is changed goes on with (`Committed.carried`)."""
     info = read_committed_info(path)
-    return read_tensors(at(path), device)[0], info
+    params, carried = {}, {}
+    for name, value in read_tensors(at(path), device)[0].items():
+        if name.startswith(_CARRIED):
+            carried[name.removeprefix(_CARRIED)] = value
+        else:
+            params[name] = value
+    return params, info, carried
 
 
 def serving_editor(info: CommittedInfo, backbone: Backbone, *, trusted: bool = False) -> Editor:

@@ -1,4 +1,7 @@
-"""The folder of a routed model as people serve it: `adapters.safetensors`, `router.safetensors`, `edits.json`."""
+"""The folder of a model that odedit serves: the parameters that an editor applies to the unedited model, and
+`edits.json`. The files of a routed model are `adapters.safetensors` and `router.safetensors`, of another model
+`parameters.safetensors`.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from odedit.ways.common.router import ROUTER as ROUTER_PREFIX
 
 FORMAT = "odedit-model-1"
 ADAPTERS, ROUTER, EDITS = "adapters.safetensors", "router.safetensors", "edits.json"
+PARAMETERS = "parameters.safetensors"
 
 
 def write(folder: LocationLike, params: EditParams, info: CommittedInfo) -> None:
@@ -40,10 +44,22 @@ def write(folder: LocationLike, params: EditParams, info: CommittedInfo) -> None
     write_edits(location, info)
 
 
+def write_parameters(folder: LocationLike, params: EditParams, info: CommittedInfo) -> None:
+    """Writes a model that is not routed, `edits.json` last."""
+    write_tensors(at(folder) / PARAMETERS, params, {"format": FORMAT})
+    write_edits(folder, info)
+
+
+def read_parameters(folder: LocationLike, device: str = "cpu") -> tuple[EditParams, CommittedInfo]:
+    """Parameters and metadata of a folder that `write_parameters` made. Raises InputError as `read` does."""
+    info, _ = read_edits(folder)
+    return _tensors(folder, PARAMETERS, device), info
+
+
 def write_edits(folder: LocationLike, info: CommittedInfo) -> None:
     """Writes `edits.json`: format, metadata, and what each edit changes."""
     edits = info.details.get("edits") or [{"edit_id": edit_id} for edit_id in info.edit_ids]
-    details = {name: value for name, value in info.details.items() if name != "edits"}
+    details = {name: value for name, value in info.details.items() if name not in ("edits", "tables")}
     values = {"format": FORMAT, "info": asdict(replace(info, details=details)), "edits": edits}
     (at(folder) / EDITS).write_text(json.dumps(values, indent=1, ensure_ascii=False))
 
@@ -75,15 +91,7 @@ def read(folder: LocationLike, device: str = "cpu") -> tuple[EditParams, Committ
     info, _ = read_edits(folder)
     params: EditParams = {}
     for file in (ADAPTERS, ROUTER):
-        location = at(folder, "model") / file
-        name = repr(masked(location.text))
-        try:
-            tensors, metadata = read_tensors(location, device)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{name} cannot be read as safetensors: {masked(str(error))}.") from error
-        if metadata.get("format") != FORMAT:
-            raise InputError(f"{name}: format is {metadata.get('format')!r}, expected {FORMAT!r}.")
-        params |= {key: value.float() for key, value in tensors.items()}
+        params |= {key: value.float() for key, value in _tensors(folder, file, device).items()}
     counts = {len(value) for name, value in params.items() if name == KEYS or not name.startswith(ROUTER_PREFIX)}
     if counts != {len(info.edit_ids)}:
         raise InputError(
@@ -91,3 +99,16 @@ def read(folder: LocationLike, device: str = "cpu") -> tuple[EditParams, Committ
             f"{', '.join(map(str, sorted(counts)))} in the others); commit the model again."
         )
     return params, info
+
+
+def _tensors(folder: LocationLike, file: str, device: str) -> EditParams:
+    """Tensors of one file of the folder."""
+    location = at(folder, "model") / file
+    name = repr(masked(location.text))
+    try:
+        tensors, metadata = read_tensors(location, device)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{name} cannot be read as safetensors: {masked(str(error))}.") from error
+    if metadata.get("format") != FORMAT:
+        raise InputError(f"{name}: format is {metadata.get('format')!r}, expected {FORMAT!r}.")
+    return tensors

@@ -1,4 +1,4 @@
-"""A committed model for questions: plain weights, or small edits and their router around the unedited model.
+"""A committed model for questions: plain weights, or parameters that an editor applies to the unedited model.
 
 model = load_edited("runs/commit/model")
 model.answer("seven.png", "who owns this digit?")
@@ -22,6 +22,7 @@ from odedit import backbones
 from odedit.backbones.base import Backbone, ends_of
 from odedit.backbones.common.generation import generate, until_end
 from odedit.data.images import ImageReader
+from odedit.editors.base import Editor
 from odedit.errors import InputError
 from odedit.evaluation.scores import decoded
 from odedit.inputs.batch import EditBatch, EditParams, Picture, Probe
@@ -40,7 +41,7 @@ def load_edited(folder: Path | str, device: str = "cpu", dtype: str | None = Non
     """Loads a model that `odedit commit` wrote, or any checkpoint of a supported family.
 
     Args:
-        folder: Folder of the model. A routed model names its unedited checkpoint, which is loaded from where it was.
+        folder: Folder of the model. One that is no checkpoint names the unedited one, which is loaded from its place.
         device: Torch device such as `cpu` or `cuda:0`.
         dtype: `float32`, `bfloat16` or `float16`; None: the type of the run, or of the checkpoint's `config.json`.
 
@@ -51,9 +52,10 @@ def load_edited(folder: Path | str, device: str = "cpu", dtype: str | None = Non
     if not path.is_dir():
         raise InputError(f"{str(folder)!r}: no such folder; `odedit commit` writes one, OUT/model.")
     is_routed, has_info = (path / folders.ROUTER).is_file(), (path / folders.EDITS).is_file()
-    info = folders.read_edits(path)[0] if has_info or is_routed else None
+    is_plain = not is_routed and not (path / folders.PARAMETERS).is_file()
+    info = folders.read_edits(path)[0] if has_info or not is_plain else None
     template = find_template(info.template if info else "mmedit")
-    if not is_routed:
+    if is_plain:
         family, stored = _family(path)
         made, size = (None, None) if info is None else backbones.current(info.family, info.image_size)
         if made == GENERIC:
@@ -65,8 +67,8 @@ def load_edited(folder: Path | str, device: str = "cpu", dtype: str | None = Non
         # A dotted name would import a module that the file chose.
         raise InputError(f"{str(folder)!r}: unknown model family {family!r}; known: {_known()}.")
     backbone = _loaded(family, info.checkpoint, device, dtype or info.dtype, size)
-    params, info = folders.read(path, str(backbone.device))
-    return EditedModel(backbone, template, cast(RoutedEditor, serving_editor(info, backbone)), params)
+    params, info = (folders.read if is_routed else folders.read_parameters)(path, str(backbone.device))
+    return EditedModel(backbone, template, serving_editor(info, backbone), params)
 
 
 GENERIC = "auto"
@@ -106,16 +108,16 @@ class EditedModel:
     """A committed model.
 
     Attributes:
-        backbone: The model; with plain weights the edited one, routed the unedited one.
+        backbone: The model; with plain weights the edited one, else the unedited one.
         template: Prompt template around the questions of `answer`.
-        params: Edits and router of a routed model.
+        params: Parameters that the editor applies; None: plain weights.
     """
 
     def __init__(
         self,
         backbone: Backbone,
         template: Template,
-        editor: RoutedEditor | None = None,
+        editor: Editor | None = None,
         params: EditParams | None = None,
     ) -> None:
         self.backbone, self.template, self.params = backbone, template, params
@@ -170,10 +172,16 @@ class EditedModel:
         where `attention_mask` is 0.
 
         Raises:
-            InputError: A setting with which a prompt is not read at once (`assistant_model`, `prefill_chunk_size`).
+            InputError: A setting with which a prompt is not read at once (`assistant_model`, `prefill_chunk_size`), or
+                an editor that applies its edits to odedit's own forwards alone.
         """
         if self._editor is None:
             return cast(Tensor, self.model.generate(**inputs))
+        if not isinstance(self._editor, RoutedEditor):
+            raise InputError(
+                f"generate: edits of {type(self._editor).__name__} act in `answer` alone; ask with answer(picture, "
+                "question)."
+            )
         config = inputs.get("generation_config")
         for name in _UNSUPPORTED:
             if inputs.get(name, getattr(config, name, None)) is not None:

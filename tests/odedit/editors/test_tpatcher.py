@@ -306,7 +306,7 @@ def test_edits_one_after_another(backbone, requests_8):
             atol=1e-4,
         )
     assert not answers(backbone, editor, two.params, first, "applied"), "the second alone knows the first"
-    third = later.following(two.params)
+    third = editor.following(later.extended(backbone, two.params))
     num_neurons = int(both["states"].any(dim=-1).sum())
     assert third._earlier["k"].shape[1] == num_neurons and later._earlier["k"].shape[1] < num_neurons
     # The patched model is right already, which leaves one neuron, of the least likely token.

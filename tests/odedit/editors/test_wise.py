@@ -190,12 +190,13 @@ def test_retrieval_takes_the_side_matrix_of_the_largest_distance_above_its_own_t
     assert None in chosen and len(chosen) > 2
 
 
-def test_merged_side_matrices_equal_ties_by_hand():
+def test_shards_are_merged_by_ties_as_by_hand():
     """Trim to the largest entries, elect a sign by sum, average the entries that agree with it."""
-    editor = load_editor("wise", {"merge_density": 0.5})
+    editor = load_editor("wise", {"merge_density": 0.5, "mask_ratio": 1.0, "shard_edits": 4, "memory_shards": 3})
     deltas = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
-    thresholds = torch.tensor([0.5, 0.2, 0.9])
-    merged = editor.merged_side_matrix({"side_live": deltas, "threshold": thresholds})
+    model = {"side_live": deltas, "threshold": torch.tensor([0.5, 0.2, 0.9]), "side_edits": torch.tensor([4, 4, 3])}
+    assert editor._with_merged_shards(model) is model, "the last shard is not full"
+    merged = editor._with_merged_shards(model | {"side_edits": torch.tensor([4, 4, 4])})
     trimmed = []
     for row in deltas.tolist():
         smallest_kept = sorted((abs(v) for v in row), reverse=True)[19]
@@ -207,21 +208,7 @@ def test_merged_side_matrices_equal_ties_by_hand():
         expected.append(sum(agreeing) / len(agreeing) if agreeing else 0.0)
     assert 0 < expected.count(0.0) < len(expected)
     torch.testing.assert_close(merged["side_live"], torch.tensor([expected]))
-    assert torch.equal(merged["threshold"], torch.tensor([0.2]))
-
-
-def test_one_side_matrix_merged_whole_is_itself_and_merged_ones_can_be_applied(backbone, encoded, edited):
-    (_, evaluation), (editor, params) = encoded, edited
-    whole = load_editor("wise", {**SETTINGS, "merge_density": 1.0})
-    one = {name: value[:1] for name, value in params.items()}
-    for name, value in whole.merged_side_matrix(one).items():
-        torch.testing.assert_close(value, one[name])
-    with torch.no_grad():
-        before = backbone.suffix(backbone.prefix(evaluation, editor.config.site))
-        with editor.together(backbone, editor.merged_side_matrix(params), evaluation):
-            after = backbone.suffix(backbone.prefix(evaluation, editor.config.site))
-    rel = evaluation.slots.index("rel")
-    assert (after != before)[:, rel].flatten(1).any(dim=1).any()
+    assert torch.equal(merged["threshold"], torch.tensor([0.2])) and merged["side_edits"].tolist() == [12]
 
 
 @pytest.mark.parametrize(
@@ -237,18 +224,17 @@ def test_the_factored_edit_is_the_edit_of_the_matrix(backbone, encoded, objectiv
         results = edit(backbone, editor, objective, supervision, Stopping(max_steps=5, worst_token_nll=1e-9))
         params = stack_params([result.params for result in results])
         assert editor.is_factored == (name == "factored")
-        rows[name] = params, results, evaluate(backbone, editor, params, evaluation), editor.merged_side_matrix(params)
-    (whole, results, scores, merged), (factored, others, other_scores, other_merged) = rows["whole"], rows["factored"]
+        rows[name] = params, results, evaluate(backbone, editor, params, evaluation)
+    (whole, results, scores), (factored, others, other_scores) = rows["whole"], rows["factored"]
     sides = factored["side_rows"].transpose(1, 2) @ factored["side_inputs"]
     assert "side_inputs" in factored and "side_live" in whole
-    live = editor._entries(sides)
+    live = sides.flatten(1)[:, editor._live(sides.shape[1:], sides.device)]
     assert (live - whole["side_live"]).norm() < 1e-3 * live.norm()
     assert live.abs().max() > 1e-3
     torch.testing.assert_close(factored["threshold"], whole["threshold"], rtol=1e-4, atol=1e-6)
     for result, other in zip(results, others, strict=True):
         assert result.curves["objective"] == pytest.approx(other.curves["objective"], rel=1e-4)
     assert scores == other_scores
-    assert (merged["side_live"] - other_merged["side_live"]).norm() < 1e-2 * merged["side_live"].norm()
 
 
 def test_a_factored_edit_is_smaller_and_answers_alone_as_together(backbone, encoded):

@@ -6,6 +6,7 @@ import getpass
 import json
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -257,3 +258,8 @@ def test_a_committed_model_has_the_curves_of_its_training(tmp_path: Path) -> Non
     points = list(_curves(workspace, max_edits=0))
     assert {name for name, _, _ in points} == {"training/curves/loss"} and len(points) <= 500
     assert (points[0][1:], points[-1][1:]) == ((1.0, 0), (1201.0, 1200))
+    curves = {"step": [1.0, 5.0, 20.0], "retention_rel": [1.0, 0.9, float("nan")], "other": [0.5]}
+    save_committed(workspace.committed, {"weight": torch.zeros(1, 1)}, replace(info, details={"curves": curves}))
+    retention = "training/curves/retention_rel"
+    expected = {(retention, 1.0, 1), (retention, 0.9, 5), ("training/curves/other", 0.5, 0)}
+    assert {*_curves(workspace, max_edits=0)} == expected
