@@ -184,14 +184,10 @@ class Bulk(PlainWay):
         """Questions in parts, each with the number of records before it: those of the records, then of the pool."""
         config, count = self.config, 0
         for part in examples.parts(task.requests):
-            yield (
-                count,
-                [
-                    asked
-                    for example in part
-                    for asked in _of_record(example, vectors[example.edit_id], config.near_weight)
-                ],
-            )
+            asked: list[_Asked] = []
+            for example in part:
+                asked += _of_record(example, vectors[example.edit_id], config.near_weight, examples.has_end)
+            yield count, asked
             count += len(part)
         if parallel.rank() == 0 and config.kept_weight:
             weight = config.kept_weight / max(1, len(examples.kept))
@@ -234,20 +230,23 @@ def _length(sequence: TokenSequence) -> int:
     return len(sequence.tokens) - sequence.first_target
 
 
-def _of_record(example: Example, vector_D: Tensor, near_weight: float) -> Iterator[_Asked]:
+def _of_record(example: Example, vector_D: Tensor, near_weight: float, has_end: bool) -> Iterator[_Asked]:
     """A record's questions: weights of positions with its vector sum to 1, those of ends and of negatives to
     `near_weight` each.
+
+    Args:
+        has_end: Whether the last token of its answers is the token that ends them.
     """
     first, *rephrases = example.wordings
     pictures = (*example.own, *example.other, *example.same[:_SAME]) or (None,)
     few = (*example.own[:2], *example.other[:4], *example.same[:2]) or (None,)
     positives = [about(first, key) for key in pictures]
     positives += [about(wording, key) for wording in rephrases for key in few]
-    total = sum(_length(sequence) - 1 for sequence in positives)
+    total = sum(_length(sequence) - has_end for sequence in positives)
     for sequence in positives:
-        yield _Asked(sequence, 1 / total, vector_D, near_weight / len(positives))
+        yield _Asked(sequence, 1 / total, vector_D, near_weight / len(positives) if has_end else None)
     sum_of_nearness = sum(example.nearness)
-    for sequence, nearness in zip(example.negatives, example.nearness, strict=False):
+    for sequence, nearness in zip(example.negatives, example.nearness, strict=True):
         if near_weight:
             yield _Asked(sequence, near_weight * nearness / sum_of_nearness / _length(sequence))
 

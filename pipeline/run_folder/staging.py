@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow
 from pyarrow import parquet
 
-from odedit import editors
+from odedit import editors, ways
 from odedit.backbones import load_processor
 from odedit.data import made
 from odedit.data.fields import control_token_problem
@@ -241,7 +241,10 @@ def _write(config: RunConfig, sources: Sources, path: Path, check: Check) -> lis
         Paths of up to 256 pictures that the records edit, drawn uniformly, if the run needs a pool of pictures; None if
         it does not.
     """
-    needs_pictures = sources.pool is None and bool(config.objective.settings.num_negatives or sources.pictures)
+    measures = config.commit is not None and ways.find(config.commit.name).measures
+    needs_pictures = sources.pool is None and bool(
+        config.objective.settings.num_negatives or sources.pictures or measures
+    )
     needs_locality = sources.pool is None and reads_locality(config)
     pictures = _Sample(POOL_RECORDS, config.supervision.seed)
     rows: list[dict[str, Any]] = []

@@ -64,6 +64,11 @@ class InParts:
         self._everywhere: frozenset[Tokens] = frozenset()
         self._end: int | None = None
 
+    @property
+    def has_end(self) -> bool:
+        """Whether the records' answers have the token that ends them; known after `survey`."""
+        return self._end is not None
+
     def survey(self, requests: Sequence[EditRequest], pool: Sequence[EditRequest]) -> Iterator[Progress]:
         """Reads the pool, and asks the unedited model every record's question; yields what is done."""
         asked: list[TokenSequence] = []

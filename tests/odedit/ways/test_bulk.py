@@ -22,7 +22,7 @@ from odedit.inputs.batch import EditRequest
 from odedit.inputs.encoding import TokenSequence
 from odedit.storage.location import locate
 from odedit.ways.base import Committed, Task
-from odedit.ways.bulk import Bulk, BulkConfig, WrittenMatrices
+from odedit.ways.bulk import Bulk, BulkConfig, WrittenMatrices, _of_record
 from odedit.ways.common import activations, in_parts
 from odedit.ways.common.activations import IMAGE, TEXT, Moments, Written, added_up, batches, keys_of, measured
 from odedit.ways.common.examples import Reading, read
@@ -260,6 +260,17 @@ def test_a_record_that_the_model_does_not_take_is_named_and_the_others_are_writt
     result = commit(task(backbone, [*requests(2), long]))
     assert set(result.fits) == {"edit-0", "edit-1"} and set(result.problems) == {"edit-9"}
     assert len(result.params[VECTOR]) == 2
+
+
+@pytest.mark.parametrize("has_end", [True, False])
+def test_positions_with_a_vector_weigh_one_together(backbone, tmp_path: Path, has_end: bool) -> None:
+    parts = InParts(backbone, TEMPLATE, Reading(1, 4, 0), tmp_path)
+    assert list(parts.survey(requests(1), requests(4, first=20))) and parts.has_end
+    ((example,),) = parts.parts(requests(1))
+    of_record = [one for one in _of_record(example, torch.ones(128), 0.1, has_end) if one.vector_D is not None]
+    lengths = [len(one.sequence.tokens) - one.sequence.first_target - has_end for one in of_record]
+    assert sum(one.weight * length for one, length in zip(of_record, lengths, strict=True)) == pytest.approx(1)
+    assert sum(one.end_weight or 0 for one in of_record) == pytest.approx(0.1 if has_end else 0)
 
 
 def test_without_a_pool_the_records_are_written_too(backbone) -> None:
