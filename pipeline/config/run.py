@@ -187,8 +187,9 @@ class PipelineConfig(Settings):
         measure_memory: True adds `peak_bytes` to every row: peak memory of the loop over the group's first edits, as
             many as are optimised together, divided by their number (`odedit.runtime.peak_memory`). Measured over the
             first steps of a second run of the loop, without warm-up.
-        feature_store: Folder or address of image features shared by workers and runs; see
-            `odedit.backbones.common.feature_store`. Null: each worker caches its latest in memory.
+        feature_store: Folder or address of image features shared by workers and runs, and of the moments that
+            `commit.way: bulk` reads; see `odedit.backbones.common.feature_store`. Null: each worker caches its latest
+            in memory.
     """
 
     actors: Literal["auto"] | Annotated[int, Ge(1)] = AUTO

@@ -1,7 +1,8 @@
 """Second moments of unedited activations, by Ray Data: each worker reads a share of the pool.
 
-Every share is a file of its own in `moments/<key>`; the key names the model, the sites and the pool. Shares that exist
-are not read again, neither by a run that goes on nor by one that changes this run's model.
+Every share is a file of its own in `moments/<key>`, in the feature store or else in `out`; the key names the model, the
+sites and the pool. Shares that exist are not measured again: by a run that goes on, by one that changes this run's
+model, or by any run with the same feature store.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from odedit.errors import InputError
 from odedit.inputs.batch import EditRequest
 from odedit.inputs.prompts import find_template
 from odedit.runtime.process import configure_process
-from odedit.storage.location import Location
+from odedit.storage.location import Location, at
 from odedit.ways.common.activations import Moments, measured
 from pipeline.run_folder import staging
 from pipeline.run_folder.workspace import Workspace
 from pipeline.workers import engine
 from pipeline.workers.committing import way_of
-from pipeline.workers.model import worker_backbone
+from pipeline.workers.model import SETTING, worker_backbone
 from pipeline.workers.plan import Job, Plan
 from pipeline.workers.preparer import write_note
 
@@ -45,10 +46,13 @@ def measure(job: Job, plan: Plan, earlier: Workspace | None = None) -> tuple[Loc
     if not way_of(job.config).measures or not job.workspace.pool.exists():
         return ()
     key = _key(job)
-    for workspace in (job.workspace, *([] if earlier is None else [earlier])):
-        if files := _complete(workspace.moments / key):
+    store = job.config.pipeline.feature_store
+    shared = [] if store is None else [at(store, SETTING) / "moments"]
+    folders = [*shared, job.workspace.moments, *([] if earlier is None else [earlier.moments])]
+    for folder in folders:
+        if files := _complete(folder / key):
             return files
-    folder = job.workspace.moments / key
+    folder = folders[0] / key
     folder.make_folder()
     shares = list(range(plan.num_actors))
     files = tuple(folder / f"share-{share}-of-{len(shares)}.safetensors" for share in shares)
