@@ -225,7 +225,7 @@ def test_a_dry_run_prints_the_configuration_and_the_plan_and_writes_nothing(file
         0,
         "clamp: 0.5",
         "# input: 3 usable records in 1 group of 8, 0 skipped",
-        "# plan: 1 actor on",
+        "# plan: this process on",
         "# memory of a worker, about ",
     )
     assert yaml.safe_load(result.stdout)["editor"]["clamp"] == 0.5
@@ -236,8 +236,8 @@ def test_a_dry_run_prints_the_configuration_and_the_plan_and_writes_nothing(file
     ("of_job", "expected"),
     [
         ("10.0.0.1:6379", "on the cluster at 10.0.0.1:6379"),
-        ("http://127.0.0.1:8265", "1 actor on"),
-        ("local", "1 actor on"),
+        ("http://127.0.0.1:8265", "this process on"),
+        ("local", "this process on"),
     ],
 )
 def test_a_job_of_a_cluster_runs_on_it(
