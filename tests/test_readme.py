@@ -32,8 +32,8 @@ README = PAGES["README.md"]
 TESTED_ELSEWHERE = {
     r"odedit .*s3://": "tests/pipeline/driver/test_runs_in_storage.py",
     r"odedit compare studies/|odedit compare --uri": "tests/pipeline/report/test_compare.py",
-    r"odedit commit .*(sequential|runs/sequence)": "tests/pipeline/driver/test_sequential.py",
-    r"odedit commit .*(--change|--from|routed)": "tests/pipeline/driver/test_commit.py",
+    r"odedit commit .*(sequential|runs/sequence)": "tests/pipeline/driver/test_commit_in_sequence.py",
+    r"odedit commit .*(--change|--from|routed|bulk)": "tests/pipeline/driver/test_commit.py",
     r"odedit data pack": "tests/test_cli.py",
     r"odedit mlflow sync|odedit fetch": "tests/pipeline/tracking/test_tracking.py",
     r"odedit report|odedit show": "tests/pipeline/edits/test_show.py",

@@ -40,6 +40,7 @@ from odedit.errors import InputError
 from odedit.inputs.batch import EditParams
 from odedit.inputs.encoding import TokenSequence
 from odedit.runtime import parallel
+from odedit.runtime.brief import brief
 from odedit.storage.location import Location
 from odedit.storage.tensors import read_tensors, write_tensors
 from odedit.ways.base import Committed, Fit, PlainWay, Step, Task, WayConfig
@@ -224,6 +225,8 @@ class _Asked:
     weight: float
     vector_D: Tensor | None = None
     end_weight: float | None = None
+
+    __repr__ = brief
 
 
 def _length(sequence: TokenSequence) -> int:

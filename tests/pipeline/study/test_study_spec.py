@@ -223,7 +223,7 @@ def test_models_are_made_for_every_way_size_and_seed_and_tabled_without_the_seed
         ("models.sizes=[0]", "models.sizes: got [0]"),
         ("draw.per_task=3", "per_fact: got 1; expected at least 1, and per_task: null"),
         ("plot.front=[rel]", "front: got ['rel']; expected two columns"),
-        ("plot.x=way", "plot: bands need numbers above 0 as labels of their axis x; got 'joint'"),
+        ("plot.x=way", "plot: bands need numbers above 0 as labels of their axis x; got 'bulk'"),
     ],
 )
 def test_a_mistake_about_models_is_named(override: str, expected: str) -> None:

@@ -66,11 +66,11 @@ def test_an_evaluation_that_does_not_fit_is_halved_and_no_edit_made_again(
     edited: list[int] = []
     evaluate, edit = actor.evaluate, actor.edit
 
-    def narrow(backbone: Any, editor: Any, params: Any, batch: Any, config: Any) -> Any:
+    def narrow(backbone: Any, editor: Any, params: Any, batch: Any, *rest: Any) -> Any:
         evaluated.append(batch.num_edits)
         if evaluated[-1] > 1:
             raise torch.OutOfMemoryError("not enough memory")
-        return evaluate(backbone, editor, params, batch, config)
+        return evaluate(backbone, editor, params, batch, *rest)
 
     def counted(*arguments: Any) -> Any:
         edited.append(arguments[6])
