@@ -152,6 +152,6 @@ def test_every_dataclass_with_tensors_prints_in_one_line() -> None:
     result = EditResult("first", {"w": torch.zeros(1, 300, 20)}, 3, "converged", 0.5, {"rel": [0.5] * 90})
     assert repr(result) == (
         "EditResult(edit_id='first', params={'w': Tensor(1, 300, 20)}, steps=3, stop_reason='converged', seconds=0.5, "
-        "curves={'rel': [90 values]}, error=None)"
+        "curves={'rel': [90 values]}, error=None, delta={})"
     )
     assert "pixels=array(32, 32, 3)" in repr(make_request(0)) and len(repr(make_request(0))) < 4000
