@@ -170,6 +170,12 @@ def show_plan(ready: Ready, config: RunConfig, *, edits: bool = True) -> None:
         print(f"# {line}")
     address = ray_session.address_of(config.pipeline)
     if address is None:
+        if config.commit is not None:
+            from pipeline.driver.commit import TRAINED_GROUPS_PER_WORKER, groups_of_model
+
+            count = groups_of_model(ready)
+            plan = local_plan(config.pipeline, config.backbone, count, TRAINED_GROUPS_PER_WORKER)
+            print(f"# plan of the model: {plan}")
         print(f"# plan: {local_plan(config.pipeline, config.backbone, num_groups)}")
     else:
         print(f"# plan: on the cluster at {address}")

@@ -383,7 +383,7 @@ class _Run:
             else:
                 # A step may move the parameters in place.
                 self._origin = {name: value.clone() for name, value in new.items()} if self._optimizer.learns else {}
-                self._params = {name: value.contiguous() for name, value in new.items()}
+                self._params = {name: value.clone(memory_format=torch.contiguous_format) for name, value in new.items()}
                 self._state = self._optimizer.init(new)
         self._active_E = torch.ones(len(members), dtype=torch.bool, device=self._device)
         self._previous_E = torch.cat(

@@ -74,7 +74,7 @@ class State:
 
 
 class PrimalDual:
-    """Primal and dual steps of E edits; pure: takes and returns parameters and state."""
+    """Primal and dual steps of E edits. `descend` may overwrite the parameters and the state that it is given."""
 
     def __init__(
         self, editor: Editor, config: BaseConfig, max_steps: int, seed: int = 0, delta: EditParams | None = None

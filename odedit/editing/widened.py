@@ -54,6 +54,13 @@ def export_widened(backbone: Any, neurons: Neurons, directory: Path) -> None:
     """
     check_new(directory)
     source = Path(resolve(backbone.checkpoint, backbone.family, backbone.architecture))
+    files = list(weight_files.find(source))
+    named = {match[2] for file in files for match in map(_UNITS.search, _names(file)) if match}
+    if len(named) < 3:
+        raise InputError(
+            f"{source}: its weight files do not name the feed-forward networks decoder.layers.<n>.fc1 and fc2, which "
+            "the neurons become a part of. Serve the model with odedit, or choose ftl, ftv, lora or mend."
+        )
     with folder_written_atomically(directory) as folder:
         for path in other_files(source):
             target = folder / path.relative_to(source)
@@ -62,10 +69,15 @@ def export_widened(backbone: Any, neurons: Neurons, directory: Path) -> None:
         for name, text in getattr(backbone, "processor_files", dict)().items():
             if not (folder / name).exists():
                 (folder / name).write_text(text, encoding="utf-8")
-        added = sum(_widened(file, folder / file.name, neurons) for file in weight_files.find(source))
+        added = sum(_widened(file, folder / file.name, neurons) for file in files)
         _edit_json(folder / _CONFIG, "text_config", "ffn_dim", len(neurons.biases_N))
         if (folder / INDEX).exists():
             _edit_json(folder / INDEX, "metadata", "total_size", added)
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as stream:
+        return list(stream.keys())
 
 
 def _widened(source: Path, target: Path, neurons: Neurons) -> int:

@@ -71,11 +71,11 @@ class UneditedAnswers:
         keys, counts = _keys(batch, measured)
         known = {at: self._cells.get(key) for at, key in keys.items()}
         cells = {at: cell for at, cell in known.items() if cell is not None}
-        if len(cells) == len(keys):
+        if keys and len(cells) == len(keys):
             return _assembled(batch, cells)
         readout = ask().on_host()
         for at, key in keys.items():
-            cell = _cell(readout, at, *counts[at])
+            cell = _cell(readout, at, *counts[at], is_compared=is_locality(batch.slots[at[1]]))
             self._cells.put(key, cell, cell.bytes)
         return readout
 
@@ -105,8 +105,8 @@ def _keys(batch: EditBatch, measured: Hashable) -> tuple[dict[_At, Hashable], di
     return keys, counts
 
 
-def _cell(readout: Readout, at: _At, positions: int, targets: int) -> _Cell:
-    everywhere, greedy = readout.top_EKSR, readout.greedy_EKT
+def _cell(readout: Readout, at: _At, positions: int, targets: int, *, is_compared: bool) -> _Cell:
+    everywhere, greedy = readout.top_EKSR if is_compared else None, readout.greedy_EKT
     # Copies: a view would keep the whole batch.
     return _Cell(
         readout.top_EKTR[at][:targets].clone(),
@@ -121,7 +121,7 @@ def _assembled(batch: EditBatch, cells: Mapping[_At, _Cell]) -> Readout:
     shape, num_choices = batch.target_EKT.shape, first.top_TR.shape[-1]
     top_EKTR = torch.zeros(*shape, num_choices, dtype=torch.long)
     everywhere = None
-    if first.top_SR is not None:
+    if any(cell.top_SR is not None for cell in cells.values()):
         everywhere = torch.zeros(*batch.tokens_EKS.shape, num_choices, dtype=torch.long)
     greedy = None
     if first.greedy_T is not None:

@@ -53,8 +53,7 @@ class KVCache:
         whole = self._extended.get(layer, before)
         if whole[0].shape[2] < size + keys.shape[2]:
             # One buffer with room for the continuations: copying S positions in every call would cost more than the
-            # attention.
-            # Positions beyond `size` may be read again, after calls that continue fewer.
+            # attention. Positions beyond `size` may be read again, after calls that continue fewer.
             wholes = [_with_room(part, size + keys.shape[2] + _SPARE) for part in whole]
             whole = self._extended[layer] = wholes[0], wholes[1]
         for part, added in zip(whole, (keys, values), strict=True):

@@ -9,8 +9,8 @@ pool pictures of the same thing. v_n is the record's vector, or 0 where the answ
 stays: the record's question about other pictures, and the questions of the pool. C holds second moments of unedited
 inputs, at image and at text positions. Lower layers are written first; each takes an equal share of what is missing.
 
-Every record costs the same, and memory is that of the sums. A model without a record is solved anew from the vectors of
-the others: it equals one that never had the record.
+Every record costs the same. Memory is that of the sums and of the pool, and a vector and an answer per record. A
+model without a record is solved anew from the vectors of the others: it equals one that never had the record.
 
 References:
     MEMIT (arXiv 2210.07229): vectors first, then ridge regression with C over several layers (eq. 14, algorithm 1).
@@ -65,7 +65,7 @@ class BulkConfig(WayConfig):
             its answer.
         kept_weight: Weight of the pool's questions, all together.
         image_weight: Weight of the second moments of unedited inputs at image positions.
-        text_weight: The same at text positions.
+        text_weight: Weight of the second moments of unedited inputs at text positions.
         ridge: rho, relative to the mean diagonal entry of the other terms' matrix.
         null_space: Largest strength of a direction that may change, relative to the strongest direction of the unedited
             inputs; null: all may.

@@ -25,6 +25,7 @@ from odedit.editors.base import Continuing, Editor, Mergeable, Widening
 from odedit.errors import InputError
 from odedit.evaluation.columns import METRICS, PARTS, column
 from odedit.evaluation.edited import Edited
+from odedit.evaluation.readout import UneditedAnswers
 from odedit.inputs.batch import EditParams, EditRequest, is_locality
 from odedit.runtime.brief import brief
 from odedit.storage.atomic import folder_written_atomically
@@ -161,7 +162,7 @@ class _Sequence:
         self._config, self._task = config, task
         self._editor: Continuing = task.editor
         self._backbone = task.backbone
-        self._changed = Edited()
+        self._changed, self._known = Edited(), UneditedAnswers()
         self._number = {request.edit_id: number for number, request in enumerate(task.requests)}
         task.editor.check(task.backbone)
 
@@ -248,7 +249,7 @@ class _Sequence:
     ) -> list[dict[str, float]]:
         """Scores of some of the model's edits; `before` as of `scores_on`."""
         requests = [self._task.requests[self._number[each]] for each in edit_ids]
-        rows = scores_on(self._task, model, requests, self._changed, before)
+        rows = scores_on(self._task, model, requests, self._changed, self._known, before)
         return [{name: row[name] for name in SCORED if name in row} for row in rows]
 
     def save(self, state: _State) -> None:

@@ -170,9 +170,9 @@ class PipelineConfig(Settings):
     """Distribution of the work. Results depend on `batch_size` and `at_once` in their last bits, on the rest not.
 
     Attributes:
-        actors: Workers that hold the model. `auto`: none for a run of few groups on this machine, which the command
-            edits in its own process, without Ray; else one per GPU, or one per core for a small model. A worker that
-            crashes is started again; if the command itself does, the same command goes on.
+        actors: Workers that hold the model. `auto`: one per GPU, or one per core for a small model; none for a run of
+            few groups on this machine, which works in the command's own process, without Ray. A worker that crashes
+            is started again. After a crash of the command's own process the same command goes on.
         batch_size: Edits per group: encoded, optimised and written together. A crash costs one group.
         at_once: Largest number of edits of a group that are optimised together (see `odedit.editing.width`).
             `auto`: the number that half of the free memory holds, from the measured use of one edit; small models:

@@ -402,8 +402,7 @@ def _make(
 
     started = time.monotonic()
     workspace, config = ready.workspace, ready.config
-    # A way that is not parallel has one worker, whatever the number of groups.
-    num_groups = len(ready.staged.usable) if way_of(config).is_parallel else 1
+    num_groups = groups_of_model(ready)
     if not workspace.committed.exists() or workspace.model.exists():
         for folder in workspace.written_models:
             folder.delete_folder()
@@ -433,6 +432,11 @@ def _make(
         file.delete()
     seconds = (read_json(workspace.run) or {}).get("seconds", 0.0) + time.monotonic() - started
     update(workspace, seconds=seconds, **{_IS_WRITTEN: True})
+
+
+def groups_of_model(ready: Ready) -> int:
+    """Number of groups that the plan of the model's workers is made for; a way that is not parallel has one worker."""
+    return len(ready.staged.usable) if way_of(ready.config).is_parallel else 1
 
 
 def _num_workers(ready: Ready, plan: Plan, num_left_out: int) -> int:

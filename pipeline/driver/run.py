@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from odedit.errors import InputError, counted
+from odedit.runtime.garbage import collect_as_usual
 from odedit.storage.location import delete_all
 from pipeline.config.run import RunConfig
 from pipeline.console import say
@@ -296,6 +297,7 @@ def _edit(
     """Edits the pending groups. One of several runs is finished right after its last group."""
     from pipeline.workers import engine
 
+    collect_as_usual()
     say(console, f"Plan: {plan}.")
     ready = [run.ready for run in runs]
     jobs = [job_of(run, plan, is_profiled=profile is not None) for run in ready]
@@ -303,10 +305,12 @@ def _edit(
     total = sum(run.staged.num_usable + run.staged.problems for run in ready)
     finished = [part for run in ready for part in parts(run.workspace)]
     waits_for = "loading the model" if plan.in_process else "starting workers"
-    with Progress(console, total, str(plan), waits_for) as progress:
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(console, total, str(plan), waits_for))
         progress.include(read_rows(finished, PROGRESS_COLUMNS))
         last = time.monotonic()
-        for index, _, rows in engine.run_groups(jobs, plan, pending, profile):
+        reports = stack.enter_context(closing(engine.run_groups(jobs, plan, pending, profile)))
+        for index, _, rows in reports:
             raise_if_interrupted()
             runs[index].start()
             now = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -184,14 +185,26 @@ def _build_local(folder: Path, seed: int, rephrases: int) -> None:
             else:
                 # Copies, not links: a user may change a picture of the run's benchmark.
                 shutil.copytree(kept, temporary, dirs_exist_ok=True, copy_function=shutil.copyfile)
+                if not _is_whole(temporary):  # someone has deleted files of the cache
+                    world.build(temporary, seed, rephrases)
     except OSError:
         if not folder.is_dir():  # otherwise another run has just written the same content
             raise
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether a benchmark has every picture that its records name."""
+    for file in folder.glob("*.json"):
+        for record in json.loads(file.read_text(encoding="utf-8")):
+            if not (folder / "images" / record["image"]).is_file():
+                return False
+    return (folder / _WRITTEN_LAST).is_file()
+
+
 def _kept(seed: int, rephrases: int) -> Path | None:
     """The benchmark in the user's cache, drawn by the first run that needs it; None if the cache cannot be written."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "odedit"
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    cache = Path(given if os.path.isabs(given) else "~/.cache").expanduser() / "odedit"
     folder = cache / embedded_name(seed, rephrases)
     try:
         if not folder.is_dir():

@@ -240,7 +240,7 @@ class _Worker:
                 carried=carried,
                 removed=removed,
                 state=self._workspace.training,
-                moments=added_up(self._commit_job.moments, self._job.device),
+                moments=added_up(self._commit_job.moments, "cpu"),
                 stopping=config.stopping,
                 negatives=self._negatives,
             ),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,12 +38,35 @@ def unless_out_of_memory(work: Callable[[], list[Any]], num_edits: int) -> list[
     return None if is_last_try else unless_out_of_memory(work, num_edits)
 
 
+class DeviceLost(BaseException):
+    """A CUDA error after which the process cannot use the GPU; handlers of an edit's errors do not see it."""
+
+
+_is_own_process = False
+
+
+@contextmanager
+def in_own_process() -> Iterator[None]:
+    """Inside, a lost GPU raises `DeviceLost` instead of ending the process, which is the command's own."""
+    global _is_own_process
+    before, _is_own_process = _is_own_process, True
+    try:
+        yield
+    finally:
+        _is_own_process = before
+
+
 def end_if_device_is_lost(error: BaseException) -> None:
     """Ends this process after a CUDA error that makes every further call fail.
 
     Ray hands the group to a new worker, whose ledger finds the edit that caused the error.
+
+    Raises:
+        DeviceLost: The process is the command's own.
     """
     if "cuda error" in str(error).lower() and not _is_out_of_memory(error):
+        if _is_own_process:
+            raise DeviceLost(str(error)) from error
         os._exit(1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from pipeline.run_folder.rows import Row
@@ -13,7 +13,7 @@ from pipeline.workers.profile import Profile
 
 def run_groups(
     jobs: Sequence[Job], plan: Plan, pending: Sequence[tuple[int, int]], profile: Profile | None = None
-) -> Iterator[tuple[int, int, list[Row]]]:
+) -> Generator[tuple[int, int, list[Row]]]:
     """Edits groups; see `pipeline.workers.graph.run_graph`."""
     if plan.in_process:
         from pipeline.workers import in_process

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -31,7 +31,7 @@ MAX_BLOCKS_PER_ACTOR = 32
 
 def run_graph(
     jobs: Sequence[Job], plan: Plan, pending: Sequence[tuple[int, int]], profile: Profile | None = None
-) -> Iterator[tuple[int, int, list[Row]]]:
+) -> Generator[tuple[int, int, list[Row]]]:
     """Edits groups of one or many runs; yields index of the job, number and reported rows of each finished group.
 
     Several runs in one graph share the workers and the loaded model: starting a worker takes longer than a small run.

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from odedit.runtime.process import restored_process
+from odedit.errors import StorageError, one_sentence
+from odedit.runtime.process import configure_process, restored_process
 from pipeline.run_folder.rows import Row
 from pipeline.run_folder.workspace import Workspace, read_json
 from pipeline.variables import environment
 from pipeline.workers.committing import CommitJob, commit
+from pipeline.workers.device_errors import DeviceLost, in_own_process
 from pipeline.workers.plan import Job
 from pipeline.workers.profile import Profile
-from pipeline.workers.stages import Editing, Fatal, Preparing, attempted, fatal_of, prefix_of
+from pipeline.workers.stages import Editing, Fatal, GraphError, Preparing, attempted, fatal_of, prefix_of
 
 _POLL_S = 0.5
 _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
@@ -27,20 +29,22 @@ _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 
 def run_groups(
     jobs: Sequence[Job], pending: Sequence[tuple[int, int]], profile: Profile | None = None
-) -> Iterator[tuple[int, int, list[Row]]]:
+) -> Generator[tuple[int, int, list[Row]]]:
     """As `pipeline.workers.graph.run_graph`."""
     preparing, editing = Preparing(jobs), Editing(jobs)
-    with as_worker():
-        for index, group in pending:
+    for index, group in pending:
+        # Not around the loop: between two groups the process is the caller's.
+        with as_worker():
+            configure_process(jobs[index].num_threads, jobs[index].device)
             with preparing.timed(index) as prepare_seconds:
                 prepared = preparing.prepared(index, group)
             with editing.timed(index) as edit_seconds:
                 rows = editing.edited(index, prepared)
-            if isinstance(rows, Fatal):
-                raise rows.error(prefix_of(jobs, index))
-            if profile is not None:
-                profile.add({**prepare_seconds, **edit_seconds}, len(rows))
-            yield index, group, rows
+        if isinstance(rows, Fatal):
+            raise rows.error(prefix_of(jobs, index))
+        if profile is not None:
+            profile.add({**prepare_seconds, **edit_seconds}, len(rows))
+        yield index, group, rows
 
 
 def run_task(work: Callable[[Job], None], job: Job) -> None:
@@ -68,9 +72,10 @@ def _shown(workspace: Workspace, show: Callable[[Mapping[str, Any]], None]) -> I
 
     def watch() -> None:
         while not is_over.wait(_POLL_S):
-            progress = read_json(workspace.progress)
-            if isinstance(progress, dict) and "number" in progress:
-                show(progress)
+            with suppress(OSError, StorageError):  # progress is no result
+                progress = read_json(workspace.progress)
+                if isinstance(progress, dict) and "number" in progress:
+                    show(progress)
 
     workspace.progress.delete()
     thread = threading.Thread(target=watch, daemon=True)
@@ -84,7 +89,15 @@ def _shown(workspace: Workspace, show: Callable[[Mapping[str, Any]], None]) -> I
 
 @contextmanager
 def as_worker() -> Iterator[None]:
-    """Inside, the process may be set up as a worker, and warnings are not shown; afterwards it is as before."""
-    with environment(_QUIET), restored_process(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Inside, the process may be set up as a worker, and warnings are not shown; afterwards it is as before.
+
+    Raises:
+        GraphError: The GPU was lost.
+    """
+    try:
+        with environment(_QUIET), restored_process(), in_own_process(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except DeviceLost as error:
+        message = f"the GPU cannot be used any more ({one_sentence(error)}). The same command goes on from there."
+        raise GraphError(message) from error

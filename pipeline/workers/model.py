@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import replace
 from weakref import WeakKeyDictionary
+
+import torch
 
 from odedit.backbones import Backbone, load_backbone
 from odedit.backbones.common.feature_cache import with_feature_cache
@@ -72,5 +75,9 @@ def unedited_answers(backbone: Backbone) -> UneditedAnswers:
 
 
 def forget() -> None:
-    """Drops the model of the process's last run."""
-    _loaded.clear()
+    """Drops the model of the process's last run, and its memory on a GPU."""
+    if _loaded:
+        _loaded.clear()
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()

@@ -21,6 +21,7 @@ from odedit.data.supervision import build_request
 from odedit.errors import InputError
 from odedit.inputs.batch import EditRequest
 from odedit.inputs.prompts import find_template
+from odedit.runtime.addresses import masked
 from odedit.runtime.process import configure_process
 from odedit.storage.location import Location, at
 from odedit.ways.common.activations import Moments, measured
@@ -101,6 +102,8 @@ def _key(job: Job) -> str:
     digest = hashlib.sha256(job.workspace.pool.read_bytes())
     described = {
         "weights": fingerprint(model.family, model.checkpoint, dtype=model.dtype),
+        "pictures": [masked(root) for root in _picture_roots(job) if root is not None],
+        "names": (config.commit.name, config.editor.name),
         "editor": asdict(config.editor.settings),
         "layers": getattr(config.commit.settings, "layers", None),
         "template": config.data.template,
@@ -109,6 +112,15 @@ def _key(job: Job) -> str:
     }
     digest.update(json.dumps(described, sort_keys=True).encode())
     return digest.hexdigest()[:24]
+
+
+def _picture_roots(job: Job) -> tuple[str | None, ...]:
+    """Folders that the pool's pictures may lie in; the pool's rows name them without."""
+    sources = job.sources
+    return (
+        sources.pool, sources.pictures, sources.image_root, sources.rephrase_root, sources.pool_image_root,
+        sources.pool_rephrase_root,
+    )  # fmt: skip
 
 
 def _complete(folder: Location) -> tuple[Location, ...]:

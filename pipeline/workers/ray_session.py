@@ -74,9 +74,12 @@ def connected(
     address = address_of(pipeline)
     if address is None:
         plan = local_plan(pipeline, backbone, num_groups, groups_per_actor)
+        if not plan.in_process:
+            model.forget()  # the workers need its memory
         with _own_process() if plan.in_process else _local(plan):
             yield plan
     else:
+        model.forget()
         with _cluster(address):
             plan = _cluster_plan(pipeline, backbone, num_groups, console)
             with nodes.watched(plan, pipeline.wait_s, console):

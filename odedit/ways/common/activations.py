@@ -24,7 +24,7 @@ from odedit.ways.common.sequences import Features
 
 IMAGE, TEXT = "image", "text"
 _COUNT = "count"
-_REQUESTS_AT_ONCE, _SEQUENCES_AT_ONCE = 16, 128
+_REQUESTS_AT_ONCE, _SEQUENCES_AT_ONCE, _POSITIONS_AT_ONCE = 16, 128, 8192
 
 
 @dataclass
@@ -110,8 +110,9 @@ def _add(moments: Moments, backbone: Backbone, sites: Sequence[str], batch: Edit
     for kind, mask_RS in kinds.items():
         moments.sums[f"{_COUNT}/{kind}"] += mask_RS.sum().cpu()
         for site, input_RSI in inputs.items():
-            x_MI = input_RSI[mask_RS].double()
-            moments.sums[f"{site}/{kind}"] += x_MI.T @ x_MI
+            for x_MI in input_RSI[mask_RS].split(_POSITIONS_AT_ONCE):
+                x_MI = x_MI.double()
+                moments.sums[f"{site}/{kind}"] += x_MI.T @ x_MI
 
 
 def batches(features: Features, sequences: Sequence[TokenSequence]) -> Iterator[EditBatch]:

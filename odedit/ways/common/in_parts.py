@@ -1,6 +1,6 @@
-"""Examples of many records, some records at a time, so that memory does not grow with their number.
+"""Examples of many records, some records at a time.
 
-Of every record only the unedited answer to its question stays in memory, and its negatives in a temporary file.
+The unedited answer to each record's question stays in memory; its negatives are in a temporary file.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any
 from odedit.backbones import encode_requests
 from odedit.data.pool import normal
 from odedit.evaluation.edited import Edited, judged_by_edits
+from odedit.evaluation.readout import UneditedAnswers
 from odedit.evaluation.scores import EvaluationConfig, evaluate_together
 from odedit.inputs.batch import EditBatch, EditParams, EditRequest
 from odedit.ways.base import Task
@@ -46,17 +47,19 @@ def scores_on(
     model: EditParams,
     requests: Sequence[EditRequest],
     edited: Edited,
+    known: UneditedAnswers,
     before: EditParams | None = None,
 ) -> list[dict[str, Any]]:
     """Teacher-forced scores of records on a model, rows as of `evaluate_together`.
 
     Args:
         edited: What the model's records edit, by which a probe about that is judged.
+        known: Store of the unedited model's answers.
         before: Parameters of the model that it is compared with; None: the unedited model.
     """
     rows = []
     for start in range(0, len(requests), _SCORED_AT_ONCE):
         part = [judged_by_edits(request, edited) for request in requests[start : start + _SCORED_AT_ONCE]]
         _, evaluation = encode_requests(task.backbone, part, task.template, task.editor.sites)
-        rows += evaluate_together(task.backbone, task.editor, model, evaluation, _TEACHER_FORCED, before=before)
+        rows += evaluate_together(task.backbone, task.editor, model, evaluation, _TEACHER_FORCED, known, before)
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -81,6 +82,21 @@ def test_what_decides_an_answer_tells_probes_apart(backbone: Backbone) -> None:
     for number, measured in ((0, None), (0, None), (1, None), (0, "all"), (1, None)):
         readout(number, measured)
     assert asked == [(0, None), (1, None), (0, "all")]
+
+
+def test_a_part_without_probes_is_no_part_with_known_answers(backbone: Backbone) -> None:
+    """A long probe of one edit is a part of its own, which is empty for the other edit."""
+    long, short = (make_request(number) for number in range(2))
+    probe = replace(long.edit, prompt=" ".join(["who"] * 40))
+    long, short = replace(long, probes={"m_gen": probe}), replace(short, probes={})
+    editor, known = load_editor("ftl"), UneditedAnswers()
+    _, batch = encode_requests(backbone, [long, short], TEMPLATE)
+    params = random_edits(editor, backbone, batch, 0)
+    part = batch.take(torch.tensor([1]))
+    own = {name: value[1:] for name, value in params.items()}
+    expected = evaluate(backbone, editor, own, part)
+    for _ in range(2):
+        assert evaluate(backbone, editor, own, part, known=known) == expected
 
 
 def test_the_store_forgets_rather_than_grow(backbone: Backbone) -> None:
