@@ -4,7 +4,7 @@
 
 Model: the embedded BLIP-2; WISE under ODEdit with MLflow, as `odedit edit` runs with its defaults. Rounds alternate
 between the checkouts, so that both see the same load of a shared machine. The first row is there when the first
-result file is. CPU seconds are those of the command and all its workers.
+result file is. CPU seconds are those of the command's own process; workers that Ray starts are not counted.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Times:
     Attributes:
         first: To the first row.
         end: To the end of the command.
-        cpu: CPU seconds, all processes.
+        cpu: CPU seconds of the command's process.
     """
 
     first: float
