@@ -176,7 +176,8 @@ def show_plan(ready: Ready, config: RunConfig, *, edits: bool = True) -> None:
             count = groups_of_model(ready)
             plan = local_plan(config.pipeline, config.backbone, count, TRAINED_GROUPS_PER_WORKER)
             print(f"# plan of the model: {plan}")
-        print(f"# plan: {local_plan(config.pipeline, config.backbone, num_groups)}")
+        name = "plan" if config.commit is None else "plan of edits and scores"
+        print(f"# {name}: {local_plan(config.pipeline, config.backbone, num_groups)}")
     else:
         print(f"# plan: on the cluster at {address}")
     if edits and (memory := checkpoints.memory(ready.config)) is not None:

@@ -232,6 +232,15 @@ def test_a_dry_run_prints_the_configuration_and_the_plan_and_writes_nothing(file
     assert not Path(files["values"]["out"]).exists()
 
 
+def test_a_dry_run_of_one_model_has_the_plan_of_its_workers(files: dict[str, Any]) -> None:
+    values = {name: files["values"][name] for name in ("data", "out")} | {"pipeline": {"batch_size": 1}}
+    folder = Path(files["config"]).parent / "model"
+    folder.mkdir()
+    config = write_config(folder, values)
+    plans = "# plan of the model: this process on", "# plan of edits and scores: this process on"
+    expect(odedit("commit", "--config", config, "--dry-run"), 0, *plans)
+
+
 @pytest.mark.parametrize(
     ("of_job", "expected"),
     [
