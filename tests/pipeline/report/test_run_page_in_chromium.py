@@ -117,8 +117,8 @@ def test_filters_and_edits_by_keyboard(page: Any) -> None:
     assert page.get_attribute("#order", "aria-pressed") == "true"
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
-    assert page.url.endswith("#edit=vqa-000008")
     # The browser reports the new address after the key.
+    page.wait_for_url("**#edit=vqa-000008")
     page.wait_for_function("document.activeElement.id === 'edit-vqa-000008'")
 
 
