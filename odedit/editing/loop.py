@@ -381,8 +381,8 @@ class _Run:
                 self._origin, self._params = (stack_params([old, new]) for old in (self._origin, self._params))
                 self._state = self._optimizer.joined(self._state, new)
             else:
-                # A step may move the parameters in place.
-                self._origin = {name: value.clone() for name, value in new.items()} if self._optimizer.learns else {}
+                self._origin = new if self._optimizer.learns else {}
+                # A copy, since a step may move the parameters in place.
                 self._params = {name: value.clone(memory_format=torch.contiguous_format) for name, value in new.items()}
                 self._state = self._optimizer.init(new)
         self._active_E = torch.ones(len(members), dtype=torch.bool, device=self._device)

@@ -54,8 +54,8 @@ def export_widened(backbone: Any, neurons: Neurons, directory: Path) -> None:
     """
     check_new(directory)
     source = Path(resolve(backbone.checkpoint, backbone.family, backbone.architecture))
-    files = list(weight_files.find(source))
-    named = {match[2] for file in files for match in map(_UNITS.search, _names(file)) if match}
+    files = weight_files.find(source)
+    named = {match[2] for match in map(_UNITS.search, weight_files.read_headers(files)) if match}
     if len(named) < 3:
         raise InputError(
             f"{source}: its weight files do not name the feed-forward networks decoder.layers.<n>.fc1 and fc2, which "
@@ -73,11 +73,6 @@ def export_widened(backbone: Any, neurons: Neurons, directory: Path) -> None:
         _edit_json(folder / _CONFIG, "text_config", "ffn_dim", len(neurons.biases_N))
         if (folder / INDEX).exists():
             _edit_json(folder / INDEX, "metadata", "total_size", added)
-
-
-def _names(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as stream:
-        return list(stream.keys())
 
 
 def _widened(source: Path, target: Path, neurons: Neurons) -> int:

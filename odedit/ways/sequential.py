@@ -231,7 +231,7 @@ class _Sequence:
     def _scores_of_edit(self, before: EditParams, model: EditParams, edit_id: str) -> dict[str, float]:
         """Scores of the last edit, and its locality against the model before it."""
         (scores,) = self._scores(model, [edit_id])
-        (since,) = self._scores(model, [edit_id], before or None)
+        (since,) = self._scores(model, [edit_id], before) if before else (scores,)
         return scores | {f"{name}_step": value for name, value in since.items() if is_locality(name)}
 
     def checked(self, state: _State) -> _State:

@@ -395,7 +395,7 @@ def _make(
     """Makes the model and writes it, or goes on with both.
 
     Args:
-        left_out, edits: As in `CommitJob`.
+        left_out, edits: Fields of `CommitJob` of the same names.
         start: Folder of the run whose model is changed.
     """
     from pipeline.workers import engine, moments

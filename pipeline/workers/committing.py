@@ -36,7 +36,7 @@ from odedit.ways.common.activations import added_up
 from odedit.ways.common.files import CommittedInfo, load_committed, load_with_carried, save_committed
 from pipeline.run_folder import staging
 from pipeline.run_folder.committed import is_plain
-from pipeline.run_folder.workspace import read_json, write_json, write_rows
+from pipeline.run_folder.workspace import Workspace, read_json, write_json, write_rows
 from pipeline.workers.asked import with_old_answers
 from pipeline.workers.calibration import Calibration
 from pipeline.workers.model import worker_backbone
@@ -355,6 +355,13 @@ def _written(folder: Location, write: Callable[[Path], None]) -> None:
         path = Path(temporary) / folder.name
         write(path)
         copy_folder(path, folder, min(child.name for child in path.iterdir() if child.suffix == ".json"))
+
+
+def show_progress(workspace: Workspace, show: Callable[[Mapping[str, Any]], None]) -> None:
+    """Shows the progress that the first worker has written, if any."""
+    progress = read_json(workspace.progress)
+    if isinstance(progress, dict) and "number" in progress:
+        show(progress)
 
 
 def failure(workspace: Any) -> str:

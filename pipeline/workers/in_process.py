@@ -15,9 +15,9 @@ from typing import Any
 from odedit.errors import StorageError, one_sentence
 from odedit.runtime.process import configure_process, restored_process
 from pipeline.run_folder.rows import Row
-from pipeline.run_folder.workspace import Workspace, read_json
+from pipeline.run_folder.workspace import Workspace
 from pipeline.variables import environment
-from pipeline.workers.committing import CommitJob, commit
+from pipeline.workers.committing import CommitJob, commit, show_progress
 from pipeline.workers.device_errors import DeviceLost, in_own_process
 from pipeline.workers.plan import Job
 from pipeline.workers.profile import Profile
@@ -73,9 +73,7 @@ def _shown(workspace: Workspace, show: Callable[[Mapping[str, Any]], None]) -> I
     def watch() -> None:
         while not is_over.wait(_POLL_S):
             with suppress(OSError, StorageError):  # progress is no result
-                progress = read_json(workspace.progress)
-                if isinstance(progress, dict) and "number" in progress:
-                    show(progress)
+                show_progress(workspace, show)
 
     workspace.progress.delete()
     thread = threading.Thread(target=watch, daemon=True)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from odedit.errors import InputError
 from odedit.storage.location import Location
-from pipeline.run_folder.workspace import read_json
 from pipeline.variables import environment
-from pipeline.workers.committing import CommitJob, explained, failure, work
+from pipeline.workers.committing import CommitJob, explained, failure, show_progress, work
 from pipeline.workers.plan import Plan
 from pipeline.workers.stages import GraphError
 
@@ -22,7 +21,7 @@ _QUIET = {
 }
 
 
-def train(commit_job: CommitJob, plan: Plan, num_workers: int, show: Callable[[dict[str, Any]], None]) -> None:
+def train(commit_job: CommitJob, plan: Plan, num_workers: int, show: Callable[[Mapping[str, Any]], None]) -> None:
     """Runs the workers until the model is written.
 
     Args:
@@ -43,9 +42,7 @@ def train(commit_job: CommitJob, plan: Plan, num_workers: int, show: Callable[[d
         try:
             while thread.is_alive():
                 thread.join(_POLL_S)
-                progress = read_json(workspace.progress)
-                if isinstance(progress, dict) and "number" in progress:
-                    show(progress)
+                show_progress(workspace, show)
         finally:
             own_files.delete_folder()
     is_made = not errors and workspace.committed.exists() and workspace.model.is_folder()

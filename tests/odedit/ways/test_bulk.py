@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from odedit.ways.common.in_parts import InParts
 from odedit.ways.common.normal_equations import NormalEquations, null_space
 from tests.support.committing import finish, requests_of
 from tests.support.requests import TEMPLATE, make_request
+from tests.support.workers import two_workers
 
 QUICK = BulkConfig(copies=1, pool_copies=0, candidates=4)
 SITES = ("layers.2.ffn.out", "layers.3.ffn.out")
@@ -297,15 +297,7 @@ def _share(rank: int, size: int, address: str, results: Any) -> None:
 
 
 def test_two_workers_write_the_same_matrices_as_one(backbone, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    address = f"file://{tmp_path / 'rendezvous'}"
-    workers = [context.Process(target=_share, args=(rank, 2, address, results)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    (_, first), (_, second) = sorted((results.get(timeout=180) for _ in workers), key=lambda item: item[0])
-    for worker in workers:
-        worker.join(60)
+    (_, first), (_, second) = two_workers(_share, tmp_path)
     own = requests(4)
     alone = commit(task(backbone, [own[0], own[2], own[1], own[3]]))  # the order of two workers' shares
     for name, value in first.items():

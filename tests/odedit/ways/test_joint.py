@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from odedit.ways.common.examples import Examples, Reading, read
 from odedit.ways.common.sequences import Features, own_answers, with_answer
 from odedit.ways.joint import Joint, JointConfig
 from tests.support.requests import TEMPLATE, make_request
+from tests.support.workers import two_workers
 
 EDITOR = dict(Joint.defaults["editor"])
 QUICK = JointConfig(steps=12, records=4, kept=4, copies=1, candidates=4, check_every=4)
@@ -238,16 +238,7 @@ def _share(rank: int, size: int, address: str, results) -> None:
 
 
 def test_two_workers_end_with_the_same_parameters_and_share_the_records(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    address = f"file://{tmp_path / 'rendezvous'}"
-    workers = [context.Process(target=_share, args=(rank, 2, address, results)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    done = sorted((results.get(timeout=180) for _ in workers), key=lambda item: item[0])
-    for worker in workers:
-        worker.join(60)
-    (_, first, own), (_, second, other) = done
+    (_, first, own), (_, second, other) = two_workers(_share, tmp_path)
     assert own == ["edit-0", "edit-2"] and other == ["edit-1", "edit-3"]
     for name, value in first.items():
         assert (value == second[name]).all(), name
