@@ -31,7 +31,9 @@ from tests.support.committed import TARGETS, Model
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return committed.make(tmp_path_factory.mktemp("committed"), "minigpt4")
+    model = committed.make(tmp_path_factory.mktemp("committed"), "minigpt4")
+    write_edits(model.outcome.workspace)
+    return model
 
 
 def odedit(*arguments: object) -> Any:
@@ -39,7 +41,6 @@ def odedit(*arguments: object) -> Any:
 
 
 def test_the_list_has_an_entry_per_edit(made: Model) -> None:
-    write_edits(made.outcome.workspace)
     listed = read_edits(locate(str(made.out), "MODEL"))
     assert listed == read_edits(locate(str(made.out / "model"), "MODEL"))
     info = json.loads((made.out / "model" / "edits.json").read_text())["info"]
@@ -53,7 +54,6 @@ def test_the_list_has_an_entry_per_edit(made: Model) -> None:
 
 
 def test_the_command_lists_the_worst_first(made: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_edits(made.outcome.workspace)
     values = json.loads((made.out / "model" / "edits.json").read_text())
     values["edits"][1] |= {"holds": False, "answer_after": "=[red]wrong[/red]"}
     (tmp_path / "edits.json").write_text(json.dumps(values))
@@ -71,7 +71,7 @@ def test_the_command_lists_the_worst_first(made: Model, tmp_path: Path, monkeypa
         read_edits(locate(str(tmp_path), "MODEL"))
 
 
-def test_a_question_that_all_edits_share_is_said_once(made: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_question_that_all_edits_share_is_said_once(made: Model) -> None:
     first, second, _ = read_edits(locate(str(made.out / "model"), "MODEL"))
     second = second | {"prompt": first["prompt"], "image": "deep/in/a/folder.png"}
     console = Console(width=100, file=io.StringIO())
@@ -104,7 +104,6 @@ def test_an_edit_without_its_answer_does_not_hold() -> None:
 
 
 def test_the_cards_program_gives_the_edited_answer(made: Model, tmp_path: Path) -> None:
-    write_edits(made.outcome.workspace)
     file = write_model_card(made.outcome.workspace, made.config, made.outcome.summary)
     card = file.read_text()
     front = yaml.safe_load(card.split("---")[1])
@@ -125,7 +124,7 @@ def test_the_cards_program_gives_the_edited_answer(made: Model, tmp_path: Path) 
 
 def test_a_card_takes_no_markup_or_path_from_records(made: Model, tmp_path: Path) -> None:
     workspace = made.outcome.workspace
-    file = write_edits(workspace)
+    file = made.out / "model" / "edits.json"
     before = file.read_text()
     values = json.loads(before)
     values["edits"][0] |= {"prompt": "a|b\n# title <script>```", "target": "x" * 500}
