@@ -110,6 +110,7 @@ class EditedModel:
     Attributes:
         backbone: The model; with plain weights the edited one, else the unedited one.
         template: Prompt template around the questions of `answer`.
+        editor: Editor that applies `params`; None: plain weights.
         params: Parameters that the editor applies; None: plain weights.
     """
 
@@ -120,8 +121,7 @@ class EditedModel:
         editor: Editor | None = None,
         params: EditParams | None = None,
     ) -> None:
-        self.backbone, self.template, self.params = backbone, template, params
-        self._editor = editor
+        self.backbone, self.template, self.editor, self.params = backbone, template, editor, params
 
     @property
     def model(self) -> Any:
@@ -157,9 +157,9 @@ class EditedModel:
         probe = Probe(question, _PLACEHOLDER, read, is_caption)
         features = backbone.image_features([] if read is None else [read])
         batch = backbone.encode(["question"], ["rel"], [[probe]], features, self.template)
-        sites = ("layers.0.ffn.out",) if self._editor is None else self._editor.sites
+        sites = ("layers.0.ffn.out",) if self.editor is None else self.editor.sites
         prefix = backbone.prefix(batch, *sites, kv_cache=kv_cache)
-        with self._together(batch):
+        with self.applied(batch):
             read_EKT = batch.with_room(1, 0, backbone.max_positions).predict_EKT
             first_EKT = backbone.head(backbone.suffix(prefix, read_EKT, kv_cache)).argmax(dim=-1)
             tokens_EKN = generate(backbone, batch, prefix, kv_cache, first_EKT, max_tokens)
@@ -175,11 +175,11 @@ class EditedModel:
             InputError: A setting with which a prompt is not read at once (`assistant_model`, `prefill_chunk_size`), or
                 an editor that applies its edits to odedit's own forwards alone.
         """
-        if self._editor is None:
+        if self.editor is None:
             return cast(Tensor, self.model.generate(**inputs))
-        if not isinstance(self._editor, RoutedEditor):
+        if not isinstance(self.editor, RoutedEditor):
             raise InputError(
-                f"generate: edits of {type(self._editor).__name__} act in `answer` alone; ask with answer(picture, "
+                f"generate: edits of {type(self.editor).__name__} act in `answer` alone; ask with answer(picture, "
                 "question)."
             )
         config = inputs.get("generation_config")
@@ -189,13 +189,14 @@ class EditedModel:
                     f"generate: a routed model reads a prompt at once, which {name} does not; leave it out."
                 )
         assert self.params is not None
-        with self._editor.routed(self.backbone, self.params, _at_end_of(inputs.get("attention_mask"))):
+        with self.editor.routed(self.backbone, self.params, _at_end_of(inputs.get("attention_mask"))):
             return cast(Tensor, self.model.generate(**inputs))
 
-    def _together(self, batch: EditBatch) -> AbstractContextManager[object]:
-        if self._editor is None or self.params is None:
+    def applied(self, batch: EditBatch) -> AbstractContextManager[object]:
+        """Context in which a batch is answered by the committed model."""
+        if self.editor is None or self.params is None:
             return nullcontext()
-        return self._editor.together(self.backbone, self.params, batch)
+        return self.editor.together(self.backbone, self.params, batch)
 
 
 def _at_end_of(mask_BS: Tensor | None) -> Positions:
