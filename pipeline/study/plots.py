@@ -15,7 +15,7 @@ from pipeline.study.tables import Cell, tasks
 
 # Palette of Okabe and Ito (2008), distinct for colour-blind readers, without its yellow, which is too pale for points.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_MARKERS = "os^Dvp*"
+_MARKERS = "os^Dvp*XP"
 _NAMES = LABELS | {
     "rel_generated_exact": "edits that hold",
     "m_gen_exact": "image generality, whole answers",
@@ -176,9 +176,9 @@ def _lines(study: StudyConfig, cells: Sequence[Cell]) -> Any:
 
 def _bands(study: StudyConfig, cells: Sequence[Cell]) -> Any:
     """Means over axis `x`, whose labels are numbers, with their intervals as bands, and the front of two columns."""
-    panels, columns, front = _panels(study, cells), _columns(study, cells), study.plot.front
+    panels, columns, of_front = _panels(study, cells), _columns(study, cells), study.plot.front
     x_axis, colours = study.plot.x or next(iter(study.axes)), _colours(study) or {"": COLOURS[0]}
-    widths = [1.0] * len(columns) + ([1.3] if front else [])
+    widths = [1.0] * len(columns) + ([1.3] if of_front else [])
     picture = figure(2.6 * sum(widths) + 0.6, 2.7 * len(panels) + 0.5)
     grid = picture.subplots(len(panels), len(widths), squeeze=False, width_ratios=widths)
     for row, (name, of_row) in enumerate(panels.items()):
@@ -187,11 +187,11 @@ def _bands(study: StudyConfig, cells: Sequence[Cell]) -> Any:
             lines[cell.arm.labels.get(study.plot.colour or "", "")].append(cell)
         for axes, column in zip(grid[row], columns, strict=False):
             _curves(axes, column, lines, colours, x_axis)
-        if front:
-            _front(grid[row][-1], front, lines, colours, x_axis)
+        if of_front:
+            _front(grid[row][-1], of_front, lines, colours, x_axis)
             low, high = grid[row][-1].get_xlim()
-            grid[row][-1].set_xlim(low, _end(low, high, front[0], of_row))
-        for axes, column in zip(grid[row], [*columns, *front[1:]], strict=True):
+            grid[row][-1].set_xlim(low, _end(low, high, of_front[0], of_row))
+        for axes, column in zip(grid[row], [*columns, *of_front[1:]], strict=True):
             low, high = axes.get_ylim()
             axes.set_ylim(low, _end(low, high, column, of_row))
             axes.grid(color="#e4e7eb", zorder=0)
@@ -226,17 +226,37 @@ def _curves(
 def _front(
     axes: Any, columns: Sequence[str], lines: Mapping[str, Sequence[Cell]], colours: Mapping[str, str], x_axis: str
 ) -> None:
-    """The second column against the first; the ends of a line have their label of axis `x`."""
+    """The second column against the first at the last label of axis `x`, with the front as a line.
+
+    Points that others dominate, with less than half of the best in a column, are named at the edge instead: they would
+    push the others together.
+    """
+    last = max((_x(cell, x_axis) for line in lines.values() for cell in line), default=0.0)
+    points: dict[str, tuple[Estimate, Estimate]] = {}
+    for shade, line in lines.items():
+        for cell in line:
+            if _x(cell, x_axis) == last and set(columns) <= cell.means.keys():
+                points[shade] = cell.means[columns[0]], cell.means[columns[1]]
+    means = {shade: (x.mean, y.mean) for shade, (x, y) in points.items()}
+    vertices = front(list(means.values()))
+    best = [max((mean[axis] for mean in vertices), default=0.0) for axis in (0, 1)]
+    is_far = {
+        shade: mean not in vertices and any(mean[axis] < best[axis] / 2 for axis in (0, 1))
+        for shade, mean in means.items()
+    }
     for (shade, colour), marker in zip(colours.items(), cycle(_MARKERS), strict=False):
-        shown = [cell for cell in lines[shade] if set(columns) <= cell.means.keys()]
-        x, y = ([cell.means[column].mean for cell in shown] for column in columns)
-        axes.plot(x, y, marker=marker, color=colour, markersize=4, linewidth=1, clip_on=False, zorder=3)
-        for cell, *place in list(zip(shown, x, y, strict=True))[:: max(1, len(shown) - 1)]:
-            name = cell.arm.labels[x_axis]
-            axes.annotate(name, place, xytext=(4, 3), textcoords="offset points", fontsize=7, color=colour)
+        if shade in points and not is_far[shade]:
+            x, y = points[shade]
+            errors = {"xerr": [[x.mean - x.low], [x.high - x.mean]], "yerr": [[y.mean - y.low], [y.high - y.mean]]}
+            axes.errorbar(x.mean, y.mean, **errors, fmt=marker, color=colour, markersize=5, elinewidth=0.7, zorder=3)
+    axes.plot(*zip(*vertices, strict=True), color="#52606d", linewidth=1, linestyle=":", zorder=2)
+    far = [f"{shade} ({x:.2f}, {y:.2f})" for shade, (x, y) in means.items() if is_far[shade]]
+    if far:
+        text = "\n".join(["outside:", *far])
+        axes.text(0.02, 0.02, text, transform=axes.transAxes, fontsize=7, color="#52606d", va="bottom")
     axes.set_xlabel(_NAMES.get(columns[0], columns[0]), fontsize=8)
     axes.set_ylabel(_NAMES.get(columns[1], columns[1]), fontsize=8)
-    axes.set_title(f"front over the numbers of {x_axis}", fontsize=9)
+    axes.set_title(f"front at {last:g} {x_axis}", fontsize=9)
 
 
 def _fronts(study: StudyConfig, cells: Sequence[Cell]) -> Any:

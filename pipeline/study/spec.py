@@ -105,7 +105,8 @@ class Plot:
         colour: Axis of the study by colour.
         columns: Result columns, one panel each.
         reference: Label of axis `x` drawn as a horizontal line instead of a point.
-        front: Two columns drawn against each other in a last panel, the first along x; only with `bands`.
+        front: Two columns drawn against each other in a last panel, the first along x, at the last label of axis `x`;
+            only with `bands`.
     """
 
     kind: Literal["dots", "lines", "bands", "heatmap", "states", "fronts"] = "dots"

@@ -18,7 +18,7 @@ from pipeline.config import strict
 from pipeline.report import formatting
 from pipeline.report.differences import Difference
 from pipeline.run_folder.rows import EDITED, FAILED, SKIPPED, Row
-from pipeline.study import comparisons, plots, tables
+from pipeline.study import comparisons, fronts, plots, tables
 from pipeline.study.spec import Arm, StudyConfig, arms
 
 TWO_AXES = {
@@ -218,7 +218,7 @@ def test_correlations_equal_spearmans() -> None:
     assert line == f"| arm | 11 | {rho:+.2f} (p {p:.2g}) |  |", "without spread there is nothing to rank"
 
 
-def drawn(config: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> Figure:
+def drawn(config: StudyConfig, monkeypatch: pytest.MonkeyPatch, rows: dict[str, list[Row]] | None = None) -> Figure:
     pictures: list[Figure] = []
     original = plots.to_png
 
@@ -227,7 +227,7 @@ def drawn(config: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> Figure:
         return original(picture)
 
     monkeypatch.setattr(plots, "to_png", keep)
-    found = tables.cells(config, arms(config), rows_of(config, 4))
+    found = tables.cells(config, arms(config), rows or rows_of(config, 4))
     image = plots.draw(config, found)
     assert image.startswith(b"\x89PNG") and len(image) > 5000
     return pictures[0]
@@ -343,12 +343,16 @@ def test_figures_of_models_are_means_over_both_tasks_and_the_pool_clustered_by_f
     assert heads == "| way | facts | n | rel | kept |" and "`stop`" not in tables.legend(config)
 
 
-def test_bands_are_intervals_over_the_numbers_of_facts_and_the_front_names_its_points(
+def test_bands_are_intervals_over_the_numbers_of_facts_and_the_front_is_of_the_largest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = study(**SCALE)
-    picture = drawn(config, monkeypatch)
-    found = tables.cells(config, arms(config), rows_of(config, 4))
+    rows = {
+        name: [each | {"m_loc": 0.9, "rel": 0.5 + 0.5 * each["rel"]} for each in of_arm]
+        for name, of_arm in rows_of(config, 4).items()
+    }
+    picture = drawn(config, monkeypatch, rows)
+    found = tables.cells(config, arms(config), rows)
     rel, front = picture.axes  # no model was asked about the pool
     for cells, axes_line, band in zip((found[:2], found[2:]), rel.lines, rel.collections, strict=True):
         assert list(axes_line.get_xdata()) == [2.0, 16.0]
@@ -357,9 +361,22 @@ def test_bands_are_intervals_over_the_numbers_of_facts_and_the_front_names_its_p
         assert heights.min() == min(cell.means["rel"].low for cell in cells)
         assert heights.max() == max(cell.means["rel"].high for cell in cells)
     assert [text.get_text() for text in rel.get_xticklabels()] == ["2", "16"]
-    assert [text.get_text() for text in front.texts] == ["2", "16"] * 2
-    assert list(front.lines[0].get_xdata()) == [cell.means["m_loc"].mean for cell in found[:2]]
+    largest = [(cell.means["m_loc"].mean, cell.means["rel"].mean) for cell in (found[1], found[3])]
+    shown = [container.lines[0].get_xydata()[0] for container in front.containers]
+    assert np.array(shown) == pytest.approx(np.array(largest))
+    assert list(map(tuple, front.lines[-1].get_xydata())) == fronts.front(largest)
+    assert front.get_title() == "front at 16 facts" and not front.texts
     assert [text.get_text() for text in picture.legends[0].get_texts()] == ["sum", "joint"]
+
+
+def test_a_point_far_below_the_front_is_named_and_does_not_stretch_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = study(**SCALE)
+    rows = {name: [each | {"rel": 0.8, "m_loc": 0.9} for each in of_arm] for name, of_arm in rows_of(config, 4).items()}
+    rows["sum_16"] = [each | {"rel": 0.0} for each in rows["sum_16"]]
+    _, front = drawn(config, monkeypatch, rows).axes
+    assert len(front.containers) == 1 and front.get_ylim()[0] > 0
+    (text,) = front.texts
+    assert text.get_text() == "outside:\nsum (0.90, 0.00)"
 
 
 def test_heat_maps_show_the_means(monkeypatch: pytest.MonkeyPatch) -> None:
