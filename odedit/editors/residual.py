@@ -32,7 +32,7 @@ from odedit.settings import Settings
 
 @dataclass(frozen=True)
 class ResidualConfig(Settings):
-    """Settings of residuals; chosen on the validation split of the embedded world.
+    """Settings of residuals; chosen on the validation split of the embedded world, BLIP-2 and LLaVA.
 
     Attributes:
         site: Module to whose output the vector is added: `layers.<n>.<part>`, or `layers.75%.<part>` at three quarters
@@ -45,7 +45,7 @@ class ResidualConfig(Settings):
     site: str = "layers.75%.ffn.out"
     learning_rate: Annotated[float, Gt(0)] = 0.1
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    max_steps: Annotated[int, Ge(1)] = 100
+    max_steps: Annotated[int, Ge(1)] = 200
 
 
 class Residual(Plain):

@@ -57,7 +57,7 @@ _SAME = 16
 
 @dataclass(frozen=True)
 class BulkConfig(WayConfig):
-    """Settings of the solve; the defaults were chosen on the validation split of the embedded world.
+    """Settings of the solve; the defaults were chosen on the validation split of the embedded world, BLIP-2 and LLaVA.
 
     Attributes:
         layers: Layers that share the change: that of `editor.site`, and those directly below it.
@@ -76,9 +76,9 @@ class BulkConfig(WayConfig):
 
     layers: Annotated[int, Ge(1)] = 2
     near_weight: Annotated[float, Ge(0)] = 0.1
-    kept_weight: Annotated[float, Ge(0)] = 1.0
+    kept_weight: Annotated[float, Ge(0)] = 3.0
     image_weight: Annotated[float, Ge(0)] = 0.1
-    text_weight: Annotated[float, Ge(0)] = 0.1
+    text_weight: Annotated[float, Ge(0)] = 0.5
     ridge: Annotated[float, Gt(0)] = 1e-6
     null_space: Annotated[float, Gt(0), Lt(1)] | None = None
     copies: Annotated[int, Ge(0)] = 12
