@@ -6,7 +6,7 @@ An arm is one combination of a label of every axis, and an ordinary run.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -79,13 +79,17 @@ class Models:
         if not self.sizes or min(self.sizes) < 1:
             raise ValueError(f"sizes: got {list(self.sizes)}, expected numbers of facts, at least one.")
 
+    def known(self, own: Mapping[str, Mapping[str, Any]]) -> KeysView[str]:
+        """Every label of the axis `way`, in order: files of `odedit/ways`, and the study's own axis `way`."""
+        return dict.fromkeys((*ways.names(), *own)).keys()
+
     def axes(self, own: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
         """Axis -> label -> settings.
 
         Args:
             own: The study's own axis `way`.
         """
-        labels = tuple(dict.fromkeys((*ways.names(), *own))) if self.ways is None else self.ways
+        labels = self.known(own) if self.ways is None else self.ways
         return {
             "way": {label: merged({"commit": {"way": label}}, own.get(label) or {}) for label in labels},
             "facts": {str(size): {"data": {"limit": size}} for size in self.sizes},
@@ -194,7 +198,7 @@ class StudyConfig:
         special: Further settings of some arms; later ones win.
         skip: Combinations to leave out, as axis -> labels.
         baseline: Axis -> label of the baseline: every arm is tested against the arm with these labels and otherwise its
-            own.
+            own. Without effect if `models.ways` leaves it out.
         compared: Axis -> label that is tested against every other label of the axis, in a table of its own.
         columns: Result columns of the first table.
         further: Result columns of a second table.
@@ -225,7 +229,10 @@ class StudyConfig:
         for name in ("special", "skip", "columns", "further"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.models is not None:
-            object.__setattr__(self, "axes", self.axes | self.models.axes(self.axes.get("way", {})))
+            own = self.axes.get("way", {})
+            object.__setattr__(self, "axes", self.axes | self.models.axes(own))
+            if self.baseline.get("way") in self.models.known(own) - self.axes["way"].keys():
+                object.__setattr__(self, "baseline", {})
 
 
 @dataclass(frozen=True)

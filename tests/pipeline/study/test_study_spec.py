@@ -216,6 +216,13 @@ def test_models_are_made_for_every_way_size_and_seed_and_tabled_without_the_seed
     assert list(load("scale", write(tmp_path, mine), ["models.ways=[mine]"]).axes["way"]) == ["mine"]
 
 
+def test_ways_without_the_baselines_are_not_tested_against_it() -> None:
+    assert load("scale", None, ["models.ways=[sum, joint]"]).baseline == {"way": "joint"}
+    assert load("scale", None, ["models.ways=[sum, bulk]"]).baseline == {}
+    with pytest.raises(InputError, match="baseline.way 'jiont'. Did you mean 'joint'"):
+        load("scale", None, ["models.ways=[sum, joint]", "baseline.way=jiont"])
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
