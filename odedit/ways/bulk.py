@@ -63,9 +63,9 @@ class BulkConfig(WayConfig):
         layers: Layers that share the change: that of `editor.site`, and those directly below it.
         near_weight: Weight of a record's questions about other pictures, and of its answer's end, relative to the 1 of
             its answer.
-        kept_weight: Weight of the pool's questions, all together.
-        image_weight: Weight of the second moments of unedited inputs at image positions.
-        text_weight: Weight of the second moments of unedited inputs at text positions.
+        kept_weight: Weight of the pool's questions, all together, relative to that of all records' answers.
+        image_weight: Weight of the second moments of unedited inputs at image positions, relative to the same.
+        text_weight: Weight of the second moments of unedited inputs at text positions, relative to the same.
         ridge: rho, relative to the mean diagonal entry of the other terms' matrix.
         null_space: Largest strength of a direction that may change, relative to the strongest direction of the unedited
             inputs; null: all may.
@@ -76,9 +76,9 @@ class BulkConfig(WayConfig):
 
     layers: Annotated[int, Ge(1)] = 2
     near_weight: Annotated[float, Ge(0)] = 0.1
-    kept_weight: Annotated[float, Ge(0)] = 3.0
-    image_weight: Annotated[float, Ge(0)] = 0.1
-    text_weight: Annotated[float, Ge(0)] = 0.5
+    kept_weight: Annotated[float, Ge(0)] = 0.1
+    image_weight: Annotated[float, Ge(0)] = 0.002
+    text_weight: Annotated[float, Ge(0)] = 0.01
     ridge: Annotated[float, Gt(0)] = 1e-6
     null_space: Annotated[float, Gt(0), Lt(1)] | None = None
     copies: Annotated[int, Ge(0)] = 12
@@ -156,6 +156,7 @@ class Bulk(PlainWay):
     ) -> Generator[Step, None, dict[str, Tensor]]:
         """Difference of every site's matrix, float64; those of an interrupted attempt are not solved again."""
         written = {} if task.state is None else _read_state(task.state, task.backbone.device)
+        records = sum(parallel.gathered(len(vectors)))
         for number, site in enumerate(sites):
             if site in written:
                 continue
@@ -164,23 +165,24 @@ class Bulk(PlainWay):
             equations = NormalEquations.empty(width_in, width_out, backbone.device)
             share = 1 / (len(sites) - number)
             done = Written(WrittenMatrices(), {name: value.float().unsqueeze(0) for name, value in written.items()})
-            for count, asked in self._asked(examples, task, vectors):
+            for count, asked in self._asked(examples, task, vectors, records):
                 yield Step(count, len(task.requests), doing=f"keys of {site}")
                 _add(equations, backbone, examples, asked, share, (site, sites[-1]), done)
             yield Step(len(task.requests), len(task.requests), doing=f"solving {site}")
-            written[site] = self._solved(equations.summed(), moments, site)
+            written[site] = self._solved(equations.summed(), moments, site, records)
             if task.state is not None and parallel.rank() == 0:
                 write_tensors(task.state, written, {})
         return written
 
-    def _solved(self, equations: NormalEquations, moments: Moments, site: str) -> Tensor:
+    def _solved(self, equations: NormalEquations, moments: Moments, site: str, records: int) -> Tensor:
         config = self.config
         image_II, text_II = (moments.mean(site, kind).to(equations.gram_II) for kind in (IMAGE, TEXT))
         basis_IM = None if config.null_space is None else null_space(image_II + text_II, config.null_space)
-        return equations.solved(config.image_weight * image_II + config.text_weight * text_II, config.ridge, basis_IM)
+        cost_II = records * (config.image_weight * image_II + config.text_weight * text_II)
+        return equations.solved(cost_II, config.ridge, basis_IM)
 
     def _asked(
-        self, examples: InParts, task: Task, vectors: Mapping[str, Tensor]
+        self, examples: InParts, task: Task, vectors: Mapping[str, Tensor], records: int
     ) -> Iterator[tuple[int, list[_Asked]]]:
         """Questions in parts, each with the number of records before it: those of the records, then of the pool."""
         config, count = self.config, 0
@@ -191,7 +193,7 @@ class Bulk(PlainWay):
             yield count, asked
             count += len(part)
         if parallel.rank() == 0 and config.kept_weight:
-            weight = config.kept_weight / max(1, len(examples.kept))
+            weight = config.kept_weight * records / max(1, len(examples.kept))
             yield count, [_Asked(sequence, weight / _length(sequence)) for sequence in examples.kept]
 
 

@@ -182,6 +182,18 @@ def test_parts_and_batches_of_other_sizes_write_the_same_matrices(backbone, monk
     assert_close(commit(task(backbone)).params, whole.params, 1e-3)  # forwards are in float32
 
 
+def test_what_is_kept_weighs_as_much_among_more_records(backbone) -> None:
+    """Each record twice is the same regression."""
+    once = task(backbone, requests(3))
+    twice = [*once.requests, *(replace(each, edit_id=f"{each.edit_id}-again") for each in once.requests)]
+    edits = stack_params([once.edits, once.edits])
+    assert_close(
+        {name: value[:3] for name, value in commit(replace(once, requests=twice, edits=edits)).params.items()},
+        commit(once).params,
+        1e-3,
+    )
+
+
 def test_a_model_without_a_record_equals_one_that_never_had_it_bit_for_bit(backbone) -> None:
     own = requests(5)
     before = commit(task(backbone, own))
