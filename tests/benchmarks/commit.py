@@ -44,6 +44,8 @@ from tests.support.requests import TEMPLATE, make_picture, make_pool, make_reque
 _PICTURES = 64
 _POOL, _POOL_PICTURES = range(100_000, 100_032), 100_000
 _EDITS_AT_ONCE = 24
+_CACHE_BYTES = 16 * 2**20
+"""Less than the pictures of many records take: their features must not look like memory of a way."""
 _QUESTIONS = 12
 
 
@@ -124,7 +126,8 @@ def run(asked: Asked) -> dict[str, float]:
     way, light = asked.made(), WAYS[asked.way]
     settings = dict(way.defaults["editor"])
     name = settings.pop("name")
-    backbone, editor = with_feature_cache(load_backbone("blip2", asked.checkpoint)), load_editor(name, settings)
+    backbone = with_feature_cache(load_backbone("blip2", asked.checkpoint), cache_bytes=_CACHE_BYTES)
+    editor = load_editor(name, settings)
     objective = objectives.Objective(objectives.ObjectiveConfig(**way.defaults["objective"]))
     count = objective.config.num_negatives
     task = Task(
