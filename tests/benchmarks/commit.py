@@ -159,13 +159,19 @@ def run(asked: Asked) -> dict[str, float]:
 
 
 def _edits(task: Task) -> EditParams:
-    """Single edits of all records, stacked."""
-    made: list[EditParams] = []
+    """Single edits of all records, stacked; a run keeps them in files."""
+    stacked: EditParams = {}
     for start in range(0, len(task.requests), _EDITS_AT_ONCE):
         part = task.requests[start : start + _EDITS_AT_ONCE]
         batch, _ = encode_requests(task.backbone, part, TEMPLATE, task.editor.sites, task.negatives, joined=True)
-        made += [done.params for done in edit(task.backbone, task.editor, task.objective, batch, task.stopping)]
-    return stack_params(made)
+        done = stack_params(
+            [each.params for each in edit(task.backbone, task.editor, task.objective, batch, task.stopping)]
+        )
+        if not stacked:
+            stacked = {name: value.new_empty(len(task.requests), *value.shape[1:]) for name, value in done.items()}
+        for name, value in done.items():
+            stacked[name][start : start + len(value)] = value
+    return stacked
 
 
 def _committed(way: Way, task: Task) -> tuple[Committed, float]:
