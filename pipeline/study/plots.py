@@ -112,6 +112,12 @@ def _point(axes: Any, mean: Estimate, y: float, colour: str) -> None:
     axes.errorbar(mean.mean, y, xerr=error, fmt="o", color=colour, markersize=4, elinewidth=1.4, capsize=2, zorder=3)
 
 
+def _cross(axes: Any, x: Estimate, y: Estimate, **style: Any) -> None:
+    """A point with its intervals in both directions."""
+    errors = {"xerr": [[x.mean - x.low], [x.high - x.mean]], "yerr": [[y.mean - y.low], [y.high - y.mean]]}
+    axes.errorbar(x.mean, y.mean, **errors, **style)
+
+
 def _colours(study: StudyConfig) -> dict[str, str]:
     if study.plot.colour is None:
         return {}
@@ -246,9 +252,7 @@ def _front(
     }
     for (shade, colour), marker in zip(colours.items(), cycle(_MARKERS), strict=False):
         if shade in points and not is_far[shade]:
-            x, y = points[shade]
-            errors = {"xerr": [[x.mean - x.low], [x.high - x.mean]], "yerr": [[y.mean - y.low], [y.high - y.mean]]}
-            axes.errorbar(x.mean, y.mean, **errors, fmt=marker, color=colour, markersize=5, elinewidth=0.7, zorder=3)
+            _cross(axes, *points[shade], fmt=marker, color=colour, markersize=5, elinewidth=0.7, zorder=3)
     axes.plot(*zip(*vertices, strict=True), color="#52606d", linewidth=1, linestyle=":", zorder=2)
     far = [f"{shade} ({x:.2f}, {y:.2f})" for shade, (x, y) in means.items() if is_far[shade]]
     if far:
@@ -300,9 +304,7 @@ def _one_front(
     if not points:
         return
     for means in points:
-        x, y = means[near], means[column]
-        errors = {"xerr": [[x.mean - x.low], [x.high - x.mean]], "yerr": [[y.mean - y.low], [y.high - y.mean]]}
-        axes.errorbar(x.mean, y.mean, **errors, fmt=marker, color=colour, markersize=4, elinewidth=0.6, alpha=0.7)
+        _cross(axes, means[near], means[column], fmt=marker, color=colour, markersize=4, elinewidth=0.6, alpha=0.7)
     xs, ys = zip(*front([(means[near].mean, means[column].mean) for means in points]), strict=True)
     axes.plot(xs, ys, color=colour, linewidth=1.2)
 

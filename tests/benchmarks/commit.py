@@ -1,6 +1,7 @@
 """What one model of many records costs, by way and number of records: time, memory, storage, answers.
 
-    python -m tests.benchmarks.commit --size mid --sizes 100,1000,10000 --ways joint,bulk
+    python -m tests.benchmarks.commit --size mid --sizes 8,32
+    python -m tests.benchmarks.commit --sizes 100,1000,10000 --ways joint,bulk
     python -m tests.benchmarks.commit --ways joint --sizes 96 --two-workers 2
 
 Records are questions about pictures of noise; 64 pictures of each kind take turns. Settings are light (`WAYS`): the
@@ -213,8 +214,7 @@ def _first_token(model: EditedModel, probe: Probe) -> float:
     assert probe.picture is not None
     features = backbone.image_features([probe.picture])
     batch = backbone.encode(["question"], ["rel"], [[probe]], features, TEMPLATE)
-    sites = ("layers.0.ffn.out",) if model.editor is None else model.editor.sites
-    prefix = backbone.prefix(batch, *sites)
+    prefix = backbone.prefix(batch, *model.sites)
     with model.applied(batch):
         backbone.head(backbone.suffix(prefix, batch.predict_EKT[..., :1])).argmax(dim=-1)
     return time.process_time() - begun

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -129,6 +130,11 @@ class EditedModel:
         return self.backbone.model
 
     @property
+    def sites(self) -> Sequence[str]:
+        """Sites that edits change; with plain weights one at which a forward may be divided."""
+        return ("layers.0.ffn.out",) if self.editor is None else self.editor.sites
+
+    @property
     def tokenizer(self) -> Any:
         return self.backbone.processor.tokenizer
 
@@ -157,8 +163,7 @@ class EditedModel:
         probe = Probe(question, _PLACEHOLDER, read, is_caption)
         features = backbone.image_features([] if read is None else [read])
         batch = backbone.encode(["question"], ["rel"], [[probe]], features, self.template)
-        sites = ("layers.0.ffn.out",) if self.editor is None else self.editor.sites
-        prefix = backbone.prefix(batch, *sites, kv_cache=kv_cache)
+        prefix = backbone.prefix(batch, *self.sites, kv_cache=kv_cache)
         with self.applied(batch):
             read_EKT = batch.with_room(1, 0, backbone.max_positions).predict_EKT
             first_EKT = backbone.head(backbone.suffix(prefix, read_EKT, kv_cache)).argmax(dim=-1)
