@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from types import FrameType
 
 _depth = 0
+_blocks = 0
 _is_interrupted = False
+_is_delayed = False
 
 
 @contextmanager
@@ -25,8 +27,12 @@ def terminate_as_interrupt() -> Iterator[None]:
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        global _is_interrupted
+        global _is_interrupted, _is_delayed
         _is_interrupted = True
+        if _blocks and not _is_delayed:
+            _is_delayed = True
+            return
+        _is_delayed = False
         raise KeyboardInterrupt
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -49,3 +55,24 @@ def raise_if_interrupted() -> None:
     """Raises KeyboardInterrupt if a signal arrived and its exception was swallowed (in a destructor, say)."""
     if _is_interrupted:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def interrupts_delayed() -> Iterator[None]:
+    """Delays the KeyboardInterrupt of `terminate_as_interrupt` to the end of the block; a second signal raises at once.
+
+    An exception in the middle of a database transaction can leave it open, and the database locked
+    for this process's own later writes.
+    """
+    global _blocks, _is_delayed
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _blocks += 1
+    try:
+        yield
+    finally:
+        _blocks -= 1
+        if _is_delayed and not _blocks:
+            _is_delayed = False
+            raise KeyboardInterrupt

@@ -30,7 +30,7 @@ from pipeline.config.run import TrackingConfig
 from pipeline.config.values import masked_values
 from pipeline.run_folder.workspace import check_access
 from pipeline.tracking import experiments
-from pipeline.tracking.locks import creation_lock, patiently
+from pipeline.tracking.locks import WholeCalls, creation_lock, patiently
 from pipeline.variables import environment
 
 METRICS_PER_CALL = 1000
@@ -123,6 +123,8 @@ def connect(uri: str, timeout_s: float = 60.0) -> Any:
         with creation_lock(uri):
             _connect_once(uri, timeout_s)
             client = client_class(tracking_uri=uri)
+            if _is_database(uri):
+                client = WholeCalls(client)
             client.search_experiments(max_results=1)
     except Exception as error:
         hint = ""
@@ -130,6 +132,11 @@ def connect(uri: str, timeout_s: float = 60.0) -> Any:
             hint = " Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
         raise InputError(f"tracking.uri: {masked(uri)!r} cannot be used ({in_words(error)}).{hint}") from error
     return client
+
+
+def _is_database(uri: str) -> bool:
+    """Whether the store is a database, and not a server."""
+    return uri.partition(":")[0].partition("+")[0] in _DATABASES
 
 
 def _client_class() -> type[Any]:
@@ -152,7 +159,7 @@ def _connect_once(uri: str, timeout_s: float) -> None:
 
     Connects in another thread: most drivers have no timeout for a server that accepts the connection and sends nothing.
     """
-    if uri.partition(":")[0].partition("+")[0] not in _DATABASES:
+    if not _is_database(uri):
         return
     from sqlalchemy import create_engine
     from sqlalchemy.pool import NullPool

@@ -1,4 +1,4 @@
-"""Concurrent writes of several processes to one tracking database."""
+"""Tracking databases: concurrent writes of several processes, and calls that no signal breaks off."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+
+from pipeline.interrupts import interrupts_delayed
 
 _LOCKED_S = 120.0
 """Seconds that a write waits for other writers of an sqlite file, after the database's own timeout."""
@@ -43,3 +45,21 @@ def creation_lock(uri: str) -> Iterator[None]:
     with open(Path(tempfile.gettempdir()) / f"odedit-{os.getuid()}-{digest}.lock", "w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
+
+
+class WholeCalls:
+    """A client of a database whose calls are not broken off by Ctrl-C or SIGTERM: these are delayed to their end."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._client, name)
+        if not callable(attribute):
+            return attribute
+
+        def whole(*arguments: Any, **named: Any) -> Any:
+            with interrupts_delayed():
+                return attribute(*arguments, **named)
+
+        return whole

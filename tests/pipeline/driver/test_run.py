@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,6 @@ from odedit.evaluation.statistics import MAIN
 from odedit.runtime.peak_memory import Peak
 from pipeline.config.run import from_dict
 from pipeline.driver.run import Outcome
-from pipeline.interrupts import raise_if_interrupted, terminate_as_interrupt
 from pipeline.run_folder import rows as results
 from pipeline.workers import editor as actor
 from tests.support.mmedit_files import encoded, picture, record, write_array
@@ -220,25 +218,6 @@ def test_no_later_step_needs_more_memory_than_the_measured_ones(
     assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_whose_exception_is_swallowed_is_not_lost(number: signal.Signals) -> None:
-    class Closing:
-        def __del__(self) -> None:
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(number)
-
-    handler = signal.getsignal(number)
-    raise_if_interrupted()
-    with terminate_as_interrupt():
-        with terminate_as_interrupt():
-            closing = Closing()
-            del closing
-        with pytest.raises(KeyboardInterrupt):
-            raise_if_interrupted()
-    raise_if_interrupted()
-    assert signal.getsignal(number) is handler
-
-
 def test_a_question_longer_than_the_model_takes_fails_alone(settings: dict[str, Any], inline: Inline) -> None:
     records = [record(number) for number in range(3)]
     records[1]["src"] = "what is it " * 200
@@ -246,13 +225,3 @@ def test_a_question_longer_than_the_model_takes_fails_alone(settings: dict[str, 
     rows = rows_of(inline(from_dict(settings | {"objective": {"name": "odedit"}, "data": settings["data"]})))
     assert [row["status"] for row in rows] == ["edited", "failed", "edited"]
     assert "tokens are more than the" in rows[1]["error"] and "positions that the text model takes" in rows[1]["error"]
-
-
-def test_an_error_caused_by_an_interrupt_is_an_interrupt() -> None:
-    with pytest.raises(KeyboardInterrupt), terminate_as_interrupt():
-        try:
-            signal.raise_signal(signal.SIGINT)
-        finally:
-            raise FileNotFoundError("a lock that was not held yet")
-    with pytest.raises(FileNotFoundError), terminate_as_interrupt():
-        raise FileNotFoundError("no interrupt")
