@@ -94,7 +94,9 @@ def commit(
         show_plan(preview(config, fresh=fresh, check_staged=conflicts, identity=identity), config)
         return
     outcome = driver.commit(config, Console(stderr=True), edits_from=edits_from, fresh=fresh)
-    show_outcome(outcome)
+    summary = outcome.summary
+    title = f"one model ({config.commit_way}): {summary['editor']}, {summary['objective']} objective"
+    show_outcome(outcome, title, "results/, model/")
     show_retention(outcome)
     say(Console(), f"Model:   {outcome.workspace.model}")
     tracking = config.tracking

@@ -44,7 +44,7 @@ from odedit.runtime.brief import brief
 from odedit.storage.location import Location
 from odedit.storage.tensors import read_tensors, write_tensors
 from odedit.ways.base import Committed, Fit, PlainWay, Step, Task, WayConfig
-from odedit.ways.common.activations import IMAGE, TEXT, Moments, Written, batches, keys_of, measured
+from odedit.ways.common.activations import IMAGE, SEQUENCES_AT_ONCE, TEXT, Moments, Written, batches, keys_of, measured
 from odedit.ways.common.examples import Example, Reading
 from odedit.ways.common.in_parts import InParts
 from odedit.ways.common.normal_equations import NormalEquations, null_space
@@ -165,10 +165,10 @@ class Bulk(PlainWay):
             equations = NormalEquations.empty(width_in, width_out, backbone.device)
             share = 1 / (len(sites) - number)
             done = Written(WrittenMatrices(), {name: value.float().unsqueeze(0) for name, value in written.items()})
-            for count, asked in self._asked(examples, task, vectors, records):
-                yield Step(count, len(task.requests), doing=f"keys of {site}")
+            for step, asked in self._asked(examples, task, vectors, records):
+                yield replace(step, doing=f"keys of {site}, {step.doing}")
                 _add(equations, backbone, examples, asked, share, (site, sites[-1]), done)
-            yield Step(len(task.requests), len(task.requests), doing=f"solving {site}")
+            yield Step(number + 1, len(sites), doing=f"solving {site}")
             written[site] = self._solved(equations.summed(), moments, site, records)
             if task.state is not None and parallel.rank() == 0:
                 write_tensors(task.state, written, {})
@@ -183,18 +183,22 @@ class Bulk(PlainWay):
 
     def _asked(
         self, examples: InParts, task: Task, vectors: Mapping[str, Tensor], records: int
-    ) -> Iterator[tuple[int, list[_Asked]]]:
-        """Questions in parts, each with the number of records before it: those of the records, then of the pool."""
+    ) -> Iterator[tuple[Step, list[_Asked]]]:
+        """Questions in parts, each with the step that it is: those of the records, then of the pool."""
         config, count = self.config, 0
         for part in examples.parts(task.requests):
             asked: list[_Asked] = []
             for example in part:
                 asked += _of_record(example, vectors[example.edit_id], config.near_weight, examples.has_end)
-            yield count, asked
+            yield Step(count, len(task.requests), doing="records"), asked
             count += len(part)
         if parallel.rank() == 0 and config.kept_weight:
-            weight = config.kept_weight * records / max(1, len(examples.kept))
-            yield count, [_Asked(sequence, weight / _length(sequence)) for sequence in examples.kept]
+            kept = examples.kept
+            weight = config.kept_weight * records / max(1, len(kept))
+            for start in range(0, len(kept), SEQUENCES_AT_ONCE):
+                some = kept[start : start + SEQUENCES_AT_ONCE]
+                step = Step(start, len(kept), doing="questions of the pool")
+                yield step, [_Asked(sequence, weight / _length(sequence)) for sequence in some]
 
 
 class WrittenMatrices(WeightDifferences):

@@ -325,7 +325,8 @@ def _finished_edits(
         config = _single(ready, left_out)
         if config is None:
             return {}
-        say(console, f"Single edits first, in {Workspace.of(config.out).out}:")
+        single = Workspace.of(config.out).out
+        say(console, f"Single edits first, in {single}; these scores are of each edit alone, not of the model:")
         workspace = run(config, console, fresh=fresh).workspace
     else:
         workspace = Workspace.of(edits_from)

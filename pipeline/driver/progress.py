@@ -137,7 +137,7 @@ class Steps:
         self._console = console
         self._stage = ""
         self._began, self._first = time.monotonic(), 0
-        self._line = ""
+        self._line = self._logged = ""
         self._last_logged = self._began
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
 
@@ -152,8 +152,7 @@ class Steps:
     ) -> None:
         if self._live is not None:
             self._live.stop()
-        if self._line:
-            say(self._console, self._line)
+        self._log()
 
     def observe(self, stage: str, number: int, total: int, figures: Mapping[str, float]) -> None:
         """Shows step `number` of `total` of a stage, with its figures."""
@@ -168,6 +167,12 @@ class Steps:
             self._live.update(Text(self._line))
         elif now - self._last_logged >= _LOG_EVERY_S:
             self._last_logged = now
+            self._log()
+
+    def _log(self) -> None:
+        """Prints the line unless it was printed last: the same step is shown again and again while it goes on."""
+        if self._line != self._logged:
+            self._logged = self._line
             say(self._console, self._line)
 
 

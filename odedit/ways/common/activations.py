@@ -24,7 +24,7 @@ from odedit.ways.common.sequences import Features
 
 IMAGE, TEXT = "image", "text"
 _COUNT = "count"
-_REQUESTS_AT_ONCE, _SEQUENCES_AT_ONCE, _POSITIONS_AT_ONCE = 16, 128, 8192
+_REQUESTS_AT_ONCE, SEQUENCES_AT_ONCE, _POSITIONS_AT_ONCE = 16, 128, 8192
 
 
 @dataclass
@@ -117,8 +117,8 @@ def _add(moments: Moments, backbone: Backbone, sites: Sequence[str], batch: Edit
 
 def batches(features: Features, sequences: Sequence[TokenSequence]) -> Iterator[EditBatch]:
     """The sequences in their order as batches of one edit, of bounded size."""
-    for start in range(0, len(sequences), _SEQUENCES_AT_ONCE):
-        yield features.row(sequences[start : start + _SEQUENCES_AT_ONCE])
+    for start in range(0, len(sequences), SEQUENCES_AT_ONCE):
+        yield features.row(sequences[start : start + SEQUENCES_AT_ONCE])
 
 
 class _AllRead(Exception):

@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from pipeline.driver.progress import Progress
+from pipeline.driver.progress import Progress, Steps
 
 
 def test_the_live_view_has_counts_means_speed_and_workers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,3 +41,14 @@ def test_without_a_terminal_progress_is_plain_lines(monkeypatch: pytest.MonkeyPa
     written = stream.getvalue()
     assert written.splitlines()[0] == "1/3 records  rel 1.000" and "\x1b" not in written
     assert written.splitlines()[-1].startswith("3/3 records  rel 1.000")
+
+
+def test_a_step_that_goes_on_is_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("pipeline.driver.progress.time.monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    with Steps(Console(width=60, file=stream)) as steps:
+        for number in (1, 2, 2, 2):
+            clock[0] += 11.0
+            steps.observe("solving layers.3.ffn.out", number, 2, {})
+    assert stream.getvalue().splitlines() == ["solving layers.3.ffn.out 1/2", "solving layers.3.ffn.out 2/2"]
