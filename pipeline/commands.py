@@ -32,7 +32,7 @@ from pipeline.run_folder.reasons import lines
 from pipeline.run_folder.staging import OWN_PICTURES, PICTURES
 from pipeline.run_folder.summary import finished_run
 from pipeline.run_folder.workspace import Workspace
-from pipeline.tracking.client import open_command, store_uri
+from pipeline.tracking.connection import open_command, store_uri
 from pipeline.tracking.fetch import fetch_edit
 from pipeline.workers.profile import Profile
 

@@ -24,7 +24,7 @@ from pipeline.report.formatting import plus_minus
 from pipeline.run_folder.committed import read_edits
 from pipeline.run_folder.sources import build_embedded, embedded_name
 from pipeline.study import data
-from pipeline.tracking.client import open_command
+from pipeline.tracking.connection import open_command
 from pipeline.workers import ray_session
 
 NATIVE, CONTROL, CONTRAST = "WISE", "WISE + rephrase", "WISE + contrast"

@@ -10,7 +10,7 @@ from rich.console import Console
 from odedit.errors import InputError
 from odedit.runtime.addresses import below, masked
 from pipeline.console import say
-from pipeline.tracking.client import open_command
+from pipeline.tracking.connection import open_command
 from tune import config as search_config
 from tune import run as runner
 from tune.folder import resumed

@@ -30,7 +30,7 @@ from pipeline.driver.run import Outcome, run_many
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.run_folder import sources
 from pipeline.run_folder.workspace import Workspace, new_local_folder
-from pipeline.tracking.client import store_uri
+from pipeline.tracking.connection import store_uri
 from pipeline.tracking.searches import KIND, SearchRun
 from pipeline.workers import ray_session
 from pipeline.workers.model import with_checked_store

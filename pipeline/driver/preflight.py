@@ -30,7 +30,7 @@ from pipeline.run_folder.workspace import (
     read_json,
     write_json,
 )
-from pipeline.tracking import client
+from pipeline.tracking import connection
 from pipeline.workers import ray_session
 from pipeline.workers.model import SETTING, with_checked_store
 from pipeline.workers.plan import ScoredModel, machine_cpus, machine_gpus, make_plan
@@ -178,7 +178,7 @@ def check(
     """
     workspace = Workspace.of(config.out)
     if config.tracking.enabled:
-        client.store_uri(config.tracking, workspace.out)
+        connection.store_uri(config.tracking, workspace.out)
     config = with_checked_store(with_absolute_checkpoints(config))
     if workspace.out.is_local:
         for folder in (workspace.out, *workspace.folders):
@@ -193,7 +193,7 @@ def check(
         make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), 1)
     if servers and (fresh or not _is_finished(config, workspace)):
         ray_session.check_reachable(config.pipeline)
-        client.check(config.tracking, workspace.out)
+        connection.check(config.tracking, workspace.out)
     config, notes = fitted(config, trains=trains)  # last, since a trained editor makes it read the model's weights
     preset = () if config.preset is None else (f"{presets.find(config.preset)}.",)
     return config, workspace, (*preset, *notes, *_without_effect(config))

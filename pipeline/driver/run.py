@@ -27,7 +27,8 @@ from pipeline.run_folder.rows import KEPT, PROGRESS_COLUMNS, digest, parts, read
 from pipeline.run_folder.summary import summarize_kept, summarize_results
 from pipeline.run_folder.workspace import Workspace, read_json, write_json
 from pipeline.tracking import models
-from pipeline.tracking.client import status_after, store_uri
+from pipeline.tracking.client import status_after
+from pipeline.tracking.connection import store_uri
 from pipeline.tracking.runs import EditRun
 from pipeline.workers import kept, ray_session
 from pipeline.workers.plan import Job, Plan, ScoredModel

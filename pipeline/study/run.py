@@ -28,7 +28,8 @@ from pipeline.run_folder.sources import absolute
 from pipeline.run_folder.workspace import Workspace, check_access, new_local_folder, read_json, write_json
 from pipeline.study import comparisons, data, fronts, plots, states, tables
 from pipeline.study.spec import SEED, Arm, StudyConfig, run_config, runs
-from pipeline.tracking.client import open_command, status_after, store_uri
+from pipeline.tracking.client import status_after
+from pipeline.tracking.connection import open_command, store_uri
 from pipeline.tracking.studies import StudyRun
 from pipeline.training import many
 from pipeline.workers import ray_session

@@ -8,7 +8,8 @@ from typing import Any
 from odedit.errors import InputError, in_words, listed
 from odedit.runtime.addresses import masked
 from odedit.storage.location import Location, locate
-from pipeline.tracking.client import PARENT_TAG, Store, database_file
+from pipeline.tracking.client import PARENT_TAG, Store
+from pipeline.tracking.connection import database_file
 
 _RESULTS, _CONFIG = "results", "config.yaml"
 

@@ -19,7 +19,8 @@ from pipeline.run_folder.curves import mean_curves
 from pipeline.run_folder.rows import EDITED, parts, read_rows, supervision_name
 from pipeline.run_folder.workspace import STEP, Workspace
 from pipeline.tracking import names, origin
-from pipeline.tracking.client import Store, Table, Tracker, TrackingError, store_uri
+from pipeline.tracking.client import Store, Table, Tracker, TrackingError
+from pipeline.tracking.connection import store_uri
 
 _TABLE_ROWS = 1000
 _MOST_POINTS = 500

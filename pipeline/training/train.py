@@ -45,7 +45,7 @@ from pipeline.run_folder.rows import supervision_name
 from pipeline.run_folder.sources import Sources, absolute
 from pipeline.run_folder.staging import POOL_RECORDS, check_for
 from pipeline.run_folder.workspace import check_access, new_local_folder
-from pipeline.tracking import client, runs
+from pipeline.tracking import connection, runs
 from pipeline.workers.asked import with_old_answers
 from pipeline.workers.model import load_with_feature_cache, with_checked_store
 from pipeline.workers.negatives import negative_pool
@@ -103,14 +103,14 @@ def run(config: RunConfig, out: Path | str | None, console: Console, *, fresh: b
     name = f"{config.editor.name}-{config.objective.name}-{config.backbone.family}.safetensors"
     files = Files(absolute(str(out or below(above(absolute(config.out)), name))))
     if config.tracking.enabled:
-        client.store_uri(config.tracking, files.weights)
+        connection.store_uri(config.tracking, files.weights)
     _check_out(files, fresh=fresh)
 
     for note in notes:
         say(console, f"Note: {note}")
     plan = make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), 1)
     configure_process(plan.threads_per_actor, plan.device)
-    client.check(config.tracking, files.weights)
+    connection.check(config.tracking, files.weights)
     with new_local_folder(files.weights.parent):
         inputs = _inputs(config, files)
         identity = _identity(config, inputs)

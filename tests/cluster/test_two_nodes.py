@@ -27,7 +27,7 @@ from pipeline.config.run import from_dict
 from pipeline.driver.run import run
 from pipeline.run_folder import rows as results
 from pipeline.run_folder.workspace import Workspace
-from pipeline.tracking.client import connect
+from pipeline.tracking.connection import connect
 from pipeline.tracking.searches import KIND
 from tests.support import inline_pipeline
 from tests.support.mmedit_files import record, write_array, write_images

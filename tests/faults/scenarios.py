@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from odedit.storage.location import copy_folder, locate
-from pipeline.tracking.client import connect
+from pipeline.tracking.connection import connect
 from tests.faults.bench import ALL_DONE, EDITS, PYTHON_PATH, Bench, Ended, wait_until_gone, workers_of
 from tests.faults.lossless import Faced, rows_of
 from tests.faults.obedient import DIE, GROUP, HOLD, NARROW, REFUSED

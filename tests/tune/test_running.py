@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline.tracking.client import TrackingError, connect
+from pipeline.tracking.client import TrackingError
+from pipeline.tracking.connection import connect
 from pipeline.tracking.searches import KIND, STATE, SearchRun
 from tune.config import check, from_values
 from tune.points import Points

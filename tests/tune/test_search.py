@@ -31,7 +31,8 @@ from odedit.__main__ import app
 from pipeline.run_folder import staging
 from pipeline.run_folder.rows import parts, read_rows
 from pipeline.run_folder.workspace import Workspace
-from pipeline.tracking.client import PARENT_TAG, connect
+from pipeline.tracking.client import PARENT_TAG
+from pipeline.tracking.connection import connect
 from pipeline.tracking.names import MOST
 from pipeline.tracking.searches import KIND, POINT, STATE
 from tune import points

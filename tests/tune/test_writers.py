@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from pipeline.run_folder.curves import Curve
-from pipeline.tracking.client import PARENT_TAG, connect
+from pipeline.tracking.client import PARENT_TAG
+from pipeline.tracking.connection import connect
 from pipeline.tracking.searches import POINT, SearchRun
 from tests.support.services import PATIENCE_S, database, server
 from tune.config import check, from_values

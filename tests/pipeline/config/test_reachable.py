@@ -12,7 +12,7 @@ from odedit.errors import InputError
 from odedit.storage.location import at
 from pipeline.config.reachable import check_server
 from pipeline.config.run import TrackingConfig
-from pipeline.tracking import client
+from pipeline.tracking import connection
 from tests.support.services import free_port
 
 
@@ -37,7 +37,7 @@ def silent() -> Iterator[int]:
 def test_a_database_that_takes_the_connection_and_is_silent_is_given_up(
     silent: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(client, "_CHECK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(connection, "_CHECK_TIMEOUT_S", 0.2)
     config = TrackingConfig(uri=f"postgresql+psycopg://me@127.0.0.1:{silent}/db")
     with pytest.raises(InputError, match="cannot be used \\(the database has not answered within 0.2 s\\)"):
-        client.check(config, at(tmp_path))
+        connection.check(config, at(tmp_path))

@@ -24,7 +24,8 @@ from pipeline.run_folder.workspace import Workspace
 from pipeline.study import data, plots, spec, states
 from pipeline.study import run as runner
 from pipeline.study.spec import StudyConfig
-from pipeline.tracking.client import PARENT_TAG, connect
+from pipeline.tracking.client import PARENT_TAG
+from pipeline.tracking.connection import connect
 from pipeline.workers import editor as actor
 from pipeline.workers import engine
 from tests.support import inline_pipeline

@@ -23,7 +23,7 @@ from odedit.ways.common.files import read_committed_info
 from pipeline.config.run import RunConfig, TrackingConfig, from_dict
 from pipeline.driver.sync import sync
 from pipeline.run_folder.committed import write_edits
-from pipeline.tracking import client, models, names
+from pipeline.tracking import connection, models, names
 from pipeline.tracking.client import Store, TrackingError
 from pipeline.tracking.models import MODEL_NAME, log_committed
 from pipeline.tracking.runs import EditRun
@@ -179,7 +179,7 @@ def test_an_alias_that_mlflow_reserves_is_refused(tmp_path: Path) -> None:
     for alias in ("latest", "v2"):
         tracking = TrackingConfig(register="digits", alias=alias)
         with pytest.raises(InputError, match=f"tracking.alias: MLflow reserves '{alias}'"):
-            client.check(tracking, at(tmp_path / "out"))
+            connection.check(tracking, at(tmp_path / "out"))
     with pytest.raises(InputError, match="tracking.register: got 'a/b', expected text that matches"):
         from_dict({"tracking": {"register": "a/b"}})
 

@@ -33,7 +33,8 @@ from pipeline.run_folder import rows as results
 from pipeline.run_folder.sources import resolve
 from pipeline.run_folder.workspace import Workspace
 from pipeline.tracking import origin
-from pipeline.tracking.client import TrackingError, connect, open_command
+from pipeline.tracking.client import TrackingError
+from pipeline.tracking.connection import connect, open_command
 from pipeline.tracking.fetch import fetch_edit
 from pipeline.tracking.names import MOST
 from pipeline.tracking.runs import EditRun, _curves
