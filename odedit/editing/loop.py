@@ -39,9 +39,9 @@ class Stopping(Settings):
     """When an edit stops moving.
 
     Attributes:
-        max_steps: Largest number of steps; None: the editor's published number.
+        max_steps: Largest number of steps; null: the editor's published number.
         worst_token_nll: NLL that the least likely target token must reach to stop (a mean could hide an unlearned
-            token); None: the editor's own rule.
+            token); null: the editor's own rule.
     """
 
     max_steps: Annotated[int, Ge(0)] | None = None

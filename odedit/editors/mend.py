@@ -64,9 +64,10 @@ class MENDConfig(Settings):
         rank: Rank of the hypernetwork's blocks, capped at the width of a site's input and output together.
         start: Initial factors and biases of the hypernetwork, as in the `paper` or in the `public_code`.
         edit_rate: Initial step size of an edit; training learns one for each site.
-        text_rephrase_weight, image_rephrase_weight: Training weights of the NLL of the edit's answer to the rephrases.
-        text_locality_weight, image_locality_weight: Training weights of KL(unedited || edited) on prompts that must not
-            change.
+        text_rephrase_weight: Training weight of the NLL of the edit's answer to the text rephrase.
+        image_rephrase_weight: Training weight of the NLL of the edit's answer to the image rephrase.
+        text_locality_weight: Training weight of KL(unedited || edited) on an unrelated question without a picture.
+        image_locality_weight: Training weight of KL(unedited || edited) on an unrelated question about a picture.
         near_locality_weight: Training weight of KL(unedited || edited) on the edit's own question about another
             picture. Not part of the published loss.
         learning_rate: Step size of Adam for the hypernetwork.

@@ -58,7 +58,8 @@ class TPatcherConfig(Settings):
         activation_weight: Weight of l_a, which keeps a neuron active at its own token.
         memory_weight: Weight of l_m = l_m1 + l_m2, which keeps a neuron inactive elsewhere; in the paper's code 5 for
             fact checking and 10 for question answering.
-        activation_top, memory_top: Number of largest terms that l_a and l_m average.
+        activation_top: Number of largest terms that l_a averages.
+        memory_top: Number of largest terms that l_m1 and l_m2 average, each.
         margin_silent: Margin by which a neuron's input stays below 0 at memory states (l_m1).
         margin_gap: Margin by which it stays below the input at the neuron's own token (l_m2).
         memory_states: Largest number of memory states taken from unedited prompts.

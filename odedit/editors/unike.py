@@ -89,7 +89,8 @@ class UnikeConfig(Settings):
         max_steps: Largest number of steps. Our choice.
         stop_loss: Objective below which an edit stops once all its tokens are right. Our choice.
         checkpoint: File of the encoders' weights, written by `odedit train unike`; required to edit.
-        encoder_width, code_width: Hidden and output size of the two encoders ("several MLP layers").
+        encoder_width: Hidden size of the two encoders ("several MLP layers").
+        code_width: Output size of the two encoders.
         temperature: Temperature tau of both contrastive losses.
         train_learning_rate: Step size of Adam in training; 1e-4 as published.
         train_batch: Records per training step; the losses contrast at least 2.

@@ -36,7 +36,9 @@ class ODEditConfig(ComparingConfig):
     """Settings of ODEdit. Where the paper gives no value, the default is ours.
 
     Attributes:
-        reliability_weight, locality_weight: Weights of R_rel and R_loc; 0 leaves a term out, also as an environment.
+        reliability_weight: Weight of R_rel, the NLL of the edit's answer; 0 leaves it out, also as an environment.
+        locality_weight: Weight of R_loc, the divergence from the unedited model; 0 leaves it out, also as an
+            environment.
         generality_weight: Weight of R_gen; 0 leaves it out, also as an environment.
         kernel: Distance in R_gen: `rbf` (MMD, eq. 4-6), `linear` (MMD), or `contrastive` (Table 4 of the paper).
         rephrases: Distance to several rephrases (`supervision.rephrases` of text and of image each). `single`: mean of

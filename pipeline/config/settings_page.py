@@ -27,6 +27,17 @@ Every setting of a run, by its path: in a YAML `editor: {name: wise, max_steps: 
 """
 _PLUGINS = (Choice,)
 """Types of sections whose settings depend on the plug-in named in them."""
+_KINDS: dict[str, tuple[str, Any, str]] = {
+    "editor": ("name", editors, "How an edit changes the model: a file in `odedit/editors`."),
+    "objective": ("name", objectives, "What an edit minimises: a file in `odedit/objectives`."),
+    "commit": ("way", ways, "How the records become one model (`odedit commit`): a file in `odedit/ways`."),
+}
+"""Sections that name a plug-in: the setting that does so, the package, and what it chooses."""
+_WAYS = """## Defaults under `odedit commit`
+
+`odedit commit` replaces these defaults, by way. Settings of yours come first. A section of yours that names another editor or objective has
+the defaults of the tables above. `keep_edits` is `false`: the model is the result.
+"""
 _ATTRIBUTE = re.compile(r"^    (\w+(?:, \w+)*): (.*)$")
 
 
@@ -101,6 +112,10 @@ def _default(field: dataclasses.Field[Any]) -> str:
         value = field.default
     else:
         return "required"
+    return _yaml(value)
+
+
+def _yaml(value: Any) -> str:
     if isinstance(value, tuple | frozenset):
         value = list(value)
     return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
@@ -114,12 +129,47 @@ def page() -> str:
         if section is None or section in _PLUGINS:
             continue
         parts.append(_table(f"`{field.name}`", settings(section, field.name)))
-    for kind, key, package in (("editor", "name", editors), ("objective", "name", objectives), ("commit", "way", ways)):
+    parts.append(_table("Choice of editor, objective and way", _choices()))
+    for kind, (key, package, _) in _KINDS.items():
         for name in package.names():
             parts.append(_table(f"`{kind}: {{{key}: {name}}}`", settings(package.find(name).Config, kind)))
+    parts.append(_way_defaults())
     top = [setting for setting in settings(RunConfig) if "." not in setting.path]
     parts.append(_table("Top level", iter(top)))
     return "\n".join(parts)
+
+
+def _choices() -> Iterator[Setting]:
+    """Settings that name a plug-in."""
+    for kind, (key, package, meaning) in _KINDS.items():
+        names = " or ".join(map(repr, package.names()))
+        yield Setting(f"{kind}.{key}", f"{names} or a dotted module", _default_name(kind), meaning)
+
+
+def _default_name(kind: str) -> str:
+    """Name of the plug-in of a section that names none."""
+    return ways.DEFAULT if kind == "commit" else str(getattr(RunConfig(), kind).name)
+
+
+def _way_defaults() -> str:
+    """Table of the settings whose defaults a way replaces under `odedit commit`."""
+    lines = [_WAYS, "| way | setting | default there | instead of |", "|---|---|---|---|"]
+    for way in ways.names():
+        for section, values in ways.find(way).defaults.items():
+            for name, value in values.items():
+                before = _yaml(_default_at(section, name, values))
+                lines.append(f"| `{way}` | `{section}.{name}` | `{_cell(_yaml(value))}` | `{_cell(before)}` |")
+    return "\n".join(lines) + "\n"
+
+
+def _default_at(section: str, name: str, values: Mapping[str, Any]) -> Any:
+    """Default of a setting in a run that names no way, with the plug-in that `values` names."""
+    if section not in _KINDS:
+        return getattr(getattr(RunConfig(), section), name)
+    key, package, _ = _KINDS[section]
+    if name == key:
+        return _default_name(section)
+    return getattr(package.find(values.get(key, _default_name(section))).Config(), name)
 
 
 def _table(title: str, rows: Iterator[Setting]) -> str:
