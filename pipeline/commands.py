@@ -21,7 +21,7 @@ from odedit.evaluation.columns import METRICS
 from odedit.runtime.addresses import masked
 from odedit.storage.location import Location, locate
 from pipeline.config import checkpoints, presets
-from pipeline.config.run import Dtype, RunConfig, apply_override, from_dict, load, load_commit, read_yaml
+from pipeline.config.run import EMBEDDED, Dtype, RunConfig, apply_override, from_dict, load, load_commit, read_yaml
 from pipeline.console import say
 from pipeline.driver.preflight import Ready, preview
 from pipeline.driver.run import Outcome, run
@@ -143,6 +143,15 @@ def train(editor: str, path: Path | None, overrides: Sequence[str], out: str | N
     for text in (f"editor.name={editor}", *overrides):
         apply_override(values, text)
     config = from_dict(values)
+    given = values.get("training") or {}
+    missing = [name for name in ("path", "validation") if name not in given]
+    if missing and config.backbone.checkpoint != EMBEDDED:
+        # A model that `odedit world train` made trains with these defaults; any other one would learn digits.
+        raise InputError(
+            f"training.{missing[0]}: missing, and its default, {getattr(config.training, missing[0])}, is of the "
+            f"embedded world, backbone.checkpoint is {config.backbone.checkpoint!r}. Give training.path=FILE and "
+            "training.validation=FILE, or both defaults if the model knows that world."
+        )
     return run_training(config, out, errors, fresh=fresh)
 
 

@@ -35,8 +35,8 @@ _KINDS: dict[str, tuple[str, Any, str]] = {
 """Sections that name a plug-in: the setting that does so, the package, and what it chooses."""
 _WAYS = """## Defaults under `odedit commit`
 
-`odedit commit` replaces these defaults, by way. Settings of yours come first. A section of yours that names another editor or objective has
-the defaults of the tables above. `keep_edits` is `false`: the model is the result.
+`odedit commit` replaces these defaults, by way. Settings of yours come first. A section of yours that names another
+editor or objective has the defaults of the tables above. `keep_edits` is `false`: the model is the result.
 """
 _ATTRIBUTE = re.compile(r"^    (\w+(?:, \w+)*): (.*)$")
 

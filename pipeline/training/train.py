@@ -106,7 +106,7 @@ def run(config: RunConfig, out: Path | str | None, console: Console, *, fresh: b
         connection.store_uri(config.tracking, files.weights)
     _check_out(files, fresh=fresh)
 
-    for note in notes:
+    for note in (*notes, *_of_other_records(config)):
         say(console, f"Note: {note}")
     plan = make_plan(config.pipeline, config.backbone, machine_cpus(), machine_gpus(), 1)
     configure_process(plan.threads_per_actor, plan.device)
@@ -174,6 +174,16 @@ def seconds_per_step(config: RunConfig, out: Path | str) -> float:
 
 class _Measured(Exception):
     """Ends a training after the measured steps."""
+
+
+def _of_other_records(config: RunConfig) -> Iterator[str]:
+    """A note where embedded records train a checkpoint that may not be of the embedded world."""
+    for name, path in (("path", config.training.path), ("validation", config.training.validation)):
+        if path.partition(":")[0] == EMBEDDED and config.backbone.checkpoint != EMBEDDED:
+            yield (
+                f"training.{name} is {path!r}, questions about handwritten digits, which suit a model of the embedded "
+                f"world only; backbone.checkpoint is {config.backbone.checkpoint!r}."
+            )
 
 
 def _check_out(files: Files, *, fresh: bool) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from odedit import InputError
+from odedit import InputError, world
 from odedit.__main__ import app
 from odedit.data.records import RawRecord
 from odedit.editing.files import load_edit
@@ -172,6 +172,21 @@ def test_wrong_input_is_a_sentence(
     result = odedit("train", editor, "--config", write(tmp_path, values), "--out", tmp_path / "w.safetensors", override)
     assert result.exit_code == 2, (result.output, result.exception)
     assert expected in result.output and "Traceback" not in result.output
+
+
+def test_a_model_of_yours_is_not_trained_on_embedded_records_unasked(values: dict[str, Any], tmp_path: Path) -> None:
+    values["backbone"] = {"family": "blip2", "checkpoint": str(world.checkpoint_path("blip2"))}
+    train_mend = ("train", "mend", "--out", tmp_path / "w.safetensors", "--config")
+    files = values.pop("training")
+    for missing, given in (("path", {}), ("validation", {"path": files["path"]})):
+        refused = odedit(*train_mend, write(tmp_path, values | {"training": given}))
+        assert refused.exit_code == 2 and f"training.{missing}: missing" in refused.output, refused.output
+    assert not (tmp_path / "w.safetensors").exists()
+    own = odedit(*train_mend, write(tmp_path, values | {"training": files}))
+    assert own.exit_code == 0 and "handwritten digits" not in own.output, (own.output, own.exception)
+    asked = {"path": "embedded:train", "validation": "embedded:validation", "limit": 4, "validation_limit": 4}
+    done = odedit(*train_mend, write(tmp_path, values | {"training": asked}), "--fresh")
+    assert done.exit_code == 0 and "suit a model of the embedded world only" in " ".join(done.output.split())
 
 
 def test_an_editor_that_learns_nothing_and_a_wrong_file_are_named(values: dict[str, Any], tmp_path: Path) -> None:
