@@ -25,8 +25,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-world_app = typer.Typer(help="The embedded model and benchmark.", no_args_is_help=True, rich_markup_mode=None)
-data_app = typer.Typer(help="Check and pack files of records.", no_args_is_help=True, rich_markup_mode=None)
+world_app = typer.Typer(
+    help="Write the embedded benchmark; train or check an embedded model.", no_args_is_help=True, rich_markup_mode=None
+)
+data_app = typer.Typer(
+    help="Print a file of records to fill in; check and pack such files.", no_args_is_help=True, rich_markup_mode=None
+)
 convert_app = typer.Typer(
     help="Convert models that are published in parts to one checkpoint.", no_args_is_help=True, rich_markup_mode=None
 )
@@ -113,11 +117,12 @@ def demo(
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the results of an earlier demo first.")] = False,
     no_open: Annotated[bool, typer.Option("--no-open", help="Do not open the report in a browser.")] = False,
 ) -> None:
-    """Edits the embedded model with WISE alone, under ODEdit and under the contrast objective, and compares them.
+    """Edits the embedded model with WISE under five objectives, and compares them.
 
-    Then commits the same facts to one model, beside the sum of single edits, and prints a command that asks it.
-    Ends by opening its report in a browser where there is a desktop. Needs no network; a few minutes on two cores. The
-    same command resumes an interrupted demo.
+    The objectives: WISE's own loss, the likelihood with a rephrase, the same with WISE's own terms, ODEdit, contrast.
+    Then commits the same facts to one model, beside the sum of single edits, and prints a command that asks it. Ends by
+    opening its report in a browser where there is a desktop. Needs no network; a few minutes on two cores. The same
+    command resumes an interrupted demo.
     """
     with _explained():
         from pipeline import demo
@@ -244,7 +249,7 @@ def train(
     editor: Annotated[str, typer.Argument(metavar="EDITOR", help="mend or unike.")],
     overrides: Overrides = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML file as for `odedit edit`; training.path is the file of records.")
+        Path | None, typer.Option(help="YAML file as for `odedit edit`; records: training.path, training.validation.")
     ] = None,
     preset: Preset = None,
     out: Annotated[
@@ -256,7 +261,7 @@ def train(
 
     The same command resumes an interrupted training.
 
-    Example: odedit train mend --config run.yaml --out mend.safetensors
+    Example: odedit train mend --config run.yaml training.path=train.json training.validation=validation.json
     """
     with _explained():
         from pipeline import commands
@@ -529,7 +534,7 @@ def edits(
         commands.edits(model, failed=failed, as_csv=csv)
 
 
-WorldFamily = Annotated[str, typer.Option(help="blip2, minigpt4 or llava; a given checkpoint has its own.")]
+_FAMILIES = "blip2, minigpt4 or llava"
 
 
 @world_app.command("build")
@@ -551,7 +556,7 @@ def world_train(
     seed: Annotated[int, typer.Option(help="Seed of weights and pictures.")] = 0,
     vision_steps: Annotated[int, typer.Option(min=1, help="Steps of the vision tower alone.")] = 2400,
     joint_steps: Annotated[int, typer.Option(min=1, help="Steps of the whole model.")] = 1700,
-    family: WorldFamily = "blip2",
+    family: Annotated[str, typer.Option(help=f"Family of the model: {_FAMILIES}.")] = "blip2",
 ) -> None:
     """Trains the embedded model from scratch (about a quarter of an hour on one core)."""
     with _explained():
@@ -564,7 +569,9 @@ def world_train(
 def world_check(
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint folder; default: the shipped one.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Questions per attribute.")] = 600,
-    family: WorldFamily = "blip2",
+    family: Annotated[
+        str, typer.Option(help=f"Family of the shipped model: {_FAMILIES}; not read with --checkpoint.")
+    ] = "blip2",
 ) -> None:
     """Measures the model's accuracy on held-out handwriting and wordings."""
     with _explained():
