@@ -17,8 +17,8 @@ from pipeline.run_folder.rows import FAILED, KEPT, SKIPPED, Row
 from pipeline.study.spec import Arm, StudyConfig
 from pipeline.tracking.client import Table
 
-TASKS = {"vqa": "E-VQA", "caption": "E-IC"}
-_BOTH = {"all": "E-VQA and E-IC"}
+TASKS = {"vqa": "Questions", "caption": "Captions"}
+_BOTH = {"all": "Questions and captions"}
 """Tasks of a study of models, which hold the records of both."""
 _ALWAYS = ("worst_nll", "steps", "seconds")
 

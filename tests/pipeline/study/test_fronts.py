@@ -148,7 +148,7 @@ def test_the_picture_has_a_panel_for_each_editor_and_column(monkeypatch: pytest.
     monkeypatch.setattr(plots, "to_png", lambda picture: drawn.append(picture) or b"")
     plots.draw(of, cells)
     panels = drawn[0].axes
-    assert [axes.get_ylabel() for axes in panels] == ["WISE\nE-VQA", "FT-L\nE-VQA"]
+    assert [axes.get_ylabel() for axes in panels] == ["WISE\nQuestions", "FT-L\nQuestions"]
     lines = [[tuple(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) > 1] for axes in panels]
     assert all(len(of_panel) >= 4 for of_panel in lines), "a front for each objective"
 

@@ -135,7 +135,7 @@ def test_a_study_from_the_command_line_is_interrupted_resumed_and_finished_in_ml
     assert children["none"].data.params["objective.generality_weight"] == "0.0"
 
     assert (out / "table.md").read_text() == done.stdout.removesuffix("\n")
-    assert "# Table 4" in done.stdout and "**E-VQA**" in done.stdout
+    assert "# Table 4" in done.stdout and "**Questions**" in done.stdout
     assert f"\n\n    odedit study table4 --config {config} --out {out}\n\n" in done.stdout
     codes = {json.loads(path.read_text())["code"] for path in out.glob("arms/*/summary.json")}
     assert f"Code: odedit {', '.join(codes)}\n" in done.stdout and len(codes) == 1

@@ -136,7 +136,7 @@ def test_only_what_is_significant_after_correction_is_marked() -> None:
     rows = rows_of(config)
     found = tables.cells(config, arms(config), rows)
     text = tables.to_markdown(config, found, config.columns)
-    assert text.count("**E-VQA**") == text.count("**E-IC**") == 1
+    assert text.count("**Questions**") == text.count("**Captions**") == 1
     body = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")]
     header, lines = body[0], [line for line in body if line[0].strip() in TWO_AXES["editor"]]
     assert [name.strip() for name in header] == ["editor", "objective", "n", "stop", "rel", "m_loc"]
@@ -187,7 +187,7 @@ def test_three_axes_have_a_block_for_each_value_of_the_first() -> None:
     config = study(axes={"backbone": {"A": {}, "B": {}}} | TWO_AXES)
     text = tables.to_markdown(config, tables.cells(config, arms(config), rows_of(config, 2)), config.columns)
     titles = [line for line in text.splitlines() if line.startswith("**")]
-    assert titles == ["**E-VQA, A**", "**E-VQA, B**", "**E-IC, A**", "**E-IC, B**"]
+    assert titles == ["**Questions, A**", "**Questions, B**", "**Captions, A**", "**Captions, B**"]
 
 
 @pytest.mark.parametrize(
