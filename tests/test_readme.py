@@ -159,9 +159,9 @@ def test_a_command_or_option_that_is_not_there_is_noticed(command: str) -> None:
 
 def reader(folder: Path) -> None:
     """Writes what a reader of the pages has: `run.yaml` with a small model, records, and their pictures."""
-    records = [record(number) for number in range(8)]
+    records = [record(number) for number in range(10)]
     _, rephrase_root = write_images(folder, records)
-    for name, part in (("vqa_eval", records[:2]), ("vqa_train", records[2:])):
+    for name, part in (("vqa_eval", records[:2]), ("vqa_train", records[2:8]), ("vqa_validation", records[8:])):
         write_array(rephrase_root / f"{name}.json", part)
     write_array(folder / "records.json", records[:2])
     (folder / "pictures").mkdir()
