@@ -132,9 +132,9 @@ def test_a_checkpoint_that_lacks_a_tensor_starts_nothing(
     del tensors["language_model.model.norm.weight"]
     save_file(tensors, broken / "model.safetensors")
     path = tmp_path / "run.yaml"
-    path.write_text(
-        yaml.safe_dump(settings | {"backbone": {"family": "llava", "checkpoint": str(broken)}, "editor": {}})
-    )
+    records = {"path": "embedded:train", "validation": "embedded:validation"}
+    changed = {"backbone": {"family": "llava", "checkpoint": str(broken)}, "editor": {}, "training": records}
+    path.write_text(yaml.safe_dump(settings | changed))
     result = odedit(*command, "--config", path)
     expect(result, 2, "1 tensor of 88 missing (model.language_model.norm.weight)")
     assert not Path(settings["out"]).exists() and not result.stdout
