@@ -391,14 +391,10 @@ def _averaged(by_probe: dict[str, Row]) -> dict[str, Row]:
     """Columns by probe, with the mean of numbered probes (`port_gen_1hop_2`) in their place, and of all portability."""
     members: dict[str, list[str]] = {}
     for name in by_probe:
-        if (base := _without_number(name)) != name:
-            members.setdefault(base, []).append(name)
+        members.setdefault(_without_number(name), []).append(name)
         if name.startswith(f"{PORTABILITY}_"):
             members.setdefault(PORTABILITY, []).append(name)
-    kept = {name: row for name, row in by_probe.items() if _without_number(name) == name}
-    return kept | {
-        base: _mean_columns(base, {name: by_probe[name] for name in names}) for base, names in members.items()
-    }
+    return {base: _mean_columns(base, {name: by_probe[name] for name in names}) for base, names in members.items()}
 
 
 def _without_number(probe: str) -> str:

@@ -26,7 +26,7 @@ from odedit import (
 from odedit.backbones.base import ends_of
 from odedit.backbones.common.generation import EXTRA_TOKENS, NO_TOKEN, generate, until_end
 from odedit.evaluation import columns
-from odedit.evaluation.scores import answer_text, answers_target
+from odedit.evaluation.scores import _averaged, answer_text, answers_target
 from odedit.evaluation.statistics import MAIN, Estimate, estimate
 from odedit.runtime.kv_cache import KVCache
 from tests.support import tiny_models
@@ -321,6 +321,13 @@ def test_numbered_probes_are_averaged_and_portability_over_all_hops(backbone, sc
             assert averaged[f"port_gen{ending}"] == pytest.approx((first + second + third) / 3)
     assert len(endings) > 2 and not [name for name in averaged if "_1" in name.replace("_1hop", "")]
     assert kind == "gen" or len({single[f"{name}_loc_top10"] for name in ("aa", "bb", "cc")}) > 1
+
+
+def test_a_probe_without_number_is_averaged_with_the_numbered_ones():
+    shares = {"port_gen": 0.0, "port_gen_1hop": 0.25, "port_gen_1hop_2": 0.75, "m_loc_near": 1.0, "m_loc_near_2": 0.5}
+    averaged = _averaged({name: {name: share, f"{name}_exact": 1.0} for name, share in shares.items()})
+    means = {"port_gen": pytest.approx(1 / 3), "port_gen_1hop": 0.5, "m_loc_near": 0.75}
+    assert averaged == {name: {name: mean, f"{name}_exact": 1.0} for name, mean in means.items()}
 
 
 def test_a_number_after_a_main_metric_is_no_mean(backbone, scored):
