@@ -416,11 +416,13 @@ def _mean_columns(base: str, by_probe: dict[str, Row]) -> Row:
 def _average_near_and_far(row: Row) -> None:
     """Replaces a locality metric by the mean over the record's own (far) and near probe, or by the only one it has."""
     for metric in groups()["locality"]:
-        endings = [name.removeprefix(f"{metric}_near") for name in row if name.startswith(f"{metric}_near")]
-        for ending in endings:
-            far, near = row.get(metric + ending), row[f"{metric}_near{ending}"]
+        for ending in LOCALITY_COLUMNS:
+            name, near = column(metric, ending), row.get(column(f"{metric}_near", ending))
+            far = row.get(name)
+            if near is None:
+                continue
             if far is None:
-                row[metric + ending] = near
-            elif isinstance(far, float) and isinstance(near, float):
-                row[column(metric, FAR) + ending] = far
-                row[metric + ending] = (far + near) / 2
+                row[name] = near
+            else:
+                row[column(metric, FAR, ending)] = far
+                row[name] = (far + near) / 2

@@ -26,7 +26,7 @@ from odedit import (
 from odedit.backbones.base import ends_of
 from odedit.backbones.common.generation import EXTRA_TOKENS, NO_TOKEN, generate, until_end
 from odedit.evaluation import columns
-from odedit.evaluation.scores import _averaged, answer_text, answers_target
+from odedit.evaluation.scores import _average_near_and_far, _averaged, answer_text, answers_target
 from odedit.evaluation.statistics import MAIN, Estimate, estimate
 from odedit.runtime.kv_cache import KVCache
 from tests.support import tiny_models
@@ -328,6 +328,13 @@ def test_a_probe_without_number_is_averaged_with_the_numbered_ones():
     averaged = _averaged({name: {name: share, f"{name}_exact": 1.0} for name, share in shares.items()})
     means = {"port_gen": pytest.approx(1 / 3), "port_gen_1hop": 0.5, "m_loc_near": 0.75}
     assert averaged == {name: {name: mean, f"{name}_exact": 1.0} for name, mean in means.items()}
+
+
+def test_only_the_near_probe_is_averaged_with_the_far_one():
+    row = {"m_loc": 1.0, "m_loc_near": 0.5, "m_loc_near_whole": 0.25, "m_loc_near_hard": 0.0, "t_loc_nearby": 0.0}
+    averaged = dict(row)
+    _average_near_and_far(averaged)
+    assert averaged == row | {"m_loc": 0.75, "m_loc_far": 1.0, "m_loc_whole": 0.25}
 
 
 def test_a_number_after_a_main_metric_is_no_mean(backbone, scored):
