@@ -306,7 +306,7 @@ def _vectors(task: Task, examples: InParts) -> dict[str, Tensor]:
         InputError: There is none.
     """
     start = None if task.start is None else {VECTOR: task.start[VECTOR]}
-    stacked = edits_of(replace(task, start=start))[VECTOR].cpu()
+    stacked = edits_of(replace(task, start=start))[VECTOR]
     ids = [request.edit_id for request in task.requests]
     vectors = {
         edit_id: vector_D for edit_id, vector_D in zip(ids, stacked, strict=True) if edit_id not in examples.problems

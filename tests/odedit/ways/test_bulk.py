@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, distributed
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from odedit import Objective, ObjectiveConfig, Stopping, edit, encode_requests, load_backbone, load_editor, stack_params
 from odedit.editors.common.hooks import rewritten
@@ -27,6 +28,7 @@ from odedit.ways.common.activations import IMAGE, TEXT, Moments, Written, added_
 from odedit.ways.common.examples import Reading, read
 from odedit.ways.common.in_parts import InParts
 from odedit.ways.common.normal_equations import NormalEquations, null_space
+from odedit.ways.common.stacked import edits_of
 from tests.support.committing import finish, requests_of
 from tests.support.requests import TEMPLATE, make_request
 from tests.support.workers import two_workers
@@ -207,6 +209,16 @@ def test_a_model_without_a_record_equals_one_that_never_had_it_bit_for_bit(backb
                 start_ids=[request.edit_id for request in kept])
     )  # fmt: skip
     assert all(torch.equal(added.params[name], value) for name, value in before.params.items())
+
+
+def test_rows_of_a_model_on_a_gpu_and_new_edits_are_stacked(backbone) -> None:
+    """Fake tensors refuse an operation on two devices."""
+    own = requests(3)
+    work = task(backbone, own, start_ids=[request.edit_id for request in own[:2]])
+    with FakeTensorMode():
+        start, new = torch.zeros(2, 128, device="cuda"), torch.zeros(1, 128)
+        stacked = edits_of(replace(work, start={VECTOR: start}, edits={VECTOR: new}))[VECTOR]
+    assert stacked.shape == (3, 128) and stacked.device.type == "cpu"
 
 
 def test_an_interrupted_commit_goes_on_after_the_last_solved_matrix(backbone, tmp_path: Path) -> None:
