@@ -101,16 +101,23 @@ class RoutedEditor(Plain):
         edited: dict[nn.Module, Rewrite] = {
             backbone.site(site): self._rewrite(adapters, site, trace) for site in self._editor.sites_of(adapters)
         }
-        key = backbone.site(holding(backbone, self.key))
+        # A gate of the key's layer reads the same and runs first, so that an edit of it needs the choice there.
+        layer = backbone.layer_of(holding(backbone, self.key))
+        gates = [site for site in self._editor.sites_of(adapters) if site.endswith(".ffn.gate")]
+        keys = [holding(backbone, self.key), *(site for site in gates if backbone.layer_of(site) == layer)]
 
-        def at_key(x: Tensor, y: Tensor) -> Tensor:
-            at_R1 = positions(x)
-            if at_R1 is not None:
-                trace.values[CHOICE] = choose(params, gather_positions(x, at_R1).squeeze(1))
-                trace.values[_FIRED] = (trace.values[CHOICE] >= 0).nonzero().squeeze(1)
-            return edited[key](x, y) if key in edited else y
+        def choosing(module: nn.Module) -> Rewrite:
+            def rewrite(x: Tensor, y: Tensor) -> Tensor:
+                at_R1 = positions(x)
+                if at_R1 is not None:
+                    trace.values[CHOICE] = choose(params, gather_positions(x, at_R1).squeeze(1))
+                    trace.values[_FIRED] = (trace.values[CHOICE] >= 0).nonzero().squeeze(1)
+                return edited[module](x, y) if module in edited else y
 
-        with torch.no_grad(), _by_row(backbone, self.key, {**edited, key: at_key}):
+            return rewrite
+
+        choices = {module: choosing(module) for module in map(backbone.site, keys)}
+        with torch.no_grad(), _by_row(backbone, self.key, {**edited, **choices}):
             yield trace
 
     def _rewrite(self, adapters: EditParams, site: str, trace: Trace) -> Rewrite:

@@ -13,7 +13,7 @@ from odedit.ways.common import router
 from odedit.ways.common.adapters import CHOICE, adapters_of, take, without
 from odedit.ways.common.prompt_states import KEY_SLOTS, prompt_states, states_of_edits
 from odedit.ways.routed import Routed, RoutedConfig
-from tests.support import tiny_current
+from tests.support import tiny_current, tiny_models
 from tests.support.committing import Whole, finish, requests_of, task_of
 from tests.support.requests import TEMPLATE, make_request
 
@@ -94,10 +94,7 @@ def check_chosen(monkeypatch, backbone, editor, serving, params, adapters, batch
         assert not torch.allclose(got[edit_EK == number], plain[edit_EK == number], atol=1e-3)
 
 
-def test_a_chosen_edit_changes_a_fused_matrix_as_it_does_alone(tmp_path, monkeypatch):
-    """The key reads the input of one matrix for gate and input, and one for queries, keys and values is edited."""
-    model = load_backbone("auto", str(tiny_current.write("llava_phi3", tmp_path)))
-    sites = ("layers.25%.ffn.gate_in", "layers.25%.ffn.out", "layers.>25%.attention.qkv")
+def check_random_edits(monkeypatch, model, sites):
     editor = load_editor("lora", {"rank": 4, "sites": sites})
     serving = WAY.serving(editor)
     serving.check(model)
@@ -106,6 +103,20 @@ def test_a_chosen_edit_changes_a_fused_matrix_as_it_does_alone(tmp_path, monkeyp
     torch.manual_seed(0)
     params = {name: torch.randn_like(value) / 4 for name, value in editor.init(model, batch).items()}
     check_chosen(monkeypatch, model, editor, serving, params, params, batch, 3, 1e-4)
+
+
+def test_a_chosen_edit_changes_a_fused_matrix_as_it_does_alone(tmp_path, monkeypatch):
+    """The key reads the input of one matrix for gate and input, and one for queries, keys and values is edited."""
+    model = load_backbone("auto", str(tiny_current.write("llava_phi3", tmp_path)))
+    sites = ("layers.25%.ffn.gate_in", "layers.25%.ffn.out", "layers.>25%.attention.qkv")
+    check_random_edits(monkeypatch, model, sites)
+
+
+@pytest.mark.parametrize("parts", [("gate",), ("gate", "in", "out")])
+def test_a_chosen_edit_changes_the_gate_of_the_keys_layer_as_it_does_alone(tmp_path, monkeypatch, parts):
+    """The gate runs before the matrix whose input the router reads."""
+    model = load_backbone("llava", str(tiny_models.write("llava", tmp_path)))
+    check_random_edits(monkeypatch, model, [f"layers.25%.ffn.{part}" for part in parts])
 
 
 def test_a_model_in_which_nothing_fires_is_the_unedited_one(task, editor, committed, evaluation):
