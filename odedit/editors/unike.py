@@ -330,11 +330,15 @@ class Unike(Plain):
         record_E1 = torch.arange(batch.num_edits, device=valid_EKT.device).unsqueeze(1)
         record_N = record_E1.unsqueeze(1).expand_as(valid_EKT)[valid_EKT]
         is_edit_N = is_edit_K.to(valid_EKT.device)[None, :, None].expand_as(valid_EKT)[valid_EKT]
-        positive_EN = (record_N == record_E1) & is_edit_N
+        own_EN = record_N == record_E1
+        positive_EN = own_EN & is_edit_N
+        # A batch that goes on in the next epoch may hold a record twice, which is no other record.
+        same_EE = torch.tensor([[own_id == other_id for other_id in batch.edit_ids] for own_id in batch.edit_ids])
+        negative_EN = ~same_EE.to(own_EN.device)[:, record_N] | (own_EN & ~is_edit_N)
         query_ND = query_EKTD[valid_EKT]
         attended_END = attend(query_ND.expand(batch.num_edits, -1, -1), stored_EMD, self.config.memory)
         scores_EN = (encode(semantic, attended_END) * encode(semantic, query_ND)).sum(dim=-1)
-        return info_nce(scores_EN, positive_EN, ~positive_EN, self.config.temperature)
+        return info_nce(scores_EN, positive_EN, negative_EN, self.config.temperature)
 
     def _truth_loss(
         self, layer: str, weights: Mapping[str, Tensor], new_ESD: Tensor, old_ESD: Tensor, old: EditBatch

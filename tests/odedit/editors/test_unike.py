@@ -384,6 +384,24 @@ def test_training_teaches_alpha_and_the_direction(backbone, supervision):
     assert all(bool(leaves[f"layers.-1.{name}"].any()) for name in ("zeta", "back"))
 
 
+def test_a_record_that_a_batch_holds_twice_is_no_negative_of_itself(backbone, unike, weights, supervision):
+    layer = LAYERS[0]
+    semantic = {
+        name.removeprefix(f"{layer}.semantic."): w for name, w in weights.items() if f"{layer}.semantic." in name
+    }
+
+    def loss_of(*rows: int) -> list[float]:
+        batch = supervision.take(torch.tensor(rows))
+        with torch.no_grad():
+            old = unike._with_old_answer(backbone, batch.select(("edit",)))
+            new, previous = (unike._states(backbone, part)[layer] for part in (batch, old))
+            return unike._semantic_loss(semantic, new, previous, batch, old).tolist()
+
+    alone = loss_of(0)
+    assert loss_of(0, 0) == pytest.approx(2 * alone, rel=1e-4)
+    assert loss_of(0, 1)[0] > 1.01 * alone[0]
+
+
 def test_zeta_is_pulled_to_the_mean_difference_and_moves_no_encoder(backbone, supervision, weights):
     leaves = {name: value.clone().requires_grad_() for name, value in weights.items()}
     Unike(CONFIG, leaves).native_training_loss(backbone, supervision).mean().backward()
