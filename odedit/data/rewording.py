@@ -46,7 +46,7 @@ BRIGHTNESS = ((0.80, 0.92), (1.08, 1.20))
 MIRRORED, BLURRED, ON_BACKGROUND = 0.5, 0.3, 0.3
 """Shares of the pictures that are mirrored (where the answer allows it), blurred, and put on a background."""
 BLUR, SIZES = (0.004, 0.012), (0.75, 0.95)
-_AUGMENTED = re.compile(r"-[0-9a-f]{16}$")
+_AUGMENTED = re.compile(r"((-noise-[0-9.e-]+)?-[0-9a-f]{16})+$")
 _NOT_MIRRORED = frozenset((
     "left", "right", "side", "sides", "direction", "facing", "east", "west", "clockwise", "read", "reads", "text",
     "word", "words", "letter", "letters", "number", "numbers", "digit", "digits", "write", "written", "writing",
@@ -199,7 +199,7 @@ class Augmentation:
 
 
 def base_key(key: str) -> str:
-    """Key of the picture that an augmented one is made of; any other key as it is."""
+    """Key of the picture that an augmented or a noisy one is made of; any other key as it is."""
     return _AUGMENTED.sub("", key)
 
 

@@ -6,6 +6,7 @@ which it answers the record's question as it answers it about the record's own p
 
 from __future__ import annotations
 
+import re
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,7 @@ _JOINED_WITH = 40
 _ENDS_ASKED = 16
 """Records whose answers show, without a pool, how the model ends an answer."""
 _OTHER_PICTURE = REPHRASE_SLOTS[1]
+_ALTERED = "altered"
 
 
 @dataclass(frozen=True)
@@ -265,7 +267,7 @@ class Maker:
 
     def altered(self, picture: Picture) -> list[str]:
         """Keys of the altered copies of a pool picture, some of them joined with pool pictures read before it."""
-        copies = altered(picture, self._recent, self._reading.pool_copies, "altered", self._seed)
+        copies = altered(picture, self._recent, self._reading.pool_copies, _ALTERED, self._seed)
         self._recent.append(picture)
         self._features.add(copies)
         return [copy.key for copy in copies]
@@ -373,7 +375,7 @@ class Maker:
         """The example with the pool's pictures of the same thing and its negatives.
 
         A picture about which the unedited answer is replaced by another record is neither, and a picture that another
-        record edits is not of the same thing.
+        record edits, or a copy of it, is not of the same thing.
         """
         if not draft.own:
             return draft
@@ -381,7 +383,9 @@ class Maker:
         question = draft.wordings[0]
         asked = self.answered([*(about(question, key) for key in keys), *draft.negatives])
         answer_of = {sequence.picture: answer_in(sequence) for sequence in asked}
-        same = tuple(key for key in keys if answer_of.get(key) == replaced and base_key(key) not in near.edited)
+        own = base_key(draft.own[0])
+        free = [key for key in keys if (source := _source(key)) == own or source not in near.edited]
+        same = tuple(key for key in free if answer_of.get(key) == replaced)
         # The question without a picture is drawn as often as that about the nearest picture.
         nearness: dict[str | None, float] = {None: max(cosines, default=0.0)}
         nearness |= zip(keys, cosines, strict=True)
@@ -393,6 +397,11 @@ class Maker:
             negatives=tuple(negatives),
             nearness=tuple((drawn / NEARNESS).exp().tolist()),
         )
+
+
+def _source(key: str) -> str:
+    """Key of the picture that an altered, an augmented or a noisy one is made of; any other key as it is."""
+    return base_key(re.sub(rf"-{_ALTERED}--?\d+-\d+$", "", key))
 
 
 def _question(sequence: TokenSequence) -> tuple[Tokens, str | None]:

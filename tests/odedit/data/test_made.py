@@ -21,7 +21,7 @@ from odedit.data.made import (
 from odedit.data.origins import NEGATIVES, Wanted, counted, origins
 from odedit.data.pool import Pool, normal
 from odedit.data.records import RawRecord, read_records
-from odedit.data.rewording import Augmentation, base_key, may_mirror, seeded
+from odedit.data.rewording import Augmentation, base_key, blend_noise, may_mirror, seeded
 from odedit.data.supervision import Supervision, build_request
 from odedit.errors import InputError
 from odedit.inputs.batch import SUPERVISION_SLOTS, Picture
@@ -123,6 +123,13 @@ def test_augmentations_are_seeded_and_say_what_they_do() -> None:
     assert {base_key(one.key) for one in made} == {original.key}
     for changed in made:
         assert not np.array_equal(changed.pixels, original.pixels)
+
+
+@pytest.mark.parametrize("share", [1e-05, 0.3, 1.0])
+def test_the_key_of_a_noisy_picture_tells_the_picture_that_it_is_made_of(share: float) -> None:
+    original = Picture("0" * 32, np.asarray(picture(1, (40, 30))))
+    for seen in (original, drawn(1, mirror=True)[0].of(original)):
+        assert base_key(blend_noise(seen, share, seeded("edit", "noise")).key) == original.key
 
 
 @pytest.mark.parametrize(

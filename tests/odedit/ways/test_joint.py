@@ -132,6 +132,18 @@ def test_a_picture_that_another_record_edits_is_not_of_the_same_thing(backbone) 
     assert augmented.picture.key not in {sequence.picture for sequence in theirs.negatives}
 
 
+def test_an_altered_copy_of_a_picture_that_another_record_edits_is_not_of_the_same_thing(backbone) -> None:
+    """One question for two records, and their pictures as the pool: only the record's own copies can be positives."""
+    first, second = requests(1, first=4)[0], requests(1, first=6)[0]
+    picture = replace(first.edit.picture, key="0" * 32)
+    second = replace(second, edit=replace(first.edit, target="ruby", picture=picture))
+    pool = [*(replace(request, supervision={}, probes={}) for request in (first, second)), *requests(5, first=21)]
+    examples = list(read(backbone, TEMPLATE, (), [first, second], pool, Reading(0, 256, 0, pool_copies=8)))[-1]
+    for record, other in zip(examples.records, (second, first), strict=True):
+        assert any(key.startswith(f"{record.own[0]}-altered-") for key in record.same)
+        assert not any(key.startswith(other.edit.picture.key) for key in record.same)
+
+
 def test_known_states_are_those_that_a_step_computes(backbone, monkeypatch) -> None:
     reading = Reading(1, 8, 0, pool_copies=1)
     examples = list(read(backbone, TEMPLATE, (), requests(3), requests(6, first=20), reading))[-1]
