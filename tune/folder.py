@@ -108,19 +108,32 @@ def check_folder(search: Search, folder: Folder, *, resume: bool) -> None:
         raise InputError(f"--out: {out} is a file. Choose a folder.")
     if not state and set(out.names()) - _BEFORE_IT_BEGINS:
         raise InputError(f"--out: {out} is not empty and holds no search. Choose another folder.")
-    if state and not (out / "trials").names() and state["identity"] != _identity(search) and not resume:
-        # A search without a trial may be replaced by one with other settings.
-        (out / STATE).delete()
-        state = {}
-    if not state:
-        delete_all((out / "validation").glob())
-    if state:
+    if state and not _is_replaced(search, folder, resume=resume):
         then, now = (flatten(values) for values in (state["identity"], _identity(search)))
         changed = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
         if changed:
             lines = "\n".join(f"  {name}: was {then.get(name)!r}, now {now.get(name)!r}" for name in changed)
             raise InputError(f"{'--resume' if resume else '--out'}: {out} holds another search:\n{lines}\n"
                              "Choose another folder, or give that search's configuration.")  # fmt: skip
+
+
+def clear_folder(search: Search, folder: Folder, *, resume: bool) -> None:
+    """Deletes what a search left that had no trial yet and is not resumed. The caller holds the lock (`alone`).
+
+    Raises:
+        InputError: See `check_folder`; another search may have begun since that check, which held no lock.
+    """
+    check_folder(search, folder, resume=resume)
+    if _is_replaced(search, folder, resume=resume):
+        (folder.out / STATE).delete()
+    if not folder.state:
+        delete_all(folder.validation.glob())
+
+
+def _is_replaced(search: Search, folder: Folder, *, resume: bool) -> bool:
+    """Whether the folder's search has other settings and no trial, so that this one may replace it."""
+    state = folder.state
+    return bool(state) and not resume and not (folder.out / "trials").names() and state["identity"] != _identity(search)
 
 
 def _identity(search: Search) -> dict[str, Any]:

@@ -37,7 +37,16 @@ from pipeline.workers.model import with_checked_store
 from pipeline.workers.plan import Job, Plan
 from tune import points, report, rungs
 from tune.config import Search, SearchConfig, check
-from tune.folder import BEFORE_THE_FIRST_TRIAL, TUNE_FOLDER, Folder, alone, check_folder, remember, remove_folder
+from tune.folder import (
+    BEFORE_THE_FIRST_TRIAL,
+    TUNE_FOLDER,
+    Folder,
+    alone,
+    check_folder,
+    clear_folder,
+    remember,
+    remove_folder,
+)
 from tune.points import Points, Trial
 
 _KEYS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
@@ -73,6 +82,7 @@ def run(config: SearchConfig, out: Path | str, console: Console, *, resume: bool
             stack.enter_context(alone(folder))
         for context in (terminate_as_interrupt(), ray_session.shared()):
             stack.enter_context(context)
+        clear_folder(search, folder, resume=resume)
         with new_local_folder(folder.out, BEFORE_THE_FIRST_TRIAL):
             (folder.out / "trials").make_folder()
             base, records = _prepared(search, folder, console)

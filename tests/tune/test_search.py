@@ -342,6 +342,31 @@ def test_a_search_of_another_process_stays_where_this_one_is_refused(
     assert sorted(path.name for path in out.iterdir()) == [".lock", "search.json", "trials"]
 
 
+def test_a_search_that_is_refused_deletes_nothing_of_the_one_that_runs(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other search has staged its records, and has no trial yet."""
+    values["settings"]["tracking"] = {"enabled": False}
+    config, out = written(values, tmp_path), tmp_path / "out"
+    monkeypatch.setattr(runner, "_run", stop)
+    assert "the search has begun" in odedit("tune", "--config", config, "seed=1", "--out", out).stderr
+    later = [out / name for name in ("search.json", "search.yaml", "optuna.journal") if (out / name).exists()]
+    staged = [path for path in (out / "validation").iterdir() if path.is_file()]
+    assert out / "search.json" in later and out / "validation" / "rungs.parquet" in staged
+
+    def refused() -> None:
+        with alone(Folder.of(out)):
+            second = odedit("tune", "--config", config, "seed=2", "--out", out)
+        assert second.exit_code == 2 and "is running (process " in second.stderr, second.output
+
+    refused()
+    assert all(path.exists() for path in (*later, *staged))
+    for path in later:
+        path.unlink()
+    refused()
+    assert all(path.exists() for path in staged)
+
+
 def test_passwords_are_not_kept_and_asked_for_again(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
