@@ -38,6 +38,8 @@ _FOLDER_OPTIONS = {
     "train": ("--out",),
     "tune": ("--out", "--resume"),
 }
+_IGNORE_FILES = (".gitignore", ".rayignore")
+"""Files that Ray would obey in every folder of the job, and leave out what is to be sent."""
 _PASSWORD = re.compile(
     r"://[^/\s@]*:\S*@|https?://[^/\s]*@|[?&][^=&?\s]*(?:key|secret|token|password|sas|sig|credential)[^=&?\s]*=",
     re.IGNORECASE,
@@ -131,7 +133,7 @@ def _copy_code(name: str, folder: Path) -> None:
     if spec is None or not spec.submodule_search_locations:
         raise JobError(f"The package {name!r} of this project is not installed here.")
     source = Path(next(iter(spec.submodule_search_locations)))
-    shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", *_IGNORE_FILES))
 
 
 def _take_config(parcel: Parcel, here: Path) -> Mapping[str, Any]:
@@ -224,7 +226,8 @@ def _add_file(key: str, value: str, parcel: Parcel, here: Path) -> None:
         )
     target = parcel.folder / path
     if source.is_dir():
-        shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", ".git"))
+        left_out = shutil.ignore_patterns("__pycache__", ".git", *_IGNORE_FILES)
+        shutil.copytree(source, target, dirs_exist_ok=True, ignore=left_out)
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, target)

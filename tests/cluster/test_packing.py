@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,19 @@ def test_files_that_settings_name_arrive_also_where_git_ignores_them(here: Path)
     assert parcel.arguments == ["edit", "--config", "run.yaml", "out=/shared/x"]
     assert not list(parcel.folder.rglob("__pycache__")) and not parcel.notes
     assert list((parcel.folder / "odedit").rglob("*.safetensors")), "the embedded models"
+
+
+def test_ray_sends_also_what_a_folder_of_pictures_ignores(here: Path) -> None:
+    from ray._private.runtime_env.packaging import create_package
+
+    for name in (".gitignore", ".rayignore"):
+        (here / "pictures" / name).write_text("/one.png\n")
+        (here / "mine" / name).write_text("*.py\n")
+    values = {"data": {"path": "records.json", "image_root": "pictures"}, "editor": {"name": "mine.editor"}}
+    parcel = packed(here, "edit", "out=/shared/x", values=values)
+    create_package(str(parcel.folder), here.parent / "job.zip", include_gitignore=True)
+    with zipfile.ZipFile(here.parent / "job.zip") as sent:
+        assert {"pictures/one.png", "mine/editor.py"} <= set(sent.namelist())
 
 
 def test_the_code_that_is_sent_runs_by_itself(here: Path) -> None:
