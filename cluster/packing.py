@@ -25,10 +25,12 @@ _CODE = ("odedit", "pipeline", "tune", "cluster")
 _VERSION = "pipeline/config/VERSION"
 """File from which `pipeline.config.version` reads the version of the sent code."""
 _READ = (
-    "path", "pool", "pictures", "image_root", "rephrase_root", "pool_image_root", "pool_rephrase_root", "checkpoint",
-    "add",
+    "path", "validation", "pool", "pictures", "image_root", "rephrase_root", "pool_image_root", "pool_rephrase_root",
+    "checkpoint", "add", "start",
 )  # fmt: skip
 """Settings that name inputs."""
+_READ_OPTIONS = ("--add",)
+"""Options that name inputs, as the settings of the same names do."""
 _WRITTEN = ("out", "feature_store", "storage")
 """Settings that name outputs, which must outlive the job."""
 _FOLDER_OPTIONS = {
@@ -102,7 +104,8 @@ def pack(
     replaced = {key for key, _ in overrides}
     from_file = _flattened("", _take_config(parcel, here))
     settings = [*((key, value) for key, value in from_file if key not in replaced), *overrides]
-    for key, value in settings:
+    inputs = [(option, text) for option in _READ_OPTIONS if (text := _option(parcel.arguments, option)[1])]
+    for key, value in (*settings, *inputs):
         _add_setting(key, value, parcel, here)
     for path in include:
         _add_file("--include", str(path), parcel, here)
@@ -194,9 +197,9 @@ def _overrides(arguments: Sequence[str]) -> Iterator[tuple[str, object]]:
 
 
 def _add_setting(key: str, value: object, parcel: Parcel, here: Path) -> None:
-    """Copies the file that a setting names, or checks that the job does not need it from here."""
-    name = key.rpartition(".")[2]
-    if not isinstance(value, str) or value.startswith("embedded"):
+    """Copies the file that a setting or an option names, or checks that the job does not need it from here."""
+    name = key.rpartition(".")[2].removeprefix("--")
+    if not isinstance(value, str) or value.partition(":")[0] == "embedded":
         return
     if (name == "name" and key.split(".")[-2:-1] == ["editor"]) or name == "family":
         _add_module(key, value, parcel, here)

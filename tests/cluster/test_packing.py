@@ -115,6 +115,33 @@ def test_overrides_and_files_on_request_are_taken_as_well(here: Path) -> None:
     assert (parcel.folder / "records.json").is_file() and (parcel.folder / "pictures/one.png").is_file()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["train", "mend", "--out=/shared/mend.safetensors", "training.validation=new.json"], "new.json"),
+        (["commit", "out=/shared/y", "--change", "/shared/x", "--add", "new.json"], "new.json"),
+        (["commit", "out=/shared/y", "--change=/shared/x", "--add=new.json"], "new.json"),
+        (["commit", "out=/shared/y", "data.path=records.json", "commit.add=[new.json]"], "new.json"),
+        (["commit", "out=/shared/y", "data.path=records.json", "commit.start=earlier"], "earlier/run.json"),
+        (["edit", "out=/shared/x", "data.path=embedded-facts.json"], "embedded-facts.json"),
+        (["edit", "out=/shared/x", "backbone.checkpoint=embedded_model"], "embedded_model/config.json"),
+    ],
+)
+def test_every_input_is_sent(here: Path, arguments: list[str], name: str) -> None:
+    (here / name).parent.mkdir(exist_ok=True)
+    (here / name).write_text("[]")
+    parcel = packed(here, *arguments)
+    assert (parcel.folder / name).read_text() == "[]" and not parcel.notes
+
+
+def test_the_embedded_benchmark_is_no_file(here: Path) -> None:
+    (here / "embedded").mkdir()
+    (here / "embedded" / "own.json").write_text("[]")
+    values = {"data": {"path": "embedded:train:3"}, "backbone": {"checkpoint": "embedded"}}
+    parcel = packed(here, "edit", "out=/shared/x", values=values)
+    assert not (parcel.folder / "embedded").exists() and not parcel.notes
+
+
 def test_what_an_override_replaces_is_neither_taken_nor_refused(here: Path) -> None:
     values = {"data": {"path": "records.json"}, "out": "runs/x"}
     parcel = packed(here, "edit", "data={path: /data/other.json}", "out=/shared/x", values=values)
@@ -167,6 +194,7 @@ def test_notes_name_what_is_read_on_the_cluster(here: Path) -> None:
         (["edit", "out=runs/x"], "out: 'runs/x' would be written into the job's own folder"),
         (["edit", "out=/x", "pipeline.feature_store=features"], "pipeline.feature_store: 'features' would be written"),
         (["edit", "out=/x", "data.path=none.json"], "data.path: there is no 'none.json' here"),
+        (["commit", "out=/x", "--change=/y", "--add=none.json"], "--add: there is no 'none.json' here"),
         (["edit", "out=/x", "data.image_root=.."], "data.image_root: '..' lies outside of the current folder"),
         (["edit", "out=/x", "data.path=["], "'data.path=[': the value is not valid YAML."),
         (["edit", "out=/x", "tracking.uri=https://me:pw@host"], "tracking.uri: an address holds a password or key"),
