@@ -40,6 +40,8 @@ _FOLDER_OPTIONS = {
     "train": ("--out",),
     "tune": ("--out", "--resume"),
 }
+_RELATIVE_DATABASE = re.compile(r"sqlite(\+\w+)?:///(?!/)")
+"""Beginning of the address of a database file whose path is relative; a full path has a fourth slash."""
 _IGNORE_FILES = (".gitignore", ".rayignore")
 """Files that Ray would obey in every folder of the job, and leave out what is to be sent."""
 _PASSWORD = re.compile(
@@ -203,8 +205,10 @@ def _add_setting(key: str, value: object, parcel: Parcel, here: Path) -> None:
         return
     if (name == "name" and key.split(".")[-2:-1] == ["editor"]) or name == "family":
         _add_module(key, value, parcel, here)
+    elif _RELATIVE_DATABASE.match(value):
+        _check_outlives(key, value)
     elif "://" in value:
-        pass  # an address is valid on every node
+        pass  # any other address is valid on every node
     elif name in _READ:
         is_of_hub = name == "checkpoint" and value.count("/") <= 1 and not (here / value).exists()
         if Path(value).is_absolute() or value.startswith("~"):
@@ -251,8 +255,9 @@ def _add_module(key: str, name: str, parcel: Parcel, here: Path) -> None:
 def _check_outlives(key: str, value: str) -> None:
     """Raises JobError if an output path is relative, so that it would be deleted with the job."""
     if not Path(value).is_absolute():
+        path = "path (sqlite:////folder/file.db)" if _RELATIVE_DATABASE.match(value) else "path"
         raise JobError(
-            f"{key}: {value!r} would be written into the job's own folder and be lost with it. Give a full path on "
+            f"{key}: {value!r} would be written into the job's own folder and be lost with it. Give a full {path} on "
             "storage that every node has mounted, or an address."
         )
 
