@@ -18,6 +18,7 @@ from pipeline.driver.preflight import prepare, preview
 from pipeline.driver.run import announce, score_into
 from pipeline.run_folder import staging
 from pipeline.run_folder.contradictions import edited_by
+from pipeline.run_folder.lock import alone
 from pipeline.run_folder.sources import absolute
 from pipeline.workers.compared import check_alike
 from pipeline.workers.kept import read_text
@@ -77,11 +78,12 @@ def score(
         show_plan(preview(config, fresh=fresh, identity=found.identity), config, edits=False)
         print(f"# model: {found.checkpoint or found.committed}")
         return
-    ready = prepare(config, fresh=fresh, identity=found.identity)
-    announce(ready, errors)
-    records = staging.usable_records(ready.workspace.records)
-    edited = edited_by(records, ready.sources.reader, found.edit_ids)
-    outcome = score_into(ready, errors, replace(found.scored(model, text), edited=edited))
+    with alone(config.out, "out"):
+        ready = prepare(config, fresh=fresh, identity=found.identity)
+        announce(ready, errors)
+        records = staging.usable_records(ready.workspace.records)
+        edited = edited_by(records, ready.sources.reader, found.edit_ids)
+        outcome = score_into(ready, errors, replace(found.scored(model, text), edited=edited))
     show_outcome(outcome, f"model {model}", "results/, kept.parquet")
     check_any(outcome)
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import os
-import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,13 +18,12 @@ from odedit.storage.location import Location, delete_all, locate
 from pipeline.config.run import read_yaml
 from pipeline.config.values import flatten, masked_values
 from pipeline.config.version import code_version
-from pipeline.run_folder import sources
+from pipeline.run_folder import lock, sources
 from pipeline.run_folder.workspace import CONFIG_HEADER, check_access, read_json, write_json
 from tune.config import Search, SearchConfig, from_values, override
 
 STATE, CONFIG, JOURNAL = "search.json", "search.yaml", "optuna.journal"
-_LOCK = ".lock"
-_BEFORE_IT_BEGINS = {_LOCK, "trials", "validation", "evaluation"}
+_BEFORE_IT_BEGINS = {lock.LOCK, "trials", "validation", "evaluation"}
 """Entries of a folder whose search ended before its records were staged."""
 BEFORE_THE_FIRST_TRIAL = {*_BEFORE_IT_BEGINS, STATE, CONFIG, JOURNAL}
 """Entries that are deleted if the search ends before its first trial."""
@@ -143,39 +138,11 @@ def _identity(search: Search) -> dict[str, Any]:
 
 @contextmanager
 def alone(folder: Folder) -> Iterator[None]:
-    """Holds the lock of the search inside the block; the lock ends with the process.
-
-    Raises:
-        InputError: Another process holds the lock, on this machine or on one that shares the folder.
-    """
-    with open(_lock_file(folder), "a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.fstat(stream.fileno()).st_nlink:
-                raise OSError("the process that had the lock has just removed the file")
-        except OSError as error:
-            stream.seek(0)
-            number = stream.read().strip()
-            raise InputError(
-                f"--out: the search in {folder.out} is running (process {number or 'unknown'})."
-            ) from error
-        stream.truncate(0)
-        stream.write(str(os.getpid()))
-        stream.flush()
+    """Holds the lock of the search inside the block. Raises InputError if another process holds it."""
+    with lock.alone(folder.out, "--out", "the search in"):
         for left in folder.out.glob(f"{TUNE_FOLDER}*"):  # left by a killed driver
             remove_folder(left)
-        try:
-            yield
-        finally:
-            if folder.out.is_local and folder.out.names() == [_LOCK]:
-                (folder.out / _LOCK).delete()
-
-
-def _lock_file(folder: Folder) -> Path:
-    if folder.out.is_local:
-        return Path(folder.out / _LOCK)
-    digest = hashlib.blake2b(folder.address.encode(), digest_size=8).hexdigest()
-    return Path(tempfile.gettempdir()) / f"odedit-{os.getuid()}-{digest}.lock"
+        yield
 
 
 def remove_folder(folder: Location) -> None:

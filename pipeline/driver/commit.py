@@ -32,6 +32,7 @@ from pipeline.interrupts import terminate_as_interrupt
 from pipeline.run_folder import rows, staging
 from pipeline.run_folder.committed import SINGLE, is_plain
 from pipeline.run_folder.contradictions import LeftOut, OnConflict, find
+from pipeline.run_folder.lock import alone
 from pipeline.run_folder.sources import Sources, absolute, identity_of, with_absolute_paths
 from pipeline.run_folder.workspace import Workspace, read_json
 from pipeline.workers import ray_session
@@ -193,7 +194,8 @@ def commit(
         parent_run: Id of the MLflow run that the run is nested in.
 
     Raises:
-        InputError: The input or the settings are wrong, records contradict each other, or `out` holds another run.
+        InputError: The input or the settings are wrong, records contradict each other, or `out` holds another run, or
+            another process writes to it.
         GraphError: The workers could not continue.
         TrackingError: The results are complete, but MLflow could not be written to.
     """
@@ -201,15 +203,16 @@ def commit(
     config = replace(with_edits_of(config, edits_from), data=with_absolute_paths(config.data))
     check(config, edits_from)
     conflicts = Conflicts(config)
-    ready = prepare(config, fresh=fresh, check_staged=conflicts, identity=further_inputs(config, edits_from))
-    announce(ready, console)
-    with terminate_as_interrupt(), ray_session.shared():
-        if not _is_made(ready.workspace):
-            start = _start(ready.config)
-            left_out = frozenset(conflicts.left_out.reasons)
-            edits = _finished_edits(ready, edits_from, left_out, console, fresh=fresh)
-            _make(ready, left_out, edits, start, console)
-        return score_into(ready, console, _scored(ready, conflicts.left_out), parent_run=parent_run)
+    with alone(config.out, "out"):
+        ready = prepare(config, fresh=fresh, check_staged=conflicts, identity=further_inputs(config, edits_from))
+        announce(ready, console)
+        with terminate_as_interrupt(), ray_session.shared():
+            if not _is_made(ready.workspace):
+                start = _start(ready.config)
+                left_out = frozenset(conflicts.left_out.reasons)
+                edits = _finished_edits(ready, edits_from, left_out, console, fresh=fresh)
+                _make(ready, left_out, edits, start, console)
+            return score_into(ready, console, _scored(ready, conflicts.left_out), parent_run=parent_run)
 
 
 def _is_made(workspace: Workspace) -> bool:

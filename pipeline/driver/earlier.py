@@ -19,6 +19,7 @@ from pipeline.config.checkpoints import editor_weights
 from pipeline.config.run import RunConfig, from_dict, load
 from pipeline.config.values import flatten
 from pipeline.run_folder import rows, staging
+from pipeline.run_folder.lock import LOCK
 from pipeline.run_folder.sources import Sources
 from pipeline.run_folder.workspace import CONFIG_HEADER, Workspace, read_json
 
@@ -124,7 +125,7 @@ def _check_free(workspace: Workspace, *, fresh: bool) -> None:
     if rows.parts(workspace):
         raise InputError(f"out: {workspace.out} holds results without run.json. Choose another folder (out=...).")
     # Files of a run that failed before its first result; they are deleted later.
-    leftovers = [*staging.leftovers(workspace), *staging.abandoned(workspace)]
+    leftovers = [*staging.leftovers(workspace), *staging.abandoned(workspace), workspace.out / LOCK]
     file = workspace.out.first_file_below(leftovers) if fresh else None
     if file is not None:
         name = file.rpartition("/")[2]

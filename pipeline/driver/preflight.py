@@ -82,6 +82,8 @@ def prepare(
 ) -> Ready:
     """Checks the run, stages its input, and decides whether it resumes an earlier run in `out`.
 
+    The caller holds the lock of `out` (`pipeline.run_folder.lock`).
+
     Args:
         fresh: Whether an existing run is replaced.
         is_storage_tried: Whether storage above `out` has been written to already, as in `check`.

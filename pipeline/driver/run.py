@@ -23,6 +23,7 @@ from pipeline.driver.progress import Progress
 from pipeline.interrupts import raise_if_interrupted, terminate_as_interrupt
 from pipeline.run_folder import repair, staging
 from pipeline.run_folder.committed import write_edits
+from pipeline.run_folder.lock import alone
 from pipeline.run_folder.rows import KEPT, PROGRESS_COLUMNS, digest, parts, read_rows, unify
 from pipeline.run_folder.summary import summarize_kept, summarize_results
 from pipeline.run_folder.workspace import Workspace, read_json, write_json
@@ -61,18 +62,19 @@ def run(config: RunConfig, console: Console, *, fresh: bool = False, profile: Pr
         profile: Profile that the times of this part of the run are added to; stored as `profile.json`.
 
     Raises:
-        InputError: The input or the settings are wrong, or `out` holds another run.
+        InputError: The input or the settings are wrong, or `out` holds another run, or another process writes to it.
         GraphError: The workers could not continue.
         TrackingError: The results are complete, but MLflow could not be written to.
     """
-    ready = prepare(config, fresh=fresh)
-    announce(ready, console)
-    try:
-        return _run_ready([ready], console, parent_run=None, profile=profile)[0]
-    finally:
-        if profile is not None and profile.records:
-            with suppress(OSError):  # a full disk must not hide how the run ended
-                write_json(ready.workspace.profile, profile.to_json())
+    with alone(config.out, "out"):
+        ready = prepare(config, fresh=fresh)
+        announce(ready, console)
+        try:
+            return _run_ready([ready], console, parent_run=None, profile=profile)[0]
+        finally:
+            if profile is not None and profile.records:
+                with suppress(OSError):  # a full disk must not hide how the run ended
+                    write_json(ready.workspace.profile, profile.to_json())
 
 
 def score_into(
@@ -84,6 +86,8 @@ def score_into(
     parent_run: str | None = None,
 ) -> Outcome:
     """Scores or goes on scoring the records of a prepared run on one model, as rows of `odedit edit`.
+
+    The caller holds the lock of the run's folder (`alone`).
 
     Args:
         ready: Result of `prepare`.
@@ -112,13 +116,16 @@ def run_many(
     Raises:
         Errors of `run`, with the name of the run in the message. Finished groups are kept.
     """
-    ready = [_prepared(config, fresh=fresh) for config in configs]
-    done = sum(run.num_done(run.pending) for run in ready)
-    total = sum(run.staged.num_usable for run in ready)
-    say(console, f"{counted(len(ready), 'run')}: {done} of {counted(total, 'usable record')} done.")
-    for note in dict.fromkeys(note for run in ready for note in run.notes):
-        say(console, f"Note: {note}")
-    return _run_ready(ready, console, parent_run)
+    with ExitStack() as stack:
+        for config in configs:
+            stack.enter_context(alone(config.out, "out"))
+        ready = [_prepared(config, fresh=fresh) for config in configs]
+        done = sum(run.num_done(run.pending) for run in ready)
+        total = sum(run.staged.num_usable for run in ready)
+        say(console, f"{counted(len(ready), 'run')}: {done} of {counted(total, 'usable record')} done.")
+        for note in dict.fromkeys(note for run in ready for note in run.notes):
+            say(console, f"Note: {note}")
+        return _run_ready(ready, console, parent_run)
 
 
 def _prepared(config: RunConfig, *, fresh: bool) -> Ready:

@@ -339,7 +339,7 @@ def test_a_search_of_another_process_stays_where_this_one_is_refused(
     monkeypatch.setattr(runner, "alone", late)
     refused = odedit("tune", "--config", written(values, tmp_path), "--out", out)
     assert refused.exit_code == 2 and "is running (process " in refused.stderr, refused.output
-    assert sorted(path.name for path in out.iterdir()) == [".lock", "search.json", "trials"]
+    assert sorted(path.name for path in out.iterdir()) == ["search.json", "trials"]
 
 
 def test_a_search_that_is_refused_deletes_nothing_of_the_one_that_runs(
