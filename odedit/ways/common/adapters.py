@@ -116,7 +116,7 @@ class RoutedEditor(Plain):
 
             return rewrite
 
-        choices = {module: choosing(module) for module in map(backbone.site, keys)}
+        choices: dict[nn.Module, Rewrite] = {module: choosing(module) for module in map(backbone.site, keys)}
         with torch.no_grad(), _by_row(backbone, self.key, {**edited, **choices}):
             yield trace
 
