@@ -72,12 +72,17 @@ def find(
         # A finished run needs no model, and its older form of fingerprint depends on versions of libraries.
         settings |= {_WEIGHTS: before["settings"][_WEIGHTS]}
         _check_same_run(settings, before["settings"], workspace)
-    elif not fresh and (rows.parts(workspace) or settings == before["settings"] or not before.get("ended")):
+    elif not fresh and (_has_results(workspace) or settings == before["settings"] or not before.get("ended")):
         _check_same_run(settings, before["settings"], workspace)
     else:
         # --fresh was given, or other settings after a run that ended without any result.
         is_replaced = True
     return Earlier(settings, before is None, is_replaced, tuple(notes))
+
+
+def _has_results(workspace: Workspace) -> bool:
+    """Whether the folder holds rows of a run, or a model that is made or begun."""
+    return bool(rows.parts(workspace)) or workspace.committed.exists() or workspace.training.exists()
 
 
 def _check_config_is_ours(workspace: Workspace) -> None:

@@ -21,7 +21,7 @@ from pipeline.config.run import from_dict, load_commit
 from pipeline.driver import commit as driver
 from pipeline.driver.run import Outcome
 from pipeline.run_folder import rows as results
-from pipeline.workers import committing, engine
+from pipeline.workers import committing, engine, scoring
 from tests.support import inline_pipeline
 from tests.support.mmedit_files import encoded, picture, record, write_array, write_images
 from tests.support.paths import ROOT
@@ -115,6 +115,23 @@ def test_the_same_command_goes_on_where_it_was_killed_and_ends_with_the_same_mod
     assert len(shown) == after_kill + 2, "a finished run trains nothing"
     assert {part: part.stat().st_mtime_ns for part in parts} == parts, "a finished run scores nothing"
     assert [results.to_json_row(row) for row in rows_of(again)] == [results.to_json_row(row) for row in rows_of(whole)]
+
+
+def test_a_model_without_scores_is_not_replaced_by_a_command_with_other_settings(
+    plain: Settings, commit: Commit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Any, records: Any, requests: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring.ScoreActor, "_process", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            commit(plain)
+    model = Path(plain["out"]) / "model" / "model.safetensors"
+    written = model.stat().st_mtime_ns
+    with pytest.raises(InputError, match=r"commit.steps: was 6, now 7(.|\n)*--fresh"):
+        commit(plain, "commit.steps=7")
+    assert len(rows_of(commit(plain))) == 5 and model.stat().st_mtime_ns == written, "the same command scores the model"
 
 
 def test_contradictions_are_refused_before_any_work_and_one_of_them_can_be_kept(
