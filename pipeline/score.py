@@ -68,18 +68,20 @@ def score(
 ) -> None:
     """`odedit score`."""
     check_given(path, overrides)
-    config = without_method(load(path, overrides))
+    given = load(path, overrides)
+    config = without_method(given)
+    added = [] if given.commit is None else [absolute(file) for file in given.commit.settings.add]
     if text is not None:
         text = absolute(text)
         read_text(text)
     found = find_model(model, config.backbone)
     errors = Console(stderr=True)
     if dry_run:
-        show_plan(preview(config, fresh=fresh, identity=found.identity), config, edits=False)
+        show_plan(preview(config, fresh=fresh, identity=found.identity, added=added), config, edits=False)
         print(f"# model: {found.checkpoint or found.committed}")
         return
     with alone(config.out, "out"):
-        ready = prepare(config, fresh=fresh, identity=found.identity)
+        ready = prepare(config, fresh=fresh, identity=found.identity, added=added)
         announce(ready, errors)
         records = staging.usable_records(ready.workspace.records)
         edited = edited_by(records, ready.sources.reader, found.edit_ids)
@@ -89,11 +91,11 @@ def score(
 
 
 def without_method(config: RunConfig) -> RunConfig:
-    """The configuration without editor, objective and files of edits, none of which a score depends on."""
+    """The configuration without editor, objective, way and files of edits, none of which a score depends on."""
     bare = from_dict({"editor": {"name": "ftl"}, "objective": {"name": "native"}})
     return replace(
         config, editor=bare.editor, objective=bare.objective, stopping=bare.stopping, training=bare.training,
-        keep_edits=False,
+        commit=None, keep_edits=False,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -79,6 +79,7 @@ def prepare(
     is_storage_tried: bool = False,
     check_staged: CheckStaged | None = None,
     identity: Mapping[str, Any] = MappingProxyType({}),
+    added: Sequence[str] = (),
 ) -> Ready:
     """Checks the run, stages its input, and decides whether it resumes an earlier run in `out`.
 
@@ -89,12 +90,13 @@ def prepare(
         is_storage_tried: Whether storage above `out` has been written to already, as in `check`.
         check_staged: Further check of the staged records.
         identity: What the results depend on besides settings and input files, by name.
+        added: `Sources.added`.
 
     Raises:
         InputError: A setting or the input is wrong, or `out` holds another run. No new folder stays.
     """
     config, workspace, fitting_notes = check(config, fresh=fresh, is_storage_tried=is_storage_tried)
-    inputs = sources.resolve(config.data, config.out, config.supervision.rephrases)
+    inputs = replace(sources.resolve(config.data, config.out, config.supervision.rephrases), added=tuple(added))
     earlier = find(config, inputs, workspace, fresh=fresh, identity=identity)
     with new_local_folder(workspace.out):
         if earlier.is_new or earlier.is_replaced:
@@ -122,10 +124,11 @@ def preview(
     fresh: bool = False,
     check_staged: CheckStaged | None = None,
     identity: Mapping[str, Any] = MappingProxyType({}),
+    added: Sequence[str] = (),
 ) -> Ready:
     """As `prepare`, but stages into a temporary folder and changes nothing in `out`; for `--dry-run`."""
     config, workspace, fitting_notes = check(config, fresh=fresh)
-    with _staged_for_check(config) as (inputs, staged, aside):
+    with _staged_for_check(config, added) as (inputs, staged, aside):
         if check_staged is not None:
             check_staged(aside, inputs)
         earlier = find(config, inputs, workspace, fresh=fresh, identity=identity)
@@ -142,12 +145,12 @@ def check_records(config: RunConfig) -> None:
 
 
 @contextmanager
-def _staged_for_check(config: RunConfig) -> Iterator[tuple[Sources, Staged, Workspace]]:
+def _staged_for_check(config: RunConfig, added: Sequence[str] = ()) -> Iterator[tuple[Sources, Staged, Workspace]]:
     """The run's input files, and its records, staged in a temporary folder that exists inside the block."""
     with tempfile.TemporaryDirectory() as folder:
         rephrases = config.supervision.rephrases
         out = sources.out_of_dry_run(config.data, config.out, folder, rephrases)
-        inputs = sources.resolve(config.data, out, rephrases)
+        inputs = replace(sources.resolve(config.data, out, rephrases), added=tuple(added))
         inputs.identity()  # raises for a missing file before the folders of pictures are checked
         inputs.reader.check_roots()
         aside = Workspace.of(Path(folder) / "out")

@@ -34,7 +34,11 @@ _WRITTEN_LAST = "evaluation.json"
 
 @dataclass(frozen=True)
 class Sources:
-    """Absolute paths and addresses of the inputs, valid on every worker."""
+    """Absolute paths and addresses of the inputs, valid on every worker.
+
+    Attributes:
+        added: Further files of records, of a run that scores those of `commit.add` and commits none.
+    """
 
     path: str
     image_root: str | None
@@ -46,6 +50,7 @@ class Sources:
     pool_image_root: str | None = None
     pool_rephrase_root: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict, hash=False)
+    added: tuple[str, ...] = ()
 
     @cached_property
     def reader(self) -> ImageReader:
@@ -71,7 +76,8 @@ class Sources:
     def identity(self) -> dict[str, str]:
         """Path, size and modification time of each input, to detect changes. Raises InputError if a file is missing."""
         files = {"data.path": self.path, "data.pool": self.pool}
-        found = {name: identity_of(path, name) for name, path in files.items() if path is not None}
+        files |= {f"commit.add {number}": path for number, path in enumerate(self.added)}
+        found = {name: identity_of(path, name.partition(" ")[0]) for name, path in files.items() if path is not None}
         if self.pictures is not None:
             found["data.pictures"] = _folder_identity(self.pictures, "data.pictures")
         return found

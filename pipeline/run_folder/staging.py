@@ -215,10 +215,10 @@ def _is_staged(location: Location) -> bool:
 
 
 def _records(config: RunConfig, sources: Sources, check: Check) -> Iterator[RawRecord]:
-    """The records of the run's file, and of the further files of a run that commits, numbered on."""
+    """The records of the run's file, and of the further files of `commit.add`, numbered on."""
     read = partial(read_records, task=config.data.task, check=check, columns=sources.columns)
     records = read(sources.path, limit=config.data.limit)
-    added = () if config.commit is None else config.commit.settings.add
+    added = sources.added if config.commit is None else config.commit.settings.add
     if not added:
         yield from records
         return

@@ -31,13 +31,15 @@ from odedit.inputs.prompts import find_template
 from odedit.ways.base import Fit, PlainWay, WayConfig
 from odedit.ways.common import files as committed_files
 from odedit.ways.common.files import CommittedInfo, save_committed
-from pipeline.config.run import from_dict
+from pipeline.config.run import from_dict, load
+from pipeline.driver.earlier import is_commit
 from pipeline.driver.preflight import prepare
 from pipeline.driver.run import score_into
+from pipeline.driver.tracked import command
 from pipeline.edits.answers import Questions
 from pipeline.run_folder import rows as results
 from pipeline.run_folder.contradictions import find
-from pipeline.run_folder.workspace import Workspace
+from pipeline.run_folder.workspace import Workspace, read_json
 from pipeline.score import without_method
 from pipeline.workers import kept
 from pipeline.workers import scoring as actor
@@ -170,6 +172,29 @@ def test_another_model_in_the_same_folder_is_refused(
         assert done.exit_code == 2 and "model.weights: was" in done.output and "--fresh" in done.output
     assert scored(edited[2], "--fresh")[0].exit_code == 0
     assert {row["model"] for row in rows_of(out)} == {str(edited[2])}
+
+
+def test_a_configuration_that_commits_scores_every_record_and_commits_none(
+    edited: tuple[Settings, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inline_pipeline.install(monkeypatch)
+    added = write_array(tmp_path / "new.json", [record(5, edit_id="new")])
+    commits = {"commit": {"way": "joint", "add": [str(added)]}, "out": str(tmp_path / "out")}
+    done = odedit_in(tmp_path, edited[0] | commits, "score", str(edited[2]))
+    assert done.exit_code == 0, done.output
+    out = tmp_path / "out"
+    rows = rows_of(out)
+    assert [row["edit_id"] for row in rows][5:] == ["new"] and "supervision_given" not in rows[5]
+    workspace = Workspace.of(out)
+    assert command(load(workspace.config), is_scored=True) == "score" and not is_commit(read_json(workspace.run))
+    (out / "model").mkdir()
+    (out / "model" / "mine.txt").write_text("mine")
+    write_array(added, [record(5, edit_id="other")])
+    done = odedit_in(tmp_path, edited[0] | commits, "score", str(edited[2]))
+    assert done.exit_code == 2 and "commit.add 0: was" in done.output
+    done = odedit_in(tmp_path, edited[0] | commits, "score", str(edited[2]), "--fresh")
+    assert done.exit_code == 0 and rows_of(out)[5]["edit_id"] == "other"
+    assert (out / "model" / "mine.txt").read_text() == "mine"
 
 
 def test_models_that_cannot_be_scored(scored: Callable[..., tuple[Result, Path]], tmp_path: Path) -> None:
