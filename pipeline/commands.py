@@ -101,7 +101,7 @@ def commit(
     say(Console(), f"Model:   {outcome.workspace.model}")
     tracking = config.tracking
     if outcome.tracking_uri and tracking.register is not None:
-        say(Console(), f"Registry: models:/{tracking.register}@{tracking.alias} is this model now (tracking.register).")
+        say(Console(), f"Registry: this model was registered as models:/{tracking.register}@{tracking.alias}.")
     folder = json.dumps(str(outcome.workspace.model))
     asking = f'import odedit; print(odedit.load_edited({folder}).answer("PICTURE", "QUESTION"))'
     say(Console(), f"Ask it:  python -c {shlex.quote(asking)}")

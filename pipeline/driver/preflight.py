@@ -30,7 +30,7 @@ from pipeline.run_folder.workspace import (
     read_json,
     write_json,
 )
-from pipeline.tracking import connection
+from pipeline.tracking import connection, logged
 from pipeline.workers import ray_session
 from pipeline.workers.model import SETTING, with_checked_store
 from pipeline.workers.plan import ScoredModel, machine_cpus, machine_gpus, make_plan
@@ -217,9 +217,8 @@ def _without_effect(config: RunConfig) -> Iterator[str]:
 
 def _is_finished(config: RunConfig, workspace: Workspace) -> bool:
     """Whether everything is edited and logged."""
-    state = read_json(workspace.run)
-    is_logged = not config.tracking.enabled or (isinstance(state, dict) and state.get("logged"))
-    return bool(is_logged) and workspace.summary.exists()
+    is_logged = not config.tracking.enabled or logged.is_logged(config, workspace)
+    return is_logged and workspace.summary.exists()
 
 
 def _public_yaml(config: RunConfig) -> str:

@@ -30,6 +30,7 @@ from pipeline.run_folder.workspace import Workspace, read_json, write_json
 from pipeline.tracking import models
 from pipeline.tracking.client import status_after
 from pipeline.tracking.connection import store_uri
+from pipeline.tracking.logged import is_logged, run_id_in_store
 from pipeline.tracking.runs import EditRun
 from pipeline.workers import kept, ray_session
 from pipeline.workers.plan import Job, Plan, ScoredModel
@@ -237,9 +238,9 @@ class _OpenRun:
             return
         self._is_started = True
         ready = self.ready
-        state = read_json(ready.workspace.run)
-        is_complete = not ready.pending and state.get("logged")
-        if not ready.config.tracking.enabled or is_complete:
+        if not ready.config.tracking.enabled:
+            return
+        if not ready.pending and is_logged(ready.config, ready.workspace):
             return
         dataset = {
             "path": ready.sources.path,
@@ -248,7 +249,8 @@ class _OpenRun:
             "problems": ready.staged.problems,
         }
         self._tracker = EditRun.start(
-            ready.config, ready.workspace, state.get("run_id"), ready.code, dataset, self._parent_run,
+            ready.config, ready.workspace, run_id_in_store(ready.config, ready.workspace), ready.code, dataset,
+            self._parent_run,
             tracked.command(ready.config, is_scored=ready.scored is not None),
         )  # fmt: skip
         if ready.scored is not None:
@@ -370,5 +372,7 @@ def _finish(ready: Ready, tracker: EditRun | None, console: Console | None) -> O
         if console is not None:
             console.print("Logging to MLflow ...", highlight=False)
         tracked.log(tracker, config, workspace, summary, ready.sources.reader)
-    uri = store_uri(config.tracking, workspace.out) if config.tracking.enabled else None
-    return Outcome(workspace, summary, uri, (read_json(workspace.run) or {}).get("run_id"))
+    if not config.tracking.enabled:
+        return Outcome(workspace, summary, None, (read_json(workspace.run) or {}).get("run_id"))
+    uri = store_uri(config.tracking, workspace.out)
+    return Outcome(workspace, summary, uri, run_id_in_store(config, workspace))

@@ -13,6 +13,7 @@ from pipeline.run_folder import rows
 from pipeline.run_folder.sources import resolve
 from pipeline.run_folder.workspace import Workspace, read_json
 from pipeline.tracking import runs
+from pipeline.tracking.logged import is_logged, run_id_in_store
 
 
 def sync(folder: str, uri: str | None = None) -> str:
@@ -33,9 +34,12 @@ def sync(folder: str, uri: str | None = None) -> str:
         raise InputError(f"{folder} holds no run; expected the folder that `odedit edit` wrote to (out).")
     if summary is None:
         raise InputError(f"{folder}: its run is not finished. Finish it with the command that began it, which logs it.")
-    if state.get("logged") and uri is None:
-        return f"{folder} is logged already, as run {state['run_id']}."
-    config = _reachable(load(workspace.config), folder, uri)
+    config = load(workspace.config)
+    is_tracked = config.tracking.enabled
+    if uri is None and state.get("logged") and (not is_tracked or is_logged(config, workspace)):
+        run_id = run_id_in_store(config, workspace) if is_tracked else state["run_id"]
+        return f"{folder} is logged already, as run {run_id}."
+    config = _reachable(config, folder, uri)
     dataset = {
         "path": _records_path(config, workspace),
         "digest": rows.digest(workspace.records),
@@ -43,7 +47,7 @@ def sync(folder: str, uri: str | None = None) -> str:
         "problems": summary["skipped"],
     }
     tracker = runs.EditRun.start(
-        config, workspace, state.get("run_id"), state["code"], dataset,
+        config, workspace, run_id_in_store(config, workspace), state["code"], dataset,
         command=tracked.command(config, is_scored="model" in summary),
     )  # fmt: skip
     update(workspace, run_id=tracker.run_id)

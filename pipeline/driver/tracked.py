@@ -10,6 +10,7 @@ from pipeline.config.run import RunConfig
 from pipeline.driver.preflight import update
 from pipeline.run_folder.workspace import Workspace
 from pipeline.tracking import models
+from pipeline.tracking.logged import with_entry
 from pipeline.tracking.runs import EditRun
 
 
@@ -34,7 +35,7 @@ def log(
     tracker.log_results(config, workspace, summary, seen)
     if models.is_committed(workspace):
         models.log_committed(tracker, config, workspace, summary, seen.description)
-    update(workspace, logged=True)
+    update(workspace, logged=with_entry(config, workspace, tracker.run_id))
 
 
 def command(config: RunConfig, *, is_scored: bool) -> str:

@@ -21,6 +21,7 @@ from pipeline.config.run import from_dict, load_commit
 from pipeline.driver import commit as driver
 from pipeline.driver.run import Outcome
 from pipeline.run_folder import rows as results
+from pipeline.tracking.connection import connect
 from pipeline.workers import committing, engine, scoring
 from tests.support import inline_pipeline
 from tests.support.mmedit_files import encoded, picture, record, write_array, write_images
@@ -132,6 +133,24 @@ def test_a_model_without_scores_is_not_replaced_by_a_command_with_other_settings
     with pytest.raises(InputError, match=r"commit.steps: was 6, now 7(.|\n)*--fresh"):
         commit(plain, "commit.steps=7")
     assert len(rows_of(commit(plain))) == 5 and model.stat().st_mtime_ns == written, "the same command scores the model"
+
+
+def test_a_finished_model_is_registered_under_a_name_that_is_given_later(
+    plain: Settings, commit: Commit, tmp_path: Path
+) -> None:
+    uri = f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
+    finished = commit(plain, "tracking.enabled=true", uri)
+    client = connect(str(finished.tracking_uri))
+    commit(plain, "tracking.enabled=true", uri, "tracking.register=digits")
+    for alias in ("best", "best", "committed"):
+        again = commit(plain, "tracking.enabled=true", uri, "tracking.register=digits", f"tracking.alias={alias}")
+        assert again.run_id == finished.run_id
+        version = client.get_model_version_by_alias("digits", alias)
+        assert (str(version.version), version.run_id) == ("1", finished.run_id)
+    assert client.get_run(finished.run_id).info.status == "FINISHED"
+    written = (tmp_path / "mlflow.db").stat().st_mtime_ns
+    commit(plain, "tracking.enabled=true", uri)
+    assert (tmp_path / "mlflow.db").stat().st_mtime_ns == written, "nothing new is to be logged"
 
 
 def test_contradictions_are_refused_before_any_work_and_one_of_them_can_be_kept(

@@ -95,6 +95,24 @@ def test_a_run_is_logged_once_and_its_edits_reproduce_their_scores(
     assert {name: scores[name] for name in MAIN} == {name: row[name] for name in MAIN}
 
 
+def test_a_finished_run_is_logged_to_another_store_that_is_named_later(
+    tracked: dict[str, Any], inline: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    first = inline(from_dict(tracked))
+    uris = [str(first.tracking_uri), f"sqlite:///{tmp_path}/other.db"]
+    ids = [first.run_id]
+    for uri in (uris[1], uris[1], uris[0]):
+        outcome = inline(from_dict(tracked | {"tracking": {**tracked["tracking"], "uri": uri}}))
+        assert outcome.tracking_uri == uri
+        ids.append(outcome.run_id)
+    assert ids == [ids[0], ids[1], ids[1], ids[0]] and ids[0] != ids[1]
+    for uri, run_id in zip(uris, ids, strict=False):
+        client = connect(uri)
+        (run,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
+        assert (run.info.run_id, run.info.status, run.data.metrics["records/edited"]) == (run_id, "FINISHED", 5)
+    assert str(ids[0]) in sync(str(first.workspace.out)), "the last command named the first store"
+
+
 def test_what_a_team_sees_of_a_run(tracked: dict[str, Any], inline: Callable[..., Outcome], tmp_path: Path) -> None:
     outcome = inline(from_dict(tracked))
     client = connect(str(outcome.tracking_uri))
