@@ -20,7 +20,7 @@ from pipeline.console import say
 from pipeline.driver import tracked
 from pipeline.driver.preflight import Ready, prepare, update
 from pipeline.driver.progress import Progress
-from pipeline.interrupts import raise_if_interrupted, terminate_as_interrupt
+from pipeline.interrupts import interrupts_delayed, raise_if_interrupted, terminate_as_interrupt
 from pipeline.run_folder import repair, staging
 from pipeline.run_folder.committed import write_edits
 from pipeline.run_folder.lock import alone
@@ -248,14 +248,15 @@ class _OpenRun:
             "usable": ready.staged.num_usable,
             "problems": ready.staged.problems,
         }
-        self._tracker = EditRun.start(
-            ready.config, ready.workspace, run_id_in_store(ready.config, ready.workspace), ready.code, dataset,
-            self._parent_run,
-            tracked.command(ready.config, is_scored=ready.scored is not None),
-        )  # fmt: skip
+        with interrupts_delayed():  # a run whose id is not stored would stay RUNNING, beside that of the next command
+            self._tracker = EditRun.start(
+                ready.config, ready.workspace, run_id_in_store(ready.config, ready.workspace), ready.code, dataset,
+                self._parent_run,
+                tracked.command(ready.config, is_scored=ready.scored is not None),
+            )  # fmt: skip
+            update(ready.workspace, run_id=self._tracker.run_id)
         if ready.scored is not None:
             self._tracker.set_tags({f"odedit.{name}": value for name, value in ready.scored.columns.items()})
-        update(ready.workspace, run_id=self._tracker.run_id)
 
     def _store_time(self) -> None:
         """Adds `seconds` to the time in run.json."""

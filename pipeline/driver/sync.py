@@ -9,6 +9,7 @@ from odedit.runtime.addresses import masked
 from pipeline.config.run import RunConfig, load
 from pipeline.driver import tracked
 from pipeline.driver.preflight import update
+from pipeline.interrupts import interrupts_delayed, terminate_as_interrupt
 from pipeline.run_folder import rows
 from pipeline.run_folder.sources import resolve
 from pipeline.run_folder.workspace import Workspace, read_json
@@ -46,16 +47,20 @@ def sync(folder: str, uri: str | None = None) -> str:
         "usable": summary["n"] + summary["failed"],
         "problems": summary["skipped"],
     }
-    tracker = runs.EditRun.start(
-        config, workspace, run_id_in_store(config, workspace), state["code"], dataset,
-        command=tracked.command(config, is_scored="model" in summary),
-    )  # fmt: skip
-    update(workspace, run_id=tracker.run_id)
-    try:
-        tracked.log(tracker, config, workspace, summary)
-    except BaseException:
-        tracker.finish("FAILED")
-        raise
+    tracker = None
+    with terminate_as_interrupt():
+        try:
+            with interrupts_delayed():
+                tracker = runs.EditRun.start(
+                    config, workspace, run_id_in_store(config, workspace), state["code"], dataset,
+                    command=tracked.command(config, is_scored="model" in summary),
+                )  # fmt: skip
+                update(workspace, run_id=tracker.run_id)
+            tracked.log(tracker, config, workspace, summary)
+        except BaseException:
+            if tracker is not None:
+                tracker.finish("FAILED")
+            raise
     tracker.finish_with(summary)
     return f"{folder} is logged, as run {tracker.run_id}."
 

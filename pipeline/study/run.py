@@ -21,7 +21,7 @@ from pipeline.driver.commit import check as check_commit
 from pipeline.driver.commit import commit_many
 from pipeline.driver.preflight import check, check_records
 from pipeline.driver.run import Outcome, run_many
-from pipeline.interrupts import terminate_as_interrupt
+from pipeline.interrupts import interrupts_delayed, terminate_as_interrupt
 from pipeline.run_folder import rows as results
 from pipeline.run_folder.reasons import Reasons, lines
 from pipeline.run_folder.sources import absolute
@@ -80,16 +80,18 @@ def run(
         fresh=fresh,
     )
     with terminate_as_interrupt(), ray_session.shared():
-        with new_local_folder(folder):
-            # A study whose records cannot be drawn must leave no state behind.
-            sections = _drawn(study, [part for part, _ in every], below(str(out), "data"))
-            write_json(folder / _STATE, _state(folder) | {"study": name})
-            configs = [
-                _named(run_config(part, out, section), part, out)
-                for (part, _), section in zip(every, sections, strict=True)
-            ]
-            parent = _open_parent(name, study, folder, configs[0], fresh=fresh)
+        parent = None
         try:
+            with new_local_folder(folder):
+                # A study whose records cannot be drawn must leave no state behind.
+                sections = _drawn(study, [part for part, _ in every], below(str(out), "data"))
+                write_json(folder / _STATE, _state(folder) | {"study": name})
+                configs = [
+                    _named(run_config(part, out, section), part, out)
+                    for (part, _), section in zip(every, sections, strict=True)
+                ]
+                with interrupts_delayed():  # else the run would be created, and not be known here
+                    parent = _open_parent(name, study, folder, configs[0], fresh=fresh)
             # Studies beside this one share its weights.
             weights = below(above(absolute(str(out))), "weights")
             configs = many.with_weights(configs, [part.name for part, _ in every], weights, console)

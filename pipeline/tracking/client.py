@@ -9,7 +9,8 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from odedit.errors import Explained, in_words, one_sentence
 from odedit.runtime.addresses import masked
 from odedit.storage.location import Location
 from pipeline.config.values import masked_values
+from pipeline.interrupts import interrupts_delayed
 from pipeline.tracking import experiments
 from pipeline.tracking.connection import check_experiment, connect, database_file
 from pipeline.tracking.locks import patiently
@@ -151,6 +153,23 @@ class Tracker:
         tags = dict(tags) | ({PARENT_TAG: parent_run} if parent_run else {})
         run = patiently(store.client.create_run, experiment, run_name=name, tags=tags)
         return cls(store, run.info.run_id)
+
+    @classmethod
+    @contextmanager
+    def created(
+        cls, store: Store, experiment: str, name: str, tags: Mapping[str, str], parent_run: str | None = None
+    ) -> Iterator[Self]:
+        """As `create`, for a block that logs what the run begins with; the run is closed if the block fails.
+
+        Ctrl-C is delayed to the end of the block: no run is created of which nobody knows the id.
+        """
+        with interrupts_delayed():
+            run = cls.create(store, experiment, name, tags, parent_run)
+            try:
+                yield run
+            except BaseException as error:
+                run.finish(status_after(error), error)
+                raise
 
     @classmethod
     def resume(cls, store: Store, run_id: str | None) -> Self | None:

@@ -83,10 +83,10 @@ class EditRun(Tracker):
         if (resumed := cls.resume(store, run_id)) is not None:
             return resumed
         experiment = store.experiment(config.tracking.experiment)
-        run = cls.create(store, experiment, config.name, _tags(config, code, command), parent_run)
-        run.log_values(flatten(config.to_dict()))
-        counts = {name: dataset[name] for name in ("usable", "problems")}
-        run.log_dataset(origin.dataset(str(dataset["path"]), str(dataset["digest"]), counts))
+        with cls.created(store, experiment, config.name, _tags(config, code, command), parent_run) as run:
+            run.log_values(flatten(config.to_dict()))
+            counts = {name: dataset[name] for name in ("usable", "problems")}
+            run.log_dataset(origin.dataset(str(dataset["path"]), str(dataset["digest"]), counts))
         return run
 
     def log_results(
@@ -162,10 +162,10 @@ def log_training(
         store = Store.open(uri)
         experiment = store.experiment(config.tracking.experiment)
         name = config.tracking.run_name or f"train-{out.stem}"
-        run = Tracker.create(store, experiment, name, _tags(config, code, "train") | dict(notes))
-        run.log_values(flatten(config.to_dict()))
-        run.log_points((name, value, step) for name, curve in curves.items() for step, value in _thinned(curve))
-        run.finish("FINISHED")
+        with Tracker.created(store, experiment, name, _tags(config, code, "train") | dict(notes)) as run:
+            run.log_values(flatten(config.to_dict()))
+            run.log_points((name, value, step) for name, curve in curves.items() for step, value in _thinned(curve))
+            run.finish("FINISHED")
     except Exception as error:
         raise TrackingError(
             f"MLflow at {masked(uri)} could not be written to ({in_words(error)}). The weights are complete: {out}."

@@ -33,8 +33,8 @@ class StudyRun(Tracker):
         if (resumed := cls.resume(store, run_id)) is not None:
             return resumed
         tags = origin.tags("study") | {"odedit.version": code, "odedit.study": name}
-        run = cls.create(store, store.experiment(experiment), name, tags)
-        run.log_json(masked_values(study), "study.json")
+        with cls.created(store, store.experiment(experiment), name, tags) as run:
+            run.log_json(masked_values(study), "study.json")
         return run
 
     def log_study(self, files: Sequence[Location], table: Table, markdown: str) -> None:

@@ -135,7 +135,8 @@ def run(config: RunConfig, out: Path | str | None, console: Console, *, fresh: b
     say(console, f"{best} ({state.stop_reason}).")
     say(console, f"Use it with: editor.name={config.editor.name} editor.checkpoint={files.weights}")
     if config.tracking.enabled:
-        _log(config, state, files)
+        with terminate_as_interrupt():
+            _log(config, state, files)
     return files.weights
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import shlex
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +24,14 @@ from odedit.errors import InputError
 from odedit.evaluation.scores import evaluate
 from odedit.evaluation.statistics import MAIN
 from odedit.inputs.prompts import find_template
+from odedit.storage.location import at
 from odedit.ways.common.files import CommittedInfo, save_committed
 from pipeline import commands
 from pipeline.config.run import from_dict
 from pipeline.config.version import commit
 from pipeline.driver.run import Outcome
 from pipeline.driver.sync import sync
+from pipeline.interrupts import terminate_as_interrupt
 from pipeline.run_folder import rows as results
 from pipeline.run_folder.sources import resolve
 from pipeline.run_folder.workspace import Workspace
@@ -37,7 +40,7 @@ from pipeline.tracking.client import TrackingError
 from pipeline.tracking.connection import connect, open_command
 from pipeline.tracking.fetch import fetch_edit
 from pipeline.tracking.names import MOST
-from pipeline.tracking.runs import EditRun, _curves
+from pipeline.tracking.runs import EditRun, _curves, log_training
 from pipeline.workers.plan import Job
 from pipeline.workers.preparer import Preparer
 from tests.support.mmedit_files import record, write_array
@@ -111,6 +114,59 @@ def test_a_finished_run_is_logged_to_another_store_that_is_named_later(
         (run,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
         assert (run.info.run_id, run.info.status, run.data.metrics["records/edited"]) == (run_id, "FINISHED", 5)
     assert str(ids[0]) in sync(str(first.workspace.out)), "the last command named the first store"
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, call: str, signals: int = 1) -> None:
+    """Sends Ctrl-C once, right after a call of MLflow's client."""
+    from mlflow import MlflowClient
+
+    whole, sent = getattr(MlflowClient, call), []
+
+    def interrupt(client: Any, *arguments: Any, **named: Any) -> Any:
+        done = whole(client, *arguments, **named)
+        while len(sent) < signals:
+            sent.append(call)
+            signal.raise_signal(signal.SIGINT)
+        return done
+
+    monkeypatch.setattr(MlflowClient, call, interrupt)
+
+
+@pytest.mark.parametrize(("call", "signals", "runs"), [("create_run", 1, 1), ("log_inputs", 1, 1), ("log_batch", 2, 2)])
+def test_an_interrupt_at_the_start_closes_the_run_which_goes_on_later(
+    tracked: dict[str, Any],
+    inline: Callable[..., Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    call: str,
+    signals: int,
+    runs: int,
+) -> None:
+    def statuses() -> list[str]:
+        client = connect(f"sqlite:///{tmp_path}/mlflow.db")
+        found = client.search_runs([client.get_experiment_by_name("test").experiment_id])
+        return sorted(run.info.status for run in found)
+
+    interrupted(monkeypatch, call, signals)
+    with pytest.raises(KeyboardInterrupt):
+        inline(from_dict(tracked))
+    assert statuses() == ["KILLED"]
+    inline(from_dict(tracked))
+    assert statuses() == ["FINISHED", "KILLED"][:runs], "a second Ctrl-C leaves no time to store the id"
+
+
+@pytest.mark.parametrize(("call", "signals", "status"), [("create_run", 1, "FINISHED"), ("log_batch", 2, "KILLED")])
+def test_the_run_of_a_training_is_closed_by_an_interrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, signals: int, status: str
+) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    config = from_dict({"tracking": {"uri": uri, "experiment": "test"}})
+    interrupted(monkeypatch, call, signals)
+    with pytest.raises(KeyboardInterrupt), terminate_as_interrupt():
+        log_training(config, "code", {"loss": [(1, 0.5)]}, at(tmp_path / "weights.safetensors"), {})
+    client = connect(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
+    assert run.info.status == status
 
 
 def test_what_a_team_sees_of_a_run(tracked: dict[str, Any], inline: Callable[..., Outcome], tmp_path: Path) -> None:
