@@ -37,6 +37,7 @@ from odedit.ways.common.single_edits import edited_by, scores_on, supervision_of
 
 _CHECKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 RETENTION = "retention_"
+TABLES = ("sequence", "retention")
 """Beginning of the names of the curves with the mean scores of the checks."""
 SCORED = (*METRICS, column("rel", "exact"), *PARTS)
 """Scores of the tables, as in the rows of results."""
@@ -149,7 +150,7 @@ class Sequential(PlainWay):
             state.fits,
             _curves(state.retention),
             state.problems,
-            tables={"sequence": state.edits, "retention": state.retention},
+            tables=dict(zip(TABLES, (state.edits, state.retention), strict=True)),
             carried=state.delta,
         )
 

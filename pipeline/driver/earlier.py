@@ -15,10 +15,12 @@ from odedit.backbones.common.fingerprints import EARLIER_LENGTH, comparable
 from odedit.errors import InputError
 from odedit.runtime.addresses import masked, reason
 from odedit.storage.location import delete_all
+from odedit.ways.sequential import TABLES
 from pipeline.config.checkpoints import editor_weights
 from pipeline.config.run import RunConfig, from_dict, load
 from pipeline.config.values import flatten
 from pipeline.run_folder import rows, staging
+from pipeline.run_folder.committed import SINGLE
 from pipeline.run_folder.lock import LOCK
 from pipeline.run_folder.sources import Sources
 from pipeline.run_folder.workspace import CONFIG_HEADER, Workspace, read_json
@@ -145,8 +147,13 @@ def is_commit(state: Any) -> bool:
     return isinstance(state, dict) and "commit.way" in (state.get("settings") or {})
 
 
-def clear(workspace: Workspace) -> None:
-    """Deletes the files that a run wrote, and no others; run.json last, so that a killed deletion can be repeated."""
+def clear(workspace: Workspace, edits_from: str = "") -> None:
+    """Deletes the files that a run wrote, and no others; run.json last, so that a killed deletion can be repeated.
+
+    Args:
+        edits_from: Identity of the finished edits that the new run is made from, which are kept: they may be those of
+            this folder.
+    """
     written = (
         (workspace.results, ("part-*.parquet", ".part-*.tmp")),
         (workspace.edits, ("*.safetensors", ".*.safetensors.*.tmp")),
@@ -161,6 +168,11 @@ def clear(workspace: Workspace) -> None:
     if is_commit(read_json(workspace.run)):
         for folder in (*workspace.written_models, workspace.moments):
             folder.delete_folder()
+        for name in TABLES:
+            workspace.further_table(name).delete()
+        single = workspace.out / SINGLE
+        if not edits_from.startswith(f"{masked(str(single))} "):
+            _clear_single(Workspace(single))
     for name in (
         *(
             "records",
@@ -178,6 +190,16 @@ def clear(workspace: Workspace) -> None:
         *("profile", "report", "run"),
     ):
         getattr(workspace, name).delete()
+
+
+def _clear_single(workspace: Workspace) -> None:
+    """Deletes the single edits of a run that commits, and the file of their records."""
+    if workspace.run.exists():
+        clear(workspace)
+    workspace.out.parent.child(f"{SINGLE}.jsonl").delete()
+    if workspace.out.is_local:
+        with suppress(OSError):  # missing, or not empty
+            os.rmdir(workspace.out)
 
 
 def compared_settings(config: RunConfig, inputs: Sources) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def prepare(
         if earlier.is_new or earlier.is_replaced:
             with staging.staged_aside(config, inputs, workspace, check_staged) as staged:
                 if earlier.is_replaced:
-                    clear(workspace)
+                    clear(workspace, identity.get("--from", ""))
                 else:
                     delete_all(staging.leftovers(workspace))
         else:

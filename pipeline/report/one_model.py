@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from odedit import ways
 from odedit.data.pool import normal
 from odedit.storage.location import at
 from odedit.ways.common.files import read_committed_info
@@ -102,7 +103,10 @@ def one_model(workspace: Workspace) -> OneModel | None:
 
 def single_edits(workspace: Workspace) -> Workspace | None:
     """The run of the single edits that a model was made from; None if there was none, or it is not there any more."""
-    given = ((read_json(workspace.run) or {}).get("settings") or {}).get("--from")
+    settings = (read_json(workspace.run) or {}).get("settings") or {}
+    way, given = settings.get("commit.way"), settings.get("--from")
+    if way is not None and not ways.find(way).uses_edits:
+        return None
     # The setting ends with a digest of the edits.
     out = workspace.out / SINGLE if given is None else at(given.rpartition(" (")[0])
     single = Workspace(out)

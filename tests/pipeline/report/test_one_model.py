@@ -92,6 +92,16 @@ def test_edits_of_another_run_are_known_from_the_settings(committed: Workspace, 
     assert "6 of the edits were made alone too, and 5 of these held" in report(committed)
 
 
+def test_single_edits_of_an_earlier_run_in_the_folder_are_none_of_a_way_that_uses_no_edits(
+    committed: Workspace,
+) -> None:
+    write_run(Path(committed.out) / SINGLE, 12, hold)
+    for way, num_alone in (("sum", 12), ("joint", 0)):
+        write_json(committed.run, read_json(committed.run) | {"settings": {"commit.way": way}})
+        model = one_model(committed)
+        assert model is not None and model.num_alone == num_alone
+
+
 def test_curves_of_the_training_are_drawn(tmp_path: Path) -> None:
     curves = {"step": [50.0, 100.0, 1200.0], "worst_nll": [6.5, 2.0, 0.03], "threshold": [0.4]}
     workspace = commit(write_run(tmp_path / "run", 4), curves=curves)
