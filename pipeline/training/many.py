@@ -31,11 +31,11 @@ from odedit.storage.location import Location, at
 from odedit.training import loop
 from odedit.training.loop import TrainingError
 from odedit.world.facts import WORLD
-from pipeline.config.run import EMBEDDED, DataConfig, RunConfig
+from pipeline.config.run import EMBEDDED, DataConfig, RunConfig, embedded_split
 from pipeline.console import say
 from pipeline.driver.progress import duration
 from pipeline.interrupts import terminate_as_interrupt
-from pipeline.run_folder.sources import absolute
+from pipeline.run_folder.sources import absolute, identity_of
 from pipeline.tracking.client import TrackingError
 from pipeline.training import train
 from pipeline.workers.plan import machine_cpus, machine_gpus, make_plan
@@ -119,6 +119,8 @@ def _training(config: RunConfig, name: str, folder: str) -> Training | None:
     data = {key: value for key, value in asdict(config.data).items() if value != getattr(DataConfig(), key)}
     if data:
         depends_on["data"] = data
+    if files := _files(config):
+        depends_on["files"] = files
     key = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()[:10]
     out = below(folder, f"{config.editor.name}-{key}")
     path = below(folder, f"{config.editor.name}-{key}.safetensors")
@@ -141,6 +143,17 @@ def _training_data(config: RunConfig) -> DataConfig:
     if config.training.path.partition(":")[0] == EMBEDDED:
         data = replace(data, image_root=None, rephrase_root=None, pool=None)
     return data
+
+
+def _files(config: RunConfig) -> dict[str, str]:
+    """Path, size and modification time of the files that are read, without the embedded records."""
+    training = config.training
+    paths = {"training.path": training.path, "training.validation": training.validation, "data.pool": config.data.pool}
+    return {
+        name: identity_of(absolute(path), name)
+        for name, path in paths.items()
+        if path is not None and embedded_split(path)[0] is None
+    }
 
 
 def _with_checkpoint(config: RunConfig, path: str) -> RunConfig:

@@ -118,6 +118,15 @@ def test_what_weights_depend_on_names_their_file(values: dict[str, Any], tmp_pat
     assert len({first, *others}) == 7
     drawn = {"training": {}, "data": values["data"] | {"pool": "study/data/pool.json"}}
     assert file(drawn) == file(drawn | {"data": {}}), "the embedded records have a pool of their own"
+    pool = write_array(tmp_path / "pool.json", [record(10)])
+    pooled = {"data": values["data"] | {"pool": str(pool)}}
+    found = {first, file(pooled)}
+    for path in (values["training"]["path"], values["training"]["validation"], str(pool)):
+        corrected = json.loads(Path(path).read_text())
+        corrected[0]["alt"] = "a corrected answer"
+        write_array(Path(path), corrected)
+        found |= {file({}), file(pooled)}
+    assert len(found) == 2 + 2 + 2 + 1, "the pool is read by one of the two"
     given = config_of(values | {"editor": MEND | {"checkpoint": "mine.safetensors"}})
     assert with_weights([given], ["arm"], tmp_path, QUIET) == [given] and not list(tmp_path.glob("*.safetensors"))
 
