@@ -90,7 +90,7 @@ def commit(
     if dry_run:
         config = driver.with_edits_of(config, edits_from)
         driver.check(config, edits_from)
-        conflicts, identity = driver.Conflicts(config), driver.further_inputs(config, edits_from)
+        conflicts, identity = driver.Conflicts(config, edits_from), driver.further_inputs(config, edits_from)
         show_plan(preview(config, fresh=fresh, check_staged=conflicts, identity=identity), config)
         return
     outcome = driver.commit(config, Console(stderr=True), edits_from=edits_from, fresh=fresh)

@@ -34,7 +34,7 @@ class WayConfig(Settings):
         on_conflict: Treatment of records that give one question different answers: `refuse` ends the command before
             any work, `first` and `last` keep the first or the last of them.
         remove: Ids of records that do not go into the model.
-        add: Further files of records, with the same folders of pictures.
+        add: Further files of records, whose pictures are files in the same folders.
         start: Folder of a run of `odedit commit` that this one changes: its edits are kept, or training starts from its
             model; null: from the unedited model.
     """

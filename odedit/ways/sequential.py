@@ -37,8 +37,9 @@ from odedit.ways.common.single_edits import edited_by, scores_on, supervision_of
 
 _CHECKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 RETENTION = "retention_"
-TABLES = ("sequence", "retention")
 """Beginning of the names of the curves with the mean scores of the checks."""
+TABLES = ("sequence", "retention")
+"""Names of the tables beside the results."""
 SCORED = (*METRICS, column("rel", "exact"), *PARTS)
 """Scores of the tables, as in the rows of results."""
 _SAVE_EVERY_S = 10.0

@@ -33,6 +33,7 @@ from pipeline.run_folder import rows, staging
 from pipeline.run_folder.committed import SINGLE, is_plain
 from pipeline.run_folder.contradictions import LeftOut, OnConflict, find
 from pipeline.run_folder.lock import alone
+from pipeline.run_folder.pictures import has_embedded_pictures
 from pipeline.run_folder.sources import Sources, absolute, identity_of, with_absolute_paths
 from pipeline.run_folder.workspace import Workspace, read_json
 from pipeline.workers import ray_session
@@ -202,7 +203,7 @@ def commit(
     # Relative paths of the data are read from the run's own configuration when its model is changed.
     config = replace(with_edits_of(config, edits_from), data=with_absolute_paths(config.data))
     check(config, edits_from)
-    conflicts = Conflicts(config)
+    conflicts = Conflicts(config, edits_from)
     with alone(config.out, "out"):
         ready = prepare(config, fresh=fresh, check_staged=conflicts, identity=further_inputs(config, edits_from))
         announce(ready, console)
@@ -264,20 +265,30 @@ def _start(config: RunConfig) -> Workspace | None:
 
 
 class Conflicts:
-    """Check of staged records for removed ones, contradictions and duplicates.
+    """Check of staged records for removed ones, contradictions and duplicates, and of what single edits need.
+
+    Args:
+        edits_from: Folder or address of a run whose edits are used.
 
     Attributes:
         left_out: Records that do not go into the model, known after the check.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, edits_from: str | None = None) -> None:
         assert config.commit is not None
+        self._config = config
+        self._makes_edits = edits_from is None and way_of(config).uses_edits
         self._on_conflict: OnConflict = config.commit.settings.on_conflict
         self._removed = frozenset(config.commit.settings.remove)
         self.left_out = LeftOut()
 
     def __call__(self, workspace: Workspace, sources: Sources) -> None:
-        """Raises InputError for a contradiction that is to be refused, or a removed record that does not exist."""
+        """Checks the records.
+
+        Raises:
+            InputError: A contradiction is to be refused, a removed record does not exist, or a single edit cannot be
+                made.
+        """
         every = staging.usable_records(workspace.records)
         removed: dict[str, int] = {}
 
@@ -294,6 +305,15 @@ class Conflicts:
             raise InputError(f"commit.remove: no usable record has the id {unknown[0]!r}. `odedit edits` lists them.")
         reasons = {index: "left out: removed from the model (commit.remove)." for index in removed.values()}
         self.left_out = replace(left_out, reasons={**left_out.reasons, **reasons})
+        if self._makes_edits and _have_own_file(self._config):
+            for record in _to_edit(self._config, workspace, self.left_out.reasons):
+                if has_embedded_pictures(record):
+                    raise InputError(
+                        f"data.path: the pictures of {record.where} lie in the packed folder or table. Single edits "
+                        "for a model that is changed, or extended by commit.add, need pictures that are files "
+                        f"(commit.way {self._config.commit_way!r}). Give data.path with such pictures, or finished "
+                        "edits of all records with --from."
+                    )
 
 
 def _scored(ready: Ready, left_out: LeftOut) -> ScoredModel:
@@ -342,17 +362,13 @@ def _finished_edits(
 def _single(ready: Ready, left_out: Collection[int]) -> RunConfig | None:
     """The run of single edits; of a changed or extended model, of the records that need one. None: no record does."""
     config, out = ready.config, below(ready.config.out, SINGLE)
-    assert config.commit is not None
     tracking = replace(config.tracking, enabled=False)
     single = replace(config, commit=None, out=out, keep_edits=True, tracking=tracking)
-    start = _start(config)
-    if start is None and not config.commit.settings.add:
+    if not _have_own_file(config):
         return single
-    known = set() if start is None else set(read_committed_info(start.committed).edit_ids)
     needed = [
         {**record.fields, "edit_id": record.edit_id, "task": record.task}
-        for record in staging.usable_records(ready.workspace.records)
-        if record.index not in left_out and record.edit_id not in known
+        for record in _to_edit(config, ready.workspace, left_out)
     ]
     if not needed:
         return None
@@ -367,6 +383,21 @@ def _single(ready: Ready, left_out: Collection[int]) -> RunConfig | None:
         pool_rephrase_root=sources.pool_rephrase_root,
     )  # fmt: skip
     return replace(single, data=data)
+
+
+def _have_own_file(config: RunConfig) -> bool:
+    """Whether the records of the single edits are written to a file of their own: they are not those of `data.path`."""
+    assert config.commit is not None
+    return _start(config) is not None or bool(config.commit.settings.add)
+
+
+def _to_edit(config: RunConfig, workspace: Workspace, left_out: Collection[int]) -> Iterator[RawRecord]:
+    """Staged records that need a single edit: they go into the model, and are not in the one that is changed."""
+    start = _start(config)
+    known = set() if start is None else set(read_committed_info(start.committed).edit_ids)
+    for record in staging.usable_records(workspace.records):
+        if record.index not in left_out and record.edit_id not in known:
+            yield record
 
 
 def _check_same_records(ready: Ready, files: Mapping[str, Location]) -> None:

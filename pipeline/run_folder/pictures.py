@@ -39,6 +39,11 @@ def check_pictures(records: Iterable[RawRecord], reader: ImageReader) -> None:
             raise InputError(_message(reader, sample, root))
 
 
+def has_embedded_pictures(record: RawRecord) -> bool:
+    """Whether pictures of a usable record lie in a packed folder or in a table."""
+    return any(is_embedded_reference(reference.path) for reference in request_images(record.fields))
+
+
 def _is_missing(reader: ImageReader, path: str, root: Root) -> bool:
     try:
         return not reader.location(path, root).is_file()

@@ -40,7 +40,7 @@ from odedit.inputs.markers import control_token_finder
 from odedit.runtime.addresses import masked
 from odedit.storage.location import Location, locate
 from pipeline.config.run import RunConfig
-from pipeline.run_folder.pictures import check_pictures
+from pipeline.run_folder.pictures import check_pictures, has_embedded_pictures
 from pipeline.run_folder.reasons import Reasons
 from pipeline.run_folder.sources import Sources
 from pipeline.run_folder.workspace import Workspace, parquet_file, read_schema, write_table
@@ -226,12 +226,23 @@ def _records(config: RunConfig, sources: Sources, check: Check) -> Iterator[RawR
     count = 0
     for path in (None, *added):
         first = count
-        for record in records if path is None else read(path):
+        for record in records if path is None else _added(path, read(path)):
             count = max(count, first + record.index + 1)
             problem = record.problem
             if not seen.add(record.edit_id) and not problem:
                 problem = f"repeated edit id: {record.edit_id!r} is that of a record in another file"
             yield replace(record, index=first + record.index, problem=problem)
+
+
+def _added(path: str, records: Iterator[RawRecord]) -> Iterator[RawRecord]:
+    """The records of a file of `commit.add`. Raises InputError for pictures that are no files."""
+    for record in records:
+        if not record.problem and has_embedded_pictures(record):
+            raise InputError(
+                f"commit.add: {masked(path)}, record {record.index}: its pictures lie in the packed folder or table, "
+                "where those of added records are not looked for. Give a file of records whose pictures are files."
+            )
+        yield record
 
 
 def _write(config: RunConfig, sources: Sources, path: Path, check: Check) -> list[str] | None:

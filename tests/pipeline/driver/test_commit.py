@@ -10,11 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 import torch
 import yaml
+from pyarrow import parquet
 
 from odedit import load_edited
+from odedit.data.pack import pack
 from odedit.errors import InputError
 from odedit.ways.common.files import load_committed
 from pipeline.config.run import from_dict, load_commit
@@ -250,6 +253,32 @@ def test_what_does_not_fit_is_refused_in_a_sentence(plain: Settings, commit: Com
     with pytest.raises(InputError, match=r"--change: .* holds no committed model"):
         commit(None, change=tmp_path)
     assert not Path(plain["out"]).exists()
+
+
+def test_pictures_in_a_pack_are_refused_where_they_would_be_looked_for_elsewhere(
+    plain: Settings, commit: Commit, tmp_path: Path
+) -> None:
+    """Of an added pack they would be looked for in `data.path`, and of single edits in the file of these."""
+    data = plain["data"]
+    roots = {name: data.get(name) for name in ("image_root", "rephrase_root")}
+    pack(data["path"], *roots.values(), str(tmp_path / "packed"))
+    new = [record(7, edit_id="new")]
+    write_images(tmp_path, new)
+    added = str(write_array(tmp_path / "new.json", new))
+    pack(added, *roots.values(), str(tmp_path / "new-packed"))
+    settings = plain | {"data": {"path": str(tmp_path / "packed")} | roots}
+    table = pyarrow.table({"image": [encoded(picture(7))], "question": ["what is it?"], "answer": ["a dog"]})
+    parquet.write_table(table, tmp_path / "new.parquet")
+    for name in ("new-packed", "new.parquet"):
+        with pytest.raises(InputError, match=rf"commit.add: .*{name}, record 0: its pictures lie in the packed folder"):
+            commit(plain, f"commit.add=[{tmp_path / name}]")
+    editor = {"name": "ftl", "sites": ["layers.2.ffn.in"], "max_steps": 1, "learning_rate": 1e-3}
+    summed = settings | {"editor": editor, "commit": {"way": "sum", "add": [added]}}
+    with pytest.raises(InputError, match=r"data.path: the pictures of vqa_eval.json, record 0 lie in .*--from"):
+        commit(summed)
+    assert not Path(plain["out"]).exists()
+    together = commit(settings | {"commit": plain["commit"] | {"add": [added]}})
+    assert [row["status"] for row in rows_of(together)] == ["edited"] * 6, "no single edits are made"
 
 
 def test_a_routed_model_loses_exactly_the_removed_edit_and_answers_as_it_was_scored(
