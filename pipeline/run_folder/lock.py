@@ -68,5 +68,7 @@ def _locked(path: Path, what: str) -> Iterator[None]:
 def _file(folder: Location) -> Path:
     if folder.is_local:
         return Path(folder / LOCK)
-    digest = hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
+    # Two stores may have the same address.
+    store = os.environ.get("AWS_ENDPOINT_URL", "")
+    digest = hashlib.blake2b(f"{store} {folder}".encode(), digest_size=8).hexdigest()
     return Path(tempfile.gettempdir()) / f"odedit-{os.getuid()}-{digest}.lock"

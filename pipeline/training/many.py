@@ -119,7 +119,11 @@ def _training(config: RunConfig, name: str, folder: str) -> Training | None:
     data = {key: value for key, value in asdict(config.data).items() if value != getattr(DataConfig(), key)}
     if data:
         depends_on["data"] = data
-    if files := _files(config):
+    try:
+        files = _files(config)
+    except InputError as error:
+        raise InputError(f"{config.editor.name} for {name}: {error}") from error
+    if files:
         depends_on["files"] = files
     key = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()[:10]
     out = below(folder, f"{config.editor.name}-{key}")

@@ -27,8 +27,8 @@ SCONTROL = """#!/usr/bin/env bash
 [[ $* == "show hostnames node[1-2]" ]] && printf '%s\\n' $NODES
 """
 RAY = """#!/usr/bin/env bash
-stat -c %a "/tmp/ray-$SLURM_JOB_ID" >> "$MODES"
 [[ $* == *--address* && -n ${FAILING:-} ]] && exit 1
+stat -c %a "/tmp/ray-$SLURM_JOB_ID" >> "$MODES"
 trap 'exit 0' TERM
 while true; do sleep 0.1; done
 """
@@ -38,7 +38,9 @@ case "$*" in
     echo "$RAY_ADDRESS ${{*:3}}" > "$CALLED"
     for _ in {{1..300}}; do [[ -n ${{ENDLESS:-}} ]] && sleep 0.1; done
     exit 7 ;;
-  "- "*) cat > /dev/null; echo asked >> "$ASKED"; wc -l < "$ASKED" ;;
+  "- "*) cat > /dev/null; echo asked >> "$ASKED"
+    asked=$(wc -l < "$ASKED") started=$(cat "$MODES" 2> /dev/null | wc -l)
+    echo $((asked < started ? asked : started)) ;;
   *) exec {sys.executable} "$@" ;;
 esac
 """
@@ -118,7 +120,7 @@ def test_without_a_command_nothing_is_started(allocation: Allocation) -> None:
 def test_the_command_runs_once_all_nodes_have_joined_and_its_exit_code_counts(allocation: Allocation) -> None:
     ended = allocation.run("edit", "--config", "my run.yaml")
     assert ended.returncode == 7, ended.stderr
-    assert allocation.read("asked").count("asked") == 2  # the second node joins late
+    assert allocation.read("asked").count("asked") >= 2  # the second node joins late
     assert allocation.read("called") == f"127.0.0.1:{allocation.port} edit --config my run.yaml\n"
     assert allocation.left() == []
 
@@ -159,7 +161,7 @@ def test_a_folder_that_another_user_has_put_in_its_place_is_not_used(allocation:
 
 
 def test_a_node_that_does_not_join_ends_the_job(allocation: Allocation) -> None:
-    (allocation.bin / "python").write_text(PYTHON.replace('wc -l < "$ASKED"', "echo 1"))
+    (allocation.bin / "python").write_text(PYTHON.replace("echo $((asked < started ? asked : started))", "echo 1"))
     ended = allocation.run("edit", FAILING="yes")
     assert ended.returncode == 1 and "1 of 2 nodes have joined" in ended.stderr
     assert not (allocation.folder / "called").exists() and allocation.left() == []
