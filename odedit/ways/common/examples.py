@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import NamedTuple
@@ -144,10 +144,8 @@ def read(
     replaced = maker.replaced(drafts)
     everywhere = {answer for answers in parallel.gathered(list(replaced.values())) for answer in answers}
     records = []
-    edited = {
-        base_key(key) for keys in parallel.gathered([draft.own[0] for draft in drafts if draft.own]) for key in keys
-    }
-    near = Near(features, pool_keys, frozenset(edited))
+    edited = frozenset(pair for pairs in parallel.gathered(replaced_at(drafts, replaced)) for pair in pairs)
+    near = Near(features, pool_keys, edited)
     for number, draft in enumerate(drafts):
         yield "negatives of the records", number, len(drafts)
         records.append(maker.with_negatives(draft, replaced[draft.edit_id], everywhere, near))
@@ -375,7 +373,7 @@ class Maker:
         """The example with the pool's pictures of the same thing and its negatives.
 
         A picture about which the unedited answer is replaced by another record is neither, and a picture that another
-        record edits, or a copy of it, is not of the same thing.
+        record edits is not of the same thing, nor an altered copy of it with the answer that is replaced there.
         """
         if not draft.own:
             return draft
@@ -384,8 +382,13 @@ class Maker:
         asked = self.answered([*(about(question, key) for key in keys), *draft.negatives])
         answer_of = {sequence.picture: answer_in(sequence) for sequence in asked}
         own = base_key(draft.own[0])
-        free = [key for key in keys if (source := _source(key)) == own or source not in near.edited]
-        same = tuple(key for key in free if answer_of.get(key) == replaced)
+        same = tuple(
+            key
+            for key in keys
+            if answer_of.get(key) == replaced
+            and base_key(key) not in near.edited
+            and ((source := _source(key)) == own or (source, replaced) not in near.replaced)
+        )
         # The question without a picture is drawn as often as that about the nearest picture.
         nearness: dict[str | None, float] = {None: max(cosines, default=0.0)}
         nearness |= zip(keys, cosines, strict=True)
@@ -397,6 +400,11 @@ class Maker:
             negatives=tuple(negatives),
             nearness=tuple((drawn / NEARNESS).exp().tolist()),
         )
+
+
+def replaced_at(drafts: Iterable[Example], replaced: Mapping[str, Tokens]) -> set[tuple[str, Tokens]]:
+    """Keys of the pictures that records edit, each with the unedited answer that is replaced there."""
+    return {(base_key(draft.own[0]), replaced[draft.edit_id]) for draft in drafts if draft.own}
 
 
 def _source(key: str) -> str:
@@ -411,12 +419,15 @@ def _question(sequence: TokenSequence) -> tuple[Tokens, str | None]:
 class Near:
     """Nearness of the pool's pictures: cosine of mean features, centred over the pool."""
 
-    def __init__(self, features: Features, keys: Sequence[str], edited: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, features: Features, keys: Sequence[str], replaced: frozenset[tuple[str, Tokens]] = frozenset()
+    ) -> None:
         """
         Args:
-            edited: Keys of the pictures that the records edit.
+            replaced: Results of `replaced_at` for all records.
         """
-        self._features, self._keys, self.edited = features, keys, edited
+        self._features, self._keys, self.replaced = features, keys, replaced
+        self.edited = frozenset(key for key, _ in replaced)
         pooled_ND = features.pooled(keys) if keys else torch.zeros(0, 1)
         self._mean_D = pooled_ND.mean(0) if keys else torch.zeros(1)
         self._unit_ND = functional.normalize(pooled_ND - self._mean_D, dim=1)

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from odedit.backbones.base import Backbone
-from odedit.data.rewording import base_key
 from odedit.errors import InputError
 from odedit.inputs.batch import EditRequest
 from odedit.inputs.encoding import TokenSequence
@@ -27,6 +26,7 @@ from odedit.ways.common.examples import (
     ReadPool,
     Tokens,
     read_pool,
+    replaced_at,
     still_kept,
 )
 from odedit.ways.common.sequences import Features
@@ -80,16 +80,16 @@ class InParts:
                 yield progress
         self._end = self._maker.end(asked, requests)
         self._of_pool = dict(self.features.by_key), self._maker.known_answers()
-        own: set[str] = set()
+        replaced_there: set[tuple[str, Tokens]] = set()
         for start in range(0, len(requests), _RECORDS_AT_ONCE):
             yield "answers to the records", start, len(requests)
             drafts = self._drafts(requests[start : start + _RECORDS_AT_ONCE], is_survey=True)
             self._replaced |= self._maker.replaced(drafts)
-            own |= {base_key(draft.own[0]) for draft in drafts if draft.own}
+            replaced_there |= replaced_at(drafts, self._replaced)
             self._forget()
         replaced = parallel.gathered(list(self._replaced.values()))
         self._everywhere = frozenset(answer for answers in replaced for answer in answers)
-        edited = frozenset(key for keys in parallel.gathered(own) for key in keys)
+        edited = frozenset(pair for pairs in parallel.gathered(replaced_there) for pair in pairs)
         self._near = Near(self.features, keys, edited)
         self.kept = still_kept(asked, self._everywhere)
 

@@ -132,7 +132,7 @@ def test_a_picture_that_another_record_edits_is_not_of_the_same_thing(backbone) 
     assert augmented.picture.key not in {sequence.picture for sequence in theirs.negatives}
 
 
-def test_an_altered_copy_of_a_picture_that_another_record_edits_is_not_of_the_same_thing(backbone) -> None:
+def test_an_altered_copy_is_not_of_the_same_thing_where_another_record_replaces_the_same_answer(backbone) -> None:
     """One question for two records, and their pictures as the pool: only the record's own copies can be positives."""
     first, second = requests(1, first=4)[0], requests(1, first=6)[0]
     picture = replace(first.edit.picture, key="0" * 32)
@@ -142,6 +142,13 @@ def test_an_altered_copy_of_a_picture_that_another_record_edits_is_not_of_the_sa
     for record, other in zip(examples.records, (second, first), strict=True):
         assert any(key.startswith(f"{record.own[0]}-altered-") for key in record.same)
         assert not any(key.startswith(other.edit.picture.key) for key in record.same)
+
+
+def test_an_altered_copy_may_be_of_the_same_thing_where_another_answer_is_replaced(backbone) -> None:
+    own = requests(12)
+    pool = [replace(request, supervision={}, probes={}) for request in own]
+    examples = list(read(backbone, TEMPLATE, (), own, pool, Reading(0, 256, 0, pool_copies=4)))[-1]
+    assert any(not key.startswith(record.own[0]) for record in examples.records for key in record.same)
 
 
 def test_known_states_are_those_that_a_step_computes(backbone, monkeypatch) -> None:
