@@ -26,7 +26,7 @@ _VERSION = "pipeline/config/VERSION"
 """File from which `pipeline.config.version` reads the version of the sent code."""
 _READ = (
     "path", "validation", "pool", "pictures", "image_root", "rephrase_root", "pool_image_root", "pool_rephrase_root",
-    "checkpoint", "add", "start",
+    "checkpoint", "add",
 )  # fmt: skip
 """Settings that name inputs."""
 _READ_OPTIONS = ("--add",)
@@ -209,7 +209,7 @@ def _add_setting(key: str, value: object, parcel: Parcel, here: Path) -> None:
         _check_outlives(key, value)
     elif "://" in value:
         pass  # any other address is valid on every node
-    elif name in _READ:
+    elif name in _READ or key.split(".")[-2:] == ["commit", "start"]:  # MEND has a start, too, which is no path
         is_of_hub = name == "checkpoint" and value.count("/") <= 1 and not (here / value).exists()
         if Path(value).is_absolute() or value.startswith("~"):
             parcel.notes.append(f"{key}: {value} is read where the job runs; it is not sent.")

@@ -14,7 +14,7 @@ from pipeline.run_folder import rows
 from pipeline.run_folder.sources import resolve
 from pipeline.run_folder.workspace import Workspace, read_json
 from pipeline.tracking import runs
-from pipeline.tracking.logged import is_logged, run_id_in_store
+from pipeline.tracking.logged import is_logged, run_id_in_store, with_entry
 
 
 def sync(folder: str, uri: str | None = None) -> str:
@@ -40,6 +40,8 @@ def sync(folder: str, uri: str | None = None) -> str:
     if uri is None and state.get("logged") and (not is_tracked or is_logged(config, workspace)):
         run_id = run_id_in_store(config, workspace) if is_tracked else state["run_id"]
         return f"{folder} is logged already, as run {run_id}."
+    if is_tracked and state.get("logged") is True:  # written by an earlier version, which did not say where
+        update(workspace, logged=with_entry(config, workspace, state["run_id"]))
     config = _reachable(config, folder, uri)
     dataset = {
         "path": _records_path(config, workspace),

@@ -1,8 +1,9 @@
-"""What a run has logged, and where: entry `logged` of `run.json`, by address of the store without its password."""
+"""What a run has logged, and where: entry `logged` of `run.json`, by store (`tracking.uri` without its password)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from odedit.runtime.addresses import masked
@@ -35,7 +36,7 @@ def _entry(config: RunConfig, workspace: Workspace) -> Mapping[str, Any] | None:
     state = _state(workspace)
     logged = state.get("logged")
     if logged is True:  # written by an earlier version, which did not say where
-        return {"run_id": state.get("run_id")}
+        return {"run_id": state.get("run_id"), "registered": _registered(config.tracking)}
     return logged.get(_store(config, workspace)) if isinstance(logged, dict) else None
 
 
@@ -45,7 +46,10 @@ def _state(workspace: Workspace) -> Mapping[str, Any]:
 
 
 def _store(config: RunConfig, workspace: Workspace) -> str:
-    return masked(store_uri(config.tracking, workspace.out))
+    uri, out = config.tracking.uri, workspace.out
+    if not uri or (out.is_local and uri == store_uri(replace(config.tracking, uri=None), out)):
+        return "beside out"  # the database moves with the folder
+    return masked(uri)
 
 
 def _registered(tracking: TrackingConfig) -> str | None:

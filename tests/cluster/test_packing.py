@@ -123,6 +123,7 @@ def test_overrides_and_files_on_request_are_taken_as_well(here: Path) -> None:
         (["commit", "out=/shared/y", "--change=/shared/x", "--add=new.json"], "new.json"),
         (["commit", "out=/shared/y", "data.path=records.json", "commit.add=[new.json]"], "new.json"),
         (["commit", "out=/shared/y", "data.path=records.json", "commit.start=earlier"], "earlier/run.json"),
+        (["edit", "out=/shared/y", "data.path=records.json", "editor.name=mend", "editor.start=paper"], "records.json"),
         (["edit", "out=/shared/x", "data.path=embedded-facts.json"], "embedded-facts.json"),
         (["edit", "out=/shared/x", "backbone.checkpoint=embedded_model"], "embedded_model/config.json"),
     ],

@@ -29,6 +29,7 @@ from odedit.ways.common.files import CommittedInfo, save_committed
 from pipeline import commands
 from pipeline.config.run import from_dict
 from pipeline.config.version import commit
+from pipeline.driver.preflight import update
 from pipeline.driver.run import Outcome
 from pipeline.driver.sync import sync
 from pipeline.interrupts import terminate_as_interrupt
@@ -258,8 +259,10 @@ def test_a_run_whose_store_was_away_at_the_end_is_logged_later(
     assert {item.path for item in client.list_artifacts(run.info.run_id)} >= {"results", "edits", "edits_table.json"}
     assert {path: path.stat().st_mtime_ns for path in rows} == rows
     assert "is logged already" in sync(str(out))
-    # Another store gets a run of its own.
+    # Another store gets a run of its own; an earlier version wrote only that the run is logged.
+    update(Workspace.of(out), logged=True)
     assert "is logged" in sync(str(out), f"sqlite:///{tmp_path}/other.db")
+    assert f"is logged already, as run {run.info.run_id}" in sync(str(out))
     other = connect(f"sqlite:///{tmp_path}/other.db")
     (copy,) = other.search_runs([other.get_experiment_by_name("test").experiment_id])
     assert copy.data.metrics == run.data.metrics and copy.data.params["editor.max_steps"] == "2"
