@@ -61,8 +61,8 @@ def raise_if_interrupted() -> None:
 def interrupts_delayed() -> Iterator[None]:
     """Delays the KeyboardInterrupt of `terminate_as_interrupt` to the end of the block; a second signal raises at once.
 
-    An exception in the middle of a database transaction can leave it open, and the database locked
-    for this process's own later writes.
+    An exception in the middle of a database transaction can leave it open, and the database locked for this process's
+    own later writes.
     """
     global _blocks, _is_delayed
     if threading.current_thread() is not threading.main_thread():

@@ -30,7 +30,7 @@ from pipeline.driver.progress import Steps
 from pipeline.driver.run import Outcome, announce, job_of, run, score_into
 from pipeline.interrupts import terminate_as_interrupt
 from pipeline.run_folder import rows, staging
-from pipeline.run_folder.committed import SINGLE, is_plain
+from pipeline.run_folder.committed import SINGLE, SINGLE_RECORDS, is_plain
 from pipeline.run_folder.contradictions import LeftOut, OnConflict, find
 from pipeline.run_folder.lock import alone
 from pipeline.run_folder.pictures import has_embedded_pictures
@@ -372,7 +372,7 @@ def _single(ready: Ready, left_out: Collection[int]) -> RunConfig | None:
     ]
     if not needed:
         return None
-    file, sources = ready.workspace.out / f"{SINGLE}.jsonl", ready.sources
+    file, sources = ready.workspace.out / SINGLE_RECORDS, ready.sources
     text = "".join(json.dumps(fields) + "\n" for fields in needed)
     # An equal file keeps its time, by which the run of single edits knows its input when it goes on.
     if not file.exists() or file.read_text() != text:

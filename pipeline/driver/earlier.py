@@ -20,7 +20,7 @@ from pipeline.config.checkpoints import editor_weights
 from pipeline.config.run import RunConfig, from_dict, load
 from pipeline.config.values import flatten
 from pipeline.run_folder import rows, staging
-from pipeline.run_folder.committed import SINGLE
+from pipeline.run_folder.committed import SINGLE, SINGLE_RECORDS
 from pipeline.run_folder.lock import LOCK
 from pipeline.run_folder.sources import Sources
 from pipeline.run_folder.workspace import CONFIG_HEADER, Workspace, read_json
@@ -196,7 +196,7 @@ def _clear_single(workspace: Workspace) -> None:
     """Deletes the single edits of a run that commits, and the file of their records."""
     if workspace.run.exists():
         clear(workspace)
-    workspace.out.parent.child(f"{SINGLE}.jsonl").delete()
+    workspace.out.parent.child(SINGLE_RECORDS).delete()
     if workspace.out.is_local:
         with suppress(OSError):  # missing, or not empty
             os.rmdir(workspace.out)

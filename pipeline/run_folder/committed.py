@@ -29,6 +29,8 @@ from pipeline.run_folder.workspace import Workspace, read_json, write_json
 MODEL, EDITS = "model", "edits.json"
 SINGLE = "single"
 """Folder in `out` of the single edits that a model is made from."""
+SINGLE_RECORDS = f"{SINGLE}.jsonl"
+"""File in `out` of their records, where these are not all those of `data.path`."""
 FORMAT = "odedit-model-1"
 _HOLDS = (column("rel", "generated_exact"), column("rel", "exact"))
 _COPIED = ("edit_id", "status", "error", "fact", "file", "index", "task", "prompt", "target")

@@ -70,5 +70,10 @@ def _file(folder: Location) -> Path:
         return Path(folder / LOCK)
     # Two stores may have the same address.
     store = os.environ.get("AWS_ENDPOINT_URL", "")
-    digest = hashlib.blake2b(f"{store} {folder}".encode(), digest_size=8).hexdigest()
+    return temporary_file(f"{store} {folder}")
+
+
+def temporary_file(name: str) -> Path:
+    """File of this user's lock of that name, for what cannot hold a file of its own."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
     return Path(tempfile.gettempdir()) / f"odedit-{os.getuid()}-{digest}.lock"

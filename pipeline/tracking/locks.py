@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
+import fcntl
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.interrupts import interrupts_delayed
+from pipeline.run_folder.lock import temporary_file
 
 _LOCKED_S = 120.0
 """Seconds that a write waits for other writers of an sqlite file, after the database's own timeout."""
@@ -38,11 +37,8 @@ def creation_lock(uri: str) -> Iterator[None]:
     if not uri.startswith("sqlite:///"):
         yield
         return
-    import fcntl
-
-    digest = hashlib.blake2b(os.path.realpath(uri.removeprefix("sqlite:///")).encode(), digest_size=8).hexdigest()
     # In the temporary folder, since the lock file stays. The system releases the lock when this process ends.
-    with open(Path(tempfile.gettempdir()) / f"odedit-{os.getuid()}-{digest}.lock", "w") as stream:
+    with open(temporary_file(os.path.realpath(uri.removeprefix("sqlite:///"))), "w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
